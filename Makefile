@@ -1,0 +1,48 @@
+# `make demo` and `make test` do everything on a fresh machine: environment, installation, run.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+RUN := $(VENV)/bin/python
+# Two workers on two cores; torch keeps to one thread in each.
+PYTEST := -m pytest -n 2 --dist loadgroup
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all test-oldest lint format bench-overhead clean
+
+demo: $(VENV)/.installed
+	$(RUN) examples/demo.py
+
+test: $(VENV)/.installed lint
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed lint test-oldest
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
+
+# The same tests on the oldest supported stack.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench-overhead: $(VENV)/.installed
+	$(RUN) benchmarks/overhead.py --quick
+	$(RUN) benchmarks/overhead.py --map
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable ".[demo,dev]"
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml requirements-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint requirements-oldest.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) demo-output build dist *.egg-info

@@ -1,0 +1,30 @@
+"""StructLoRA (arXiv 2603.14228) for TRL, Transformers and plain PyTorch: LoRA with gated directions, coordinated over depth."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "StructLoRAConfig": "config",
+    "StructLoRAError": "errors",
+    "attach": "attach",
+    "Runtime": "runtime",
+    "StructLoRACallback": "callback",
+    "StructLoRAMixin": "trainer",
+    "StructLoRASFTConfig": "trainer",
+    "StructLoRASFTTrainer": "trainer",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    # Imported on first use: the core works where TRL is not installed, and `import structlora_trl` stays quick.
+    if name not in _HOME:
+        raise AttributeError(f"module 'structlora_trl' has no attribute '{name}'")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,125 @@
+"""From a PEFT model and an optimizer to a runtime: what StructLoRA can act on is checked here, once."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig, PeftMixedModel, PeftModel
+from torch import nn
+
+from .config import StructLoRAConfig
+from .engines import TorchEngine, refuse_distributed
+from .errors import StructLoRAError
+from .nodes import Kind, discover
+from .runtime import DEFAULT_SEED, Runtime
+
+logger = logging.getLogger(__name__)
+
+# LoRA initialisations that draw lora_A from one distribution at every depth. Others (EVA, say) put data into it.
+_IDENTICALLY_DISTRIBUTED = (True, "gaussian")
+
+_attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+def attach(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: StructLoRAConfig | dict | None = None, **overrides
+) -> Runtime:
+    """Train StructLoRA in a custom PyTorch or Accelerate loop.
+
+    Build the optimizer over the adapter first; then one call is all:
+
+        runtime = attach(model, optimizer)
+
+    From then on `optimizer.step()` steps latent factors, a forward under `model.train()` sees training weights, and a
+    forward under `model.eval()` or any saving sees evaluation weights, a plain LoRA adapter.
+
+    Args:
+        model (`PeftModel`): a model with a trainable LoRA adapter.
+        optimizer (`torch.optim.Optimizer`): owns all trainable LoRA parameters; Accelerate's wrapper is seen through.
+        config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
+        **overrides: single options, as keywords.
+
+    Returns:
+        `Runtime`: for `metrics()`, `state_dict()`, `train()` / `eval()` and `detach()`.
+
+    Raises:
+        StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to do.
+    """
+    runtime = build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED)
+    runtime.follow_forward()
+    return runtime
+
+
+def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: StructLoRAConfig, seed: int) -> Runtime:
+    """The same without following the model's forward, for trainers that say when a step begins."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    refuse_distributed(model, optimizer)
+    model = extract_model_from_parallel(model)
+    adapter_name, lora = _lora_adapter(model, config)
+    kinds = discover(model, adapter_name)
+    _detach_earlier(kinds, optimizer)
+    if config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED:
+        _align(kinds)
+    runtime = Runtime(model, kinds, config, TorchEngine(optimizer, kinds), seed)
+    _attached.add(runtime)
+    logger.info("%r", runtime)
+    if config.is_off:
+        logger.warning("StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA.")
+    return runtime
+
+
+def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, LoraConfig]:
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        raise StructLoRAError(
+            f"a model of type {type(model).__name__}",
+            "a PEFT model with a LoRA adapter",
+            "pass `peft_config=LoraConfig(...)` to the TRL trainer, or wrap the model with `peft.get_peft_model`",
+        )
+    name = config.adapter_name
+    if name is None:
+        active = list(model.active_adapters)
+        if len(active) != 1:
+            raise StructLoRAError(
+                f"{len(active)} active adapters ({', '.join(active)})", "one to train", "name it with `adapter_name`"
+            )
+        name = active[0]
+    if name not in model.peft_config:
+        raise StructLoRAError(
+            f"no adapter '{name}'", f"one of {', '.join(map(repr, model.peft_config))}", "correct `adapter_name`"
+        )
+    lora = model.peft_config[name]
+    if not isinstance(lora, LoraConfig):
+        kind = getattr(lora.peft_type, "value", lora.peft_type)
+        raise StructLoRAError(f"adapter '{name}' of PEFT type {kind}", "LORA", "use a `LoraConfig`")
+    return name, lora
+
+
+def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None:
+    """A run that broke off may still hold the adapter, with training weights in place."""
+    ours = {id(p) for kind in kinds for p in kind.B}
+    for runtime in list(_attached):
+        if not runtime.is_attached or ours.isdisjoint(id(p) for kind in runtime.kinds for p in kind.B):
+            continue
+        if runtime.engine.optimizer is optimizer:
+            raise StructLoRAError(
+                "StructLoRA already attached to this adapter and optimizer",
+                "one attachment",
+                "attach once, or `detach()` the first",
+            )
+        logger.warning(
+            "StructLoRA was still attached to this adapter from an earlier run; its evaluation weights are taken over."
+        )
+        runtime.detach()
+
+
+@torch.no_grad()
+def _align(kinds: list[Kind]) -> None:
+    for kind in kinds:
+        if kind.is_fresh() and kind.A[0].requires_grad:
+            for factor in kind.A[1:]:
+                factor.copy_(kind.A[0])

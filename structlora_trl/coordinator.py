@@ -1,0 +1,72 @@
+"""Message passing over the depth graph: h ← h + σ(Â h Θ) (paper, "Inter-Layer Update Coordination").
+
+Node features are low-rank factors, (L, r, n) with L depths, r directions and n the width of the shared space. Θ acts on
+the rank axis and is shared by all depths of a kind, so the paper's flattened d·k vectors never exist. Θ starts at zero:
+a new coordinator changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .graph import DepthGraph
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "identity": lambda x: x,
+}
+
+
+class GCN(nn.Module):
+    """Graph convolution with residual connections, `layers` rounds of it.
+
+    Args:
+        rank (`int`): r, the size of the axis that Θ mixes.
+        layers (`int`): rounds of message passing.
+        activation (`str`): a key of `ACTIVATIONS`.
+    """
+
+    def __init__(self, rank: int, layers: int, activation: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.theta = nn.Parameter(torch.zeros(layers, rank, rank))
+
+    def forward(self, features: Tensor, graph: DepthGraph) -> Tensor:
+        """What message passing adds to the features: (L, r, n) -> (L, r, n)."""
+        added = torch.zeros_like(features)
+        for layer, theta in enumerate(self.theta):
+            added = added + self.activation(self.aggregate(features + added, graph, layer, theta))
+        return added
+
+    def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
+        return theta.T @ graph.propagate(features)
+
+
+class GAT(GCN):
+    """The same with attention in place of the fixed weights of Â.
+
+    A node attends by the profile of its direction norms (r numbers that do not depend on the basis of the shared space).
+    Attention starts uniform over neighbours and self. Its cost grows with the square of depth.
+    """
+
+    negative_slope = 0.2  # of the LeakyReLU, as in Veličković et al. (2018)
+    norm_floor = 1e-6  # keeps the gradient of a norm finite at zero features, where every run starts
+
+    def __init__(self, rank: int, layers: int, activation: str):
+        super().__init__(rank, layers, activation)
+        self.attention = nn.Parameter(torch.zeros(layers, 2, rank))  # towards target, towards source
+
+    def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
+        norms = (features.square().mean(2) + self.norm_floor**2).sqrt()  # (L, r)
+        profile = norms / norms.mean()
+        to_target, to_source = self.attention[layer] @ profile.T  # (L,) each
+        scores = nn.functional.leaky_relu(to_target[:, None] + to_source[None, :], self.negative_slope)  # (L, L)
+        joined = graph.edges | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        weights = scores.masked_fill(~joined, -torch.inf).softmax(1)
+        return theta.T @ (weights @ features.flatten(1)).view_as(features)
+
+
+COORDINATORS = {"gcn": GCN, "gat": GAT}

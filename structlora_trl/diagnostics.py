@@ -1,0 +1,70 @@
+"""What training reports about the structure of an adapter, each figure named as in the paper.
+
+gate_openness       mean probability that a direction is open
+gate_entropy        mean entropy of the gates, in nats
+kl                  mean KL between gates and prior, in nats
+effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over modules
+drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
+gradient_cosine     mean cosine of neighbouring depths' gradients (of the effective factors, before the pullback:
+                    the pullback itself mixes depths, and would raise the cosine by construction)
+semantic_edges      number of semantic edges, all kinds
+theta_norm          Frobenius norm of the coordinators' Θ, all kinds
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gates import gate_entropy, kl_to_prior
+from .mapping import Factors, KindMap
+
+
+def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str, float]:
+    """The figures above but for `gradient_cosine`, which needs a step's gradients.
+
+    Args:
+        maps (`list[KindMap]`): one per kind.
+        effective (`list[Factors]`): evaluation factors, one per kind.
+    """
+    metrics: dict[str, float] = {}
+    logits = [m.logits.detach().expand(m.kind.depth_count, -1).flatten() for m in maps if m.logits is not None]
+    if logits:
+        logits = torch.cat([part.to(logits[0].device) for part in logits])
+        metrics["gate_openness"] = torch.sigmoid(logits).mean().item()
+        metrics["gate_entropy"] = gate_entropy(logits).mean().item()
+        metrics["kl"] = kl_to_prior(logits, maps[0].config.prior).mean().item()
+    ranks = torch.cat([effective_rank(*factors).cpu() for factors in effective])
+    metrics["effective_rank"] = ranks.mean().item()
+    metrics["drift_energy"] = sum(drift_energy(u) for m, f in zip(maps, effective) for u in m.features(f))
+    if any(len(m.coordinators) for m in maps):
+        metrics["semantic_edges"] = sum(m.graph.semantic_edge_count for m in maps)
+        thetas = [c.theta.detach().norm().cpu() for m in maps for c in m.coordinators.values()]
+        metrics["theta_norm"] = torch.stack(thetas).norm().item()
+    return metrics
+
+
+def effective_rank(A: Tensor, B: Tensor) -> Tensor:
+    """Effective rank of each BA, from r x r Gram matrices alone: (L, r, k), (L, d, r) -> (L,). Zero for BA = 0."""
+    left, right = B.mT @ B, A @ A.mT  # (L, r, r)
+    # BA and (BᵀB)^½ (AAᵀ)^½ have the same singular values.
+    singular = torch.linalg.svdvals(_square_root(left) @ _square_root(right))
+    total = singular.sum(1, keepdim=True)
+    share = singular / total.clamp(min=torch.finfo(total.dtype).tiny)
+    entropy = -torch.xlogy(share, share).sum(1)
+    return torch.where(total[:, 0] > 0, entropy.exp(), torch.zeros_like(entropy))
+
+
+def drift_energy(features: Tensor) -> float:
+    """Σ_l ‖u_l+1 − u_l‖² of node features (L, ...), the paper's measure of incoherence over depth."""
+    return (features[1:] - features[:-1]).square().sum().item()
+
+
+def neighbour_cosine(features: Tensor) -> Tensor:
+    """Mean cosine of neighbours, (L, n) -> scalar tensor."""
+    return torch.nn.functional.cosine_similarity(features[1:], features[:-1]).mean()
+
+
+def _square_root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT

@@ -1,0 +1,172 @@
+"""One process and a `torch.optim` optimizer: a bare loop, Accelerate and the HF Trainer alike.
+
+The model's parameters hold effective values. For the duration of `optimizer.step()` latent values are swapped in, by the
+step hooks every torch optimizer has; the parameters' storage is never replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StructLoRAError
+from ..mapping import Factors
+from ..nodes import Kind
+from .base import Engine
+
+
+class TorchEngine(Engine):
+    """Args:
+        optimizer (`torch.optim.Optimizer`): the real optimizer, not a wrapper around it.
+        kinds (`list[Kind]`): what it must own.
+
+    Raises:
+        StructLoRAError: the optimizer lacks some trainable LoRA parameter, or moves parameters outside its step.
+    """
+
+    name = "torch"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
+        self.optimizer, self.kinds = optimizer, kinds
+        self._handles: list = []
+        self._refuse_unfit()
+        self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in kinds]  # in the parameters' own dtype
+        first = self._trainable()[0]
+        self._group = next(i for i, g in enumerate(optimizer.param_groups) if any(p is first for p in g["params"]))
+        self._base_lr = optimizer.param_groups[self._group]["lr"]
+
+    def install(self, before_step: Callable[[], bool], after_step: Callable[[], None]) -> None:
+        def before(optimizer, args, kwargs):
+            if any(callable(a) for a in (*args, *kwargs.values())):
+                raise StructLoRAError(
+                    f"{type(optimizer).__name__}.step called with a closure",
+                    "gradients that are complete before the step",
+                    "run forward and backward first, then call `step()` without arguments",
+                )
+            if not before_step():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+            self._put(self._latents)
+
+        def after(optimizer, args, kwargs):
+            self._take()
+            after_step()
+
+        self._handles = [
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def read_gradients(self) -> list[Factors] | None:
+        if all(parameter.grad is None for parameter in self._trainable()):
+            return None
+        return [Factors(_stack_gradients(k.A), _stack_gradients(k.B)) for k in self.kinds]
+
+    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+        targets, values = [], []
+        for kind, stacked in zip(self.kinds, gradients):
+            for parameters, stack in zip((kind.A, kind.B), stacked):
+                if not parameters[0].requires_grad:
+                    continue
+                for parameter, value in zip(parameters, stack):
+                    if parameter.grad is None:
+                        if not fill_missing:
+                            continue
+                        parameter.grad = torch.zeros_like(parameter)
+                    targets.append(parameter.grad)
+                    values.append(value.view_as(parameter))
+        torch._foreach_copy_(targets, values)
+
+    def read_latents(self) -> list[Factors]:
+        return [Factors(A.float(), B.float()) for A, B in self._latents]
+
+    def write_latents(self, latents: list[Factors]) -> None:
+        for own, new in zip(self._latents, latents):
+            own.A.copy_(new.A)
+            own.B.copy_(new.B)
+
+    def write_working(self, effective: list[Factors]) -> None:
+        self._put(effective)
+
+    def gradients_are_finite(self) -> bool:
+        found_inf = getattr(
+            self.optimizer, "found_inf", None
+        )  # set by GradScaler on optimizers that unscale themselves
+        if found_inf is not None and found_inf.item():
+            return False
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norms = torch._foreach_norm(gradients)
+        return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
+
+    def gradient_scale(self) -> float:
+        scale = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler on optimizers that unscale themselves
+        return 1.0 if scale is None else float(scale)
+
+    def learning_rate_scale(self) -> float:
+        group = self.optimizer.param_groups[self._group]
+        base = group.get("initial_lr", self._base_lr)  # set by every torch scheduler
+        return float(group["lr"] / base) if base else 0.0
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for kind in self.kinds for p in (*kind.A, *kind.B) if p.requires_grad]
+
+    @torch.no_grad()
+    def _put(self, values: list[Factors]) -> None:
+        targets, sources = [], []
+        for kind, stacked in zip(self.kinds, values):
+            for parameters, stack in zip((kind.A, kind.B), stacked):
+                if parameters[0].requires_grad:
+                    targets += [p.data for p in parameters]
+                    sources += [value.view_as(p) for p, value in zip(parameters, stack)]
+        torch._foreach_copy_(targets, sources)
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        for kind, latent in zip(self.kinds, self._latents):
+            for parameters, stack in zip((kind.A, kind.B), latent):
+                torch._foreach_copy_(
+                    [value.view_as(p) for p, value in zip(parameters, stack)], [p.data for p in parameters]
+                )
+
+    def _refuse_unfit(self) -> None:
+        name = type(self.optimizer).__name__
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise StructLoRAError(
+                f"an optimizer of type {name}",
+                "a torch.optim.Optimizer",
+                "pass the optimizer whose `step` updates the model",
+            )
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = sum(id(p) not in owned for p in self._trainable())
+        if missing:
+            raise StructLoRAError(
+                f"{missing} of {len(self._trainable())} trainable LoRA parameters missing from the optimizer ({name})",
+                "an optimizer that steps them all",
+                "build the optimizer after the adapter, and avoid layer-wise optimizers, which step inside the backward pass",
+            )
+        if any("train_mode" in group for group in self.optimizer.param_groups):
+            raise StructLoRAError(
+                f"a schedule-free optimizer ({name}), which moves parameters outside its step",
+                "an optimizer that changes parameters in `step` alone",
+                "choose another `optim`, such as adamw_torch",
+            )
+
+
+@torch.no_grad()
+def _stack(parameters: list[nn.Parameter]) -> Tensor:
+    device = parameters[0].device
+    return torch.stack([p.detach().to(device).flatten(1) for p in parameters])
+
+
+def _stack_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    device = parameters[0].device
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in parameters]
+    return torch.stack([g.to(device, torch.float32).flatten(1) for g in gradients])

@@ -1,0 +1,82 @@
+"""Information-bottleneck gates on rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
+
+Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In training a gate
+is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is its probability.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Seeds of different runs stay apart for as many steps as this prime.
+_STEPS_PER_SEED = 1_000_003
+
+
+def logit(probability: float) -> float:
+    """Inverse of the sigmoid."""
+    return math.log(probability) - math.log1p(-probability)
+
+
+def logistic_noise(count: int, seed: int, step: int) -> Tensor:
+    """Standard logistic noise, one draw per gate.
+
+    Drawn on the CPU from (seed, step) alone: the same on every rank and device, and after a resume.
+
+    Returns:
+        `Tensor` of shape (count,), fp32, on the CPU.
+    """
+    generator = torch.Generator().manual_seed((seed * _STEPS_PER_SEED + step) % 2**63)
+    uniform = torch.rand(count, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
+    return uniform.log() - torch.log1p(-uniform)
+
+
+def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool = False) -> Tensor:
+    """Binary-concrete sample sigmoid((φ + noise) / τ), optionally rounded with a straight-through gradient.
+
+    Args:
+        logits (`Tensor`): (L, r), or (1, r) where gates are shared over depth.
+        noise (`Tensor`): logistic, (L, r).
+
+    Returns:
+        `Tensor` of shape (L, r) in [0, 1].
+    """
+    soft = torch.sigmoid((logits + noise) / temperature)
+    if not hard:
+        return soft
+    return soft + ((soft > 0.5).to(soft.dtype) - soft).detach()
+
+
+def kl_to_prior(logits: Tensor, prior: float) -> Tensor:
+    """KL(Bernoulli(sigmoid φ) ‖ Bernoulli(prior)) per gate, in nats; the variational bound of I(ΔW̃; X)."""
+    open_ = torch.sigmoid(logits)
+    log_open, log_closed = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+    return open_ * (log_open - math.log(prior)) + (1 - open_) * (log_closed - math.log1p(-prior))
+
+
+def kl_gradient(logits: Tensor, prior: float) -> Tensor:
+    """Derivative of `kl_to_prior` in closed form: σ(φ)(1 − σ(φ))(φ − logit(prior))."""
+    open_ = torch.sigmoid(logits)
+    return open_ * (1 - open_) * (logits - logit(prior))
+
+
+def gate_entropy(logits: Tensor) -> Tensor:
+    """Entropy of each gate, in nats."""
+    open_ = torch.sigmoid(logits)
+    return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(-logits)
+
+
+def top_k_mask(A: Tensor, B: Tensor, keep: int) -> Tensor:
+    """1 for the `keep` directions of largest ‖b_j‖‖a_j‖ in each module, 0 for the rest (the paper's Top-k norm filter).
+
+    Args:
+        A (`Tensor`): (L, r, k).
+        B (`Tensor`): (L, d, r).
+
+    Returns:
+        `Tensor` of shape (L, r).
+    """
+    norms = A.norm(dim=2) * B.norm(dim=1)  # (L, r)
+    return torch.zeros_like(norms).scatter_(1, norms.topk(keep, dim=1).indices, 1.0)

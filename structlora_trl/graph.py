@@ -1,0 +1,112 @@
+"""The depth graph (paper, "Graph Neural Network-Style Inter-Layer Update Coordination"): one node per depth of a kind.
+
+Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# On a CPU, deeper graphs than this are multiplied as sparse matrices, so that cost stays linear in depth. GPUs multiply
+# dense: fast enough at any depth, and unlike their sparse kernels bit-reproducible, which replicated weights rely on.
+_DENSE_DEPTH = 64
+
+
+def adjacency_edges(depth_count: int) -> Tensor:
+    """Edges between neighbours in depth: (L, L) bool, symmetric, no self-loops."""
+    edges = torch.zeros(depth_count, depth_count, dtype=torch.bool)
+    node = torch.arange(depth_count - 1)
+    edges[node, node + 1] = edges[node + 1, node] = True
+    return edges
+
+
+def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tensor) -> Tensor:
+    """Edges from each node to its `top_k` nearest by cosine, where the cosine is above `threshold`.
+
+    Args:
+        features (`Tensor`): (L, n) running-mean gradients.
+        exclude (`Tensor`): (L, L) bool, pairs that are joined already.
+
+    Returns:
+        `Tensor` (L, L) bool, symmetric: an edge stands if either end asks for it.
+    """
+    unit = torch.nn.functional.normalize(features, dim=1)
+    cosine = (unit @ unit.T).masked_fill_(exclude, -torch.inf).fill_diagonal_(-torch.inf)
+    value, neighbour = cosine.topk(min(top_k, len(cosine) - 1), dim=1)
+    edges = torch.zeros_like(exclude).scatter_(1, neighbour, value > threshold)
+    return edges | edges.T
+
+
+def normalize_edges(edges: Tensor) -> Tensor:
+    """Â = D^-1/2 (S + I) D^-1/2 for (L, L) edges S; symmetric, eigenvalues in [-1, 1]."""
+    with_self = edges.float().fill_diagonal_(1.0)
+    scale = with_self.sum(1).rsqrt()
+    return scale[:, None] * with_self * scale[None, :]
+
+
+class DepthGraph:
+    """The graph of one kind: fixed adjacency edges, semantic edges that follow the gradients, and Â of both.
+
+    Args:
+        depth_count (`int`): number of nodes L.
+        edges (`str`): 'hybrid', 'adjacency' or 'similarity'.
+        top_k (`int`): semantic edges each node may ask for.
+        threshold (`float`): cosine above which a semantic edge is drawn.
+        decay (`float`): decay of the running-mean gradient.
+        device (`torch.device`): where the node features live.
+    """
+
+    def __init__(self, depth_count: int, edges: str, top_k: int, threshold: float, decay: float, device: torch.device):
+        self.top_k, self.threshold, self.decay = top_k, threshold, decay
+        self.fixed = adjacency_edges(depth_count).to(device)  # (L, L)
+        if edges == "similarity":
+            self.fixed = torch.zeros_like(self.fixed)
+        self.semantic = torch.zeros_like(self.fixed)  # (L, L)
+        self.follows_gradients = edges != "adjacency"
+        self.features: Tensor | None = None  # (L, n) running-mean gradient
+        self._refresh()
+
+    @property
+    def edges(self) -> Tensor:
+        """(L, L) bool: all edges, without self-loops."""
+        return self.fixed | self.semantic
+
+    @property
+    def semantic_edge_count(self) -> int:
+        """Number of undirected semantic edges."""
+        return int(self.semantic.sum()) // 2
+
+    def observe(self, gradients: Tensor) -> None:
+        """Take a step's gradients (L, ...) into the running mean."""
+        gradients = gradients.flatten(1)
+        if self.features is None:
+            self.features = gradients.clone()
+        else:
+            self.features.lerp_(gradients, 1 - self.decay)
+
+    def rebuild(self) -> None:
+        """Draw the semantic edges anew from the running-mean gradients."""
+        if self.features is not None:
+            self.semantic = semantic_edges(self.features, self.top_k, self.threshold, self.fixed)
+            self._refresh()
+
+    def propagate(self, features: Tensor) -> Tensor:
+        """Â h for node features h (L, r, n)."""
+        return (self._propagation @ features.flatten(1)).view_as(features)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"semantic": self.semantic}
+        if self.features is not None:
+            state["features"] = self.features
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.semantic = state["semantic"].to(self.fixed.device)
+        self.features = state["features"].to(self.fixed.device) if "features" in state else None
+        self._refresh()
+
+    def _refresh(self) -> None:
+        normalized = normalize_edges(self.edges)
+        sparse = normalized.device.type == "cpu" and len(normalized) > _DENSE_DEPTH
+        self._propagation = normalized.to_sparse() if sparse else normalized

@@ -1,0 +1,218 @@
+"""The latent-to-effective map of one kind, and its pullback.
+
+    latent (A, B)  --gates-->  (A, B̃ = B·diag(m)/m₀)  --message passing-->  effective (A', B')
+
+The optimizer steps the latent factors; the model computes with the effective ones. All depths of a kind go through the
+map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import StructLoRAConfig
+from .coordinator import COORDINATORS
+from .errors import StructLoRAError
+from .gates import kl_gradient, logit, sample_gates, top_k_mask
+from .graph import DepthGraph
+from .nodes import Kind, residual_role
+
+
+class Factors(NamedTuple):
+    """Stacked factors of a kind, or anything of their shapes: A (L, r, k), B (L, d, r)."""
+
+    A: Tensor
+    B: Tensor
+
+
+class KindMap(nn.Module):
+    """The map of one kind: its gate logits, its graph and its coordinator.
+
+    Args:
+        kind (`Kind`): the modules it maps.
+        config (`StructLoRAConfig`): which parts act.
+        reference (`Tensor`): lora_A at attach, (L, r, k) or (1, r, k) where all depths are equal. The node features of
+            readers are A − reference.
+
+    Raises:
+        StructLoRAError: the role of the kind is needed and unknown, or a factor that would be mapped is frozen.
+    """
+
+    def __init__(self, kind: Kind, config: StructLoRAConfig, reference: Tensor):
+        super().__init__()
+        self.kind, self.config = kind, config
+        depth_count, rank = kind.depth_count, kind.rank
+        self.sides = compared_sides(kind, config)
+        self.reference = reference.float() if "A" in self.sides else None
+
+        self.logits = None
+        if config.filter == "ib":
+            start = torch.full((1 if config.share_gates else depth_count, rank), logit(config.gate_init))
+            self.logits = nn.Parameter(start.to(kind.device))  # (L, r) or (1, r)
+            self.initial_gate = torch.sigmoid(self.logits.detach()[:1, :1])  # m₀, exactly what attach divides by
+
+        self.graph = DepthGraph(
+            depth_count,
+            config.edges,
+            config.semantic_top_k,
+            config.semantic_threshold,
+            config.semantic_decay,
+            kind.device,
+        )
+        self.coordinators = nn.ModuleDict()
+        if config.coordinator != "none" and depth_count > 1:
+            for side in self.sides:
+                coordinator = COORDINATORS[config.coordinator](rank, config.coordinator_layers, config.activation)
+                self.coordinators[side] = coordinator.to(kind.device)
+        self._refuse_frozen()
+
+    @property
+    def gate_count(self) -> int:
+        """Gates that are sampled: one per direction and depth."""
+        return self.kind.depth_count * self.kind.rank
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether training weights differ from evaluation weights."""
+        return self.config.filter in ("ib", "random")
+
+    def forward(self, latent: Factors, noise: Tensor | None) -> Factors:
+        """Effective factors of latent ones.
+
+        Args:
+            latent (`Factors`): fp32.
+            noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation.
+        """
+        A, B = latent
+        gates = self.gates(latent, noise)
+        if gates is not None:
+            B = self._apply(gates, B)
+        if "A" in self.coordinators:
+            A = A + self.coordinators["A"](A - self.reference, self.graph)
+        if "B" in self.coordinators:
+            transposed = B.transpose(1, 2)  # (L, r, d)
+            B = B + self.coordinators["B"](transposed, self.graph).transpose(1, 2)
+        return Factors(A, B)
+
+    def gates(self, latent: Factors, noise: Tensor | None) -> Tensor | None:
+        """What each direction is multiplied with, (L, r), or None for 1 everywhere."""
+        config = self.config
+        if config.filter == "ib":
+            if noise is None:
+                open_ = torch.sigmoid(self.logits).expand(self.kind.depth_count, -1)
+            else:
+                open_ = sample_gates(self.logits, noise, config.temperature, config.hard_gates)
+            return open_ / self.initial_gate
+        if config.filter == "random" and noise is not None:
+            return (noise + logit(config.gate_init) > 0).float() / config.gate_init
+        if config.filter == "topk_norm":
+            with torch.no_grad():
+                return top_k_mask(*latent, keep=max(1, round(config.gate_init * self.kind.rank)))
+        return None
+
+    def _apply(self, gates: Tensor, B: Tensor) -> Tensor:
+        filtered = B * gates[:, None, :]
+        if self.config.filter == "topk_norm":
+            # Closed directions still learn (straight through), or the first choice would be the last.
+            return B + (filtered - B).detach()
+        return filtered
+
+    def pullback(
+        self, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float = 1.0
+    ) -> tuple[Factors, dict[str, Tensor]]:
+        """The gradient with respect to effective factors, carried to latent factors and to the map's own parameters.
+
+        One vector-Jacobian product; by the chain rule this is training through the map.
+
+        Args:
+            latent (`Factors`): fp32, as they were when the effective factors were made.
+            gradient (`Factors`): fp32 gradients of the task loss with respect to the effective factors, times `scale`.
+            noise (`Tensor`, *optional*): the same noise as in `forward`.
+            scale (`float`, *optional*, defaults to 1.0): loss scale of mixed precision.
+
+        Returns:
+            Gradients of the latent factors (still times `scale`), and a dict from parameter name to gradient (unscaled),
+            both of the task loss alone but for the regulariser's share of the former.
+        """
+        leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
+        own = dict(self.named_parameters())
+        with torch.enable_grad():
+            effective = self(leaves, noise)
+            outputs, cotangents = list(effective), list(gradient)
+            if self.config.regularizer != "none" and self.kind.depth_count > 1:
+                outputs.append(self.regularizer(leaves))
+                cotangents.append(torch.tensor(self.config.regularizer_weight * scale, device=self.kind.device))
+            pulled = torch.autograd.grad(outputs, [*leaves, *own.values()], cotangents)
+        return Factors(*pulled[:2]), {name: g / scale for name, g in zip(own, pulled[2:])}
+
+    def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
+        """Task gradients of the map's parameters turned into those of L_task + λ(β·KL − γ·I), for the gate logits.
+
+        Args:
+            task (`dict`): what `pullback` returned.
+            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of them.
+        """
+        if self.logits is None:
+            return task
+        weight = kl_scale * (self.kind.depth_count if self.config.share_gates else 1)
+        kl = weight * kl_gradient(self.logits.detach(), self.config.prior)
+        return {**task, "logits": self.config.label_weight * task["logits"] + kl}
+
+    def features(self, factors: Factors) -> list[Tensor]:
+        """Node features on the sides that are comparable across depth: (L, r, n) each."""
+        of = {"A": lambda: factors.A - self.reference, "B": lambda: factors.B.transpose(1, 2)}
+        return [of[side]() for side in self.sides]
+
+    def side_gradients(self, gradient: Factors) -> Tensor:
+        """Gradients on those sides, flattened: (L, n)."""
+        return torch.cat([getattr(gradient, side).flatten(1) for side in self.sides], dim=1)
+
+    def regularizer(self, latent: Factors) -> Tensor:
+        """LoRA+Cos: Σ (1 − cos(u_l, u_l+1)); LoRA+Laplacian: Σ ‖u_l+1 − u_l‖², over neighbouring depths."""
+        total = torch.zeros((), device=self.kind.device)
+        for u in self.features(latent):
+            u = u.flatten(1)
+            if self.config.regularizer == "cosine":
+                total = total + (1 - nn.functional.cosine_similarity(u[1:], u[:-1])).sum()
+            else:
+                total = total + (u[1:] - u[:-1]).square().sum()
+        return total
+
+    def _refuse_frozen(self) -> None:
+        mapped = set(self.coordinators) | ({"B"} if self.config.filter != "none" else set())
+        if self.config.regularizer != "none":
+            mapped |= set(self.sides)
+        for side in sorted(mapped):
+            if not getattr(self.kind, side)[0].requires_grad:
+                remedy = (
+                    "set `side='write'`, or `coordinator='none'`" if side == "A" else "train it, or set `filter='none'`"
+                )
+                raise StructLoRAError(
+                    f"lora_{side} of '{self.kind.name}' frozen",
+                    f"a trainable lora_{side}, since StructLoRA maps it",
+                    remedy,
+                )
+
+
+def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
+    """The factors of a kind that are compared across depth: ('A',), ('B',) or both.
+
+    Raises:
+        StructLoRAError: `side='auto'`, depths are to be compared, and the module's role is unknown.
+    """
+    if config.side == "both":
+        return ("A", "B")
+    role = config.side
+    if role == "auto":
+        role = residual_role(kind, config.roles)
+        if role is None and config.compares_depths and kind.depth_count > 1:
+            leaf = kind.modules[0].rsplit(".", 1)[-1]
+            raise StructLoRAError(
+                f"module '{kind.modules[0]}', whose role is unknown",
+                "to know whether it reads the residual stream (its lora_A is comparable across depth) or writes it (its lora_B is)",
+                f"set `roles={{'{leaf}': 'read'}}` or `'write'`, or choose `side` yourself",
+            )
+    return ("B",) if role == "write" else ("A",)

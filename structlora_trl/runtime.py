@@ -1,0 +1,303 @@
+"""The runtime drives a step: it owns the maps, the gate noise, the small AdamW of logits and Θ, and which weights stand.
+
+Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. `train()` puts the
+noisy training weights in place for the step to come; the step refuses gradients of any others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .config import StructLoRAConfig
+from .diagnostics import neighbour_cosine, structure_metrics
+from .engines import Engine
+from .errors import StructLoRAError
+from .gates import logistic_noise
+from .mapping import Factors, KindMap
+from .nodes import Kind
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEED = 42
+EVALUATION, TRAINING, STEPPING = "evaluation", "training", "stepping"
+
+
+class Runtime:
+    """StructLoRA on one adapter and one optimizer.
+
+    Args:
+        model (`nn.Module`): the model whose parameters the kinds hold; its `state_dict()` always shows evaluation weights.
+        kinds (`list[Kind]`): what is trained.
+        config (`StructLoRAConfig`): how.
+        engine (`Engine`): who owns the parameters.
+        seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
+
+    Raises:
+        StructLoRAError: a coordinator is asked for and no kind has two depths.
+    """
+
+    def __init__(
+        self, model: nn.Module, kinds: list[Kind], config: StructLoRAConfig, engine: Engine, seed: int = DEFAULT_SEED
+    ):
+        if config.coordinator != "none" and all(kind.depth_count == 1 for kind in kinds):
+            raise StructLoRAError(
+                f"only one depth in every kind ({', '.join(kind.name for kind in kinds)})",
+                "two depths or more of some kind for a coordinator",
+                "adapt more layers, or set `coordinator='none'`",
+            )
+        self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
+        self.seed = seed if config.seed is None else config.seed
+        self.step = 0
+        self.skipped_steps = 0
+        self.hook_calls = 0
+        self.role = EVALUATION
+        self.is_attached = True
+        self.maps = [KindMap(k, config, _reference(f.A)) for k, f in zip(kinds, engine.read_latents())]
+        self._gate_count = sum(m.gate_count for m in self.maps)
+        self._gate_parameters = [m.logits for m in self.maps if m.logits is not None]
+        self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
+        self._optimizer = self._build_optimizer()
+        self._lr_scale: float | None = None  # set while a step that counts is under way
+        self._map_seconds = 0.0
+        self._cosines: list[Tensor] = []
+        self._metric_steps = 0
+        engine.install(self._before_step, self._after_step)
+
+        # A function, not a method: copying the model must not copy the runtime with it.
+        def show_evaluation_weights(module, state, prefix, metadata):
+            if module is self.model:
+                self._show_evaluation_weights(state, prefix)
+
+        self._model_hooks = [model.register_state_dict_post_hook(show_evaluation_weights)]
+
+    def __repr__(self) -> str:
+        depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
+        config = self.config
+        return (
+            f"StructLoRA on {self.engine.name}: {len(self.kinds)} kinds ({depths}), filter {config.filter}, "
+            f"coordinator {config.coordinator} over {config.edges} edges, seed {self.seed}"
+        )
+
+    def train(self) -> None:
+        """Put the training weights of the coming step in place (the same ones until the step is done)."""
+        if self.role != TRAINING:
+            self._write(self._noise())
+            self.role = TRAINING
+
+    def eval(self) -> None:
+        """Put the evaluation weights in place. The next training forward needs `train()` first."""
+        if self.role != EVALUATION:
+            self._write(None)
+            self.role = EVALUATION
+
+    def follow_forward(self) -> None:
+        """Let the weights follow the model: training weights in a forward under `model.train()`, else evaluation weights."""
+
+        def choose_weights(module, *_):
+            if module is self.model:
+                self.train() if module.training else self.eval()
+
+        self._model_hooks.append(self.model.register_forward_pre_hook(choose_weights))
+
+    def detach(self) -> None:
+        """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer."""
+        self.eval()
+        self.engine.remove()
+        for hook in self._model_hooks:
+            hook.remove()
+        self.is_attached = False
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's LoRA parameters that StructLoRA trains."""
+        return [p for kind in self.kinds for p in (*kind.A, *kind.B)]
+
+    def evaluation_factors(self) -> list[Factors]:
+        """Effective factors without noise, one per kind, fp32."""
+        return self._effective(None)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures under `structlora/` (see `diagnostics`); averages over the steps since the last call."""
+        found = structure_metrics(self.maps, self.evaluation_factors())
+        if self._cosines:
+            found["gradient_cosine"] = torch.stack([c.cpu() for c in self._cosines]).mean().item()
+        found["map_ms"] = 1000 * self._map_seconds / max(self._metric_steps, 1)
+        found["skipped_steps"] = self.skipped_steps
+        self._map_seconds, self._cosines, self._metric_steps = 0.0, [], 0
+        return {f"structlora/{name}": value for name, value in found.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Latents, logits, Θ, their optimizer's state, graphs and the step that seeds the noise, as one flat dict."""
+        state = {"step": torch.tensor(self.step), "skipped_steps": torch.tensor(self.skipped_steps)}
+        for m, latent in zip(self.maps, self.engine.read_latents()):
+            parts = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
+            if m.reference is not None:
+                parts["reference_A"] = m.reference
+            parts |= {f"graph.{name}": value for name, value in m.graph.state_dict().items()}
+            state |= {f"{m.kind.name}/{name}": value for name, value in parts.items()}
+        for index, moments in self._optimizer.state_dict()["state"].items() if self._optimizer else ():
+            state |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+        return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict()`: afterwards the model holds that state's evaluation weights.
+
+        Raises:
+            StructLoRAError: the state is of other modules, shapes, rank or parts.
+        """
+        self._refuse_mismatch(state)
+        latents = []
+        for m in self.maps:
+            prefix = f"{m.kind.name}/"
+            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            latents.append(Factors(own.pop("latent_A"), own.pop("latent_B")))
+            if m.reference is not None:
+                m.reference = own.pop("reference_A").to(m.kind.device)
+            m.graph.load_state_dict({n.removeprefix("graph."): v for n, v in own.items() if n.startswith("graph.")})
+            m.load_state_dict({name: value for name, value in own.items() if not name.startswith("graph.")})
+        self.engine.write_latents(latents)
+        if self._optimizer:
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, value in state.items():
+                if name.startswith("optimizer/"):
+                    _, index, key = name.split("/")
+                    moments.setdefault(int(index), {})[key] = value
+            self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+        self.step, self.skipped_steps = int(state["step"]), int(state["skipped_steps"])
+        self._write(None)
+        self.role = EVALUATION
+
+    def _before_step(self) -> bool:
+        """Carry the gradients back through the map. False where the optimizer must not step."""
+        self.hook_calls += 1
+        self._lr_scale = None
+        gradients = self.engine.read_gradients()
+        if gradients is None:
+            return True  # no backward has run: there is nothing to step, with or without us
+        if self.role != TRAINING:
+            raise StructLoRAError(
+                "an optimizer step on gradients taken at the evaluation weights",
+                "a training forward and backward at the training weights before each step",
+                "call `train()` on the runtime before the forward pass",
+            )
+        self.role = STEPPING
+        if not self.engine.gradients_are_finite():
+            self.skipped_steps += 1
+            logger.warning(
+                "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).", self.skipped_steps
+            )
+            return False
+        started = time.perf_counter()
+        scale = self.engine.gradient_scale()
+        pulled = []
+        for m, latent, gradient, noise in zip(self.maps, self.engine.read_latents(), gradients, self._noise()):
+            factors, own = m.pullback(latent, gradient, noise, scale)
+            pulled.append(factors)
+            for name, value in m.objective_gradients(own, self.config.kl_weight / self._gate_count).items():
+                m.get_parameter(name).grad = value
+            self._observe(m, gradient)
+        self.engine.write_gradients(pulled, fill_missing=self.config.compares_depths)
+        self._lr_scale = self.engine.learning_rate_scale()
+        self._map_seconds += time.perf_counter() - started
+        return True
+
+    def _after_step(self) -> None:
+        """Step logits and Θ, then put the new evaluation weights in place."""
+        if self._lr_scale is not None:
+            started = time.perf_counter()
+            if self._optimizer:
+                for group in self._optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * self._lr_scale
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            self.step += 1
+            self._metric_steps += 1
+            if self.step % self.config.semantic_every == 0:
+                for m in self.maps:
+                    if m.coordinators:
+                        m.graph.rebuild()
+            self._lr_scale = None
+            self._map_seconds += time.perf_counter() - started
+        self._write(None)
+        self.role = EVALUATION
+
+    def _observe(self, m: KindMap, gradient: Factors) -> None:
+        if m.kind.depth_count == 1:
+            return
+        on_sides = m.side_gradients(gradient)
+        self._cosines.append(neighbour_cosine(on_sides))
+        if m.coordinators and m.graph.follows_gradients:
+            m.graph.observe(on_sides)
+
+    def _noise(self) -> list[Tensor | None]:
+        """This step's noise, (L, r) per kind; one draw for all kinds, from (seed, step)."""
+        if not self._is_stochastic:
+            return [None] * len(self.maps)
+        draw = logistic_noise(self._gate_count, self.seed, self.step).split([m.gate_count for m in self.maps])
+        return [part.view(m.kind.depth_count, -1).to(m.kind.device) for m, part in zip(self.maps, draw)]
+
+    @property
+    def _is_stochastic(self) -> bool:
+        return self.maps[0].is_stochastic
+
+    @torch.no_grad()
+    def _effective(self, noise: Iterable[Tensor | None] | None) -> list[Factors]:
+        noise = noise or [None] * len(self.maps)
+        return [m(latent, part) for m, latent, part in zip(self.maps, self.engine.read_latents(), noise)]
+
+    def _write(self, noise: list[Tensor | None] | None) -> None:
+        started = time.perf_counter()
+        self.engine.write_working(self._effective(noise))
+        self._map_seconds += time.perf_counter() - started
+
+    def _build_optimizer(self) -> torch.optim.AdamW | None:
+        groups = [
+            (self._gate_parameters, self.config.gate_lr),
+            (self._coordinator_parameters, self.config.coordinator_lr),
+        ]
+        groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in groups if params]
+        # No weight decay: the KL is the logits' prior, and decay would pull every gate towards one half.
+        return torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
+
+    def _show_evaluation_weights(self, state: dict, prefix: str) -> None:
+        """In a state dict taken amid a step (an interrupted run that is saved, say), show evaluation weights all the same."""
+        if self.role == EVALUATION:
+            return
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for kind, factors in zip(self.kinds, self.evaluation_factors()):
+            for parameters, stack in zip((kind.A, kind.B), factors):
+                for parameter, value in zip(parameters, stack):
+                    state[prefix + names[id(parameter)]] = value.view_as(parameter).to(parameter.dtype)
+
+    def _refuse_mismatch(self, state: dict[str, Tensor]) -> None:
+        own = {name: value for name, value in self.state_dict().items() if _is_fixed(name)}
+        theirs = {name: value for name, value in state.items() if _is_fixed(name)}
+        remedy = "resume with the configuration and the LoraConfig of the run that wrote it"
+        if own.keys() != theirs.keys():
+            surplus, lacking = sorted(theirs.keys() - own.keys()), sorted(own.keys() - theirs.keys())
+            raise StructLoRAError(
+                f"a state of other modules or parts (only in the state: {surplus[:3]}; only in this run: {lacking[:3]})",
+                "the same modules, filter, coordinator and side as now",
+                remedy,
+            )
+        for name, value in own.items():
+            if theirs[name].shape != value.shape and not name.endswith("/reference_A"):
+                raise StructLoRAError(
+                    f"a state with '{name}' of shape {tuple(theirs[name].shape)}",
+                    f"{tuple(value.shape)}, as in this run",
+                    remedy,
+                )
+
+
+def _reference(A: Tensor) -> Tensor:
+    """Where the depths are equal (an aligned start), one copy serves all."""
+    return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
+
+
+def _is_fixed(name: str) -> bool:
+    """Whether a state has this entry from the first step on."""
+    return not name.startswith("optimizer/") and not name.endswith("/graph.features")
