@@ -1,0 +1,49 @@
+"""The oracle: the method as the paper writes it, one layer at a time and inside the autograd graph, with no code of ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference_factors(
+    A: list[Tensor],
+    B: list[Tensor],
+    A0: list[Tensor],
+    gates: list[Tensor] | None,
+    edges: Tensor,
+    theta: dict[str, Tensor],
+    activation,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Effective factors of one kind.
+
+    Args:
+        gates: per depth, what each direction is multiplied with, or None.
+        edges: (L, L) bool without self-loops.
+        theta: 'A' and/or 'B' -> (T, r, r) weights of message passing on that side.
+    """
+    B = [b if gates is None else b @ torch.diag(gates[l]) for l, b in enumerate(B)]
+    if "A" in theta:
+        A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0)], edges, theta["A"], activation)
+    if "B" in theta:
+        transposed = [b.T for b in B]
+        B = [b.T for b in _message_passing(transposed, transposed, edges, theta["B"], activation)]
+    return A, B
+
+
+def _message_passing(values, features, edges, thetas, activation):
+    neighbours = [[*(j for j in range(len(features)) if edges[l, j]), l] for l in range(len(features))]
+    degree = [len(n) for n in neighbours]
+    h = list(features)
+    for theta in thetas:
+        messages = [
+            sum((degree[l] * degree[j]) ** -0.5 * (theta.T @ h[j]) for j in neighbours[l]) for l in range(len(h))
+        ]
+        h = [own + activation(message) for own, message in zip(h, messages)]
+    return [value + new - old for value, new, old in zip(values, h, features)]
+
+
+def reference_kl(logits: Tensor, prior: float) -> Tensor:
+    """Mean KL between the gates and the prior, by torch's own distributions."""
+    gate, target = torch.distributions.Bernoulli(logits=logits), torch.distributions.Bernoulli(torch.tensor(prior))
+    return torch.distributions.kl_divergence(gate, target).mean()

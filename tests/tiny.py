@@ -1,0 +1,209 @@
+"""Tiny random models of every family, built offline, with a batch and a loss for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPVisionConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+WORDS = 60
+VOCABULARY = WORDS + 4  # and four special tokens
+LAYERS = 3
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_DECODER = {**_SIZES, "vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_VISION = {**_SIZES, "image_size": 16, "patch_size": 8}
+_IMAGE_TOKEN, _IMAGE_TOKENS = 3, 4
+_LABELS = 3
+
+_DECODER_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", "<image>", *(f"w{i}" for i in range(WORDS))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return fast
+
+
+def sentence(index: int, length: int = 8) -> str:
+    return " ".join(f"w{(7 * index + 3 * j) % WORDS}" for j in range(length))
+
+
+def _tokens(seed: int, batch: int = 2, length: int = 10) -> torch.Tensor:
+    return torch.randint(4, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _pixels(seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def _text_batch(seed: int) -> dict:
+    tokens = _tokens(seed)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _class_labels(seed: int) -> torch.Tensor:
+    return torch.randint(0, _LABELS, (2,), generator=torch.Generator().manual_seed(seed))
+
+
+def _llava_batch(seed: int) -> dict:
+    tokens = _tokens(seed)
+    tokens[:, :_IMAGE_TOKENS] = _IMAGE_TOKEN
+    return {"input_ids": tokens, "labels": tokens, "pixel_values": _pixels(seed)}
+
+
+def _llava() -> LlavaForConditionalGeneration:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**_DECODER),
+        image_token_index=_IMAGE_TOKEN,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+@dataclass
+class Family:
+    """How to build a family's tiny model and feed it."""
+
+    build: callable
+    batch: callable
+    attention: list[str]  # LoRA targets of the paper's default
+    linear: list[str]  # all linear modules
+
+
+FAMILIES = {
+    "llama": Family(lambda: LlamaForCausalLM(LlamaConfig(**_DECODER)), _text_batch, ["q_proj", "v_proj"], _DECODER_MODULES),
+    "qwen3": Family(
+        lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8)), _text_batch, ["q_proj", "v_proj"], _DECODER_MODULES
+    ),
+    "gemma3": Family(
+        lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=4)),
+        _text_batch,
+        ["q_proj", "v_proj"],
+        _DECODER_MODULES,
+    ),
+    "llava": Family(
+        _llava,
+        _llava_batch,
+        ["q_proj", "v_proj"],
+        [*_DECODER_MODULES, "out_proj", "fc1", "fc2", "linear_1", "linear_2"],
+    ),
+    "bert": Family(
+        lambda: BertForSequenceClassification(BertConfig(**_SIZES, vocab_size=VOCABULARY, num_labels=_LABELS)),
+        lambda seed: {"input_ids": _tokens(seed), "labels": _class_labels(seed)},
+        ["query", "value"],
+        ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
+    ),
+    "vit": Family(
+        lambda: ViTForImageClassification(ViTConfig(**_VISION, num_labels=_LABELS)),
+        lambda seed: {"pixel_values": _pixels(seed), "labels": _class_labels(seed)},
+        ["q_proj", "v_proj"],
+        ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+    ),
+}
+
+if "q_proj" not in str([name for name, _ in FAMILIES["vit"].build().named_modules()]):  # names of earlier versions
+    FAMILIES["vit"].attention = ["query", "value"]
+    FAMILIES["vit"].linear = FAMILIES["bert"].linear
+
+INITS = {
+    "fresh": {},
+    "warm": {},
+    "pissa": {"init_lora_weights": "pissa"},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+def base_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return FAMILIES[family].build().to(dtype)
+
+
+def peft_model(
+    family: str = "llama",
+    init: str = "fresh",
+    targets: list[str] | None = None,
+    rank: int = 4,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> torch.nn.Module:
+    """A tiny model with a LoRA adapter. Adapter weights are in `dtype` too."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        target_modules=targets or FAMILIES[family].attention,
+        **{**INITS[init], **options},
+    )
+    base = base_model(family, torch.float32 if init == "pissa" else dtype)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype)
+    if init == "warm":
+        warm_up(model)
+    return model
+
+
+@torch.no_grad()
+def warm_up(model: torch.nn.Module, scale: float = 0.05) -> None:
+    """Give lora_B values, as if the adapter had been trained before."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def lora_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of(model: torch.nn.Module, family: str, seed: int) -> torch.Tensor:
+    return model(**FAMILIES[family].batch(seed)).loss
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, family: str, seed: int = 99) -> torch.Tensor:
+    model.eval()
+    logits = model(**FAMILIES[family].batch(seed)).logits
+    model.train()
+    return logits.float()
+
+
+def train(model, family: str, optimizer, steps: int, first: int = 0) -> list[float]:
+    """A bare loop: one batch a step, told apart by its number."""
+    model.train()
+    losses = []
+    for step in range(first, first + steps):
+        torch.manual_seed(step)  # dropout, and nothing else, draws from it
+        loss = loss_of(model, family, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def adamw(model, lr: float = 1e-2) -> torch.optim.AdamW:
+    return torch.optim.AdamW(lora_parameters(model).values(), lr=lr)
