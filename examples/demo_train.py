@@ -1,0 +1,121 @@
+"""One row of the demo's table, in a process of its own so that its peak memory is its own: base, lora or structlora.
+
+The two trainings are the same TRL code with the same arguments; StructLoRA is the callback, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from demo_assets import load_sentences
+from demo_task import ANSWERS, PROMPT, evaluate, load_base
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from structlora_trl import StructLoRACallback
+
+STEPS = 60
+LEARNING_RATE = 2e-3
+STEPS_PER_LINE = 10
+
+
+class Progress(TrainerCallback):
+    """Prints a line every few steps; keeps the losses and the time at which each step ended."""
+
+    def __init__(self):
+        self.losses: list[float] = []
+        self.step_ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_ends.append(time.perf_counter())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        self.losses.append(float(logs["loss"]))
+        if state.global_step % STEPS_PER_LINE == 0:
+            loss = statistics.mean(self.losses[-STEPS_PER_LINE:])
+            line = f"    step {state.global_step:2}/{state.max_steps}   mean loss of the last {STEPS_PER_LINE}: {loss:.3f}"
+            print(f"{line}   {self.seconds_per_step():.2f} s per step", flush=True)
+
+    def seconds_per_step(self) -> float:
+        """Median over all steps but the first, from the end of one to the end of the next."""
+        return statistics.median(b - a for a, b in zip(self.step_ends, self.step_ends[1:]))
+
+
+def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, directory: Path, callbacks: list) -> dict:
+    """Fine-tune a LoRA adapter on the answers alone; save it to `directory`."""
+    set_seed(seed)  # the adapter's start is drawn before the trainer sets its seed
+    progress = Progress()
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": PROMPT.format(sentence=s), "completion": ANSWERS[y]} for s, y in examples]),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        args=SFTConfig(
+            output_dir=str(directory),
+            completion_only_loss=True,
+            max_steps=STEPS,
+            per_device_train_batch_size=8,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="linear",
+            gradient_checkpointing=False,
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        callbacks=[progress, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    return {"losses": progress.losses, "seconds_per_step": progress.seconds_per_step(), "model": trainer.model}
+
+
+def gates(callback: StructLoRACallback) -> dict:
+    """For each kind of module, the probability that each direction is open: one row per layer."""
+    maps = callback.runtime.maps
+    return {m.kind.name.rsplit(".", 1)[-1]: torch.sigmoid(m.logits.detach()).tolist() for m in maps}
+
+
+def peak_memory() -> int:
+    """The most memory this process has held at once (resident), in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method", choices=("base", "lora", "structlora"))
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seed", type=int, required=True)
+    options = parser.parse_args()
+    training, held_out = load_sentences()
+    model, tokenizer = load_base()
+    result: dict = {}
+    if options.method != "base":
+        callbacks = [StructLoRACallback()] if options.method == "structlora" else []
+        result = train(model, tokenizer, training, options.seed, options.output / options.method, callbacks)
+        model = result.pop("model")
+        for callback in callbacks:
+            result |= {"gates": gates(callback), "gate_init": callback.config.gate_init}
+    result |= evaluate(model, tokenizer, held_out)
+    result["peak_memory"] = peak_memory()
+    (options.output / f"{options.method}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

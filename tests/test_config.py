@@ -1,0 +1,92 @@
+"""The configuration: names, ranges, messages, and that every front door sees the same fields."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError, StructLoRASFTConfig
+
+REFUSED = {
+    "filter": ["ibb", None, ""],
+    "temperature": [0, -1, float("inf"), "0.3", True],
+    "hard_gates": [1, "yes"],
+    "gate_init": [0, 1, 1.5],
+    "prior": [0, 1],
+    "kl_weight": [-0.1, float("nan")],
+    "label_weight": [-1],
+    "gate_lr": [-1e-3],
+    "share_gates": ["true"],
+    "coordinator": ["gnn"],
+    "coordinator_layers": [0, 4, 1.0, True],
+    "side": ["left"],
+    "activation": ["relu"],
+    "coordinator_lr": ["fast"],
+    "edges": ["all"],
+    "semantic_top_k": [0],
+    "semantic_threshold": [1.0, -1.1],
+    "semantic_every": [0],
+    "semantic_decay": [1.0],
+    "align_init": [None],
+    "regularizer": ["l2"],
+    "regularizer_weight": [0],
+    "roles": [{"q": "input"}, "{", ["q_proj"]],
+    "seed": [-1, 1.5],
+    "adapter_name": [3],
+}
+
+
+def test_the_table_covers_every_option():
+    assert REFUSED.keys() == {f.name for f in fields(StructLoRAConfig)}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in REFUSED.items() for v in values])
+def test_bad_values_are_refused_by_name(name, value):
+    with pytest.raises(StructLoRAError, match=f"found {name}=.*Expected .*To mend it: correct `{name}`"):
+        StructLoRAConfig(**{name: value})
+
+
+def test_misspelt_names_and_values_get_the_nearest():
+    with pytest.raises(StructLoRAError, match=r"unknown option `fliter`.*write `filter`"):
+        StructLoRACallback(fliter="ib")
+    with pytest.raises(StructLoRAError, match=r"did you mean 'adjacency'"):
+        StructLoRACallback(edges="adjacancy")
+
+
+def test_overrides_win_and_the_original_stays():
+    config = StructLoRAConfig(prior=0.3)
+    assert StructLoRACallback(config, temperature=1.0).config == StructLoRAConfig(prior=0.3, temperature=1.0)
+    assert config.temperature == StructLoRAConfig().temperature
+    assert StructLoRACallback({"prior": 0.3}).config == config
+
+
+def test_every_field_has_help():
+    for f in fields(StructLoRAConfig):
+        assert len(f.metadata["help"]) > 20, f.name
+
+
+def test_command_line_has_the_same_names(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--filter", "random", "--gate_lr", "0.5", "--share_gates", "true"]
+    arguments += ["--roles", '{"my_proj": "read"}', "--seed", "7", "--use_cpu", "true", "--bf16", "false"]
+    (args,) = HfArgumentParser(StructLoRASFTConfig).parse_args_into_dataclasses(arguments)
+    assert isinstance(args, SFTConfig)
+    config = StructLoRAConfig.build(args)
+    assert config == StructLoRAConfig(
+        filter="random", gate_lr=0.5, share_gates=True, roles={"my_proj": "read"}, seed=7
+    )
+    with pytest.raises(StructLoRAError, match="gate_lr"):
+        StructLoRASFTConfig(str(tmp_path), gate_lr=-1.0, use_cpu=True, bf16=False)
+
+
+def test_sft_config_keeps_its_own_fields(tmp_path):
+    ours = StructLoRASFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    plain = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert ours.output_dir == str(tmp_path)
+    known = {f.name for f in fields(StructLoRAConfig)} - {"seed"}
+    assert known.isdisjoint(f.name for f in fields(SFTConfig))
+    for f in fields(SFTConfig):
+        if f.name not in ("logging_dir", "run_name"):
+            assert getattr(ours, f.name) == getattr(plain, f.name), f.name

@@ -1,0 +1,274 @@
+"""A step and what stands between steps, in bare PyTorch loops: roles, skipped steps, mixed precision, schedule, resuming."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import FAMILIES, adamw, logits_of, lora_parameters, loss_of, peft_model, train
+
+from structlora_trl import StructLoRAError, attach
+from structlora_trl.checkpoint import load_state, save_state
+
+
+def setup(optimizer=adamw, init="fresh", targets=None, **options):
+    model = peft_model(init=init, targets=targets)
+    optimizer = optimizer(model)
+    return model, optimizer, attach(model, optimizer, **options)
+
+
+def weights_of(model):
+    return [p.detach().clone() for p in lora_parameters(model).values()]
+
+
+def snapshot(runtime):
+    return runtime.state_dict()
+
+
+def assert_same(left: dict, right: dict):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def test_training_sees_noise_and_evaluation_does_not():
+    model, optimizer, runtime = setup()
+    train(model, "llama", optimizer, 2)
+    evaluation = logits_of(model, "llama")
+    assert torch.equal(evaluation, logits_of(model, "llama"))
+    model.train()
+    first = loss_of(model, "llama", 5)
+    assert torch.equal(first, loss_of(model, "llama", 5))  # one draw for all micro-batches of a step
+    between = logits_of(model, "llama")  # an evaluation amid accumulation
+    assert torch.equal(between, evaluation)
+    assert torch.equal(first, loss_of(model, "llama", 5))
+    runtime.eval()
+    model.eval()
+    assert not torch.equal(first, loss_of(model, "llama", 5))
+
+
+def test_accelerate_loop():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = peft_model()
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    runtime = attach(model, optimizer)
+    for seed in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, "llama", seed))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert runtime.step == 3
+
+
+def test_step_on_the_wrong_weights_is_refused():
+    model, optimizer, runtime = setup()
+    model.eval()
+    loss_of(model, "llama", 0).backward()
+    with pytest.raises(StructLoRAError, match="evaluation weights.*call `train\\(\\)`"):
+        optimizer.step()
+    assert runtime.step == 0
+
+
+def test_closures_are_refused():
+    model, optimizer, _ = setup()
+    with pytest.raises(StructLoRAError, match="closure"):
+        optimizer.step(lambda: loss_of(model, "llama", 0))
+
+
+def test_step_without_backward_changes_nothing():
+    model, optimizer, runtime = setup()
+    train(model, "llama", optimizer, 2)
+    before, weights = snapshot(runtime), weights_of(model)
+    optimizer.step()
+    assert_same(before, snapshot(runtime))
+    assert all(map(torch.equal, weights, weights_of(model)))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_bad_gradients_skip_the_step_and_are_counted(poison):
+    model, optimizer, runtime = setup(targets=FAMILIES["llama"].linear)
+    train(model, "llama", optimizer, 2)
+    before, weights = snapshot(runtime), weights_of(model)
+    moments = copy.deepcopy(optimizer.state_dict()["state"])
+    loss_of(model, "llama", 5).backward()
+    next(p for n, p in lora_parameters(model).items() if "v_proj" in n).grad[0, 0] = poison
+    optimizer.step()
+    optimizer.zero_grad()
+    after = snapshot(runtime)
+    assert after.pop("skipped_steps") == before.pop("skipped_steps") + 1 == 1
+    assert_same(before, after)
+    assert all(map(torch.equal, weights, weights_of(model)))
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
+    assert runtime.metrics()["structlora/skipped_steps"] == 1
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 3 and all(w.isfinite().all() for w in weights_of(model))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler(fused):
+    """Scaled gradients train as unscaled ones, and a step that GradScaler skips changes nothing.
+
+    Fused optimizers unscale inside their step; the others are not stepped at all after an overflow.
+    """
+
+    def run(scaled: bool):
+        model = peft_model(targets=FAMILIES["llama"].linear)
+        optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
+        runtime = attach(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        states = []
+        for seed, overflow in enumerate([False, True, False]):
+            if overflow and not scaled:
+                continue
+            scaler.scale(loss_of(model, "llama", seed)).backward()
+            if overflow:
+                next(iter(lora_parameters(model).values())).grad.fill_(float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            runtime.eval()
+            states.append((snapshot(runtime), weights_of(model)))
+        return runtime, states
+
+    runtime, states = run(scaled=True)
+    assert runtime.step == 2
+    skipped = [states[1][0], dict(states[0][0])]
+    for state in skipped:
+        state.pop("skipped_steps")
+    assert_same(*skipped)
+    assert all(map(torch.equal, states[0][1], states[1][1]))
+    _, plain = run(scaled=False)
+    final, expected = states[-1][0], plain[-1][0]
+    for name in final:
+        if "latent" in name or "logits" in name or "theta" in name:
+            torch.testing.assert_close(final[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_maps_learning_rates_follow_the_schedule():
+    model, optimizer, runtime = setup(gate_lr=0.5, coordinator_lr=0.25)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.0][step])
+    for seed, share in enumerate([1.0, 0.5, 0.0]):
+        before = snapshot(runtime)
+        train(model, "llama", optimizer, 1, first=seed)
+        schedule.step() if seed < 2 else None
+        assert [g["lr"] for g in runtime._optimizer.param_groups] == [0.5 * share, 0.25 * share]
+        if share == 0:
+            after = snapshot(runtime)
+            assert all(torch.equal(before[n], after[n]) for n in before if "latent" in n or "logits" in n)
+
+
+def test_noise_and_alignment_are_told_by_the_seed():
+    def logits(**options):
+        model, _, _ = setup(init="warm", **options)
+        model.train()
+        return loss_of(model, "llama", 0)
+
+    assert torch.equal(logits(seed=1), logits(seed=1))
+    assert not torch.equal(logits(seed=1), logits(seed=2))
+
+
+@pytest.mark.parametrize(
+    "init, options, aligned",
+    [
+        ("fresh", {}, True),
+        ("fresh", {"align_init": False}, False),
+        ("fresh", {"filter": "none", "coordinator": "none"}, False),
+        ("warm", {}, False),
+        ("pissa", {}, False),
+    ],
+)
+def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
+    _, _, runtime = setup(init=init, **options)
+    for kind in runtime.kinds:
+        assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is aligned
+
+
+def test_semantic_edges_come_on_time():
+    model, optimizer, runtime = setup(semantic_every=3, semantic_threshold=-0.99, semantic_top_k=1)
+    counts = []
+    for seed in range(3):
+        train(model, "llama", optimizer, 1, first=seed)
+        counts.append(sum(m.graph.semantic_edge_count for m in runtime.maps))
+    assert counts[:2] == [0, 0] and counts[2] > 0
+    assert runtime.metrics()["structlora/semantic_edges"] == counts[2]
+
+
+OPTIONS = [{}, {"coordinator": "gat", "side": "both"}, {"filter": "random"}, {"filter": "topk_norm", "regularizer": "cosine"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_resume_is_bit_for_bit(options, tmp_path):
+    options = {**options, "semantic_every": 2, "semantic_threshold": 0.0}
+    model, optimizer, runtime = setup(targets=FAMILIES["llama"].linear, **options)
+    train(model, "llama", optimizer, 3)
+    save_state(runtime, tmp_path)
+    adapter, moments = weights_of(model), copy.deepcopy(optimizer.state_dict())
+    train(model, "llama", optimizer, 3, first=3)
+
+    resumed = peft_model(targets=FAMILIES["llama"].linear)
+    with torch.no_grad():
+        for parameter, value in zip(lora_parameters(resumed).values(), adapter):
+            parameter.copy_(value)
+    optimizer_2 = adamw(resumed)
+    optimizer_2.load_state_dict(moments)
+    runtime_2 = attach(resumed, optimizer_2, **options)
+    load_state(runtime_2, tmp_path)
+    assert all(map(torch.equal, adapter, weights_of(resumed)))
+    train(resumed, "llama", optimizer_2, 3, first=3)
+    assert_same(snapshot(runtime), snapshot(runtime_2))
+    assert all(map(torch.equal, weights_of(model), weights_of(resumed)))
+
+
+def test_detach_leaves_plain_lora():
+    model, optimizer, runtime = setup()
+    train(model, "llama", optimizer, 2)
+    runtime.train()
+    runtime.detach()
+    for kind, factors in zip(runtime.kinds, runtime.evaluation_factors()):
+        assert torch.equal(torch.stack(list(kind.A)), factors.A) and torch.equal(torch.stack(list(kind.B)), factors.B)
+    calls = runtime.hook_calls
+    train(model, "llama", optimizer, 1)
+    assert runtime.hook_calls == calls
+
+
+def test_a_broken_off_run_is_taken_over():
+    model, optimizer, runtime = setup(init="warm")
+    train(model, "llama", optimizer, 2)
+    evaluation = logits_of(model, "llama")
+    model.train()
+    loss_of(model, "llama", 0)  # training weights stand, and the run ends here
+    again = attach(model, adamw(model))
+    assert not runtime.is_attached
+    assert torch.equal(logits_of(model, "llama"), evaluation)
+    again.detach()
+
+
+def test_copies_of_the_model_do_not_carry_the_runtime():
+    model, optimizer, runtime = setup()
+    train(model, "llama", optimizer, 1)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in lora_parameters(twin).values():
+            parameter.fill_(0.5)
+    runtime.train()
+    assert all((v == 0.5).all() for n, v in twin.state_dict().items() if "lora" in n)
+    twin.train()
+    loss_of(twin, "llama", 0)
+    assert all((p == 0.5).all() for p in lora_parameters(twin).values())
+
+
+def test_unused_depths_get_gradients_from_neighbours_alone():
+    """A module that the batch did not reach has no gradient: gates leave it alone, a coordinator may reach it."""
+    for coordinator, moves in (("none", False), ("gcn", True)):
+        model, optimizer, runtime = setup(init="warm", coordinator=coordinator, side="write")
+        train(model, "llama", optimizer, 2)
+        kind = runtime.kinds[0]
+        before = runtime.engine.read_latents()[0].B[1].clone()
+        model.train()
+        loss_of(model, "llama", 7).backward()
+        kind.A[1].grad = kind.B[1].grad = None
+        optimizer.step()
+        assert (not torch.equal(before, runtime.engine.read_latents()[0].B[1])) is moves
