@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _HOME = {
     "StructLoRAConfig": "config",
     "StructLoRAError": "errors",
-    "attach": "attach",
+    "attach": "attachment",
     "Runtime": "runtime",
     "StructLoRACallback": "callback",
     "StructLoRAMixin": "trainer",

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .attach import build_runtime
+from .attachment import build_runtime
 from .checkpoint import load_state, save_state
 from .compat import checkpoint_being_saved, run_first, training_trainer
 from .config import StructLoRAConfig

@@ -36,9 +36,6 @@ class KindMap(nn.Module):
         config (`StructLoRAConfig`): which parts act.
         reference (`Tensor`): lora_A at attach, (L, r, k) or (1, r, k) where all depths are equal. The node features of
             readers are A − reference.
-
-    Raises:
-        StructLoRAError: the role of the kind is needed and unknown, or a factor that would be mapped is frozen.
     """
 
     def __init__(self, kind: Kind, config: StructLoRAConfig, reference: Tensor):
@@ -67,7 +64,6 @@ class KindMap(nn.Module):
             for side in self.sides:
                 coordinator = COORDINATORS[config.coordinator](rank, config.coordinator_layers, config.activation)
                 self.coordinators[side] = coordinator.to(kind.device)
-        self._refuse_frozen()
 
     @property
     def gate_count(self) -> int:
@@ -181,21 +177,6 @@ class KindMap(nn.Module):
                 total = total + (u[1:] - u[:-1]).square().sum()
         return total
 
-    def _refuse_frozen(self) -> None:
-        mapped = set(self.coordinators) | ({"B"} if self.config.filter != "none" else set())
-        if self.config.regularizer != "none":
-            mapped |= set(self.sides)
-        for side in sorted(mapped):
-            if not getattr(self.kind, side)[0].requires_grad:
-                remedy = (
-                    "set `side='write'`, or `coordinator='none'`" if side == "A" else "train it, or set `filter='none'`"
-                )
-                raise StructLoRAError(
-                    f"lora_{side} of '{self.kind.name}' frozen",
-                    f"a trainable lora_{side}, since StructLoRA maps it",
-                    remedy,
-                )
-
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
     """The factors of a kind that are compared across depth: ('A',), ('B',) or both.
@@ -216,3 +197,30 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
                 f"set `roles={{'{leaf}': 'read'}}` or `'write'`, or choose `side` yourself",
             )
     return ("B",) if role == "write" else ("A",)
+
+
+def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
+    """Stop before anything is touched where the map cannot act as asked.
+
+    Raises:
+        StructLoRAError: a coordinator is asked for and no kind has two depths; the role of a kind is needed and unknown; or
+            a factor that would be mapped is frozen.
+    """
+    if config.coordinator != "none" and all(kind.depth_count == 1 for kind in kinds):
+        raise StructLoRAError(
+            f"only one depth in every kind ({', '.join(kind.name for kind in kinds)})",
+            "two depths or more of some kind for a coordinator",
+            "adapt more layers, or set `coordinator='none'`",
+        )
+    for kind in kinds:
+        mapped = {"B"} if config.filter != "none" else set()
+        if config.compares_depths and kind.depth_count > 1:
+            mapped |= set(compared_sides(kind, config))
+        for side in sorted(mapped):
+            if not getattr(kind, side)[0].requires_grad:
+                remedy = (
+                    "set `side='write'` or `coordinator='none'`" if side == "A" else "train it, or set `filter='none'`"
+                )
+                raise StructLoRAError(
+                    f"lora_{side} of '{kind.name}' frozen", f"a trainable lora_{side}, since StructLoRA maps it", remedy
+                )

@@ -36,20 +36,11 @@ class Runtime:
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
         seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
-
-    Raises:
-        StructLoRAError: a coordinator is asked for and no kind has two depths.
     """
 
     def __init__(
         self, model: nn.Module, kinds: list[Kind], config: StructLoRAConfig, engine: Engine, seed: int = DEFAULT_SEED
     ):
-        if config.coordinator != "none" and all(kind.depth_count == 1 for kind in kinds):
-            raise StructLoRAError(
-                f"only one depth in every kind ({', '.join(kind.name for kind in kinds)})",
-                "two depths or more of some kind for a coordinator",
-                "adapt more layers, or set `coordinator='none'`",
-            )
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
         self.seed = seed if config.seed is None else config.seed
         self.step = 0
@@ -57,6 +48,7 @@ class Runtime:
         self.hook_calls = 0
         self.role = EVALUATION
         self.is_attached = True
+        engine.install(self._before_step, self._after_step)
         self.maps = [KindMap(k, config, _reference(f.A)) for k, f in zip(kinds, engine.read_latents())]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._gate_parameters = [m.logits for m in self.maps if m.logits is not None]
@@ -66,7 +58,6 @@ class Runtime:
         self._map_seconds = 0.0
         self._cosines: list[Tensor] = []
         self._metric_steps = 0
-        engine.install(self._before_step, self._after_step)
 
         # A function, not a method: copying the model must not copy the runtime with it.
         def show_evaluation_weights(module, state, prefix, metadata):

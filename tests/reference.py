@@ -22,7 +22,7 @@ def reference_factors(
         edges: (L, L) bool without self-loops.
         theta: 'A' and/or 'B' -> (T, r, r) weights of message passing on that side.
     """
-    B = [b if gates is None else b @ torch.diag(gates[l]) for l, b in enumerate(B)]
+    B = [b if gates is None else b @ torch.diag(gates[i]) for i, b in enumerate(B)]
     if "A" in theta:
         A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0)], edges, theta["A"], activation)
     if "B" in theta:
@@ -32,12 +32,12 @@ def reference_factors(
 
 
 def _message_passing(values, features, edges, thetas, activation):
-    neighbours = [[*(j for j in range(len(features)) if edges[l, j]), l] for l in range(len(features))]
+    neighbours = [[*(j for j in range(len(features)) if edges[i, j]), i] for i in range(len(features))]
     degree = [len(n) for n in neighbours]
     h = list(features)
     for theta in thetas:
         messages = [
-            sum((degree[l] * degree[j]) ** -0.5 * (theta.T @ h[j]) for j in neighbours[l]) for l in range(len(h))
+            sum((degree[i] * degree[j]) ** -0.5 * (theta.T @ h[j]) for j in neighbours[i]) for i in range(len(h))
         ]
         h = [own + activation(message) for own, message in zip(h, messages)]
     return [value + new - old for value, new, old in zip(values, h, features)]

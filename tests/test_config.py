@@ -74,9 +74,7 @@ def test_command_line_has_the_same_names(tmp_path):
     (args,) = HfArgumentParser(StructLoRASFTConfig).parse_args_into_dataclasses(arguments)
     assert isinstance(args, SFTConfig)
     config = StructLoRAConfig.build(args)
-    assert config == StructLoRAConfig(
-        filter="random", gate_lr=0.5, share_gates=True, roles={"my_proj": "read"}, seed=7
-    )
+    assert config == StructLoRAConfig(filter="random", gate_lr=0.5, share_gates=True, roles={"my_proj": "read"}, seed=7)
     with pytest.raises(StructLoRAError, match="gate_lr"):
         StructLoRASFTConfig(str(tmp_path), gate_lr=-1.0, use_cpu=True, bf16=False)
 

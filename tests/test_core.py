@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_regularizers_reach_the_latents(regularizer):
     A, B = (f.clone().requires_grad_() for f in latent)
     total = 0
     for u in ((A - m.reference).flatten(1), B.transpose(1, 2).flatten(1)):
-        for left, right in zip(u[:-1], u[1:]):
+        for left, right in pairwise(u):
             if regularizer == "laplacian":
                 total = total + ((right - left) ** 2).sum()
             else:

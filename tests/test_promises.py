@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from reference import reference_factors, reference_kl
 from tiny import FAMILIES, INITS, adamw, base_model, logits_of, lora_parameters, loss_of, peft_model, train
 from torch.func import functional_call
 
-from reference import reference_factors, reference_kl
 from structlora_trl import attach
 from structlora_trl.gates import logistic_noise
 
@@ -123,7 +123,9 @@ def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=Non
     train(model, family, optimizer, steps=2, first=50)  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
     draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
-    noise = [n.view(m.kind.depth_count, -1) for m, n in zip(runtime.maps, draw.split([m.gate_count for m in runtime.maps]))]
+    noise = [
+        n.view(m.kind.depth_count, -1) for m, n in zip(runtime.maps, draw.split([m.gate_count for m in runtime.maps]))
+    ]
     expected = reference_gradients(model, family, runtime, latents, noise, batches)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
         model.enable_input_require_grads()

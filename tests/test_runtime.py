@@ -196,7 +196,12 @@ def test_semantic_edges_come_on_time():
     assert runtime.metrics()["structlora/semantic_edges"] == counts[2]
 
 
-OPTIONS = [{}, {"coordinator": "gat", "side": "both"}, {"filter": "random"}, {"filter": "topk_norm", "regularizer": "cosine"}]
+OPTIONS = [
+    {},
+    {"coordinator": "gat", "side": "both"},
+    {"filter": "random"},
+    {"filter": "topk_norm", "regularizer": "cosine"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -93,9 +93,14 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(lambda: LlamaForCausalLM(LlamaConfig(**_DECODER)), _text_batch, ["q_proj", "v_proj"], _DECODER_MODULES),
+    "llama": Family(
+        lambda: LlamaForCausalLM(LlamaConfig(**_DECODER)), _text_batch, ["q_proj", "v_proj"], _DECODER_MODULES
+    ),
     "qwen3": Family(
-        lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8)), _text_batch, ["q_proj", "v_proj"], _DECODER_MODULES
+        lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8)),
+        _text_batch,
+        ["q_proj", "v_proj"],
+        _DECODER_MODULES,
     ),
     "gemma3": Family(
         lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=4)),

@@ -27,7 +27,8 @@ class Engine(ABC):
 
     @abstractmethod
     def install(self, before_step: Callable[[], bool], after_step: Callable[[], None]) -> None:
-        """Call `before_step` when gradients are complete and `after_step` when the optimizer has stepped.
+        """Take the parameters' present values as latents; from now on call `before_step` when gradients are complete and
+        `after_step` when the optimizer has stepped.
 
         Where `before_step` returns False, the optimizer must not change anything in this step.
         """

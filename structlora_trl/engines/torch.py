@@ -32,7 +32,7 @@ class TorchEngine(Engine):
         self.optimizer, self.kinds = optimizer, kinds
         self._handles: list = []
         self._refuse_unfit()
-        self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in kinds]  # in the parameters' own dtype
+        self._latents: list[Factors] = []  # in the parameters' own dtype
         first = self._trainable()[0]
         self._group = next(i for i, g in enumerate(optimizer.param_groups) if any(p is first for p in g["params"]))
         self._base_lr = optimizer.param_groups[self._group]["lr"]
@@ -55,6 +55,7 @@ class TorchEngine(Engine):
             self._take()
             after_step()
 
+        self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in self.kinds]
         self._handles = [
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),

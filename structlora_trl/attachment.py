@@ -14,6 +14,7 @@ from torch import nn
 from .config import StructLoRAConfig
 from .engines import TorchEngine, refuse_distributed
 from .errors import StructLoRAError
+from .mapping import refuse_unmappable
 from .nodes import Kind, discover
 from .runtime import DEFAULT_SEED, Runtime
 
@@ -62,10 +63,12 @@ def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: St
     model = extract_model_from_parallel(model)
     adapter_name, lora = _lora_adapter(model, config)
     kinds = discover(model, adapter_name)
+    refuse_unmappable(kinds, config)
+    engine = TorchEngine(optimizer, kinds)
     _detach_earlier(kinds, optimizer)
     if config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED:
         _align(kinds)
-    runtime = Runtime(model, kinds, config, TorchEngine(optimizer, kinds), seed)
+    runtime = Runtime(model, kinds, config, engine, seed)
     _attached.add(runtime)
     logger.info("%r", runtime)
     if config.is_off:

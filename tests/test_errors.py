@@ -1,0 +1,239 @@
+"""Whatever StructLoRA cannot act on stops with an error that says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+import torch
+from jobs import sft
+from peft import IA3Config, LoraConfig, get_peft_model
+from tiny import FAMILIES, adamw, base_model, lora_parameters, peft_model, train
+from torch import nn
+from transformers import TrainerCallback
+
+from structlora_trl import StructLoRACallback, StructLoRAError, attach
+from structlora_trl.checkpoint import STATE_NAME, load_state, save_state
+
+
+def lora(model, **options):
+    return get_peft_model(model, LoraConfig(r=4, **options))
+
+
+def frozen(which: str):
+    model = peft_model(targets=["q_proj"])
+    for name, parameter in model.named_parameters():
+        if which in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def all_saved_in_full():
+    model = peft_model(targets=["q_proj"])
+    wrapped = nn.Module()
+    wrapped.modules_to_save = model  # names as PEFT's ModulesToSaveWrapper gives them
+    model.base_model.add_module("modules_to_save", model.base_model._modules.pop("model"))
+    return model
+
+
+class Odd(nn.Module):
+    """Modules of no known family."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(8, 8)}) for _ in range(2))
+
+
+def two_adapters():
+    model = peft_model()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+# case -> model, options, optimizer over (None: the trainable parameters), message
+CASES = {
+    "no PEFT": (lambda: base_model("llama"), {}, "type LlamaForCausalLM.*a PEFT model.*get_peft_model"),
+    "not LoRA": (
+        lambda: get_peft_model(base_model("llama"), IA3Config(target_modules=["v_proj"], feedforward_modules=[])),
+        {},
+        "PEFT type IA3.*Expected LORA.*`LoraConfig`",
+    ),
+    "no such adapter": (peft_model, {"adapter_name": "mine"}, "no adapter 'mine'.*one of 'default'"),
+    "two active": (two_adapters, {}, "2 active adapters.*name it with `adapter_name`"),
+    "all frozen": (lambda: frozen("lora_"), {}, "all 3 LoRA modules of adapter 'default' frozen.*is_trainable=True"),
+    "lora_A frozen": (lambda: frozen("lora_A"), {}, "lora_A of .*q_proj' frozen.*side='write'"),
+    "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj' frozen.*filter='none'"),
+    "in modules_to_save": (all_saved_in_full, {}, "inside `modules_to_save`.*out of `modules_to_save`"),
+    "unknown role": (
+        lambda: lora(Odd(), target_modules=["mix"]),
+        {},
+        r"module 'base_model.model.blocks.0.mix', whose role is unknown.*roles=\{'mix': 'read'\}",
+    ),
+    "one depth": (
+        lambda: peft_model(layers_to_transform=[1]),
+        {},
+        "only one depth in every kind.*two depths.*coordinator='none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_models_are_refused(case):
+    build, options, message = CASES[case]
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(StructLoRAError, match=f"(?s)StructLoRA found .*{message}"):
+        attach(model, optimizer, **options)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mix": "read"}}),
+        (lambda: lora(Odd(), target_modules=["mix"]), {"side": "both"}),
+        (lambda: lora(Odd(), target_modules=["mix"]), {"coordinator": "none"}),
+        (lambda: peft_model(layers_to_transform=[1]), {"coordinator": "none"}),
+        (lambda: frozen("lora_A"), {"side": "write"}),
+    ],
+)
+def test_the_remedies_work(model, options):
+    model = model()
+    attach(model, adamw(model), **options)
+
+
+def test_no_lora_module_of_that_name():
+    model = peft_model()
+    model.add_adapter("ia3ish", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.peft_config["empty"] = model.peft_config["default"]
+    with pytest.raises(StructLoRAError, match="no LoRA module of adapter 'empty'.*adapters with LoRA: default, ia3ish"):
+        attach(model, adamw(model), adapter_name="empty")
+
+
+def test_attaching_twice():
+    model = peft_model()
+    optimizer = adamw(model)
+    attach(model, optimizer)
+    with pytest.raises(StructLoRAError, match="already attached"):
+        attach(model, optimizer)
+
+
+def test_optimizer_without_the_adapter():
+    model = peft_model()
+    some = list(lora_parameters(model).values())[:4]
+    with pytest.raises(StructLoRAError, match="8 of 12 trainable LoRA parameters missing from the optimizer .SGD."):
+        attach(model, torch.optim.SGD(some, lr=0.1))
+    with pytest.raises(StructLoRAError, match="an optimizer of type dict"):
+        attach(model, {})
+
+
+def test_schedule_free_optimizers():
+    model = peft_model()
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["train_mode"] = False  # the mark of schedulefree's optimizers
+    with pytest.raises(StructLoRAError, match="schedule-free optimizer"):
+        attach(model, optimizer)
+
+
+def test_two_callbacks(tmp_path):
+    trainer = sft(tmp_path, [StructLoRACallback(), StructLoRACallback(prior=0.3)])
+    with pytest.raises(StructLoRAError, match="2 StructLoRA callbacks on one trainer"):
+        trainer.train()
+
+
+def test_callback_without_peft(tmp_path):
+    with pytest.raises(StructLoRAError, match="a PEFT model with a LoRA adapter.*peft_config"):
+        sft(tmp_path, [StructLoRACallback()], peft=False).train()
+
+
+def test_callback_outside_a_trainer():
+    with pytest.raises(StructLoRAError, match="outside a `transformers.Trainer`.*attach"):
+        StructLoRACallback().on_train_begin(None, None, None)
+
+
+def test_optimizer_whose_step_runs_no_hooks(tmp_path):
+    class Unhooked(TrainerCallback):
+        """Steps by a way that torch's hooks do not see, as optimizers do that replace `step` on the instance."""
+
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            inner = optimizer.optimizer
+            bare = type(inner).step
+            while hasattr(bare, "__wrapped__"):
+                bare = bare.__wrapped__
+            inner.step = lambda closure=None: bare(inner)
+
+    callback = StructLoRACallback()
+    trainer = sft(tmp_path, [callback, Unhooked()])
+    with pytest.raises(StructLoRAError, match="AdamW.step ran no step hooks.*optim"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_optimizers_that_step_in_the_backward_pass(tmp_path):
+    trainer = sft(tmp_path, [StructLoRACallback()])
+    lone = nn.Parameter(torch.zeros(1))
+    trainer.optimizer = torch.optim.SGD([lone], lr=0.1)  # as Trainer's LayerWiseDummyOptimizer
+    with pytest.raises(StructLoRAError, match="missing from the optimizer .SGD.*layer-wise"):
+        trainer.train()
+
+
+def test_resume_without_our_state(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    sft(tmp_path, None, **options).train()
+    with pytest.raises(StructLoRAError, match=f"no {STATE_NAME} in .*checkpoint-4.*without `resume_from_checkpoint`"):
+        sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=True)
+
+
+def attached(rank=4, targets=None, **options):
+    model = peft_model(rank=rank, targets=targets)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, **options)
+    train(model, "llama", optimizer, 1)
+    return runtime
+
+
+@pytest.mark.parametrize(
+    "here, there, message",
+    [
+        ({}, {"rank": 2}, "q_proj/latent_A' of shape .3, 2, 32.*Expected .3, 4, 32"),
+        ({}, {"targets": FAMILIES["llama"].linear}, "other modules or parts .only in the state: .*down_proj"),
+        ({}, {"filter": "none"}, "only in this run: .*logits"),
+        ({}, {"coordinator": "none"}, "only in this run: .*theta"),
+        ({}, {"share_gates": True}, "logits' of shape .1, 4"),
+        ({"side": "write"}, {}, "reference_A"),
+        ({}, {"coordinator_layers": 2}, "theta' of shape"),
+    ],
+)
+def test_resume_from_another_shape(here, there, message, tmp_path):
+    save_state(attached(**there), tmp_path)
+    runtime = attached(**here)
+    before = runtime.state_dict()
+    with pytest.raises(StructLoRAError, match=f"(?s){message}.*resume with the configuration"):
+        load_state(runtime, tmp_path)
+    assert all(torch.equal(value, runtime.state_dict()[name]) for name, value in before.items())
+
+
+def test_damaged_state(tmp_path):
+    runtime = attached()
+    path = save_state(runtime, tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(StructLoRAError, match="damaged.*resume from the checkpoint before"):
+        load_state(runtime, tmp_path)
+
+
+def test_distributed_launches_are_refused(monkeypatch):
+    model = peft_model()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(StructLoRAError, match="a distributed run of 2 processes.*one process"):
+        attach(model, adamw(model))
+
+
+def test_errors_have_three_parts_and_survive_pickling():
+    error = StructLoRAError("this", "that", "do so")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == "StructLoRA found this. Expected that. To mend it: do so."
+    assert re.search(r"found .* Expected .* To mend it: ", str(error))
