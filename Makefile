@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 # Two workers on two cores; torch keeps to one thread in each.
-PYTEST := -m pytest -n 2 --dist loadgroup
+PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-all test-oldest lint format bench-overhead clean

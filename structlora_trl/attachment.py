@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # LoRA initialisations that draw lora_A from one distribution at every depth. Others (EVA, say) put data into it.
 _IDENTICALLY_DISTRIBUTED = (True, "gaussian")
+# Those that start at ΔW = 0 because lora_B is zero. The rest (PiSSA, OLoRA, CorDA, LoftQ) move base weights into the adapter.
+_FROM_ZERO = (True, False, "gaussian", "eva")
 
 _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -68,7 +70,7 @@ def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: St
     _detach_earlier(kinds, optimizer)
     if config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED:
         _align(kinds)
-    runtime = Runtime(model, kinds, config, engine, seed)
+    runtime = Runtime(model, kinds, config, engine, seed, absorbs_base=lora.init_lora_weights not in _FROM_ZERO)
     _attached.add(runtime)
     logger.info("%r", runtime)
     if config.is_off:

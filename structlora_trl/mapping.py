@@ -4,6 +4,10 @@
 
 The optimizer steps the latent factors; the model computes with the effective ones. All depths of a kind go through the
 map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth.
+
+Updates count from an origin: A₀ at attach, and B₀ = 0, but for initialisations that move part of the base weights into the
+adapter (PiSSA and its kin). There B₀ is B at attach and the gates act on B − B₀: to gate the whole of B would switch the
+base model's own principal directions on and off.
 """
 
 from __future__ import annotations
@@ -34,16 +38,17 @@ class KindMap(nn.Module):
     Args:
         kind (`Kind`): the modules it maps.
         config (`StructLoRAConfig`): which parts act.
-        reference (`Tensor`): lora_A at attach, (L, r, k) or (1, r, k) where all depths are equal. The node features of
-            readers are A − reference.
+        origin_A (`Tensor`): A₀, (L, r, k) or (1, r, k) where all depths are equal; kept where lora_A is compared.
+        origin_B (`Tensor`, *optional*): B₀, (L, d, r); zero where omitted.
     """
 
-    def __init__(self, kind: Kind, config: StructLoRAConfig, reference: Tensor):
+    def __init__(self, kind: Kind, config: StructLoRAConfig, origin_A: Tensor, origin_B: Tensor | None = None):
         super().__init__()
         self.kind, self.config = kind, config
         depth_count, rank = kind.depth_count, kind.rank
         self.sides = compared_sides(kind, config)
-        self.reference = reference.float() if "A" in self.sides else None
+        self.origin_A = origin_A if "A" in self.sides else None
+        self.origin_B = origin_B
 
         self.logits = None
         if config.filter == "ib":
@@ -82,15 +87,13 @@ class KindMap(nn.Module):
             latent (`Factors`): fp32.
             noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation.
         """
-        A, B = latent
-        gates = self.gates(latent, noise)
-        if gates is not None:
-            B = self._apply(gates, B)
-        if "A" in self.coordinators:
-            A = A + self.coordinators["A"](A - self.reference, self.graph)
-        if "B" in self.coordinators:
-            transposed = B.transpose(1, 2)  # (L, r, d)
-            B = B + self.coordinators["B"](transposed, self.graph).transpose(1, 2)
+        filtered = self._filter(latent, noise)
+        added = {side: c(self._features(filtered, side), self.graph) for side, c in self.coordinators.items()}
+        A, B = filtered
+        if "A" in added:
+            A = A + added["A"]
+        if "B" in added:
+            B = B + added["B"].mT
         return Factors(A, B)
 
     def gates(self, latent: Factors, noise: Tensor | None) -> Tensor | None:
@@ -106,15 +109,10 @@ class KindMap(nn.Module):
             return (noise + logit(config.gate_init) > 0).float() / config.gate_init
         if config.filter == "topk_norm":
             with torch.no_grad():
-                return top_k_mask(*latent, keep=max(1, round(config.gate_init * self.kind.rank)))
+                return top_k_mask(
+                    latent.A, self._update_B(latent.B), keep=max(1, round(config.gate_init * self.kind.rank))
+                )
         return None
-
-    def _apply(self, gates: Tensor, B: Tensor) -> Tensor:
-        filtered = B * gates[:, None, :]
-        if self.config.filter == "topk_norm":
-            # Closed directions still learn (straight through), or the first choice would be the last.
-            return B + (filtered - B).detach()
-        return filtered
 
     def pullback(
         self, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float = 1.0
@@ -158,9 +156,8 @@ class KindMap(nn.Module):
         return {**task, "logits": self.config.label_weight * task["logits"] + kl}
 
     def features(self, factors: Factors) -> list[Tensor]:
-        """Node features on the sides that are comparable across depth: (L, r, n) each."""
-        of = {"A": lambda: factors.A - self.reference, "B": lambda: factors.B.transpose(1, 2)}
-        return [of[side]() for side in self.sides]
+        """Node features, the updates on the sides that are comparable across depth: (L, r, n) each."""
+        return [self._features(factors, side) for side in self.sides]
 
     def side_gradients(self, gradient: Factors) -> Tensor:
         """Gradients on those sides, flattened: (L, n)."""
@@ -176,6 +173,24 @@ class KindMap(nn.Module):
             else:
                 total = total + (u[1:] - u[:-1]).square().sum()
         return total
+
+    def _filter(self, latent: Factors, noise: Tensor | None) -> Factors:
+        gates = self.gates(latent, noise)
+        if gates is None:
+            return latent
+        filtered = self._update_B(latent.B) * gates[:, None, :]
+        if self.origin_B is not None:
+            filtered = self.origin_B + filtered
+        if self.config.filter == "topk_norm":
+            # Closed directions still learn (straight through), or the first choice would be the last.
+            filtered = latent.B + (filtered - latent.B).detach()
+        return Factors(latent.A, filtered)
+
+    def _update_B(self, B: Tensor) -> Tensor:
+        return B if self.origin_B is None else B - self.origin_B
+
+    def _features(self, factors: Factors, side: str) -> Tensor:
+        return factors.A - self.origin_A if side == "A" else self._update_B(factors.B).mT
 
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:

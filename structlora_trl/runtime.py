@@ -24,6 +24,7 @@ from .nodes import Kind
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 42
+_ORIGINS = {"origin_A", "origin_B"}
 EVALUATION, TRAINING, STEPPING = "evaluation", "training", "stepping"
 
 
@@ -36,10 +37,17 @@ class Runtime:
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
         seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
+        absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
     """
 
     def __init__(
-        self, model: nn.Module, kinds: list[Kind], config: StructLoRAConfig, engine: Engine, seed: int = DEFAULT_SEED
+        self,
+        model: nn.Module,
+        kinds: list[Kind],
+        config: StructLoRAConfig,
+        engine: Engine,
+        seed: int = DEFAULT_SEED,
+        absorbs_base: bool = False,
     ):
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
         self.seed = seed if config.seed is None else config.seed
@@ -49,7 +57,10 @@ class Runtime:
         self.role = EVALUATION
         self.is_attached = True
         engine.install(self._before_step, self._after_step)
-        self.maps = [KindMap(k, config, _reference(f.A)) for k, f in zip(kinds, engine.read_latents())]
+        self.maps = [
+            KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None)
+            for kind, latent in zip(kinds, engine.read_latents())
+        ]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._gate_parameters = [m.logits for m in self.maps if m.logits is not None]
         self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
@@ -126,8 +137,7 @@ class Runtime:
         state = {"step": torch.tensor(self.step), "skipped_steps": torch.tensor(self.skipped_steps)}
         for m, latent in zip(self.maps, self.engine.read_latents()):
             parts = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
-            if m.reference is not None:
-                parts["reference_A"] = m.reference
+            parts |= {name: getattr(m, name) for name in _ORIGINS if getattr(m, name) is not None}
             parts |= {f"graph.{name}": value for name, value in m.graph.state_dict().items()}
             state |= {f"{m.kind.name}/{name}": value for name, value in parts.items()}
         for index, moments in self._optimizer.state_dict()["state"].items() if self._optimizer else ():
@@ -146,8 +156,8 @@ class Runtime:
             prefix = f"{m.kind.name}/"
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             latents.append(Factors(own.pop("latent_A"), own.pop("latent_B")))
-            if m.reference is not None:
-                m.reference = own.pop("reference_A").to(m.kind.device)
+            for origin in _ORIGINS & own.keys():
+                setattr(m, origin, own.pop(origin).to(m.kind.device))
             m.graph.load_state_dict({n.removeprefix("graph."): v for n, v in own.items() if n.startswith("graph.")})
             m.load_state_dict({name: value for name, value in own.items() if not name.startswith("graph.")})
         self.engine.write_latents(latents)
@@ -276,7 +286,7 @@ class Runtime:
                 remedy,
             )
         for name, value in own.items():
-            if theirs[name].shape != value.shape and not name.endswith("/reference_A"):
+            if theirs[name].shape != value.shape and not name.endswith("/origin_A"):
                 raise StructLoRAError(
                     f"a state with '{name}' of shape {tuple(theirs[name].shape)}",
                     f"{tuple(value.shape)}, as in this run",
@@ -284,7 +294,7 @@ class Runtime:
                 )
 
 
-def _reference(A: Tensor) -> Tensor:
+def _origin(A: Tensor) -> Tensor:
     """Where the depths are equal (an aligned start), one copy serves all."""
     return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
 

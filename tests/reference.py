@@ -10,6 +10,7 @@ def reference_factors(
     A: list[Tensor],
     B: list[Tensor],
     A0: list[Tensor],
+    B0: list[Tensor] | None,
     gates: list[Tensor] | None,
     edges: Tensor,
     theta: dict[str, Tensor],
@@ -18,16 +19,18 @@ def reference_factors(
     """Effective factors of one kind.
 
     Args:
+        A0, B0: where the update starts from; B0 is None for zero.
         gates: per depth, what each direction is multiplied with, or None.
         edges: (L, L) bool without self-loops.
         theta: 'A' and/or 'B' -> (T, r, r) weights of message passing on that side.
     """
-    B = [b if gates is None else b @ torch.diag(gates[i]) for i, b in enumerate(B)]
+    B0 = [torch.zeros_like(b) for b in B] if B0 is None else B0
+    B = [b if gates is None else b0 + (b - b0) @ torch.diag(gates[i]) for i, (b, b0) in enumerate(zip(B, B0))]
     if "A" in theta:
         A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0)], edges, theta["A"], activation)
     if "B" in theta:
-        transposed = [b.T for b in B]
-        B = [b.T for b in _message_passing(transposed, transposed, edges, theta["B"], activation)]
+        features = [(b - b0).T for b, b0 in zip(B, B0)]
+        B = [b.T for b in _message_passing([b.T for b in B], features, edges, theta["B"], activation)]
     return A, B
 
 

@@ -204,7 +204,7 @@ def kind_map(depth_count=4, rank=3, **options):
         return [nn.Parameter(torch.randn(shape)) for _ in range(depth_count)]
 
     kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], make(rank, 6), make(5, rank))
-    m = KindMap(kind, StructLoRAConfig(**options), reference=torch.randn(depth_count, rank, 6))
+    m = KindMap(kind, StructLoRAConfig(**options), origin_A=torch.randn(depth_count, rank, 6))
     with torch.no_grad():
         for parameter in m.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -257,7 +257,7 @@ def test_regularizers_reach_the_latents(regularizer):
     pulled, own = m.pullback(latent, zero, None)
     A, B = (f.clone().requires_grad_() for f in latent)
     total = 0
-    for u in ((A - m.reference).flatten(1), B.transpose(1, 2).flatten(1)):
+    for u in ((A - m.origin_A).flatten(1), B.transpose(1, 2).flatten(1)):
         for left, right in pairwise(u):
             if regularizer == "laplacian":
                 total = total + ((right - left) ** 2).sum()

@@ -203,7 +203,7 @@ def attached(rank=4, targets=None, **options):
         ({}, {"filter": "none"}, "only in this run: .*logits"),
         ({}, {"coordinator": "none"}, "only in this run: .*theta"),
         ({}, {"share_gates": True}, "logits' of shape .1, 4"),
-        ({"side": "write"}, {}, "reference_A"),
+        ({"side": "write"}, {}, "coordinators.A.theta"),
         ({}, {"coordinator_layers": 2}, "theta' of shape"),
     ],
 )

@@ -67,7 +67,8 @@ def reference_gradients(model, family, runtime, latents, noise, batches):
         own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
         A = [a.detach().clone().requires_grad_() for a in stacked.A]
         B = [b.detach().clone().requires_grad_() for b in stacked.B]
-        A0 = m.reference.expand(kind.depth_count, -1, -1) if m.reference is not None else None
+        A0 = None if m.origin_A is None else m.origin_A.expand(kind.depth_count, -1, -1)
+        B0 = m.origin_B
         gates = None
         if m.logits is not None:
             start = torch.full((1,), config.gate_init).logit()
@@ -76,7 +77,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches):
             logits.append(own["logits"].expand(kind.depth_count, -1).flatten())
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
-        A1, B1 = reference_factors(A, B, A0, gates, m.graph.edges, theta, activation)
+        A1, B1 = reference_factors(A, B, A0, B0, gates, m.graph.edges, theta, activation)
         for parameters, values in ((kind.A, A1), (kind.B, B1)):
             for p, value in zip(parameters, values):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)
