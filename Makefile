@@ -9,37 +9,42 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-all test-oldest lint format bench-overhead clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(RUN) examples/demo.py
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.installed lint test-oldest
+test-all: $(VENV)/.dev lint test-oldest
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # The same tests on the oldest supported stack.
-test-oldest: $(OLDEST)/.installed
+test-oldest: $(OLDEST)/.dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow"
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-format: $(VENV)/.installed
+format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench-overhead: $(VENV)/.installed
+bench-overhead: $(VENV)/.dev
 	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/overhead.py --map
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.demo: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[demo,dev]"
 	touch $@
 
-$(OLDEST)/.installed: pyproject.toml requirements-oldest.txt
+$(OLDEST)/.dev: pyproject.toml requirements-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint requirements-oldest.txt
 	touch $@

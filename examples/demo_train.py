@@ -23,8 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from structlora_trl import StructLoRACallback
 
-STEPS = 60
-LEARNING_RATE = 2e-3
+RECIPE = {"steps": 60, "batch": 8, "learning_rate": 2e-3, "rank": 4, "modules": ["q_proj", "v_proj"]}
 STEPS_PER_LINE = 10
 
 
@@ -43,30 +42,35 @@ class Progress(TrainerCallback):
             return
         self.losses.append(float(logs["loss"]))
         if state.global_step % STEPS_PER_LINE == 0:
-            loss = statistics.mean(self.losses[-STEPS_PER_LINE:])
-            line = f"    step {state.global_step:2}/{state.max_steps}   mean loss of the last {STEPS_PER_LINE}: {loss:.3f}"
-            print(f"{line}   {self.seconds_per_step():.2f} s per step", flush=True)
+            loss, seconds = statistics.mean(self.losses[-STEPS_PER_LINE:]), self.seconds_per_step()
+            print(
+                f"    step {state.global_step}/{state.max_steps}: loss {loss:.3f}, {seconds:.2f} s per step", flush=True
+            )
 
     def seconds_per_step(self) -> float:
         """Median over all steps but the first, from the end of one to the end of the next."""
         return statistics.median(b - a for a, b in zip(self.step_ends, self.step_ends[1:]))
 
 
-def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, directory: Path, callbacks: list) -> dict:
-    """Fine-tune a LoRA adapter on the answers alone; save it to `directory`."""
+def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, directory: Path, callbacks: list):
+    """Fine-tune a LoRA adapter on the answers alone, save it to `directory`; the trained model, and what to report."""
     set_seed(seed)  # the adapter's start is drawn before the trainer sets its seed
     progress = Progress()
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": PROMPT.format(sentence=s), "completion": ANSWERS[y]} for s, y in examples]),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        train_dataset=Dataset.from_list(
+            [{"prompt": PROMPT.format(sentence=s), "completion": ANSWERS[y]} for s, y in examples]
+        ),
+        peft_config=LoraConfig(
+            r=RECIPE["rank"], lora_alpha=2 * RECIPE["rank"], target_modules=RECIPE["modules"], task_type="CAUSAL_LM"
+        ),
         args=SFTConfig(
             output_dir=str(directory),
             completion_only_loss=True,
-            max_steps=STEPS,
-            per_device_train_batch_size=8,
-            learning_rate=LEARNING_RATE,
+            max_steps=RECIPE["steps"],
+            per_device_train_batch_size=RECIPE["batch"],
+            learning_rate=RECIPE["learning_rate"],
             lr_scheduler_type="linear",
             gradient_checkpointing=False,
             seed=seed,
@@ -82,7 +86,8 @@ def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, director
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
-    return {"losses": progress.losses, "seconds_per_step": progress.seconds_per_step(), "model": trainer.model}
+    recipe = {**RECIPE, "examples": len(examples)}
+    return trainer.model, {"recipe": recipe, "losses": progress.losses, "seconds_per_step": progress.seconds_per_step()}
 
 
 def gates(callback: StructLoRACallback) -> dict:
@@ -108,8 +113,7 @@ def main() -> None:
     result: dict = {}
     if options.method != "base":
         callbacks = [StructLoRACallback()] if options.method == "structlora" else []
-        result = train(model, tokenizer, training, options.seed, options.output / options.method, callbacks)
-        model = result.pop("model")
+        model, result = train(model, tokenizer, training, options.seed, options.output / options.method, callbacks)
         for callback in callbacks:
             result |= {"gates": gates(callback), "gate_init": callback.config.gate_init}
     result |= evaluate(model, tokenizer, held_out)

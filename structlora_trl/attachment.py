@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import fields
 
+import peft
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from torch import nn
 
+from . import __version__
 from .config import StructLoRAConfig
-from .engines import TorchEngine, refuse_distributed
+from .engines import refuse_disagreement, select_engine
 from .errors import StructLoRAError
 from .mapping import refuse_unmappable
 from .nodes import Kind, discover
@@ -61,16 +64,26 @@ def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: St
     """The same without following the model's forward, for trainers that say when a step begins."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    refuse_distributed(model, optimizer)
-    model = extract_model_from_parallel(model)
+    wrapped, model = model, extract_model_from_parallel(model)
     adapter_name, lora = _lora_adapter(model, config)
     kinds = discover(model, adapter_name)
     refuse_unmappable(kinds, config)
-    engine = TorchEngine(optimizer, kinds)
+    engine = select_engine(wrapped, optimizer, kinds)
     _detach_earlier(kinds, optimizer)
-    if config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED:
-        _align(kinds)
-    runtime = Runtime(model, kinds, config, engine, seed, absorbs_base=lora.init_lora_weights not in _FROM_ZERO)
+    runtime = Runtime(
+        model,
+        kinds,
+        config,
+        engine,
+        seed,
+        align=config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
+        absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
+    )
+    try:
+        refuse_disagreement(_facts(runtime), kinds[0].device)
+    except StructLoRAError:
+        runtime.detach()
+        raise
     _attached.add(runtime)
     logger.info("%r", runtime)
     if config.is_off:
@@ -122,9 +135,13 @@ def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None
         runtime.detach()
 
 
-@torch.no_grad()
-def _align(kinds: list[Kind]) -> None:
-    for kind in kinds:
-        if kind.is_fresh() and kind.A[0].requires_grad:
-            for factor in kind.A[1:]:
-                factor.copy_(kind.A[0])
+def _facts(runtime: Runtime) -> dict:
+    """What all ranks must have in common."""
+    return {
+        "configuration": {f.name: getattr(runtime.config, f.name) for f in fields(StructLoRAConfig)},
+        "seed": runtime.seed,
+        "engine": runtime.engine.name,
+        "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},
+        "versions": {"torch": torch.__version__, "peft": peft.__version__, "structlora-trl": __version__},
+        "latent weights": [float(part.double().sum()) for factors in runtime.engine.read_latents() for part in factors],
+    }

@@ -6,6 +6,7 @@ the same shapes. Modules are found by the names PEFT gives its parameters, so th
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ RESIDUAL_ROLES = {
 }
 
 
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 @dataclass
 class Kind:
     """LoRA modules that differ in depth alone, in order of depth.
@@ -65,20 +71,17 @@ class Kind:
 
     @property
     def rank(self) -> int:
-        return self.A[0].shape[0]
+        return full_shape(self.A[0])[0]
 
     @property
     def shape(self) -> list[int]:
         """[L, r, k, d]."""
-        return [self.depth_count, self.rank, self.A[0][0].numel(), self.B[0].shape[0]]
+        rows, *columns = full_shape(self.A[0])
+        return [self.depth_count, rows, math.prod(columns), full_shape(self.B[0])[0]]
 
     @property
     def device(self) -> torch.device:
         return self.A[0].device
-
-    def is_fresh(self) -> bool:
-        """Whether every lora_B is still zero, so that the adapter does nothing yet."""
-        return not any(b.detach().any() for b in self.B)
 
 
 def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
@@ -133,7 +136,7 @@ def _group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
     for module, factors in modules.items():
         A, B = factors["A"], factors["B"]
         pattern, depth = _split_depth(_clean(module))
-        groups[pattern, A.shape, B.shape, A.requires_grad, B.requires_grad].append((depth, module, A, B))
+        groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad].append((depth, module, A, B))
     patterns = [key[0] for key in groups]
     kinds = []
     for (pattern, a_shape, b_shape, *_), nodes in groups.items():

@@ -37,6 +37,7 @@ class Runtime:
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
         seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
+        align (`bool`, *optional*, defaults to False): give every depth of a fresh kind (B = 0) the lora_A of the first.
         absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
     """
 
@@ -47,6 +48,7 @@ class Runtime:
         config: StructLoRAConfig,
         engine: Engine,
         seed: int = DEFAULT_SEED,
+        align: bool = False,
         absorbs_base: bool = False,
     ):
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
@@ -57,6 +59,8 @@ class Runtime:
         self.role = EVALUATION
         self.is_attached = True
         engine.install(self._before_step, self._after_step)
+        if align:
+            self._align()
         self.maps = [
             KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None)
             for kind, latent in zip(kinds, engine.read_latents())
@@ -206,8 +210,11 @@ class Runtime:
         self._map_seconds += time.perf_counter() - started
         return True
 
-    def _after_step(self) -> None:
-        """Step logits and Θ, then put the new evaluation weights in place."""
+    def _after_step(self, stepped: bool) -> None:
+        """Step logits and Θ where the optimizer stepped, then put the new evaluation weights in place."""
+        if self._lr_scale is not None and not stepped:  # an overflow that only the engine saw
+            self.skipped_steps += 1
+            self._lr_scale = None
         if self._lr_scale is not None:
             started = time.perf_counter()
             if self._optimizer:
@@ -225,6 +232,16 @@ class Runtime:
             self._map_seconds += time.perf_counter() - started
         self._write(None)
         self.role = EVALUATION
+
+    def _align(self) -> None:
+        aligned = [
+            latent
+            if not kind.A[0].requires_grad or latent.B.any()
+            else Factors(latent.A[:1].expand_as(latent.A), latent.B)
+            for kind, latent in zip(self.kinds, self.engine.read_latents())
+        ]
+        self.engine.write_latents(aligned)
+        self.engine.write_working(aligned)
 
     def _observe(self, m: KindMap, gradient: Factors) -> None:
         if m.kind.depth_count == 1:

@@ -13,7 +13,7 @@ from tiny import FAMILIES, base_model, sentence, tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-ROWS = 32
+ROWS = 48
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}
 
 _ARGUMENTS = {
@@ -44,8 +44,17 @@ def arguments(output, **options) -> dict:
     return {"output_dir": str(output), **_ARGUMENTS, **options}
 
 
-def sft(output, callbacks, trainer_class=SFTTrainer, config_class=SFTConfig, model=None, peft=True, **options):
-    rows = Dataset.from_list([{"text": sentence(i)} for i in range(ROWS)])
+def sft(
+    output,
+    callbacks,
+    trainer_class=SFTTrainer,
+    config_class=SFTConfig,
+    model=None,
+    peft=True,
+    row_count=ROWS,
+    **options,
+):
+    rows = Dataset.from_list([{"text": sentence(i)} for i in range(row_count)])
     return trainer_class(
         model if model is not None else base_model("llama"),
         args=config_class(**arguments(output, max_length=32, **options)),

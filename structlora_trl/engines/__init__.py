@@ -1,6 +1,51 @@
 """Engines: who owns the parameters during an optimizer step, behind one small interface."""
 
-from .base import Engine, refuse_distributed
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import StructLoRAError
+from ..nodes import Kind
+from .agreement import refuse_disagreement, world_size
+from .base import Engine
 from .torch import TorchEngine
 
-__all__ = ["Engine", "TorchEngine", "refuse_distributed"]
+__all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine"]
+
+
+def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]) -> Engine:
+    """The engine of what really runs, told from the objects and never from a configuration.
+
+    Args:
+        model (`nn.Module`): as the trainer wrapped it: DDP's wrapper, DeepSpeed's engine, or the model itself.
+        optimizer (`torch.optim.Optimizer`): the real optimizer.
+        kinds (`list[Kind]`): what is trained.
+
+    Raises:
+        StructLoRAError: the parameters are owned by something that no engine serves.
+    """
+    if type(model).__module__.startswith("deepspeed"):
+        from .deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, kinds)
+    found = None
+    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
+        found = "parameters sharded by FSDP2 (DTensor)"
+    elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        found = "parameters sharded by FSDP1"
+    elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith("deepspeed"):
+        found = "parameters of a DeepSpeed engine, without the engine"
+    elif world_size() > 1 and not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+        found = f"{world_size()} processes and a model that is not wrapped for them"
+    if found:
+        raise StructLoRAError(
+            found,
+            "one process, DDP (`DistributedDataParallel`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
+            "launch with one of these, and pass the wrapped model",
+        )
+    engine = TorchEngine(optimizer, kinds)
+    if world_size() > 1:
+        engine.name = "DDP"
+    return engine

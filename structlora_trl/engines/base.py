@@ -13,10 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-import torch
-from torch import nn
-
-from ..errors import StructLoRAError
 from ..mapping import Factors
 
 
@@ -26,11 +22,12 @@ class Engine(ABC):
     name: str
 
     @abstractmethod
-    def install(self, before_step: Callable[[], bool], after_step: Callable[[], None]) -> None:
+    def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
         """Take the parameters' present values as latents; from now on call `before_step` when gradients are complete and
         `after_step` when the optimizer has stepped.
 
-        Where `before_step` returns False, the optimizer must not change anything in this step.
+        Where `before_step` returns False, the optimizer must not change anything in this step. `after_step` is told whether
+        it stepped.
         """
 
     @abstractmethod
@@ -72,32 +69,3 @@ class Engine(ABC):
     @abstractmethod
     def learning_rate_scale(self) -> float:
         """Current learning rate over the base one, so that the map's own optimizer follows the schedule."""
-
-
-def refuse_distributed(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Stop where the parameters are owned by something no engine serves yet.
-
-    Raises:
-        StructLoRAError: the launch is DDP, FSDP or DeepSpeed.
-    """
-    found = None
-    if type(optimizer).__module__.startswith("deepspeed") or any(
-        "deepspeed" in type(m).__module__ for m in model.modules()
-    ):
-        found = "a DeepSpeed engine"
-    elif any(type(p).__name__ == "DTensor" for p in model.parameters()):
-        found = "parameters sharded by FSDP2 (DTensor)"
-    elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        found = "parameters sharded by FSDP1"
-    elif (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        found = f"a distributed run of {torch.distributed.get_world_size()} processes"
-    if found:
-        raise StructLoRAError(
-            found,
-            "a single process: DDP, FSDP2 and DeepSpeed have no engine in this version",
-            "launch with one process and without DeepSpeed or FSDP, or train plain LoRA",
-        )

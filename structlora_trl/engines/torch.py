@@ -37,7 +37,9 @@ class TorchEngine(Engine):
         self._group = next(i for i, g in enumerate(optimizer.param_groups) if any(p is first for p in g["params"]))
         self._base_lr = optimizer.param_groups[self._group]["lr"]
 
-    def install(self, before_step: Callable[[], bool], after_step: Callable[[], None]) -> None:
+    def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
+        stepping = []
+
         def before(optimizer, args, kwargs):
             if any(callable(a) for a in (*args, *kwargs.values())):
                 raise StructLoRAError(
@@ -45,7 +47,8 @@ class TorchEngine(Engine):
                     "gradients that are complete before the step",
                     "run forward and backward first, then call `step()` without arguments",
                 )
-            if not before_step():
+            stepping.append(before_step())
+            if not stepping[-1]:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
@@ -53,7 +56,7 @@ class TorchEngine(Engine):
 
         def after(optimizer, args, kwargs):
             self._take()
-            after_step()
+            after_step(stepping.pop())
 
         self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in self.kinds]
         self._handles = [

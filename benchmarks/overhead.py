@@ -1,0 +1,429 @@
+"""What StructLoRA costs: step time and peak memory next to LoRA, DoRA and AdaLoRA, and the map by itself.
+
+    python benchmarks/overhead.py            # the four methods on a model of SmolLM2-135M's shape
+    python benchmarks/overhead.py --quick    # the same, within 5 minutes
+    python benchmarks/overhead.py --map      # the map alone, on factors of LLaMA-7B, LLaMA-70B and up to 1000 depths
+
+Each prints one JSON line; progress goes to stderr. How it measures:
+
+* Weights are random, since neither time nor memory depends on them: nothing is downloaded.
+* Time: every round takes one step of each method, in an order shuffled anew, and ratios are taken within a round; their
+  medians and quartiles are printed. `structlora_added_ms` is how long StructLoRA itself ran in a step: `train()` and its
+  hooks around the optimizer's update. It is far less noisy than a difference of whole steps.
+* Memory: `peak_memory_ratio` compares the peak bytes of torch's allocator from before the model is built to the end of
+  the second step: exact and repeatable. `peak_rss_ratio` (Linux, on the CPU, not with `--quick`) compares the peak
+  resident sets of fresh processes, which also hold the interpreter and its libraries.
+* On a busy machine, `OMP_NUM_THREADS=1` with `--cpu-time` gives steadier figures.
+* glibc hands allocations above 32 MB back to the system each time, so tall stacks on a CPU pay for page faults rather
+  than for the map. `MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000` shows the map's own time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from structlora_trl import Runtime, StructLoRAConfig, attach
+from structlora_trl.engines import TorchEngine
+from structlora_trl.nodes import Kind
+
+METHODS = ("lora", "structlora", "dora", "adalora")
+SMOLLM2_135M = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+}
+TARGETS = ["q_proj", "v_proj"]
+RANK, ADALORA_INITIAL_RANK = 8, 12
+BATCH, TOKENS = 8, 45
+LEARNING_RATE, CLIP = 2e-4, 1.0
+WARM_UP, MOST_ROUNDS = 2, 150
+SECONDS, QUICK_SECONDS = 1500, 270  # all of it but for the processes that measure resident memory
+RSS_REPEATS = 3
+BYTES_PER_KB = 1024
+# how the entries of a runtime's state end -> what they are
+PARTS = {
+    "latent_A": "latents",
+    "latent_B": "latents",
+    "reference_A": "reference",
+    "graph.features": "running-mean gradients",
+    "graph.semantic": "semantic edges",
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """LoRA factors of one model: `widths` maps a kind's name to its input and output width."""
+
+    name: str
+    depths: int
+    rank: int
+    widths: dict[str, tuple[int, int]]
+
+
+SMOLLM2_STACK = Stack("SmolLM2-135M", 30, 8, {"q_proj": (576, 576), "v_proj": (576, 192)})
+STACKS = (
+    SMOLLM2_STACK,
+    Stack("LLaMA-7B", 32, 8, {"q_proj": (4096, 4096), "v_proj": (4096, 4096)}),
+    Stack(
+        "LLaMA-70B",
+        80,
+        16,
+        {
+            "q_proj": (8192, 8192),
+            "k_proj": (8192, 1024),
+            "v_proj": (8192, 1024),
+            "o_proj": (8192, 8192),
+            "gate_proj": (8192, 28672),
+            "up_proj": (8192, 28672),
+            "down_proj": (28672, 8192),
+        },
+    ),
+    *(Stack(f"{n} depths", n, 8, {"q_proj": (4096, 4096), "v_proj": (4096, 4096)}) for n in (125, 250, 500, 1000)),
+)
+MAP_WARM_UP, MAP_STEPS, REBUILDS = 2, 7, 3
+NEVER = 10**9  # steps between rebuilds of the semantic edges
+SHARED_GRADIENT = 1.5  # norm that all depths' gradients share, to that of each one's own: semantic edges are drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="end within 5 minutes")
+    parser.add_argument("--map", action="store_true", help="time the map alone, on factors of large models")
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds, not wall seconds")
+    parser.add_argument("--rss-of", choices=METHODS, help="print the resident memory of one method in this process")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = Clock(device, arguments.cpu_time)
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries that log to stdout would spoil the one line
+        if arguments.rss_of:
+            report = resident_report(arguments.rss_of, device, clock)
+        elif arguments.map:
+            report = map_report(device, clock)
+        else:
+            report = overhead_report(device, clock, arguments.quick)
+    print(json.dumps(report))
+
+
+def setting(device: torch.device, clock: Clock) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    return {"device": name, "torch": torch.__version__, "time": "cpu" if clock.cpu_time else "wall"}
+
+
+@dataclass(frozen=True)
+class Clock:
+    device: torch.device
+    cpu_time: bool
+
+    def now(self) -> float:
+        """Seconds; what the device has been told to do is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if self.cpu_time else time.perf_counter()
+
+
+class HookTimer:
+    """Times an optimizer's hooks apart from its update. Make it before the hooks, then call `follow_hooks`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clock: Clock):
+        self.optimizer, self.clock = optimizer, clock
+        optimizer.register_step_post_hook(self._end_update)
+
+    def follow_hooks(self) -> None:
+        self.optimizer.register_step_pre_hook(self._begin_update)
+
+    def step(self) -> float:
+        """Step the optimizer: seconds that its hooks took."""
+        started = self.clock.now()
+        self.optimizer.step()
+        return self.clock.now() - started - (self.updated - self.updating)
+
+    def _begin_update(self, *_) -> None:
+        self.updating = self.clock.now()
+
+    def _end_update(self, *_) -> None:
+        self.updated = self.clock.now()
+
+
+# --- four methods on one model -------------------------------------------------------------------------------------
+
+
+class Trainee:
+    """A model, one of the four methods on it, and the loop that trains it."""
+
+    def __init__(self, method: str, device: torch.device, clock: Clock):
+        config = LlamaConfig(**SMOLLM2_135M)
+        self.model = get_peft_model(LlamaForCausalLM(config).to(device), adapter_of(method)).train()
+        self.batch = torch.randint(config.vocab_size, (BATCH, TOKENS), device=device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.clock = clock
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
+        self.hooks = HookTimer(self.optimizer, clock)
+        self.runtime = attach(self.model, self.optimizer) if method == "structlora" else None
+        self.hooks.follow_hooks()
+        self.allocates, self.steps = method == "adalora", 0
+
+    def warm_up(self) -> None:
+        for _ in range(WARM_UP):
+            self.step()
+
+    def step(self) -> tuple[float, float]:
+        """One training step: seconds in all, and seconds of what is attached to it."""
+        started = self.clock.now()
+        if self.runtime:
+            self.runtime.train()
+        attached = self.clock.now() - started
+        self.model(input_ids=self.batch, labels=self.batch).loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        attached += self.hooks.step()
+        if self.allocates:
+            self.model.base_model.update_and_allocate(self.steps)
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return self.clock.now() - started, attached
+
+
+def adapter_of(method: str) -> LoraConfig:
+    if method == "adalora":  # PEFT's own schedule: the budget shrinks, and is allocated anew, in every step
+        return AdaLoraConfig(
+            task_type="CAUSAL_LM",
+            target_modules=TARGETS,
+            init_r=ADALORA_INITIAL_RANK,
+            target_r=RANK,
+            total_step=2 * (WARM_UP + MOST_ROUNDS),
+        )
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=RANK, use_dora=method == "dora")
+
+
+def overhead_report(device: torch.device, clock: Clock, quick: bool) -> dict:
+    deadline = time.perf_counter() + (QUICK_SECONDS if quick else SECONDS)
+    trainees, peaks = {}, {}
+    for method in METHODS:
+        progress(f"memory of {method}")
+        trainees[method], peaks[method] = started_trainee(method, device, clock)
+    rounds = timed_rounds(trainees, deadline)
+    adalora = trainees["adalora"].model.peft_config["default"]
+    return {
+        "benchmark": "overhead",
+        **setting(device, clock),
+        "model": f"SmolLM2-135M's shape, random fp32 weights, {'+'.join(TARGETS)}, r={RANK}, {BATCH}x{TOKENS} tokens",
+        "rounds": len(rounds),
+        **time_figures(rounds),
+        "structlora_map_ms": round(trainees["structlora"].runtime.metrics()["structlora/map_ms"], 2),
+        "peak_memory_ratio": ratios_to_lora(peaks),
+        "peak_bytes": peaks,
+        "peak_rss_ratio": None if quick or device.type == "cuda" else ratios_to_lora(resident_bytes()),
+        "structlora_held_bytes": held_bytes(trainees["structlora"].runtime),
+        "adalora_directions": {
+            "start": len(adalora.rank_pattern) * ADALORA_INITIAL_RANK,
+            "end": sum(map(sum, adalora.rank_pattern.values())),
+        },
+    }
+
+
+def time_figures(rounds: list[dict[str, tuple[float, float]]]) -> dict:
+    seconds = {method: [r[method][0] for r in rounds] for method in METHODS}
+    ratios = {method: [r[method][0] / r["lora"][0] for r in rounds] for method in METHODS}
+    added = statistics.median(r["structlora"][1] for r in rounds)
+    return {
+        "step_time_ratio": {m: round(statistics.median(r), 4) for m, r in ratios.items()},
+        "step_time_ratio_quartiles": {m: quartiles(r) for m, r in ratios.items()},
+        "step_ms": {m: milliseconds(statistics.median(s)) for m, s in seconds.items()},
+        "structlora_added_ms": milliseconds(added),
+        "structlora_added_ratio": round(1 + added / statistics.median(seconds["lora"]), 4),
+    }
+
+
+def timed_rounds(trainees: dict[str, Trainee], deadline: float) -> list[dict[str, tuple[float, float]]]:
+    """One step of each method per round, in shuffled order, for as long as a round fits before the deadline."""
+    order, rounds, longest = random.Random(0), [], 0.0
+    while len(rounds) < MOST_ROUNDS and (not rounds or time.perf_counter() + longest < deadline):
+        started = time.perf_counter()
+        rounds.append({method: trainees[method].step() for method in order.sample(METHODS, len(METHODS))})
+        longest = max(longest, time.perf_counter() - started)
+        progress(f"round {len(rounds)}: " + ", ".join(f"{m} {rounds[-1][m][0]:.2f} s" for m in METHODS))
+    return rounds
+
+
+def quartiles(values: list[float]) -> list[float]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return [round(low, 4), round(high, 4)]
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def started_trainee(method: str, device: torch.device, clock: Clock) -> tuple[Trainee, int]:
+    """A trainee that is warm, and the peak bytes of getting there."""
+    trainees = []
+
+    def start() -> None:
+        trainees.append(Trainee(method, device, clock))
+        trainees[0].warm_up()
+
+    gc.collect()
+    peak = peak_allocated_bytes(start, device)
+    return trainees[0], peak
+
+
+def peak_allocated_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """How far torch's allocator rises above its present level while `work` runs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        level = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - level
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def resident_bytes() -> dict[str, float]:
+    """Median peak resident set of each method, in processes of their own."""
+    found = {method: [] for method in METHODS}
+    for repeat, method in itertools.product(range(RSS_REPEATS), METHODS):
+        progress(f"resident memory of {method}, {repeat + 1} of {RSS_REPEATS}")
+        command = [sys.executable, __file__, "--rss-of", method]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found[method].append(json.loads(output)["peak_rss_bytes"])
+    return {method: statistics.median(values) for method, values in found.items()}
+
+
+def resident_report(method: str, device: torch.device, clock: Clock) -> dict[str, int]:
+    """Peak resident set of this process once it has trained; Linux alone tells."""
+    Trainee(method, device, clock).warm_up()
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"peak_rss_bytes": BYTES_PER_KB * int(lines["VmHWM"].split()[0])}
+
+
+def ratios_to_lora(values: dict[str, float]) -> dict[str, float]:
+    return {method: round(value / values["lora"], 4) for method, value in values.items()}
+
+
+def held_bytes(runtime: Runtime) -> dict[str, int]:
+    """Bytes that StructLoRA keeps between steps, by what they are."""
+    held = defaultdict(int)
+    for name, value in runtime.state_dict().items():
+        part = next((part for end, part in PARTS.items() if name.endswith(end)), "gates, coordinators, their AdamW")
+        held[part] += value.nbytes
+    return {"all": sum(held.values()), **held}
+
+
+# --- the map alone -------------------------------------------------------------------------------------------------
+
+
+def map_report(device: torch.device, clock: Clock) -> dict:
+    found = {}
+    for stack in STACKS:
+        progress(f"map of {stack.name}")
+        found[stack.name] = map_cost(stack, device, clock)
+    return {"benchmark": "map", **setting(device, clock), "stacks": found}
+
+
+def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
+    """What StructLoRA adds to an optimizer step over a stack of factors: milliseconds and bytes."""
+    kinds = [build_kind(stack, name, device) for name in stack.widths]
+    parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
+    hooks = HookTimer(optimizer, clock)
+    config = StructLoRAConfig(semantic_every=NEVER)  # the edges are drawn here, and timed apart
+    runtime = Runtime(nn.ParameterList(parameters), kinds, config, TorchEngine(optimizer, kinds))
+    hooks.follow_hooks()
+
+    def attached() -> float:
+        started = clock.now()
+        runtime.train()
+        return clock.now() - started + hooks.step()
+
+    def step() -> float:
+        fill_gradients(kinds)
+        return attached()
+
+    def rebuild() -> float:
+        started = clock.now()
+        for m in runtime.maps:
+            m.graph.rebuild()
+        return clock.now() - started
+
+    for _ in range(MAP_WARM_UP):
+        step()
+    rebuilding = statistics.median(rebuild() for _ in range(REBUILDS))
+    ordinary = statistics.median(step() for _ in range(MAP_STEPS))
+    amortised = ordinary + rebuilding / StructLoRAConfig().semantic_every
+    fill_gradients(kinds)
+    passing = peak_allocated_bytes(attached, device)
+    return {
+        "shape": f"{stack.depths} depths, {len(kinds)} kinds, r={stack.rank}",
+        "ms_per_step": milliseconds(amortised),
+        "ms_per_step_and_depth": milliseconds(amortised / stack.depths),
+        "ms_of_edge_rebuild": milliseconds(rebuilding),
+        "semantic_edges": sum(m.graph.semantic_edge_count for m in runtime.maps),
+        "lora_bytes": sum(p.nbytes for p in parameters),
+        "held_bytes": held_bytes(runtime),
+        "passing_bytes": passing,
+    }
+
+
+def build_kind(stack: Stack, name: str, device: torch.device) -> Kind:
+    """Trained factors, from an aligned start: the depths' lora_A are equal, as `attach` makes them."""
+    width_in, width_out = stack.widths[name]
+    A = torch.randn(stack.rank, width_in, device=device) / width_in**0.5
+    modules = [f"layers.{depth}.{name}" for depth in range(stack.depths)]
+    return Kind(
+        f"layers.*.{name}",
+        modules,
+        [nn.Parameter(A.clone()) for _ in modules],
+        [nn.Parameter(torch.zeros(width_out, stack.rank, device=device)) for _ in modules],
+    )
+
+
+def fill_gradients(kinds: list[Kind]) -> None:
+    """Random gradients that agree over depth so far that semantic edges are drawn."""
+    for kind in kinds:
+        for factors in (kind.A, kind.B):
+            shared = SHARED_GRADIENT * torch.randn_like(factors[0])
+            for factor in factors:
+                factor.grad = torch.randn_like(factor).add_(shared)
+
+
+def milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The demo's table, its two plots and the report around them. Every figure comes from the results of the run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
+COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}
+SMOOTHING = 4  # steps to either side in the running mean of a loss curve
+LAST = 10  # steps whose mean is the loss at the end
+
+LOSS_PLOT, GATE_PLOT, REPORT = "loss.png", "gates.png", "report.md"
+
+
+def table(results: dict[str, dict]) -> str:
+    """A Markdown table that also reads well on a terminal."""
+    rows = [("", "accuracy", "NLL (nats)", "s per step", "peak memory")]
+    for method, result in results.items():
+        speed = f"{result['seconds_per_step']:.2f}" if "seconds_per_step" in result else "–"
+        memory = f"{result['peak_memory'] / 1e9:.2f} GB"
+        rows.append((NAMES[method], f"{100 * result['accuracy']:.2f} %", f"{result['nll']:.3f}", speed, memory))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in rows
+    ]
+    lines.insert(
+        1, "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    )
+    return "\n".join(lines)
+
+
+def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
+    """Write report.md and its plots to the directory."""
+    _plot_losses(results, directory / LOSS_PLOT)
+    _plot_gates(results["structlora"], directory / GATE_PLOT)
+    sections = (_setting(results, seed), table(results), _comparison(results), _losses(results), _gates(results))
+    (directory / REPORT).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def append_check(trained: dict, loaded: dict, same: int, directory: Path) -> None:
+    """Add to report.md what plain PEFT made of the adapter; `same` answers agreed."""
+    accuracies = f"{100 * trained['accuracy']:.2f} % at the end of training, {100 * loaded['accuracy']:.2f} % as loaded"
+    section = f"""
+## Plain LoRA again
+A new process that cannot import `structlora_trl` loaded `structlora/` with plain PEFT. Held-out accuracy: {accuracies};
+{same} of {len(loaded["correct"])} sentences have the same verdict.
+"""
+    with open(directory / REPORT, "a", encoding="utf-8") as report:
+        report.write(section)
+
+
+def _setting(results: dict[str, dict], seed: int) -> str:
+    recipe = results["lora"]["recipe"]
+    modules = " and ".join(f"`{name}`" for name in recipe["modules"])
+    held_out = len(results["base"]["correct"])
+    return f"""# LoRA and StructLoRA on film reviews
+SmolLM2-135M-Instruct learns to tell positive from negative sentences of film reviews, from {recipe["examples"]} that
+people have rated. TRL's `SFTTrainer` makes {recipe["steps"]} steps of {recipe["batch"]} examples, with loss on the
+answer tokens alone: rank {recipe["rank"]}, {modules}, learning rate {recipe["learning_rate"]}, seed {seed}.
+Both runs have the same arguments; StructLoRA adds `callbacks=[StructLoRACallback()]`.
+
+The table is of {held_out} other sentences. Accuracy: how often the right one of the two answers is the likelier.
+NLL: mean negative log-likelihood of the right answer, where the probabilities of the two answers are scaled to sum to
+one. Seconds per step: the median, on the clock; whatever else the machine was doing is in it. Peak memory: of each
+row's own process."""
+
+
+def _comparison(results: dict[str, dict]) -> str:
+    """How far the two adapters differ on the same sentences, and whether that is more than chance."""
+    lora, ours = results["lora"], results["structlora"]
+    gained = sum(a > b for a, b in zip(ours["correct"], lora["correct"]))
+    lost = sum(a < b for a, b in zip(ours["correct"], lora["correct"]))
+    verdicts = f"StructLoRA alone is right on {gained} of them, LoRA alone on {lost}"
+    difference = np.subtract(ours["nlls"], lora["nlls"])
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    change = f"{difference.mean():+.3f}, with a standard error over sentences of {error:.3f}"
+    return f"""{verdicts} (sign test: p = {_sign_test(gained, lost):.2f}).
+From LoRA to StructLoRA the NLL changes by {change}; less is better.
+This is one seed of one small task: a demonstration, not a benchmark."""
+
+
+def _losses(results: dict[str, dict]) -> str:
+    return f"""## Loss
+![Training loss over the steps]({LOSS_PLOT})
+
+Mean of the last {LAST} steps: {_last_loss(results["lora"])} with LoRA, {_last_loss(results["structlora"])} with
+StructLoRA. The first steps mostly learn the form of the answer (one word, then the end). StructLoRA trains with noise
+on its gates, so that in each step some directions are nearly shut; its training loss is with that noise, the table is
+without."""
+
+
+def _last_loss(result: dict) -> str:
+    return f"{np.mean(result['losses'][-LAST:]):.3f}"
+
+
+def _gates(results: dict[str, dict]) -> str:
+    start = results["structlora"]["gate_init"]
+    gates = {kind: np.array(rows) for kind, rows in results["structlora"]["gates"].items()}
+    every = np.concatenate([values.ravel() for values in gates.values()])
+    means = " and ".join(f"{values.mean():.2f} in `{kind}`" for kind, values in gates.items())
+    return f"""## Gates
+![Gates by layer and direction]({GATE_PLOT})
+
+Each cell is one rank-one direction of one layer's adapter. All {every.size} gates start with a probability of
+{start:.2f} of being open. The information-bottleneck term draws each towards its prior, unless the task's gradient
+holds it. At the end they lie between {every.min():.2f} and {every.max():.2f}, on average {means};
+{(every > start).sum()} are above the start.
+In the saved adapter each direction is multiplied by its gate, so that it is a plain LoRA adapter."""
+
+
+def _sign_test(a: int, b: int) -> float:
+    """Two-sided exact p that a split as uneven as a : b comes of fair coins."""
+    n = a + b
+    tail = sum(math.comb(n, i) for i in range(min(a, b) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def _plot_losses(results: dict[str, dict], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for method, colour in COLOURS.items():
+        losses = np.array(results[method]["losses"])
+        steps = np.arange(1, len(losses) + 1)
+        mean = [losses[max(0, i - 1 - SMOOTHING) : i + SMOOTHING].mean() for i in steps]
+        axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=1)
+        axes.plot(steps, mean, color=colour, linewidth=2.2, label=f"{NAMES[method]}: {_last_loss(results[method])}")
+    axes.set(
+        xlabel="optimizer step", ylabel="training loss (nats per answer token)", yscale="log", xlim=(1, len(steps))
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"Loss on the answer tokens (thick: mean of {2 * SMOOTHING + 1} steps)", loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title=f"mean of the last {LAST} steps", alignment="left")
+    figure.savefig(path, dpi=150)
+
+
+def _plot_gates(result: dict, path: Path) -> None:
+    start = result["gate_init"]
+    gates = {kind: np.array(rows).T for kind, rows in result["gates"].items()}  # (r, L)
+    reach = max(abs(values - start).max() for values in gates.values())
+    figure, panels = plt.subplots(len(gates), 1, figsize=(9, 3.9), sharex=True, layout="constrained")
+    for axes, (kind, values) in zip(panels, gates.items()):
+        image = axes.imshow(values, aspect="auto", cmap="PuOr_r", vmin=start - reach, vmax=start + reach)
+        axes.set(ylabel=f"{kind}\ndirection", yticks=range(len(values)), yticklabels=range(1, len(values) + 1))
+        axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(len(values) + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="minor", length=0)
+    axes.set_xlabel("layer (0 is next to the input)")
+    panels[0].set_title(
+        "Gates of all rank-one directions: violet has closed since the start, orange has opened", loc="left"
+    )
+    bar = figure.colorbar(image, ax=panels, pad=0.015)
+    bar.set_label("probability of being open")
+    bar.ax.axhline(start, color="black", linewidth=1)
+    bar.ax.text(-0.25, start, "start", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform())
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,202 @@
+"""DeepSpeed ZeRO, stages 1 to 3: the latents are DeepSpeed's own fp32 masters, the working weights are the effective ones.
+
+Under DeepSpeed, Accelerate steps inside `backward`, so that Trainer's events and gradient callbacks come too late
+(accelerate issues 2951 and 3303, DeepSpeed issue 5199). `engine.step` is wrapped on the instance instead: at an accumulation
+boundary the gradients are complete, reduced and not yet clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import StructLoRAError
+from ..mapping import Factors
+from ..nodes import Kind, full_shape
+from .base import Engine
+from .packing import Fragment, Packing
+
+
+class DeepSpeedEngine(Engine):
+    """Args:
+        engine (`deepspeed.DeepSpeedEngine`): as `deepspeed.initialize` returned it.
+        kinds (`list[Kind]`): what its optimizer steps.
+
+    Raises:
+        StructLoRAError: a stage or feature of DeepSpeed that is not served, by name.
+    """
+
+    def __init__(self, engine, kinds: list[Kind]):
+        self.engine, self.kinds = engine, kinds
+        self.optimizer = engine.optimizer  # DeepSpeed's wrapper, which owns the masters
+        self.stage = engine.zero_optimization_stage()
+        self.name = f"DeepSpeed ZeRO-{self.stage}"
+        self._refuse_unfit()
+        self.packing = Packing(kinds, self.optimizer.dp_process_group)
+        self._parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        self._latents: list[Factors] = []
+        self._finite = True
+        self._base_lr = self._configured_lr()
+
+    def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
+        self._latents = self.packing.gather(self._masters())
+        step = self.engine.step
+
+        def step_through_the_map(*args, **kwargs):
+            if not self.engine.is_gradient_accumulation_boundary():
+                return step(*args, **kwargs)
+            if not before_step():
+                return self._skip(step, after_step, *args, **kwargs)
+            result = step(*args, **kwargs)
+            overflow = bool(self.optimizer.overflow)
+            if not overflow:
+                self._latents = self.packing.gather(self._masters())
+            after_step(not overflow)
+            return result
+
+        self.engine.step = step_through_the_map
+
+    def remove(self) -> None:
+        del self.engine.step  # the class's own shows again
+
+    def read_gradients(self) -> list[Factors] | None:
+        gradients = self.packing.gather(self._gradients())
+        # NaN and Inf survive the sum, so every rank sees the same.
+        self._finite = all(bool(part.isfinite().all()) for factors in gradients for part in factors)
+        return gradients
+
+    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+        if self.stage == 3:
+            flat = self.packing.pack(gradients)
+            for parameter in self._parameters:
+                # Zero-padded: `safe_set_full_grad` fails on the last rank where the ranks' shares are uneven.
+                padded = torch.zeros(parameter.ds_tensor.numel(), device=flat.device)
+                start, stop = self._share(parameter)
+                offset = self.packing.offset(parameter)
+                padded[: stop - start] = flat[offset + start : offset + stop]
+                self.optimizer.set_local_grad_for_param(padded, parameter)
+        else:
+            self.packing.scatter(gradients, self._gradients())
+
+    def read_latents(self) -> list[Factors]:
+        return self._latents
+
+    def write_latents(self, latents: list[Factors]) -> None:
+        self._latents = [
+            Factors(A.to(k.device).float().clone(), B.to(k.device).float().clone())
+            for k, (A, B) in zip(self.kinds, latents)
+        ]
+        self.packing.scatter(self._latents, self._masters())
+
+    @torch.no_grad()
+    def write_working(self, effective: list[Factors]) -> None:
+        flat = self.packing.pack(effective)
+        for parameter in self._parameters:
+            offset, shape = self.packing.offset(parameter), full_shape(parameter)
+            whole = flat[offset : offset + shape.numel()]
+            if self.stage == 3:
+                start, stop = self._share(parameter)
+                parameter.ds_tensor.data[: stop - start].copy_(whole[start:stop])
+            if parameter.data.numel() == shape.numel():  # stages 1 and 2, and persistent parameters of stage 3
+                parameter.data.copy_(whole.view(shape))
+
+    def gradients_are_finite(self) -> bool:
+        return self._finite
+
+    def gradient_scale(self) -> float:
+        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+
+    def learning_rate_scale(self) -> float:
+        group = self.optimizer.param_groups[0]
+        base = group.get("initial_lr", self._base_lr)  # torch's schedulers set it, DeepSpeed's do not
+        return float(group["lr"] / base) if base else 0.0
+
+    def _configured_lr(self) -> float:
+        parameters = self.engine.optimizer_params() or {}
+        return parameters.get("lr", self.optimizer.param_groups[0]["lr"])
+
+    def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Stage 3: this rank's part of a parameter, without padding."""
+        share = (
+            parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
+        )
+        rank = dist.get_rank(self.optimizer.dp_process_group)
+        numel = full_shape(parameter).numel()
+        return min(rank * share, numel), min((rank + 1) * share, numel)
+
+    def _masters(self) -> list[Fragment]:
+        if self.stage == 3:
+            return [
+                self._of_share(p, self.optimizer._get_fp32_opt_state_partition(p, True)[0]) for p in self._parameters
+            ]
+        mappings = [(p, p._hp_mapping) for p in self._parameters if p._hp_mapping is not None]
+        return [Fragment(self.packing.offset(p) + m.lp_fragment_address.start, m.hp_fragment.data) for p, m in mappings]
+
+    def _gradients(self) -> list[Fragment]:
+        if self.stage == 3:
+            return [self._of_share(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in self._parameters]
+        fragments = []
+        for p in self._parameters:
+            if p._hp_mapping is None:
+                continue
+            address = p._hp_mapping.lp_fragment_address
+            gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
+            if gradient.numel() != address.numel:
+                gradient = gradient.narrow(0, address.start, address.numel)
+            fragments.append(Fragment(self.packing.offset(p) + address.start, gradient))
+        return fragments
+
+    def _of_share(self, parameter: nn.Parameter, values: torch.Tensor) -> Fragment:
+        start, stop = self._share(parameter)
+        return Fragment(self.packing.offset(parameter) + start, values.view(-1)[: stop - start])
+
+    def _skip(self, step, after_step, *args, **kwargs):
+        """Let DeepSpeed's own overflow check, which bf16 runs without, see the bad gradients and skip the step."""
+        checks = getattr(self.optimizer, "check_grad_overflow", None)
+        if checks is not None:
+            self.optimizer.check_grad_overflow = True
+        result = step(*args, **kwargs)
+        if checks is not None:
+            self.optimizer.check_grad_overflow = checks
+        if not self.optimizer.overflow:
+            raise StructLoRAError(
+                f"gradients with NaN or Inf that {self.name} stepped with",
+                "DeepSpeed to skip that step",
+                "resume from the last checkpoint with a lower learning rate",
+            )
+        after_step(False)
+        return result
+
+    def _refuse_unfit(self) -> None:
+        import deepspeed
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        found, remedy = None, "use ZeRO stage 1, 2 or 3 with a standard optimizer"
+        zero = self.engine._config.zero_config
+        if self.stage not in (1, 2, 3):
+            found, remedy = (
+                f"DeepSpeed at ZeRO stage {self.stage}",
+                "set `zero_optimization.stage` to 1, 2 or 3, or launch with DDP",
+            )
+        elif isinstance(self.engine, deepspeed.PipelineEngine):
+            found = "DeepSpeed pipeline parallelism"
+        elif zero.zero_hpz_partition_size > 1 or zero.zero_quantized_weights or zero.zero_quantized_gradients:
+            found, remedy = (
+                "ZeRO++",
+                "remove `zero_hpz_partition_size` and `zero_quantized_*` from the DeepSpeed config",
+            )
+        elif type(self.optimizer) not in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # MiCS is a subclass
+            found = f"DeepSpeed's {type(self.optimizer).__name__}"
+            remedy = "remove `data_types.grad_accum_dtype` from the DeepSpeed config, or set stage 2 or 3"
+        elif self.stage < 3 and self._offloads() and self.engine.gradient_clipping() > 0:
+            found = "ZeRO stage 1 or 2 with optimizer offload and gradient clipping, which clips by a norm taken before the map"
+            remedy = "set `gradient_clipping: 0`, use stage 3, or do not offload"
+        if found:
+            raise StructLoRAError(found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy)
+
+    def _offloads(self) -> bool:
+        return bool(getattr(self.optimizer, "cpu_offload", False))
