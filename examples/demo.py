@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parent
 OUTPUT = Path("demo-output")
 PLAIN_PEFT = "plain_peft"
 ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",  # where DeepSpeed is installed, it would say at every start that it found no GPU
     "HF_HUB_OFFLINE": "1",  # there is nothing to ask the hub for
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # Threads that wait yield their core; where other programs want it too, spinning ones take more than twice as long.

@@ -42,10 +42,12 @@ def _option(default, help: str, **metadata):
 
 @dataclass
 class StructLoRAConfig:
-    """The options of StructLoRA (arXiv 2603.14228). The help of each field is its manual.
+    """The options of StructLoRA (arXiv 2603.14228).
 
     Raises:
         StructLoRAError: a value is out of range or misspelt; the message names the field and what is allowed.
+
+    Args:
     """
 
     filter: str = _option(
@@ -179,3 +181,9 @@ class StructLoRAConfig:
     def compares_depths(self) -> bool:
         """Whether some part relates one depth to another, and so needs to know which factor is comparable."""
         return self.coordinator != "none" or self.regularizer != "none"
+
+
+StructLoRAConfig.__doc__ += "".join(
+    f"    {f.name} (`{f.type}`, *optional*, defaults to `{f.default!r}`):\n            {f.metadata['help']}\n    "
+    for f in fields(StructLoRAConfig)
+)

@@ -36,9 +36,9 @@ class GCN(nn.Module):
 
     def forward(self, features: Tensor, graph: DepthGraph) -> Tensor:
         """What message passing adds to the features: (L, r, n) -> (L, r, n)."""
-        added = torch.zeros_like(features)
-        for layer, theta in enumerate(self.theta):
-            added = added + self.activation(self.aggregate(features + added, graph, layer, theta))
+        added = self.activation(self.aggregate(features, graph, 0, self.theta[0]))
+        for layer in range(1, len(self.theta)):
+            added = added + self.activation(self.aggregate(features + added, graph, layer, self.theta[layer]))
         return added
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:

@@ -178,6 +178,7 @@ class Runtime:
 
     def _before_step(self) -> bool:
         """Carry the gradients back through the map. False where the optimizer must not step."""
+        started = time.perf_counter()
         self.hook_calls += 1
         self._lr_scale = None
         gradients = self.engine.read_gradients()
@@ -196,7 +197,6 @@ class Runtime:
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).", self.skipped_steps
             )
             return False
-        started = time.perf_counter()
         scale = self.engine.gradient_scale()
         pulled = []
         for m, latent, gradient, noise in zip(self.maps, self.engine.read_latents(), gradients, self._noise()):

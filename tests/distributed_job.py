@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 torch.set_num_threads(1)
 
-GLOBAL_BATCH = 12
+MICRO_BATCH = 6  # over all ranks, so that 1, 2 and 3 see the same
 
 
 def arguments():
@@ -81,7 +81,7 @@ def main():
     args = arguments()
     world = int(os.environ.get("WORLD_SIZE", 1))
     options = {
-        "per_device_train_batch_size": GLOBAL_BATCH // world // args.accumulation,
+        "per_device_train_batch_size": MICRO_BATCH // world,
         "gradient_accumulation_steps": args.accumulation,
         "max_steps": args.steps,
         "bf16": args.dtype == "bfloat16",

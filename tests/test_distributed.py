@@ -79,7 +79,7 @@ PARITY = [
 
 @pytest.mark.parametrize("engine, world, accumulation, deepspeed", PARITY)
 def test_latents_are_those_of_one_process(engine, world, accumulation, deepspeed, tmp_path):
-    # With accumulation 3, 60 rows make five windows of which the last is short (40 micro-batches' worth is not divisible).
+    # 60 rows are ten micro-batches: with accumulation 3, the last window of an epoch is short.
     options = {"accumulation": accumulation, "rows": 48 if accumulation == 1 else 60, "steps": 10}
     launch(tmp_path / "one", **options)
     facts = launch(tmp_path / "many", engine, world, deepspeed=deepspeed, **options)
