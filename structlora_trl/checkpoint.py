@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from .config import StructLoRAConfig
 from .errors import StructLoRAError
 from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "structlora.safetensors"
 _FORMAT = "1"
@@ -28,11 +31,10 @@ def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
     """
     path = Path(directory) / STATE_NAME
     unfinished = path.with_suffix(".unfinished")
-    config = {f.name: getattr(runtime.config, f.name) for f in fields(StructLoRAConfig)}
     metadata = {
         "format": _FORMAT,
         "seed": str(runtime.seed),
-        "config": json.dumps(config),
+        "config": json.dumps(_options(runtime)),
         "kinds": json.dumps({kind.name: {"modules": kind.modules, "shape": kind.shape} for kind in runtime.kinds}),
     }
     try:
@@ -80,3 +82,11 @@ def load_state(runtime: Runtime, directory: str | os.PathLike) -> None:
             "use the version of structlora-trl that wrote it",
         )
     runtime.load_state_dict(state)
+    written, here = json.loads(metadata["config"]), _options(runtime)
+    changed = [f"{name} ({written.get(name)!r} -> {here[name]!r})" for name in here if written.get(name) != here[name]]
+    if changed:
+        logger.warning("StructLoRA resumes with options that differ from the checkpoint's: %s.", ", ".join(changed))
+
+
+def _options(runtime: Runtime) -> dict:
+    return {f.name: getattr(runtime.config, f.name) for f in fields(StructLoRAConfig)}

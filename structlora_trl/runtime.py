@@ -71,7 +71,8 @@ class Runtime:
         self._optimizer = self._build_optimizer()
         self._lr_scale: float | None = None  # set while a step that counts is under way
         self._map_seconds = 0.0
-        self._cosines: list[Tensor] = []
+        self._cosine_sum = torch.zeros((), device=kinds[0].device)
+        self._cosine_count = 0
         self._metric_steps = 0
 
         # A function, not a method: copying the model must not copy the runtime with it.
@@ -129,11 +130,12 @@ class Runtime:
     def metrics(self) -> dict[str, float]:
         """Figures under `structlora/` (see `diagnostics`); averages over the steps since the last call."""
         found = structure_metrics(self.maps, self.evaluation_factors())
-        if self._cosines:
-            found["gradient_cosine"] = torch.stack([c.cpu() for c in self._cosines]).mean().item()
+        if self._cosine_count:
+            found["gradient_cosine"] = self._cosine_sum.item() / self._cosine_count
         found["map_ms"] = 1000 * self._map_seconds / max(self._metric_steps, 1)
         found["skipped_steps"] = self.skipped_steps
-        self._map_seconds, self._cosines, self._metric_steps = 0.0, [], 0
+        self._map_seconds, self._metric_steps = 0.0, 0
+        self._cosine_sum, self._cosine_count = torch.zeros_like(self._cosine_sum), 0
         return {f"structlora/{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -247,20 +249,17 @@ class Runtime:
         if m.kind.depth_count == 1:
             return
         on_sides = m.side_gradients(gradient)
-        self._cosines.append(neighbour_cosine(on_sides))
+        self._cosine_sum += neighbour_cosine(on_sides).to(self._cosine_sum.device)
+        self._cosine_count += 1
         if m.coordinators and m.graph.follows_gradients:
             m.graph.observe(on_sides)
 
     def _noise(self) -> list[Tensor | None]:
         """This step's noise, (L, r) per kind; one draw for all kinds, from (seed, step)."""
-        if not self._is_stochastic:
+        if not self.maps[0].is_stochastic:
             return [None] * len(self.maps)
         draw = logistic_noise(self._gate_count, self.seed, self.step).split([m.gate_count for m in self.maps])
         return [part.view(m.kind.depth_count, -1).to(m.kind.device) for m, part in zip(self.maps, draw)]
-
-    @property
-    def _is_stochastic(self) -> bool:
-        return self.maps[0].is_stochastic
 
     @torch.no_grad()
     def _effective(self, noise: Iterable[Tensor | None] | None) -> list[Factors]:

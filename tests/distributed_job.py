@@ -25,7 +25,7 @@ MICRO_BATCH = 6  # over all ranks, so that 1, 2 and 3 see the same
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("--engine", choices=["single", "ddp", "zero1", "zero2", "zero3"], default="single")
+    parser.add_argument("--engine", choices=["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"], default="single")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -62,6 +62,20 @@ def deepspeed_config(args) -> dict:
     return config
 
 
+def offer_fsdp2_on_cpu() -> dict:
+    """Accelerate offers FSDP2 on accelerators alone, and would run DDP in silence; on CPU the sharding is the same."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    return {
+        "use_cpu": False,
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    }
+
+
 class PoisonAt(TrainerCallback):
     def __init__(self, step):
         self.at, self.hook = step, None
@@ -94,6 +108,9 @@ def main():
 
         options["deepspeed"] = deepspeed_config(args)
 
+    if args.engine == "fsdp2":
+        options |= offer_fsdp2_on_cpu()
+
     from jobs import sft
     from test_trainers import StopAt
 
@@ -118,7 +135,7 @@ def main():
     if callback is not None:
         runtime = callback.runtime
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
-        if args.engine.startswith("zero"):
+        if args.engine.startswith(("zero", "fsdp")):
             facts["collectives"] = runtime.engine.packing.collectives
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import StructLoRAError
 from ..nodes import Kind
 from .agreement import refuse_disagreement, world_size
 from .base import Engine
+from .fsdp2 import FSDP2Engine
 from .torch import TorchEngine
 
 __all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine"]
@@ -30,9 +33,11 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         from .deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, kinds)
+    if any(isinstance(m, FSDPModule) for m in model.modules()):
+        return FSDP2Engine(model, optimizer, kinds)
     found = None
-    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
-        found = "parameters sharded by FSDP2 (DTensor)"
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        found = "DTensor parameters that FSDP2 does not manage (tensor parallelism)"
     elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         found = "parameters sharded by FSDP1"
     elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith("deepspeed"):
@@ -42,7 +47,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
     if found:
         raise StructLoRAError(
             found,
-            "one process, DDP (`DistributedDataParallel`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
+            "one process, DDP, FSDP2 (`fully_shard`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
             "launch with one of these, and pass the wrapped model",
         )
     engine = TorchEngine(optimizer, kinds)

@@ -58,7 +58,7 @@ class TorchEngine(Engine):
             self._take()
             after_step(stepping.pop())
 
-        self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in self.kinds]
+        self._take()
         self._handles = [
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
@@ -132,13 +132,8 @@ class TorchEngine(Engine):
                     sources += [value.view_as(p) for p, value in zip(parameters, stack)]
         torch._foreach_copy_(targets, sources)
 
-    @torch.no_grad()
     def _take(self) -> None:
-        for kind, latent in zip(self.kinds, self._latents):
-            for parameters, stack in zip((kind.A, kind.B), latent):
-                torch._foreach_copy_(
-                    [value.view_as(p) for p, value in zip(parameters, stack)], [p.data for p in parameters]
-                )
+        self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in self.kinds]
 
     def _refuse_unfit(self) -> None:
         name = type(self.optimizer).__name__

@@ -1,0 +1,94 @@
+"""FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's shards.
+
+As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from ..errors import StructLoRAError
+from ..mapping import Factors
+from ..nodes import Kind
+from .packing import Fragment, Packing
+from .torch import TorchEngine
+
+
+class FSDP2Engine(TorchEngine):
+    """Args:
+        model (`nn.Module`): the model that holds the FSDP modules.
+        optimizer (`torch.optim.Optimizer`): steps the sharded parameters.
+        kinds (`list[Kind]`): what is trained.
+
+    Raises:
+        StructLoRAError: parameters that are sharded otherwise than by rows over one group of ranks (HSDP, tensor parallelism).
+    """
+
+    name = "FSDP2"
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
+        super().__init__(optimizer, kinds)
+        self._parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        odd = [p for p in self._parameters if not isinstance(p, DTensor) or tuple(p.placements) != (Shard(0),)]
+        if odd:
+            found = odd[0].placements if isinstance(odd[0], DTensor) else "none"
+            raise StructLoRAError(
+                f"LoRA parameters with placements {found}",
+                "FSDP2 sharding of all of them, over rows and one mesh dimension",
+                "use a one-dimensional FSDP2 mesh, without tensor parallelism",
+            )
+        self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.packing = Packing(kinds, self._parameters[0].device_mesh.get_group())
+        self._finite = True
+
+    def read_gradients(self) -> list[Factors] | None:
+        if all(parameter.grad is None for parameter in self._trainable()):
+            return None
+        gradients = self.packing.gather(self._fragments(lambda p: p.grad))
+        # NaN and Inf survive the sum, so every rank sees the same.
+        self._finite = all(bool(part.isfinite().all()) for factors in gradients for part in factors)
+        return gradients
+
+    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+        if fill_missing:
+            for parameter in self._trainable():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        self.packing.scatter(gradients, self._fragments(lambda p: p.grad))
+
+    def write_latents(self, latents: list[Factors]) -> None:
+        self._latents = [
+            Factors(A.to(k.device).float(), B.to(k.device).float()) for k, (A, B) in zip(self.kinds, latents)
+        ]
+
+    def gradients_are_finite(self) -> bool:
+        return self._finite
+
+    def _put(self, values: list[Factors]) -> None:
+        for module in self._sharded_modules:
+            module.reshard()  # a forward without backward may have left whole copies, which would go stale
+        self.packing.scatter(values, self._fragments(lambda p: p.data))
+
+    def _take(self) -> None:
+        self._latents = self.packing.gather(self._fragments(lambda p: p.data))
+
+    def _fragments(self, of: Callable[[nn.Parameter], DTensor | None]) -> list[Fragment]:
+        fragments = []
+        for parameter in self._parameters:
+            tensor = of(parameter)
+            if tensor is not None:
+                start = self._first_row(parameter) * math.prod(parameter.shape[1:])
+                fragments.append(Fragment(self.packing.offset(parameter) + start, tensor.to_local().view(-1)))
+        return fragments
+
+    def _first_row(self, parameter: DTensor) -> int:
+        """Rows that the ranks before this one hold: FSDP2 deals them as `torch.chunk` does."""
+        mesh, rows = parameter.device_mesh, parameter.shape[0]
+        share = -(-rows // mesh.size())
+        return min(mesh.get_local_rank() * share, rows)
