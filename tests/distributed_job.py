@@ -36,7 +36,7 @@ def arguments():
     parser.add_argument("--stop-at", type=int, default=None)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--seed-of-rank-1", type=int, default=None)
-    parser.add_argument("--poison-at", type=int, default=None, help="step at which one gradient is NaN")
+    parser.add_argument("--poison-at", type=int, default=None, help="step at which the loss is NaN")
     return parser.parse_args()
 
 
@@ -82,8 +82,8 @@ class PoisonAt(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.at:
-            parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
-            self.hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            embeddings = model.get_input_embeddings()
+            self.hook = embeddings.register_forward_hook(lambda module, inputs, output: output * float("nan"))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.hook is not None:

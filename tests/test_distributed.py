@@ -128,6 +128,8 @@ def test_resume_is_bit_for_bit(engine, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
 def test_bad_gradients_skip_the_step_everywhere(engine, dtype, tmp_path):
     """The run with a poisoned last step ends where the run without that step does."""
+    if engine == "fsdp2" and dtype == "bfloat16":
+        pytest.skip("Trainer offers bf16 on CPU with `use_cpu` alone, and FSDP2 without it alone")
     facts = launch(tmp_path / "poisoned", engine, dtype=dtype, steps=4, poison_at=3)
     assert facts["step"] == 3 and facts["skipped"] == 1
     launch(tmp_path / "clean", engine, dtype=dtype, steps=4, stop_at=3)
