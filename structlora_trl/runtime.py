@@ -239,7 +239,7 @@ class Runtime:
         aligned = [
             latent
             if not kind.A[0].requires_grad or latent.B.any()
-            else Factors(latent.A[:1].expand_as(latent.A), latent.B)
+            else Factors(latent.A[:1].clone().expand_as(latent.A), latent.B)
             for kind, latent in zip(self.kinds, self.engine.read_latents())
         ]
         self.engine.write_latents(aligned)

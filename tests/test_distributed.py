@@ -110,7 +110,9 @@ def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
     assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
 
 
-@pytest.mark.parametrize("engine", ["zero3", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero2"))])
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero2"))]
+)
 def test_resume_is_bit_for_bit(engine, tmp_path):
     options = {"steps": 6, "trainer": {"save_strategy": "steps", "save_steps": 3}}
     launch(tmp_path / "whole", engine, **options)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import base_model, logits_of, lora_parameters
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig
 
 from structlora_trl import (
@@ -52,6 +52,22 @@ def test_callback_acts_under_every_trainer(job, tmp_path):
         assert (m.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 0
         assert latent.B.abs().sum() > 0 and not torch.equal(latent.A[0], latent.A[1])
         assert m.coordinators[m.sides[0]].theta.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(bits, tmp_path):
+    """QLoRA: the method touches the adapter alone, whatever the base is stored in."""
+    pytest.importorskip("bitsandbytes")
+    base_model("llama").save_pretrained(tmp_path / "base")
+    quantisation = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, device_map="cpu")
+    callback = StructLoRACallback()
+    trainer = sft(tmp_path, [callback], model=model)
+    trainer.train()
+    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == f"Linear{bits}bit" + ("Lt" if bits == 8 else "")
+    assert callback.runtime.step == 3
+    assert all((m.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 0 for m in callback.runtime.maps)
 
 
 def test_two_runs_are_equal_and_seeds_differ(tmp_path):

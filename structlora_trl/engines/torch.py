@@ -101,9 +101,8 @@ class TorchEngine(Engine):
         self._put(effective)
 
     def gradients_are_finite(self) -> bool:
-        found_inf = getattr(
-            self.optimizer, "found_inf", None
-        )  # set by GradScaler on optimizers that unscale themselves
+        # GradScaler sets `found_inf` and `grad_scale` for the step of optimizers that unscale themselves.
+        found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return False
         gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -111,7 +110,7 @@ class TorchEngine(Engine):
         return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
 
     def gradient_scale(self) -> float:
-        scale = getattr(self.optimizer, "grad_scale", None)  # set by GradScaler on optimizers that unscale themselves
+        scale = getattr(self.optimizer, "grad_scale", None)
         return 1.0 if scale is None else float(scale)
 
     def learning_rate_scale(self) -> float:
