@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 torch.set_num_threads(1)
 
+CONFIGS = Path(__file__).parent.parent / "configs" / "deepspeed"
 MICRO_BATCH = 6  # over all ranks, so that 1, 2 and 3 see the same
 
 
@@ -46,17 +47,7 @@ def deepspeed_config(args) -> dict:
     # The shared-memory collectives take a minute to compile and are only faster.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    stage = int(args.engine[-1])
-    config = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": stage},
-    }
-    if stage == 3:
-        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    config = json.loads((CONFIGS / f"{args.engine}.json").read_text())
     for key, value in args.deepspeed.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) and key in config else value
     return config
