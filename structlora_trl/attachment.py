@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import fields
 
 import peft
 import torch
@@ -138,7 +137,7 @@ def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None
 def _facts(runtime: Runtime) -> dict:
     """What all ranks must have in common."""
     return {
-        "configuration": {f.name: getattr(runtime.config, f.name) for f in fields(StructLoRAConfig)},
+        "configuration": runtime.config.options(),
         "seed": runtime.seed,
         "engine": runtime.engine.name,
         "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -34,9 +32,8 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         self.config = StructLoRAConfig.build(config, **overrides)
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
-        self._finished: tuple[dict, list[torch.Tensor]] | None = (
-            None  # state and weights at the end of the last `train()`
-        )
+        # State and weights at the end of the last `train()`.
+        self._finished: tuple[dict, list[torch.Tensor]] | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainer, resumed_from = training_trainer()
@@ -90,5 +87,4 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         directory = checkpoint_being_saved()
         if directory is not None and self.runtime is not None:
             save_state(self.runtime, directory)
-        config = {f.name: getattr(self.config, f.name) for f in fields(StructLoRAConfig)}
-        return {"args": {"config": config}, "attributes": {}}
+        return {"args": {"config": self.config.options()}, "attributes": {}}

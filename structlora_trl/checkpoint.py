@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import StructLoRAConfig
 from .errors import StructLoRAError
 from .runtime import Runtime
 
@@ -34,7 +32,7 @@ def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
     metadata = {
         "format": _FORMAT,
         "seed": str(runtime.seed),
-        "config": json.dumps(_options(runtime)),
+        "config": json.dumps(runtime.config.options()),
         "kinds": json.dumps({kind.name: {"modules": kind.modules, "shape": kind.shape} for kind in runtime.kinds}),
     }
     try:
@@ -82,11 +80,7 @@ def load_state(runtime: Runtime, directory: str | os.PathLike) -> None:
             "use the version of structlora-trl that wrote it",
         )
     runtime.load_state_dict(state)
-    written, here = json.loads(metadata["config"]), _options(runtime)
+    written, here = json.loads(metadata["config"]), runtime.config.options()
     changed = [f"{name} ({written.get(name)!r} -> {here[name]!r})" for name in here if written.get(name) != here[name]]
     if changed:
         logger.warning("StructLoRA resumes with options that differ from the checkpoint's: %s.", ", ".join(changed))
-
-
-def _options(runtime: Runtime) -> dict:
-    return {f.name: getattr(runtime.config, f.name) for f in fields(StructLoRAConfig)}

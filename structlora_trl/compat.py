@@ -24,7 +24,7 @@ def _trainer_frame(function: str):
 def training_trainer() -> tuple[Trainer, str | None]:
     """The Trainer whose training loop is running, and the checkpoint it resumes from.
 
-    Trainer hands callbacks neither itself nor `resume_from_checkpoint` (transformers 4 and 5), though it hands them
+    Trainer hands callbacks neither itself nor `resume_from_checkpoint` (transformers 5), though it hands them
     model and optimizer; both stand in the frame of the loop that called us.
 
     Raises:

@@ -163,7 +163,7 @@ class StructLoRAConfig:
         """
         known = [f.name for f in fields(StructLoRAConfig)]
         if isinstance(config, StructLoRAConfig):
-            config = {name: getattr(config, name) for name in known}
+            config = config.options()
         options = {**(config or {}), **overrides}
         for name in options:
             if name not in known:
@@ -171,6 +171,10 @@ class StructLoRAConfig:
                 remedy = f"write `{near[0]}`" if near else "remove it"
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
         return StructLoRAConfig(**options)
+
+    def options(self) -> dict:
+        """Name and value of each option; of a subclass too, only these (`to_dict` is TrainingArguments' own name)."""
+        return {f.name: getattr(self, f.name) for f in fields(StructLoRAConfig)}
 
     @property
     def is_off(self) -> bool:

@@ -30,6 +30,13 @@ from structlora_trl import (
 )
 
 STATE = "structlora.safetensors"
+EVERY_OTHER_STEP = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
 
 
 def state_of(checkpoint) -> dict:
@@ -128,11 +135,7 @@ def test_callback_state_is_restored_where_asked(tmp_path):
 
 def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
     options = {
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
+        **EVERY_OTHER_STEP,
         "save_total_limit": 2,
         "eval_on_start": True,
     }
@@ -150,11 +153,7 @@ def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
 
 def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
     options = {
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
+        **EVERY_OTHER_STEP,
         "load_best_model_at_end": True,
         "metric_for_best_model": "worst",
         "greater_is_better": True,

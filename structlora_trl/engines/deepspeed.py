@@ -17,7 +17,7 @@ from ..errors import StructLoRAError
 from ..mapping import Factors
 from ..nodes import Kind, full_shape
 from .base import Engine
-from .packing import Fragment, Packing
+from .packing import Fragment, Packing, are_finite
 
 
 class DeepSpeedEngine(Engine):
@@ -64,8 +64,7 @@ class DeepSpeedEngine(Engine):
 
     def read_gradients(self) -> list[Factors] | None:
         gradients = self.packing.gather(self._gradients())
-        # NaN and Inf survive the sum, so every rank sees the same.
-        self._finite = all(bool(part.isfinite().all()) for factors in gradients for part in factors)
+        self._finite = are_finite(gradients)
         return gradients
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:

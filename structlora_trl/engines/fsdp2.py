@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..errors import StructLoRAError
 from ..mapping import Factors
 from ..nodes import Kind
-from .packing import Fragment, Packing
+from .packing import Fragment, Packing, are_finite
 from .torch import TorchEngine
 
 
@@ -51,8 +51,7 @@ class FSDP2Engine(TorchEngine):
         if all(parameter.grad is None for parameter in self._trainable()):
             return None
         gradients = self.packing.gather(self._fragments(lambda p: p.grad))
-        # NaN and Inf survive the sum, so every rank sees the same.
-        self._finite = all(bool(part.isfinite().all()) for factors in gradients for part in factors)
+        self._finite = are_finite(gradients)
         return gradients
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:

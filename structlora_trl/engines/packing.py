@@ -23,6 +23,11 @@ class Fragment(NamedTuple):
     values: Tensor  # flat
 
 
+def are_finite(factors: list[Factors]) -> bool:
+    """Whether gathered factors hold no NaN or Inf. Both survive the sum over ranks, so every rank sees the same."""
+    return all(bool(part.isfinite().all()) for kind in factors for part in kind)
+
+
 class Packing:
     """The layout of the flat vector: per kind all of A, then all of B, each contiguous over depth.
 
