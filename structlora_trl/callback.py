@@ -50,6 +50,8 @@ class StructLoRACallback(TrainerCallback, ExportableState):
             self.runtime.detach()
         self.runtime = build_runtime(trainer.model_wrapped, optimizer, self.config, args.seed)
         self._seen_hook_calls = 0
+        if state.is_world_process_zero:
+            print(self.runtime, flush=True)  # as Trainer prints its logs: at its default log level, INFO is not shown
         if resumed_from is not None:
             load_state(self.runtime, resumed_from)
         elif self._finished is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import StructLoRAConfig
 from .diagnostics import neighbour_cosine, structure_metrics
-from .engines import Engine
+from .engines import Engine, world_size
 from .errors import StructLoRAError
 from .gates import logistic_noise
 from .mapping import Factors, KindMap
@@ -83,11 +83,15 @@ class Runtime:
         self._model_hooks = [model.register_state_dict_post_hook(show_evaluation_weights)]
 
     def __repr__(self) -> str:
+        """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
         config = self.config
+        gates = sum(m.logits.numel() for m in self.maps if m.logits is not None)
+        edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         return (
-            f"StructLoRA on {self.engine.name}: {len(self.kinds)} kinds ({depths}), filter {config.filter}, "
-            f"coordinator {config.coordinator} over {config.edges} edges, seed {self.seed}"
+            f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
+            f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates), "
+            f"coordinator {config.coordinator} ({edges} edges, {config.edges}), seed {self.seed}"
         )
 
     def train(self) -> None:

@@ -52,6 +52,7 @@ def sft(
     model=None,
     peft=True,
     row_count=ROWS,
+    lora=None,
     **options,
 ):
     rows = Dataset.from_list([{"text": sentence(i)} for i in range(row_count)])
@@ -61,7 +62,7 @@ def sft(
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(**LORA) if peft else None,
+        peft_config=LoraConfig(**LORA, **(lora or {})) if peft else None,
         callbacks=callbacks,
     )
 

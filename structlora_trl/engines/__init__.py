@@ -15,7 +15,7 @@ from .base import Engine
 from .fsdp2 import FSDP2Engine
 from .torch import TorchEngine
 
-__all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine"]
+__all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine", "world_size"]
 
 
 def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]) -> Engine:

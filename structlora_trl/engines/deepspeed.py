@@ -7,7 +7,8 @@ boundary the gradients are complete, reduced and not yet clipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -36,24 +37,30 @@ class DeepSpeedEngine(Engine):
         self.name = f"DeepSpeed ZeRO-{self.stage}"
         self._refuse_unfit()
         self.packing = Packing(kinds, self.optimizer.dp_process_group)
-        self._parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._frozen = [p for p in parameters if not p.requires_grad]
         self._latents: list[Factors] = []
         self._finite = True
+        self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
         self._base_lr = self._configured_lr()
 
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
-        self._latents = self.packing.gather(self._masters())
+        self._separate_masters()
+        self._separate_masters()
+        self._gather_latents()
         step = self.engine.step
 
         def step_through_the_map(*args, **kwargs):
             if not self.engine.is_gradient_accumulation_boundary():
                 return step(*args, **kwargs)
-            if not before_step():
-                return self._skip(step, after_step, *args, **kwargs)
-            result = step(*args, **kwargs)
+            with self._clipping_before_the_map():
+                if not before_step():
+                    return self._skip(step, after_step, *args, **kwargs)
+                result = step(*args, **kwargs)
             overflow = bool(self.optimizer.overflow)
             if not overflow:
-                self._latents = self.packing.gather(self._masters())
+                self._gather_latents()
             after_step(not overflow)
             return result
 
@@ -63,7 +70,7 @@ class DeepSpeedEngine(Engine):
         del self.engine.step  # the class's own shows again
 
     def read_gradients(self) -> list[Factors] | None:
-        gradients = self.packing.gather(self._gradients())
+        gradients = self.packing.gather(list(self._gradients().values()))
         self._finite = are_finite(gradients)
         return gradients
 
@@ -77,8 +84,10 @@ class DeepSpeedEngine(Engine):
                 offset = self.packing.offset(parameter)
                 padded[: stop - start] = flat[offset + start : offset + stop]
                 self.optimizer.set_local_grad_for_param(padded, parameter)
+        elif self._keeps_whole_gradients():
+            self.packing.scatter(gradients, self._whole_gradients(fill_missing))
         else:
-            self.packing.scatter(gradients, self._gradients())
+            self.packing.scatter(gradients, list(self._gradients().values()))
 
     def read_latents(self) -> list[Factors]:
         return self._latents
@@ -106,7 +115,8 @@ class DeepSpeedEngine(Engine):
         return self._finite
 
     def gradient_scale(self) -> float:
-        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+        loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+        return loss_scale / self._clip_still_to_come
 
     def learning_rate_scale(self) -> float:
         group = self.optimizer.param_groups[0]
@@ -134,10 +144,21 @@ class DeepSpeedEngine(Engine):
         mappings = [(p, p._hp_mapping) for p in self._parameters if p._hp_mapping is not None]
         return [Fragment(self.packing.offset(p) + m.lp_fragment_address.start, m.hp_fragment.data) for p, m in mappings]
 
-    def _gradients(self) -> list[Fragment]:
+    def _gather_latents(self) -> None:
+        # Frozen factors have no masters: they lie in shards at stage 3, and whole on every rank before.
         if self.stage == 3:
-            return [self._of_share(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in self._parameters]
-        fragments = []
+            frozen = [self._of_share(p, p.ds_tensor.data) for p in self._frozen]
+        elif dist.get_rank(self.optimizer.dp_process_group) == 0:
+            frozen = [Fragment(self.packing.offset(p), p.data.view(-1)) for p in self._frozen]
+        else:
+            frozen = []
+        self._latents = self.packing.gather(self._masters() + frozen)
+
+    def _gradients(self) -> dict[nn.Parameter, Fragment]:
+        """This rank's part of the gradient of each parameter of which it has one."""
+        if self.stage == 3:
+            return {p: self._of_share(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in self._parameters}
+        fragments = {}
         for p in self._parameters:
             if p._hp_mapping is None:
                 continue
@@ -145,12 +166,70 @@ class DeepSpeedEngine(Engine):
             gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
             if gradient.numel() != address.numel:
                 gradient = gradient.narrow(0, address.start, address.numel)
-            fragments.append(Fragment(self.packing.offset(p) + address.start, gradient))
+            fragments[p] = Fragment(self.packing.offset(p) + address.start, gradient)
         return fragments
+
+    def _keeps_whole_gradients(self) -> bool:
+        """BF16_Optimizer: every rank holds whole gradients, and clips by the norm of them."""
+        return hasattr(self.optimizer, "fp32_groups_gradients")
+
+    def _whole_gradients(self, fill_missing: bool) -> list[Fragment]:
+        # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
+        ours = {id(p) for p in self._parameters}
+        fragments = []
+        for group, buffers, has_gradient in zip(
+            self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients
+        ):
+            for index, parameter in enumerate(group):
+                if id(parameter) in ours and (has_gradient[index] or fill_missing):
+                    has_gradient[index] = True
+                    fragments.append(Fragment(self.packing.offset(parameter), buffers[index].view(-1)))
+        return fragments
+
+    def _separate_masters(self) -> None:
+        """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing effective values
+        would overwrite the latents. DeepSpeed 0.19 never takes it, by a comparison that is never true."""
+        if self.stage == 3:
+            working = {shard.data_ptr() for shard in self.optimizer.fp16_partitioned_groups_flat if shard is not None}
+            for master in self.optimizer.fp32_partitioned_groups_flat:
+                if master.data_ptr() in working and master.numel():
+                    master.data = master.data.clone()  # the same Parameter, so that its optimizer state stays
 
     def _of_share(self, parameter: nn.Parameter, values: torch.Tensor) -> Fragment:
         start, stop = self._share(parameter)
         return Fragment(self.packing.offset(parameter) + start, values.view(-1)[: stop - start])
+
+    @contextmanager
+    def _clipping_before_the_map(self) -> Iterator[None]:
+        """Clip by the norm of the gradients that the backward left, as Trainer does under every other engine.
+
+        DeepSpeed takes the norm inside its step, after the map, and under optimizer offload partly before it.
+        """
+        optimizer, limit = self.optimizer, self.engine.gradient_clipping()
+        if not limit:
+            yield
+        elif self._keeps_whole_gradients():
+            gradients = optimizer.get_grads_for_norm(for_clipping=True)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, float(min(1.0, limit / (norm + 1e-6))))
+            optimizer.clip_grad = 0.0
+            try:
+                yield
+            finally:
+                optimizer.clip_grad = limit
+            optimizer._global_grad_norm = norm  # what it reports
+        else:
+            method = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+            found = getattr(optimizer, method)()
+            scaled = torch.stack([torch.as_tensor(norm) for norm in found]).norm() if self.stage == 3 else found
+            scale = float(optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+            self._clip_still_to_come = 1 / max((float(scaled) / scale + 1e-6) / limit, 1.0)
+            setattr(optimizer, method, lambda: found)
+            try:
+                yield
+            finally:
+                delattr(optimizer, method)
+                self._clip_still_to_come = 1.0
 
     def _skip(self, step, after_step, *args, **kwargs):
         """Let DeepSpeed's own overflow check, which bf16 runs without, see the bad gradients and skip the step."""
@@ -171,9 +250,11 @@ class DeepSpeedEngine(Engine):
 
     def _refuse_unfit(self) -> None:
         import deepspeed
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+        served = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)
         found, remedy = None, "use ZeRO stage 1, 2 or 3 with a standard optimizer"
         zero = self.engine._config.zero_config
         if self.stage not in (1, 2, 3):
@@ -188,12 +269,19 @@ class DeepSpeedEngine(Engine):
                 "ZeRO++",
                 "remove `zero_hpz_partition_size` and `zero_quantized_*` from the DeepSpeed config",
             )
-        elif type(self.optimizer) not in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):  # MiCS is a subclass
+        elif type(self.optimizer) not in served:  # MiCS is a subclass
             found = f"DeepSpeed's {type(self.optimizer).__name__}"
-            remedy = "remove `data_types.grad_accum_dtype` from the DeepSpeed config, or set stage 2 or 3"
-        elif self.stage < 3 and self._offloads() and self.engine.gradient_clipping() > 0:
-            found = "ZeRO stage 1 or 2 with optimizer offload and gradient clipping, which clips by a norm taken before the map"
-            remedy = "set `gradient_clipping: 0`, use stage 3, or do not offload"
+        elif getattr(self.optimizer, "swap_optimizer", False) or getattr(
+            self.optimizer, "params_in_nvme_and_cpu", False
+        ):
+            found, remedy = "DeepSpeed offload to NVMe", "set `device: cpu` in `offload_optimizer` and `offload_param`"
+        elif any(getattr(p, "use_muon", False) for p in self.engine.module.parameters()):
+            found, remedy = "DeepSpeed's Muon, which changes gradients before the step", "choose another optimizer"
+        elif getattr(self.optimizer, "torch_autocast_gradscaler", None) is not None:
+            found, remedy = (
+                "DeepSpeed's `torch_autocast` with a gradient scaler",
+                "use its `bf16` or `fp16` section instead",
+            )
         if found:
             raise StructLoRAError(found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy)
 
