@@ -29,7 +29,7 @@ It is made from the source by `python docs/refusals.py`, and a test holds the tw
 class Refusal(NamedTuple):
     """One row: the three parts of an error, and the module that raises it."""
 
-    module: Path
+    module: str
     found: str
     expected: str
     remedy: str
@@ -42,16 +42,19 @@ def refusals() -> list[Refusal]:
         ValueError: a call that does not name all three parts.
     """
     modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    constants = {
+        name: text for module in modules.values() for name, text in _texts(module.body, {}).items() if name.isupper()
+    }
     rows: dict[Refusal, None] = {}  # no row twice, in order
     for path, module in modules.items():
+        name, known = path.relative_to(PACKAGE).as_posix(), {**constants, **_texts(module.body, {})}
         for function, call in _calls(module, "StructLoRAError"):
             parts = _arguments(call, ("found", "expected", "remedy"))
             if len(parts) != 3:
                 raise ValueError(f"{path}:{call.lineno}: cannot tell found, expected and remedy apart")
             for parameters in _bindings(function, module, modules.values()):
-                for names in _branches(function, parts.values(), {**_texts(module.body, {}), **parameters}):
-                    found, expected, remedy = (_text(part, names) for part in parts.values())
-                    rows[Refusal(path.relative_to(PACKAGE), found, expected, remedy)] = None
+                for names in _branches(function, parts.values(), {**known, **parameters}):
+                    rows[Refusal(name, *(_text(part, names) for part in parts.values()))] = None
     return list(rows)
 
 
@@ -61,7 +64,8 @@ def page() -> str:
     for row in refusals():
         if row.module != module:
             module = row.module
-            purpose = ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))).splitlines()[0]
+            docstring = ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))) or ""
+            purpose = docstring.partition("\n")[0]
             lines += [f"\n## `{module}`\n\n{_escape(purpose)}\n", "| found | expected | to mend it |", "|---|---|---|"]
         lines.append(f"| {' | '.join(map(_escape, row[1:]))} |")
     return "\n".join(lines) + "\n"
@@ -180,8 +184,18 @@ def _words(node: ast.AST) -> str:
             return key
         case ast.Call(func=ast.Name(id="map"), args=[_, values]):
             return _words(values)
+        case ast.Call(func=ast.Attribute(value=owner)) if getattr(owner, "id", None) not in ("self", "cls"):
+            return _words(node.args[0] if node.args and not isinstance(node.args[0], ast.Constant) else owner)
         case ast.Call():
             return _words(node.args[0] if node.args else node.func)
+        case ast.BinOp():
+            return _words(node.left)
+        case ast.BoolOp():
+            return _words(node.values[0])
+        case ast.JoinedStr():
+            return "".join(_words(part) for part in node.values)
+        case ast.Constant():
+            return str(node.value).replace("`", "")
         case ast.GeneratorExp() | ast.ListComp():
             each, source = _words(node.elt), node.generators[0]
             return _words(source.iter) if each == _words(source.target) else each
