@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-all test-oldest lint format bench-overhead clean
 
 demo: $(VENV)/.demo
-	$(RUN) examples/demo.py
+	$(RUN) examples/demo/demo.py
 
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"

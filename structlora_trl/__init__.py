@@ -9,6 +9,8 @@ _HOME = {
     "StructLoRAError": "errors",
     "attach": "attachment",
     "Runtime": "runtime",
+    "load_state": "checkpoint",
+    "save_state": "checkpoint",
     "StructLoRACallback": "callback",
     "StructLoRAMixin": "trainer",
     "StructLoRASFTConfig": "trainer",

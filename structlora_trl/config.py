@@ -151,8 +151,8 @@ class StructLoRAConfig:
                 self._refuse("roles", self.roles, "a mapping from module pattern to 'read' or 'write'")
 
     @staticmethod
-    def _refuse(name: str, value, expected: str, hint: str = ""):
-        raise StructLoRAError(f"{name}={value!r} in the configuration{hint}", f"{expected}", f"correct `{name}`")
+    def _refuse(name: str, value, allowed: str, hint: str = ""):
+        raise StructLoRAError(f"{name}={value!r} in the configuration{hint}", allowed, f"correct `{name}`")
 
     @classmethod
     def build(cls, config: StructLoRAConfig | dict | None = None, **overrides) -> StructLoRAConfig:

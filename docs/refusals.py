@@ -1,0 +1,216 @@
+"""Write when-refused.md: every error of the package with its remedy, read from the source (`python docs/refusals.py`).
+
+Each call of `StructLoRAError(found, expected, remedy)` gives a row. What a message fills in when it is raised stands as
+`<placeholder>`; text that only some cases have, in `[brackets]`; either of two texts, `one / other`. Names that hold text are
+looked up: in the branches of the function around the call (a row for each branch), and, where they are the function's
+parameters, at its callers (a row for each).
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "structlora_trl"
+PAGE = ROOT / "docs" / "when-refused.md"
+INTRODUCTION = """# When something is refused
+
+StructLoRA never falls back to plain LoRA in silence. Where it cannot act as asked it stops with a `StructLoRAError`:
+
+    StructLoRA found <what it met>. Expected <what it needs>. To mend it: <what to do>.
+
+This page lists them all by the module that raises them; `<...>` is filled in when it happens, `[...]` is not in every message.
+It is made from the source by `python docs/refusals.py`, and a test holds the two together.
+"""
+
+
+class Refusal(NamedTuple):
+    """One row: the three parts of an error, and the module that raises it."""
+
+    module: str
+    found: str
+    expected: str
+    remedy: str
+
+
+def refusals() -> list[Refusal]:
+    """Every error of the package, by module and line.
+
+    Raises:
+        ValueError: a call that does not name all three parts.
+    """
+    modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    constants = {
+        name: text for module in modules.values() for name, text in _texts(module.body, {}).items() if name.isupper()
+    }
+    rows: dict[Refusal, None] = {}  # no row twice, in order
+    for path, module in modules.items():
+        name, known = path.relative_to(PACKAGE).as_posix(), {**constants, **_texts(module.body, {})}
+        for function, call in _calls(module, "StructLoRAError"):
+            parts = _arguments(call, ("found", "expected", "remedy"))
+            if len(parts) != 3:
+                raise ValueError(f"{path}:{call.lineno}: cannot tell found, expected and remedy apart")
+            for parameters in _bindings(function, module, modules.values()):
+                for names in _branches(function, parts.values(), {**known, **parameters}):
+                    rows[Refusal(name, *(_text(part, names) for part in parts.values()))] = None
+    return list(rows)
+
+
+def page() -> str:
+    """The whole page, Markdown."""
+    lines, module = [INTRODUCTION.rstrip()], None
+    for row in refusals():
+        if row.module != module:
+            module = row.module
+            docstring = ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))) or ""
+            purpose = docstring.partition("\n")[0]
+            lines += [f"\n## `{module}`\n\n{_escape(purpose)}\n", "| found | expected | to mend it |", "|---|---|---|"]
+        lines.append(f"| {' | '.join(map(_escape, row[1:]))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _calls(module: ast.Module, name: str) -> list[tuple[ast.FunctionDef | None, ast.Call]]:
+    """Calls of a function or method of that name, each with the innermost function it stands in."""
+    found = []
+
+    def visit(node: ast.AST, function: ast.FunctionDef | None) -> None:
+        if isinstance(node, ast.Call) and name in (getattr(node.func, "id", None), getattr(node.func, "attr", None)):
+            found.append((function, node))
+        for child in ast.iter_child_nodes(node):
+            visit(child, node if isinstance(node, ast.FunctionDef) else function)
+
+    visit(module, None)
+    return found
+
+
+def _arguments(call: ast.Call, names: tuple[str, ...]) -> dict[str, ast.expr]:
+    given = dict(zip(names, call.args)) | {k.arg: k.value for k in call.keywords}
+    return {name: given[name] for name in names if name in given and not isinstance(given[name], ast.Starred)}
+
+
+def _bindings(function: ast.FunctionDef | None, module: ast.Module, package) -> list[dict[str, str]]:
+    """What the callers of a function pass it as text: a dict for each caller, or one empty dict."""
+    if function is None:
+        return [{}]
+    positional = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
+    defaults = dict(zip(positional[::-1], function.args.defaults[::-1]))
+    names = (*positional, *(a.arg for a in function.args.kwonlyargs))
+    callers = _calls(module, function.name) or [call for other in package for call in _calls(other, function.name)]
+    bound = []
+    for caller, call in callers:
+        there = _branches(caller, [], {})[0]
+        given = {**defaults, **_arguments(call, names)}
+        bound.append({name: _text(value, there) for name, value in given.items() if _is_text(value, there)})
+    return bound or [{}]
+
+
+def _branches(function: ast.FunctionDef | None, parts, parameters: dict[str, str]) -> list[dict[str, str]]:
+    """Texts that names hold in a function: a dict for each branch that sets one of the parts, or one for all."""
+    blocks = [
+        block
+        for node in (ast.walk(function) if function else ())
+        for block in (getattr(node, "body", None), getattr(node, "orelse", None))
+        if isinstance(block, list)
+    ]
+    wanted = {part.id for part in parts if isinstance(part, ast.Name)}
+    common, cases = dict(parameters), []
+    for block in blocks:
+        texts = _texts(block, common)
+        if wanted & texts.keys():
+            cases.append(texts)
+        if not wanted & texts.keys() or block is function.body:
+            common |= texts
+    whole = [{**common, **case} for case in cases if wanted <= {*common, *case}]
+    return whole or [common]
+
+
+def _texts(block: list[ast.stmt], known: dict[str, str]) -> dict[str, str]:
+    """Names that a block sets to texts."""
+    texts: dict[str, str] = {}
+    for statement in block:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        several = isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple)
+        for name, value in zip(target.elts, statement.value.elts) if several else [(target, statement.value)]:
+            if isinstance(name, ast.Name) and _is_text(value, {**known, **texts}):
+                texts[name.id] = _text(value, {**known, **texts})
+    return texts
+
+
+def _is_text(node: ast.expr, names: dict[str, str]) -> bool:
+    if isinstance(node, ast.IfExp):
+        return _is_text(node.body, names) and _is_text(node.orelse, names)
+    if isinstance(node, ast.Name):
+        return node.id in names
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _text(node: ast.expr, names: dict[str, str]) -> str:
+    """What an expression puts into a message."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part, names) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return _text(node.value, names)
+    if isinstance(node, ast.IfExp):
+        one, other = _text(node.body, names), _text(node.orelse, names)
+        return f"{one} / {other}" if one and other else f"[{one or other}]"
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    return f"<{_words(node)}>"
+
+
+def _words(node: ast.AST) -> str:
+    """A readable name for a value that is known only when the error is raised."""
+    match node:
+        case ast.Name():
+            return node.id.strip("_").replace("_", " ").lower()
+        case ast.Attribute(attr="__name__") | ast.Subscript():
+            return _words(node.value)
+        case ast.Attribute():
+            owner = "" if getattr(node.value, "id", None) in ("self", "cls") else f"{_words(node.value)} "
+            return owner + node.attr.strip("_").replace("_", " ")
+        case ast.Call(func=ast.Name(id="type")):
+            return f"type of {_words(node.args[0])}"
+        case ast.Call(func=ast.Name(id="len")):
+            return f"number of {_words(node.args[0])}"
+        case ast.Call(func=ast.Attribute(attr="join"), args=[several]):
+            return f"{_words(several)}, ..."
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=key), *_]):
+            return key
+        case ast.Call(func=ast.Name(id="map"), args=[_, values]):
+            return _words(values)
+        case ast.Call(func=ast.Attribute(value=owner)) if getattr(owner, "id", None) not in ("self", "cls"):
+            return _words(node.args[0] if node.args and not isinstance(node.args[0], ast.Constant) else owner)
+        case ast.Call():
+            return _words(node.args[0] if node.args else node.func)
+        case ast.BinOp():
+            return _words(node.left)
+        case ast.BoolOp():
+            return _words(node.values[0])
+        case ast.JoinedStr():
+            return "".join(_words(part) for part in node.values)
+        case ast.Constant():
+            return str(node.value).replace("`", "")
+        case ast.GeneratorExp() | ast.ListComp():
+            each, source = _words(node.elt), node.generators[0]
+            return _words(source.iter) if each == _words(source.target) else each
+        case ast.FormattedValue():
+            return _words(node.value)
+    return ast.unparse(node)
+
+
+def _escape(text: str) -> str:
+    """For a cell of a Markdown table: outside code, `<` and `*` are escaped."""
+    pieces = text.replace("|", r"\|").split("`")
+    pieces[::2] = [piece.replace("<", r"\<").replace("*", r"\*") for piece in pieces[::2]]
+    return "`".join(pieces)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"{PAGE}: {len(refusals())} errors")

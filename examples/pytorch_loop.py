@@ -1,0 +1,41 @@
+"""A bare PyTorch loop: one line attaches StructLoRA, the loop stays as it is."""
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from structlora_trl import attach, save_state
+
+MODEL, OUTPUT = "HuggingFaceTB/SmolLM2-135M", "smollm2-quotes"
+device = "cuda" if torch.cuda.is_available() else "cpu"
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+tokenizer.pad_token = tokenizer.eos_token
+
+
+def collate(rows):
+    batch = tokenizer([row["quote"] for row in rows], return_tensors="pt", padding=True, truncation=True)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch.to(device)
+
+
+loader = DataLoader(load_dataset("Abirate/english_quotes", split="train"), 8, shuffle=True, collate_fn=collate)
+base = AutoModelForCausalLM.from_pretrained(MODEL).to(device)
+model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
+scheduler = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
+runtime = attach(model, optimizer)  # <- this line, once the optimizer is built
+
+model.train()
+for step, batch in enumerate(loader, 1):
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    if step % 50 == 0 or step == len(loader):
+        print(step, loss.item(), runtime.metrics())
+
+model.save_pretrained(OUTPUT)  # a plain LoRA adapter
+save_state(runtime, OUTPUT)  # what resuming needs beside optimizer and scheduler: `load_state(runtime, OUTPUT)`

@@ -1,0 +1,17 @@
+"""Supervised fine-tuning with TRL, where one line makes LoRA StructLoRA."""
+
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from structlora_trl import StructLoRACallback
+
+trainer = SFTTrainer(
+    model="Qwen/Qwen3-0.6B",
+    args=SFTConfig("qwen3-sft", learning_rate=2e-4, per_device_train_batch_size=4, num_train_epochs=1),
+    train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    callbacks=[StructLoRACallback()],  # <- this line
+)
+trainer.train()
+trainer.save_model()  # a plain LoRA adapter: see serve.py

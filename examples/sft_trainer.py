@@ -1,0 +1,23 @@
+"""Supervised fine-tuning with the callback built in: StructLoRA's options stand beside TRL's own in the arguments."""
+
+from datasets import load_dataset
+from peft import LoraConfig
+
+from structlora_trl import StructLoRASFTConfig, StructLoRASFTTrainer
+
+trainer = StructLoRASFTTrainer(
+    model="HuggingFaceTB/SmolLM2-360M-Instruct",
+    args=StructLoRASFTConfig(
+        "smollm2-sft",
+        learning_rate=2e-4,
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        gate_init=0.8,  # from here on StructLoRA's own
+        edges="adjacency",
+        coordinator="gat",
+    ),
+    train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+trainer.train()
+trainer.save_model()
