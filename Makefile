@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest lint format bench-overhead clean
+.PHONY: demo test test-all test-oldest lint format bench-overhead bench-distributed clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -33,6 +33,9 @@ format: $(VENV)/.dev
 bench-overhead: $(VENV)/.dev
 	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/overhead.py --map
+
+bench-distributed: $(VENV)/.dev
+	$(RUN) benchmarks/distributed.py
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
