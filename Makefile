@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest lint format bench-overhead bench-distributed clean
+.PHONY: demo test test-all test-oldest lint format docs bench-overhead bench-distributed clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -29,6 +29,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The pages that are made from the code.
+docs: $(VENV)/.dev
+	$(RUN) docs/refusals.py
+	$(RUN) docs/draw_map.py
 
 bench-overhead: $(VENV)/.dev
 	$(RUN) benchmarks/overhead.py --quick
