@@ -204,7 +204,7 @@ def test_every_mistake_gets_a_message(place, capsys):
 
 def test_help(capsys):
     for arguments, words in [
-        (["--help"], "supervised fine-tuning"),
+        (["--help"], "inspect"),
         (["sft", "--help"], "--gate_init"),
         ([], "structlora sft --config"),
     ]:

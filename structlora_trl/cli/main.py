@@ -15,6 +15,8 @@ from ..errors import StructLoRAError
 COMMANDS = {
     "sft": ("train", "supervised fine-tuning with TRL's SFTTrainer"),
     "dpo": ("train", "preference optimisation with TRL's DPOTrainer"),
+    "inspect": ("inspect", "what an adapter or checkpoint has learned, by module and depth"),
+    "export": ("export", "a plain LoRA adapter of a checkpoint; pruned or merged if asked"),
 }
 TRACEBACK = "STRUCTLORA_TRACEBACK"
 _DESCRIPTION = """Train LoRA adapters with StructLoRA (arXiv 2603.14228), look into them, and export them.
@@ -26,6 +28,8 @@ _EXAMPLES = f"""examples:
   structlora sft --config run.yaml
   structlora sft --config run.yaml --structlora false     # plain LoRA, all else equal
   torchrun --nproc_per_node 8 -m structlora_trl.cli sft --config run.yaml
+  structlora inspect out
+  structlora export out adapter --prune 0.05
 
 `structlora COMMAND --help` says more. {TRACEBACK}=1 in the environment shows where an error comes from.
 """

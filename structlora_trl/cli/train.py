@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -53,7 +54,7 @@ def run(method: str, arguments: list[str]) -> None:
     output = Path(trainer.args.output_dir)
     if callback is not None and trainer.is_world_process_zero():
         save_state(callback.runtime, output)
-    trainer.accelerator.print(f"Saved to {output}: a plain LoRA adapter.")
+    trainer.accelerator.print(f"Saved to {output}: a plain LoRA adapter. `structlora inspect {output}` looks into it.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=given.script.dataset_name)
     compat.end_training(trainer)
@@ -65,6 +66,7 @@ def _trainer(trainer_class: type, given: Arguments, callbacks: list):
     )
     lora = _lora_config(given.model)
     given.training.model_init_kwargs = _loading(given)
+    set_seed(given.training.seed)  # of the adapter's start; TRL did this itself only later than 0.24
     with refusing(
         f"setting up the {trainer_class.__name__}",
         "a model, a tokenizer and rows that it can train on",
