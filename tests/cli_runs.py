@@ -18,6 +18,8 @@ from structlora_trl.checkpoint import STATE_NAME
 from structlora_trl.cli import main, train
 
 ROWS = 24
+# On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
+BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 LEAST_MOVE = 1e-3  # of a gate logit in three steps at the default rate of 0.03
 # What every tiny run needs beside a method's own arguments.
 SETTINGS = {
@@ -50,11 +52,11 @@ def texts() -> list[dict]:
     return [{"text": sentence(i)} for i in range(ROWS)]
 
 
-def chats() -> list[dict]:
+def chats(folder: Path | None = None) -> list[dict]:
     return [{"messages": [turn("user", i), turn("assistant", i + 1)]} for i in range(ROWS)]
 
 
-def preferences() -> list[dict]:
+def preferences(folder: Path | None = None) -> list[dict]:
     return [
         {"prompt": [turn("user", i)], "chosen": [turn("assistant", i + 1)], "rejected": [turn("assistant", i + 2)]}
         for i in range(ROWS)

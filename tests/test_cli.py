@@ -10,6 +10,7 @@ import torch
 import trl
 import yaml
 from cli_runs import (
+    BLOCKS_OF_64,
     SFT,
     assert_gates_moved,
     assert_plain_peft_agrees,
@@ -144,8 +145,7 @@ def test_llava_with_pictures(place, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised(bits, place, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
-    save_base(place / "base", hidden_size=64, intermediate_size=64, head_dim=16)
+    save_base(place / "base", **BLOCKS_OF_64)
     trainer = trained(monkeypatch, "sft", "--config", config_file(), f"--load_in_{bits}bit")
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__.startswith(f"Linear{bits}bit")
