@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,11 +27,14 @@ from cli_runs import (
     write_rows,
 )
 from datasets import Dataset
+from launching import ROOT, free_port, one_at_a_time, run, torchrun
 from packaging.version import Version
 from safetensors.torch import load_file
 
 from structlora_trl.checkpoint import STATE_NAME
 from structlora_trl.cli import main
+
+BIN = Path(sys.executable).parent
 
 
 @pytest.fixture
@@ -210,3 +215,53 @@ def test_help(capsys):
     ]:
         assert main(arguments) == (0 if arguments else 2)
         assert words in capsys.readouterr().out
+
+
+def script(place: Path) -> str:
+    """The console script, as an installer makes it from pyproject.toml."""
+    entry = re.search(r'^structlora = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    path = place / "structlora"
+    path.write_text(f"import sys\nfrom {entry[1]} import {entry[2]}\nsys.exit({entry[2]}())\n")
+    return str(path)
+
+
+def started(command: list[str], engine: str) -> None:
+    done = run(command)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert done.stdout.count(f"StructLoRA on {engine}: ") == 1
+    assert_gates_moved("out")
+
+
+def test_console_script(place):
+    started([sys.executable, script(place), "--local_rank=0", "sft", "--config", config_file()], "torch, 1 process")
+
+
+def _accelerate(place):
+    start = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "ddp.yaml")]
+    return [*start, "--main_process_port", str(free_port()), script(place)]
+
+
+def _deepspeed(place):
+    pytest.importorskip("deepspeed")
+    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), script(place)]
+
+
+LAUNCHERS = {
+    "torchrun": lambda place: torchrun(2, "-m", "structlora_trl.cli"),
+    "accelerate": _accelerate,
+    "deepspeed": _deepspeed,
+}
+
+
+@one_at_a_time
+@pytest.mark.parametrize("name", [n if n == "torchrun" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS])
+def test_launchers(name, place):
+    started([*LAUNCHERS[name](place), "sft", "--config", config_file()], "DDP, 2 processes")
+
+
+@one_at_a_time
+@pytest.mark.slow
+def test_deepspeed_config(place):
+    pytest.importorskip("deepspeed")
+    config = config_file(deepspeed=str(ROOT / "configs" / "deepspeed" / "zero2.json"))
+    started([*LAUNCHERS["torchrun"](place), "sft", "--config", config], "DeepSpeed ZeRO-2, 2 processes")
