@@ -29,7 +29,8 @@ from .runtime import of_kind
 
 # With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
 LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$")
-_MASTERS = ("pytorch_model*.bin", "pytorch_model*/*.bin", "model*.safetensors")  # as `zero_to_fp32.py` names them
+# As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
+_MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
 # Relative difference that rounding to the file's dtype, or another machine's arithmetic, may leave.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -139,7 +140,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
 def _read_masters(folder: Path) -> dict[str, Tensor]:
     """LoRA factors among whole-model fp32 weights; without a copy of the rest."""
     found = {}
-    for path in (path for pattern in _MASTERS for path in sorted(folder.glob(pattern))):
+    for path in sorted(path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()):
         if path.suffix == ".bin":
             weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         else:

@@ -265,3 +265,19 @@ def test_deepspeed_config(place):
     pytest.importorskip("deepspeed")
     config = config_file(deepspeed=str(ROOT / "configs" / "deepspeed" / "zero2.json"))
     started([*LAUNCHERS["torchrun"](place), "sft", "--config", config], "DeepSpeed ZeRO-2, 2 processes")
+
+
+def test_the_readme_config_runs_as_pasted(place, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pasted = re.search(r"```yaml\n(model_name_or_path:.*?)```", text, re.DOTALL)[1]
+    config = yaml.safe_load(pasted)
+    Path("run.yaml").write_text(pasted)
+    (place / "base").rename(place / "there")
+    (place / config["model_name_or_path"]).parent.mkdir(parents=True)
+    (place / "there").rename(place / config["model_name_or_path"])
+    (place / config["dataset_name"]).mkdir(parents=True)
+    write_rows(place / config["dataset_name"] / "train.jsonl", chats())
+    here = command_line({"use_cpu": True, "bf16": False, "max_steps": 3})
+    trainer = trained(monkeypatch, "sft", "--config", "run.yaml", *here)
+    assert_gates_moved(config["output_dir"])
+    assert_plain_peft_agrees(trainer, config["output_dir"])
