@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .errors import StructLoRAError
 from .runtime import Runtime
@@ -65,6 +66,20 @@ def load_state(runtime: Runtime, directory: str | os.PathLike) -> None:
             "resume from another checkpoint; or, to start StructLoRA from this adapter's weights, load it with "
             "`PeftModel.from_pretrained(..., is_trainable=True)` and train without `resume_from_checkpoint`",
         )
+    state, metadata = read_state(path)
+    runtime.load_state_dict(state)
+    written, here = metadata["config"], runtime.config.options()
+    changed = [f"{name} ({written.get(name)!r} -> {here[name]!r})" for name in here if written.get(name) != here[name]]
+    if changed:
+        logger.warning("StructLoRA resumes with options that differ from the checkpoint's: %s.", ", ".join(changed))
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a state file, and its header with `config` and `kinds` decoded.
+
+    Raises:
+        StructLoRAError: it is damaged or of another format.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -79,8 +94,4 @@ def load_state(runtime: Runtime, directory: str | os.PathLike) -> None:
             f"format {_FORMAT}",
             "use the version of structlora-trl that wrote it",
         )
-    runtime.load_state_dict(state)
-    written, here = json.loads(metadata["config"]), runtime.config.options()
-    changed = [f"{name} ({written.get(name)!r} -> {here[name]!r})" for name in here if written.get(name) != here[name]]
-    if changed:
-        logger.warning("StructLoRA resumes with options that differ from the checkpoint's: %s.", ", ".join(changed))
+    return state, {**metadata, "config": json.loads(metadata["config"]), "kinds": json.loads(metadata["kinds"])}

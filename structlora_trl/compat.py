@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import transformers
+from packaging.version import Version
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
@@ -53,3 +56,31 @@ def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
     """
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
+
+
+def from_trl(name: str):
+    """A class of TRL.
+
+    Raises:
+        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError.
+    """
+    import trl
+
+    try:
+        return getattr(trl, name)
+    except RuntimeError as error:
+        raise ImportError(f"TRL {trl.__version__} beside transformers {transformers.__version__}: {error}") from error
+
+
+def trusts_remote_code(training, model) -> bool:
+    """The flag `trust_remote_code`, which TRL moved from `ModelConfig` to the trainers' configurations."""
+    holder = next(given for given in (training, model) if "trust_remote_code" in {f.name for f in fields(given)})
+    return holder.trust_remote_code
+
+
+def end_training(trainer: Trainer) -> None:
+    """Close trackers and the process group; before transformers 5.18 the Trainer leaves that to Accelerate."""
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
+    else:
+        trainer.accelerator.end_training()

@@ -24,6 +24,8 @@ from .gates import kl_gradient, logit, sample_gates, top_k_mask
 from .graph import DepthGraph
 from .nodes import Kind, residual_role
 
+ORIGINS = {"origin_A", "origin_B"}  # what updates count from, where a map keeps it
+
 
 class Factors(NamedTuple):
     """Stacked factors of a kind, or anything of their shapes: A (L, r, k), B (L, d, r)."""
@@ -114,6 +116,12 @@ class KindMap(nn.Module):
                 )
         return None
 
+    def openness(self, latent: Factors) -> Tensor | None:
+        """Probability that each direction is open, (L, r): σ(φ); 0 or 1 for 'topk_norm'; None where no filter decides."""
+        if self.logits is not None:
+            return torch.sigmoid(self.logits.detach()).expand(self.kind.depth_count, -1)
+        return self.gates(latent, None)
+
     def pullback(
         self, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float = 1.0
     ) -> tuple[Factors, dict[str, Tensor]]:
@@ -154,6 +162,22 @@ class KindMap(nn.Module):
         weight = kl_scale * (self.kind.depth_count if self.config.share_gates else 1)
         kl = weight * kl_gradient(self.logits.detach(), self.config.prior)
         return {**task, "logits": self.config.label_weight * task["logits"] + kl}
+
+    def restore(self, state: dict[str, Tensor]) -> Factors:
+        """Take over a saved state of this kind: origins, logits, Θ and graph.
+
+        Args:
+            state (`dict`): what `Runtime.state_dict` holds for the kind, without the kind's name.
+
+        Returns:
+            The latent factors, fp32.
+        """
+        own = {name: value for name, value in state.items() if not name.startswith(("latent_", "graph.", "origin_"))}
+        self.load_state_dict(own)
+        for origin in ORIGINS & state.keys():
+            setattr(self, origin, state[origin].to(self.kind.device))
+        self.graph.load_state_dict({n.removeprefix("graph."): v for n, v in state.items() if n.startswith("graph.")})
+        return Factors(state["latent_A"], state["latent_B"])
 
     def features(self, factors: Factors) -> list[Tensor]:
         """Node features, the updates on the sides that are comparable across depth: (L, r, n) each."""

@@ -128,10 +128,15 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
             "trainable LoRA parameters",
             "load the adapter with `is_trainable=True`, or set `requires_grad` on its parameters",
         )
-    return _group(trainable)
+    return group(trainable)
 
 
-def _group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
+def group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
+    """The kinds of some LoRA modules, in order of appearance.
+
+    Args:
+        modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
+    """
     groups = defaultdict(list)
     for module, factors in modules.items():
         A, B = factors["A"], factors["B"]

@@ -18,13 +18,12 @@ from .diagnostics import neighbour_cosine, structure_metrics
 from .engines import Engine, world_size
 from .errors import StructLoRAError
 from .gates import logistic_noise
-from .mapping import Factors, KindMap
+from .mapping import ORIGINS, Factors, KindMap
 from .nodes import Kind
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 42
-_ORIGINS = {"origin_A", "origin_B"}
 EVALUATION, TRAINING, STEPPING = "evaluation", "training", "stepping"
 
 
@@ -147,7 +146,7 @@ class Runtime:
         state = {"step": torch.tensor(self.step), "skipped_steps": torch.tensor(self.skipped_steps)}
         for m, latent in zip(self.maps, self.engine.read_latents()):
             parts = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
-            parts |= {name: getattr(m, name) for name in _ORIGINS if getattr(m, name) is not None}
+            parts |= {name: getattr(m, name) for name in ORIGINS if getattr(m, name) is not None}
             parts |= {f"graph.{name}": value for name, value in m.graph.state_dict().items()}
             state |= {f"{m.kind.name}/{name}": value for name, value in parts.items()}
         for index, moments in self._optimizer.state_dict()["state"].items() if self._optimizer else ():
@@ -161,15 +160,7 @@ class Runtime:
             StructLoRAError: the state is of other modules, shapes, rank or parts.
         """
         self._refuse_mismatch(state)
-        latents = []
-        for m in self.maps:
-            prefix = f"{m.kind.name}/"
-            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            latents.append(Factors(own.pop("latent_A"), own.pop("latent_B")))
-            for origin in _ORIGINS & own.keys():
-                setattr(m, origin, own.pop(origin).to(m.kind.device))
-            m.graph.load_state_dict({n.removeprefix("graph."): v for n, v in own.items() if n.startswith("graph.")})
-            m.load_state_dict({name: value for name, value in own.items() if not name.startswith("graph.")})
+        latents = [m.restore(of_kind(state, m.kind.name)) for m in self.maps]
         self.engine.write_latents(latents)
         if self._optimizer:
             moments: dict[int, dict[str, Tensor]] = {}
@@ -312,6 +303,12 @@ class Runtime:
                     f"{tuple(value.shape)}, as in this run",
                     remedy,
                 )
+
+
+def of_kind(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The part of a runtime's state that belongs to one kind, without the kind's name."""
+    prefix = f"{kind}/"
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _origin(A: Tensor) -> Tensor:

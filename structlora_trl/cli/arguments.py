@@ -1,0 +1,125 @@
+"""The arguments of a training command: TRL's own, from a YAML file and the command line, and StructLoRA's beside them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from ..config import StructLoRAConfig
+from ..errors import StructLoRAError
+from .refusing import refusing
+
+_DESCRIPTION = """{what}, training a LoRA adapter with StructLoRA.
+
+Takes the arguments of `trl {method}`, in a YAML file (--config), on the command line, or both; the command line wins.
+StructLoRA's own are the last group below. LoRA is always on (lora_r, lora_alpha, lora_target_modules, ...).
+dataset_name may be a .json, .jsonl, .csv or .parquet file, a folder of them, or a data set of the hub.
+"""
+_EXAMPLES = """examples:
+  structlora {method} --config run.yaml
+  structlora {method} --config run.yaml --gate_init 0.8 --learning_rate 1e-4
+  structlora {method} --config run.yaml --structlora false          # plain LoRA, all else equal
+  structlora {method} --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out --load_in_4bit
+  accelerate launch --num_processes 8 -m structlora_trl.cli {method} --config run.yaml
+"""
+
+
+@dataclass
+class StructLoRAArguments(StructLoRAConfig):
+    """`StructLoRAConfig` for a parser that has a trainer's arguments too: `seed` is the trainer's, and serves both."""
+
+    _argument_group_name: ClassVar[str] = "StructLoRA"
+
+    seed: int | None = field(default=None, init=False)
+    structlora: bool = field(
+        default=True, metadata={"help": "Train StructLoRA. 'false' trains plain LoRA, with all else equal."}
+    )
+
+
+class Arguments(NamedTuple):
+    """What a training command was given."""
+
+    structlora: StructLoRAArguments
+    script: ScriptArguments
+    training: Any  # SFTConfig or DPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parse(method: str, what: str, config_class: type, arguments: list[str]) -> Arguments:
+    """Read a training command's arguments.
+
+    Args:
+        method (`str`): the command's name.
+        what (`str`): what it does, for `--help`.
+        config_class (`type`): TRL's configuration of its trainer.
+        arguments (`list[str]`): the command line after the command.
+
+    Raises:
+        StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is refused.
+        SystemExit: `--help`, or an unknown argument on the command line.
+    """
+    parser = TrlParser(
+        (StructLoRAArguments, ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
+        prog=f"structlora {method}",
+        usage=f"structlora {method} --config run.yaml [--any_argument value]",
+        description=_DESCRIPTION.format(method=method, what=what),
+        epilog=_EXAMPLES.format(method=method),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(use_peft=True)
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    _refuse_unknown_flags(parser, arguments)
+    _refuse_unfit_file(parser, arguments)
+    with refusing("reading the arguments", f"values that `trl {method}` accepts", "correct the argument it names"):
+        *parsed, surplus = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if surplus:
+        parser.error(f"unexpected {', '.join(map(repr, surplus))}; each value follows the --name of its argument")
+    return Arguments(*parsed)
+
+
+def _refuse_unknown_flags(parser: TrlParser, arguments: list[str]) -> None:
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if name.startswith("--") and name not in known | {"--config"}:
+            near = difflib.get_close_matches(name, sorted(known), 1)
+            parser.error(f"unknown argument {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def _refuse_unfit_file(parser: TrlParser, arguments: list[str]) -> None:
+    if "--config" not in arguments:
+        return
+    path = "".join(arguments[arguments.index("--config") + 1 :][:1])
+    if not Path(path).is_file():
+        parser.error("--config needs a file") if not path else None
+        raise StructLoRAError(f"no file {path}", "a YAML file of arguments", "correct the path after `--config`")
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StructLoRAError(
+            f"{path} unreadable ({' '.join(str(error).split())})", "YAML", "mend the file where the message points"
+        ) from error
+    if not isinstance(options, dict):
+        raise StructLoRAError(f"{path} without keys", "lines of `key: value`", "write one argument a line")
+    known = {action.dest for action in parser._actions if action.dest != "help"} | {"env"}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), sorted(known), 1)
+            hint = f" (did you mean `{near[0]}`?)" if near else ""
+            raise StructLoRAError(
+                f"an unknown key `{name}` in {path}{hint}",
+                "arguments that `--help` lists",
+                "correct or remove it",
+            )

@@ -1,0 +1,108 @@
+"""Figures of an adapter, each as PNG and PDF: gates, similarity over depth, coverage of singular values, drift in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import StructLoRAError
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise StructLoRAError(
+        "no matplotlib", "it for `--plot`", 'install it: `pip install "structlora-trl[plot]"`, or leave `--plot` out'
+    ) from error
+
+_PANEL = (3.2, 2.8)  # inches
+_COLUMNS = 4
+_DRIFT = {"structlora/drift_energy": "drift energy", "structlora/effective_rank": "effective rank"}
+
+
+def write(folder: Path, kinds: list, history: list[dict]) -> tuple[list[str], list[str]]:
+    """Write what can be drawn.
+
+    Args:
+        folder (`Path`): made where missing.
+        kinds (`list[KindReport]`): of `structlora inspect`.
+        history (`list[dict]`): the Trainer's log; empty where there is none.
+
+    Returns:
+        Names of the figures written, and what is lacking with the reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    gated = [kind for kind in kinds if kind.depths[0].gates is not None]
+    related = [kind for kind in kinds if kind.similarity is not None and len(kind.depths) > 1]
+    logged = [entry for entry in history if next(iter(_DRIFT)) in entry]
+    figures = {
+        "gates": (_gates, gated, "gate map: the adapter has no learned gates, or no state beside it"),
+        "similarity": (_similarity, related, "similarity map: it needs StructLoRA's state and two depths"),
+        "coverage": (_coverage, kinds, "coverage: no module"),
+        "drift": (
+            _drift,
+            logged,
+            "drift over training: no trainer_state.json with StructLoRA's figures beside the adapter",
+        ),
+    }
+    written, lacking = [], []
+    for name, (draw, rows, reason) in figures.items():
+        if not rows:
+            lacking.append(reason)
+            continue
+        figure = draw(rows)
+        for suffix in ("png", "pdf"):
+            figure.savefig(folder / f"{name}.{suffix}", dpi=200, bbox_inches="tight")
+        written.append(name)
+    return written, lacking
+
+
+def _panels(titles: list[str]):
+    columns = min(_COLUMNS, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=8)
+    for axis in axes[len(titles) :]:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _gates(kinds):
+    figure, axes = _panels([kind.name for kind in kinds])
+    for axis, kind in zip(axes, kinds):
+        gates = np.array([row.gates for row in kind.depths])  # (L, r)
+        image = axis.imshow(gates, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set(xlabel="direction", ylabel="depth")
+    figure.colorbar(image, ax=axes.tolist(), label="probability that the gate is open")
+    return figure
+
+
+def _similarity(kinds):
+    figure, axes = _panels([kind.name for kind in kinds])
+    for axis, kind in zip(axes, kinds):
+        image = axis.imshow(np.array(kind.similarity), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        axis.set(xlabel="depth", ylabel="depth")
+    figure.colorbar(image, ax=axes.tolist(), label="cosine of the updates")
+    return figure
+
+
+def _coverage(kinds):
+    figure, axes = _panels([kind.name for kind in kinds])
+    for axis, kind in zip(axes, kinds):
+        shares = np.array(kind.coverage)  # (L, r)
+        count = np.arange(1, shares.shape[1] + 1)
+        axis.fill_between(count, shares.min(0), shares.max(0), alpha=0.25, label="over depths")
+        axis.plot(count, shares.mean(0), marker=".", label="mean")
+        axis.set(xlabel="singular values", ylabel="share of the energy", ylim=(0, 1.03))
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def _drift(logged):
+    figure, axes = _panels(list(_DRIFT.values()))
+    for axis, name in zip(axes, _DRIFT):
+        axis.plot([entry["step"] for entry in logged], [entry[name] for entry in logged])
+        axis.set(xlabel="step")
+    return figure
