@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def read_arguments(arguments: list[str]) -> dict:
-    """LLaMA-Factory's arguments from a file and `key=value` overrides; `structlora` holds a `StructLoRAConfig` or None.
+    """LLaMA-Factory's arguments from a file and `key=value` overrides; `structlora` holds a `StructLoRAConfig` or False.
 
     Raises:
         StructLoRAError: no such file; an option of StructLoRA that is misspelt or out of range; no LoRA.
@@ -63,9 +63,9 @@ def read_arguments(arguments: list[str]) -> dict:
         )
     args = OmegaConf.merge(OmegaConf.load(arguments[0]), OmegaConf.from_cli(arguments[1:]))
     args = OmegaConf.to_container(args)
-    args["structlora"] = read_switch(args.get("structlora", True))
+    args["structlora"] = read_switch(args.get("structlora", True)) or False
     kind = args.get("finetuning_type", "lora")
-    if args["structlora"] is not None and kind != "lora":
+    if args["structlora"] and kind != "lora":
         raise StructLoRAError(
             f"`finetuning_type: {kind}`",
             "lora",
