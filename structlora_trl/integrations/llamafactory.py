@@ -1,5 +1,4 @@
-"""LLaMA-Factory: `structlora-llamafactory train run.yaml [key=value ...]`, which trains what `llamafactory-cli train` trains, as
-StructLoRA.
+"""LLaMA-Factory: `structlora-llamafactory train run.yaml [key=value ...]` is `llamafactory-cli train` with StructLoRA.
 
 LLaMA-Factory takes callbacks from Python alone (`run_exp(args, callbacks=[...])`) and refuses keys it does not know, so the
 `structlora:` key is read and taken out here. Where it is absent, StructLoRA trains with its defaults. On several devices, or with

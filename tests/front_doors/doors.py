@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +10,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors import safe_open
+from test_examples import llava_processor
 from tiny import base_model, sentence, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -33,7 +34,7 @@ def save_model(folder: Path, family: str = "llama", **sizes) -> str:
         torch.manual_seed(0)
         model = type(model)(type(model.config)(**{**model.config.to_dict(), **sizes}))
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    (llava_processor() if family == "llava" else tokenizer()).save_pretrained(folder)
     return str(folder)
 
 
@@ -50,6 +51,20 @@ def chat(i: int) -> dict:
     return {
         "messages": [{"role": "user", "content": sentence(i, 4)}, {"role": "assistant", "content": sentence(i + 1, 4)}]
     }
+
+
+def save_pictures(file: Path) -> str:
+    """Chats about pictures, as JSON with the pictures' paths."""
+    rows = []
+    for i in range(ROWS):
+        picture = file.with_name(f"picture{i}.png")
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(picture)
+        question = [{"type": "image", "path": str(picture)}, {"type": "text", "text": sentence(i, 4)}]
+        answer = [{"type": "text", "text": sentence(i + 1, 4)}]
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    file.write_text(json.dumps(rows))
+    return str(file)
 
 
 def run(*command, succeeds: bool = True, input: str | None = None, **environment) -> str:
@@ -107,5 +122,7 @@ def _base(folder):
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def readme_block(section: str) -> str:
+    """The YAML of a section of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.split(f"### {section}\n", 1)[1].split("```yaml\n", 1)[1].split("```", 1)[0]

@@ -10,7 +10,7 @@ pytest.importorskip("axolotl", reason="run `make test-axolotl`")
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
-from doors import ROOT, check, instruction, run, save_model, save_rows, state_of
+from doors import ROOT, chat, check, instruction, readme_block, run, save_model, save_pictures, save_rows, state_of
 from launching import free_port
 from safetensors.torch import load_file
 from tiny import sentence
@@ -277,3 +277,40 @@ def test_a_run_that_never_reached_the_callback_is_refused():
     with pytest.raises(StructLoRAError, match="never reached"):
         plugin.post_train(cfg, None)
     plugin.post_train(validated(adapter="lora"), None)
+
+
+FAMILIES = {"llama": "llama", "qwen3": "qwen3", "gemma": "gemma3", "llava": "llava"}
+CONFIGS = {path.stem: path for path in (ROOT / "configs" / "axolotl").glob("*.yaml")}
+ON_CPU = {"bf16": False, "fp16": False, "tf32": False, "deepspeed": None, "special_tokens": None, **NO_KERNELS}
+SHORT = {
+    "num_epochs": None,
+    "max_steps": 3,
+    "save_steps": 3,
+    "saves_per_epoch": None,
+    "evals_per_epoch": None,
+    "val_set_size": 0,
+}
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "README"])
+def test_configs_train_as_they_stand(place, name):
+    """Every key of the file, but for a tiny model, local data, three steps and what a CPU lacks."""
+    written = yaml.safe_load(readme_block("Axolotl") if name == "README" else CONFIGS[name].read_text())
+    family = FAMILIES[name.split("-")[0]] if name != "README" else "qwen3"
+    sizes = BLOCKS_OF_64 if written.get("load_in_4bit") else {}
+    model = place / f"{family}{len(sizes)}"
+    save_model(model, family, **sizes)
+    if family == "llava":
+        data = save_pictures(place / "pictures.json")
+    elif written["datasets"][0]["type"] == "alpaca":
+        data = str(place / "instructions.json")
+    else:
+        data = save_rows(place / "chats.json", chat)
+    dataset = {**written["datasets"][0], "path": data, "ds_type": "json", "split": "train"}
+    changes = {**ON_CPU, **SHORT, "base_model": str(model), "datasets": [dataset], "output_dir": str(place / name)}
+    changes |= {"dataset_prepared_path": str(place / f"prepared-{name}"), "sequence_len": 64, "learning_rate": 1e-3}
+    keys = {key: value for key, value in {**written, **changes}.items() if value is not None}
+    file = place / f"config-{name}.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    run("axolotl", "train", file, "--launcher", "python")
+    check(place / name, model)

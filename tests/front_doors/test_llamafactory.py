@@ -9,7 +9,7 @@ import yaml
 
 pytest.importorskip("llamafactory", reason="run `make test-llamafactory`")
 
-from doors import check, instruction, run, save_model, save_rows, state_of
+from doors import ROOT, check, instruction, readme_block, run, save_model, save_rows, state_of
 from launching import free_port
 from tiny import sentence
 
@@ -164,3 +164,34 @@ def test_mistakes_end_with_a_remedy(place, name):
 def test_command_line(arguments, remedy):
     assert remedy in run(COMMAND, *arguments, succeeds=False)
     assert "structlora: false" in run(COMMAND, "--help")
+
+
+CONFIGS = {path.stem: path for path in (ROOT / "configs" / "llamafactory").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "README"])
+def test_configs_train_as_they_stand(place, name):
+    """The file itself, with a tiny model, data and three steps on a CPU given as overrides."""
+    if name == "README":
+        CONFIGS[name] = place / "README.yaml"
+        CONFIGS[name].write_text(readme_block("LLaMA-Factory"))
+    written = yaml.safe_load(CONFIGS[name].read_text())
+    quantised = "quantization_bit" in written
+    model = place / ("wide" if quantised else "model")
+    overrides = {
+        "model_name_or_path": model,
+        "dataset_dir": place,
+        "dataset": "preferences" if written["stage"] == "dpo" else "instructions",
+        "output_dir": place / name,
+        "cutoff_len": 64,
+        "max_steps": 3,
+        "save_steps": 3,
+        "learning_rate": 1e-3,
+        "gradient_accumulation_steps": 1,
+        "bf16": "false",
+        "use_cpu": "true",
+        "report_to": "none",
+    }
+    log = run(COMMAND, "train", CONFIGS[name], *(f"{key}={value}" for key, value in overrides.items()))
+    assert ("Quantizing model to 4 bit" in log) == quantised
+    check(place / name, model)
