@@ -7,7 +7,13 @@ RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest lint format docs bench-overhead bench-distributed clean
+# Trainers that pin their own stack get an environment each.
+FRONT_DOORS := axolotl llamafactory ms-swift
+PINNED_axolotl := axolotl==0.21.0
+PINNED_llamafactory := llamafactory==0.9.5
+PINNED_ms-swift := ms-swift==4.6.0
+
+.PHONY: demo test test-all test-oldest $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -15,12 +21,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev lint test-oldest
+test-all: $(VENV)/.dev lint test-oldest $(FRONT_DOORS:%=test-%)
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # The same tests on the oldest supported stack.
 test-oldest: $(OLDEST)/.dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+
+# `make test-axolotl`, `make test-llamafactory`, `make test-ms-swift`: the real trainers.
+$(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q tests/front_doors/test_$(subst -,_,$*).py
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -57,5 +67,12 @@ $(OLDEST)/.dev: pyproject.toml requirements-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint requirements-oldest.txt
 	touch $@
 
+.venv-%/.dev: pyproject.toml requirements-%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet torch --requirement requirements-$*.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(PINNED_$*)
+	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output build dist *.egg-info
