@@ -51,15 +51,68 @@ class Method:
             optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY)
         else:
             optimizer = self.optimizer(model, rank, lr)
-        runtime = None if self.structlora is None else attach(model, optimizer, seed=seed, **self.structlora)
+        if self.structlora is None:
+            return model, optimizer, None
+        options = {name: value for name, value in self.structlora.items() if name not in IDEAS}
+        runtime = attach(model, optimizer, seed=seed, **options)
+        for name, value in self.structlora.items():
+            if name in IDEAS:
+                IDEAS[name](runtime, value, task.steps)
         return model, optimizer, runtime
 
     def options(self) -> dict | None:
         """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""
         if self.structlora is None:
             return None
-        options = StructLoRAConfig.build(self.structlora).options()
+        ideas = {name: value for name, value in self.structlora.items() if name in IDEAS}
+        options = StructLoRAConfig.build({k: v for k, v in self.structlora.items() if k not in ideas}).options() | ideas
         return {name: value for name, value in options.items() if name not in ("seed", "adapter_name", "roles")}
+
+
+# Ideas tried that the package does not have: name -> what to do to the runtime once it is attached.
+
+
+def _start_theta(runtime, value: float, steps: int) -> None:
+    """Θ from a multiple of the identity. Harmless to outputs where the features start at zero (fresh readers)."""
+    for m in runtime.maps:
+        for coordinator in m.coordinators.values():
+            coordinator.theta.data += value * torch.eye(coordinator.theta.shape[-1])
+
+
+def _fade_noise(runtime, share: float, steps: int) -> None:
+    """Sampled gates to begin with, giving way to their probabilities over the last `share` of the run."""
+    _blend_gates(runtime, lambda step: (steps - step) / (share * steps))
+
+
+def _warm_noise(runtime, share: float, steps: int) -> None:
+    """Gates' probabilities to begin with, giving way to sampled gates over the first `share` of the run."""
+    _blend_gates(runtime, lambda step: step / (share * steps))
+
+
+def _blend_gates(runtime, share_sampled: Callable[[int], float]) -> None:
+    for m in runtime.maps:
+
+        def gates(latent, noise, gates=m.gates):
+            still = gates(latent, None)
+            if noise is None:
+                return still
+            return still + min(1.0, share_sampled(runtime.step)) * (gates(latent, noise) - still)
+
+        m.gates = gates
+
+
+def _share_noise(runtime, value: bool, steps: int) -> None:
+    """One noise draw for all depths of a kind."""
+    draw = runtime._noise
+    runtime._noise = lambda: [n[:1].expand_as(n) for n in draw()]
+
+
+IDEAS: dict[str, Callable] = {
+    "x_theta": _start_theta,
+    "x_fade_noise": _fade_noise,
+    "x_warm_noise": _warm_noise,
+    "x_share_noise": _share_noise,
+}
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:
