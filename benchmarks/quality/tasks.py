@@ -130,7 +130,7 @@ def _sentences(kind: str) -> Callable[[], tuple[Split, Split, Split]]:
             [s for s, _ in found], truncation=True, max_length=MiniLM.longest, padding=True, return_tensors="pt"
         )
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        return _shares(inputs, torch.tensor([y for _, y in found]), 1000, 300, 600)
+        return _shares(inputs, torch.tensor([y for _, y in found]), 1000, 250, 500)
 
     return load
 
@@ -156,7 +156,7 @@ class MiniLM(nn.Module):
 
 
 def _text(kind: str, summary: str) -> Task:
-    return Task(summary, _sentences(kind), MiniLM, targets=("query", "value"), steps=80, batch=8)
+    return Task(summary, _sentences(kind), MiniLM, targets=("query", "value"), steps=60, batch=8)
 
 
 TASKS = {
