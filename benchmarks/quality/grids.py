@@ -11,6 +11,8 @@ RATES = {
     "movie": (2e-3, 4e-3, 8e-3),
     "tweet": (2e-3, 4e-3, 8e-3),
     "product": (2e-3, 4e-3, 8e-3),
+    "smollm-movie": (2e-3,),
+    "smollm-numbers": (4e-3,),
 }
 
 # Task, rank, examples.
@@ -26,7 +28,7 @@ SETTINGS = (
 )
 FIRST = SETTINGS[:3]
 MAIN = ("lora", "structlora")
-LANGUAGE = ()
+LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
 # Tried on validation data alone, at one learning rate that suits LoRA.
 SEARCH_RATES = {("digits", 4, 100): 1e-2, ("noisy-fashion", 4, 400): 5e-3}
@@ -95,6 +97,7 @@ GRIDS = {
     "others": lambda: _cells(FIRST[:2], OTHERS, range(3)),
     "ablations": lambda: _cells(FIRST[:1], ABLATIONS, range(3)),
     "sweeps": _sweeps,
+    "language": lambda: [cell for seed in range(6) for cell in _cells(LANGUAGE, MAIN, [seed])],
 }
 
 

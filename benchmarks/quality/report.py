@@ -24,7 +24,7 @@ from grids import ABLATIONS, DROPOUT, EXAMPLES, IDEAS, LANGUAGE, MAIN, OTHERS, R
 from scipy.stats import ttest_1samp, ttest_rel
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -222,8 +222,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "ablations-overall": overall(runs, ablated, [OURS, *ABLATIONS]),
         "ranks": comparison(runs, sorted(rank_settings), [BASE, OURS]),
         "few-shot": comparison(runs, sorted(few_shot), [BASE, OURS]),
-        "language": comparison(runs, [s for s in every if s[0] in LANGUAGE], [BASE, OURS]),
-        "diagnostics": diagnostics(runs, [s for s in main if s[0] not in LANGUAGE], [BASE, OURS, *ABLATIONS]),
+        "language": comparison(runs, [s for s in LANGUAGE if (s, OURS) in runs], [BASE, OURS]),
+        "diagnostics": diagnostics(runs, main, [BASE, OURS, *ABLATIONS]),
         "cost": cost(runs, every, [OURS, *OTHERS]),
     }
 
