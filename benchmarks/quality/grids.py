@@ -30,23 +30,25 @@ FIRST = SETTINGS[:3]
 MAIN = ("lora", "structlora")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
-# Tried on validation data alone, at one learning rate that suits LoRA.
-SEARCH_RATES = {("digits", 4, 100): 1e-2, ("noisy-fashion", 4, 400): 5e-3}
+# Tried on validation data alone, at these settings and learning rates.
+SEARCHED = ((("digits", 4, 100), 1e-2), (("digits", 4, 100), 2e-2), (("noisy-fashion", 4, 400), 5e-3))
 IDEAS = (
+    "no-gates",
     "no-coordinator",
-    "structlora:x_theta=1.0",
-    "structlora:x_fade_noise=0.5",
     "structlora:gate_init=0.9",
-    "structlora:temperature=0.1",
-    "structlora:x_share_noise=1",
+    "structlora:temperature=0.67",
+    "structlora:x_fade_noise=0.5",
+    "structlora:x_theta=1.0",
+    "structlora:gate_init=0.95,prior=0.9",
+    "structlora:side=both",
     "structlora:kl_weight=0.0",
     "frozen-logits",
-    "no-gates",
-    "structlora:side=both",
+    "structlora:x_share_noise=1",
     "structlora:share_gates=true",
     "structlora:gate_lr=0.1",
-    "structlora:gate_init=0.5",
     "structlora:coordinator_lr=0.03",
+    "structlora:gate_init=0.5",
+    "structlora:temperature=0.1",
     "structlora:coordinator_lr=0,x_theta=0.5",
     "structlora:coordinator_lr=0,x_theta=-0.3",
 )
@@ -76,7 +78,7 @@ def _search() -> list[tuple]:
     return [
         (task, name, rank, examples, lr, seed)
         for name in (*MAIN, *IDEAS)
-        for (task, rank, examples), lr in SEARCH_RATES.items()
+        for (task, rank, examples), lr in SEARCHED
         for seed in range(3)
     ]
 

@@ -20,7 +20,7 @@ import matplotlib
 import methods
 import numpy as np
 import store
-from grids import ABLATIONS, DROPOUT, EXAMPLES, IDEAS, LANGUAGE, MAIN, OTHERS, RANKS, SEARCH_RATES, SETTINGS
+from grids import ABLATIONS, DROPOUT, EXAMPLES, IDEAS, LANGUAGE, MAIN, OTHERS, RANKS, SEARCHED, SETTINGS
 from scipy.stats import ttest_1samp, ttest_rel
 
 matplotlib.use("svg")
@@ -147,25 +147,31 @@ def overall(runs: Runs, settings: list[tuple], names: list[str]) -> str:
 
 
 def search(runs: Runs) -> str:
-    """Ideas on validation data: at one rate, against LoRA and against the defaults, paired over settings and seeds."""
+    """Ideas on validation data: at given rates, against LoRA and against the defaults, paired over settings and seeds."""
     rows = []
     for name in (BASE, OURS, *IDEAS):
-        lines = {(s, seed): line for s, lr in SEARCH_RATES.items() for seed, line in runs[s, name].get(lr, {}).items()}
-        if len({s for s, _ in lines}) < len(SEARCH_RATES):
+        lines = {(place, seed): line for place in SEARCHED for seed, line in _at(runs, name, place).items()}
+        if len({place for place, _ in lines}) < len(SEARCHED):
             continue
         row = [label(name), len(lines)]
         for figure, digits in (("accuracy", 2), ("nll", 3)):
             row.append(f"{np.mean([line['validation'][figure] for line in lines.values()]):.{digits}f}")
             for base in (BASE, OURS):
                 gaps = []
-                for (s, seed), line in lines.items():
-                    other = runs[s, base].get(SEARCH_RATES[s], {}).get(seed)
+                for (place, seed), line in lines.items():
+                    other = _at(runs, base, place).get(seed)
                     if other is not None and name != base:
                         gaps.append(line["validation"][figure] - other["validation"][figure])
                 row += [f"{np.mean(gaps):+.{digits}f}", _p(gaps)] if gaps else ["", ""]
         rows.append(row)
     header = ["setting", "runs", "accuracy", "− LoRA", "p", "− defaults", "p"]
     return table([*header, "NLL", "− LoRA", "p", "− defaults", "p"], rows)
+
+
+def _at(runs: Runs, method: str, place: tuple) -> dict[int, dict]:
+    """Lines by seed of a method at a setting and learning rate."""
+    setting, lr = place
+    return runs.get((setting, method), {}).get(lr, {})
 
 
 def diagnostics(runs: Runs, settings: list[tuple], names: list[str]) -> str:
