@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest lint format bench-overhead clean
+.PHONY: demo test test-all test-oldest lint format bench-overhead bench-quick bench-report clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -34,9 +34,24 @@ bench-overhead: $(VENV)/.dev
 	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/overhead.py --map
 
+# LoRA and StructLoRA on one small task, 3 seeds of each, pre-training of the backbone included: a few minutes.
+bench-quick: $(VENV)/.bench
+	$(RUN) benchmarks/quality/pretrain.py
+	$(RUN) benchmarks/quality/run.py --results bench-output grid quick --workers 2
+	$(RUN) benchmarks/quality/report.py --results bench-output
+
+# Tables and plots from the committed results, into the READMEs.
+bench-report: $(VENV)/.bench
+	$(RUN) benchmarks/quality/report.py
+
 $(VENV)/.demo: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.bench: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable ".[bench]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml
@@ -50,4 +65,4 @@ $(OLDEST)/.dev: pyproject.toml requirements-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) demo-output bench-output build dist *.egg-info
