@@ -13,7 +13,7 @@ PINNED_axolotl := axolotl==0.21.0
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
-.PHONY: demo test test-all test-oldest $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed clean
+.PHONY: demo test test-all test-oldest $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -52,9 +52,24 @@ bench-overhead: $(VENV)/.dev
 bench-distributed: $(VENV)/.dev
 	$(RUN) benchmarks/distributed.py
 
+# LoRA and StructLoRA on one small task, 3 seeds of each, pre-training of the backbone included: a few minutes.
+bench-quick: $(VENV)/.bench
+	$(RUN) benchmarks/quality/pretrain.py
+	$(RUN) benchmarks/quality/run.py --results bench-output grid quick --workers 2
+	$(RUN) benchmarks/quality/report.py --results bench-output
+
+# Tables and plots from the committed results, into the READMEs.
+bench-report: $(VENV)/.bench
+	$(RUN) benchmarks/quality/report.py
+
 $(VENV)/.demo: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.bench: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable ".[bench]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml
@@ -75,4 +90,4 @@ $(OLDEST)/.dev: pyproject.toml requirements-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output build dist *.egg-info

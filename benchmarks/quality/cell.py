@@ -1,0 +1,129 @@
+"""One cell: one task, method, rank, number of examples, learning rate and seed -> one line of the store."""
+
+from __future__ import annotations
+
+import time
+
+import methods
+import torch
+from peft import PeftModel
+from store import KEY
+from tasks import TASKS, Split
+from torch import nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+WARMUP = 0.06  # of the steps, as in the paper
+EVALUATION_BATCH = 100
+GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
+
+
+def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
+    """Train once and measure. The same arguments give the same line, but for the seconds."""
+    if task_name not in TASKS:
+        import language  # TRL, only where it is needed
+
+        return language.run(task_name, method_name, rank, examples, lr, seed)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    task, method = TASKS[task_name], methods.find(method_name)
+    torch.manual_seed(seed)  # head, adapter and dropout
+    model, optimizer, runtime = method.prepare(task, rank, lr, seed)
+    training = task.training_examples(examples, seed)
+    warmup = max(1, round(WARMUP * task.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
+    )
+    start_A = _factors(model)[0]
+    model.train()
+    for step, chosen in enumerate(task.batches(examples, seed)):
+        batch = training[chosen]
+        loss = model(**batch.inputs, labels=batch.labels).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
+        optimizer.zero_grad()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and f".{task.head}." in name)
+    own = sum(p.numel() for m in runtime.maps for p in m.parameters()) if runtime else 0
+    training_seconds = time.process_time() - cpu_started
+    _, validation, test = task.load()
+    model.eval()
+    line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed)))
+    line |= {
+        "validation": evaluate(model, validation),
+        "test": evaluate(model, test),
+        "steps": task.steps,
+        "batch": task.batch,
+        "trained": trained - head + own,
+        "head": head,
+        "structlora": method.options(),
+        "diagnostics": _diagnostics(model, start_A, validation, task.targets),
+        "cpu_seconds": round(training_seconds, 2),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if runtime:
+        line["diagnostics"] |= {
+            name.removeprefix("structlora/"): round(value, 4)
+            for name, value in runtime.metrics().items()
+            if name.split("/")[1] in ("gate_openness", "kl", "semantic_edges", "theta_norm")
+        }
+        runtime.detach()
+    return line
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
+    """Accuracy in percent and mean negative log-likelihood in nats, as the model stands in evaluation mode."""
+    logits = torch.cat(
+        [model(**split[part].inputs).logits.float() for part in torch.arange(len(split)).split(EVALUATION_BATCH)]
+    )
+    accuracy = 100 * (logits.argmax(1) == split.labels).double().mean().item()
+    return {"accuracy": round(accuracy, 3), "nll": round(cross_entropy(logits, split.labels).item(), 5)}
+
+
+def _factors(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Copies of the LoRA factors, by module name."""
+    found: tuple[dict, dict] = {}, {}
+    for name, parameter in model.named_parameters():
+        for factor, marker in zip(found, (".lora_A.default", ".lora_B.default")):
+            if marker in name:
+                factor[name.split(marker)[0]] = parameter.detach().clone()
+    return found
+
+
+def _diagnostics(model: PeftModel, start_A: dict, validation: Split, targets: tuple[str, ...]) -> dict[str, float]:
+    """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
+
+    Drift energy Σ‖ΔW_l+1 − ΔW_l‖² over Σ‖ΔW_l‖², adjacent cosines of ΔW, of A − A₀ and of the loss gradient with respect
+    to W (on validation examples), and the share of ΔW's energy in its first singular direction.
+    """
+    A, B = _factors(model)
+    if not A or A.keys() != B.keys():
+        return {}  # not made of LoRA factors
+    weights = {name: dict(model.named_modules())[name].base_layer.weight for name in A}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    batch = validation[torch.arange(GRADIENT_EXAMPLES)]
+    logits = model(**batch.inputs).logits
+    gradients = dict(zip(weights, torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values()))))
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    sums: dict[str, float] = {}
+    for target in targets:
+        names = [name for name in A if name.endswith(f".{target}")]
+        updates = torch.stack([B[name] @ A[name] for name in names])  # (L, d, k)
+        singular = torch.linalg.svdvals(updates)
+        update = updates.flatten(1)
+        moved = torch.stack([A[name] - start_A[name] for name in names]).flatten(1)
+        gradient = torch.stack([gradients[name] for name in names]).flatten(1)
+        figures = {
+            "relative_drift": (update[1:] - update[:-1]).square().sum() / update.square().sum(),
+            "update_cosine": cosine_similarity(update[1:], update[:-1]).mean(),
+            "moved_A_cosine": cosine_similarity(moved[1:], moved[:-1]).mean(),
+            "gradient_cosine": cosine_similarity(gradient[1:], gradient[:-1]).mean(),
+            "first_singular_share": (singular[:, 0].square() / singular.square().sum(1)).mean(),
+        }
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value.item() / len(targets)
+    return {name: round(value, 4) for name, value in sums.items()}

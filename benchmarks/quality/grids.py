@@ -1,0 +1,108 @@
+"""The grids: which cells each table is made of. Order matters: what the tables need most comes first."""
+
+from __future__ import annotations
+
+# task, rank, examples -> learning rates
+# Learning rates by task: LoRA's best is inside each range.
+RATES = {
+    "digits": (5e-3, 1e-2, 2e-2),
+    "fashion": (2e-3, 5e-3, 1e-2),
+    "noisy-fashion": (2e-3, 5e-3, 1e-2),
+    "movie": (2e-3, 4e-3, 8e-3),
+    "tweet": (2e-3, 4e-3, 8e-3),
+    "product": (2e-3, 4e-3, 8e-3),
+    "smollm-movie": (2e-3,),
+    "smollm-numbers": (4e-3,),
+}
+
+# Task, rank, examples.
+SETTINGS = (
+    ("digits", 4, 100),
+    ("noisy-fashion", 4, 400),
+    ("fashion", 4, 400),
+    ("movie", 4, 200),
+    ("digits", 2, 100),
+    ("fashion", 4, 100),
+    ("tweet", 4, 200),
+    ("product", 4, 200),
+)
+FIRST = SETTINGS[:3]
+MAIN = ("lora", "structlora")
+LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
+
+# Tried on validation data alone, at these settings and learning rates.
+SEARCHED = ((("digits", 4, 100), 1e-2), (("digits", 4, 100), 2e-2), (("noisy-fashion", 4, 400), 5e-3))
+IDEAS = (
+    "no-gates",
+    "no-coordinator",
+    "structlora:gate_init=0.9",
+    "structlora:temperature=0.67",
+    "structlora:x_fade_noise=0.5",
+    "structlora:x_theta=1.0",
+    "structlora:gate_init=0.95,prior=0.9",
+    "structlora:side=both",
+    "structlora:kl_weight=0.0",
+    "frozen-logits",
+    "structlora:x_share_noise=1",
+    "structlora:share_gates=true",
+    "structlora:gate_lr=0.1",
+    "structlora:coordinator_lr=0.03",
+    "structlora:gate_init=0.5",
+    "structlora:temperature=0.1",
+    "structlora:coordinator_lr=0,x_theta=0.5",
+    "structlora:coordinator_lr=0,x_theta=-0.3",
+)
+
+DROPOUT = ("lora-dropout-0.1", "lora-dropout-0.05")
+OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
+ABLATIONS = (
+    *("frozen-logits", "no-gates", "no-coordinator", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
+    *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
+)
+# Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
+RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
+EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
+
+
+def _cells(settings, names, seeds) -> list[tuple]:
+    return [
+        (task, name, rank, examples, lr, seed)
+        for task, rank, examples in settings
+        for seed in seeds
+        for name in names
+        for lr in RATES[task]
+    ]
+
+
+def _search() -> list[tuple]:
+    return [
+        (task, name, rank, examples, lr, seed)
+        for name in (*MAIN, *IDEAS)
+        for (task, rank, examples), lr in SEARCHED
+        for seed in range(3)
+    ]
+
+
+def _sweeps() -> list[tuple]:
+    ranks = [(task, rank, examples) for (task, examples), ranks in RANKS.items() for rank in ranks]
+    counts = [(task, rank, count) for (task, rank), counts in EXAMPLES.items() for count in counts]
+    return _cells([*ranks, *counts], MAIN, range(3))
+
+
+GRIDS = {
+    "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in range(3) for name in MAIN],
+    "first": lambda: _cells(FIRST, MAIN, range(3)),
+    "search": _search,
+    # All settings with few seeds first, then more, so that what there is at any time is balanced.
+    "main": lambda: _cells(SETTINGS, MAIN, range(3)) + _cells(SETTINGS, MAIN, range(3, 6)),
+    "dropout": lambda: _cells(FIRST, DROPOUT, range(6)),
+    "others": lambda: _cells(FIRST[:2], OTHERS, range(3)),
+    "ablations": lambda: _cells(FIRST[:1], ABLATIONS, range(3)),
+    "sweeps": _sweeps,
+    "language": lambda: [cell for seed in range(6) for cell in _cells(LANGUAGE, MAIN, [seed])],
+}
+
+
+def cells_of(grid: str) -> list[tuple]:
+    """The keys of a grid's cells, in the order of `store.KEY`."""
+    return list(dict.fromkeys(GRIDS[grid]()))

@@ -1,0 +1,196 @@
+"""The methods: PEFT's as users would call them, StructLoRA, its ablations, and the controls.
+
+Each takes the same frozen backbone and head, learning rate, schedule, steps and batches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from tasks import Task
+from torch import nn
+
+from structlora_trl import StructLoRAConfig, attach
+
+WEIGHT_DECAY = 0.01
+
+
+@dataclass
+class Method:
+    """One row of the tables.
+
+    Args:
+        summary (`str`): for the report.
+        lora (`dict`): arguments of `LoraConfig` beside rank and targets.
+        structlora (`dict`, *optional*): options of StructLoRA that differ from its defaults; None trains without it.
+        peft (`Callable`, *optional*): (rank, steps, common arguments) -> another PEFT configuration.
+        optimizer (`Callable`, *optional*): (model, rank, lr) -> another optimizer than AdamW.
+    """
+
+    summary: str
+    lora: dict = field(default_factory=dict)
+    structlora: dict | None = None
+    peft: Callable[[int, int, dict], PeftConfig] | None = None
+    optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer] | None = None
+
+    def prepare(self, task: Task, rank: int, lr: float, seed: int):
+        """The model to train, its optimizer and, for StructLoRA, the runtime."""
+        common = {"target_modules": list(task.targets), "modules_to_save": [task.head]}
+        if self.peft is None:
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, **self.lora, **common)
+        else:
+            config = self.peft(rank, task.steps, common)
+        model = get_peft_model(task.build(), config)
+        if self.optimizer is None:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY)
+        else:
+            optimizer = self.optimizer(model, rank, lr)
+        if self.structlora is None:
+            return model, optimizer, None
+        options = {name: value for name, value in self.structlora.items() if name not in IDEAS}
+        runtime = attach(model, optimizer, seed=seed, **options)
+        for name, value in self.structlora.items():
+            if name in IDEAS:
+                IDEAS[name](runtime, value, task.steps)
+        return model, optimizer, runtime
+
+    def options(self) -> dict | None:
+        """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""
+        if self.structlora is None:
+            return None
+        ideas = {name: value for name, value in self.structlora.items() if name in IDEAS}
+        options = StructLoRAConfig.build({k: v for k, v in self.structlora.items() if k not in ideas}).options() | ideas
+        return {name: value for name, value in options.items() if name not in ("seed", "adapter_name", "roles")}
+
+
+# Ideas tried that the package does not have: name -> what to do to the runtime once it is attached.
+
+
+def _start_theta(runtime, value: float, steps: int) -> None:
+    """Θ from a multiple of the identity. Harmless to outputs where the features start at zero (fresh readers)."""
+    for m in runtime.maps:
+        for coordinator in m.coordinators.values():
+            coordinator.theta.data += value * torch.eye(coordinator.theta.shape[-1])
+
+
+def _fade_noise(runtime, share: float, steps: int) -> None:
+    """Sampled gates to begin with, giving way to their probabilities over the last `share` of the run."""
+    _blend_gates(runtime, lambda step: (steps - step) / (share * steps))
+
+
+def _warm_noise(runtime, share: float, steps: int) -> None:
+    """Gates' probabilities to begin with, giving way to sampled gates over the first `share` of the run."""
+    _blend_gates(runtime, lambda step: step / (share * steps))
+
+
+def _blend_gates(runtime, share_sampled: Callable[[int], float]) -> None:
+    for m in runtime.maps:
+
+        def gates(latent, noise, gates=m.gates):
+            still = gates(latent, None)
+            if noise is None:
+                return still
+            return still + min(1.0, share_sampled(runtime.step)) * (gates(latent, noise) - still)
+
+        m.gates = gates
+
+
+def _share_noise(runtime, value: bool, steps: int) -> None:
+    """One noise draw for all depths of a kind."""
+    draw = runtime._noise
+    runtime._noise = lambda: [n[:1].expand_as(n) for n in draw()]
+
+
+IDEAS: dict[str, Callable] = {
+    "x_theta": _start_theta,
+    "x_fade_noise": _fade_noise,
+    "x_warm_noise": _warm_noise,
+    "x_share_noise": _share_noise,
+}
+
+
+def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:
+    # The authors' proportions: half as much again to begin with, pruned between a tenth and seven tenths of the run.
+    return AdaLoraConfig(
+        init_r=-(-3 * rank // 2),
+        target_r=rank,
+        lora_alpha=2 * rank,
+        tinit=steps // 10,
+        tfinal=3 * steps // 10,
+        deltaT=5,
+        total_step=steps,
+        **common,
+    )
+
+
+def _vera(rank: int, steps: int, common: dict) -> PeftConfig:
+    return VeraConfig(r=64, **common)  # trains vectors only; its rank costs next to nothing
+
+
+def _lora_plus(model: nn.Module, rank: int, lr: float) -> torch.optim.Optimizer:
+    return create_loraplus_optimizer(
+        model, optimizer_cls=torch.optim.AdamW, lr=lr, loraplus_lr_ratio=16, weight_decay=WEIGHT_DECAY
+    )
+
+
+def _lora_fa(model: nn.Module, rank: int, lr: float) -> torch.optim.Optimizer:
+    return create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=lr, weight_decay=WEIGHT_DECAY)
+
+
+def _ours(summary: str, **options) -> Method:
+    return Method(summary, structlora=options)
+
+
+METHODS = {
+    "lora": Method("LoRA"),
+    "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
+    "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
+    "structlora": _ours("StructLoRA, the defaults"),
+    # Controls and ablations
+    "frozen-logits": _ours("StructLoRA, same gate noise, logits never trained", gate_lr=0.0),
+    "no-gates": _ours("StructLoRA without gates", filter="none"),
+    "no-coordinator": _ours("StructLoRA without coordinator", coordinator="none"),
+    "no-align": _ours("gates alone, lora_A started anew at each depth", coordinator="none", align_init=False),
+    "adjacency": _ours("StructLoRA, adjacency edges only", edges="adjacency"),
+    "similarity": _ours("StructLoRA, similarity edges only", edges="similarity"),
+    "2-layers": _ours("StructLoRA, 2 message-passing layers", coordinator_layers=2),
+    "3-layers": _ours("StructLoRA, 3 message-passing layers", coordinator_layers=3),
+    "gat": _ours("StructLoRA, GAT", coordinator="gat"),
+    "random-filter": _ours("StructLoRA, random filter", filter="random"),
+    "top-k-filter": _ours("StructLoRA, top-k norm filter", filter="topk_norm"),
+    "lora-cos": _ours("LoRA+Cos", filter="none", coordinator="none", regularizer="cosine"),
+    "lora-laplacian": _ours("LoRA+Laplacian", filter="none", coordinator="none", regularizer="laplacian"),
+    # PEFT's other methods
+    "rslora": Method("rsLoRA", {"use_rslora": True}),
+    "dora": Method("DoRA", {"use_dora": True}),
+    "pissa": Method("PiSSA", {"init_lora_weights": "pissa"}),
+    "adalora": Method("AdaLoRA", peft=_ada_lora),
+    "lora-plus": Method("LoRA+ (ratio 16)", optimizer=_lora_plus),
+    "lora-fa": Method("LoRA-FA", optimizer=_lora_fa),
+    "vera": Method("VeRA (r = 64)", peft=_vera),
+}
+
+
+def find(name: str) -> Method:
+    """The method of that name; `structlora:temperature=0.2,edges=adjacency` is StructLoRA with options of one's own."""
+    base, _, given = name.partition(":")
+    if not given:
+        return METHODS[base]
+    options = dict(METHODS[base].structlora)
+    for part in given.split(","):
+        option, _, value = part.partition("=")
+        options[option] = _parse(value)
+    return Method(f"{METHODS[base].summary}, {given}", structlora=options)
+
+
+def _parse(value: str):
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value

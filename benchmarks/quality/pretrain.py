@@ -1,0 +1,93 @@
+"""The suite's vision backbone: a small ViT of 12 layers, trained from scratch on Fashion-MNIST's classes 0 to 5.
+
+Classes 6 to 9 (shirt, sneaker, bag, ankle boot) and all digits stay unseen, so that adapting to them is real work. Takes a
+few minutes on one core; the weights go to the cache, never into git.
+
+    python benchmarks/quality/pretrain.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import assets
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import ViTConfig, ViTForImageClassification
+
+RECIPE = {"classes": 6, "steps": 700, "batch": 64, "learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.05, "seed": 0}
+SHAPE = {
+    "image_size": 28,
+    "patch_size": 7,
+    "num_channels": 1,
+    "hidden_size": 96,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+PATH = assets.CACHE / "vit-fashion-0-5.pt"
+
+
+def to_pixels(images) -> torch.Tensor:
+    """(n, 28, 28) of 0 to 255 -> (n, 1, 28, 28) fp32 of about unit scale."""
+    return (torch.as_tensor(images, dtype=torch.float32)[:, None] / 255 - 0.29) / 0.35
+
+
+def build(labels: int) -> ViTForImageClassification:
+    """An untrained model with `labels` outputs."""
+    return ViTForImageClassification(ViTConfig(**SHAPE, num_labels=labels))
+
+
+def backbone() -> dict[str, torch.Tensor]:
+    """The pre-trained weights without the head, from the cache; trained first where they are not there."""
+    if PATH.exists():
+        stored = torch.load(PATH)
+        if stored["recipe"] == json.dumps([RECIPE, SHAPE]):
+            return stored["weights"]
+    weights = _train()
+    torch.save({"recipe": json.dumps([RECIPE, SHAPE]), "weights": weights}, f"{PATH}.unfinished")
+    os.replace(f"{PATH}.unfinished", PATH)
+    return weights
+
+
+def _train() -> dict[str, torch.Tensor]:
+    torch.manual_seed(RECIPE["seed"])
+    data = assets.fashion()
+    known = data["train_y"] < RECIPE["classes"]
+    pixels, labels = to_pixels(data["train_x"][known]), torch.from_numpy(data["train_y"][known].astype(int))
+    known = data["test_y"] < RECIPE["classes"]
+    test_pixels, test_labels = to_pixels(data["test_x"][known]), torch.from_numpy(data["test_y"][known].astype(int))
+    model = build(RECIPE["classes"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=RECIPE["weight_decay"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / RECIPE["warmup"], (RECIPE["steps"] - i) / (RECIPE["steps"] - RECIPE["warmup"])),
+    )
+    started = time.perf_counter()
+    for step in range(RECIPE["steps"]):
+        chosen = torch.randint(len(labels), (RECIPE["batch"],))
+        loss = cross_entropy(model(pixel_values=pixels[chosen]).logits, labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(
+                f"pre-training {step + 1}/{RECIPE['steps']}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+    model.eval()
+    with torch.inference_mode():
+        predicted = torch.cat([model(pixel_values=part).logits.argmax(1) for part in test_pixels.split(256)])
+    print(
+        f"accuracy on the six classes' test images: {100 * (predicted == test_labels).float().mean():.1f} %", flush=True
+    )
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("classifier.")}
+
+
+if __name__ == "__main__":
+    backbone()

@@ -1,0 +1,169 @@
+"""The tasks: data, frozen backbone and recipe of each. A run's examples and batches follow from its seed alone.
+
+Every task has three disjoint parts: a pool that a seed draws its training examples from, a validation split on which
+learning rates and settings are chosen, and a test split on which nothing is ever chosen. Validation and test labels are
+clean everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import assets
+import pretrain
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+from transformers import AutoModel, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+SPLIT_SEED = 0
+
+
+@dataclass
+class Split:
+    """Inputs by the name of the model's argument, (n, ...), and labels (n,)."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: Tensor) -> Split:
+        return Split({name: value[chosen] for name, value in self.inputs.items()}, self.labels[chosen])
+
+
+@dataclass
+class Task:
+    """One task.
+
+    Args:
+        summary (`str`): what is learned, for the report.
+        load (`Callable`): () -> training pool, validation and test `Split`.
+        build (`Callable`): () -> the frozen backbone with a new head, drawn from torch's global generator.
+        head (`str`): name of the head, trained in full.
+        targets (`tuple[str, ...]`): modules that are adapted.
+        steps (`int`), batch (`int`): length of a run.
+        noise (`float`): share of training labels replaced by random ones.
+    """
+
+    summary: str
+    load: Callable[[], tuple[Split, Split, Split]]
+    build: Callable[[], nn.Module]
+    head: str = "classifier"
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    steps: int = 150
+    batch: int = 16
+    noise: float = 0.0
+
+    def training_examples(self, count: int, seed: int) -> Split:
+        """`count` examples of the pool, as many of each class as can be, with this task's share of random labels."""
+        pool, _, _ = self.load()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(pool), generator=generator)
+        labels = pool.labels[order]
+        # An example's place within its class; taking the lowest places balances the classes.
+        one_hot = torch.nn.functional.one_hot(labels)
+        place = one_hot.cumsum(0).gather(1, labels[:, None])[:, 0]
+        chosen = pool[order[place.argsort(stable=True)[:count]]]
+        noisy = torch.rand(count, generator=generator) < self.noise
+        random = torch.randint(int(pool.labels.max()) + 1, (count,), generator=generator)
+        chosen.labels = torch.where(noisy, random, chosen.labels)
+        return chosen
+
+    def batches(self, count: int, seed: int) -> list[Tensor]:
+        """Indices of each step's examples: epochs in random order, one after the other."""
+        generator = torch.Generator().manual_seed(seed + 1_000_000)
+        epochs = -(-self.steps * self.batch // count)
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+        return list(order[: self.steps * self.batch].split(self.batch))
+
+
+def _shares(inputs: dict[str, Tensor], labels: Tensor, *sizes: int) -> tuple[Split, ...]:
+    """Disjoint random parts of these sizes; -1 in the last place takes the rest. Held-out texts are sorted by length."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    sizes = [size if size >= 0 else len(labels) - sum(sizes[:-1]) for size in sizes]
+    parts = order[: sum(sizes)].split(sizes)
+    if "attention_mask" in inputs:  # short ones together: less padding to compute
+        lengths = inputs["attention_mask"].sum(1)
+        parts = [part if i == 0 else part[lengths[part].argsort(stable=True)] for i, part in enumerate(parts)]
+    return tuple(Split(inputs, labels)[part] for part in parts)
+
+
+@functools.cache
+def _digits() -> tuple[Split, Split, Split]:
+    images, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(images).float().view(-1, 1, 8, 8) * (255 / 16)
+    pixels = pretrain.to_pixels(interpolate(images, size=28, mode="bilinear")[:, 0])
+    return _shares({"pixel_values": pixels}, torch.from_numpy(labels), 500, 400, -1)
+
+
+@functools.cache
+def _fashion() -> tuple[Split, Split, Split]:
+    data = assets.fashion()
+    # The backbone has seen the training images of six classes; everything here is from the 10 000 test images.
+    pixels, labels = pretrain.to_pixels(data["test_x"]), torch.from_numpy(data["test_y"].astype(int))
+    return _shares({"pixel_values": pixels}, labels, 4000, 500, 1000)
+
+
+def _vit() -> nn.Module:
+    model = pretrain.build(10)
+    missing, unexpected = model.load_state_dict(pretrain.backbone(), strict=False)
+    assert not unexpected and all(name.startswith("classifier.") for name in missing)
+    return model
+
+
+@functools.cache
+def _tokenizer():
+    return AutoTokenizer.from_pretrained(assets.minilm())
+
+
+def _sentences(kind: str) -> Callable[[], tuple[Split, Split, Split]]:
+    @functools.cache
+    def load():
+        found = assets.sentences(kind)
+        encoded = _tokenizer()(
+            [s for s, _ in found], truncation=True, max_length=MiniLM.longest, padding=True, return_tensors="pt"
+        )
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return _shares(inputs, torch.tensor([y for _, y in found]), 1000, 250, 500)
+
+    return load
+
+
+class MiniLM(nn.Module):
+    """all-MiniLM-L6-v2 with mean pooling, as it was trained, and a linear head on the unit-length embedding's scale."""
+
+    longest = 24  # tokens; longer sentences are cut
+
+    def __init__(self):
+        super().__init__()
+        self.body = AutoModel.from_pretrained(assets.minilm(), add_pooling_layer=False)
+        self.classifier = nn.Linear(self.body.config.hidden_size, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None):
+        longest = int(attention_mask.sum(1).max())
+        input_ids, attention_mask = input_ids[:, :longest], attention_mask[:, :longest]
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[:, :, None].to(hidden.dtype)
+        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _text(kind: str, summary: str) -> Task:
+    return Task(summary, _sentences(kind), MiniLM, targets=("query", "value"), steps=60, batch=8)
+
+
+TASKS = {
+    "digits": Task("handwritten digits, ViT pre-trained on six classes of clothes", _digits, _vit),
+    "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, _vit),
+    "noisy-fashion": Task("the same with 40 % of training labels random", _fashion, _vit, noise=0.4),
+    "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
+    "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
+    "product": _text("product", "sentiment of product-review sentences, MiniLM"),
+}
