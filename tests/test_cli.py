@@ -187,6 +187,7 @@ MISTAKES = [
     (["sft", "--config", "run.yaml", "--resume_from_checkpoint", "true"], 1, "no checkpoint in out"),
     (["sft", "--config", "run.yaml", "--resume_from_checkpoint", "gone"], 1, "no folder gone"),
     (["sft", "--config", "run.yaml", "--lora_target_modules", "absent"], 1, "setting up the SFTTrainer failed"),
+    (["sft", "--config", "block.yaml"], 1, "options are keys of their own"),
     (["sft", "--config", "no_model.yaml"], 1, "no `model_name_or_path`"),
     (["sft", "--config", "no_data.yaml"], 1, "neither `dataset_name` nor `datasets`"),
 ]
@@ -196,6 +197,7 @@ def test_every_mistake_gets_a_message(place, capsys):
     config_file()
     config_file("misspelt.yaml", learing_rate=1e-3)
     config_file("no_model.yaml", model_name_or_path=None)
+    config_file("block.yaml", structlora={"gate_init": 0.8})
     config_file("no_data.yaml", dataset_name=None)
     Path("broken.yaml").write_text("a: [1\nb: 2")
     Path("empty.yaml").write_text("")

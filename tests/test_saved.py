@@ -157,6 +157,16 @@ def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
     assert torch.equal(*(logits_of(on_base(where, base), "llama") for where in (folder, tmp_path / "adapter")))
 
 
+def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
+    shutil.copytree(runs(), tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "out" / "mine").mkdir()
+    for name in (ADAPTER, "adapter_config.json"):
+        (tmp_path / "out" / name).rename(tmp_path / "out" / "mine" / name)
+    saved = read_saved(tmp_path / "out")
+    assert saved.maps is not None
+    assert all(torch.equal(value, saved.tensors[name]) for name, value in load_file(runs() / ADAPTER).items())
+
+
 def close_directions(state: dict, adapter: dict, threshold: float) -> int:
     """Zero the closed columns of lora_B; how many."""
     closed = 0
@@ -265,6 +275,7 @@ def _masters_alone(folder):
 
 
 MISTAKES = {
+    "a broken configuration": (lambda folder: (folder / "adapter_config.json").write_text("{"), [], "unreadable"),
     "a folder without an adapter": (
         lambda folder: (folder / "adapter_config.json").unlink(),
         [],
