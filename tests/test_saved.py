@@ -90,6 +90,7 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         origin = state[f"{kind['name']}/origin_A"][0] if side == "A" else 0
         features = [(getattr(layer, f"lora_{side}")["default"].weight - origin).flatten() for layer in layers]
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
+        assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
         for row, update, gates in zip(kind["depths"], updates, state[f"{kind['name']}/logits"].sigmoid()):
             assert row["gates"] == pytest.approx(gates.tolist())
             assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
