@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest lint format bench-overhead clean
+.PHONY: demo test test-all test-oldest lint format docs bench-overhead bench-distributed clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -30,9 +30,17 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The pages that are made from the code.
+docs: $(VENV)/.dev
+	$(RUN) docs/refusals.py
+	$(RUN) docs/draw_map.py
+
 bench-overhead: $(VENV)/.dev
 	$(RUN) benchmarks/overhead.py --quick
 	$(RUN) benchmarks/overhead.py --map
+
+bench-distributed: $(VENV)/.dev
+	$(RUN) benchmarks/distributed.py
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

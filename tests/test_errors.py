@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from jobs import sft
+from launching import run
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import FAMILIES, adamw, base_model, lora_parameters, peft_model, train
 from torch import nn
@@ -230,6 +234,34 @@ def test_distributed_launches_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(StructLoRAError, match="2 processes and a model that is not wrapped.*DDP"):
         attach(model, adamw(model))
+
+
+UNSERVED = {
+    "HSDP": "placements .*Replicate.*one-dimensional FSDP2 mesh .no HSDP",
+    "FSDP2 of a part": "placements none.*shard the root module",
+    "tensor parallelism": "tensor parallelism.*DDP, FSDP2",
+    "FSDP1": "sharded by FSDP1.*FSDP2",
+    "ZeRO stage 0": "ZeRO stage 0.*to 1, 2 or 3",
+    "pipeline": "pipeline parallelism.*ZeRO stage 1, 2 or 3",
+    "ZeRO++": r"ZeRO\+\+.*remove `zero_hpz_partition_size`",
+    "MiCS": "MiCS_Optimizer.*ZeRO stage 1, 2 or 3",
+    "NVMe": "offload to NVMe.*`device: cpu`",
+    "Muon": "Muon.*another optimizer",
+    "torch_autocast": "`torch_autocast` with a gradient scaler.*`bf16` or `fp16`",
+    "engine withheld": "without the engine.*pass the wrapped model",
+}
+
+
+@pytest.fixture(scope="module")
+def unserved():
+    done = run([sys.executable, str(Path(__file__).with_name("unserved_engines.py"))])
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_unserved_engines_are_refused_by_name(name, unserved):
+    assert re.search(UNSERVED[name], unserved[name])
 
 
 def test_errors_have_three_parts_and_survive_pickling():

@@ -47,7 +47,6 @@ class DeepSpeedEngine(Engine):
 
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
         self._separate_masters()
-        self._separate_masters()
         self._gather_latents()
         step = self.engine.step
 
@@ -284,6 +283,3 @@ class DeepSpeedEngine(Engine):
             )
         if found:
             raise StructLoRAError(found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy)
-
-    def _offloads(self) -> bool:
-        return bool(getattr(self.optimizer, "cpu_offload", False))

@@ -41,7 +41,7 @@ class FSDP2Engine(TorchEngine):
             raise StructLoRAError(
                 f"LoRA parameters with placements {found}",
                 "FSDP2 sharding of all of them, over rows and one mesh dimension",
-                "use a one-dimensional FSDP2 mesh, without tensor parallelism",
+                "use a one-dimensional FSDP2 mesh (no HSDP, no tensor parallelism) and shard the root module",
             )
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.packing = Packing(kinds, self._parameters[0].device_mesh.get_group())
