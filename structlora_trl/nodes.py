@@ -140,7 +140,7 @@ def group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
     groups = defaultdict(list)
     for module, factors in modules.items():
         A, B = factors["A"], factors["B"]
-        pattern, depth = _split_depth(_clean(module))
+        pattern, depth = split_depth(_clean(module))
         groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad].append((depth, module, A, B))
     patterns = [key[0] for key in groups]
     kinds = []
@@ -161,7 +161,7 @@ def _clean(module: str) -> str:
     return module.replace("_orig_mod.", "").removeprefix("base_model.model.")
 
 
-def _split_depth(module: str) -> tuple[str, tuple[int, ...]]:
+def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
     """'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,))."""
     experts = {match.start() for match in _EXPERT.finditer(module)}
     depth = []

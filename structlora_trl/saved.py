@@ -90,8 +90,9 @@ def read_saved(folder: str | Path) -> Saved:
     given = Path(folder)
     masters = _read_masters(given)
     home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
-    lora = _read_config(home)
-    tensors = _read_adapter(home)
+    adapter_home = _named_adapter(home) or home
+    lora = _read_config(adapter_home)
+    tensors = _read_adapter(adapter_home)
     state_file = home / STATE_NAME
     if not state_file.is_file():
         if not tensors:
@@ -115,6 +116,13 @@ def read_saved(folder: str | Path) -> Saved:
     return Saved(home, lora, tensors, kinds, effective, list(maps), list(latents), int(state["step"]))
 
 
+def _named_adapter(folder: Path) -> Path | None:
+    """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it."""
+    if (folder / "adapter_config.json").is_file() or not (folder / STATE_NAME).is_file():
+        return None
+    return next(iter(sorted(path.parent for path in folder.glob("*/adapter_config.json"))), None)
+
+
 def _read_config(folder: Path) -> LoraConfig:
     if not (folder / "adapter_config.json").is_file():
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -123,7 +131,12 @@ def _read_config(folder: Path) -> LoraConfig:
             "a folder with a saved LoRA adapter: a run's output, one of its checkpoints, or an exported adapter",
             f"give {checkpoints[-1]}" if checkpoints else "correct the path",
         )
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise StructLoRAError(
+            f"{folder}/adapter_config.json unreadable ({error})", "PEFT's configuration", "use another checkpoint"
+        ) from error
     if not isinstance(config, LoraConfig):
         raise StructLoRAError(f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter")
     return config

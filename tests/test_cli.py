@@ -123,6 +123,7 @@ def test_local_data(kind, place, monkeypatch):
     if "eval_strategy" in options:
         assert any("eval_loss" in entry for entry in trainer.state.log_history)
     assert_gates_moved("out")
+    assert_plain_peft_agrees(trainer, "out")
 
 
 def test_dpo(place, monkeypatch):
@@ -155,6 +156,7 @@ def test_quantised(bits, place, monkeypatch):
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__.startswith(f"Linear{bits}bit")
     assert_gates_moved("out")
+    assert_plain_peft_agrees(trainer, "out")
 
 
 def test_resume_goes_on_where_the_run_ended(place, monkeypatch):
@@ -164,6 +166,29 @@ def test_resume_goes_on_where_the_run_ended(place, monkeypatch):
     trained(monkeypatch, "sft", "--config", given, "--resume_from_checkpoint", "true")
     whole, parts = (load_file(f"{folder}/{STATE_NAME}") for folder in ("whole", "out"))
     assert whole["step"] == 4 and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch, capsys):
+    every = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "test_split_size": 0.25,
+    }
+    # Accuracy is to be as low as can be, and rises: the first checkpoint is the best.
+    worst = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_mean_token_accuracy",
+        "greater_is_better": False,
+    }
+    trainer = trained(monkeypatch, "sft", "--config", config_file(**every, **worst, learning_rate=0.1, max_steps=4))
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    ours, theirs = (load_file(folder / STATE_NAME) for folder in (Path("out"), best))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_plain_peft_agrees(trainer, "out")
+    assert main(["inspect", "out"]) == 0  # adapter and state belong together
 
 
 MISTAKES = [
@@ -187,6 +212,7 @@ MISTAKES = [
     (["sft", "--config", "run.yaml", "--resume_from_checkpoint", "true"], 1, "no checkpoint in out"),
     (["sft", "--config", "run.yaml", "--resume_from_checkpoint", "gone"], 1, "no folder gone"),
     (["sft", "--config", "run.yaml", "--lora_target_modules", "absent"], 1, "setting up the SFTTrainer failed"),
+    (["sft", "--config", "block.yaml"], 1, "options are keys of their own"),
     (["sft", "--config", "no_model.yaml"], 1, "no `model_name_or_path`"),
     (["sft", "--config", "no_data.yaml"], 1, "neither `dataset_name` nor `datasets`"),
 ]
@@ -196,6 +222,7 @@ def test_every_mistake_gets_a_message(place, capsys):
     config_file()
     config_file("misspelt.yaml", learing_rate=1e-3)
     config_file("no_model.yaml", model_name_or_path=None)
+    config_file("block.yaml", structlora={"gate_init": 0.8})
     config_file("no_data.yaml", dataset_name=None)
     Path("broken.yaml").write_text("a: [1\nb: 2")
     Path("empty.yaml").write_text("")

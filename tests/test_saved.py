@@ -90,6 +90,7 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         origin = state[f"{kind['name']}/origin_A"][0] if side == "A" else 0
         features = [(getattr(layer, f"lora_{side}")["default"].weight - origin).flatten() for layer in layers]
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
+        assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
         for row, update, gates in zip(kind["depths"], updates, state[f"{kind['name']}/logits"].sigmoid()):
             assert row["gates"] == pytest.approx(gates.tolist())
             assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
@@ -155,6 +156,16 @@ def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
     assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
     base = runs(variant).parent / "base"
     assert torch.equal(*(logits_of(on_base(where, base), "llama") for where in (folder, tmp_path / "adapter")))
+
+
+def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
+    shutil.copytree(runs(), tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "out" / "mine").mkdir()
+    for name in (ADAPTER, "adapter_config.json"):
+        (tmp_path / "out" / name).rename(tmp_path / "out" / "mine" / name)
+    saved = read_saved(tmp_path / "out")
+    assert saved.maps is not None
+    assert all(torch.equal(value, saved.tensors[name]) for name, value in load_file(runs() / ADAPTER).items())
 
 
 def close_directions(state: dict, adapter: dict, threshold: float) -> int:
@@ -265,6 +276,7 @@ def _masters_alone(folder):
 
 
 MISTAKES = {
+    "a broken configuration": (lambda folder: (folder / "adapter_config.json").write_text("{"), [], "unreadable"),
     "a folder without an adapter": (
         lambda folder: (folder / "adapter_config.json").unlink(),
         [],

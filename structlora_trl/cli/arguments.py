@@ -41,6 +41,11 @@ class StructLoRAArguments(StructLoRAConfig):
         default=True, metadata={"help": "Train StructLoRA. 'false' trains plain LoRA, with all else equal."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if type(self.structlora) is not bool:  # a block of options in YAML would be taken for a yes, and lost
+            self._refuse("structlora", self.structlora, "true or false (options are keys of their own beside it)")
+
 
 class Arguments(NamedTuple):
     """What a training command was given."""

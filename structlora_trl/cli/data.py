@@ -20,7 +20,7 @@ def load(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training rows, and the evaluation rows where they are asked for.
 
-    Paths of pictures (columns `images` or `image`) count from the data file's folder.
+    Where a `dataset_name` is local, paths of pictures (columns `images` or `image`) count from its folder.
 
     Args:
         script (`ScriptArguments`): a data set by name or path, and its splits.

@@ -31,7 +31,7 @@ is measured: the base model with the adapter before and after, on a probe batch 
 --merge writes the base model with the adapter merged into it, in the base model's own precision.
 
 llama.cpp: convert_lora_to_gguf.py takes the unpruned adapter. llama.cpp divides one alpha by each module's own rank, so a
-pruned adapter has other scales there: merge it, and convert the merged model.
+pruned or rank-stabilised adapter has other scales there: merge it, and convert the merged model.
 """
 _EXAMPLES = """examples:
   structlora export out/checkpoint-500 adapter

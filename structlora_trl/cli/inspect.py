@@ -13,18 +13,18 @@ from torch.nn.functional import normalize
 
 from ..diagnostics import effective_rank
 from ..mapping import KindMap
-from ..nodes import Kind, residual_role
+from ..nodes import Kind, residual_role, split_depth
 from ..saved import Saved, read_saved
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
-For each kind of module and each depth:
+For each kind of module and each depth, named by its layer's number:
   open       directions whose gate is open with probability above one half, of all
   openness   mean probability that a direction is open
   eff. rank  exp of the entropy of the normalised singular values of the update BA
   norm       Frobenius norm of the update as it is added to the weight
   coherence  mean cosine with the neighbouring depths' updates, on the side that is comparable across depth
-  semantic   depths joined to this one by semantic edges
+  semantic   layers joined to this one by semantic edges
 What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'.
 """
 _EXAMPLES = """examples:
@@ -39,7 +39,8 @@ class DepthReport:
     """One module."""
 
     module: str
-    depth: int
+    layer: str  # the layer's number in its name
+    depth: int  # place among the kind's depths, from 0
     rank: int
     gates: list[float] | None  # probability that each direction is open
     effective_rank: float
@@ -110,6 +111,7 @@ def report(saved: Saved) -> list[KindReport]:
         depths = [
             DepthReport(
                 module=module.removeprefix("base_model.model."),
+                layer=".".join(map(str, split_depth(module)[1])),
                 depth=depth,
                 rank=kind.rank,
                 gates=None if gates is None else gates[depth].tolist(),
@@ -149,15 +151,17 @@ def table(saved: Saved, kinds: list[KindReport]) -> str:
         about = f"{role} the residual stream" if role else "unknown role"
         lines += [f"\n{kind.name}  ({depth_count} depths, r {rank}, {k} -> {d}, {about})"]
         lines += [
-            f"{'depth':>5}  {'open':>7}  {'openness':>8}  {'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  semantic"
+            f"{'layer':>5}  {'open':>7}  {'openness':>8}  {'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  semantic"
         ]
         for row in kind.depths:
             open_ = "-" if row.gates is None else f"{sum(gate > 0.5 for gate in row.gates)}/{row.rank}"
             openness_ = "-" if row.gates is None else f"{sum(row.gates) / row.rank:.3f}"
             coherence = "-" if row.coherence is None else f"{row.coherence:.3f}"
-            semantic = "-" if row.semantic is None else " ".join(map(str, row.semantic)) or "none"
+            semantic = (
+                "-" if row.semantic is None else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
+            )
             figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}"
-            lines.append(f"{row.depth:>5}  {open_:>7}  {openness_:>8}  {figures}  {semantic}")
+            lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {figures}  {semantic}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from ..errors import StructLoRAError
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise StructLoRAError(
         "no matplotlib", "it for `--plot`", 'install it: `pip install "structlora-trl[plot]"`, or leave `--plot` out'
@@ -64,6 +65,7 @@ def _panels(titles: list[str]):
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[len(titles) :]:
         axis.set_axis_off()
     return figure, axes
@@ -75,6 +77,7 @@ def _gates(kinds):
         gates = np.array([row.gates for row in kind.depths])  # (L, r)
         image = axis.imshow(gates, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         axis.set(xlabel="direction", ylabel="depth")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes.tolist(), label="probability that the gate is open")
     return figure
 
@@ -84,6 +87,7 @@ def _similarity(kinds):
     for axis, kind in zip(axes, kinds):
         image = axis.imshow(np.array(kind.similarity), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         axis.set(xlabel="depth", ylabel="depth")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes.tolist(), label="cosine of the updates")
     return figure
 
