@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("axolotl", reason="run `make test-axolotl`")
@@ -52,6 +53,7 @@ def settings(place, name: str, **changes) -> dict:
     keys = {
         "base_model": str(place / "model"),
         "adapter": "structlora",
+        "seed": 42,
         "lora_r": 4,
         "lora_alpha": 8,
         "lora_target_modules": ["q_proj", "v_proj"],
@@ -178,12 +180,18 @@ def test_inert_where_not_asked_for(place):
 
 
 def test_relora(place):
-    """At a restart the adapter goes into the base model, and StructLoRA starts on the fresh adapter."""
-    log = train(
-        place, "relora", relora=True, jagged_restart_steps=3, max_steps=5, save_steps=5, jagged_restart_warmup_steps=1
-    )
-    assert log
-    state_of(place / "relora", 5)
+    """At a restart the evaluation weights go into the base model, and StructLoRA starts on the fresh adapter."""
+    train(place, "relora", relora=True, jagged_restart_steps=3, jagged_restart_warmup_steps=1, max_steps=6)
+    state_of(place / "relora", 6)
+    base, final = (load_file(place / name / "model.safetensors") for name in ("model", "relora"))
+    updates = [load_file(place / "relora" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (3, 6)]
+    modules = [name.removesuffix(".weight") for name in base if "q_proj" in name or "v_proj" in name]
+    for module in modules:
+        key = f"base_model.model.{module}.lora_{{}}.weight"
+        deltas = [8 / 4 * update[key.format("B")] @ update[key.format("A")] for update in updates]
+        assert all(delta.abs().max() > 1e-4 for delta in deltas)
+        expected = base[f"{module}.weight"] + sum(deltas)
+        torch.testing.assert_close(final[f"{module}.weight"], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
