@@ -201,7 +201,8 @@ ENGINES = {"DDP": None, "DeepSpeed ZeRO-2": str(ROOT / "configs" / "deepspeed" /
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes(place, engine):
+def test_two_processes(place, sft, engine):
+    """On data prepared before: without GPUs, Axolotl's ranks wait for each other while they prepare it."""
     file = config(place, engine, deepspeed=ENGINES[engine])
     # ACCELERATE_USE_CPU would turn DeepSpeed off.
     environment = {} if ENGINES[engine] else {"ACCELERATE_USE_CPU": "true"}
