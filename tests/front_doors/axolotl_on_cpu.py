@@ -5,6 +5,10 @@ Under torchrun: axolotl_on_cpu.py CONFIG.yaml
 
 import sys
 
+from accelerate import PartialState
+
+PartialState(cpu=True)  # before Axolotl and DeepSpeed look for GPUs: else every rank takes itself for the first
+
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
