@@ -5,14 +5,10 @@ Under torchrun: axolotl_on_cpu.py CONFIG.yaml
 
 import sys
 
-from accelerate import PartialState
-
-PartialState(cpu=True)  # before Axolotl and DeepSpeed look for GPUs: else every rank takes itself for the first
-
+from accelerate import DistributedType, PartialState
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
-from axolotl.core.builders import HFCausalTrainerBuilder
 
 cfg = load_cfg(sys.argv[1])
 cfg.device_map = {"": "cpu"}
@@ -21,5 +17,6 @@ if cfg.deepspeed:
 
     # Its shared-memory op would be compiled first, for a minute.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    HFCausalTrainerBuilder.hook_pre_create_training_args = lambda self, arguments: {**arguments, "use_cpu": True}
+    # Without a GPU Accelerate finds no backend for DeepSpeed, and every rank takes itself for the first.
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_CPU)
 do_train(cfg, TrainerCliArgs())

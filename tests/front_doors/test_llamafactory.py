@@ -192,6 +192,7 @@ def test_configs_train_as_they_stand(place, name):
         "max_steps": 3,
         "save_steps": 3,
         "learning_rate": 1e-3,
+        "warmup_ratio": 0,
         "gradient_accumulation_steps": 1,
         "bf16": "false",
         "use_cpu": "true",
