@@ -49,6 +49,21 @@ def test_training_sees_noise_and_evaluation_does_not():
     assert not torch.equal(first, loss_of(model, "llama", 5))
 
 
+def test_autograd_sees_the_weights_change():
+    """Caches by version (Axolotl's DoRA kernel) are refreshed, and no backward goes through weights that are gone."""
+    model, optimizer, runtime = setup()
+    train(model, "llama", optimizer, 2)
+    for flip in (runtime.train, runtime.eval):
+        versions = [p._version for p in runtime.parameters()]
+        flip()
+        assert all(p._version > version for p, version in zip(runtime.parameters(), versions))
+    model.train()
+    loss = loss_of(model, "llama", 5)
+    runtime.eval()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_accelerate_loop():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = peft_model()

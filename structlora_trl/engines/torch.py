@@ -127,7 +127,9 @@ class TorchEngine(Engine):
         for kind, stacked in zip(self.kinds, values):
             for parameters, stack in zip((kind.A, kind.B), stacked):
                 if parameters[0].requires_grad:
-                    targets += [p.data for p in parameters]
+                    # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
+                    # them, and a backward through weights that are gone must fail.
+                    targets += parameters
                     sources += [value.view_as(p) for p, value in zip(parameters, stack)]
         torch._foreach_copy_(targets, sources)
 

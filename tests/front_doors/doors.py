@@ -70,8 +70,11 @@ def save_pictures(file: Path) -> str:
 def run(*command, succeeds: bool = True, input: str | None = None, **environment) -> str:
     """Run a command of this environment; its output. Paths of this checkout and of the stubs come first."""
     command = [str(BIN / command[0]), *map(str, command[1:])]
-    path = os.pathsep.join([str(ROOT), str(STUBS)])
-    variables = {**os.environ, "PYTHONPATH": path, "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", **environment}
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(STUBS)]),
+        "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+    }
+    variables = {**os.environ, **paths, "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables, input=input)
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == succeeds, output[-6000:]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("axolotl", reason="run `make test-axolotl`")
@@ -21,6 +24,7 @@ PLUGIN = "structlora_trl.integrations.axolotl.StructLoRAPlugin"
 BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # bitsandbytes on CPUs with AVX-512
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NO_KERNELS = {f"lora_{part}_kernel": False for part in ("qkv", "o", "mlp", "embedding")}  # they need triton
+ON_CPU_SCRIPT = Path(__file__).with_name("axolotl_on_cpu.py")
 # Axolotl's command with its plugins' entry points out of sight: what 0.20 sees, or an environment without this package.
 NO_ENTRY_POINTS = (
     "import sys, axolotl.integrations.base as base; base.PLUGIN_ENTRY_POINT_GROUP = 'none'; "
@@ -52,6 +56,7 @@ def settings(place, name: str, **changes) -> dict:
     keys = {
         "base_model": str(place / "model"),
         "adapter": "structlora",
+        "seed": 42,
         "lora_r": 4,
         "lora_alpha": 8,
         "lora_target_modules": ["q_proj", "v_proj"],
@@ -178,25 +183,33 @@ def test_inert_where_not_asked_for(place):
 
 
 def test_relora(place):
-    """At a restart the adapter goes into the base model, and StructLoRA starts on the fresh adapter."""
-    log = train(
-        place, "relora", relora=True, jagged_restart_steps=3, max_steps=5, save_steps=5, jagged_restart_warmup_steps=1
-    )
-    assert log
-    state_of(place / "relora", 5)
+    """At a restart the evaluation weights go into the base model, and StructLoRA starts on the fresh adapter."""
+    train(place, "relora", relora=True, jagged_restart_steps=3, jagged_restart_warmup_steps=1, max_steps=6)
+    state_of(place / "relora", 6)
+    base, final = (load_file(place / name / "model.safetensors") for name in ("model", "relora"))
+    updates = [load_file(place / "relora" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (3, 6)]
+    modules = [name.removesuffix(".weight") for name in base if "q_proj" in name or "v_proj" in name]
+    for module in modules:
+        key = f"base_model.model.{module}.lora_{{}}.weight"
+        deltas = [8 / 4 * update[key.format("B")] @ update[key.format("A")] for update in updates]
+        assert all(delta.abs().max() > 1e-4 for delta in deltas)
+        expected = base[f"{module}.weight"] + sum(deltas)
+        torch.testing.assert_close(final[f"{module}.weight"], expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "engine, changes", [("DDP", {}), ("DeepSpeed ZeRO-2", {"deepspeed": str(ROOT / "configs/deepspeed/zero2.json")})]
-)
-def test_two_processes(place, engine, changes):
-    name = engine.replace(" ", "-")
-    launcher = ("torchrun", "--", "--nproc_per_node", "2", "--master_port", str(free_port()))
+ENGINES = {"DDP": None, "DeepSpeed ZeRO-2": str(ROOT / "configs" / "deepspeed" / "zero2.json")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes(place, sft, engine):
+    """On data prepared before: without GPUs, Axolotl's ranks wait for each other while they prepare it."""
+    file = config(place, engine, deepspeed=ENGINES[engine])
     # ACCELERATE_USE_CPU would turn DeepSpeed off.
-    environment = {} if changes else {"ACCELERATE_USE_CPU": "true"}
-    log = train(place, name, *launcher, environment=environment, device_map={"": "cpu"}, **changes)
+    environment = {} if ENGINES[engine] else {"ACCELERATE_USE_CPU": "true"}
+    processes = ("--nproc_per_node", 2, "--master_port", free_port())
+    log = run("torchrun", *processes, ON_CPU_SCRIPT, file, **environment)
     assert log.count(f"StructLoRA on {engine}, 2 processes: ") == 1
-    check(place / name, place / "model")
+    check(place / engine, place / "model")
 
 
 def test_fused_kernels(place):
