@@ -72,7 +72,7 @@ def test_the_rate_is_that_of_best_mean_validation_accuracy():
 
     assert report.choose_rate({0.1: seeds(50, 60), 0.2: seeds(54, 58), 0.3: seeds(10, 90)}) == 0.2
     assert report.choose_rate({0.1: seeds(50, 60), 0.2: seeds(55, 55, nll=0.9)}) == 0.2  # ties go by NLL
-    assert report.choose_rate({0.1: seeds(50, 60), 0.2: seeds(99)}) == 0.1  # fewer seeds do not compete
+    assert report.choose_rate({0.1: seeds(50, 60, 99, 99), 0.2: seeds(54, 58)}) == 0.2  # by the seeds they share
 
 
 def test_differences_pair_seeds_at_each_methods_own_rate():

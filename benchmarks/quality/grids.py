@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 # task, rank, examples -> learning rates
+import store
+
+RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
+FURTHER_SEEDS = range(3, 6)  # at the chosen rate alone
+
 # Learning rates by task: LoRA's best is inside each range.
 RATES = {
     "digits": (5e-3, 1e-2, 2e-2),
@@ -36,21 +41,19 @@ IDEAS = (
     "no-gates",
     "no-coordinator",
     "structlora:gate_init=0.9",
-    "structlora:temperature=0.67",
+    "structlora:gate_init=0.9,x_fade_noise=0.5",
+    "structlora:gate_init=0.9,x_theta=1.0",
+    "structlora:gate_init=0.9,coordinator=none",
+    "structlora:gate_init=0.9,temperature=0.67",
+    "structlora:gate_init=0.9,prior=0.9",
+    "structlora:gate_init=0.8",
+    "structlora:gate_init=0.9,side=both",
+    "structlora:gate_init=0.9,gate_lr=0.0",
     "structlora:x_fade_noise=0.5",
-    "structlora:x_theta=1.0",
-    "structlora:gate_init=0.95,prior=0.9",
-    "structlora:side=both",
-    "structlora:kl_weight=0.0",
-    "frozen-logits",
-    "structlora:x_share_noise=1",
-    "structlora:share_gates=true",
-    "structlora:gate_lr=0.1",
-    "structlora:coordinator_lr=0.03",
-    "structlora:gate_init=0.5",
-    "structlora:temperature=0.1",
-    "structlora:coordinator_lr=0,x_theta=0.5",
-    "structlora:coordinator_lr=0,x_theta=-0.3",
+    "structlora:gate_init=0.9,coordinator_lr=0.03",
+    "structlora:gate_init=0.9,x_share_noise=1",
+    "structlora:gate_init=0.9,share_gates=true",
+    "structlora:gate_init=0.9,coordinator_lr=0,x_theta=0.5",
 )
 
 DROPOUT = ("lora-dropout-0.1", "lora-dropout-0.05")
@@ -74,32 +77,47 @@ def _cells(settings, names, seeds) -> list[tuple]:
     ]
 
 
+def _finish(settings, names) -> list[tuple]:
+    """The remaining seeds, each at the rate that validation chose with the first ones."""
+    from report import chosen_rate, group
+
+    runs = group(store.read())
+    return [
+        (setting[0], name, *setting[1:], lr, seed)
+        for seed in FURTHER_SEEDS
+        for setting in settings
+        for name in names
+        if (lr := chosen_rate(runs, setting, name)) is not None
+    ]
+
+
 def _search() -> list[tuple]:
     return [
         (task, name, rank, examples, lr, seed)
         for name in (*MAIN, *IDEAS)
         for (task, rank, examples), lr in SEARCHED
-        for seed in range(3)
+        for seed in RATE_SEEDS
     ]
 
 
 def _sweeps() -> list[tuple]:
     ranks = [(task, rank, examples) for (task, examples), ranks in RANKS.items() for rank in ranks]
     counts = [(task, rank, count) for (task, rank), counts in EXAMPLES.items() for count in counts]
-    return _cells([*ranks, *counts], MAIN, range(3))
+    return _cells([*ranks, *counts], MAIN, RATE_SEEDS)
 
 
 GRIDS = {
-    "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in range(3) for name in MAIN],
-    "first": lambda: _cells(FIRST, MAIN, range(3)),
+    "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN],
+    "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
     "search": _search,
-    # All settings with few seeds first, then more, so that what there is at any time is balanced.
-    "main": lambda: _cells(SETTINGS, MAIN, range(3)) + _cells(SETTINGS, MAIN, range(3, 6)),
-    "dropout": lambda: _cells(FIRST, DROPOUT, range(6)),
-    "others": lambda: _cells(FIRST[:2], OTHERS, range(3)),
-    "ablations": lambda: _cells(FIRST[:1], ABLATIONS, range(3)),
+    "main": lambda: _cells(SETTINGS, MAIN, RATE_SEEDS),
+    "main-finish": lambda: _finish(SETTINGS, MAIN),  # once "main" is done
+    "dropout": lambda: _cells(FIRST, DROPOUT[:1], RATE_SEEDS),
+    "dropout-finish": lambda: _finish(FIRST, DROPOUT[:1]),
+    "others": lambda: _cells(FIRST[:2], OTHERS, RATE_SEEDS),
+    "ablations": lambda: _cells(FIRST[:1], ABLATIONS, RATE_SEEDS),
     "sweeps": _sweeps,
-    "language": lambda: [cell for seed in range(6) for cell in _cells(LANGUAGE, MAIN, [seed])],
+    "language": lambda: [cell for seed in (*RATE_SEEDS, *FURTHER_SEEDS) for cell in _cells(LANGUAGE, MAIN, [seed])],
 }
 
 

@@ -90,12 +90,12 @@ def main() -> None:
             cells = cells_of(name)
             print(f"{name}: {sum(key in done for key in cells)} of {len(cells)} cells")
     else:
-        cells = [key for name in options.name for key in cells_of(name)]
         command = [sys.executable, __file__, "--results", str(options.results), "grid", *options.name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if options.workers == 1:
             os.environ.update(environment)
-            work(cells, options.results)
+            for name in options.name:
+                work(cells_of(name), options.results)
         else:
             workers = [subprocess.Popen(command, env=environment) for _ in range(options.workers)]
             if any([worker.wait() for worker in workers]):
