@@ -36,24 +36,35 @@ MAIN = ("lora", "structlora")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
 # Tried on validation data alone, at these settings and learning rates.
-SEARCHED = ((("digits", 4, 100), 1e-2), (("digits", 4, 100), 2e-2), (("noisy-fashion", 4, 400), 5e-3))
+SEARCHED = (
+    (("digits", 4, 100), 1e-2),
+    (("digits", 4, 100), 2e-2),
+    (("noisy-fashion", 4, 400), 5e-3),
+    (("movie", 4, 200), 4e-3),
+)
+SEARCH_SEEDS = range(2)
 IDEAS = (
-    "no-gates",
     "no-coordinator",
     "structlora:gate_init=0.9",
-    "structlora:gate_init=0.9,x_fade_noise=0.5",
-    "structlora:gate_init=0.9,x_theta=1.0",
     "structlora:gate_init=0.9,coordinator=none",
-    "structlora:gate_init=0.9,temperature=0.67",
-    "structlora:gate_init=0.9,prior=0.9",
     "structlora:gate_init=0.8",
-    "structlora:gate_init=0.9,side=both",
+    "frozen-logits",
     "structlora:gate_init=0.9,gate_lr=0.0",
-    "structlora:x_fade_noise=0.5",
-    "structlora:gate_init=0.9,coordinator_lr=0.03",
-    "structlora:gate_init=0.9,x_share_noise=1",
+    "structlora:gate_init=0.9,prior=0.9",
+    "structlora:gate_init=0.9,gate_lr=0.1",
+    "structlora:gate_init=0.9,temperature=0.67",
+    "structlora:gate_init=0.9,hard_gates=true",
+    "structlora:gate_init=0.9,side=both",
+    "structlora:gate_init=0.9,x_normalise=true",
+    "structlora:gate_init=0.9,x_normalise=true,x_theta=1.0",
+    "structlora:x_warm_noise=0.5",
+    "structlora:gate_init=0.9,x_fade_noise=0.5",
     "structlora:gate_init=0.9,share_gates=true",
+    "structlora:gate_init=0.9,coordinator_lr=0.002",
     "structlora:gate_init=0.9,coordinator_lr=0,x_theta=0.5",
+    "structlora:gate_init=0.9,x_share_noise=true",
+    "structlora:gate_init=0.9,edges=similarity",
+    "no-gates",
 )
 
 DROPOUT = ("lora-dropout-0.1", "lora-dropout-0.05")
@@ -96,7 +107,7 @@ def _search() -> list[tuple]:
         (task, name, rank, examples, lr, seed)
         for name in (*MAIN, *IDEAS)
         for (task, rank, examples), lr in SEARCHED
-        for seed in RATE_SEEDS
+        for seed in SEARCH_SEEDS
     ]
 
 

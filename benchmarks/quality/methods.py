@@ -107,7 +107,22 @@ def _share_noise(runtime, value: bool, steps: int) -> None:
     runtime._noise = lambda: [n[:1].expand_as(n) for n in draw()]
 
 
+def _normalise(runtime, value: bool, steps: int) -> None:
+    """Message passing turns features and leaves their norm at each depth: it cannot act as a larger learning rate."""
+    for m in runtime.maps:
+        for coordinator in m.coordinators.values():
+
+            def added(features, graph, passed=coordinator.forward):
+                mixed = features + passed(features, graph)
+                norms = ((x.square().sum((1, 2), keepdim=True) + 1e-12).sqrt() for x in (features, mixed))
+                before, after = norms
+                return mixed * (before / after) - features
+
+            coordinator.forward = added
+
+
 IDEAS: dict[str, Callable] = {
+    "x_normalise": _normalise,
     "x_theta": _start_theta,
     "x_fade_noise": _fade_noise,
     "x_warm_noise": _warm_noise,

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -34,13 +35,31 @@ PAGES = (HERE / "README.md", ROOT / "README.md")
 BASE, OURS = "lora", "structlora"
 COLOURS = {"lora": "#777777", "structlora": "#7b3294", "lora-dropout-0.1": "#008837", "no-coordinator": "#e66101"}
 
+# What the paper reports (arXiv 2603.14228): BoolQ with LLaMA at rank 8 where nothing else is said.
+PAPER = {
+    "lora": "−2.2",
+    "no-gates": "−1.9",
+    "no-coordinator": "−1.2",
+    "adjacency": "−0.8",
+    "similarity": "−1.1",
+    "2-layers": "−0.9",
+    "3-layers": "−1.6",
+    "random-filter": "weakest of filters",
+    "top-k-filter": "between random and gates",
+    "lora-cos": "lower",
+    "lora-laplacian": "lower",
+}
+PAPER_RANKS = {2: "+2.3", 4: "+2.3", 8: "+2.2", 16: "+1.4", 32: "+0.9"}  # over LoRA
+PAPER_GRADIENT_COSINE = {"lora": "0.27 to 0.41", "structlora": "0.55 to 0.69"}
+PAPER_COST = {"structlora": "1.06x"}
+
 # (setting, method) -> learning rate -> seed -> line; a setting is (task, rank, examples)
 Runs = dict[tuple, dict[float, dict[int, dict]]]
 
 
 def group(lines: list[dict]) -> Runs:
     runs: Runs = defaultdict(lambda: defaultdict(dict))
-    for line in lines:
+    for line in sorted(lines, key=store.key_of):  # so that no sum depends on which run ended first
         setting = (line["task"], line["rank"], line["examples"])
         runs[setting, line["method"]][line["lr"]][line["seed"]] = line
     return runs
@@ -156,6 +175,24 @@ def overall(runs: Runs, settings: list[tuple], names: list[str]) -> str:
     return table([*header, "NLL − LoRA", "p over seeds", "p over settings", "accuracy, mean over rates, − LoRA"], rows)
 
 
+def ablations(runs: Runs, settings: list[tuple], names: list[str]) -> str:
+    """What each part is worth: test figures less those of the whole method, paired by seed, beside the paper's."""
+    rows = []
+    for setting in settings:
+        for name in names:
+            found = best(runs, setting, name)
+            if found is None:
+                continue
+            lr, test = found
+            row = [describe(setting), label(name), len(test), _mean_and_sd([t["accuracy"] for t in test.values()])]
+            for figure, digits in (("accuracy", 1), ("nll", 3)):
+                gaps = list(differences(runs, setting, name, figure, base=OURS).values())
+                row += ["", ""] if name == OURS else [f"{np.mean(gaps):+.{digits}f}", _p(gaps)]
+            rows.append([*row, f"{lr:g}", PAPER.get(name, "")])
+    header = ["task, r, examples", "method", "seeds", "accuracy", "− StructLoRA", "p", "NLL − StructLoRA", "p", "rate"]
+    return table([*header, "paper, accuracy − StructLoRA"], rows)
+
+
 def search(runs: Runs) -> str:
     """Ideas on validation data: at given rates, against LoRA and against the defaults, paired over settings and seeds."""
     rows = []
@@ -197,8 +234,9 @@ def diagnostics(runs: Runs, settings: list[tuple], names: list[str]) -> str:
             if line.get("diagnostics")
         ]
         if found:
-            rows.append([label(name), len(found), *(f"{np.mean([d[f] for d in found]):.3f}" for f in figures)])
-    return table(["method", "runs", *(f.replace("_", " ") for f in figures)], rows)
+            means = [f"{np.mean([d[f] for d in found]):.3f}" for f in figures]
+            rows.append([label(name), len(found), *means, PAPER_GRADIENT_COSINE.get(name, "")])
+    return table(["method", "runs", *(f.replace("_", " ") for f in figures), "paper's gradient cosine"], rows)
 
 
 def cost(runs: Runs, settings: list[tuple], names: list[str]) -> str:
@@ -214,14 +252,16 @@ def cost(runs: Runs, settings: list[tuple], names: list[str]) -> str:
                         ratios.append(line["cpu_seconds"] / other["cpu_seconds"])
         if ratios and name != BASE:
             low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-            rows.append([label(name), len(ratios), f"{middle:.2f}x", f"{low:.2f} to {high:.2f}"])
-    return table(["method", "pairs of runs", "training time / LoRA's", "quartiles"], rows)
+            rows.append(
+                [label(name), len(ratios), f"{middle:.2f}x", f"{low:.2f} to {high:.2f}", PAPER_COST.get(name, "")]
+            )
+    return table(["method", "pairs of runs", "training time / LoRA's", "quartiles", "paper"], rows)
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
     """Every table, by the name of its marks."""
     runs = group(lines)
-    every = [*dict.fromkeys(setting for setting, _ in runs)]
+    every = _settings(runs)
     rank_settings = [s for s in every if (s[0], s[2]) in RANKS]
     few_shot = [s for s in every if (s[0], s[1]) in EXAMPLES]
     main = [s for s in SETTINGS if (s, OURS) in runs]
@@ -234,28 +274,28 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "search": search(runs),
         "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
-        "ablations": comparison(runs, ablated, [BASE, OURS, *ABLATIONS]),
-        "ablations-overall": overall(runs, ablated, [OURS, *ABLATIONS]),
-        "ranks": comparison(runs, sorted(rank_settings), [BASE, OURS]),
-        "few-shot": comparison(runs, sorted(few_shot), [BASE, OURS]),
-        "language": comparison(runs, [s for s in LANGUAGE if (s, OURS) in runs], [BASE, OURS]),
+        "ablations": ablations(runs, ablated, [OURS, BASE, *ABLATIONS]),
+        "ranks": short(runs, sorted(rank_settings), paper=lambda s: PAPER_RANKS.get(s[1], "")),
+        "few-shot": short(runs, sorted(few_shot)),
+        "language": short(runs, [s for s in LANGUAGE if (s, OURS) in runs]),
         "diagnostics": diagnostics(runs, main, [BASE, OURS, *ABLATIONS]),
         "cost": cost(runs, every, [OURS, *OTHERS]),
     }
 
 
-def short(runs: Runs, settings: list[tuple]) -> str:
-    """The README's table: one line per setting."""
+def short(runs: Runs, settings: list[tuple], paper: Callable[[tuple], str] | None = None) -> str:
+    """LoRA and StructLoRA alone, one line per setting."""
     rows = []
     for setting in settings:
-        row = [describe(setting)]
+        row = [describe(setting), len(differences(runs, setting, OURS, "accuracy"))]
         for name in (BASE, OURS):
-            accuracy = [t["accuracy"] for t in best(runs, setting, name)[1].values()]
-            row.append(_mean_and_sd(accuracy))
+            found = best(runs, setting, name)
+            row += [_mean_and_sd([t["accuracy"] for t in found[1].values()])] if found else [""]
         row += _difference(differences(runs, setting, OURS, "accuracy"), OURS, 1)
         row += _difference(differences(runs, setting, OURS, "nll"), OURS, 3)
-        rows.append(row)
-    return table(["task, rank, examples", "LoRA", "StructLoRA", "difference", "p", "NLL difference", "p"], rows)
+        rows.append([*row, paper(setting)] if paper else row)
+    header = ["task, rank, examples", "seeds", "LoRA", "StructLoRA", "difference", "p", "NLL difference", "p"]
+    return table([*header, "paper's difference"] if paper else header, rows)
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -402,7 +442,7 @@ def plot_sweeps(runs: Runs, path: Path) -> None:
 
 
 def _settings(runs: Runs) -> list[tuple]:
-    return [*dict.fromkeys(setting for setting, _ in runs)]
+    return sorted({setting for setting, _ in runs})
 
 
 def _save(figure, path: Path) -> None:
