@@ -54,13 +54,13 @@ class StructLoRAConfig:
         "ib",
         "How rank-one directions are filtered. 'ib': learned information-bottleneck gates with binary-concrete noise; "
         "'random': each direction kept with probability `gate_init`, drawn anew each step; 'topk_norm': the "
-        "round(gate_init * r) directions of largest norm are kept; 'none': no gates.",
+        "int(gate_init * r) directions of largest norm are kept, at least one; 'none': no gates.",
         choices=CHOICES["filter"],
     )
     temperature: float = _option(0.3, "Temperature of the binary-concrete gates. Lower is closer to 0/1 gates.")
     hard_gates: bool = _option(False, "Round training gates to 0 or 1, with a straight-through gradient.")
     gate_init: float = _option(
-        0.73, "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept."
+        0.9, "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept."
     )
     prior: float = _option(0.5, "Prior probability that a direction is open, in the KL term.")
     kl_weight: float = _option(0.1, "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta).")

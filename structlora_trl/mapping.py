@@ -112,7 +112,7 @@ class KindMap(nn.Module):
         if config.filter == "topk_norm":
             with torch.no_grad():
                 return top_k_mask(
-                    latent.A, self._update_B(latent.B), keep=max(1, round(config.gate_init * self.kind.rank))
+                    latent.A, self._update_B(latent.B), keep=max(1, int(config.gate_init * self.kind.rank))
                 )
         return None
 

@@ -44,26 +44,26 @@ SEARCHED = (
 )
 SEARCH_SEEDS = range(2)
 IDEAS = (
+    "structlora:gate_init=0.73",
+    "no-coordinator:gate_init=0.73",
     "no-coordinator",
-    "structlora:gate_init=0.9",
-    "structlora:gate_init=0.9,coordinator=none",
     "structlora:gate_init=0.8",
+    "frozen-logits:gate_init=0.73",
     "frozen-logits",
-    "structlora:gate_init=0.9,gate_lr=0.0",
-    "structlora:gate_init=0.9,prior=0.9",
-    "structlora:gate_init=0.9,gate_lr=0.1",
-    "structlora:gate_init=0.9,temperature=0.67",
-    "structlora:gate_init=0.9,hard_gates=true",
-    "structlora:gate_init=0.9,side=both",
-    "structlora:gate_init=0.9,x_normalise=true",
-    "structlora:gate_init=0.9,x_normalise=true,x_theta=1.0",
-    "structlora:x_warm_noise=0.5",
-    "structlora:gate_init=0.9,x_fade_noise=0.5",
-    "structlora:gate_init=0.9,share_gates=true",
-    "structlora:gate_init=0.9,coordinator_lr=0.002",
-    "structlora:gate_init=0.9,coordinator_lr=0,x_theta=0.5",
-    "structlora:gate_init=0.9,x_share_noise=true",
-    "structlora:gate_init=0.9,edges=similarity",
+    "structlora:prior=0.9",
+    "structlora:gate_lr=0.1",
+    "structlora:temperature=0.67",
+    "structlora:hard_gates=true",
+    "structlora:side=both",
+    "structlora:x_normalise=true",
+    "structlora:x_normalise=true,x_theta=1.0",
+    "structlora:gate_init=0.73,x_warm_noise=0.5",
+    "structlora:x_fade_noise=0.5",
+    "structlora:share_gates=true",
+    "structlora:coordinator_lr=0.002",
+    "structlora:coordinator_lr=0,x_theta=0.5",
+    "structlora:x_share_noise=true",
+    "structlora:edges=similarity",
     "no-gates",
 )
 
@@ -74,7 +74,7 @@ ABLATIONS = (
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
-RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
+RANKS = {("noisy-fashion", 400): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
 
 
@@ -126,7 +126,7 @@ GRIDS = {
     "dropout": lambda: _cells(FIRST, DROPOUT[:1], RATE_SEEDS),
     "dropout-finish": lambda: _finish(FIRST, DROPOUT[:1]),
     "others": lambda: _cells(FIRST[:2], OTHERS, RATE_SEEDS),
-    "ablations": lambda: _cells(FIRST[:1], ABLATIONS, RATE_SEEDS),
+    "ablations": lambda: _cells(FIRST[1:2], ABLATIONS, RATE_SEEDS),
     "sweeps": _sweeps,
     "language": lambda: [cell for seed in (*RATE_SEEDS, *FURTHER_SEEDS) for cell in _cells(LANGUAGE, MAIN, [seed])],
 }
