@@ -125,7 +125,7 @@ GRIDS = {
     "main-finish": lambda: _finish(SETTINGS, MAIN),  # once "main" is done
     "dropout": lambda: _cells(FIRST, DROPOUT[:1], RATE_SEEDS),
     "dropout-finish": lambda: _finish(FIRST, DROPOUT[:1]),
-    "others": lambda: _cells(FIRST[1::-1], OTHERS, RATE_SEEDS),
+    "others": lambda: _cells(FIRST[1:2], OTHERS, RATE_SEEDS),
     "ablations": lambda: _cells(FIRST[1:2], ABLATIONS, RATE_SEEDS),
     "sweeps": _sweeps,
     "language": lambda: _cells(LANGUAGE, MAIN, (*RATE_SEEDS, *FURTHER_SEEDS)),

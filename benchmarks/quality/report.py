@@ -270,7 +270,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
     return {
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
         "overall": overall(runs, main, [OURS, *DROPOUT]),
-        "short": short(runs, main),
+        "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
         "search": search(runs),
         "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
