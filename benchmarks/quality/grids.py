@@ -102,6 +102,19 @@ def _finish(settings, names) -> list[tuple]:
     ]
 
 
+def _at_the_rate_of(method, settings, names) -> list[tuple]:
+    """Cells at the rate that validation chose for `method`, once "main" is done: an ablation changes one thing."""
+    from report import chosen_rate, group
+
+    runs = group(store.read())
+    return [
+        (setting[0], name, *setting[1:], chosen_rate(runs, setting, method), seed)
+        for setting in settings
+        for seed in RATE_SEEDS
+        for name in names
+    ]
+
+
 def _search() -> list[tuple]:
     return [
         (task, name, rank, examples, lr, seed)
@@ -126,7 +139,7 @@ GRIDS = {
     "dropout": lambda: _cells(FIRST, DROPOUT[:1], RATE_SEEDS),
     "dropout-finish": lambda: _finish(FIRST, DROPOUT[:1]),
     "others": lambda: _cells(FIRST[1:2], OTHERS, RATE_SEEDS),
-    "ablations": lambda: _cells(FIRST[1:2], ABLATIONS, RATE_SEEDS),
+    "ablations": lambda: _at_the_rate_of("structlora", FIRST[1:2], ABLATIONS),
     "sweeps": _sweeps,
     "language": lambda: _cells(LANGUAGE, MAIN, (*RATE_SEEDS, *FURTHER_SEEDS)),
 }

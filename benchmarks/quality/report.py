@@ -22,7 +22,7 @@ import matplotlib
 import methods
 import numpy as np
 import store
-from grids import ABLATIONS, DROPOUT, EXAMPLES, IDEAS, LANGUAGE, MAIN, OTHERS, RANKS, SEARCHED, SETTINGS
+from grids import ABLATIONS, DROPOUT, EXAMPLES, IDEAS, LANGUAGE, MAIN, OTHERS, RANKS, SEARCH_SEEDS, SEARCHED, SETTINGS
 from scipy.stats import ttest_1samp
 
 matplotlib.use("svg")
@@ -197,7 +197,12 @@ def search(runs: Runs) -> str:
     """Ideas on validation data: at given rates, against LoRA and against the defaults, paired over settings and seeds."""
     rows = []
     for name in (BASE, OURS, *IDEAS):
-        lines = {(place, seed): line for place in SEARCHED for seed, line in _at(runs, name, place).items()}
+        lines = {
+            (place, seed): line
+            for place in SEARCHED
+            for seed, line in _at(runs, name, place).items()
+            if seed in SEARCH_SEEDS
+        }
         if len({place for place, _ in lines}) < len(SEARCHED):
             continue
         row = [label(name), len(lines)]
