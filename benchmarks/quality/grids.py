@@ -10,7 +10,7 @@ FURTHER_SEEDS = range(3, 6)  # at the chosen rate alone
 
 # Learning rates by task: LoRA's best is inside each range.
 RATES = {
-    "digits": (5e-3, 1e-2, 2e-2),
+    "digits": (5e-3, 1e-2, 2e-2, 4e-2),
     "fashion": (2e-3, 5e-3, 1e-2),
     "noisy-fashion": (2e-3, 5e-3, 1e-2),
     "movie": (2e-3, 4e-3, 8e-3),
@@ -73,6 +73,7 @@ ABLATIONS = (
     *("frozen-logits", "no-gates", "no-coordinator", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
+ABLATED = FIRST[1::-1]
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
 RANKS = {("noisy-fashion", 400): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
@@ -136,10 +137,10 @@ GRIDS = {
     "search": _search,
     "main": lambda: _cells(SETTINGS, MAIN, RATE_SEEDS),
     "main-finish": lambda: _finish(SETTINGS, MAIN),  # once "main" is done
-    "dropout": lambda: _cells(FIRST, DROPOUT[:1], RATE_SEEDS),
+    "dropout": lambda: _cells(FIRST[1::-1], DROPOUT[:1], RATE_SEEDS),
     "dropout-finish": lambda: _finish(FIRST, DROPOUT[:1]),
     "others": lambda: _cells(FIRST[1:2], OTHERS, RATE_SEEDS),
-    "ablations": lambda: _at_the_rate_of("structlora", FIRST[1:2], ABLATIONS),
+    "ablations": lambda: _at_the_rate_of("structlora", ABLATED, ABLATIONS),
     "sweeps": _sweeps,
     "language": lambda: _cells(LANGUAGE, MAIN, (*RATE_SEEDS, *FURTHER_SEEDS)),
 }

@@ -22,7 +22,20 @@ import matplotlib
 import methods
 import numpy as np
 import store
-from grids import ABLATIONS, DROPOUT, EXAMPLES, IDEAS, LANGUAGE, MAIN, OTHERS, RANKS, SEARCH_SEEDS, SEARCHED, SETTINGS
+from grids import (
+    ABLATED,
+    ABLATIONS,
+    DROPOUT,
+    EXAMPLES,
+    IDEAS,
+    LANGUAGE,
+    MAIN,
+    OTHERS,
+    RANKS,
+    SEARCH_SEEDS,
+    SEARCHED,
+    SETTINGS,
+)
 from scipy.stats import ttest_1samp
 
 matplotlib.use("svg")
@@ -270,7 +283,6 @@ def tables(lines: list[dict]) -> dict[str, str]:
     rank_settings = [s for s in every if (s[0], s[2]) in RANKS]
     few_shot = [s for s in every if (s[0], s[1]) in EXAMPLES]
     main = [s for s in SETTINGS if (s, OURS) in runs]
-    ablated = [s for s in SETTINGS if any((s, name) in runs for name in ABLATIONS)]
     others = [s for s in SETTINGS if any((s, name) in runs for name in OTHERS)]
     return {
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
@@ -279,7 +291,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "search": search(runs),
         "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
-        "ablations": ablations(runs, ablated, [OURS, BASE, *ABLATIONS]),
+        "ablations": ablations(runs, ABLATED, [OURS, BASE, *ABLATIONS]),
         "ranks": short(runs, sorted(rank_settings), paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, sorted(few_shot)),
         "language": short(runs, [s for s in LANGUAGE if (s, OURS) in runs]),
