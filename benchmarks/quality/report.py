@@ -116,33 +116,36 @@ def differences(runs: Runs, setting: tuple, method: str, figure: str, base: str 
 # Tables
 
 
+def _found(runs: Runs, settings: list[tuple], names: list[str]):
+    """Setting, method, chosen rate and test figures by seed, of what was run."""
+    for setting in settings:
+        for name in names:
+            if (found := best(runs, setting, name)) is not None:
+                yield setting, name, *found
+
+
 def comparison(runs: Runs, settings: list[tuple], names: list[str]) -> str:
     """For each setting and method: accuracy, difference, p, NLL, rate, spread over rates, trained parameters."""
     rows = []
-    for setting in settings:
-        for name in names:
-            found = best(runs, setting, name)
-            if found is None:
-                continue
-            lr, test = found
-            accuracy, nll = ([t[figure] for t in test.values()] for figure in ("accuracy", "nll"))
-            spread = rates_spread(runs, setting, name)
-            (any_line, *_) = runs[setting, name][lr].values()
-            rows.append(
-                [
-                    describe(setting),
-                    label(name),
-                    len(test),
-                    _mean_and_sd(accuracy),
-                    *_difference(differences(runs, setting, name, "accuracy"), name, 1),
-                    f"{np.mean(nll):.3f}",
-                    *_difference(differences(runs, setting, name, "nll"), name, 3),
-                    f"{lr:g}",
-                    f"{np.mean(spread):.1f}",
-                    f"{np.max(spread) - np.min(spread):.1f}",
-                    f"{any_line['trained']:,}".replace(",", " "),
-                ]
-            )
+    for setting, name, lr, test in _found(runs, settings, names):
+        accuracy, nll = ([t[figure] for t in test.values()] for figure in ("accuracy", "nll"))
+        spread = rates_spread(runs, setting, name)
+        (any_line, *_) = runs[setting, name][lr].values()
+        rows.append(
+            [
+                describe(setting),
+                label(name),
+                len(test),
+                _mean_and_sd(accuracy),
+                *_difference(differences(runs, setting, name, "accuracy"), name, 1),
+                f"{np.mean(nll):.3f}",
+                *_difference(differences(runs, setting, name, "nll"), name, 3),
+                f"{lr:g}",
+                f"{np.mean(spread):.1f}",
+                f"{np.max(spread) - np.min(spread):.1f}",
+                f"{any_line['trained']:,}".replace(",", " "),
+            ]
+        )
     header = ["task, r, examples", "method", "seeds", "accuracy", "− LoRA", "p", "NLL", "− LoRA", "p", "rate"]
     return table([*header, "mean over rates", "spread", "trained"], rows)
 
@@ -191,17 +194,12 @@ def overall(runs: Runs, settings: list[tuple], names: list[str]) -> str:
 def ablations(runs: Runs, settings: list[tuple], names: list[str]) -> str:
     """What each part is worth: test figures less those of the whole method, paired by seed, beside the paper's."""
     rows = []
-    for setting in settings:
-        for name in names:
-            found = best(runs, setting, name)
-            if found is None:
-                continue
-            lr, test = found
-            row = [describe(setting), label(name), len(test), _mean_and_sd([t["accuracy"] for t in test.values()])]
-            for figure, digits in (("accuracy", 1), ("nll", 3)):
-                gaps = list(differences(runs, setting, name, figure, base=OURS).values())
-                row += ["", ""] if name == OURS else [f"{np.mean(gaps):+.{digits}f}", _p(gaps)]
-            rows.append([*row, f"{lr:g}", PAPER.get(name, "")])
+    for setting, name, lr, test in _found(runs, settings, names):
+        row = [describe(setting), label(name), len(test), _mean_and_sd([t["accuracy"] for t in test.values()])]
+        for figure, digits in (("accuracy", 1), ("nll", 3)):
+            gaps = list(differences(runs, setting, name, figure, base=OURS).values())
+            row += ["", ""] if name == OURS else [f"{np.mean(gaps):+.{digits}f}", _p(gaps)]
+        rows.append([*row, f"{lr:g}", PAPER.get(name, "")])
     header = ["task, r, examples", "method", "seeds", "accuracy", "− StructLoRA", "p", "NLL − StructLoRA", "p", "rate"]
     return table([*header, "paper, accuracy − StructLoRA"], rows)
 

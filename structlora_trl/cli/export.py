@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 from ..errors import StructLoRAError
 from ..pruning import Pruned, prune
 from ..saved import LORA_NAME, Saved, read_saved
+from .parser import parser_of
 from .refusing import refusing
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP, FSDP2 or DeepSpeed ZeRO,
@@ -59,13 +59,7 @@ def run(command: str, arguments: list[str]) -> None:
         StructLoRAError: no adapter to read, one that cannot be pruned, a base model that cannot be loaded, or an output folder
             that is not empty.
     """
-    parser = argparse.ArgumentParser(
-        f"structlora {command}",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")

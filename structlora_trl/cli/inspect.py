@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..diagnostics import effective_rank
 from ..mapping import KindMap
 from ..nodes import Kind, residual_role, split_depth
 from ..saved import Saved, read_saved
+from .parser import parser_of
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
@@ -67,13 +67,7 @@ def run(command: str, arguments: list[str]) -> None:
     Raises:
         StructLoRAError: nothing there to read; or figures are asked for and matplotlib is missing.
     """
-    parser = argparse.ArgumentParser(
-        f"structlora {command}",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("adapter", type=Path, help="folder of the adapter or checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figures (PNG and PDF) to this folder")

@@ -72,23 +72,23 @@ def _panels(titles: list[str]):
 
 
 def _gates(kinds):
-    figure, axes = _panels([kind.name for kind in kinds])
-    for axis, kind in zip(axes, kinds):
-        gates = np.array([row.gates for row in kind.depths])  # (L, r)
-        image = axis.imshow(gates, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set(xlabel="direction", ylabel="depth")
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes.tolist(), label="probability that the gate is open")
-    return figure
+    gates = [np.array([row.gates for row in kind.depths]) for kind in kinds]  # (L, r) each
+    scale = {"vmin": 0, "vmax": 1, "cmap": "viridis", "aspect": "auto"}
+    return _heatmaps(kinds, gates, "direction", "probability that the gate is open", **scale)
 
 
 def _similarity(kinds):
+    cosines = [np.array(kind.similarity) for kind in kinds]  # (L, L) each
+    return _heatmaps(kinds, cosines, "depth", "cosine of the updates", vmin=-1, vmax=1, cmap="RdBu_r")
+
+
+def _heatmaps(kinds, matrices: list[np.ndarray], across: str, meaning: str, **scale):
     figure, axes = _panels([kind.name for kind in kinds])
-    for axis, kind in zip(axes, kinds):
-        image = axis.imshow(np.array(kind.similarity), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        axis.set(xlabel="depth", ylabel="depth")
+    for axis, matrix in zip(axes, matrices):
+        image = axis.imshow(matrix, interpolation="nearest", **scale)
+        axis.set(xlabel=across, ylabel="depth")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes.tolist(), label="cosine of the updates")
+    figure.colorbar(image, ax=axes.tolist(), label=meaning)
     return figure
 
 
