@@ -16,6 +16,7 @@ QUALITY = Path(__file__).resolve().parents[1] / "benchmarks" / "quality"
 sys.path.insert(0, str(QUALITY))
 import assets  # noqa: E402
 import cell  # noqa: E402
+import grids  # noqa: E402
 import methods  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -25,7 +26,7 @@ import tasks  # noqa: E402
 from structlora_trl import StructLoRAConfig  # noqa: E402
 
 LINES = store.read()
-RUNS = report.group(LINES)
+RUNS = report.test_runs(LINES)
 FIGURES = {"accuracy", "nll"}
 
 
@@ -59,11 +60,19 @@ def test_pages_show_what_the_store_gives():
 
 
 def test_nothing_is_chosen_on_the_test_split():
-    blind = report.group([{name: value for name, value in line.items() if name != "test"} for line in LINES])
+    without_test = [{name: value for name, value in line.items() if name != "test"} for line in LINES]
+    blind = report.test_runs(without_test)
     for setting, method in RUNS:
         lr = report.chosen_rate(blind, setting, method)  # a KeyError if it looked
         assert lr == report.chosen_rate(RUNS, setting, method)
-    assert report.search(blind) == report.search(RUNS)
+    blind, seen = report.group(without_test), report.group(LINES)
+    rounds = (
+        (grids.IDEAS, grids.SEARCHED, grids.SEARCH_SEEDS),
+        (grids.FINALISTS, grids.FINAL_PLACES, grids.FINAL_SEEDS),
+    )
+    for given in rounds:
+        assert report.search(blind, *given) == report.search(seen, *given)
+    assert not set(grids.FINAL_SEEDS) & {*grids.SEARCH_SEEDS, *grids.SEEDS}
 
 
 def test_the_rate_is_that_of_best_mean_validation_accuracy():

@@ -5,7 +5,9 @@ Each takes the same frozen backbone and head, learning rate, schedule, steps and
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +17,9 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from tasks import Task
 from torch import nn
 
-from structlora_trl import StructLoRAConfig, attach
+from structlora_trl import StructLoRAConfig, attach, attachment
+from structlora_trl.gates import sample_gates
+from structlora_trl.nodes import Kind, split_depth
 
 WEIGHT_DECAY = 0.01
 
@@ -54,10 +58,11 @@ class Method:
         if self.structlora is None:
             return model, optimizer, None
         options = {name: value for name, value in self.structlora.items() if name not in IDEAS}
-        runtime = attach(model, optimizer, seed=seed, **options)
-        for name, value in self.structlora.items():
-            if name in IDEAS:
-                IDEAS[name](runtime, value, task.steps)
+        ideas = {name: value for name, value in self.structlora.items() if name in IDEAS}
+        with _joined_kinds() if "x_join_kinds" in ideas else contextlib.nullcontext():
+            runtime = attach(model, optimizer, seed=seed, **options)
+        for name, value in ideas.items():
+            IDEAS[name](runtime, value, task.steps)
         return model, optimizer, runtime
 
     def options(self) -> dict | None:
@@ -121,7 +126,88 @@ def _normalise(runtime, value: bool, steps: int) -> None:
             coordinator.forward = added
 
 
+def _diagonal_theta(runtime, value: bool, steps: int) -> None:
+    """Directions are passed on to the same direction of other depths alone."""
+    for m in runtime.maps:
+        for coordinator in m.coordinators.values():
+
+            def aggregate(features, graph, layer, theta, aggregate=coordinator.aggregate):
+                return aggregate(features, graph, layer, theta * torch.eye(len(theta)))
+
+            coordinator.aggregate = aggregate
+
+
+def _signed_edges(runtime, value: bool, steps: int) -> None:
+    """Edges carry the sign of the cosine of the features they join: what neighbours agree on but for its sign adds up."""
+    for m in runtime.maps:
+        for coordinator in m.coordinators.values():
+
+            def aggregate(features, graph, layer, theta):
+                unit = torch.nn.functional.normalize(features.detach().flatten(1), dim=1)
+                signs = torch.where(unit @ unit.T < 0, -1.0, 1.0)
+                mixed = (graph.propagate(torch.eye(len(signs))[:, None])[:, 0] * signs) @ features.flatten(1)
+                return theta.T @ mixed.view_as(features)
+
+            coordinator.aggregate = aggregate
+
+
+def _smooth_gates(runtime, value: bool, steps: int) -> None:
+    """Gates of logits averaged over each depth and its neighbours in the graph."""
+    for m in runtime.maps:
+
+        def gates(latent, noise, m=m):
+            joined = m.graph.edges.float().fill_diagonal_(1.0)
+            logits = (joined / joined.sum(1, keepdim=True)) @ m.logits
+            open_ = torch.sigmoid(logits) if noise is None else sample_gates(logits, noise, m.config.temperature)
+            return open_ / m.initial_gate
+
+        m.gates = gates
+
+
+@contextlib.contextmanager
+def _joined_kinds():
+    """While attaching: kinds of equal shapes that read the residual stream are one kind, with one A₀ and one Θ."""
+    find = attachment.discover
+
+    def discover(model, adapter_name):
+        shapes = defaultdict(list)
+        for kind in find(model, adapter_name):
+            shapes[tuple(kind.shape)].append(kind)
+        return [
+            Kind(
+                "+".join(kind.name for kind in alike),
+                *([x for kind in alike for x in getattr(kind, part)] for part in ("modules", "A", "B")),
+            )
+            for alike in shapes.values()
+        ]
+
+    attachment.discover = discover
+    try:
+        yield
+    finally:
+        attachment.discover = find
+
+
+def _join_kinds(runtime, value: bool, steps: int) -> None:
+    """Edges of a joined kind: neighbours in depth within a kind, and modules of one depth across kinds."""
+    for m in runtime.maps:
+        places = [(split_depth(module)) for module in m.kind.modules]
+        edges = [
+            [
+                (one == other and abs(depth[0] - theirs[0]) == 1) or (one != other and depth == theirs)
+                for other, theirs in places
+            ]
+            for one, depth in places
+        ]
+        m.graph.fixed = torch.tensor(edges)
+        m.graph._refresh()
+
+
 IDEAS: dict[str, Callable] = {
+    "x_diagonal": _diagonal_theta,
+    "x_join_kinds": _join_kinds,
+    "x_sign": _signed_edges,
+    "x_smooth_gates": _smooth_gates,
     "x_normalise": _normalise,
     "x_theta": _start_theta,
     "x_fade_noise": _fade_noise,

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,6 +27,9 @@ from grids import (
     ABLATIONS,
     DROPOUT,
     EXAMPLES,
+    FINAL_PLACES,
+    FINAL_SEEDS,
+    FINALISTS,
     IDEAS,
     LANGUAGE,
     MAIN,
@@ -34,6 +37,7 @@ from grids import (
     RANKS,
     SEARCH_SEEDS,
     SEARCHED,
+    SEEDS,
     SETTINGS,
 )
 from scipy.stats import ttest_1samp
@@ -76,6 +80,11 @@ def group(lines: list[dict]) -> Runs:
         setting = (line["task"], line["rank"], line["examples"])
         runs[setting, line["method"]][line["lr"]][line["seed"]] = line
     return runs
+
+
+def test_runs(lines: list[dict]) -> Runs:
+    """The runs that test figures are of: without the seeds that served the search alone."""
+    return group([line for line in lines if line["seed"] in SEEDS])
 
 
 def choose_rate(validation: dict[float, dict[int, dict]]) -> float:
@@ -204,17 +213,14 @@ def ablations(runs: Runs, settings: list[tuple], names: list[str]) -> str:
     return table([*header, "paper, accuracy − StructLoRA"], rows)
 
 
-def search(runs: Runs) -> str:
+def search(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Sequence[int]) -> str:
     """Ideas on validation data: at given rates, against LoRA and against the defaults, paired over settings and seeds."""
     rows = []
-    for name in (BASE, OURS, *IDEAS):
+    for name in (BASE, OURS, *names):
         lines = {
-            (place, seed): line
-            for place in SEARCHED
-            for seed, line in _at(runs, name, place).items()
-            if seed in SEARCH_SEEDS
+            (place, seed): line for place in SEARCHED for seed, line in _at(runs, name, place).items() if seed in seeds
         }
-        if len({place for place, _ in lines}) < len(SEARCHED):
+        if len({place for place, _ in lines}) < len(places):
             continue
         row = [label(name), len(lines)]
         for figure, digits in (("accuracy", 2), ("nll", 3)):
@@ -276,7 +282,7 @@ def cost(runs: Runs, settings: list[tuple], names: list[str]) -> str:
 
 def tables(lines: list[dict]) -> dict[str, str]:
     """Every table, by the name of its marks."""
-    runs = group(lines)
+    runs, every_seed = test_runs(lines), group(lines)
     every = _settings(runs)
     rank_settings = [s for s in every if (s[0], s[2]) in RANKS]
     few_shot = [s for s in every if (s[0], s[1]) in EXAMPLES]
@@ -286,7 +292,8 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
         "overall": overall(runs, main, [OURS, *DROPOUT]),
         "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
-        "search": search(runs),
+        "search": search(every_seed, IDEAS, SEARCHED, SEARCH_SEEDS),
+        "finals": search(every_seed, FINALISTS, FINAL_PLACES, FINAL_SEEDS),
         "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
         "ablations": ablations(runs, ABLATED, [OURS, BASE, *ABLATIONS]),
@@ -476,7 +483,7 @@ def earned_defaults(lines: list[dict]) -> dict:
     for line in ours:
         if line["structlora"] != options:
             raise SystemExit(f"runs called StructLoRA with other options than the rest: {store.key_of(line)}")
-    runs = group(lines)
+    runs = test_runs(lines)
     gaps = {
         describe(s): {
             "seeds": len(d),
@@ -521,7 +528,7 @@ def main() -> None:
         return
     for path, text in wanted.items():
         path.write_text(text)
-    runs = group(lines)
+    runs = test_runs(lines)
     plot_rates(runs, HERE / "plots" / "rates.svg")
     plot_differences(runs, HERE / "plots" / "differences.svg")
     plot_sweeps(runs, HERE / "plots" / "sweeps.svg")

@@ -163,7 +163,8 @@ def _text(kind: str, summary: str) -> Task:
 TASKS = {
     "digits": Task("handwritten digits, ViT pre-trained on six classes of clothes", _digits, _vit, steps=200, batch=32),
     "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, _vit),
-    "noisy-fashion": Task("the same with 40 % of training labels random", _fashion, _vit, noise=0.4),
+    "fashion-long": Task("the same for four times as many steps", _fashion, _vit, steps=600),
+    "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, _vit, noise=0.4),
     "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
     "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
