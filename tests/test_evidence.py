@@ -66,13 +66,9 @@ def test_nothing_is_chosen_on_the_test_split():
         lr = report.chosen_rate(blind, setting, method)  # a KeyError if it looked
         assert lr == report.chosen_rate(RUNS, setting, method)
     blind, seen = report.group(without_test), report.group(LINES)
-    rounds = (
-        (grids.IDEAS, grids.SEARCHED, grids.SEARCH_SEEDS),
-        (grids.FINALISTS, grids.FINAL_PLACES, grids.FINAL_SEEDS),
-    )
-    for given in rounds:
+    for given in grids.ROUNDS.values():
         assert report.search(blind, *given) == report.search(seen, *given)
-    assert not set(grids.FINAL_SEEDS) & {*grids.SEARCH_SEEDS, *grids.SEEDS}
+    assert not {*grids.ROUNDS["search-again"][2], *grids.ROUNDS["search-last"][2]} & {*grids.SEEDS}
 
 
 def test_the_rate_is_that_of_best_mean_validation_accuracy():

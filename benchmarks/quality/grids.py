@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# task, rank, examples -> learning rates
+import functools
+
 import store
 
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
@@ -11,10 +12,13 @@ SEEDS = (*RATE_SEEDS, *FURTHER_SEEDS)  # of the tables of test figures
 
 # Learning rates by task.
 RATES = {
-    "digits": (5e-3, 1e-2, 2e-2, 4e-2),
-    "fashion": (2e-3, 5e-3, 1e-2, 2e-2),
-    "fashion-long": (1e-3, 2e-3, 5e-3, 1e-2),
-    "noisy-fashion": (2e-3, 5e-3, 1e-2, 2e-2),
+    "digits": (5e-3, 1e-2, 2e-2),
+    "fashion": (2e-3, 5e-3, 1e-2),
+    "fashion-long": (2e-3, 5e-3, 1e-2),
+    "noisy-fashion": (2e-3, 5e-3, 1e-2),
+    "digits-early": (5e-3, 1e-2, 2e-2, 4e-2),
+    "fashion-early": (2e-3, 5e-3, 1e-2),
+    "noisy-fashion-early": (2e-3, 5e-3, 1e-2),
     "movie": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "tweet": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "product": (2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -37,21 +41,32 @@ SETTINGS = (
     ("fashion-long", 4, 1000),
 )
 FIRST = SETTINGS[:3]
+# The same with a backbone that was trained for a third as long.
+EARLY = (
+    ("digits-early", 4, 100),
+    ("noisy-fashion-early", 4, 400),
+    ("fashion-early", 4, 400),
+    ("digits-early", 2, 100),
+    ("fashion-early", 4, 100),
+)
 MAIN = ("lora", "structlora")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
-# Tried on validation data alone, at these settings and learning rates: all ideas with the first seeds, then the few that
-# did best with seeds that neither the first round nor a table of test figures has.
-SEARCHED = (
+# The search, on validation data alone, each round at fixed settings and learning rates. The later rounds have seeds that
+# neither an earlier one nor a table of test figures has.
+EARLY_PLACES = (
+    (("digits-early", 4, 100), 1e-2),
+    (("digits-early", 4, 100), 2e-2),
+    (("noisy-fashion-early", 4, 400), 5e-3),
+    (("movie", 4, 200), 4e-3),
+)
+PLACES = (
     (("digits", 4, 100), 1e-2),
-    (("digits", 4, 100), 2e-2),
+    (("digits", 2, 100), 1e-2),
     (("noisy-fashion", 4, 400), 5e-3),
     (("movie", 4, 200), 4e-3),
 )
-SEARCH_SEEDS = range(2)
-FINAL_SEEDS = range(6, 10)
-FINAL_PLACES = (*SEARCHED, (("fashion-long", 4, 1000), 5e-3))  # what helps a short run may harm a long one
-IDEAS = (
+FIRST_IDEAS = (
     "structlora:gate_init=0.73",
     "no-coordinator:gate_init=0.73",
     "no-coordinator",
@@ -103,7 +118,7 @@ IDEAS = (
     "structlora:kl_weight=1.0,x_diagonal=true",
     "structlora:kl_weight=10.0",
 )
-FINALISTS = (
+NEXT_IDEAS = (
     "structlora:kl_weight=1.0",
     "structlora:kl_weight=1.0,side=both",
     "lora-dropout-0.1",
@@ -113,6 +128,36 @@ FINALISTS = (
     "structlora:coordinator_lr=0.002,x_theta=0.5",
     "frozen-logits:gate_init=0.73",
 )
+LAST_IDEAS = (
+    "structlora:kl_weight=1.0",
+    "structlora:gate_init=0.73",
+    "lora-dropout-0.1",
+    "no-coordinator",
+    "structlora:kl_weight=1.0,side=both",
+    "frozen-logits:gate_init=0.73",
+    "structlora:gate_init=0.73,kl_weight=0",
+    "structlora:share_gates=true",
+    "structlora:x_theta=1.0",
+    "frozen-logits",
+    "no-gates",
+    "structlora:coordinator_lr=0.002,x_theta=0.5",
+    "structlora:x_join_kinds=true",
+    "structlora:side=both,x_sign=true",
+)
+# The same at twice the learning rate: does an idea help, or does it act as a larger rate?
+DOUBLE_PLACES = tuple((setting, 2 * lr) for setting, lr in PLACES)
+DOUBLE_IDEAS = (
+    "structlora:coordinator_lr=0.002,x_theta=0.5",
+    "structlora:gate_init=0.73,kl_weight=0",
+    "structlora:gate_init=0.73,kl_weight=0,coordinator_lr=0.002,x_theta=0.5",
+)
+# name -> methods beside LoRA and StructLoRA, places, seeds
+ROUNDS = {
+    "search-first": (FIRST_IDEAS, EARLY_PLACES, range(2)),
+    "search-again": (NEXT_IDEAS, EARLY_PLACES, range(6, 8)),
+    "search-last": (LAST_IDEAS, PLACES, range(10, 14)),
+    "search-double": (DOUBLE_IDEAS, DOUBLE_PLACES, range(10, 14)),
+}
 
 DROPOUT = ("lora-dropout-0.1", "lora-dropout-0.05")
 COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # other methods: one setting of each kind of task
@@ -121,9 +166,9 @@ ABLATIONS = (
     *("frozen-logits", "no-gates", "no-coordinator", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
-ABLATED = FIRST[1::-1]
+ABLATED = (*FIRST[1::-1], SETTINGS[3])
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
-RANKS = {("noisy-fashion", 400): (1, 2, 4, 8, 16)}
+RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
 
 
@@ -170,11 +215,11 @@ def _at_the_rate_of(method, settings, names) -> list[tuple]:
     ]
 
 
-def _search(names, places, seeds) -> list[tuple]:
+def _search(ideas, places, seeds) -> list[tuple]:
     return [
         (task, name, rank, examples, lr, seed)
         for seed in seeds
-        for name in names
+        for name in (*MAIN, *ideas)
         for (task, rank, examples), lr in places
     ]
 
@@ -188,9 +233,10 @@ def _sweeps() -> list[tuple]:
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
-    "search": lambda: _search((*MAIN, *IDEAS), SEARCHED, SEARCH_SEEDS),
-    "finals": lambda: _search((*MAIN, *FINALISTS), FINAL_PLACES, FINAL_SEEDS),
+    **{name: functools.partial(_search, *given) for name, given in ROUNDS.items()},
     "main": lambda: _cells(SETTINGS, MAIN, RATE_SEEDS),
+    "early": lambda: _cells(EARLY, MAIN, RATE_SEEDS),
+    "early-finish": lambda: _finish(EARLY, MAIN),
     "main-finish": lambda: _finish(SETTINGS, MAIN),  # once "main" is done
     "dropout": lambda: _cells(SETTINGS, DROPOUT, RATE_SEEDS),
     "dropout-finish": lambda: _finish(SETTINGS, DROPOUT),  # once "dropout" is done

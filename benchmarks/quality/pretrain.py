@@ -17,7 +17,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
 
-RECIPE = {"classes": 6, "steps": 700, "batch": 64, "learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.05, "seed": 0}
+RECIPE = {
+    "classes": 6,
+    "steps": 2000,
+    "batch": 64,
+    "learning_rate": 1e-3,
+    "warmup": 50,
+    "weight_decay": 0.05,
+    "seed": 0,
+}
+EARLY = 700  # steps of a weaker backbone, to see what the backbone's quality does to the comparison
 SHAPE = {
     "image_size": 28,
     "patch_size": 7,
@@ -29,7 +38,6 @@ SHAPE = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-PATH = assets.CACHE / "vit-fashion-0-5.pt"
 
 
 def to_pixels(images) -> torch.Tensor:
@@ -42,19 +50,21 @@ def build(labels: int) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**SHAPE, num_labels=labels))
 
 
-def backbone() -> dict[str, torch.Tensor]:
+def backbone(steps: int = RECIPE["steps"]) -> dict[str, torch.Tensor]:
     """The pre-trained weights without the head, from the cache; trained first where they are not there."""
-    if PATH.exists():
-        stored = torch.load(PATH)
-        if stored["recipe"] == json.dumps([RECIPE, SHAPE]):
+    recipe = {**RECIPE, "steps": steps}
+    path = assets.CACHE / f"vit-fashion-0-5-{steps}.pt"
+    if path.exists():
+        stored = torch.load(path)
+        if stored["recipe"] == json.dumps([recipe, SHAPE]):
             return stored["weights"]
-    weights = _train()
-    torch.save({"recipe": json.dumps([RECIPE, SHAPE]), "weights": weights}, f"{PATH}.unfinished")
-    os.replace(f"{PATH}.unfinished", PATH)
+    weights = _train(steps)
+    torch.save({"recipe": json.dumps([recipe, SHAPE]), "weights": weights}, f"{path}.unfinished")
+    os.replace(f"{path}.unfinished", path)
     return weights
 
 
-def _train() -> dict[str, torch.Tensor]:
+def _train(steps: int) -> dict[str, torch.Tensor]:
     torch.set_num_threads(1)  # sums in one order, however many cores there are
     torch.manual_seed(RECIPE["seed"])
     data = assets.fashion()
@@ -66,10 +76,10 @@ def _train() -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=RECIPE["weight_decay"])
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda i: min((i + 1) / RECIPE["warmup"], (RECIPE["steps"] - i) / (RECIPE["steps"] - RECIPE["warmup"])),
+        lambda i: min((i + 1) / RECIPE["warmup"], (steps - i) / (steps - RECIPE["warmup"])),
     )
     started = time.perf_counter()
-    for step in range(RECIPE["steps"]):
+    for step in range(steps):
         chosen = torch.randint(len(labels), (RECIPE["batch"],))
         loss = cross_entropy(model(pixel_values=pixels[chosen]).logits, labels[chosen])
         optimizer.zero_grad()
@@ -78,7 +88,7 @@ def _train() -> dict[str, torch.Tensor]:
         schedule.step()
         if (step + 1) % 100 == 0:
             print(
-                f"pre-training {step + 1}/{RECIPE['steps']}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s",
+                f"pre-training {step + 1}/{steps}: loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
     model.eval()

@@ -26,17 +26,13 @@ from grids import (
     ABLATED,
     ABLATIONS,
     DROPOUT,
+    EARLY,
     EXAMPLES,
-    FINAL_PLACES,
-    FINAL_SEEDS,
-    FINALISTS,
-    IDEAS,
     LANGUAGE,
     MAIN,
     OTHERS,
     RANKS,
-    SEARCH_SEEDS,
-    SEARCHED,
+    ROUNDS,
     SEEDS,
     SETTINGS,
 )
@@ -218,7 +214,7 @@ def search(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Seq
     rows = []
     for name in (BASE, OURS, *names):
         lines = {
-            (place, seed): line for place in SEARCHED for seed, line in _at(runs, name, place).items() if seed in seeds
+            (place, seed): line for place in places for seed, line in _at(runs, name, place).items() if seed in seeds
         }
         if len({place for place, _ in lines}) < len(places):
             continue
@@ -290,10 +286,11 @@ def tables(lines: list[dict]) -> dict[str, str]:
     others = [s for s in SETTINGS if any((s, name) in runs for name in OTHERS)]
     return {
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
+        "early": short(runs, list(EARLY)),
+        "early-overall": overall(runs, list(EARLY), [OURS]),
         "overall": overall(runs, main, [OURS, *DROPOUT]),
         "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
-        "search": search(every_seed, IDEAS, SEARCHED, SEARCH_SEEDS),
-        "finals": search(every_seed, FINALISTS, FINAL_PLACES, FINAL_SEEDS),
+        **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
         "ablations": ablations(runs, ABLATED, [OURS, BASE, *ABLATIONS]),

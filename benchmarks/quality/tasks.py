@@ -111,11 +111,15 @@ def _fashion() -> tuple[Split, Split, Split]:
     return _shares({"pixel_values": pixels}, labels, 4000, 500, 1000)
 
 
-def _vit() -> nn.Module:
+def _vit(steps: int = pretrain.RECIPE["steps"]) -> nn.Module:
     model = pretrain.build(10)
-    missing, unexpected = model.load_state_dict(pretrain.backbone(), strict=False)
+    missing, unexpected = model.load_state_dict(pretrain.backbone(steps), strict=False)
     assert not unexpected and all(name.startswith("classifier.") for name in missing)
     return model
+
+
+def _early_vit() -> nn.Module:
+    return _vit(pretrain.EARLY)
 
 
 @functools.cache
@@ -165,6 +169,11 @@ TASKS = {
     "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, _vit),
     "fashion-long": Task("the same for four times as many steps", _fashion, _vit, steps=600),
     "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, _vit, noise=0.4),
+    "digits-early": Task("digits, ViT pre-trained for a third as long", _digits, _early_vit, steps=200, batch=32),
+    "fashion-early": Task(
+        "all ten classes of Fashion-MNIST, ViT pre-trained for a third as long", _fashion, _early_vit
+    ),
+    "noisy-fashion-early": Task("the same with 40 % of training labels random", _fashion, _early_vit, noise=0.4),
     "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
     "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
