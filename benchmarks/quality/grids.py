@@ -7,8 +7,9 @@ import functools
 import store
 
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
-FURTHER_SEEDS = range(3, 6)  # at the chosen rate alone
-SEEDS = (*RATE_SEEDS, *FURTHER_SEEDS)  # of the tables of test figures
+FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
+MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for LoRA and StructLoRA on the settings of the main table
+SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of the tables of test figures
 
 # Learning rates by task.
 RATES = {
@@ -25,6 +26,8 @@ RATES = {
     "smollm-movie": (1e-3, 2e-3, 4e-3),
     "smollm-numbers": (2e-3, 4e-3, 8e-3),
 }
+# Settings where the best rate was at an end of the task's range: one rate more.
+MORE_RATES = {("digits", 2, 100): (4e-2,), ("fashion", 4, 100): (1e-3,)}
 # Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for two rates more.
 FURTHER_RATES = {"lora-plus": (0, (1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4))}
 
@@ -172,10 +175,11 @@ RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
 
 
-def rates(task: str, method: str) -> list[float]:
+def rates(setting: tuple, method: str) -> list[float]:
     """The learning rates that a method is tried at."""
+    common = RATES[setting[0]]
     end, factors = FURTHER_RATES.get(method, (0, ()))
-    return sorted([*RATES[task], *(RATES[task][end] * factor for factor in factors)])
+    return sorted([*common, *MORE_RATES.get(setting, ()), *(common[end] * factor for factor in factors)])
 
 
 def _cells(settings, names, seeds) -> list[tuple]:
@@ -184,18 +188,18 @@ def _cells(settings, names, seeds) -> list[tuple]:
         for task, rank, examples in settings
         for seed in seeds
         for name in names
-        for lr in rates(task, name)
+        for lr in rates((task, rank, examples), name)
     ]
 
 
-def _finish(settings, names) -> list[tuple]:
+def _finish(settings, names, seeds=FURTHER_SEEDS) -> list[tuple]:
     """The remaining seeds, each at the rate that validation chose with the first ones."""
     from report import chosen_rate, test_runs
 
     runs = test_runs(store.read())
     return [
         (setting[0], name, *setting[1:], lr, seed)
-        for seed in FURTHER_SEEDS
+        for seed in seeds
         for setting in settings
         for name in names
         if (lr := chosen_rate(runs, setting, name)) is not None
@@ -237,9 +241,9 @@ GRIDS = {
     "main": lambda: _cells(SETTINGS, MAIN, RATE_SEEDS),
     "early": lambda: _cells(EARLY, MAIN, RATE_SEEDS),
     "early-finish": lambda: _finish(EARLY, MAIN),
-    "main-finish": lambda: _finish(SETTINGS, MAIN),  # once "main" is done
-    "dropout": lambda: _cells(SETTINGS, DROPOUT, RATE_SEEDS),
-    "dropout-finish": lambda: _finish(SETTINGS, DROPOUT),  # once "dropout" is done
+    "main-finish": lambda: _finish(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
+    "dropout": lambda: [*_cells(SETTINGS, DROPOUT[:1], RATE_SEEDS), *_cells(COMPARED, DROPOUT[1:], RATE_SEEDS)],
+    "dropout-finish": lambda: _finish(SETTINGS, DROPOUT[:1]),  # once "dropout" is done
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
     "ablations": lambda: _at_the_rate_of("structlora", ABLATED, ABLATIONS),
     "sweeps": _sweeps,

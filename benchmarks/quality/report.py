@@ -283,7 +283,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
     rank_settings = [s for s in every if (s[0], s[2]) in RANKS]
     few_shot = [s for s in every if (s[0], s[1]) in EXAMPLES]
     main = [s for s in SETTINGS if (s, OURS) in runs]
-    others = [s for s in SETTINGS if any((s, name) in runs for name in OTHERS)]
+    others = [s for s in (*SETTINGS, *EARLY) if any((s, name) in runs for name in OTHERS)]
     return {
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
         "early": short(runs, list(EARLY)),
@@ -292,8 +292,9 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
-        "others-overall": overall(runs, others, [OURS, *OTHERS]),
+        "others-overall": overall(runs, [s for s in others if s in SETTINGS], [OURS, *OTHERS]),
         "ablations": ablations(runs, ABLATED, [OURS, BASE, *ABLATIONS]),
+        "early-ablations": ablations(runs, EARLY[:2], [OURS, BASE, *ABLATIONS]),
         "ranks": short(runs, sorted(rank_settings), paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, sorted(few_shot)),
         "language": short(runs, [s for s in LANGUAGE if (s, OURS) in runs]),
