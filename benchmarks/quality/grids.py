@@ -20,14 +20,24 @@ RATES = {
     "digits-early": (5e-3, 1e-2, 2e-2, 4e-2),
     "fashion-early": (2e-3, 5e-3, 1e-2),
     "noisy-fashion-early": (2e-3, 5e-3, 1e-2),
-    "movie": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "tweet": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "product": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "movie": (2e-3, 4e-3, 8e-3),
+    "tweet": (2e-3, 4e-3, 8e-3),
+    "product": (2e-3, 4e-3, 8e-3),
     "smollm-movie": (1e-3, 2e-3, 4e-3),
     "smollm-numbers": (2e-3, 4e-3, 8e-3),
 }
-# Settings where the best rate was at an end of the task's range: one rate more.
-MORE_RATES = {("digits", 2, 100): (4e-2,), ("fashion", 4, 100): (1e-3,)}
+# Where LoRA's or StructLoRA's best rate was at an end of the task's range: one rate more for these two.
+MORE_RATES = {
+    ("movie", 4, 200): 1.6e-2,
+    ("tweet", 4, 200): 1.6e-2,
+    ("product", 4, 200): 1.6e-2,
+    ("digits", 1, 100): 4e-2,
+    ("digits", 2, 100): 4e-2,
+    ("digits", 16, 100): 2.5e-3,
+    ("fashion", 4, 100): 1e-3,
+    ("fashion", 4, 200): 2e-2,
+    ("fashion", 4, 1000): 2e-2,
+}
 # Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for two rates more.
 FURTHER_RATES = {"lora-plus": (0, (1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4))}
 
@@ -170,6 +180,9 @@ ABLATIONS = (
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
 ABLATED = (*FIRST[1::-1], SETTINGS[3])
+# The parts that matter most once more with further seeds, where StructLoRA gains most.
+PARTS = ("no-coordinator", "no-gates", "frozen-logits")
+WHERE_IT_GAINS = (("digits", 4, 100), ("digits", 2, 100), ("fashion", 4, 100))
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
 RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
@@ -179,7 +192,8 @@ def rates(setting: tuple, method: str) -> list[float]:
     """The learning rates that a method is tried at."""
     common = RATES[setting[0]]
     end, factors = FURTHER_RATES.get(method, (0, ()))
-    return sorted([*common, *MORE_RATES.get(setting, ()), *(common[end] * factor for factor in factors)])
+    more = [MORE_RATES[setting]] if method in MAIN and setting in MORE_RATES else []
+    return sorted([*common, *more, *(common[end] * factor for factor in factors)])
 
 
 def _cells(settings, names, seeds) -> list[tuple]:
@@ -206,7 +220,7 @@ def _finish(settings, names, seeds=FURTHER_SEEDS) -> list[tuple]:
     ]
 
 
-def _at_the_rate_of(method, settings, names) -> list[tuple]:
+def _at_the_rate_of(method, settings, names, seeds=RATE_SEEDS) -> list[tuple]:
     """Cells at the rate that validation chose for `method`, once "main" is done: an ablation changes one thing."""
     from report import chosen_rate, test_runs
 
@@ -214,7 +228,7 @@ def _at_the_rate_of(method, settings, names) -> list[tuple]:
     return [
         (setting[0], name, *setting[1:], chosen_rate(runs, setting, method), seed)
         for setting in settings
-        for seed in RATE_SEEDS
+        for seed in seeds
         for name in names
     ]
 
@@ -228,10 +242,10 @@ def _search(ideas, places, seeds) -> list[tuple]:
     ]
 
 
-def _sweeps() -> list[tuple]:
+def _swept() -> list[tuple]:
     ranks = [(task, rank, examples) for (task, examples), ranks in RANKS.items() for rank in ranks]
     counts = [(task, rank, count) for (task, rank), counts in EXAMPLES.items() for count in counts]
-    return _cells([*ranks, *counts], MAIN, RATE_SEEDS)
+    return [*ranks, *counts]
 
 
 GRIDS = {
@@ -242,11 +256,12 @@ GRIDS = {
     "early": lambda: _cells(EARLY, MAIN, RATE_SEEDS),
     "early-finish": lambda: _finish(EARLY, MAIN),
     "main-finish": lambda: _finish(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
-    "dropout": lambda: [*_cells(SETTINGS, DROPOUT[:1], RATE_SEEDS), *_cells(COMPARED, DROPOUT[1:], RATE_SEEDS)],
-    "dropout-finish": lambda: _finish(SETTINGS, DROPOUT[:1]),  # once "dropout" is done
+    "dropout": lambda: _cells(COMPARED, DROPOUT, RATE_SEEDS),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
     "ablations": lambda: _at_the_rate_of("structlora", ABLATED, ABLATIONS),
-    "sweeps": _sweeps,
+    "parts": lambda: _at_the_rate_of("structlora", WHERE_IT_GAINS, PARTS, SEEDS),
+    "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
+    "sweeps-finish": lambda: _finish(_swept(), MAIN),  # once "sweeps" is done
     "language": lambda: _cells(LANGUAGE, MAIN, RATE_SEEDS),
     "language-finish": lambda: _finish(LANGUAGE, MAIN),  # once "language" is done
 }

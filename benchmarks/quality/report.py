@@ -32,6 +32,7 @@ from grids import (
     MAIN,
     OTHERS,
     RANKS,
+    RATES,
     ROUNDS,
     SEEDS,
     SETTINGS,
@@ -156,8 +157,9 @@ def comparison(runs: Runs, settings: list[tuple], names: list[str]) -> str:
 
 
 def rates_spread(runs: Runs, setting: tuple, method: str) -> list[float]:
-    """Mean test accuracy at each learning rate, over the seeds that all rates were run with."""
+    """Mean test accuracy at each of the rates that all methods were run at, over the seeds that all of them were run with."""
     by_rate = sorted(runs[setting, method].items())
+    by_rate = [(lr, seeds) for lr, seeds in by_rate if lr in RATES[setting[0]]] or by_rate
     shared = set.intersection(*(set(seeds) for _, seeds in by_rate)) or None
     return [
         float(np.mean([line["test"]["accuracy"] for s, line in seeds.items() if shared is None or s in shared]))
@@ -186,12 +188,8 @@ def overall(runs: Runs, settings: list[tuple], names: list[str]) -> str:
                 better = sum(d > 0 for d in by_setting)
                 row += [f"{better} of {len(by_setting)}", f"{min(by_setting):+.1f}"]
         else:
-            gaps = [
-                np.mean(rates_spread(runs, s, name)) - np.mean(rates_spread(runs, s, BASE))
-                for s in per_setting
-                if runs[s, name].keys() == runs[s, BASE].keys()
-            ]
-            rows.append([*row, f"{np.mean(gaps):+.1f}" if gaps else "–"])
+            gaps = [np.mean(rates_spread(runs, s, name)) - np.mean(rates_spread(runs, s, BASE)) for s in per_setting]
+            rows.append([*row, f"{np.mean(gaps):+.1f}"])
     header = ["method", "settings", "accuracy − LoRA", "p over seeds", "p over settings", "better on", "worst"]
     return table([*header, "NLL − LoRA", "p over seeds", "p over settings", "accuracy, mean over rates, − LoRA"], rows)
 
