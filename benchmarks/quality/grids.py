@@ -38,8 +38,8 @@ MORE_RATES = {
     ("fashion", 4, 200): 2e-2,
     ("fashion", 4, 1000): 2e-2,
 }
-# Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for two rates more.
-FURTHER_RATES = {"lora-plus": (0, (1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4))}
+# Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for more rates.
+FURTHER_RATES = {"lora-plus": (0, (1 / 8, 1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4, 8))}
 
 # Task, rank, examples.
 SETTINGS = (
@@ -262,8 +262,8 @@ GRIDS = {
     "parts": lambda: _at_the_rate_of("structlora", WHERE_IT_GAINS, PARTS, SEEDS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _finish(_swept(), MAIN),  # once "sweeps" is done
-    "language": lambda: _cells(LANGUAGE, MAIN, RATE_SEEDS),
-    "language-finish": lambda: _finish(LANGUAGE, MAIN),  # once "language" is done
+    "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
+    "language-finish": lambda: _finish(LANGUAGE, MAIN, SEEDS[2:6]),  # once "language" is done
 }
 
 

@@ -25,17 +25,20 @@ import store
 from grids import (
     ABLATED,
     ABLATIONS,
+    COMPARED,
     DROPOUT,
     EARLY,
     EXAMPLES,
     LANGUAGE,
     MAIN,
     OTHERS,
+    PARTS,
     RANKS,
     RATES,
     ROUNDS,
     SEEDS,
     SETTINGS,
+    WHERE_IT_GAINS,
 )
 from scipy.stats import ttest_1samp
 
@@ -281,7 +284,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
     rank_settings = [s for s in every if (s[0], s[2]) in RANKS]
     few_shot = [s for s in every if (s[0], s[1]) in EXAMPLES]
     main = [s for s in SETTINGS if (s, OURS) in runs]
-    others = [s for s in (*SETTINGS, *EARLY) if any((s, name) in runs for name in OTHERS)]
+    others = [s for s in COMPARED if any((s, name) in runs for name in OTHERS)]
     return {
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
         "early": short(runs, list(EARLY)),
@@ -289,8 +292,9 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "overall": overall(runs, main, [OURS, *DROPOUT]),
         "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
-        "others": comparison(runs, others, [BASE, OURS, *OTHERS]),
-        "others-overall": overall(runs, [s for s in others if s in SETTINGS], [OURS, *OTHERS]),
+        "others": comparison(runs, [*others, EARLY[1]], [BASE, OURS, *OTHERS]),
+        "others-overall": overall(runs, others, [OURS, *OTHERS]),
+        "parts": ablations(runs, WHERE_IT_GAINS, [OURS, BASE, *PARTS]),
         "ablations": ablations(runs, ABLATED, [OURS, BASE, *ABLATIONS]),
         "early-ablations": ablations(runs, EARLY[:2], [OURS, BASE, *ABLATIONS]),
         "ranks": short(runs, sorted(rank_settings), paper=lambda s: PAPER_RANKS.get(s[1], "")),
