@@ -38,8 +38,8 @@ MORE_RATES = {
     ("fashion", 4, 200): 2e-2,
     ("fashion", 4, 1000): 2e-2,
 }
-# Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for more rates.
-FURTHER_RATES = {"lora-plus": (0, (1 / 8, 1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4, 8))}
+# Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for two rates more.
+FURTHER_RATES = {"lora-plus": (0, (1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4))}
 
 # Task, rank, examples.
 SETTINGS = (
@@ -99,6 +99,7 @@ FIRST_IDEAS = (
     "structlora:coordinator_lr=0.002",
     "structlora:coordinator_lr=0,x_theta=0.5",
     "structlora:x_share_noise=true",
+    "structlora:x_share_kinds=true",
     "structlora:edges=similarity",
     "no-gates",
     "structlora:share_gates=true,coordinator_lr=0,x_theta=0.5",
@@ -263,7 +264,7 @@ GRIDS = {
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _finish(_swept(), MAIN),  # once "sweeps" is done
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
-    "language-finish": lambda: _finish(LANGUAGE, MAIN, SEEDS[2:6]),  # once "language" is done
+    "language-finish": lambda: _finish(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }
 
 

@@ -164,6 +164,20 @@ def _smooth_gates(runtime, value: bool, steps: int) -> None:
         m.gates = gates
 
 
+def _share_over_kinds(runtime, value: bool, steps: int) -> None:
+    """All kinds of a depth are gated by the mean of their logits."""
+    for m in runtime.maps:
+
+        def gates(latent, noise, m=m):
+            logits = torch.stack([m.logits, *(other.logits.detach() for other in runtime.maps if other is not m)]).mean(
+                0
+            )
+            open_ = torch.sigmoid(logits) if noise is None else sample_gates(logits, noise, m.config.temperature)
+            return open_ / m.initial_gate
+
+        m.gates = gates
+
+
 @contextlib.contextmanager
 def _joined_kinds():
     """While attaching: kinds of equal shapes that read the residual stream are one kind, with one A₀ and one Θ."""
@@ -212,6 +226,7 @@ IDEAS: dict[str, Callable] = {
     "x_theta": _start_theta,
     "x_fade_noise": _fade_noise,
     "x_warm_noise": _warm_noise,
+    "x_share_kinds": _share_over_kinds,
     "x_share_noise": _share_noise,
 }
 
