@@ -289,6 +289,7 @@ def tables(lines: list[dict]) -> dict[str, str]:
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
         "early": short(runs, list(EARLY)),
         "early-overall": overall(runs, list(EARLY), [OURS]),
+        "overall-language": overall(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)], [OURS]),
         "overall": overall(runs, main, [OURS, *DROPOUT]),
         "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
