@@ -55,18 +55,12 @@ SETTINGS = (
 )
 FIRST = SETTINGS[:3]
 # The same with a backbone that was trained for a third as long.
-EARLY = (
-    ("digits-early", 4, 100),
-    ("noisy-fashion-early", 4, 400),
-    ("fashion-early", 4, 400),
-    ("digits-early", 2, 100),
-    ("fashion-early", 4, 100),
-)
+EARLY = tuple((f"{task}-early", *rest) for task, *rest in (*FIRST, *SETTINGS[4:6]))
 MAIN = ("lora", "structlora")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
-# The search, on validation data alone, each round at fixed settings and learning rates. The later rounds have seeds that
-# neither an earlier one nor a table of test figures has.
+# The search, on validation data alone, each round at fixed settings and learning rates. Rounds after the first have seeds
+# that no table of test figures has.
 EARLY_PLACES = (
     (("digits-early", 4, 100), 1e-2),
     (("digits-early", 4, 100), 2e-2),
@@ -174,16 +168,15 @@ ROUNDS = {
 }
 
 DROPOUT = ("lora-dropout-0.1", "lora-dropout-0.05")
-COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # other methods: one setting of each kind of task
+COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
     *("frozen-logits", "no-gates", "no-coordinator", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
-ABLATED = (*FIRST[1::-1], SETTINGS[3])
 # The parts that matter most once more with further seeds, where StructLoRA gains most.
 PARTS = ("no-coordinator", "no-gates", "frozen-logits")
-WHERE_IT_GAINS = (("digits", 4, 100), ("digits", 2, 100), ("fashion", 4, 100))
+WHERE_IT_GAINS = (SETTINGS[0], *SETTINGS[4:6])
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
 RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
@@ -259,7 +252,7 @@ GRIDS = {
     "main-finish": lambda: _finish(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
     "dropout": lambda: _cells(COMPARED, DROPOUT, RATE_SEEDS),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
-    "ablations": lambda: _at_the_rate_of("structlora", ABLATED, ABLATIONS),
+    "ablations": lambda: _at_the_rate_of("structlora", COMPARED, ABLATIONS),
     "parts": lambda: _at_the_rate_of("structlora", WHERE_IT_GAINS, PARTS, SEEDS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _finish(_swept(), MAIN),  # once "sweeps" is done

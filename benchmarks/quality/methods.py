@@ -151,31 +151,36 @@ def _signed_edges(runtime, value: bool, steps: int) -> None:
             coordinator.aggregate = aggregate
 
 
+def _gate_by(m, logits_of: Callable[[], torch.Tensor]) -> None:
+    """Let a map's gates follow other logits than its own."""
+
+    def gates(latent, noise):
+        logits = logits_of()
+        open_ = torch.sigmoid(logits) if noise is None else sample_gates(logits, noise, m.config.temperature)
+        return open_ / m.initial_gate
+
+    m.gates = gates
+
+
 def _smooth_gates(runtime, value: bool, steps: int) -> None:
     """Gates of logits averaged over each depth and its neighbours in the graph."""
     for m in runtime.maps:
 
-        def gates(latent, noise, m=m):
+        def smoothed(m=m):
             joined = m.graph.edges.float().fill_diagonal_(1.0)
-            logits = (joined / joined.sum(1, keepdim=True)) @ m.logits
-            open_ = torch.sigmoid(logits) if noise is None else sample_gates(logits, noise, m.config.temperature)
-            return open_ / m.initial_gate
+            return (joined / joined.sum(1, keepdim=True)) @ m.logits
 
-        m.gates = gates
+        _gate_by(m, smoothed)
 
 
 def _share_over_kinds(runtime, value: bool, steps: int) -> None:
     """All kinds of a depth are gated by the mean of their logits."""
     for m in runtime.maps:
 
-        def gates(latent, noise, m=m):
-            logits = torch.stack([m.logits, *(other.logits.detach() for other in runtime.maps if other is not m)]).mean(
-                0
-            )
-            open_ = torch.sigmoid(logits) if noise is None else sample_gates(logits, noise, m.config.temperature)
-            return open_ / m.initial_gate
+        def shared(m=m):
+            return torch.stack([m.logits, *(o.logits.detach() for o in runtime.maps if o is not m)]).mean(0)
 
-        m.gates = gates
+        _gate_by(m, shared)
 
 
 @contextlib.contextmanager
@@ -205,7 +210,7 @@ def _joined_kinds():
 def _join_kinds(runtime, value: bool, steps: int) -> None:
     """Edges of a joined kind: neighbours in depth within a kind, and modules of one depth across kinds."""
     for m in runtime.maps:
-        places = [(split_depth(module)) for module in m.kind.modules]
+        places = [split_depth(module) for module in m.kind.modules]
         edges = [
             [
                 (one == other and abs(depth[0] - theirs[0]) == 1) or (one != other and depth == theirs)

@@ -23,7 +23,6 @@ import methods
 import numpy as np
 import store
 from grids import (
-    ABLATED,
     ABLATIONS,
     COMPARED,
     DROPOUT,
@@ -284,23 +283,24 @@ def tables(lines: list[dict]) -> dict[str, str]:
     rank_settings = [s for s in every if (s[0], s[2]) in RANKS]
     few_shot = [s for s in every if (s[0], s[1]) in EXAMPLES]
     main = [s for s in SETTINGS if (s, OURS) in runs]
+    language = [s for s in LANGUAGE if (s, OURS) in runs]
     others = [s for s in COMPARED if any((s, name) in runs for name in OTHERS)]
     return {
         "main": comparison(runs, main, [*MAIN, *DROPOUT]),
         "early": short(runs, list(EARLY)),
         "early-overall": overall(runs, list(EARLY), [OURS]),
-        "overall-language": overall(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)], [OURS]),
+        "overall-language": overall(runs, [*main, *language], [OURS]),
         "overall": overall(runs, main, [OURS, *DROPOUT]),
-        "short": short(runs, [*main, *(s for s in LANGUAGE if (s, OURS) in runs)]),
+        "short": short(runs, [*main, *language]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, [*others, EARLY[1]], [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
         "parts": ablations(runs, WHERE_IT_GAINS, [OURS, BASE, *PARTS]),
-        "ablations": ablations(runs, ABLATED, [OURS, BASE, *ABLATIONS]),
+        "ablations": ablations(runs, COMPARED, [OURS, BASE, *ABLATIONS]),
         "early-ablations": ablations(runs, EARLY[:2], [OURS, BASE, *ABLATIONS]),
         "ranks": short(runs, sorted(rank_settings), paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, sorted(few_shot)),
-        "language": short(runs, [s for s in LANGUAGE if (s, OURS) in runs]),
+        "language": short(runs, language),
         "diagnostics": diagnostics(runs, main, [BASE, OURS, *ABLATIONS]),
         "cost": cost(runs, every, [OURS, *OTHERS]),
     }

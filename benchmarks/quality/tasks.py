@@ -118,8 +118,7 @@ def _vit(steps: int = pretrain.RECIPE["steps"]) -> nn.Module:
     return model
 
 
-def _early_vit() -> nn.Module:
-    return _vit(pretrain.EARLY)
+_early_vit = functools.partial(_vit, pretrain.EARLY)
 
 
 @functools.cache
