@@ -1,14 +1,14 @@
-"""What StructLoRA costs: step time and peak memory next to LoRA, DoRA and AdaLoRA, and the map by itself.
+"""What StructLoRA costs, without and with its coordinator, next to LoRA, DoRA and AdaLoRA; and the map by itself.
 
-    python benchmarks/overhead.py            # the four methods on a model of SmolLM2-135M's shape
+    python benchmarks/overhead.py            # all methods on a model of SmolLM2-135M's shape
     python benchmarks/overhead.py --quick    # the same, within 5 minutes
-    python benchmarks/overhead.py --map      # the map alone, on factors of LLaMA-7B, LLaMA-70B and up to 1000 depths
+    python benchmarks/overhead.py --map      # the map with coordinator, on factors of LLaMA-7B, LLaMA-70B and up to 1000 depths
 
 Each prints one JSON line; progress goes to stderr. How it measures:
 
 * Weights are random, since neither time nor memory depends on them: nothing is downloaded.
 * Time: every round takes one step of each method, in an order shuffled anew, and ratios are taken within a round; their
-  medians and quartiles are printed. `structlora_added_ms` is how long StructLoRA itself ran in a step: `train()` and its
+  medians and quartiles are printed. `added_ms` is how long StructLoRA itself ran in a step: `train()` and its
   hooks around the optimizer's update. It is far less noisy than a difference of whole steps.
 * Memory: `peak_memory_ratio` compares the peak bytes of torch's allocator from before the model is built to the end of
   the second step: exact and repeatable. `peak_rss_ratio` (Linux, on the CPU, not with `--quick`) compares the peak
@@ -47,7 +47,8 @@ from structlora_trl import Runtime, StructLoRAConfig, attach
 from structlora_trl.engines import TorchEngine
 from structlora_trl.nodes import Kind
 
-METHODS = ("lora", "structlora", "dora", "adalora")
+OURS = {"structlora": {}, "coordinated": {"coordinator": "gcn"}}  # name -> options of StructLoRA
+METHODS = ("lora", *OURS, "dora", "adalora")
 SMOLLM2_135M = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -172,11 +173,11 @@ class HookTimer:
         self.updated = self.clock.now()
 
 
-# --- four methods on one model -------------------------------------------------------------------------------------
+# --- the methods on one model --------------------------------------------------------------------------------------
 
 
 class Trainee:
-    """A model, one of the four methods on it, and the loop that trains it."""
+    """A model, one of the methods on it, and the loop that trains it."""
 
     def __init__(self, method: str, device: torch.device, clock: Clock):
         config = LlamaConfig(**SMOLLM2_135M)
@@ -186,7 +187,7 @@ class Trainee:
         self.clock = clock
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
         self.hooks = HookTimer(self.optimizer, clock)
-        self.runtime = attach(self.model, self.optimizer) if method == "structlora" else None
+        self.runtime = attach(self.model, self.optimizer, OURS[method]) if method in OURS else None
         self.hooks.follow_hooks()
         self.allocates, self.steps = method == "adalora", 0
 
@@ -236,11 +237,11 @@ def overhead_report(device: torch.device, clock: Clock, quick: bool) -> dict:
         "model": f"SmolLM2-135M's shape, random fp32 weights, {'+'.join(TARGETS)}, r={RANK}, {BATCH}x{TOKENS} tokens",
         "rounds": len(rounds),
         **time_figures(rounds),
-        "structlora_map_ms": round(trainees["structlora"].runtime.metrics()["structlora/map_ms"], 2),
+        "map_ms": {m: round(trainees[m].runtime.metrics()["structlora/map_ms"], 2) for m in OURS},
         "peak_memory_ratio": ratios_to_lora(peaks),
         "peak_bytes": peaks,
         "peak_rss_ratio": None if quick or device.type == "cuda" else ratios_to_lora(resident_bytes()),
-        "structlora_held_bytes": held_bytes(trainees["structlora"].runtime),
+        "held_bytes": {m: held_bytes(trainees[m].runtime) for m in OURS},
         "adalora_directions": {
             "start": len(adalora.rank_pattern) * ADALORA_INITIAL_RANK,
             "end": sum(map(sum, adalora.rank_pattern.values())),
@@ -251,13 +252,13 @@ def overhead_report(device: torch.device, clock: Clock, quick: bool) -> dict:
 def time_figures(rounds: list[dict[str, tuple[float, float]]]) -> dict:
     seconds = {method: [r[method][0] for r in rounds] for method in METHODS}
     ratios = {method: [r[method][0] / r["lora"][0] for r in rounds] for method in METHODS}
-    added = statistics.median(r["structlora"][1] for r in rounds)
+    added = {m: statistics.median(r[m][1] for r in rounds) for m in OURS}
     return {
         "step_time_ratio": {m: round(statistics.median(r), 4) for m, r in ratios.items()},
         "step_time_ratio_quartiles": {m: quartiles(r) for m, r in ratios.items()},
         "step_ms": {m: milliseconds(statistics.median(s)) for m, s in seconds.items()},
-        "structlora_added_ms": milliseconds(added),
-        "structlora_added_ratio": round(1 + added / statistics.median(seconds["lora"]), 4),
+        "added_ms": {m: milliseconds(value) for m, value in added.items()},
+        "added_ratio": {m: round(1 + value / statistics.median(seconds["lora"]), 4) for m, value in added.items()},
     }
 
 
@@ -360,7 +361,7 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
     hooks = HookTimer(optimizer, clock)
-    config = StructLoRAConfig(semantic_every=NEVER)  # the edges are drawn here, and timed apart
+    config = StructLoRAConfig(coordinator="gcn", semantic_every=NEVER)  # the edges are drawn here, and timed apart
     runtime = Runtime(nn.ParameterList(parameters), kinds, config, TorchEngine(optimizer, kinds))
     hooks.follow_hooks()
 

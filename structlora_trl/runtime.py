@@ -87,10 +87,11 @@ class Runtime:
         config = self.config
         gates = sum(m.logits.numel() for m in self.maps if m.logits is not None)
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
+        graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
         return (
             f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
             f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates), "
-            f"coordinator {config.coordinator} ({edges} edges, {config.edges}), seed {self.seed}"
+            f"coordinator {config.coordinator}{graph}, seed {self.seed}"
         )
 
     def train(self) -> None:

@@ -17,6 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="
 
 import torch
 import torch.distributed as dist
+from tiny import WHOLE
 from transformers import TrainerCallback
 
 torch.set_num_threads(1)
@@ -36,7 +37,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--method", type=json.loads, default={}, help="StructLoRA options, or null for plain LoRA")
+    parser.add_argument("--method", type=json.loads, default={}, help="more StructLoRA options, or null for plain LoRA")
     parser.add_argument("--subclass", action="store_true", help="StructLoRASFTTrainer instead of the callback")
     parser.add_argument("--lora", type=json.loads, default={}, help="more LoraConfig options")
     parser.add_argument("--freeze", default=None, help="freeze parameters whose name holds this")
@@ -53,7 +54,10 @@ def arguments():
     )
     parser.add_argument("--group-timeout", type=float, default=None, help="seconds")
     parser.add_argument("--local_rank", default=None, help="passed by the deepspeed launcher")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.method is not None:
+        args.method = {**WHOLE, **args.method}
+    return args
 
 
 def deepspeed_config(args) -> dict:

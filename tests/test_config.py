@@ -56,6 +56,24 @@ def test_misspelt_names_and_values_get_the_nearest():
         StructLoRACallback(edges="adjacancy")
 
 
+@pytest.mark.parametrize(
+    "options, remedy",
+    [
+        ({"edges": "adjacency"}, "set `coordinator='gcn'` .the paper's., or remove `edges`"),
+        ({"semantic_every": 5}, "or remove `semantic_every`"),
+        ({"side": "write"}, "or remove `side`"),
+        ({"side": "both", "regularizer": "cosine"}, None),
+        ({"coordinator": "gat", "edges": "adjacency", "side": "write"}, None),
+    ],
+)
+def test_options_that_act_on_nothing_are_refused(options, remedy):
+    if remedy is None:
+        StructLoRAConfig(**options)
+        return
+    with pytest.raises(StructLoRAError, match=f"and coordinator='none'. Expected a coordinator.*{remedy}"):
+        StructLoRAConfig(**options)
+
+
 def test_overrides_win_and_the_original_stays():
     config = StructLoRAConfig(prior=0.3)
     assert StructLoRACallback(config, temperature=1.0).config == StructLoRAConfig(prior=0.3, temperature=1.0)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tiny import WHOLE
 from torch import nn
 
 from structlora_trl import StructLoRAConfig
@@ -204,7 +205,7 @@ def kind_map(depth_count=4, rank=3, **options):
         return [nn.Parameter(torch.randn(shape)) for _ in range(depth_count)]
 
     kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], make(rank, 6), make(5, rank))
-    m = KindMap(kind, StructLoRAConfig(**options), origin_A=torch.randn(depth_count, rank, 6))
+    m = KindMap(kind, StructLoRAConfig(**{**WHOLE, **options}), origin_A=torch.randn(depth_count, rank, 6))
     with torch.no_grad():
         for parameter in m.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -214,7 +215,7 @@ def kind_map(depth_count=4, rank=3, **options):
 @given(seed=seeds, a=st.floats(-3, 3), b=st.floats(-3, 3), coordinator=st.sampled_from(["gcn", "gat", "none"]))
 def test_pullback_is_linear_in_the_gradient(seed, a, b, coordinator):
     torch.manual_seed(seed)
-    m, latent = kind_map(coordinator=coordinator, side="both")
+    m, latent = kind_map(coordinator=coordinator, side="auto" if coordinator == "none" else "both")
     noise = torch.randn(4, 3)
     first, second = (Factors(torch.randn(4, 3, 6), torch.randn(4, 5, 3)) for _ in range(2))
     mixed = Factors(*(a * x + b * y for x, y in zip(first, second)))

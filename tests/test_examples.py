@@ -171,7 +171,7 @@ def test_example(name):
     start = torch.tensor(options["gate_init"]).logit()
     logits, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("/logits", ".theta"))
     assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
-    assert thetas and all(theta.any() for theta in thetas)
+    assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)
 
     trained = variables["trainer"].model if "trainer" in variables else variables["model"]
     trained = extract_model_from_parallel(trained, keep_fp32_wrapper=False).eval()  # without Trainer's autocast

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from reference import reference_factors, reference_kl
-from tiny import FAMILIES, INITS, adamw, base_model, logits_of, lora_parameters, loss_of, peft_model, train
+from tiny import FAMILIES, INITS, WHOLE, adamw, base_model, logits_of, lora_parameters, loss_of, peft_model, train
 from torch.func import functional_call
 
 from structlora_trl import attach
@@ -53,7 +53,7 @@ def test_attaching_changes_no_output(case):
     family = case[0]
     model = case_model(*case)
     before = logits_of(model, family)
-    attach(model, adamw(model))
+    attach(model, adamw(model), WHOLE)
     assert (logits_of(model, family) - before).abs().max() <= 1e-6
 
 
@@ -119,7 +119,7 @@ def relative_error(ours, theirs) -> float:
 
 def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=None, **options):
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, **options)
+    runtime = attach(model, optimizer, **{**WHOLE, **options})
     randomise(runtime)
     train(model, family, optimizer, steps=2, first=50)  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
@@ -189,7 +189,7 @@ def test_off_is_plain_lora_bit_for_bit(family, dtype):
 def test_saved_adapter_is_plain_peft(family, init, tmp_path):
     model = peft_model(family, init, targets=FAMILIES[family].linear)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, semantic_every=2)
+    runtime = attach(model, optimizer, WHOLE, semantic_every=2)
     train(model, family, optimizer, steps=4)
     trained = logits_of(model, family)
     model.train()
@@ -206,7 +206,7 @@ def test_saved_adapter_is_plain_peft(family, init, tmp_path):
 def test_saved_adapter_loads_where_this_package_is_not(tmp_path):
     model = peft_model()
     optimizer = adamw(model)
-    attach(model, optimizer)
+    attach(model, optimizer, WHOLE)
     train(model, "llama", optimizer, steps=3)
     model.save_pretrained(tmp_path)
     torch.save(logits_of(model, "llama"), tmp_path / "logits.pt")
@@ -225,7 +225,7 @@ assert difference <= 1e-6, difference
 def test_training_moves_latents_gates_and_theta():
     model = peft_model(targets=FAMILIES["llama"].linear)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, WHOLE)
     before = {name: value.clone() for name, value in runtime.state_dict().items()}
     train(model, "llama", optimizer, steps=3)
     after = runtime.state_dict()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import FAMILIES, adamw, logits_of, lora_parameters, loss_of, peft_model, train
+from tiny import FAMILIES, WHOLE, adamw, logits_of, lora_parameters, loss_of, peft_model, train
 
 from structlora_trl import StructLoRAError, attach
 from structlora_trl.checkpoint import load_state, save_state
@@ -16,7 +16,7 @@ from structlora_trl.checkpoint import load_state, save_state
 def setup(optimizer=adamw, init="fresh", targets=None, **options):
     model = peft_model(init=init, targets=targets)
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, **options)
+    return model, optimizer, attach(model, optimizer, **{**WHOLE, **options})
 
 
 def weights_of(model):
@@ -68,7 +68,7 @@ def test_accelerate_loop():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = peft_model()
     model, optimizer = accelerator.prepare(model, adamw(model))
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, WHOLE)
     for seed in range(6):
         with accelerator.accumulate(model):
             accelerator.backward(loss_of(model, "llama", seed))
@@ -132,7 +132,7 @@ def test_grad_scaler(fused):
     def run(scaled: bool):
         model = peft_model(targets=FAMILIES["llama"].linear)
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
-        runtime = attach(model, optimizer)
+        runtime = attach(model, optimizer, WHOLE)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         states = []
         for seed, overflow in enumerate([False, True, False]):
@@ -234,7 +234,7 @@ def test_resume_is_bit_for_bit(options, tmp_path):
             parameter.copy_(value)
     optimizer_2 = adamw(resumed)
     optimizer_2.load_state_dict(moments)
-    runtime_2 = attach(resumed, optimizer_2, **options)
+    runtime_2 = attach(resumed, optimizer_2, **{**WHOLE, **options})
     load_state(runtime_2, tmp_path)
     assert all(map(torch.equal, adapter, weights_of(resumed)))
     train(resumed, "llama", optimizer_2, 3, first=3)
@@ -260,7 +260,7 @@ def test_a_broken_off_run_is_taken_over():
     evaluation = logits_of(model, "llama")
     model.train()
     loss_of(model, "llama", 0)  # training weights stand, and the run ends here
-    again = attach(model, adamw(model))
+    again = attach(model, adamw(model), WHOLE)
     assert not runtime.is_attached
     assert torch.equal(logits_of(model, "llama"), evaluation)
     again.detach()
@@ -282,8 +282,8 @@ def test_copies_of_the_model_do_not_carry_the_runtime():
 
 def test_unused_depths_get_gradients_from_neighbours_alone():
     """A module that the batch did not reach has no gradient: gates leave it alone, a coordinator may reach it."""
-    for coordinator, moves in (("none", False), ("gcn", True)):
-        model, optimizer, runtime = setup(init="warm", coordinator=coordinator, side="write")
+    for options, moves in (({"coordinator": "none"}, False), ({"coordinator": "gcn", "side": "write"}, True)):
+        model, optimizer, runtime = setup(init="warm", **options)
         train(model, "llama", optimizer, 2)
         kind = runtime.kinds[0]
         before = runtime.engine.read_latents()[0].B[1].clone()

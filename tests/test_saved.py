@@ -15,6 +15,7 @@ from cli_runs import SFT, command_line, logits_of, save_base, texts, write_rows
 from launching import launch, one_at_a_time
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny import WHOLE
 from transformers import AutoModelForCausalLM
 
 from structlora_trl.checkpoint import STATE_NAME
@@ -39,7 +40,7 @@ def train(folder: Path, **options) -> Path:
         "save_steps": 3,
         "gate_lr": 2.0,
     }
-    assert main(["sft", *command_line({**SFT, **paths, **settings, **options})]) == 0
+    assert main(["sft", *command_line({**SFT, **paths, **WHOLE, **settings, **options})]) == 0
     return folder / "out"
 
 

@@ -16,7 +16,7 @@ from jobs import JOBS, checkpoints, from_trl, plain, sft
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import base_model, logits_of, lora_parameters
+from tiny import WHOLE, base_model, logits_of, lora_parameters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig
 
@@ -49,7 +49,7 @@ def weights_of(trainer):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_callback_acts_under_every_trainer(job, tmp_path):
-    callback = StructLoRACallback()
+    callback = StructLoRACallback(WHOLE)
     trainer = JOBS[job](tmp_path, [callback])
     trainer.train()
     runtime = callback.runtime
@@ -79,7 +79,7 @@ def test_quantised_base(bits, tmp_path):
 
 def test_two_runs_are_equal_and_seeds_differ(tmp_path):
     def run(seed):
-        trainer = sft(tmp_path, [StructLoRACallback()], seed=seed)
+        trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], seed=seed)
         trainer.train()
         return weights_of(trainer)
 
@@ -92,7 +92,7 @@ def test_two_runs_are_equal_and_seeds_differ(tmp_path):
 @pytest.mark.parametrize("by", ["true", "path", "moved"])
 def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation}
-    method = {"semantic_every": 2, "semantic_threshold": 0.0}
+    method = {**WHOLE, "semantic_every": 2, "semantic_threshold": 0.0}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     straight = sft(whole, [StructLoRACallback(method)], **options)
     straight.train()
@@ -139,7 +139,7 @@ def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
         "save_total_limit": 2,
         "eval_on_start": True,
     }
-    trainer = sft(tmp_path, [StructLoRACallback()], **options)
+    trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], **options)
     trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     evaluations = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
@@ -163,7 +163,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             metrics["eval_worst"] = -state.global_step
 
-    callback = StructLoRACallback()
+    callback = StructLoRACallback(WHOLE)
     trainer = sft(tmp_path, [callback, FirstIsBest()], **options)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -176,7 +176,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
 
 
 def test_second_train_goes_on(tmp_path):
-    callback = StructLoRACallback()
+    callback = StructLoRACallback(WHOLE)
     trainer = sft(tmp_path, [callback])
     trainer.train()
     first = {name: value for name, value in callback.runtime.state_dict().items()}
@@ -198,7 +198,7 @@ def test_interrupted_run_saves_evaluation_weights(tmp_path):
             if state.global_step == 2:
                 raise KeyboardInterrupt
 
-    callback = StructLoRACallback()
+    callback = StructLoRACallback(WHOLE)
     trainer = sft(tmp_path, [callback, Interrupt()], gradient_accumulation_steps=2)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -262,7 +262,7 @@ def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    trainer = sft(tmp_path, [StructLoRACallback()], report_to="tensorboard")
+    trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="tensorboard")
     trainer.train()
     (events,) = [p.parent for p in tmp_path.rglob("events.out.tfevents*")]
     accumulator = EventAccumulator(str(events))
@@ -282,7 +282,7 @@ def test_metrics_reach_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setattr(wandb.Run, "log", lambda run, logs, *args, **kwargs: seen.append(logs))
-    sft(tmp_path, [StructLoRACallback()], report_to="wandb").train()
+    sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="wandb").train()
     wandb.finish()
     check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
 
@@ -294,12 +294,12 @@ def test_metrics_reach_trackio(tmp_path, monkeypatch):
     monkeypatch.setattr(trackio, "config", {}, raising=False)
     monkeypatch.setattr(trackio, "finish", lambda: None)
     monkeypatch.setattr(trackio, "log", lambda logs, *args, **kwargs: seen.append(logs))
-    sft(tmp_path, [StructLoRACallback()], report_to="trackio").train()
+    sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="trackio").train()
     check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
 
 
 def test_state_file_describes_itself(tmp_path):
-    sft(tmp_path, [StructLoRACallback(prior=0.4)], save_strategy="steps", save_steps=3).train()
+    sft(tmp_path, [StructLoRACallback(WHOLE, prior=0.4)], save_strategy="steps", save_steps=3).train()
     with safe_open(tmp_path / "checkpoint-3" / STATE, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
     assert json.loads(metadata["config"])["prior"] == 0.4 and metadata["seed"] == "5"
@@ -316,6 +316,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import structlora_trl.checkpoint as checkpoint
 from jobs import sft
+from tiny import WHOLE
 from structlora_trl import StructLoRACallback
 
 write = checkpoint.save_file
@@ -326,7 +327,7 @@ def killed_at_4(tensors, path, metadata):
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save_file = killed_at_4
-sft({output!r}, [StructLoRACallback()], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+sft({output!r}, [StructLoRACallback(WHOLE)], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1).train()
 """
 
 
@@ -338,13 +339,15 @@ def test_killed_amid_a_save_the_checkpoint_before_still_resumes(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(StructLoRAError, match=f"no {STATE} in .*checkpoint-4.*resume from another checkpoint"):
         os.replace(tmp_path / "checkpoint-2" / "trainer_state.json", tmp_path / "checkpoint-4" / "trainer_state.json")
-        sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        sft(tmp_path, [StructLoRACallback(WHOLE)], **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
     os.replace(tmp_path / "checkpoint-4" / "trainer_state.json", tmp_path / "checkpoint-2" / "trainer_state.json")
-    callback = StructLoRACallback()
+    callback = StructLoRACallback(WHOLE)
     sft(tmp_path, [callback], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.runtime.step == 6
     whole = tmp_path / "whole"
-    sft(whole, [StructLoRACallback()], **options).train()
+    sft(whole, [StructLoRACallback(WHOLE)], **options).train()
     ours, theirs = state_of(tmp_path / "checkpoint-6"), state_of(whole / "checkpoint-6")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

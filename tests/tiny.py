@@ -33,6 +33,9 @@ _VISION = {**_SIZES, "image_size": 16, "patch_size": 8}
 _IMAGE_TOKEN, _IMAGE_TOKENS = 3, 4
 _LABELS = 3
 
+# The method with all its parts: tests say so, for the defaults leave the coordinator off.
+WHOLE = {"coordinator": "gcn"}
+
 _DECODER_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

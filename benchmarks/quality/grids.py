@@ -8,7 +8,7 @@ import store
 
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
 FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
-MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for LoRA and StructLoRA on the settings of the main table
+MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for the methods and settings of the main table
 SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of the tables of test figures
 
 # Learning rates by task.
@@ -26,17 +26,21 @@ RATES = {
     "smollm-movie": (1e-3, 2e-3, 4e-3),
     "smollm-numbers": (2e-3, 4e-3, 8e-3),
 }
-# Where LoRA's or StructLoRA's best rate was at an end of the task's range: one rate more for these two.
+# Where LoRA's or StructLoRA's best rate was at an end of the task's range: more rates for the methods of the main table.
 MORE_RATES = {
-    ("movie", 4, 200): 1.6e-2,
-    ("tweet", 4, 200): 1.6e-2,
-    ("product", 4, 200): 1.6e-2,
-    ("digits", 1, 100): 4e-2,
-    ("digits", 2, 100): 4e-2,
-    ("digits", 16, 100): 2.5e-3,
-    ("fashion", 4, 100): 1e-3,
-    ("fashion", 4, 200): 2e-2,
-    ("fashion", 4, 1000): 2e-2,
+    ("movie", 4, 200): (1.6e-2,),
+    ("tweet", 4, 200): (1.6e-2,),
+    ("product", 4, 200): (1.6e-2,),
+    ("digits", 1, 100): (4e-2, 8e-2),
+    ("digits", 2, 100): (4e-2,),
+    ("digits", 16, 100): (2.5e-3,),
+    ("fashion", 4, 100): (1e-3, 2e-2),
+    ("fashion", 4, 200): (2e-2,),
+    ("fashion", 4, 1000): (2e-2,),
+    ("smollm-movie", 4, 320): (8e-3,),
+    ("smollm-numbers", 4, 320): (1.6e-2,),
+    ("digits", 8, 100): (2.5e-3,),
+    ("fashion-long", 4, 1000): (2e-2,),
 }
 # Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for two rates more.
 FURTHER_RATES = {"lora-plus": (0, (1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4))}
@@ -56,7 +60,7 @@ SETTINGS = (
 FIRST = SETTINGS[:3]
 # The same with a backbone that was trained for a third as long.
 EARLY = tuple((f"{task}-early", *rest) for task, *rest in (*FIRST, *SETTINGS[4:6]))
-MAIN = ("lora", "structlora")
+MAIN = ("lora", "structlora", "coordinated")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
 # The search, on validation data alone, each round at fixed settings and learning rates. Rounds after the first have seeds
@@ -74,108 +78,158 @@ PLACES = (
     (("movie", 4, 200), 4e-3),
 )
 FIRST_IDEAS = (
+    "coordinated",
+    "coordinated:gate_init=0.73",
     "structlora:gate_init=0.73",
-    "no-coordinator:gate_init=0.73",
-    "no-coordinator",
-    "structlora:gate_init=0.8",
-    "frozen-logits:gate_init=0.73",
-    "frozen-logits",
-    "structlora:prior=0.9",
-    "structlora:gate_lr=0.1",
-    "structlora:temperature=0.67",
-    "structlora:hard_gates=true",
-    "structlora:side=both",
-    "structlora:x_normalise=true",
-    "structlora:x_normalise=true,x_theta=1.0",
-    "structlora:gate_init=0.73,x_warm_noise=0.5",
-    "structlora:x_fade_noise=0.5",
-    "structlora:share_gates=true",
-    "structlora:coordinator_lr=0.002",
-    "structlora:coordinator_lr=0,x_theta=0.5",
-    "structlora:x_share_noise=true",
-    "structlora:x_share_kinds=true",
-    "structlora:edges=similarity",
+    "structlora",
+    "coordinated:gate_init=0.8",
+    "coordinated:gate_lr=0,gate_init=0.73",
+    "coordinated:gate_lr=0",
+    "coordinated:prior=0.9",
+    "coordinated:gate_lr=0.1",
+    "coordinated:temperature=0.67",
+    "coordinated:hard_gates=true",
+    "coordinated:side=both",
+    "coordinated:x_normalise=true",
+    "coordinated:x_normalise=true,x_theta=1.0",
+    "coordinated:gate_init=0.73,x_warm_noise=0.5",
+    "coordinated:x_fade_noise=0.5",
+    "coordinated:share_gates=true",
+    "coordinated:coordinator_lr=0.002",
+    "coordinated:coordinator_lr=0,x_theta=0.5",
+    "coordinated:x_share_noise=true",
+    "coordinated:x_share_kinds=true",
+    "coordinated:edges=similarity",
     "no-gates",
-    "structlora:share_gates=true,coordinator_lr=0,x_theta=0.5",
-    "frozen-logits:gate_init=0.73,coordinator_lr=0,x_theta=0.5",
-    "structlora:gate_init=0.73,coordinator_lr=0,x_theta=0.5",
-    "structlora:gate_init=0.73,share_gates=true,x_theta=0.5",
-    "structlora:x_theta=0.5",
-    "structlora:coordinator_lr=0.002,x_theta=0.5",
-    "structlora:x_theta=1.0",
-    "structlora:coordinator_lr=0,x_theta=-0.3",
-    "structlora:x_diagonal=true",
-    "structlora:x_diagonal=true,x_theta=0.5",
-    "structlora:x_join_kinds=true",
-    "structlora:x_join_kinds=true,x_theta=0.5",
-    "structlora:x_smooth_gates=true",
-    "structlora:side=both,x_sign=true",
-    "structlora:kl_weight=0",
+    "coordinated:share_gates=true,coordinator_lr=0,x_theta=0.5",
+    "coordinated:gate_lr=0,gate_init=0.73,coordinator_lr=0,x_theta=0.5",
+    "coordinated:gate_init=0.73,coordinator_lr=0,x_theta=0.5",
+    "coordinated:gate_init=0.73,share_gates=true,x_theta=0.5",
+    "coordinated:x_theta=0.5",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:x_theta=1.0",
+    "coordinated:coordinator_lr=0,x_theta=-0.3",
+    "coordinated:x_diagonal=true",
+    "coordinated:x_diagonal=true,x_theta=0.5",
+    "coordinated:x_join_kinds=true",
+    "coordinated:x_join_kinds=true,x_theta=0.5",
+    "coordinated:x_smooth_gates=true",
+    "coordinated:side=both,x_sign=true",
+    "coordinated:kl_weight=0",
+    "coordinated:kl_weight=1.0",
+    "coordinated:gate_init=0.73,kl_weight=0",
+    "coordinated:gate_init=0.73,gate_lr=0.003",
+    "coordinated:temperature=0.1",
+    "coordinated:activation=identity",
+    "coordinated:semantic_threshold=0.2",
+    "coordinated:kl_weight=3.0",
+    "coordinated:kl_weight=1.0,side=both,x_sign=true",
+    "coordinated:kl_weight=1.0,side=both",
+    "coordinated:kl_weight=1.0,gate_lr=0.1",
     "structlora:kl_weight=1.0",
-    "structlora:gate_init=0.73,kl_weight=0",
-    "structlora:gate_init=0.73,gate_lr=0.003",
-    "structlora:temperature=0.1",
-    "structlora:activation=identity",
-    "structlora:semantic_threshold=0.2",
-    "structlora:kl_weight=3.0",
-    "structlora:kl_weight=1.0,side=both,x_sign=true",
-    "structlora:kl_weight=1.0,side=both",
-    "structlora:kl_weight=1.0,gate_lr=0.1",
-    "no-coordinator:kl_weight=1.0",
-    "structlora:kl_weight=1.0,share_gates=true",
-    "structlora:kl_weight=1.0,x_diagonal=true",
-    "structlora:kl_weight=10.0",
+    "coordinated:kl_weight=1.0,share_gates=true",
+    "coordinated:kl_weight=1.0,x_diagonal=true",
+    "coordinated:kl_weight=10.0",
 )
 NEXT_IDEAS = (
-    "structlora:kl_weight=1.0",
-    "structlora:kl_weight=1.0,side=both",
+    "coordinated",
+    "coordinated:kl_weight=1.0",
+    "coordinated:kl_weight=1.0,side=both",
     "lora-dropout-0.1",
-    "structlora:side=both,x_sign=true",
-    "structlora:kl_weight=1.0,share_gates=true",
-    "no-coordinator:kl_weight=1.0",
-    "structlora:coordinator_lr=0.002,x_theta=0.5",
-    "frozen-logits:gate_init=0.73",
+    "coordinated:side=both,x_sign=true",
+    "coordinated:kl_weight=1.0,share_gates=true",
+    "structlora:kl_weight=1.0",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:gate_lr=0,gate_init=0.73",
 )
 LAST_IDEAS = (
-    "structlora:kl_weight=1.0",
-    "structlora:gate_init=0.73",
+    "coordinated",
+    "coordinated:kl_weight=1.0",
+    "coordinated:gate_init=0.73",
     "lora-dropout-0.1",
-    "no-coordinator",
-    "structlora:kl_weight=1.0,side=both",
-    "frozen-logits:gate_init=0.73",
-    "structlora:gate_init=0.73,kl_weight=0",
-    "structlora:share_gates=true",
-    "structlora:x_theta=1.0",
-    "frozen-logits",
+    "structlora",
+    "coordinated:kl_weight=1.0,side=both",
+    "coordinated:gate_lr=0,gate_init=0.73",
+    "coordinated:gate_init=0.73,kl_weight=0",
+    "coordinated:share_gates=true",
+    "coordinated:x_theta=1.0",
+    "coordinated:gate_lr=0",
     "no-gates",
-    "structlora:coordinator_lr=0.002,x_theta=0.5",
-    "structlora:x_join_kinds=true",
-    "structlora:side=both,x_sign=true",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:x_join_kinds=true",
+    "coordinated:side=both,x_sign=true",
 )
 # The same at twice the learning rate: does an idea help, or does it act as a larger rate?
 DOUBLE_PLACES = tuple((setting, 2 * lr) for setting, lr in PLACES)
 DOUBLE_IDEAS = (
-    "structlora:coordinator_lr=0.002,x_theta=0.5",
-    "structlora:gate_init=0.73,kl_weight=0",
-    "structlora:gate_init=0.73,kl_weight=0,coordinator_lr=0.002,x_theta=0.5",
+    "coordinated",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:gate_init=0.73,kl_weight=0",
+    "coordinated:gate_init=0.73,kl_weight=0,coordinator_lr=0.002,x_theta=0.5",
 )
-# name -> methods beside LoRA and StructLoRA, places, seeds
+# Where the defaults lose most: what is it that loses, and what would not?
+LANGUAGE_PLACES = ((LANGUAGE[1], 8e-3),)
+LANGUAGE_IDEAS = (
+    "coordinated",
+    "no-gates",
+    "structlora",
+    "coordinated:gate_init=0.97",
+    "coordinated:x_warm_noise=0.5",
+    "coordinated:x_fade_noise=0.5",
+    "coordinated:gate_lr=0",
+    "no-align",
+    "coordinated:kl_weight=0",
+    "coordinated:gate_init=0.8",
+)
+# With or without the coordinator, and how much noise, in runs that are short for their data too; six seeds more.
+FINAL_PLACES = (
+    (("digits", 4, 100), 1e-2),
+    (("digits", 2, 100), 2e-2),
+    (("fashion", 4, 400), 5e-3),
+    (("fashion", 4, 1000), 1e-2),
+    (("movie", 4, 200), 4e-3),
+)
+FINAL_IDEAS = (
+    "coordinated",
+    "structlora",
+    "structlora:gate_init=0.97",
+    "structlora:gate_init=0.8",
+    "structlora:x_warm_noise=0.5",
+    "structlora:gate_init=0.8,x_warm_noise=0.5",
+    "structlora:x_fade_noise=0.3",
+    "structlora:align_init=false",
+)
+# The best of these once more.
+CONFIRMED_IDEAS = (
+    "structlora",
+    "structlora:gate_init=0.8",
+    "structlora:align_init=false",
+    "structlora:gate_init=0.8,align_init=false",
+)
+# name -> methods beside LoRA, places, seeds
 ROUNDS = {
     "search-first": (FIRST_IDEAS, EARLY_PLACES, range(2)),
     "search-again": (NEXT_IDEAS, EARLY_PLACES, range(6, 8)),
     "search-last": (LAST_IDEAS, PLACES, range(10, 14)),
     "search-double": (DOUBLE_IDEAS, DOUBLE_PLACES, range(10, 14)),
+    "search-language": (LANGUAGE_IDEAS, LANGUAGE_PLACES, range(10, 13)),
+    "search-final": (FINAL_IDEAS, FINAL_PLACES, range(14, 20)),
+    "search-confirm": (CONFIRMED_IDEAS, FINAL_PLACES, range(30, 36)),
 }
 
-DROPOUT = ("lora-dropout-0.1", "lora-dropout-0.05")
+FINAL_ROUNDS = ("search-final", "search-confirm")
+NOISE = ("lora", "structlora:gate_init=0.97", "structlora:gate_init=0.8")  # for a table of those rounds by place
+
+CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
 COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
+RIVALS = ("dora", "adalora")  # also on the other settings of the main table
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
-    *("frozen-logits", "no-gates", "no-coordinator", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
+    *("coordinated:gate_lr=0", "no-gates", "structlora", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
 # The parts that matter most once more with further seeds, where StructLoRA gains most.
-PARTS = ("no-coordinator", "no-gates", "frozen-logits")
+PARTS = ("structlora", "no-gates", "coordinated:gate_lr=0")
 WHERE_IT_GAINS = (SETTINGS[0], *SETTINGS[4:6])
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
 RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
@@ -186,7 +240,7 @@ def rates(setting: tuple, method: str) -> list[float]:
     """The learning rates that a method is tried at."""
     common = RATES[setting[0]]
     end, factors = FURTHER_RATES.get(method, (0, ()))
-    more = [MORE_RATES[setting]] if method in MAIN and setting in MORE_RATES else []
+    more = MORE_RATES.get(setting, ()) if method in MAIN else ()
     return sorted([*common, *more, *(common[end] * factor for factor in factors)])
 
 
@@ -231,7 +285,7 @@ def _search(ideas, places, seeds) -> list[tuple]:
     return [
         (task, name, rank, examples, lr, seed)
         for seed in seeds
-        for name in (*MAIN, *ideas)
+        for name in ("lora", *ideas)
         for (task, rank, examples), lr in places
     ]
 
@@ -243,21 +297,24 @@ def _swept() -> list[tuple]:
 
 
 GRIDS = {
-    "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN],
+    "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
     **{name: functools.partial(_search, *given) for name, given in ROUNDS.items()},
     "main": lambda: _cells(SETTINGS, MAIN, RATE_SEEDS),
     "early": lambda: _cells(EARLY, MAIN, RATE_SEEDS),
     "early-finish": lambda: _finish(EARLY, MAIN),
     "main-finish": lambda: _finish(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
-    "dropout": lambda: _cells(COMPARED, DROPOUT, RATE_SEEDS),
+    "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
-    "ablations": lambda: _at_the_rate_of("structlora", COMPARED, ABLATIONS),
-    "parts": lambda: _at_the_rate_of("structlora", WHERE_IT_GAINS, PARTS, SEEDS),
+    "rivals": lambda: _cells(SETTINGS, RIVALS, RATE_SEEDS),
+    "dropout": lambda: _cells(SETTINGS, CONTROLS[:1], RATE_SEEDS),
+    "ablations": lambda: _at_the_rate_of("coordinated", COMPARED, ABLATIONS),
+    "parts": lambda: _at_the_rate_of("coordinated", WHERE_IT_GAINS, PARTS, SEEDS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _finish(_swept(), MAIN),  # once "sweeps" is done
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _finish(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
+    "language-more": lambda: _finish(LANGUAGE[1:], MAIN[:2], range(20, 26)),
 }
 
 

@@ -57,20 +57,31 @@ class Method:
             optimizer = self.optimizer(model, rank, lr)
         if self.structlora is None:
             return model, optimizer, None
-        options = {name: value for name, value in self.structlora.items() if name not in IDEAS}
-        ideas = {name: value for name, value in self.structlora.items() if name in IDEAS}
-        with _joined_kinds() if "x_join_kinds" in ideas else contextlib.nullcontext():
-            runtime = attach(model, optimizer, seed=seed, **options)
-        for name, value in ideas.items():
-            IDEAS[name](runtime, value, task.steps)
+        with _joined_kinds() if "x_join_kinds" in self.ideas else contextlib.nullcontext():
+            runtime = attach(model, optimizer, seed=seed, **self.given)
+        self.try_ideas(runtime, task.steps)
         return model, optimizer, runtime
+
+    @property
+    def given(self) -> dict:
+        """The options of `StructLoRAConfig` among `structlora`."""
+        return {name: value for name, value in self.structlora.items() if name not in IDEAS}
+
+    @property
+    def ideas(self) -> dict:
+        """The rest of `structlora`: ideas that the package does not have."""
+        return {name: value for name, value in self.structlora.items() if name in IDEAS}
+
+    def try_ideas(self, runtime, steps: int) -> None:
+        """Change an attached runtime; `x_join_kinds` besides needs `_joined_kinds` while attaching."""
+        for name, value in self.ideas.items():
+            IDEAS[name](runtime, value, steps)
 
     def options(self) -> dict | None:
         """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""
         if self.structlora is None:
             return None
-        ideas = {name: value for name, value in self.structlora.items() if name in IDEAS}
-        options = StructLoRAConfig.build({k: v for k, v in self.structlora.items() if k not in ideas}).options() | ideas
+        options = StructLoRAConfig.build(self.given).options() | self.ideas
         return {name: value for name, value in options.items() if name not in ("seed", "adapter_name", "roles")}
 
 
@@ -268,25 +279,29 @@ def _ours(summary: str, **options) -> Method:
     return Method(summary, structlora=options)
 
 
+def _coordinated(summary: str, **options) -> Method:
+    return _ours(summary, coordinator="gcn", **options)
+
+
 METHODS = {
     "lora": Method("LoRA"),
     "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
     "structlora": _ours("StructLoRA, the defaults"),
-    # Controls and ablations
+    "coordinated": _coordinated("StructLoRA with coordinator"),
     "frozen-logits": _ours("StructLoRA, same gate noise, logits never trained", gate_lr=0.0),
-    "no-gates": _ours("StructLoRA without gates", filter="none"),
-    "no-coordinator": _ours("StructLoRA without coordinator", coordinator="none"),
-    "no-align": _ours("gates alone, lora_A started anew at each depth", coordinator="none", align_init=False),
-    "adjacency": _ours("StructLoRA, adjacency edges only", edges="adjacency"),
-    "similarity": _ours("StructLoRA, similarity edges only", edges="similarity"),
-    "2-layers": _ours("StructLoRA, 2 message-passing layers", coordinator_layers=2),
-    "3-layers": _ours("StructLoRA, 3 message-passing layers", coordinator_layers=3),
-    "gat": _ours("StructLoRA, GAT", coordinator="gat"),
-    "random-filter": _ours("StructLoRA, random filter", filter="random"),
-    "top-k-filter": _ours("StructLoRA, top-k norm filter", filter="topk_norm"),
-    "lora-cos": _ours("LoRA+Cos", filter="none", coordinator="none", regularizer="cosine"),
-    "lora-laplacian": _ours("LoRA+Laplacian", filter="none", coordinator="none", regularizer="laplacian"),
+    "no-align": _ours("StructLoRA, lora_A started anew at each depth", align_init=False),
+    # Ablations of the method with its coordinator, as in the paper
+    "no-gates": _coordinated("coordinator alone, without gates", filter="none"),
+    "adjacency": _coordinated("with coordinator, adjacency edges only", edges="adjacency"),
+    "similarity": _coordinated("with coordinator, similarity edges only", edges="similarity"),
+    "2-layers": _coordinated("with coordinator, 2 message-passing layers", coordinator_layers=2),
+    "3-layers": _coordinated("with coordinator, 3 message-passing layers", coordinator_layers=3),
+    "gat": _ours("with coordinator, GAT", coordinator="gat"),
+    "random-filter": _coordinated("with coordinator, random filter", filter="random"),
+    "top-k-filter": _coordinated("with coordinator, top-k norm filter", filter="topk_norm"),
+    "lora-cos": _ours("LoRA+Cos", filter="none", regularizer="cosine"),
+    "lora-laplacian": _ours("LoRA+Laplacian", filter="none", regularizer="laplacian"),
     # PEFT's other methods
     "rslora": Method("rsLoRA", {"use_rslora": True}),
     "dora": Method("DoRA", {"use_dora": True}),
@@ -307,7 +322,7 @@ def find(name: str) -> Method:
     for part in given.split(","):
         option, _, value = part.partition("=")
         options[option] = _parse(value)
-    return Method(f"{METHODS[base].summary}, {given}", structlora=options)
+    return Method(f"{METHODS[base].summary.removesuffix(', the defaults')}, {given}", structlora=options)
 
 
 def _parse(value: str):

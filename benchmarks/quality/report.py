@@ -25,15 +25,19 @@ import store
 from grids import (
     ABLATIONS,
     COMPARED,
-    DROPOUT,
+    CONTROLS,
     EARLY,
     EXAMPLES,
+    FINAL_PLACES,
+    FINAL_ROUNDS,
     LANGUAGE,
     MAIN,
+    NOISE,
     OTHERS,
     PARTS,
     RANKS,
     RATES,
+    RIVALS,
     ROUNDS,
     SEEDS,
     SETTINGS,
@@ -47,15 +51,17 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEFAULTS = HERE / "defaults.json"
+OVERHEAD = ROOT / "benchmarks" / "overhead.json"  # overhead.py --quick --cpu-time, OMP_NUM_THREADS=1
 PAGES = (HERE / "README.md", ROOT / "README.md")
-BASE, OURS = "lora", "structlora"
-COLOURS = {"lora": "#777777", "structlora": "#7b3294", "lora-dropout-0.1": "#008837", "no-coordinator": "#e66101"}
+BASE, OURS, FULL = "lora", "structlora", "coordinated"
+COLOURS = {"lora": "#777777", "structlora": "#7b3294", "lora-dropout-0.1": "#008837", "coordinated": "#e66101"}
 
-# What the paper reports (arXiv 2603.14228): BoolQ with LLaMA at rank 8 where nothing else is said.
+# What the paper reports (arXiv 2603.14228) of the method with its coordinator: BoolQ with LLaMA at rank 8 where nothing
+# else is said.
 PAPER = {
     "lora": "−2.2",
     "no-gates": "−1.9",
-    "no-coordinator": "−1.2",
+    "structlora": "−1.2",
     "adjacency": "−0.8",
     "similarity": "−1.1",
     "2-layers": "−0.9",
@@ -66,8 +72,8 @@ PAPER = {
     "lora-laplacian": "lower",
 }
 PAPER_RANKS = {2: "+2.3", 4: "+2.3", 8: "+2.2", 16: "+1.4", 32: "+0.9"}  # over LoRA
-PAPER_GRADIENT_COSINE = {"lora": "0.27 to 0.41", "structlora": "0.55 to 0.69"}
-PAPER_COST = {"structlora": "1.06x"}
+PAPER_GRADIENT_COSINE = {BASE: "0.27 to 0.41", FULL: "0.55 to 0.69"}
+PAPER_COST = {FULL: ("1.06x", "1.04x")}  # LLaMA-7B on a GPU
 
 # (setting, method) -> learning rate -> seed -> line; a setting is (task, rank, examples)
 Runs = dict[tuple, dict[float, dict[int, dict]]]
@@ -169,15 +175,13 @@ def rates_spread(runs: Runs, setting: tuple, method: str) -> list[float]:
     ]
 
 
-def overall(runs: Runs, settings: list[tuple], names: list[str]) -> str:
+def overall(runs: Runs, settings: list[tuple], names: list[str], base: str = BASE) -> str:
     """Averages over settings: mean difference, p over seeds (of the average over settings) and p over settings."""
     rows = []
     for name in names:
-        if name == BASE:
-            continue
         row = [label(name)]
         for figure, digits in (("accuracy", 1), ("nll", 3)):
-            per_setting = {s: differences(runs, s, name, figure) for s in settings}
+            per_setting = {s: differences(runs, s, name, figure, base) for s in settings}
             per_setting = {s: d for s, d in per_setting.items() if len(d) > 1}
             if not per_setting:
                 break
@@ -190,29 +194,31 @@ def overall(runs: Runs, settings: list[tuple], names: list[str]) -> str:
                 better = sum(d > 0 for d in by_setting)
                 row += [f"{better} of {len(by_setting)}", f"{min(by_setting):+.1f}"]
         else:
-            gaps = [np.mean(rates_spread(runs, s, name)) - np.mean(rates_spread(runs, s, BASE)) for s in per_setting]
+            gaps = [np.mean(rates_spread(runs, s, name)) - np.mean(rates_spread(runs, s, base)) for s in per_setting]
             rows.append([*row, f"{np.mean(gaps):+.1f}"])
-    header = ["method", "settings", "accuracy − LoRA", "p over seeds", "p over settings", "better on", "worst"]
-    return table([*header, "NLL − LoRA", "p over seeds", "p over settings", "accuracy, mean over rates, − LoRA"], rows)
+    other = "LoRA" if base == BASE else "whole"
+    header = ["method", "settings", f"accuracy − {other}", "p over seeds", "p over settings", "better on", "worst"]
+    last = f"accuracy, mean over rates, − {other}"
+    return table([*header, f"NLL − {other}", "p over seeds", "p over settings", last], rows)
 
 
 def ablations(runs: Runs, settings: list[tuple], names: list[str]) -> str:
-    """What each part is worth: test figures less those of the whole method, paired by seed, beside the paper's."""
+    """What each part is worth: test figures less those of the method with its coordinator, by seed, beside the paper's."""
     rows = []
     for setting, name, lr, test in _found(runs, settings, names):
         row = [describe(setting), label(name), len(test), _mean_and_sd([t["accuracy"] for t in test.values()])]
         for figure, digits in (("accuracy", 1), ("nll", 3)):
-            gaps = list(differences(runs, setting, name, figure, base=OURS).values())
-            row += ["", ""] if name == OURS else [f"{np.mean(gaps):+.{digits}f}", _p(gaps)]
+            gaps = list(differences(runs, setting, name, figure, base=FULL).values())
+            row += ["", ""] if name == FULL else [f"{np.mean(gaps):+.{digits}f}", _p(gaps)]
         rows.append([*row, f"{lr:g}", PAPER.get(name, "")])
-    header = ["task, r, examples", "method", "seeds", "accuracy", "− StructLoRA", "p", "NLL − StructLoRA", "p", "rate"]
-    return table([*header, "paper, accuracy − StructLoRA"], rows)
+    header = ["task, r, examples", "method", "seeds", "accuracy", "− whole", "p", "NLL − whole", "p", "rate"]
+    return table([*header, "paper, accuracy − whole"], rows)
 
 
 def search(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Sequence[int]) -> str:
-    """Ideas on validation data: at given rates, against LoRA and against the defaults, paired over settings and seeds."""
+    """Ideas on validation data, at given rates: less LoRA and less StructLoRA with coordinator, paired over settings and seeds."""
     rows = []
-    for name in (BASE, OURS, *names):
+    for name in (BASE, *names):
         lines = {
             (place, seed): line for place in places for seed, line in _at(runs, name, place).items() if seed in seeds
         }
@@ -221,7 +227,7 @@ def search(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Seq
         row = [label(name), len(lines)]
         for figure, digits in (("accuracy", 2), ("nll", 3)):
             row.append(f"{np.mean([line['validation'][figure] for line in lines.values()]):.{digits}f}")
-            for base in (BASE, OURS):
+            for base in (BASE, FULL):
                 gaps = []
                 for (place, seed), line in lines.items():
                     other = _at(runs, base, place).get(seed)
@@ -229,8 +235,26 @@ def search(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Seq
                         gaps.append(line["validation"][figure] - other["validation"][figure])
                 row += [f"{np.mean(gaps):+.{digits}f}", _p(gaps)] if gaps else ["", ""]
         rows.append(row)
-    header = ["setting", "runs", "accuracy", "− LoRA", "p", "− defaults", "p"]
-    return table([*header, "NLL", "− LoRA", "p", "− defaults", "p"], rows)
+    header = ["setting", "runs", "accuracy", "− LoRA", "p", "− whole", "p"]
+    return table([*header, "NLL", "− LoRA", "p", "− whole", "p"], rows)
+
+
+def by_place(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Sequence[int]) -> str:
+    """The same ideas at each place by itself: validation accuracy less that of the defaults, paired over seeds."""
+    rows = []
+    for place in places:
+        row, ours = [describe(place[0]), f"{place[1]:g}"], _at(runs, OURS, place)
+        for name in names:
+            theirs = _at(runs, name, place)
+            gaps = [
+                theirs[s]["validation"]["accuracy"] - ours[s]["validation"]["accuracy"]
+                for s in seeds
+                if s in theirs and s in ours
+            ]
+            row += [len(gaps), f"{np.mean(gaps):+.1f}", _p(gaps)] if gaps else ["", "", ""]
+        rows.append(row)
+    columns = [column for name in names for column in ("seeds", f"{label(name)}, − defaults", "p")]
+    return table(["task, r, examples", "rate", *columns], rows)
 
 
 def _at(runs: Runs, method: str, place: tuple) -> dict[int, dict]:
@@ -257,23 +281,24 @@ def diagnostics(runs: Runs, settings: list[tuple], names: list[str]) -> str:
     return table(["method", "runs", *(f.replace("_", " ") for f in figures), "paper's gradient cosine"], rows)
 
 
-def cost(runs: Runs, settings: list[tuple], names: list[str]) -> str:
-    """CPU time of training relative to LoRA's on the same settings and seeds: median of the ratios."""
+def cost(measured: dict) -> str:
+    """Step time and peak memory relative to LoRA's, as `overhead.py` measured them in interleaved rounds."""
     rows = []
-    for name in names:
-        ratios = []
-        for s in settings:
-            for lr, seeds in runs[s, name].items():
-                for seed, line in seeds.items():
-                    other = runs[s, BASE].get(lr, {}).get(seed)
-                    if other:
-                        ratios.append(line["cpu_seconds"] / other["cpu_seconds"])
-        if ratios and name != BASE:
-            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    for name, ratio in measured["step_time_ratio"].items():
+        if name != BASE:
+            low, high = measured["step_time_ratio_quartiles"][name]
+            memory = measured["peak_memory_ratio"][name]
             rows.append(
-                [label(name), len(ratios), f"{middle:.2f}x", f"{low:.2f} to {high:.2f}", PAPER_COST.get(name, "")]
+                [
+                    label(name),
+                    f"{ratio:.3f}x",
+                    f"{low:.3f} to {high:.3f}",
+                    f"{memory:.3f}x",
+                    *PAPER_COST.get(name, ("", "")),
+                ]
             )
-    return table(["method", "pairs of runs", "training time / LoRA's", "quartiles", "paper"], rows)
+    header = ["method", "step time / LoRA's", "quartiles", "peak memory / LoRA's"]
+    return table([*header, "paper, time", "paper, memory"], rows)
 
 
 def tables(lines: list[dict]) -> dict[str, str]:
@@ -286,28 +311,30 @@ def tables(lines: list[dict]) -> dict[str, str]:
     language = [s for s in LANGUAGE if (s, OURS) in runs]
     others = [s for s in COMPARED if any((s, name) in runs for name in OTHERS)]
     return {
-        "main": comparison(runs, main, [*MAIN, *DROPOUT]),
+        "main": comparison(runs, main, [*MAIN, *CONTROLS, *RIVALS]),
         "early": short(runs, list(EARLY)),
-        "early-overall": overall(runs, list(EARLY), [OURS]),
-        "overall-language": overall(runs, [*main, *language], [OURS]),
-        "overall": overall(runs, main, [OURS, *DROPOUT]),
+        "early-overall": overall(runs, list(EARLY), [OURS, FULL]),
+        "overall-language": overall(runs, [*main, *language], [OURS, FULL]),
+        "noise": by_place(every_seed, NOISE, FINAL_PLACES, [s for name in FINAL_ROUNDS for s in ROUNDS[name][2]]),
+        "overall-coordinator": overall(runs, main, [OURS], FULL),
+        "overall": overall(runs, main, [OURS, FULL, *CONTROLS, *RIVALS]),
         "short": short(runs, [*main, *language]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, [*others, EARLY[1]], [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, others, [OURS, *OTHERS]),
-        "parts": ablations(runs, WHERE_IT_GAINS, [OURS, BASE, *PARTS]),
-        "ablations": ablations(runs, COMPARED, [OURS, BASE, *ABLATIONS]),
-        "early-ablations": ablations(runs, EARLY[:2], [OURS, BASE, *ABLATIONS]),
+        "parts": ablations(runs, WHERE_IT_GAINS, [FULL, BASE, *PARTS]),
+        "ablations": ablations(runs, COMPARED, [FULL, BASE, *ABLATIONS]),
+        "early-ablations": ablations(runs, EARLY[:2], [FULL, BASE, *ABLATIONS]),
         "ranks": short(runs, sorted(rank_settings), paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, sorted(few_shot)),
         "language": short(runs, language),
-        "diagnostics": diagnostics(runs, main, [BASE, OURS, *ABLATIONS]),
-        "cost": cost(runs, every, [OURS, *OTHERS]),
+        "diagnostics": diagnostics(runs, main, [BASE, FULL, *ABLATIONS]),
+        "cost": cost(json.loads(OVERHEAD.read_text())),
     }
 
 
 def short(runs: Runs, settings: list[tuple], paper: Callable[[tuple], str] | None = None) -> str:
-    """LoRA and StructLoRA alone, one line per setting."""
+    """LoRA and StructLoRA, and how far StructLoRA with coordinator is from LoRA; one line per setting."""
     rows = []
     for setting in settings:
         row = [describe(setting), len(differences(runs, setting, OURS, "accuracy"))]
@@ -316,8 +343,10 @@ def short(runs: Runs, settings: list[tuple], paper: Callable[[tuple], str] | Non
             row += [_mean_and_sd([t["accuracy"] for t in found[1].values()])] if found else [""]
         row += _difference(differences(runs, setting, OURS, "accuracy"), OURS, 1)
         row += _difference(differences(runs, setting, OURS, "nll"), OURS, 3)
+        row += _difference(differences(runs, setting, FULL, "accuracy"), FULL, 1)
         rows.append([*row, paper(setting)] if paper else row)
     header = ["task, rank, examples", "seeds", "LoRA", "StructLoRA", "difference", "p", "NLL difference", "p"]
+    header += ["with coordinator", "p"]
     return table([*header, "paper's difference"] if paper else header, rows)
 
 
@@ -366,7 +395,7 @@ def plot_rates(runs: Runs, path: Path) -> None:
     rows = -(-len(settings) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(3 * columns, 2.5 * rows), layout="constrained", squeeze=False)
     for axes, setting in zip(panels.flat, settings):
-        for name in (*MAIN, DROPOUT[0]):
+        for name in (*MAIN, CONTROLS[0]):
             by_rate = sorted(runs[setting, name].items())
             if not by_rate:
                 continue
@@ -395,15 +424,15 @@ def plot_rates(runs: Runs, path: Path) -> None:
 
 
 def plot_differences(runs: Runs, path: Path) -> None:
-    """StructLoRA and LoRA with dropout against LoRA at each one's best rate: mean and 95 % interval over seeds."""
+    """StructLoRA without and with coordinator against LoRA at each one's best rate: mean and 95 % interval over seeds."""
     from scipy.stats import t
 
-    settings = [s for s in SETTINGS if (s, OURS) in runs]
+    settings = [s for s in (*SETTINGS, *LANGUAGE) if (s, OURS) in runs]
     figure, panels = plt.subplots(1, 2, figsize=(9, 0.42 * len(settings) + 1.2), sharey=True, layout="constrained")
     for axes, (measure, words) in zip(
         panels, (("accuracy", "accuracy, points"), ("nll", "NLL, nats (less is better)"))
     ):
-        for shift, name in ((-0.12, OURS), (0.12, "lora-dropout-0.1")):
+        for shift, name in ((-0.12, OURS), (0.12, FULL)):
             for place, setting in enumerate(settings):
                 gaps = list(differences(runs, setting, name, measure).values())
                 if len(gaps) < 2:

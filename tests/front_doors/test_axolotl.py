@@ -154,7 +154,12 @@ def test_quantised(place, name):
 
 def test_block_on_lora(place):
     """With the plugin named too, it still is there once; options as YAML writes them."""
-    block = {"gate_init": 0.8, "edges": "adjacency", "gate_lr": "5e-2"}  # YAML 1.1 reads 5e-2 as text
+    block = {
+        "gate_init": 0.8,
+        "coordinator": "gcn",
+        "edges": "adjacency",
+        "gate_lr": "5e-2",
+    }  # YAML 1.1 reads 5e-2 as text
     log = train(place, "block", adapter="lora", structlora=block, plugins=[PLUGIN])
     options = check(place / "block", place / "model")
     assert (options["gate_init"], options["edges"], options["gate_lr"]) == (0.8, "adjacency", 0.05)
