@@ -42,8 +42,18 @@ MORE_RATES = {
     ("digits", 8, 100): (2.5e-3,),
     ("fashion-long", 4, 1000): (2e-2,),
 }
-# Methods whose best rates lie elsewhere: what to multiply the lowest or highest rate of a task with, for two rates more.
-FURTHER_RATES = {"lora-plus": (0, (1 / 4, 1 / 2)), "adalora": (-1, (2, 4)), "vera": (-1, (2, 4))}
+# Methods whose best rates lie elsewhere: what to multiply the lowest (0) or highest (-1) rate of a task with, for more.
+FURTHER_RATES = {
+    "rslora": (0, (1 / 2,)),
+    "pissa": (0, (1 / 2,)),
+    "lora-plus": (0, (1 / 8, 1 / 4, 1 / 2)),
+    "dora": (-1, (2,)),
+    "lora-fa": (-1, (2,)),
+    "adalora": (-1, (2, 4)),
+    "vera": (-1, (2, 4, 8)),
+    "lora-dropout-0.1": (-1, (2,)),
+    "lora-dropout-0.05": (-1, (2,)),
+}
 
 # Task, rank, examples.
 SETTINGS = (
@@ -222,7 +232,6 @@ NOISE = ("lora", "structlora:gate_init=0.97", "structlora:gate_init=0.8")  # for
 
 CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
 COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
-RIVALS = ("dora", "adalora")  # also on the other settings of the main table
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
     *("coordinated:gate_lr=0", "no-gates", "structlora", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
@@ -306,8 +315,6 @@ GRIDS = {
     "main-finish": lambda: _finish(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
     "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
-    "rivals": lambda: _cells(SETTINGS, RIVALS, RATE_SEEDS),
-    "dropout": lambda: _cells(SETTINGS, CONTROLS[:1], RATE_SEEDS),
     "ablations": lambda: _at_the_rate_of("coordinated", COMPARED, ABLATIONS),
     "parts": lambda: _at_the_rate_of("coordinated", WHERE_IT_GAINS, PARTS, SEEDS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),

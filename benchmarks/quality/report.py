@@ -37,7 +37,6 @@ from grids import (
     PARTS,
     RANKS,
     RATES,
-    RIVALS,
     ROUNDS,
     SEEDS,
     SETTINGS,
@@ -311,13 +310,13 @@ def tables(lines: list[dict]) -> dict[str, str]:
     language = [s for s in LANGUAGE if (s, OURS) in runs]
     others = [s for s in COMPARED if any((s, name) in runs for name in OTHERS)]
     return {
-        "main": comparison(runs, main, [*MAIN, *CONTROLS, *RIVALS]),
+        "main": comparison(runs, main, [*MAIN, *CONTROLS]),
         "early": short(runs, list(EARLY)),
         "early-overall": overall(runs, list(EARLY), [OURS, FULL]),
         "overall-language": overall(runs, [*main, *language], [OURS, FULL]),
         "noise": by_place(every_seed, NOISE, FINAL_PLACES, [s for name in FINAL_ROUNDS for s in ROUNDS[name][2]]),
         "overall-coordinator": overall(runs, main, [OURS], FULL),
-        "overall": overall(runs, main, [OURS, FULL, *CONTROLS, *RIVALS]),
+        "overall": overall(runs, main, [OURS, FULL, *CONTROLS]),
         "short": short(runs, [*main, *language]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, [*others, EARLY[1]], [BASE, OURS, *OTHERS]),
