@@ -395,7 +395,7 @@ def plot_rates(runs: Runs, path: Path) -> None:
     figure, panels = plt.subplots(rows, columns, figsize=(3 * columns, 2.5 * rows), layout="constrained", squeeze=False)
     for axes, setting in zip(panels.flat, settings):
         for name in (*MAIN, CONTROLS[0]):
-            by_rate = sorted(runs[setting, name].items())
+            by_rate = sorted((lr, seeds) for lr, seeds in runs[setting, name].items() if lr in runs[setting, BASE])
             if not by_rate:
                 continue
             accuracy = [[line["test"]["accuracy"] for line in seeds.values()] for _, seeds in by_rate]
@@ -410,7 +410,7 @@ def plot_rates(runs: Runs, path: Path) -> None:
                 capsize=2,
             )
         axes.set(xscale="log", title=describe(setting))
-        axes.set_xticks([lr for lr, _ in by_rate], [f"{lr:g}" for lr, _ in by_rate])
+        axes.set_xticks(ticks := sorted(runs[setting, BASE]), [f"{lr:g}" for lr in ticks])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -447,7 +447,7 @@ def plot_differences(runs: Runs, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(settings)), [describe(s) for s in settings])
     panels[0].invert_yaxis()
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[1].legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.33))
     _save(figure, path)
 
 
