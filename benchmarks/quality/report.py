@@ -47,6 +47,8 @@ from scipy.stats import ttest_1samp
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+matplotlib.rcParams["svg.hashsalt"] = "structlora"  # the same file from the same store
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEFAULTS = HERE / "defaults.json"
