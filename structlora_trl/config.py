@@ -161,11 +161,12 @@ class StructLoRAConfig:
         idle = _OF_THE_COORDINATOR if self.coordinator == "none" else ()
         idle += () if self.compares_depths else ("side",)
         for option in fields(StructLoRAConfig):
-            if option.name in idle and getattr(self, option.name) != option.default:
+            name, value = option.name, getattr(self, option.name)
+            if name in idle and value != option.default:
                 raise StructLoRAError(
-                    f"{option.name}={getattr(self, option.name)!r} and coordinator='none'",
-                    f"a coordinator for `{option.name}` to act on",
-                    f"set `coordinator='gcn'` (the paper's), or remove `{option.name}`",
+                    f"{name}={value!r} and coordinator='none'",
+                    f"a coordinator for `{name}` to act on",
+                    f"set `coordinator='gcn'` (the paper's), or remove `{name}`",
                 )
 
     @staticmethod

@@ -90,7 +90,7 @@ def test_bad_models_are_refused(case):
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(StructLoRAError, match=f"(?s)StructLoRA found .*{message}"):
-        attach(model, optimizer, **{**WHOLE, **options})
+        attach(model, optimizer, WHOLE, **options)
     assert all(map(torch.equal, before, model.parameters()))
 
 
@@ -106,7 +106,7 @@ def test_bad_models_are_refused(case):
 )
 def test_the_remedies_work(model, options):
     model = model()
-    attach(model, adamw(model), **{**WHOLE, **options})
+    attach(model, adamw(model), WHOLE, **options)
 
 
 def test_no_lora_module_of_that_name():
@@ -194,7 +194,7 @@ def test_resume_without_our_state(tmp_path):
 def attached(rank=4, targets=None, **options):
     model = peft_model(rank=rank, targets=targets)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, **{**WHOLE, **options})
+    runtime = attach(model, optimizer, WHOLE, **options)
     train(model, "llama", optimizer, 1)
     return runtime
 

@@ -119,7 +119,7 @@ def relative_error(ours, theirs) -> float:
 
 def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=None, **options):
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, **{**WHOLE, **options})
+    runtime = attach(model, optimizer, WHOLE, **options)
     randomise(runtime)
     train(model, family, optimizer, steps=2, first=50)  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]

@@ -16,7 +16,7 @@ from structlora_trl.checkpoint import load_state, save_state
 def setup(optimizer=adamw, init="fresh", targets=None, **options):
     model = peft_model(init=init, targets=targets)
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, **{**WHOLE, **options})
+    return model, optimizer, attach(model, optimizer, WHOLE, **options)
 
 
 def weights_of(model):
@@ -234,7 +234,7 @@ def test_resume_is_bit_for_bit(options, tmp_path):
             parameter.copy_(value)
     optimizer_2 = adamw(resumed)
     optimizer_2.load_state_dict(moments)
-    runtime_2 = attach(resumed, optimizer_2, **{**WHOLE, **options})
+    runtime_2 = attach(resumed, optimizer_2, WHOLE, **options)
     load_state(runtime_2, tmp_path)
     assert all(map(torch.equal, adapter, weights_of(resumed)))
     train(resumed, "llama", optimizer_2, 3, first=3)

@@ -229,12 +229,8 @@ def search(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: Seq
         for figure, digits in (("accuracy", 2), ("nll", 3)):
             row.append(f"{np.mean([line['validation'][figure] for line in lines.values()]):.{digits}f}")
             for base in (BASE, FULL):
-                gaps = []
-                for (place, seed), line in lines.items():
-                    other = _at(runs, base, place).get(seed)
-                    if other is not None and name != base:
-                        gaps.append(line["validation"][figure] - other["validation"][figure])
-                row += [f"{np.mean(gaps):+.{digits}f}", _p(gaps)] if gaps else ["", ""]
+                gaps = [gap for place in places for gap in _gaps(runs, name, base, place, seeds, figure)]
+                row += [f"{np.mean(gaps):+.{digits}f}", _p(gaps)] if gaps and name != base else ["", ""]
         rows.append(row)
     header = ["setting", "runs", "accuracy", "− LoRA", "p", "− whole", "p"]
     return table([*header, "NLL", "− LoRA", "p", "− whole", "p"], rows)
@@ -244,18 +240,19 @@ def by_place(runs: Runs, names: Sequence[str], places: Sequence[tuple], seeds: S
     """The same ideas at each place by itself: validation accuracy less that of the defaults, paired over seeds."""
     rows = []
     for place in places:
-        row, ours = [describe(place[0]), f"{place[1]:g}"], _at(runs, OURS, place)
+        row = [describe(place[0]), f"{place[1]:g}"]
         for name in names:
-            theirs = _at(runs, name, place)
-            gaps = [
-                theirs[s]["validation"]["accuracy"] - ours[s]["validation"]["accuracy"]
-                for s in seeds
-                if s in theirs and s in ours
-            ]
+            gaps = _gaps(runs, name, OURS, place, seeds, "accuracy")
             row += [len(gaps), f"{np.mean(gaps):+.1f}", _p(gaps)] if gaps else ["", "", ""]
         rows.append(row)
     columns = [column for name in names for column in ("seeds", f"{label(name)}, − defaults", "p")]
     return table(["task, r, examples", "rate", *columns], rows)
+
+
+def _gaps(runs: Runs, name: str, base: str, place: tuple, seeds: Sequence[int], figure: str) -> list[float]:
+    """By seed, how much more of a validation figure the method has than `base` at a place."""
+    ours, theirs = (_at(runs, method, place) for method in (name, base))
+    return [ours[s]["validation"][figure] - theirs[s]["validation"][figure] for s in seeds if s in ours and s in theirs]
 
 
 def _at(runs: Runs, method: str, place: tuple) -> dict[int, dict]:
@@ -338,11 +335,12 @@ def short(runs: Runs, settings: list[tuple], paper: Callable[[tuple], str] | Non
     """LoRA and StructLoRA, and how far StructLoRA with coordinator is from LoRA; one line per setting."""
     rows = []
     for setting in settings:
-        row = [describe(setting), len(differences(runs, setting, OURS, "accuracy"))]
+        by_seed = differences(runs, setting, OURS, "accuracy")
+        row = [describe(setting), len(by_seed)]
         for name in (BASE, OURS):
-            found = best(runs, setting, name)
-            row += [_mean_and_sd([t["accuracy"] for t in found[1].values()])] if found else [""]
-        row += _difference(differences(runs, setting, OURS, "accuracy"), OURS, 1)
+            _, test = best(runs, setting, name)
+            row.append(_mean_and_sd([test[seed]["accuracy"] for seed in by_seed]))
+        row += _difference(by_seed, OURS, 1)
         row += _difference(differences(runs, setting, OURS, "nll"), OURS, 3)
         row += _difference(differences(runs, setting, FULL, "accuracy"), FULL, 1)
         rows.append([*row, paper(setting)] if paper else row)

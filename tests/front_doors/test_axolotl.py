@@ -158,8 +158,8 @@ def test_block_on_lora(place):
         "gate_init": 0.8,
         "coordinator": "gcn",
         "edges": "adjacency",
-        "gate_lr": "5e-2",
-    }  # YAML 1.1 reads 5e-2 as text
+        "gate_lr": "5e-2",  # YAML 1.1 reads it as text
+    }
     log = train(place, "block", adapter="lora", structlora=block, plugins=[PLUGIN])
     options = check(place / "block", place / "model")
     assert (options["gate_init"], options["edges"], options["gate_lr"]) == (0.8, "adjacency", 0.05)
