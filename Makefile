@@ -30,7 +30,7 @@ test-oldest: $(OLDEST)/.dev
 
 # `make test-axolotl`, `make test-llamafactory`, `make test-ms-swift`: the real trainers.
 $(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q tests/front_doors/test_$(subst -,_,$*).py
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q integrations/$(subst -,_,$*)/tests
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -77,14 +77,14 @@ $(VENV)/.dev: pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[demo,dev]"
 	touch $@
 
-$(OLDEST)/.dev: pyproject.toml requirements-oldest.txt
+$(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint requirements-oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint tests/requirements-oldest.txt
 	touch $@
 
-.venv-%/.dev: pyproject.toml requirements-%.txt
+.venv-%/.dev: pyproject.toml
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet torch --requirement requirements-$*.txt
+	.venv-$*/bin/python -m pip install --quiet torch --requirement integrations/$(subst -,_,$*)/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(PINNED_$*)
 	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

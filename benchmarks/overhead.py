@@ -44,8 +44,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
+from structlora_trl.core.nodes import Kind
 from structlora_trl.engines import TorchEngine
-from structlora_trl.nodes import Kind
 
 OURS = {"structlora": {}, "coordinated": {"coordinator": "gcn"}}  # name -> options of StructLoRA
 METHODS = ("lora", *OURS, "dora", "adalora")

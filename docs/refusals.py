@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "structlora_trl"
+HOMES = [ROOT / "structlora_trl", ROOT / "integrations"]
 PAGE = ROOT / "docs" / "when-refused.md"
 INTRODUCTION = """# When something is refused
 
 StructLoRA never falls back to plain LoRA in silence. Where it cannot act as asked it stops with a `StructLoRAError`:
 
-    StructLoRA found <what it met>. Expected <what it needs>. To mend it: <what to do>.
+    StructLoRA found <what it met>. Expected <what it needs>. Fix: <what to do>.
 
 This page lists them all by the module that raises them; `<...>` is filled in when it happens, `[...]` is not in every message.
 It is made from the source by `python docs/refusals.py`, and a test holds the two together.
@@ -41,13 +41,14 @@ def refusals() -> list[Refusal]:
     Raises:
         ValueError: a call that does not name all three parts.
     """
-    modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    paths = [path for home in HOMES for path in sorted(home.rglob("*.py")) if "tests" not in path.parts]
+    modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     constants = {
         name: text for module in modules.values() for name, text in _texts(module.body, {}).items() if name.isupper()
     }
     rows: dict[Refusal, None] = {}  # no row twice, in order
     for path, module in modules.items():
-        name, known = path.relative_to(PACKAGE).as_posix(), {**constants, **_texts(module.body, {})}
+        name, known = path.relative_to(ROOT).as_posix(), {**constants, **_texts(module.body, {})}
         for function, call in _calls(module, "StructLoRAError"):
             parts = _arguments(call, ("found", "expected", "remedy"))
             if len(parts) != 3:
@@ -64,9 +65,9 @@ def page() -> str:
     for row in refusals():
         if row.module != module:
             module = row.module
-            docstring = ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))) or ""
+            docstring = ast.get_docstring(ast.parse((ROOT / module).read_text(encoding="utf-8"))) or ""
             purpose = docstring.partition("\n")[0]
-            lines += [f"\n## `{module}`\n\n{_escape(purpose)}\n", "| found | expected | to mend it |", "|---|---|---|"]
+            lines += [f"\n## `{module}`\n\n{_escape(purpose)}\n", "| found | expected | fix |", "|---|---|---|"]
         lines.append(f"| {' | '.join(map(_escape, row[1:]))} |")
     return "\n".join(lines) + "\n"
 

@@ -9,12 +9,12 @@ _HOME = {
     "StructLoRAError": "errors",
     "attach": "attachment",
     "Runtime": "runtime",
-    "load_state": "checkpoint",
-    "save_state": "checkpoint",
-    "StructLoRACallback": "callback",
-    "StructLoRAMixin": "trainer",
-    "StructLoRASFTConfig": "trainer",
-    "StructLoRASFTTrainer": "trainer",
+    "load_state": "state",
+    "save_state": "state",
+    "StructLoRACallback": "trainers.callback",
+    "StructLoRAMixin": "trainers.mixin",
+    "StructLoRASFTConfig": "trainers.mixin",
+    "StructLoRASFTTrainer": "trainers.mixin",
 }
 __all__ = [*_HOME, "__version__"]
 

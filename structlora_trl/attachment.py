@@ -14,10 +14,10 @@ from torch import nn
 
 from . import __version__
 from .config import StructLoRAConfig
+from .core.mapping import refuse_unmappable
+from .core.nodes import Kind, discover
 from .engines import refuse_disagreement, select_engine
 from .errors import StructLoRAError
-from .mapping import refuse_unmappable
-from .nodes import Kind, discover
 from .runtime import DEFAULT_SEED, Runtime
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ class StructLoRAError(RuntimeError):
 
     def __init__(self, found: str, expected: str, remedy: str):
         self.found, self.expected, self.remedy = found, expected, remedy
-        super().__init__(f"StructLoRA found {found}. Expected {expected}. To mend it: {remedy}.")
+        super().__init__(f"StructLoRA found {found}. Expected {expected}. Fix: {remedy}.")
 
     def __reduce__(self):
         return type(self), (self.found, self.expected, self.remedy)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import StructLoRAConfig
-from .diagnostics import neighbour_cosine, structure_metrics
+from .core.diagnostics import neighbour_cosine, structure_metrics
+from .core.gates import logistic_noise
+from .core.mapping import ORIGINS, Factors, KindMap
+from .core.nodes import Kind
 from .engines import Engine, world_size
 from .errors import StructLoRAError
-from .gates import logistic_noise
-from .mapping import ORIGINS, Factors, KindMap
-from .nodes import Kind
 
 logger = logging.getLogger(__name__)
 

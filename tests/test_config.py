@@ -45,7 +45,7 @@ def test_the_table_covers_every_option():
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, values in REFUSED.items() for v in values])
 def test_bad_values_are_refused_by_name(name, value):
-    with pytest.raises(StructLoRAError, match=f"found {name}=.*Expected .*To mend it: correct `{name}`"):
+    with pytest.raises(StructLoRAError, match=f"found {name}=.*Expected .*Fix: correct `{name}`"):
         StructLoRAConfig(**{name: value})
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import sft
-from launching import run
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny import FAMILIES, WHOLE, adamw, base_model, lora_parameters, peft_model, train
 from torch import nn
 from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, StructLoRAError, attach
-from structlora_trl.checkpoint import STATE_NAME, load_state, save_state
+from structlora_trl.state import STATE_NAME, load_state, save_state
+from tests.support.jobs import sft
+from tests.support.launching import run
+from tests.support.tiny import FAMILIES, WHOLE, adamw, base_model, lora_parameters, peft_model, train
 
 
 def lora(model, **options):
@@ -254,7 +254,7 @@ UNSERVED = {
 
 @pytest.fixture(scope="module")
 def unserved():
-    done = run([sys.executable, str(Path(__file__).with_name("unserved_engines.py"))])
+    done = run([sys.executable, str(Path(__file__).parent / "support" / "unserved_engines.py")])
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -267,5 +267,5 @@ def test_unserved_engines_are_refused_by_name(name, unserved):
 def test_errors_have_three_parts_and_survive_pickling():
     error = StructLoRAError("this", "that", "do so")
     again = pickle.loads(pickle.dumps(error))
-    assert str(again) == "StructLoRA found this. Expected that. To mend it: do so."
-    assert re.search(r"found .* Expected .* To mend it: ", str(error))
+    assert str(again) == "StructLoRA found this. Expected that. Fix: do so."
+    assert re.search(r"found .* Expected .* Fix: ", str(error))

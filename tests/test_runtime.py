@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import FAMILIES, WHOLE, adamw, logits_of, lora_parameters, loss_of, peft_model, train
 
 from structlora_trl import StructLoRAError, attach
-from structlora_trl.checkpoint import load_state, save_state
+from structlora_trl.state import load_state, save_state
+from tests.support.tiny import FAMILIES, WHOLE, adamw, logits_of, lora_parameters, loss_of, peft_model, train
 
 
 def setup(optimizer=adamw, init="fresh", targets=None, **options):

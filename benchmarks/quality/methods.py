@@ -18,8 +18,8 @@ from tasks import Task
 from torch import nn
 
 from structlora_trl import StructLoRAConfig, attach, attachment
-from structlora_trl.gates import sample_gates
-from structlora_trl.nodes import Kind, split_depth
+from structlora_trl.core.gates import sample_gates
+from structlora_trl.core.nodes import Kind, split_depth
 
 WEIGHT_DECAY = 0.01
 

@@ -114,7 +114,7 @@ def _refuse_unfit_file(parser: TrlParser, arguments: list[str]) -> None:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StructLoRAError(
-            f"{path} unreadable ({' '.join(str(error).split())})", "YAML", "mend the file where the message points"
+            f"{path} unreadable ({' '.join(str(error).split())})", "YAML", "fix the file where the message points"
         ) from error
     if not isinstance(options, dict):
         raise StructLoRAError(f"{path} without keys", "lines of `key: value`", "write one argument a line")

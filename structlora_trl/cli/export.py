@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 
+from ..adapters.pruning import Pruned, prune
+from ..adapters.saved import LORA_NAME, Saved, read_saved
 from ..errors import StructLoRAError
-from ..pruning import Pruned, prune
-from ..saved import LORA_NAME, Saved, read_saved
 from .parser import parser_of
 from .refusing import refusing
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..diagnostics import effective_rank
-from ..mapping import KindMap
-from ..nodes import Kind, residual_role, split_depth
-from ..saved import Saved, read_saved
+from ..adapters.saved import Saved, read_saved
+from ..core.diagnostics import effective_rank
+from ..core.mapping import KindMap
+from ..core.nodes import Kind, residual_role, split_depth
 from .parser import parser_of
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
@@ -73,7 +73,7 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figures (PNG and PDF) to this folder")
     given = parser.parse_args(arguments)
     if given.plot:
-        from . import plots  # before the work, so that a missing matplotlib is told at once
+        from ..adapters import plots  # before the work, so that a missing matplotlib is told at once
     saved = read_saved(given.adapter)
     kinds = report(saved)
     if given.json:

@@ -1,4 +1,4 @@
-"""The entry point: finds the command, and turns what a user can mend into one message without a traceback."""
+"""The entry point: finds the command, and turns what a user can fix into one message without a traceback."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .. import compat
-from ..callback import StructLoRACallback
-from ..checkpoint import save_state
 from ..errors import StructLoRAError
+from ..state import save_state
+from ..trainers import compat
+from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
 from .refusing import refusing

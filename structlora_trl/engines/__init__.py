@@ -8,9 +8,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..agreement import refuse_disagreement, world_size
+from ..core.nodes import Kind
 from ..errors import StructLoRAError
-from ..nodes import Kind
-from .agreement import refuse_disagreement, world_size
 from .base import Engine
 from .fsdp2 import FSDP2Engine
 from .torch import TorchEngine

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from ..mapping import Factors
+from ..core.mapping import Factors
 
 
 class Engine(ABC):

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..core.mapping import Factors
+from ..core.nodes import Kind, full_shape
 from ..errors import StructLoRAError
-from ..mapping import Factors
-from ..nodes import Kind, full_shape
 from .base import Engine
 from .packing import Fragment, Packing, are_finite
 

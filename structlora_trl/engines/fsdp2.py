@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from ..core.mapping import Factors
+from ..core.nodes import Kind
 from ..errors import StructLoRAError
-from ..mapping import Factors
-from ..nodes import Kind
 from .packing import Fragment, Packing, are_finite
 from .torch import TorchEngine
 

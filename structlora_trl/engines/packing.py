@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..mapping import Factors
-from ..nodes import Kind, full_shape
+from ..core.mapping import Factors
+from ..core.nodes import Kind, full_shape
 
 
 class Fragment(NamedTuple):

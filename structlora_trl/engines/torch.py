@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..core.mapping import Factors
+from ..core.nodes import Kind
 from ..errors import StructLoRAError
-from ..mapping import Factors
-from ..nodes import Kind
 from .base import Engine
 
 

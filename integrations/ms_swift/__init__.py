@@ -1,0 +1,37 @@
+"""ms-swift: `swift sft --external_plugins ms_swift.py --callbacks structlora`, where ms_swift.py is this file.
+
+ms-swift executes the file itself, outside its package; options come as JSON or YAML in the variable STRUCTLORA, since swift's
+arguments are closed to plugins: `STRUCTLORA='{gate_init: 0.8, edges: adjacency}'`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import yaml
+from swift.callbacks import callbacks_map
+
+from structlora_trl.errors import StructLoRAError
+from structlora_trl.options import read_switch
+from structlora_trl.trainers.callback import StructLoRACallback
+
+
+class SwiftCallback(StructLoRACallback):
+    """`StructLoRACallback`, built as ms-swift builds callbacks: from the training arguments and the trainer.
+
+    Raises:
+        StructLoRAError: an option in STRUCTLORA that is unknown or out of range; STRUCTLORA=false.
+    """
+
+    def __init__(self, args, trainer):
+        config = read_switch(yaml.safe_load(os.environ.get("STRUCTLORA", "true")))
+        if config is None:
+            raise StructLoRAError(
+                "STRUCTLORA=false beside `--callbacks structlora`",
+                "one answer",
+                "drop one: without the callback it is plain LoRA",
+            )
+        super().__init__(config)
+
+
+callbacks_map["structlora"] = SwiftCallback

@@ -1,0 +1,1 @@
+"""A finished adapter, as a Python API: read and checked, inspected, pruned, exported, plotted."""

@@ -1,0 +1,101 @@
+"""Dropping closed directions of a trained adapter: a smaller plain LoRA adapter.
+
+A direction j of a module is closed where its gate is open with probability σ(φ_j) below a threshold ('topk_norm': where the
+filter has it closed). Dropping it removes row j of the effective lora_A and column j of the effective lora_B; nothing else
+changes, so the update loses exactly that rank-one part. The gate has made it small, but where lora_B is coordinated (modules
+that write the residual stream) other directions' messages are in it too: measure what it costs.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from ..errors import StructLoRAError
+from .saved import LORA_NAME, Saved, rank_divisor, ranks_of
+
+
+@dataclass
+class Pruned:
+    """A pruned adapter.
+
+    Args:
+        lora (`LoraConfig`): with the new ranks in `rank_pattern`, and in `alpha_pattern` what keeps each scale.
+        tensors (`dict[str, Tensor]`): of its adapter file.
+        kept (`dict[str, list[int]]`): module -> directions kept.
+        spared (`list[str]`): modules whose directions are all closed: the most open one stays, since PEFT knows no rank 0.
+    """
+
+    lora: LoraConfig
+    tensors: dict[str, Tensor]
+    kept: dict[str, list[int]]
+    spared: list[str]
+
+
+def prune(saved: Saved, threshold: float) -> Pruned:
+    """Drop directions whose gate is open with probability below `threshold`.
+
+    Args:
+        saved (`Saved`): an adapter with StructLoRA's state.
+        threshold (`float`): above 0, at most 1.
+
+    Raises:
+        StructLoRAError: a threshold out of range; no state, no learned gates, or an adapter that holds base weights (PiSSA).
+    """
+    if not 0 < threshold <= 1:
+        raise StructLoRAError(f"a threshold of {threshold}", "a probability above 0, at most 1", "try 0.05")
+    if saved.maps is None:
+        raise StructLoRAError(
+            f"no StructLoRA state beside the adapter in {saved.folder}, so that its gates are unknown",
+            "structlora.safetensors, which each checkpoint and each output folder of `structlora sft` holds",
+            "give a checkpoint of the run that made the adapter, or export without pruning",
+        )
+    if any(m.origin_B is not None for m in saved.maps):
+        raise StructLoRAError(
+            f"an adapter initialised with '{saved.lora.init_lora_weights}', whose directions hold part of the base weights",
+            "directions that start at zero",
+            "export without pruning",
+        )
+    kept, spared = {}, []
+    for m, latent in zip(saved.maps, saved.latents):
+        gates = m.openness(latent)
+        if gates is None:
+            raise StructLoRAError(
+                f"filter='{m.config.filter}', which learns no gates",
+                "filter 'ib' or 'topk_norm'",
+                "export without pruning, or train with gates",
+            )
+        for module, row in zip(m.kind.modules, gates):
+            kept[module] = (row >= threshold).nonzero().flatten().tolist()
+            if not kept[module]:
+                kept[module] = [int(row.argmax())]
+                spared.append(module)
+    tensors = _without_closed(saved.tensors, kept)
+    return Pruned(_with_ranks(saved, tensors), tensors, kept, spared)
+
+
+def _without_closed(tensors: dict[str, Tensor], kept: dict[str, list[int]]) -> dict[str, Tensor]:
+    pruned = {}
+    for name, value in tensors.items():
+        match = LORA_NAME.match(name)
+        if match and match["module"] in kept:
+            directions = torch.tensor(kept[match["module"]])
+            value = value.index_select(0 if match["factor"] == "A" else 1, directions).contiguous()
+        pruned[name] = value
+    return pruned
+
+
+def _with_ranks(saved: Saved, tensors: dict[str, Tensor]) -> LoraConfig:
+    """The configuration of pruned tensors. Each module gets an entry of its own, so that no other pattern can match first."""
+    lora = deepcopy(saved.lora)
+    lora.rank_pattern, lora.alpha_pattern = {}, {}
+    before = ranks_of(saved.tensors)
+    for module, rank in ranks_of(tensors).items():
+        name = "^" + module.removeprefix("base_model.model.")
+        lora.rank_pattern[name] = rank
+        lora.alpha_pattern[name] = saved.scale(module, before[module]) * rank_divisor(lora, rank)
+    return lora

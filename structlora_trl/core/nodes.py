@@ -1,0 +1,184 @@
+"""Finding the nodes: LoRA modules of a model, grouped into kinds and ordered by depth.
+
+A kind is a set of modules that are comparable across depth: the same name but for the layer's number, the same tower,
+the same shapes. Modules are found by the names PEFT gives its parameters, so this file needs torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import StructLoRAError
+
+_LORA_PARAMETER = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.weight)?$"
+)
+# Numbers that tell experts apart are part of a kind's name: experts of one layer are not depths.
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+# Which side of a module is the residual stream, by the end of its name (patterns as in PEFT's `rank_pattern`).
+# Only the residual stream is one space at all depths: readers share their input side, writers their output side.
+RESIDUAL_ROLES = {
+    # LLaMA, Mistral, Qwen, Gemma, Phi, CLIP, SigLIP, ViT
+    r"q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|fc1": "read",
+    r"o_proj|out_proj|down_proj|fc2": "write",
+    # BERT, RoBERTa, ViT before transformers 5
+    r"query|key|value|intermediate\.dense": "read",
+    r"output\.dense": "write",
+    # DeBERTa, DistilBERT
+    r"query_proj|key_proj|value_proj|q_lin|k_lin|v_lin|lin1": "read",
+    r"out_lin|lin2": "write",
+    # Falcon, BLOOM, GPT-NeoX, MPT, GPT-2
+    r"query_key_value|dense_h_to_4h|Wqkv|c_attn|c_fc": "read",
+    r"dense_4h_to_h|(self_)?attention\.dense|c_proj": "write",
+    # T5, Mixtral, DeepSeek
+    r"q|k|v|wi|wi_0|wi_1|w1|w3|q_a_proj|kv_a_proj_with_mqa": "read",
+    r"o|wo|w2": "write",
+}
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@dataclass
+class Kind:
+    """LoRA modules that differ in depth alone, in order of depth.
+
+    Args:
+        name (`str`): the modules' name with `*` for the layer's number.
+        modules (`list[str]`): full module names, one per depth.
+        A (`list[nn.Parameter]`): L factors of r x k entries each (convolutions count as r x (k·kernel)).
+        B (`list[nn.Parameter]`): L factors of d x r entries each.
+    """
+
+    name: str
+    modules: list[str]
+    A: list[nn.Parameter]
+    B: list[nn.Parameter]
+
+    @property
+    def depth_count(self) -> int:
+        return len(self.modules)
+
+    @property
+    def rank(self) -> int:
+        return full_shape(self.A[0])[0]
+
+    @property
+    def shape(self) -> list[int]:
+        """[L, r, k, d]."""
+        rows, *columns = full_shape(self.A[0])
+        return [self.depth_count, rows, math.prod(columns), full_shape(self.B[0])[0]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.A[0].device
+
+
+def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
+    """The kinds of an adapter's trainable LoRA modules, in order of appearance.
+
+    Args:
+        model (`nn.Module`): any model whose LoRA parameters have PEFT's names.
+        adapter_name (`str`): the adapter to look for.
+
+    Raises:
+        StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all frozen.
+    """
+    modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+    adapters, copies = set(), 0
+    for name, parameter in model.named_parameters():
+        match = _LORA_PARAMETER.match(name)
+        if match is None:
+            continue
+        adapters.add(match["adapter"])
+        if match["adapter"] != adapter_name:
+            continue
+        if ".modules_to_save." in name or ".original_module." in name:
+            copies += 1
+        else:
+            modules[match["module"]][match["factor"]] = parameter
+
+    if not modules and copies:
+        raise StructLoRAError(
+            f"all LoRA modules of adapter '{adapter_name}' inside `modules_to_save`, where whole weights are trained",
+            "LoRA modules that are not also saved in full",
+            "take them out of `modules_to_save`, or out of `target_modules`",
+        )
+    if not modules:
+        others = f" (adapters with LoRA: {', '.join(sorted(adapters))})" if adapters else ""
+        raise StructLoRAError(
+            f"no LoRA module of adapter '{adapter_name}' in the model{others}",
+            "at least one",
+            "check `target_modules` of the LoraConfig and `adapter_name`",
+        )
+    trainable = {m: f for m, f in modules.items() if f["A"].requires_grad or f["B"].requires_grad}
+    if not trainable:
+        raise StructLoRAError(
+            f"all {len(modules)} LoRA modules of adapter '{adapter_name}' frozen",
+            "trainable LoRA parameters",
+            "load the adapter with `is_trainable=True`, or set `requires_grad` on its parameters",
+        )
+    return group(trainable)
+
+
+def group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
+    """The kinds of some LoRA modules, in order of appearance.
+
+    Args:
+        modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
+    """
+    groups = defaultdict(list)
+    for module, factors in modules.items():
+        A, B = factors["A"], factors["B"]
+        pattern, depth = split_depth(_clean(module))
+        groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad].append((depth, module, A, B))
+    patterns = [key[0] for key in groups]
+    kinds = []
+    for (pattern, a_shape, b_shape, *_), nodes in groups.items():
+        nodes.sort(key=lambda node: node[0])
+        _, names, A, B = zip(*nodes)
+        # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
+        shapes = f"[{'x'.join(map(str, (*b_shape, *a_shape[1:])))}]" if patterns.count(pattern) > 1 else ""
+        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B)))
+    repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
+    for kind in kinds:
+        if kind.name in repeated:
+            kind.name += f"({'+'.join(f for f, p in (('A', kind.A), ('B', kind.B)) if p[0].requires_grad)} trained)"
+    return kinds
+
+
+def _clean(module: str) -> str:
+    return module.replace("_orig_mod.", "").removeprefix("base_model.model.")
+
+
+def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
+    """'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,))."""
+    experts = {match.start() for match in _EXPERT.finditer(module)}
+    depth = []
+
+    def star(match: re.Match) -> str:
+        if match.start() in experts:
+            return match[0]
+        depth.append(int(match[0]))
+        return "*"
+
+    return _NUMBER.sub(star, module), tuple(depth)
+
+
+def residual_role(kind: Kind, roles: dict[str, str] | None) -> str | None:
+    """'read', 'write', or None where neither the user's patterns nor the built-in table know the kind."""
+    name = _clean(kind.modules[0])
+    for pattern, role in {**(roles or {}), **RESIDUAL_ROLES}.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return role
+    return None

@@ -1,0 +1,92 @@
+"""The one line users add: `callbacks=[StructLoRACallback()]`, for any Trainer of Transformers or TRL."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..attachment import build_runtime
+from ..config import StructLoRAConfig
+from ..errors import StructLoRAError
+from ..runtime import Runtime
+from ..state import load_state, save_state
+from .compat import checkpoint_being_saved, run_first, training_trainer
+
+
+class StructLoRACallback(TrainerCallback, ExportableState):
+    """Trains the model's LoRA adapter as StructLoRA; checkpoints, resuming and metrics included.
+
+    Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights.
+
+    Args:
+        config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
+        **overrides: single options, as keywords.
+
+    Raises:
+        StructLoRAError: an option is unknown or out of range; later, at the start of training, whatever keeps StructLoRA
+            from acting.
+    """
+
+    def __init__(self, config: StructLoRAConfig | dict | None = None, **overrides):
+        self.config = StructLoRAConfig.build(config, **overrides)
+        self.runtime: Runtime | None = None
+        self._seen_hook_calls = 0
+        # State and weights at the end of the last `train()`.
+        self._finished: tuple[dict, list[torch.Tensor]] | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trainer, resumed_from = training_trainer()
+        callbacks = trainer.callback_handler.callbacks
+        count = sum(isinstance(callback, StructLoRACallback) for callback in callbacks)
+        if count > 1:
+            raise StructLoRAError(
+                f"{count} StructLoRA callbacks on one trainer",
+                "one",
+                "remove the others (StructLoRA trainers bring their own)",
+            )
+        run_first(trainer.callback_handler, self)
+        if self.runtime is not None:
+            self.runtime.detach()
+        self.runtime = build_runtime(trainer.model_wrapped, optimizer, self.config, args.seed)
+        self._seen_hook_calls = 0
+        if state.is_world_process_zero:
+            print(self.runtime, flush=True)  # as Trainer prints its logs: at its default log level, INFO is not shown
+        if resumed_from is not None:
+            load_state(self.runtime, resumed_from)
+        elif self._finished is not None:
+            finished_state, weights = self._finished
+            if all(map(torch.equal, weights, self.runtime.parameters())):
+                self.runtime.load_state_dict(finished_state)  # a further `train()` goes on where the last one ended
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.runtime.train()
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
+            raise StructLoRAError(
+                f"a training step in which {type(optimizer.optimizer).__name__}.step ran no step hooks",
+                "an optimizer that steps through `torch.optim.Optimizer.step`",
+                "choose another `optim`, such as adamw_torch",
+            )
+        self._seen_hook_calls = self.runtime.hook_calls
+        self.runtime.eval()  # where GradScaler skipped the step, no hook has
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.runtime is not None and self.runtime.is_attached and logs is not None and "loss" in logs:
+            metrics = self.runtime.metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            load_state(self.runtime, state.best_model_checkpoint)
+        self.runtime.detach()
+        self._finished = self.runtime.state_dict(), [p.detach().clone() for p in self.runtime.parameters()]
+
+    def state(self) -> dict:
+        """Called by Trainer for each checkpoint, before older ones are deleted: our file is written here."""
+        directory = checkpoint_being_saved()
+        if directory is not None and self.runtime is not None:
+            save_state(self.runtime, directory)
+        return {"args": {"config": self.config.options()}, "attributes": {}}

@@ -1,0 +1,86 @@
+"""What depends on the insides or the versions of other libraries, in one place."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import transformers
+from packaging.version import Version
+from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler, TrainerCallback
+
+from ..errors import StructLoRAError
+
+
+def _trainer_frame(function: str):
+    """The innermost running call of a Trainer's method of that name, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == function and isinstance(frame.f_locals.get("self"), Trainer):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def training_trainer() -> tuple[Trainer, str | None]:
+    """The Trainer whose training loop is running, and the checkpoint it resumes from.
+
+    Trainer hands callbacks neither itself nor `resume_from_checkpoint` (transformers 5), though it hands them
+    model and optimizer; both stand in the frame of the loop that called us.
+
+    Raises:
+        StructLoRAError: no Trainer is training.
+    """
+    frame = _trainer_frame("_inner_training_loop")
+    if frame is None:
+        raise StructLoRAError(
+            "the callback used outside a `transformers.Trainer`",
+            "a Trainer or a TRL trainer in training",
+            "use `structlora_trl.attach(model, optimizer)` in custom loops",
+        )
+    return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
+
+
+def checkpoint_being_saved() -> Path | None:
+    """The directory of the checkpoint the Trainer is writing right now, or None."""
+    frame = _trainer_frame("_save_checkpoint")
+    return None if frame is None else Path(frame.f_locals["output_dir"])
+
+
+def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
+    """Move a callback to the front of a handler, safe while the handler goes through its list.
+
+    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and trackio.
+    """
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+
+
+def from_trl(name: str):
+    """A class of TRL.
+
+    Raises:
+        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError.
+    """
+    import trl
+
+    try:
+        return getattr(trl, name)
+    except RuntimeError as error:
+        raise ImportError(f"TRL {trl.__version__} beside transformers {transformers.__version__}: {error}") from error
+
+
+def trusts_remote_code(training, model) -> bool:
+    """The flag `trust_remote_code`, which TRL moved from `ModelConfig` to the trainers' configurations."""
+    holder = next(given for given in (training, model) if "trust_remote_code" in {f.name for f in fields(given)})
+    return holder.trust_remote_code
+
+
+def end_training(trainer: Trainer) -> None:
+    """Close trackers and the process group; before transformers 5.18 the Trainer leaves that to Accelerate."""
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()
+    else:
+        trainer.accelerator.end_training()

@@ -1,0 +1,131 @@
+"""Which modules are found, how they are grouped into kinds, and what role they get."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from structlora_trl.core.nodes import discover, residual_role
+from tests.support.tiny import FAMILIES, LAYERS, peft_model
+
+
+class Adapted(nn.Module):
+    """A bare module with LoRA parameters of PEFT's names: {module name: (r, k, d)}."""
+
+    def __init__(self, modules: dict[str, tuple[int, int, int]]):
+        super().__init__()
+        for name, (r, k, d) in modules.items():
+            holder = self
+            for part in [*name.split("."), None]:
+                if part is None:
+                    for factor, shape in (("lora_A", (k, r)), ("lora_B", (r, d))):
+                        setattr(holder, factor, nn.ModuleDict({"default": nn.Linear(*shape, bias=False)}))
+                else:
+                    if part not in holder._modules:
+                        holder.add_module(part, nn.Module())
+                    holder = holder._modules[part]
+
+
+def names(model):
+    return {kind.name: kind.depth_count for kind in discover(model, "default")}
+
+
+# family -> kinds of all linear modules that have more depths than one, with their roles
+READ, WRITE = "read", "write"
+_DECODER = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.o_proj": WRITE,
+    "mlp.gate_proj": READ,
+    "mlp.up_proj": READ,
+    "mlp.down_proj": WRITE,
+}
+_CLIP = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.out_proj": WRITE,
+    "mlp.fc1": READ,
+    "mlp.fc2": WRITE,
+}
+_BERT = {
+    **{f"attention.self.{n}": READ for n in ("query", "key", "value")},
+    "attention.output.dense": WRITE,
+    "intermediate.dense": READ,
+    "output.dense": WRITE,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_known_by_name(family):
+    model = peft_model(family, targets=FAMILIES[family].linear)
+    kinds = {kind.name: kind for kind in discover(model, "default")}
+    deep = {name: kind for name, kind in kinds.items() if kind.depth_count > 1}
+    assert all(kind.depth_count == LAYERS for kind in deep.values())
+    roles = {name.split("*.", 1)[1]: residual_role(kind, None) for name, kind in deep.items() if "vision" not in name}
+    expected = {"bert": _BERT}.get(family, _DECODER)
+    if family == "vit":
+        assert list(roles.values()).count(WRITE) == 2 and list(roles.values()).count(READ) == 4
+    else:
+        assert roles == expected
+    if family == "llava":
+        vision = {name.split("*.", 1)[1]: residual_role(k, None) for name, k in deep.items() if "vision" in name}
+        assert vision == _CLIP
+        assert sum(kind.depth_count == 1 for kind in kinds.values()) == 2  # the projector
+    else:
+        assert deep == kinds
+
+
+def test_towers_shapes_and_ranks_stay_apart():
+    same = (4, 8, 8)
+    assert names(Adapted({"a.layers.0.q": same, "b.layers.0.q": same, "a.layers.1.q": same})) == {
+        "a.layers.*.q": 2,
+        "b.layers.*.q": 1,
+    }
+    found = names(Adapted({"layers.0.q": same, "layers.1.q": (4, 8, 16), "layers.2.q": same, "layers.3.q": (4, 8, 16)}))
+    assert found == {"layers.*.q[8x4x8]": 2, "layers.*.q[16x4x8]": 2}
+    assert len(names(Adapted({"layers.0.q": same, "layers.1.q": (2, 8, 8)}))) == 2
+
+
+def test_depth_is_numeric_order_and_experts_are_not_depths():
+    same = (4, 8, 8)
+    (kind,) = discover(Adapted({f"layers.{i}.q": same for i in (10, 9, 2)}), "default")
+    assert kind.modules == ["layers.2.q", "layers.9.q", "layers.10.q"]
+    experts = {f"layers.{i}.mlp.experts.{j}.w1": same for i in range(2) for j in range(2)}
+    assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 2}
+    staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
+    assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}
+
+
+def test_frozen_depths_are_left_out():
+    model = Adapted({f"layers.{i}.q": (4, 8, 8) for i in range(4)})
+    for parameter in model.layers._modules["1"].parameters():
+        parameter.requires_grad_(False)
+    (kind,) = discover(model, "default")
+    assert kind.modules == ["layers.0.q", "layers.2.q", "layers.3.q"]
+
+
+def test_roles_of_the_user_come_first():
+    (kind,) = discover(Adapted({f"h.{i}.mixer.q_proj": (4, 8, 8) for i in range(2)}), "default")
+    assert residual_role(kind, None) == "read"
+    assert residual_role(kind, {r"mixer\.\w+": "write"}) == "write"
+    (odd,) = discover(Adapted({f"h.{i}.odd": (4, 8, 8) for i in range(2)}), "default")
+    assert residual_role(odd, None) is None
+    assert residual_role(odd, {"dd": "read"}) is None  # a pattern matches whole names from a dot on
+    assert residual_role(odd, {"odd": "read"}) == "read"
+
+
+def test_convolutions_and_embeddings_are_directions_too():
+    from peft import LoraConfig, get_peft_model
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3)}) for _ in range(2))
+
+        def forward(self, x):
+            return x
+
+    model = get_peft_model(Net(), LoraConfig(r=4, target_modules=["embed", "conv"]))
+    shapes = {kind.name: kind.shape for kind in discover(model, "default")}
+    assert shapes == {"embed": [1, 4, 11, 8], "blocks.*.conv": [2, 4, 72, 8]}
+    assert torch.is_tensor(model.get_parameter("base_model.model.embed.lora_embedding_A.default"))

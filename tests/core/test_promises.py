@@ -1,0 +1,246 @@
+"""The design's promises, on every model family: identity at attach (1), chain rule (2), export (5), off is off (6)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.func import functional_call
+
+from structlora_trl import attach
+from structlora_trl.core.gates import logistic_noise
+from tests.support.launching import ROOT
+from tests.support.reference import reference_factors, reference_kl
+from tests.support.tiny import (
+    FAMILIES,
+    INITS,
+    WHOLE,
+    adamw,
+    base_model,
+    logits_of,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+)
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# family, init, all linear modules, dropout, dtype
+CASES = [
+    *((family, init, False, 0.0, FP32) for family in FAMILIES for init in INITS),
+    *((family, "warm", True, 0.1, FP32) for family in FAMILIES),
+    *((family, "warm", False, 0.0, BF16) for family in FAMILIES),
+    ("llama", "dora", True, 0.1, BF16),
+    ("llama", "rslora", True, 0.1, BF16),
+]
+
+
+def case_model(family, init, all_linear, dropout, dtype):
+    targets = FAMILIES[family].linear if all_linear else None
+    return peft_model(family, init, targets=targets, dropout=dropout, dtype=dtype)
+
+
+@pytest.fixture(params=CASES, ids=lambda c: "-".join(map(str, c)).replace("torch.", ""))
+def case(request):
+    return request.param
+
+
+def randomise(runtime):
+    """Parts that start at zero hide mistakes: give Θ values and the graph semantic edges."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for m in runtime.maps:
+            for parameter in m.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if m.kind.depth_count > 2:
+                m.graph.semantic[0, 2] = m.graph.semantic[2, 0] = True
+                m.graph._refresh()
+
+
+def test_attaching_changes_no_output(case):
+    family = case[0]
+    model = case_model(*case)
+    before = logits_of(model, family)
+    attach(model, adamw(model), WHOLE)
+    assert (logits_of(model, family) - before).abs().max() <= 1e-6
+
+
+def reference_gradients(model, family, runtime, latents, noise, batches):
+    """Gradients of latents, logits and Θ by autograd through the map inside the model's graph."""
+    config = runtime.config
+    names = {id(p): name for name, p in model.named_parameters()}
+    leaves, effective, logits = {}, {}, []
+    for m, stacked, part in zip(runtime.maps, latents, noise):
+        kind = m.kind
+        own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
+        A = [a.detach().clone().requires_grad_() for a in stacked.A]
+        B = [b.detach().clone().requires_grad_() for b in stacked.B]
+        A0 = None if m.origin_A is None else m.origin_A.expand(kind.depth_count, -1, -1)
+        B0 = m.origin_B
+        gates = None
+        if m.logits is not None:
+            start = torch.full((1,), config.gate_init).logit()
+            sample = torch.sigmoid((own["logits"] + part) / config.temperature)
+            gates = sample / torch.sigmoid(start)
+            logits.append(own["logits"].expand(kind.depth_count, -1).flatten())
+        theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
+        activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
+        A1, B1 = reference_factors(A, B, A0, B0, gates, m.graph.edges, theta, activation)
+        for parameters, values in ((kind.A, A1), (kind.B, B1)):
+            for p, value in zip(parameters, values):
+                effective[names[id(p)]] = value.view_as(p).to(p.dtype)
+        leaves[kind.name] = (A, B, own)
+    total = 0.0
+    for seed in batches:
+        torch.manual_seed(seed)
+        total = total + functional_call(model, effective, kwargs=FAMILIES[family].batch(seed)).loss / len(batches)
+    total = total + (config.kl_weight * reference_kl(torch.cat(logits), config.prior) if logits else 0.0)
+    total.backward()
+    return leaves
+
+
+def runtime_gradients(model, family, runtime, optimizer, batches):
+    """Gradients as the optimizers meet them in a real step."""
+    seen = {}
+
+    def look(*_):
+        for m in runtime.maps:
+            seen[m.kind.name] = (
+                [p.grad.clone() for p in m.kind.A],
+                [p.grad.clone() for p in m.kind.B],
+                {n: p.grad.clone() for n, p in m.named_parameters()},
+            )
+
+    optimizer.register_step_pre_hook(look)
+    model.train()
+    for seed in batches:
+        torch.manual_seed(seed)
+        (loss_of(model, family, seed) / len(batches)).backward()
+    optimizer.step()
+    return seen
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = (torch.cat([t.float().flatten() for t in tensors]) for tensors in (ours, theirs))
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=None, **options):
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, WHOLE, **options)
+    randomise(runtime)
+    train(model, family, optimizer, steps=2, first=50)  # away from A - A0 = 0
+    latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
+    draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
+    noise = [
+        n.view(m.kind.depth_count, -1) for m, n in zip(runtime.maps, draw.split([m.gate_count for m in runtime.maps]))
+    ]
+    expected = reference_gradients(model, family, runtime, latents, noise, batches)
+    if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = runtime_gradients(model, family, runtime, optimizer, batches)
+    for name, (A, B, own) in expected.items():
+        ours_A, ours_B, ours_own = found[name]
+        grads = lambda tensors: [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]  # noqa: E731
+        assert relative_error(ours_A, grads(A)) <= tolerance, f"lora_A of {name}"
+        assert relative_error(ours_B, grads(B)) <= tolerance, f"lora_B of {name}"
+        for parameter, tensor in own.items():
+            assert ours_own[parameter].abs().sum() > 0
+            assert relative_error([ours_own[parameter]], grads([tensor])) <= tolerance, f"{parameter} of {name}"
+
+
+def test_chain_rule(case):
+    assert_chain_rule(case_model(*case), case[0], tolerance=1e-5 if case[-1] is FP32 else 3e-2)
+
+
+OPTIONS = [
+    {"side": "both"},
+    {"side": "write", "activation": "identity"},
+    {"coordinator_layers": 3},
+    {"share_gates": True},
+    {"filter": "none"},
+    {"coordinator": "none"},
+    {"edges": "similarity"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_chain_rule_of_every_switch(options):
+    assert_chain_rule(peft_model("llama", "warm", targets=FAMILIES["llama"].linear), "llama", **options)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_chain_rule_with_accumulation_and_checkpointing(reentrant):
+    model = peft_model("llama", "warm", dropout=0.1)
+    assert_chain_rule(model, "llama", batches=(0, 1, 2, 3), reentrant=reentrant)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_is_plain_lora_bit_for_bit(family, dtype):
+    def trajectory(structlora: bool):
+        model = peft_model(family, dropout=0.1, dtype=dtype, targets=FAMILIES[family].linear)
+        optimizer = adamw(model)
+        if structlora:
+            attach(model, optimizer, filter="none", coordinator="none")
+        return train(model, family, optimizer, steps=4), [p.detach().clone() for p in lora_parameters(model).values()]
+
+    losses, weights = trajectory(False)
+    our_losses, our_weights = trajectory(True)
+    assert losses == our_losses
+    assert all(map(torch.equal, weights, our_weights))
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_adapter_is_plain_peft(family, init, tmp_path):
+    model = peft_model(family, init, targets=FAMILIES[family].linear)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, WHOLE, semantic_every=2)
+    train(model, family, optimizer, steps=4)
+    trained = logits_of(model, family)
+    model.train()
+    runtime.train()  # saved amid a step: evaluation weights all the same
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(family), tmp_path)
+    # PiSSA's base weights are recomputed by an SVD at load, which costs a few more digits.
+    assert (logits_of(loaded, family) - trained).abs().max() <= (1e-5 if init == "pissa" else 1e-6)
+    runtime.detach()
+    assert (logits_of(model, family) - trained).abs().max() == 0
+    assert (logits_of(model.merge_and_unload(), family) - trained).abs().max() <= 1e-5
+
+
+def test_saved_adapter_loads_where_this_package_is_not(tmp_path):
+    model = peft_model()
+    optimizer = adamw(model)
+    attach(model, optimizer, WHOLE)
+    train(model, "llama", optimizer, steps=3)
+    model.save_pretrained(tmp_path)
+    torch.save(logits_of(model, "llama"), tmp_path / "logits.pt")
+    script = """
+import sys, torch
+sys.modules["structlora_trl"] = None
+from peft import PeftModel
+from tests.support.tiny import base_model, logits_of
+loaded = PeftModel.from_pretrained(base_model("llama"), sys.argv[1])
+difference = (logits_of(loaded, "llama") - torch.load(sys.argv[1] + "/logits.pt")).abs().max().item()
+assert difference <= 1e-6, difference
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=ROOT)
+
+
+def test_training_moves_latents_gates_and_theta():
+    model = peft_model(targets=FAMILIES["llama"].linear)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, WHOLE)
+    before = {name: value.clone() for name, value in runtime.state_dict().items()}
+    train(model, "llama", optimizer, steps=3)
+    after = runtime.state_dict()
+    for name, value in before.items():
+        if name.rsplit("/", 1)[-1] in ("latent_A", "latent_B", "logits") or "theta" in name:
+            assert not torch.equal(value, after[name]), name

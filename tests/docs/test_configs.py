@@ -1,0 +1,69 @@
+"""Each configuration for TRL, word for word: where it names a public model or data set, a tiny one of that name is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+from packaging.version import Version
+
+from structlora_trl import StructLoRAConfig
+from tests.support.cli_runs import (
+    BLOCKS_OF_64,
+    assert_gates_moved,
+    assert_plain_peft_agrees,
+    chats,
+    pictures,
+    preferences,
+    save_base,
+    state_of,
+    trained,
+    write_rows,
+)
+from tests.support.launching import ROOT
+
+TRL = ROOT / "configs" / "trl"
+# file -> (command, family of the tiny model, rows)
+TABLE = {
+    "llama3_8b_qlora": ("sft", "llama", chats),
+    "qwen3_8b_sft": ("sft", "qwen3", chats),
+    "gemma3_1b_sft": ("sft", "gemma3", chats),
+    "llava_7b_sft": ("sft", "llava", pictures),
+    "qwen3_4b_dpo": ("dpo", "qwen3", preferences),
+}
+
+
+def test_every_file_has_a_row():
+    assert {path.stem for path in TRL.glob("*.yaml")} == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_trl_config(name, tmp_path, monkeypatch):
+    method, family, rows = TABLE[name]
+    if method == "dpo" and Version(trl.__version__) < Version("1.0"):
+        pytest.skip(f"TRL {trl.__version__} cannot import its DPOTrainer beside transformers 5")
+    config = yaml.safe_load((TRL / f"{name}.yaml").read_text(encoding="utf-8"))
+    if config.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # The configurations train in bf16, which Trainer grants a GPU alone; PyTorch's CPU kernels have it too.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    save_base(Path(config["model_name_or_path"]), family, **(BLOCKS_OF_64 if config.get("load_in_4bit") else {}))
+    data = Path(config["dataset_name"])
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        write_rows(data / f"{split}.jsonl", rows(data))
+
+    trainer = trained(monkeypatch, method, "--config", str(TRL / f"{name}.yaml"), "--max_steps", "3")
+    output = config["output_dir"]
+    assert_gates_moved(output)
+    assert_plain_peft_agrees(trainer, output, family)
+    options, state = state_of(output)
+    assert all(options[key] == config[key] for key in vars(StructLoRAConfig()) if key in config and key != "seed")
+    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/logits" in name}
+    assert adapted == set(config["lora_target_modules"])
+    if family == "llava":
+        assert any("vision_tower" in name for name in state)

@@ -1,0 +1,193 @@
+"""Each script under examples/, run word for word: where it names a public model or data set, a folder of that name is at hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trl
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset, Features, Image, List, Value
+from packaging.version import Version
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import CLIPImageProcessor, LlavaProcessor
+
+from structlora_trl.state import STATE_NAME
+from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ROWS = 12
+LEAST_MOVE = 1e-3  # of a gate logit in three steps at the default rate of 0.03
+# Arguments of `from_pretrained` that a script's choice of model decides.
+LOADED_WITH = ("num_labels", "quantization_config")
+
+
+def turn(role: str, index: int) -> dict:
+    return {"role": role, "content": sentence(index, 4)}
+
+
+def chats() -> Dataset:
+    return Dataset.from_list([{"messages": [turn("user", i), turn("assistant", i + 1)]} for i in range(ROWS)])
+
+
+def preferences() -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "chosen": [turn("user", i), turn("assistant", i + 1)],
+                "rejected": [turn("user", i), turn("assistant", i + 2)],
+            }
+            for i in range(ROWS)
+        ]
+    )
+
+
+def pictures() -> Dataset:
+    rows = [
+        {
+            "images": [np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)],
+            "prompt": [turn("user", i)],
+            "completion": [turn("assistant", i + 1)],
+        }
+        for i in range(ROWS)
+    ]
+    message = List({"role": Value("string"), "content": Value("string")})
+    return Dataset.from_list(
+        rows, features=Features({"images": List(Image()), "prompt": message, "completion": message})
+    )
+
+
+def llava_processor() -> LlavaProcessor:
+    template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
+    )
+    side = {"height": 16, "width": 16}
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side),
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+@dataclass
+class Example:
+    """What a script needs to run here, and what it leaves."""
+
+    model: str  # the public name
+    family: str  # the tiny one that stands for it
+    output: str  # the folder it saves its adapter to
+    data: dict = field(default_factory=dict)  # name -> rows
+    trl: str = "0.24"  # first version that runs it beside transformers 5
+    needs: str | None = None  # an optional package
+    sizes: dict = field(default_factory=dict)  # where the tiny model is too tiny
+    after: str | None = None  # the script that makes its input
+
+
+# On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
+BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+CHATS = {"trl-lib/Capybara": chats}
+PREFERENCES = {"trl-lib/ultrafeedback_binarized": preferences}
+TABLE = {
+    "sft_callback": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-sft", CHATS),
+    "sft_trainer": Example("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", "smollm2-sft", CHATS),
+    "dpo": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-dpo", PREFERENCES, trl="1.0"),
+    "reward_mixin": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-reward", PREFERENCES, trl="1.0"),
+    "qlora": Example("Qwen/Qwen3-8B", "qwen3", "qwen3-qlora", CHATS, needs="bitsandbytes", sizes=BLOCKS_OF_64),
+    "llava": Example("llava-hf/llava-1.5-7b-hf", "llava", "llava-sft", {"trl-lib/llava-instruct-mix": pictures}),
+    "sequence_classification": Example(
+        "google-bert/bert-base-uncased",
+        "bert",
+        "bert-imdb",
+        {"stanfordnlp/imdb": lambda: Dataset.from_list([{"text": sentence(i), "label": i % 2} for i in range(3 * 16)])},
+    ),
+    "pytorch_loop": Example(
+        "HuggingFaceTB/SmolLM2-135M",
+        "llama",
+        "smollm2-quotes",
+        {"Abirate/english_quotes": lambda: Dataset.from_list([{"quote": sentence(i)} for i in range(3 * 8)])},
+    ),
+    "serve": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-sft", CHATS, after="sft_callback"),
+}
+
+
+def run(name: str) -> dict:
+    """Run a script in the present directory; its variables."""
+    example = TABLE[name]
+    if example.after:
+        run(example.after)
+    model = base_model(example.family)
+    if example.sizes:
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), **example.sizes}))
+    # Public BERT checkpoints have no classifier.
+    (model.bert if example.family == "bert" else model).save_pretrained(example.model)
+    (llava_processor() if example.family == "llava" else tokenizer()).save_pretrained(example.model)
+    for data, rows in example.data.items():
+        Path(data).mkdir(parents=True, exist_ok=True)
+        rows().to_parquet(Path(data) / "train.parquet")
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # The scripts train in bf16, TRL's default, which Trainer grants a GPU alone; PyTorch's CPU kernels have it too.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+
+def test_every_script_has_a_row_and_a_line_in_the_index():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(TABLE)
+    listed = re.findall(r"\]\((\w+)\.py\)", (EXAMPLES / "README.md").read_text())
+    assert sorted(listed) == sorted(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_example(name):
+    example = TABLE[name]
+    if Version(trl.__version__) < Version(example.trl):
+        pytest.skip(f"TRL {trl.__version__} cannot run this beside transformers 5, with or without StructLoRA")
+    if example.needs:
+        pytest.importorskip(example.needs)
+    variables = run(name)
+
+    (state_file,) = Path(example.output).rglob(STATE_NAME)
+    with safe_open(state_file, "pt") as file:
+        options = json.loads(file.metadata()["config"])
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    assert state["step"] == 3
+    start = torch.tensor(options["gate_init"]).logit()
+    logits, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("/logits", ".theta"))
+    assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
+    assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)
+
+    trained = variables["trainer"].model if "trainer" in variables else variables["model"]
+    trained = extract_model_from_parallel(trained, keep_fp32_wrapper=False).eval()  # without Trainer's autocast
+    base = trained.get_base_model()
+    how = {name: getattr(base.config, name) for name in LOADED_WITH if hasattr(base.config, name)}
+    fresh = type(base).from_pretrained(example.model, dtype=base.dtype, **how)
+    fresh.config.pad_token_id = getattr(base.config, "pad_token_id", None)
+    loaded = PeftModel.from_pretrained(fresh, example.output).eval()
+    # PEFT loads adapters in fp32, TRL trains some in bf16: the same values, but other arithmetic.
+    for ours, theirs in zip(loaded.parameters(), trained.parameters()):
+        ours.data = ours.data.to(theirs.dtype)
+    models = [loaded]
+    if "MERGED" in variables:
+        models.append(type(base).from_pretrained(variables["MERGED"]).eval())
+    batch = FAMILIES[example.family].batch(99)
+    del batch["labels"]
+    with torch.no_grad():
+        for model in models:
+            torch.testing.assert_close(model(**batch).logits, trained(**batch).logits, atol=1e-6, rtol=0)

@@ -1,0 +1,200 @@
+"""DDP, FSDP2 and DeepSpeed ZeRO 1 to 3 in real processes over gloo: the latents of the one-process run, few collectives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.support.launching import ENGINES, adapter, largest_difference, launch, one_at_a_time, state, trained
+
+pytestmark = one_at_a_time
+slow = pytest.mark.slow
+
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
+FP16 = {"bf16": {"enabled": False}, "fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
+# Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
+STEADY = {"adam_epsilon": 1e-6}
+
+
+def length(accumulation: int) -> dict:
+    """60 rows are ten micro-batches: with accumulation 3, the last window of an epoch is short."""
+    return {"accumulation": accumulation, "rows": 48 if accumulation == 1 else 60, "steps": 10}
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """A run of the job in one process; the same options run once."""
+    finished = {}
+
+    def run(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in finished:
+            finished[key] = tmp_path_factory.mktemp("one")
+            launch(finished[key], **options)
+        return finished[key]
+
+    return run
+
+
+CORE = [("ddp", 2, 1, {}), ("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
+MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
+MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
+MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "engine, world, accumulation, deepspeed",
+    CORE + [pytest.param(*row, marks=slow) for row in MATRIX if row not in CORE],
+)
+def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deepspeed, tmp_path, one_process):
+    options = {**length(accumulation), "trainer": STEADY}
+    facts = launch(tmp_path, engine, world, deepspeed=deepspeed, **options)
+    assert facts["step"] == 10 and facts["skipped"] == 0
+    assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
+    if engine != "ddp":
+        assert facts["collectives"] == 1 + 2 * facts["step"]  # masters at attach; gradients and masters in each step
+
+
+BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
+BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
+BF16 += [("zero3", 2, 3, SHARDED), ("zero2_offload", 2, 3, {}), ("zero3_offload", 2, 3, {})]
+
+
+@slow
+@pytest.mark.parametrize("engine, world, accumulation, deepspeed", BF16)
+def test_bf16_is_as_near_to_one_process_as_plain_lora(engine, world, accumulation, deepspeed, tmp_path, one_process):
+    def distance(method) -> float:
+        options = {**length(accumulation), "trainer": STEADY, "dtype": "bfloat16", "method": method}
+        run = tmp_path / ("plain" if method is None else "ours")
+        facts = launch(run, engine, world, deepspeed=deepspeed, **options)
+        if engine == "zero1" and deepspeed == FP32_GRADIENTS:
+            assert facts["optimizer"] == "BF16_Optimizer"
+        one, many = adapter(one_process(**options)), adapter(run)
+        return sum((one[n] - many[n]).float().square().sum().item() for n in one) ** 0.5
+
+    assert distance({}) <= 2 * distance(None)
+
+
+SET_UPS = {
+    # name: (what the job is told, engines)
+    "clipping": ({"trainer": {**STEADY, "max_grad_norm": 0.1}}, (*ENGINES, *(f"zero{s}_offload" for s in (1, 2, 3)))),
+    "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}, "trainer": STEADY}, ENGINES),
+    "uneven adapter": (
+        {"lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]}, "trainer": STEADY},
+        ENGINES,
+    ),
+    "masters that are the working shards": ({"alias_masters": True, "trainer": STEADY}, ["zero3"]),
+    "subclass": ({"subclass": True, "trainer": STEADY}, ENGINES),
+}
+CORE_SET_UPS = [("clipping", "zero2_offload"), ("frozen lora_A", "zero3"), ("uneven adapter", "fsdp2")]
+
+
+@pytest.mark.parametrize(
+    "name, engine",
+    [
+        pytest.param(name, engine, marks=() if (name, engine) in CORE_SET_UPS else slow)
+        for name, (_, engines) in SET_UPS.items()
+        for engine in engines
+    ],
+)
+def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_process):
+    options = {**SET_UPS[name][0], "steps": 6}
+    facts = launch(tmp_path, engine, 3 if name == "uneven adapter" else 2, **options)
+    alone = one_process(**{key: value for key, value in options.items() if key != "alias_masters"})
+    assert facts["step"] == 6
+    if name == "clipping":
+        assert min(facts["norms"]) > 0.1  # it does clip
+    if name == "frozen lora_A":
+        state_dict = trained(tmp_path)
+        assert all(torch.equal(v, trained(alone)[n]) for n, v in state_dict.items() if n.endswith("latent_A"))
+    assert largest_difference(trained(alone), trained(tmp_path)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(e, marks=slow) for e in ("fsdp2", "zero1", "zero2", "zero3"))]
+)
+def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
+    launch(tmp_path / "plain", engine, method=None, steps=4)
+    launch(tmp_path / "off", engine, method={"filter": "none", "coordinator": "none"}, steps=4)
+    plain, off = adapter(tmp_path / "plain"), adapter(tmp_path / "off")
+    assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
+
+
+SAVING = {"steps": 6, "trainer": {**STEADY, "save_strategy": "steps", "save_steps": 3}}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["zero3", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero2", "zero2_offload"))],
+)
+def test_resume_is_bit_for_bit(engine, tmp_path):
+    launch(tmp_path / "whole", engine, **SAVING)
+    launch(tmp_path / "parts", engine, stop_at=3, **SAVING)
+    launch(tmp_path / "parts", engine, resume=str(tmp_path / "parts" / "checkpoint-3"), **SAVING)
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    adapters = [adapter(tmp_path / run) for run in ("whole", "parts")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+@slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+def test_resume_at_another_world_size(engine, tmp_path, one_process):
+    """Where the engine's own checkpoint allows it, the run goes on as if nothing had changed; ZeRO's does not, and says so."""
+    launch(tmp_path, engine, 2, stop_at=3, **SAVING)
+    resumed = {"resume": str(tmp_path / "checkpoint-3"), **SAVING}
+    if engine == "zero2":
+        output = launch(tmp_path, engine, 3, check=False, **resumed)
+        assert "DP world size of 2 but the current world size is 3" in output
+        return
+    launch(tmp_path, engine, 3, **resumed)
+    assert largest_difference(trained(one_process(**SAVING)), trained(tmp_path)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero3", "zero2_offload"))]
+)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
+def test_bad_gradients_skip_the_step_everywhere(engine, dtype, tmp_path):
+    """The run with a poisoned last step ends where the run without that step does."""
+    deepspeed = FP32_GRADIENTS if dtype == "bfloat16" and engine == "zero1" else {}
+    options = {"dtype": dtype, "steps": 4, "deepspeed": deepspeed}
+    facts = launch(tmp_path / "poisoned", engine, poison_at=3, **options)
+    assert facts["step"] == 3 and facts["skipped"] == 1
+    launch(tmp_path / "clean", engine, stop_at=3, **options)
+    assert largest_difference(trained(tmp_path / "poisoned"), trained(tmp_path / "clean")) == 0
+
+
+@slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_fp16_overflow_skips_the_step_for_all(engine, tmp_path):
+    """The loss scale starts at 2^20, where the first steps overflow; DeepSpeed halves it, and training goes on."""
+    facts = launch(tmp_path / "three", engine, dtype="float16", deepspeed=FP16, steps=3)
+    assert facts["step"] == 0 and facts["skipped"] == 3
+    launch(tmp_path / "one", engine, dtype="float16", deepspeed=FP16, steps=1)
+    assert largest_difference(trained(tmp_path / "three"), trained(tmp_path / "one")) == 0
+    facts = launch(tmp_path / "five", engine, dtype="float16", deepspeed=FP16, steps=5)
+    assert facts["step"] == 2 and facts["skipped"] == 3
+    assert largest_difference(trained(tmp_path / "five"), trained(tmp_path / "one")) > 1e-3
+
+
+def test_ranks_that_differ_stop_with_what_differs(tmp_path):
+    output = launch(tmp_path, "ddp", check=False, seed_of_rank_1=99, steps=1)
+    for rank in (0, 1):
+        assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError" in output
+    assert "ranks that differ in configuration, seed" in output and "rank 1 has 99" in output
+
+
+@slow
+@pytest.mark.parametrize(
+    "engine, deepspeed, message",
+    [
+        ("zero2", {"zero_optimization": {"stage": 0}}, "DeepSpeed at ZeRO stage 0"),
+        ("zero3", {"zero_optimization": {"zero_hpz_partition_size": 2}}, "ZeRO++"),
+    ],
+)
+def test_unserved_set_ups_are_refused_by_name(engine, deepspeed, message, tmp_path):
+    assert f"StructLoRA found {message}" in launch(tmp_path, engine, check=False, deepspeed=deepspeed, steps=1)

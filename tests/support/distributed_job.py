@@ -1,0 +1,230 @@
+"""One rank of a distributed SFT job with the callback alone; started by a launcher, or alone for the one-process run.
+
+Prints one JSON line on rank 0 with what really ran; the state goes to OUTPUT/state.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from tests.support.tiny import WHOLE
+
+torch.set_num_threads(1)
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+MICRO_BATCH = 6  # over all ranks, so that 1, 2 and 3 see the same
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--engine",
+        default="single",
+        help="single, ddp, fsdp2 or a file of configs/deepspeed; 'launcher': whatever the launcher has set up",
+    )
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--method", type=json.loads, default={}, help="more StructLoRA options, or null for plain LoRA")
+    parser.add_argument("--subclass", action="store_true", help="StructLoRASFTTrainer instead of the callback")
+    parser.add_argument("--lora", type=json.loads, default={}, help="more LoraConfig options")
+    parser.add_argument("--freeze", default=None, help="freeze parameters whose name holds this")
+    parser.add_argument("--deepspeed", type=json.loads, default={}, help="merged into the DeepSpeed config")
+    parser.add_argument("--trainer", type=json.loads, default={}, help="more training arguments")
+    parser.add_argument("--resume", default=None)
+    parser.add_argument("--stop-at", type=int, default=None)
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--seed-of-rank-1", type=int, default=None)
+    parser.add_argument("--poison-at", type=int, default=None, help="step at which the loss is NaN")
+    parser.add_argument("--alias-masters", action="store_true", help="make stage 3's masters the working shards")
+    parser.add_argument(
+        "--kill", type=json.loads, default=None, help='{"rank": 1, "step": 4, "in": "step|save|pullback"}'
+    )
+    parser.add_argument("--group-timeout", type=float, default=None, help="seconds")
+    parser.add_argument("--local_rank", default=None, help="passed by the deepspeed launcher")
+    args = parser.parse_args()
+    if args.method is not None:
+        args.method = {**WHOLE, **args.method}
+    return args
+
+
+def deepspeed_config(args) -> dict:
+    import deepspeed
+
+    # The shared-memory collectives take a minute to compile and are only faster.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    if args.dtype == "float16":
+        # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    timeout = {"timeout": datetime.timedelta(seconds=args.group_timeout)} if args.group_timeout else {}
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, **timeout)
+    if args.engine == "launcher":
+        return {}
+    config = json.loads((CONFIGS / f"{args.engine}.json").read_text())
+    for key, value in args.deepspeed.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) and key in config else value
+    return {"deepspeed": config}
+
+
+def offer_fsdp2_on_cpu() -> None:
+    """Accelerate offers FSDP2 on accelerators alone, and would run DDP in silence; on CPU the sharding is the same."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    import accelerate.state
+    import transformers.training_args
+    from accelerate.utils import DistributedType
+
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+class PoisonAt(TrainerCallback):
+    def __init__(self, step):
+        self.at, self.hook = step, None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.at:
+            embeddings = model.get_input_embeddings()
+            self.hook = embeddings.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+
+class KillAt(TrainerCallback):
+    """Kill this process outright between two steps, inside the save after that step, or inside the step's pullback."""
+
+    def __init__(self, fault):
+        self.step, self.place = fault["step"], fault["in"]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step != self.step:
+            return
+        if self.place == "step":
+            self._die()
+        elif self.place == "pullback":
+            from structlora_trl.core.mapping import KindMap
+
+            KindMap.pullback = self._die
+        else:
+            from structlora_trl import state
+
+            state.os.fsync = self._die  # written, not yet in its place
+
+    def _die(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class AliasMasters(TrainerCallback):
+    """What stage 3 would do in fp32 but for its comparison that is never true."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from structlora_trl.trainers.compat import training_trainer
+
+        optimizer = training_trainer()[0].model_wrapped.optimizer
+        for master, working in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat):
+            assert master.dtype == working.dtype and master.data_ptr() != working.data_ptr()
+            master.data = working.data
+
+
+def main():
+    args = arguments()
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    options = {
+        "per_device_train_batch_size": MICRO_BATCH // world,
+        "gradient_accumulation_steps": args.accumulation,
+        "max_steps": args.steps,
+        "bf16": args.dtype == "bfloat16",
+        "fp16": args.dtype == "float16",
+        "optim": "adamw_torch",
+        "logging_steps": 1,
+        "lora": args.lora,
+        **args.trainer,
+    }
+    if args.engine.startswith("zero") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from transformers.integrations import HfDeepSpeedConfig  # noqa: F401  (imported before the config is built)
+
+        options |= deepspeed_config(args)
+    elif args.group_timeout:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=args.group_timeout))
+
+    if args.engine == "fsdp2":
+        offer_fsdp2_on_cpu()
+        layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        options |= {"use_cpu": False, "fsdp": True, "fsdp_config": {**layers, **args.trainer.get("fsdp_config", {})}}
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        offer_fsdp2_on_cpu()
+        options["use_cpu"] = False
+
+    from structlora_trl import StructLoRACallback, StructLoRASFTConfig, StructLoRASFTTrainer
+    from tests.support.jobs import sft
+    from tests.trainers.test_trainers import StopAt
+
+    callback = StructLoRACallback(args.method) if args.method is not None and not args.subclass else None
+    others = [
+        callback,
+        args.stop_at is not None and StopAt(args.stop_at),
+        args.poison_at is not None and PoisonAt(args.poison_at),
+        args.kill is not None and rank == args.kill["rank"] and KillAt(args.kill),
+    ]
+    callbacks = [c for c in others if c]
+    if args.alias_masters:
+        callbacks.insert(0, AliasMasters())
+    if args.seed_of_rank_1 is not None and rank == 1:
+        callback.config.seed = args.seed_of_rank_1
+    if args.subclass:
+        options |= {"trainer_class": StructLoRASFTTrainer, "config_class": StructLoRASFTConfig, **args.method}
+    trainer = sft(args.output, callbacks, row_count=args.rows, **options)
+    if args.subclass:
+        callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback))
+    for name, parameter in trainer.model.named_parameters():
+        if args.freeze is not None and args.freeze in name:
+            parameter.requires_grad_(False)
+    trainer.train(resume_from_checkpoint=args.resume)
+
+    wrapped = trainer.model_wrapped
+    is_deepspeed = type(wrapped).__name__ == "DeepSpeedEngine"
+    facts = {
+        "wrapped": type(wrapped).__name__,
+        "world": dist.get_world_size() if dist.is_initialized() else 1,
+        "stage": wrapped.zero_optimization_stage() if is_deepspeed else None,
+        "optimizer": type(wrapped.optimizer).__name__ if is_deepspeed else None,
+        "offload": bool(is_deepspeed and wrapped.zero_cpu_offload()),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
+    }
+    if callback is not None:
+        runtime = callback.runtime
+        facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
+        if is_deepspeed or args.engine == "fsdp2":
+            facts["collectives"] = runtime.engine.packing.collectives
+    trainer.save_model(str(args.output / "adapter"))
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        if callback is not None:
+            torch.save(runtime.state_dict(), args.output / "state.pt")
+        print("FACTS " + json.dumps(facts), flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        # All is done and written. Tearing down gloo's threads beside DeepSpeed's now and then aborts the interpreter
+        # ("terminate called without an active exception"), so leave without; errors never get here.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

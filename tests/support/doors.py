@@ -1,0 +1,131 @@
+"""What the tests of all front doors share: a tiny model and data on disk, the real command, and what it must leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from structlora_trl import attach, load_state
+from structlora_trl.state import STATE_NAME
+from tests.docs.test_examples import llava_processor
+from tests.support.tiny import base_model, sentence, tokenizer
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+STUBS = Path(__file__).with_name("stubs")
+LEAST_MOVE = 1e-3  # of a gate logit in three steps at the default rate of 0.03
+STEPS = 3
+ROWS = 16
+
+
+def save_model(folder: Path, family: str = "llama", **sizes) -> str:
+    """A tiny model of a family with its tokenizer, as a local folder."""
+    model = base_model(family)
+    if sizes:
+        torch.manual_seed(0)
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), **sizes}))
+    model.save_pretrained(folder)
+    (llava_processor() if family == "llava" else tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def save_rows(file: Path, row) -> str:
+    file.write_text(json.dumps([row(i) for i in range(ROWS)]))
+    return str(file)
+
+
+def instruction(i: int) -> dict:
+    return {"instruction": sentence(i, 4), "input": "", "output": sentence(i + 1, 4)}
+
+
+def chat(i: int) -> dict:
+    return {
+        "messages": [{"role": "user", "content": sentence(i, 4)}, {"role": "assistant", "content": sentence(i + 1, 4)}]
+    }
+
+
+def save_pictures(file: Path) -> str:
+    """Chats about pictures, as JSON with the pictures' paths."""
+    rows = []
+    for i in range(ROWS):
+        picture = file.with_name(f"picture{i}.png")
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(picture)
+        question = [{"type": "image", "path": str(picture)}, {"type": "text", "text": sentence(i, 4)}]
+        answer = [{"type": "text", "text": sentence(i + 1, 4)}]
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+def run(*command, succeeds: bool = True, input: str | None = None, **environment) -> str:
+    """Run a command of this environment; its output. Paths of this checkout and of the stubs come first."""
+    command = [str(BIN / command[0]), *map(str, command[1:])]
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(STUBS)]),
+        "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+    }
+    variables = {**os.environ, **paths, "AXOLOTL_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables, input=input)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == succeeds, output[-6000:]
+    return output
+
+
+def state_of(output: Path, step: int = STEPS) -> tuple[dict, dict]:
+    """The options and the tensors of a checkpoint's state; the gates must have moved, and the coordinator where there is one."""
+    with safe_open(Path(output) / f"checkpoint-{step}" / STATE_NAME, "pt") as file:
+        options = json.loads(file.metadata()["config"])
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    assert state["step"] == step
+    start = torch.tensor(options["gate_init"]).logit()
+    logits = [value for key, value in state.items() if key.endswith("/logits")]
+    thetas = [value for key, value in state.items() if key.endswith(".theta")]
+    assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
+    assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)
+    return options, state
+
+
+def check(output: Path, model: str, step: int = STEPS, merged: Path | None = None, atol: float = 1e-6) -> dict:
+    """StructLoRA acted, and what was saved is a plain LoRA adapter that computes what it computed; the state's options.
+
+    The adapter (and the merged model) in plain PEFT is held to the map of the saved latents, evaluated anew.
+    """
+    options, state = state_of(output, step)
+    loaded = PeftModel.from_pretrained(_base(model), output).eval()
+    lora = LoraConfig.from_pretrained(output)
+    lora.inference_mode, lora.init_lora_weights = False, True
+    again = get_peft_model(_base(model), lora)
+    trained = [p for p in again.parameters() if p.requires_grad]
+    runtime = attach(again, torch.optim.SGD(trained, lr=0.0), options)
+    load_state(runtime, Path(output) / f"checkpoint-{step}")
+    runtime.detach()
+    tokens = torch.arange(4, 24).view(2, 10)
+    models = [loaded] + ([_base(merged)] if merged else [])
+    with torch.no_grad():
+        expected = again.eval()(input_ids=tokens).logits
+        assert not torch.equal(expected, _base(model)(input_ids=tokens).logits)
+        for one in models:
+            torch.testing.assert_close(one(input_ids=tokens).logits, expected, atol=atol, rtol=0)
+    return {**options, "state": state}
+
+
+def _base(folder):
+    config = json.loads((Path(folder) / "config.json").read_text())
+    auto = AutoModelForImageTextToText if config["model_type"] == "llava" else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def readme_block(section: str) -> str:
+    """The YAML of a section of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.split(f"### {section}\n", 1)[1].split("```yaml\n", 1)[1].split("```", 1)[0]

@@ -1,0 +1,165 @@
+"""Small training jobs for every trainer the callback serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
+
+ROWS = 48
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+
+_ARGUMENTS = {
+    "use_cpu": True,
+    "bf16": False,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_steps": 3,
+    "save_strategy": "no",
+    "seed": 5,
+}
+
+
+def from_trl(*names: str) -> list:
+    """Classes of TRL. Versions before 1.0 cannot import some of their own trainers beside transformers 5."""
+    try:
+        return [getattr(trl, name) for name in names]
+    except RuntimeError as error:
+        if int(trl.__version__.split(".")[0]) >= 1:
+            raise
+        pytest.skip(f"TRL {trl.__version__} cannot import {names[0]} here: {error}")
+
+
+def arguments(output, **options) -> dict:
+    return {"output_dir": str(output), **_ARGUMENTS, **options}
+
+
+def sft(
+    output,
+    callbacks,
+    trainer_class=SFTTrainer,
+    config_class=SFTConfig,
+    model=None,
+    peft=True,
+    row_count=ROWS,
+    lora=None,
+    **options,
+):
+    rows = Dataset.from_list([{"text": sentence(i)} for i in range(row_count)])
+    return trainer_class(
+        model if model is not None else base_model("llama"),
+        args=config_class(**arguments(output, max_length=32, **options)),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(**LORA, **(lora or {})) if peft else None,
+        callbacks=callbacks,
+    )
+
+
+def _pairs() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt": sentence(i, 4), "chosen": " " + sentence(i + 1, 4), "rejected": " " + sentence(i + 2, 4)}
+            for i in range(ROWS)
+        ]
+    )
+
+
+def _preference(name, rows):
+    def build(output, callbacks, **options):
+        trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
+        model = base_model("llama")
+        model.warnings_issued = {}  # TRL before 1.0 writes to this, which transformers 5 dropped
+        return trainer_class(
+            model,
+            args=config_class(**arguments(output, max_length=32, **options)),
+            train_dataset=rows(),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(**LORA),
+            callbacks=callbacks,
+        )
+
+    return build
+
+
+def _labelled() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": sentence(i, 4), "completion": " " + sentence(i + 1, 4), "label": i % 2 == 0} for i in range(ROWS)]
+    )
+
+
+def reward(output, callbacks, **options):
+    trainer_class, config_class = from_trl("RewardTrainer", "RewardConfig")
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**base_model("llama").config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+    return trainer_class(
+        LlamaForSequenceClassification(config),
+        args=config_class(**arguments(output, max_length=32, **options)),
+        train_dataset=Dataset.from_list([{"chosen": sentence(i), "rejected": sentence(i + 1)} for i in range(ROWS)]),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(**LORA, task_type=TaskType.SEQ_CLS, modules_to_save=["score"]),
+        callbacks=callbacks,
+    )
+
+
+def _distinct_words(completions, **_):
+    return [float(len(set(c.split()))) + 0.1 * len(c) for c in completions]
+
+
+def _online(name):
+    def build(output, callbacks, **options):
+        trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
+        length = {"max_completion_length": 6, "num_generations": 4}
+        return trainer_class(
+            base_model("llama"),
+            reward_funcs=_distinct_words,
+            args=config_class(**arguments(output, **length, **options)),
+            train_dataset=Dataset.from_list([{"prompt": sentence(i, 4)} for i in range(ROWS)]),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(**LORA),
+            callbacks=callbacks,
+        )
+
+    return build
+
+
+def plain(output, callbacks, family="bert", **options):
+    torch.manual_seed(1)
+    model = get_peft_model(
+        base_model(family), LoraConfig(r=4, target_modules=FAMILIES[family].attention, modules_to_save=["classifier"])
+    )
+    rows = [{k: v[0] for k, v in FAMILIES[family].batch(i).items()} for i in range(ROWS)]
+    return Trainer(
+        model,
+        args=TrainingArguments(**arguments(output, **options)),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        callbacks=callbacks,
+    )
+
+
+JOBS = {
+    "sft": sft,
+    "dpo": _preference("DPO", _pairs),
+    "kto": _preference("KTO", _labelled),
+    "reward": reward,
+    "grpo": _online("GRPO"),
+    "rloo": _online("RLOO"),
+    "trainer": plain,
+}
+
+
+def checkpoints(output) -> list[str]:
+    return sorted(path.name for path in Path(output).glob("checkpoint-*"))

@@ -1,0 +1,101 @@
+"""Start `distributed_job.py` in real processes, and make sure that the engine which is meant is really on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+JOB = Path(__file__).with_name("distributed_job.py")
+ENGINES = {
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def torchrun(world: int, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *("--nproc_per_node", str(world), "--master_port", str(free_port())),
+        *more,
+    ]
+
+
+def job_arguments(output, engine: str, options: dict) -> list[str]:
+    """The job's command line; an option that is True is a flag."""
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    arguments = [str(JOB), str(output), "--engine", engine]
+    for name, value in options.items():
+        arguments.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            arguments.append(value if isinstance(value, str) else json.dumps(value))
+    return arguments
+
+
+def run(command: list[str], timeout: float = 300, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=cwd)
+
+
+def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict:
+    """What the job says has run, checked."""
+    facts = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FACTS ")]
+    assert done.returncode == 0 and facts, (done.stdout + done.stderr)[-4000:]
+    if engine != "single":
+        name = engine.removesuffix("_offload")
+        wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}.get(engine, "DeepSpeedEngine")
+        stage = int(name[-1]) if name.startswith("zero") else None
+        assert (facts[0]["wrapped"], facts[0]["stage"], facts[0]["world"]) == (wrapped, stage, world)
+        assert facts[0]["offload"] == engine.endswith("_offload")
+        assert facts[0].get("engine") in (None, ENGINES[name])
+        if "engine" in facts[0]:
+            assert done.stdout.count(f"StructLoRA on {ENGINES[name]}, {world} processes: ") == 1
+    return facts[0]
+
+
+def launch(output, engine: str = "single", world: int = 2, check: bool = True, **options) -> dict | str:
+    """Run the job; its facts, or its output where it may fail."""
+    start = [sys.executable] if engine == "single" else torchrun(world)
+    done = run(start + job_arguments(output, engine, options))
+    return facts_of(done, engine, world) if check else done.stdout + done.stderr
+
+
+def state(output) -> dict[str, torch.Tensor]:
+    return torch.load(output / "state.pt")
+
+
+def trained(output) -> dict[str, torch.Tensor]:
+    """Latents, logits and Θ at the end."""
+    return {n: v for n, v in state(output).items() if "latent" in n or "logits" in n or "theta" in n}
+
+
+def adapter(output) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def largest_difference(left: dict, right: dict) -> float:
+    assert left.keys() == right.keys() and left
+    return max((left[name].float() - right[name].float()).abs().max().item() for name in left)

@@ -1,0 +1,119 @@
+"""Attaches to models that are owned in ways which no engine serves; prints, as JSON, what each said.
+
+A script, since process groups and DeepSpeed keep global state. One process is enough: an engine is told from its objects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from types import SimpleNamespace
+
+os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", LOCAL_RANK="0")
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_module
+
+from structlora_trl import StructLoRAError, attach
+from tests.support.tiny import adamw, peft_model
+
+
+def hsdp():
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    return fully_shard(peft_model(), mesh=mesh)
+
+
+def part_of_the_model():
+    model = peft_model()
+    fully_shard(model.base_model.model.model.layers[0])
+    return model
+
+
+def tensor_parallel():
+    return distribute_module(peft_model(), init_device_mesh("cpu", (1,)))
+
+
+def fsdp1():
+    return FullyShardedDataParallel(peft_model(), use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def deepspeed_stage(stage: int, **zero):
+    import deepspeed
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
+    model = peft_model()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    config |= {"zero_optimization": {"stage": stage, **zero}}
+    return deepspeed.initialize(model=model, optimizer=adamw(model), config=config)[0]
+
+
+def pipeline():
+    from deepspeed import PipelineEngine
+
+    engine = deepspeed_stage(1)
+    engine.__class__ = PipelineEngine
+    return engine
+
+
+def other_optimizer():
+    engine = deepspeed_stage(3)
+    engine.optimizer.__class__ = type("MiCS_Optimizer", (type(engine.optimizer),), {})  # as versions with MiCS have it
+    return engine
+
+
+def with_optimizer(**attributes):
+    # What an NVMe drive or a GPU would bring about.
+    engine = deepspeed_stage(2)
+    for name, value in attributes.items():
+        setattr(engine.optimizer, name, value)
+    return engine
+
+
+def muon():
+    engine = deepspeed_stage(2)
+    next(engine.module.parameters()).use_muon = True
+    return engine
+
+
+def engine_withheld():
+    return deepspeed_stage(3).module
+
+
+CASES = {
+    "HSDP": hsdp,
+    "FSDP2 of a part": part_of_the_model,
+    "tensor parallelism": tensor_parallel,
+    "FSDP1": fsdp1,
+    "ZeRO stage 0": lambda: deepspeed_stage(0),
+    "pipeline": pipeline,
+    "ZeRO++": lambda: deepspeed_stage(2, zero_quantized_gradients=True),
+    "MiCS": other_optimizer,
+    "NVMe": lambda: with_optimizer(swap_optimizer=True),
+    "Muon": muon,
+    "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
+    "engine withheld": engine_withheld,
+}
+
+
+def main():
+    dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+    said = {}
+    for name, build in CASES.items():
+        model = build()
+        try:
+            attach(model, getattr(model, "optimizer", None) or adamw(model))
+            said[name] = "nothing"
+        except StructLoRAError as error:
+            said[name] = str(error)
+        print(f"{name}: {said[name]}", file=sys.stderr)
+    print(json.dumps(said), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""The callback alone, under every trainer it serves: it acts, saves, resumes, reports, and behaves as plain LoRA does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig
+
+from structlora_trl import (
+    StructLoRACallback,
+    StructLoRAConfig,
+    StructLoRAError,
+    StructLoRAMixin,
+    StructLoRASFTConfig,
+    StructLoRASFTTrainer,
+    save_state,
+    state,
+)
+from tests.support.jobs import JOBS, checkpoints, from_trl, plain, sft
+from tests.support.tiny import WHOLE, base_model, logits_of, lora_parameters
+
+STATE = "structlora.safetensors"
+EVERY_OTHER_STEP = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def state_of(checkpoint) -> dict:
+    return load_file(Path(checkpoint) / STATE)
+
+
+def weights_of(trainer):
+    return [p.detach().clone() for p in lora_parameters(trainer.model).values()]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_callback_acts_under_every_trainer(job, tmp_path):
+    callback = StructLoRACallback(WHOLE)
+    trainer = JOBS[job](tmp_path, [callback])
+    trainer.train()
+    runtime = callback.runtime
+    assert runtime.step == 3 and runtime.skipped_steps == 0
+    assert {kind.depth_count for kind in runtime.kinds} == {3}
+    for m, latent in zip(runtime.maps, runtime.engine.read_latents()):
+        assert (m.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3
+        assert latent.B.abs().sum() > 0 and not torch.equal(latent.A[0], latent.A[1])
+        assert m.coordinators[m.sides[0]].theta.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(bits, tmp_path):
+    """QLoRA: the method touches the adapter alone, whatever the base is stored in."""
+    pytest.importorskip("bitsandbytes")
+    base_model("llama").save_pretrained(tmp_path / "base")
+    quantisation = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, device_map="cpu")
+    callback = StructLoRACallback()
+    trainer = sft(tmp_path, [callback], model=model)
+    trainer.train()
+    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == f"Linear{bits}bit" + ("Lt" if bits == 8 else "")
+    assert callback.runtime.step == 3
+    assert all((m.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3 for m in callback.runtime.maps)
+
+
+def test_two_runs_are_equal_and_seeds_differ(tmp_path):
+    def run(seed):
+        trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], seed=seed)
+        trainer.train()
+        return weights_of(trainer)
+
+    first = run(1)
+    assert all(map(torch.equal, first, run(1)))
+    assert not all(map(torch.equal, first, run(2)))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("by", ["true", "path", "moved"])
+def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation}
+    method = {**WHOLE, "semantic_every": 2, "semantic_threshold": 0.0}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = sft(whole, [StructLoRACallback(method)], **options)
+    straight.train()
+    stopped = sft(parts, [StructLoRACallback(method), StopAt(3)], **options)
+    stopped.train()
+    source = {"true": True, "path": str(parts / "checkpoint-3"), "moved": str(tmp_path / "elsewhere" / "last")}[by]
+    if by == "moved":
+        (tmp_path / "elsewhere").mkdir()
+        (parts / "checkpoint-3").rename(source)
+    callback = StructLoRACallback(method)
+    resumed = sft(parts, [callback], **options)
+    resumed.train(resume_from_checkpoint=source)
+    assert callback.runtime.step == 6
+    ours, theirs = state_of(parts / "checkpoint-6"), state_of(whole / "checkpoint-6")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.at = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.at
+
+
+def test_callback_state_is_restored_where_asked(tmp_path):
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "restore_callback_states_from_checkpoint": True,
+    }
+    sft(tmp_path, [StructLoRACallback(prior=0.3), StopAt(2)], **options).train()
+    resumed = sft(tmp_path, [StructLoRACallback()], **options)
+    resumed.train(resume_from_checkpoint=True)
+    (callback,) = [c for c in resumed.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
+    assert callback.config == StructLoRAConfig(prior=0.3) and callback.runtime.step == 4
+
+
+def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
+    options = {
+        **EVERY_OTHER_STEP,
+        "save_total_limit": 2,
+        "eval_on_start": True,
+    }
+    trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], **options)
+    trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    evaluations = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert set(evaluations) == {0, 2, 4, 6}
+    # What was measured is what was saved.
+    saved = sft(
+        tmp_path, [], model=PeftModel.from_pretrained(base_model("llama"), tmp_path / "checkpoint-4"), peft=False
+    )
+    assert saved.evaluate()["eval_loss"] == pytest.approx(evaluations[4], abs=1e-6)
+
+
+def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
+    options = {
+        **EVERY_OTHER_STEP,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "worst",
+        "greater_is_better": True,
+    }
+
+    class FirstIsBest(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_worst"] = -state.global_step
+
+    callback = StructLoRACallback(WHOLE)
+    trainer = sft(tmp_path, [callback, FirstIsBest()], **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    names = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if "lora" in n}
+    assert all(torch.equal(best[name], names[name]) for name in best)
+    assert callback.runtime.step == 2
+    trainer.train()
+    assert state_of(tmp_path / "checkpoint-6")["step"] == 8
+
+
+def test_second_train_goes_on(tmp_path):
+    callback = StructLoRACallback(WHOLE)
+    trainer = sft(tmp_path, [callback])
+    trainer.train()
+    first = {name: value for name, value in callback.runtime.state_dict().items()}
+    trainer.train()
+    assert callback.runtime.step == 6
+    assert [type(c).__name__ for c in trainer.callback_handler.callbacks].count("StructLoRACallback") == 1
+    # Weights changed in between: a warm start from those, not from stale latents.
+    with torch.no_grad():
+        for parameter in lora_parameters(trainer.model).values():
+            parameter.mul_(0.5)
+    trainer.train()
+    assert callback.runtime.step == 3
+    assert first.keys() <= callback.runtime.state_dict().keys()
+
+
+def test_interrupted_run_saves_evaluation_weights(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    callback = StructLoRACallback(WHOLE)
+    trainer = sft(tmp_path, [callback, Interrupt()], gradient_accumulation_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert callback.runtime.role == "training"
+    trainer.save_model(str(tmp_path / "saved"))
+    callback.runtime.eval()
+    expected = logits_of(trainer.model, "llama")
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "saved")
+    assert (logits_of(loaded, "llama") - expected).abs().max() <= 1e-6
+
+
+def test_trainer_subclass_takes_its_options_from_the_arguments(tmp_path):
+    trainer = sft(tmp_path, None, StructLoRASFTTrainer, StructLoRASFTConfig, filter="random", coordinator="gat")
+    trainer.train()
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
+    assert callback.config.filter == "random" and callback.config.coordinator == "gat"
+    assert callback.runtime.seed == trainer.args.seed == 5 and callback.runtime.step == 3
+
+
+def test_mixin_serves_any_trainer(tmp_path):
+    (dpo_trainer,) = from_trl("DPOTrainer")
+
+    class StructLoRADPOTrainer(StructLoRAMixin, dpo_trainer):
+        pass
+
+    template = JOBS["dpo"](tmp_path, None)
+    trainer = StructLoRADPOTrainer(
+        base_model("llama"),
+        args=template.args,
+        train_dataset=template.train_dataset.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=template.processing_class,
+        peft_config=template.model.peft_config["default"],
+        structlora_config={"prior": 0.4},
+    )
+    trainer.train()
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
+    assert callback.config.prior == 0.4 and callback.runtime.step == 3
+
+
+METRICS = {
+    "gate_openness",
+    "gate_entropy",
+    "kl",
+    "effective_rank",
+    "drift_energy",
+    "gradient_cosine",
+    "semantic_edges",
+    "theta_norm",
+    "map_ms",
+    "skipped_steps",
+}
+
+
+def check_metrics(found: dict, prefix: str):
+    values = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    assert values.keys() == METRICS
+    assert 0 < values["gate_openness"] < 1 and values["map_ms"] > 0 and 1 <= values["effective_rank"] <= 4
+
+
+def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="tensorboard")
+    trainer.train()
+    (events,) = [p.parent for p in tmp_path.rglob("events.out.tfevents*")]
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    scalars = {tag: [e.value for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    check_metrics({tag: values[-1] for tag, values in scalars.items()}, "train/structlora/")
+    assert all(len(values) == 3 for tag, values in scalars.items() if "structlora" in tag)
+    check_metrics(trainer.state.log_history[2], "structlora/")
+    assert not any(
+        "structlora" in key for entry in trainer.state.log_history if "train_runtime" in entry for key in entry
+    )
+
+
+def test_metrics_reach_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    seen = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setattr(wandb.Run, "log", lambda run, logs, *args, **kwargs: seen.append(logs))
+    sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="wandb").train()
+    wandb.finish()
+    check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
+
+
+def test_metrics_reach_trackio(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    seen = []
+    monkeypatch.setattr(trackio, "init", lambda *args, **kwargs: None)
+    monkeypatch.setattr(trackio, "config", {}, raising=False)
+    monkeypatch.setattr(trackio, "finish", lambda: None)
+    monkeypatch.setattr(trackio, "log", lambda logs, *args, **kwargs: seen.append(logs))
+    sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="trackio").train()
+    check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
+
+
+def test_state_file_describes_itself(tmp_path):
+    sft(tmp_path, [StructLoRACallback(WHOLE, prior=0.4)], save_strategy="steps", save_steps=3).train()
+    with safe_open(tmp_path / "checkpoint-3" / STATE, "pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+    assert json.loads(metadata["config"])["prior"] == 0.4 and metadata["seed"] == "5"
+    kinds = json.loads(metadata["kinds"])
+    assert kinds["model.layers.*.self_attn.q_proj"]["shape"] == [3, 4, 32, 32]
+    for kind in kinds:
+        parts = {name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")}
+        assert {"latent_A", "latent_B", "logits", "graph.semantic", "graph.features"} <= parts
+    assert {"optimizer/0/exp_avg", "optimizer/0/exp_avg_sq", "optimizer/0/step", "step"} <= names
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import structlora_trl.state as state
+from tests.support.jobs import sft
+from tests.support.tiny import WHOLE
+from structlora_trl import StructLoRACallback
+
+write = state.save_file
+def killed_at_4(tensors, path, metadata):
+    write(tensors, path, metadata)
+    if "checkpoint-4" in str(path):
+        with open(path, "rb+") as file:
+            file.truncate(os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+state.save_file = killed_at_4
+sft({output!r}, [StructLoRACallback(WHOLE)], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+"""
+
+
+def test_killed_amid_a_save_the_checkpoint_before_still_resumes(tmp_path):
+    tests = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", KILLED.format(tests=tests, output=str(tmp_path))], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]  # nothing was deleted before ours was whole
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(StructLoRAError, match=f"no {STATE} in .*checkpoint-4.*resume from another checkpoint"):
+        os.replace(tmp_path / "checkpoint-2" / "trainer_state.json", tmp_path / "checkpoint-4" / "trainer_state.json")
+        sft(tmp_path, [StructLoRACallback(WHOLE)], **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+    os.replace(tmp_path / "checkpoint-4" / "trainer_state.json", tmp_path / "checkpoint-2" / "trainer_state.json")
+    callback = StructLoRACallback(WHOLE)
+    sft(tmp_path, [callback], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert callback.runtime.step == 6
+    whole = tmp_path / "whole"
+    sft(whole, [StructLoRACallback(WHOLE)], **options).train()
+    ours, theirs = state_of(tmp_path / "checkpoint-6"), state_of(whole / "checkpoint-6")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device")])
+def test_disk_full_while_saving_keeps_the_old_checkpoint(failure, tmp_path, monkeypatch):
+    write = state.save_file
+
+    def full(tensors, path, metadata):
+        if "checkpoint-4" not in str(path):
+            return write(tensors, path, metadata)
+        Path(path).write_bytes(b"half a file")
+        raise failure
+
+    monkeypatch.setattr(state, "save_file", full)
+    trainer = sft(
+        tmp_path, [StructLoRACallback()], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1
+    )
+    with pytest.raises(StructLoRAError, match="cannot be written .*No space left.*resume from the last complete"):
+        trainer.train()
+    assert not list((tmp_path / "checkpoint-4").glob("structlora*"))
+    assert state_of(tmp_path / "checkpoint-2")["step"] == 2
+
+
+def test_real_disk_full(tmp_path):
+    """On a real file system without room (a small tmpfs), where mounting one is allowed."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", small], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        callback = StructLoRACallback()
+        trainer = sft(tmp_path, [callback])
+        trainer.train()
+        with pytest.raises(StructLoRAError, match="cannot be written"):
+            save_state(callback.runtime, small)
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_plain_trainer_with_other_trained_weights(tmp_path):
+    """A head in `modules_to_save` trains as ever beside the adapter."""
+    trainer = plain(tmp_path, [StructLoRACallback()])
+    head = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "modules_to_save" in n}
+    trainer.train()
+    assert head and all(not torch.equal(p, dict(trainer.model.named_parameters())[n]) for n, p in head.items())
+
+
+def test_import_is_quick_and_light():
+    started = time.perf_counter()
+    code = "import sys, structlora_trl.core.mapping; assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.perf_counter() - started < 60
+
+
+def test_sft_config_without_options_uses_defaults(tmp_path):
+    trainer = sft(tmp_path, None, StructLoRASFTTrainer, SFTConfig)
+    trainer.train()
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
+    assert callback.config == StructLoRAConfig()
