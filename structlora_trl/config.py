@@ -70,7 +70,9 @@ class StructLoRAConfig:
     prior: float = _option(0.5, "Prior probability that a direction is open, in the KL term.")
     kl_weight: float = _option(0.1, "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta).")
     label_weight: float = _option(1.0, "Weight of the task gradient that reaches the gate logits (the paper's gamma).")
-    gate_lr: float = _option(0.03, "Learning rate of the gate logits; it follows the trainer's schedule.")
+    gate_lr: float = _option(
+        0.03, "Learning rate of the gate logits at the peak of the trainer's schedule, which it follows."
+    )
     share_gates: bool = _option(False, "Learn one gate vector per kind of module instead of one per module.")
     coordinator: str = _option(
         "none",
@@ -92,7 +94,7 @@ class StructLoRAConfig:
         choices=CHOICES["activation"],
     )
     coordinator_lr: float = _option(
-        0.01, "Learning rate of the coordinator's weights; it follows the trainer's schedule."
+        0.01, "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows."
     )
     edges: str = _option(
         "hybrid",

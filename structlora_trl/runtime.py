@@ -19,6 +19,7 @@ from .core.gates import logistic_noise
 from .core.mapping import ORIGINS, Factors, KindMap
 from .core.nodes import Kind
 from .engines import Engine, world_size
+from .engines.schedule import Rate, ScheduleShare
 from .errors import StructLoRAError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Runtime:
         self._gate_parameters = [m.logits for m in self.maps if m.logits is not None]
         self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
         self._optimizer = self._build_optimizer()
-        self._lr_scale: float | None = None  # set while a step that counts is under way
+        self._rate: Rate | None = None  # set while a step that counts is under way
+        self._share = ScheduleShare()
         self._map_seconds = 0.0
         self._cosine_sum = torch.zeros((), device=kinds[0].device)
         self._cosine_count = 0
@@ -144,7 +146,12 @@ class Runtime:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Latents, logits, Θ, their optimizer's state, graphs and the step that seeds the noise, as one flat dict."""
-        state = {"step": torch.tensor(self.step), "skipped_steps": torch.tensor(self.skipped_steps)}
+        state = {
+            "step": torch.tensor(self.step),
+            "skipped_steps": torch.tensor(self.skipped_steps),
+            "schedule/largest": torch.tensor(self._share.largest, dtype=torch.float64),
+            "schedule/warms_up": torch.tensor(self._share.warms_up),
+        }
         for m, latent in zip(self.maps, self.engine.read_latents()):
             parts = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
             parts |= {name: getattr(m, name) for name in ORIGINS if getattr(m, name) is not None}
@@ -171,6 +178,7 @@ class Runtime:
                     moments.setdefault(int(index), {})[key] = value
             self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
         self.step, self.skipped_steps = int(state["step"]), int(state["skipped_steps"])
+        self._share.largest, self._share.warms_up = state["schedule/largest"].item(), bool(state["schedule/warms_up"])
         self._write(None)
         self.role = EVALUATION
 
@@ -178,7 +186,7 @@ class Runtime:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         started = time.perf_counter()
         self.hook_calls += 1
-        self._lr_scale = None
+        self._rate = None
         gradients = self.engine.read_gradients()
         if gradients is None:
             return True  # no backward has run: there is nothing to step, with or without us
@@ -204,20 +212,21 @@ class Runtime:
                 m.get_parameter(name).grad = value
             self._observe(m, gradient)
         self.engine.write_gradients(pulled, fill_missing=self.config.compares_depths)
-        self._lr_scale = self.engine.learning_rate_scale()
+        self._rate = self.engine.learning_rate()
         self._map_seconds += time.perf_counter() - started
         return True
 
     def _after_step(self, stepped: bool) -> None:
         """Step logits and Θ where the optimizer stepped, then put the new evaluation weights in place."""
-        if self._lr_scale is not None and not stepped:  # an overflow that only the engine saw
+        if self._rate is not None and not stepped:  # an overflow that only the engine saw
             self.skipped_steps += 1
-            self._lr_scale = None
-        if self._lr_scale is not None:
+            self._rate = None
+        if self._rate is not None:
             started = time.perf_counter()
+            share = self._share.advance(self._rate)
             if self._optimizer:
                 for group in self._optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * self._lr_scale
+                    group["lr"] = group["base_lr"] * share
                 self._optimizer.step()
                 self._optimizer.zero_grad()
             self.step += 1
@@ -226,7 +235,7 @@ class Runtime:
                 for m in self.maps:
                     if m.coordinators:
                         m.graph.rebuild()
-            self._lr_scale = None
+            self._rate = None
             self._map_seconds += time.perf_counter() - started
         self._write(None)
         self.role = EVALUATION

@@ -17,7 +17,7 @@ from .runtime import Runtime
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "structlora.safetensors"
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:

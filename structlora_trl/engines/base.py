@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from ..core.mapping import Factors
+from .schedule import Rate
 
 
 class Engine(ABC):
@@ -67,5 +68,5 @@ class Engine(ABC):
         """Loss scale still in the gradients, 1.0 where they are unscaled."""
 
     @abstractmethod
-    def learning_rate_scale(self) -> float:
-        """Current learning rate over the base one, so that the map's own optimizer follows the schedule."""
+    def learning_rate(self) -> Rate:
+        """The learning rate of the groups that hold LoRA parameters, for the step that is under way."""

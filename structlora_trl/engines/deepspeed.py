@@ -19,6 +19,7 @@ from ..core.nodes import Kind, full_shape
 from ..errors import StructLoRAError
 from .base import Engine
 from .packing import Fragment, Packing, are_finite
+from .schedule import Rate, rate_of
 
 
 class DeepSpeedEngine(Engine):
@@ -43,7 +44,7 @@ class DeepSpeedEngine(Engine):
         self._latents: list[Factors] = []
         self._finite = True
         self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
-        self._base_lr = self._configured_lr()
+        self._groups = self._groups_of_lora()
 
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
         self._separate_masters()
@@ -117,14 +118,25 @@ class DeepSpeedEngine(Engine):
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
         return loss_scale / self._clip_still_to_come
 
-    def learning_rate_scale(self) -> float:
-        group = self.optimizer.param_groups[0]
-        base = group.get("initial_lr", self._base_lr)  # torch's schedulers set it, DeepSpeed's do not
-        return float(group["lr"] / base) if base else 0.0
+    def learning_rate(self) -> Rate:
+        rate = rate_of(self.optimizer.param_groups[i] for i in self._groups)
+        # torch's schedulers declare a peak in the groups, DeepSpeed's start from the rate in its configuration.
+        configured = (self.engine.optimizer_params() or {}).get("lr") or 0.0
+        return Rate(rate.current, rate.declared_peak or float(configured))
 
-    def _configured_lr(self) -> float:
-        parameters = self.engine.optimizer_params() or {}
-        return parameters.get("lr", self.optimizer.param_groups[0]["lr"])
+    def _groups_of_lora(self) -> list[int]:
+        """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat masters."""
+        ours = {id(p) for p in self._parameters}
+        if self.stage == 3:
+            sub_groups = self.optimizer.fp16_groups
+            found = {
+                self.optimizer.sub_group_to_group_id[i]
+                for i, parameters in enumerate(sub_groups)
+                if any(id(p) in ours for p in parameters)
+            }
+            return sorted(found)
+        groups = self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
+        return [i for i, parameters in enumerate(groups) if any(id(p) in ours for p in parameters)]
 
     def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Stage 3: this rank's part of a parameter, without padding."""

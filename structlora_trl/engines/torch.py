@@ -15,6 +15,7 @@ from ..core.mapping import Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
 from .base import Engine
+from .schedule import Rate, rate_of
 
 
 class TorchEngine(Engine):
@@ -33,9 +34,9 @@ class TorchEngine(Engine):
         self._handles: list = []
         self._refuse_unfit()
         self._latents: list[Factors] = []  # in the parameters' own dtype
-        first = self._trainable()[0]
-        self._group = next(i for i, g in enumerate(optimizer.param_groups) if any(p is first for p in g["params"]))
-        self._base_lr = optimizer.param_groups[self._group]["lr"]
+        ours = {id(p) for p in self._trainable()}
+        # By place: loading an optimizer's state replaces the groups.
+        self._groups = [i for i, g in enumerate(optimizer.param_groups) if any(id(p) in ours for p in g["params"])]
 
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
         stepping = []
@@ -113,10 +114,8 @@ class TorchEngine(Engine):
         scale = getattr(self.optimizer, "grad_scale", None)
         return 1.0 if scale is None else float(scale)
 
-    def learning_rate_scale(self) -> float:
-        group = self.optimizer.param_groups[self._group]
-        base = group.get("initial_lr", self._base_lr)  # set by every torch scheduler
-        return float(group["lr"] / base) if base else 0.0
+    def learning_rate(self) -> Rate:
+        return rate_of(self.optimizer.param_groups[i] for i in self._groups)
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for kind in self.kinds for p in (*kind.A, *kind.B) if p.requires_grad]

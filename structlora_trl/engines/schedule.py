@@ -1,0 +1,54 @@
+"""The trainer's learning-rate schedule, as the map's own optimizer follows it: the current rate as a share of the peak.
+
+A schedule does not say what its peak is. torch's and Transformers' schedulers write the rate they start from into
+`initial_lr`, which is the peak of most of them, but not of OneCycleLR or CyclicLR, nor of lambdas over a base rate of 1
+(Noam); rates set by hand write nothing. So the peak is the largest rate seen so far, and what the scheduler declares is
+believed only while the rates rise towards it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+# A warm-up over more steps than this is not believed in: a first rate so far below the declared peak means that the
+# declaration is no rate at all (Noam's base of 1.0).
+LONGEST_WARM_UP = 5000
+
+
+class Rate(NamedTuple):
+    """A step's learning rate, and the peak that the scheduler declares, 0.0 where it declares none."""
+
+    current: float
+    declared_peak: float
+
+
+def rate_of(groups: Iterable[dict]) -> Rate:
+    """The learning rate of some parameter groups of an optimizer: the largest among them (LoRA+ has two; one may be 0)."""
+    groups = list(groups)
+    if any(group.get("lr") is None or group.get("relative_step") for group in groups):
+        return Rate(1.0, 0.0)  # Adafactor computes its rate inside the step, relative to the parameters
+    declared = [group.get(name) or 0.0 for group in groups for name in ("initial_lr", "max_lr")]
+    return Rate(max(float(group["lr"]) for group in groups), max(map(float, declared)))
+
+
+class ScheduleShare:
+    """What share of the schedule's peak a rate is: never above 1, and 0 only where the rate is 0.
+
+    Attributes:
+        largest (`float`): the largest rate of any step so far.
+        warms_up (`bool`): whether every rate so far was above those before it.
+    """
+
+    def __init__(self):
+        self.largest, self.warms_up = 0.0, True
+
+    def advance(self, rate: Rate) -> float:
+        """Take in the rate of a step that counts; its share of the peak."""
+        if rate.current > 0 and self.largest == 0:
+            self.warms_up = rate.declared_peak <= LONGEST_WARM_UP * rate.current
+        elif rate.current <= self.largest > 0:
+            self.warms_up = False
+        self.largest = max(self.largest, rate.current)
+        peak = max(self.largest, rate.declared_peak) if self.warms_up else self.largest
+        return rate.current / peak if peak else 0.0
