@@ -40,10 +40,11 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The pages that are made from the code.
+# The pages that are made from the code, then the site, with warnings (broken links among them) as errors.
 docs: $(VENV)/.dev
 	$(RUN) docs/refusals.py
 	$(RUN) docs/draw_map.py
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 bench-overhead: $(VENV)/.dev
 	$(RUN) benchmarks/overhead.py --quick
@@ -90,4 +91,4 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output build dist *.egg-info
+	rm -rf docs/_build $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output build dist *.egg-info

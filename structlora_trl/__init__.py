@@ -1,6 +1,16 @@
 """StructLoRA (arXiv 2603.14228) for TRL, Transformers and plain PyTorch: LoRA with gated directions, coordinated over depth."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attachment import attach
+    from .config import StructLoRAConfig
+    from .errors import StructLoRAError
+    from .runtime import Runtime
+    from .state import load_state, save_state
+    from .trainers.callback import StructLoRACallback
+    from .trainers.mixin import StructLoRAMixin, StructLoRASFTConfig, StructLoRASFTTrainer
 
 __version__ = "0.1.0"
 
@@ -16,10 +26,22 @@ _HOME = {
     "StructLoRASFTConfig": "trainers.mixin",
     "StructLoRASFTTrainer": "trainers.mixin",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Runtime",
+    "StructLoRACallback",
+    "StructLoRAConfig",
+    "StructLoRAError",
+    "StructLoRAMixin",
+    "StructLoRASFTConfig",
+    "StructLoRASFTTrainer",
+    "__version__",
+    "attach",
+    "load_state",
+    "save_state",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Imported on first use: the core works where TRL is not installed, and `import structlora_trl` stays quick.
     if name not in _HOME:
         raise AttributeError(f"module 'structlora_trl' has no attribute '{name}'")
@@ -28,5 +50,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -27,7 +27,7 @@ class StructLoRAMixin:
     Args:
         structlora_config (`StructLoRAConfig` or `dict`, *optional*): where omitted, the options in the training
             arguments if they hold any (`StructLoRASFTConfig`), else the defaults.
-        *args, **kwargs: those of the Trainer.
+        args, kwargs: those of the Trainer.
     """
 
     def __init__(self, *args, structlora_config: StructLoRAConfig | dict | None = None, **kwargs):

@@ -1,0 +1,24 @@
+"""Sphinx builds the site from this folder: `make docs`."""
+
+import structlora_trl
+
+project = "structlora-trl"
+author = "the structlora-trl authors"
+release = version = structlora_trl.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+# A table that is included from another page starts with its own heading level.
+suppress_warnings = ["myst.header"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings state the types
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+
+html_theme = "furo"
+html_title = f"structlora-trl {release}"
+html_copy_source = False

@@ -1,0 +1,55 @@
+"""The site builds without a warning, and its pages show their pictures in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.launching import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Leaves [source, width in pixels] of each picture in the page's title, where `--dump-dom` shows it.
+PROBE = """<script>addEventListener("load", () => {
+  const seen = [...document.querySelectorAll("article img")].map((i) => [i.getAttribute("src"), i.naturalWidth]);
+  document.title = JSON.stringify(seen);
+});</script>"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    strict = ["--quiet", "--fail-on-warning", "--keep-going"]
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", *strict, ROOT / "docs", out], capture_output=True, text=True, cwd=ROOT
+    )
+    assert built.returncode == 0, built.stderr[-4000:]
+    return out
+
+
+def test_reference_names_everything_public(site):
+    import structlora_trl
+
+    page = (site / "api.html").read_text()
+    missing = [
+        name for name in structlora_trl.__all__ if name != "__version__" and f"structlora_trl.{name}" not in page
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page, pictures", [("index", 1), ("how-it-works", 1), ("benchmarks", 3)])
+def test_pages_show_their_pictures(site, page, pictures, tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    probed = site / f"{page}-probed.html"
+    probed.write_text((site / f"{page}.html").read_text().replace("</head>", PROBE + "</head>"))
+    headless = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    command = [CHROMIUM, *headless, f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom"]
+    shown = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
+    (title,) = re.findall(r"<title>(\[.*?\])</title>", shown.stdout)
+    found = json.loads(title.replace("&quot;", '"'))
+    assert len(found) >= pictures and all(width > 0 for _, width in found), found

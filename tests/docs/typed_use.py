@@ -1,0 +1,43 @@
+"""What a type checker sees of the public API. Checked by mypy, never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from typing_extensions import assert_type
+
+from structlora_trl import (
+    Runtime,
+    StructLoRACallback,
+    StructLoRAConfig,
+    StructLoRAError,
+    StructLoRAMixin,
+    StructLoRASFTConfig,
+    StructLoRASFTTrainer,
+    attach,
+    load_state,
+    save_state,
+)
+
+
+def loop(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    runtime = attach(model, optimizer, StructLoRAConfig(gate_init=0.8), coordinator="gcn")
+    assert_type(runtime, Runtime)
+    assert_type(runtime.metrics(), dict[str, float])
+    assert_type(runtime.state_dict(), dict[str, torch.Tensor])
+    assert_type(save_state(runtime, "folder"), Path)
+    load_state(runtime, Path("folder"))
+    runtime.train()
+    runtime.eval()
+    runtime.detach()
+
+
+def callback() -> None:
+    assert_type(StructLoRACallback({"gate_init": 0.8}, prior=0.4).runtime, Runtime | None)
+    assert_type(StructLoRAConfig().gate_init, float)
+    assert_type(StructLoRAConfig.build({"gate_init": 0.8}), StructLoRAConfig)
+    assert_type(StructLoRAError("a", "b", "c").remedy, str)
+    assert issubclass(StructLoRASFTTrainer, StructLoRAMixin) and issubclass(StructLoRASFTConfig, StructLoRAConfig)
+    attach(torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
+    save_state("a runtime", "folder")  # type: ignore[arg-type]
