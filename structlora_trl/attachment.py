@@ -18,6 +18,7 @@ from .core.mapping import refuse_unmappable
 from .core.nodes import Kind, discover
 from .engines import refuse_disagreement, select_engine
 from .errors import StructLoRAError
+from .model_card import describe_adapter
 from .runtime import DEFAULT_SEED, Runtime
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: St
         runtime.detach()
         raise
     _attached.add(runtime)
+    if not config.is_off:
+        describe_adapter(model, config)
     logger.info("%r", runtime)
     if config.is_off:
         logger.warning("StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA.")

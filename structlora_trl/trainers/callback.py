@@ -9,6 +9,7 @@ from transformers.trainer_callback import ExportableState
 from ..attachment import build_runtime
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
+from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
 from .compat import checkpoint_being_saved, run_first, training_trainer
@@ -49,6 +50,8 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         if self.runtime is not None:
             self.runtime.detach()
         self.runtime = build_runtime(trainer.model_wrapped, optimizer, self.config, args.seed)
+        if not self.config.is_off:
+            describe_trainer(trainer, self.config)
         self._seen_hook_calls = 0
         if state.is_world_process_zero:
             print(self.runtime, flush=True)  # as Trainer prints its logs: at its default log level, INFO is not shown
