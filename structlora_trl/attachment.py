@@ -14,8 +14,8 @@ from torch import nn
 
 from . import __version__
 from .config import StructLoRAConfig
-from .core.mapping import refuse_unmappable
-from .core.nodes import Kind, discover
+from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
+from .core.nodes import Kind
 from .engines import refuse_disagreement, select_engine
 from .errors import StructLoRAError
 from .model_card import describe_adapter
@@ -32,7 +32,12 @@ _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 def attach(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: StructLoRAConfig | dict | None = None, **overrides
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: StructLoRAConfig | dict | None = None,
+    *,
+    parts: Parts = DEFAULT_PARTS,
+    **overrides,
 ) -> Runtime:
     """Train StructLoRA in a custom PyTorch or Accelerate loop.
 
@@ -47,6 +52,7 @@ def attach(
         model (`PeftModel`): a model with a trainable LoRA adapter.
         optimizer (`torch.optim.Optimizer`): owns all trainable LoRA parameters; Accelerate's wrapper is seen through.
         config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
+        parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
     Returns:
@@ -55,18 +61,24 @@ def attach(
     Raises:
         StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to do.
     """
-    runtime = build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED)
+    runtime = build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
     runtime.follow_forward()
     return runtime
 
 
-def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: StructLoRAConfig, seed: int) -> Runtime:
+def build_runtime(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: StructLoRAConfig,
+    seed: int,
+    parts: Parts = DEFAULT_PARTS,
+) -> Runtime:
     """The same without following the model's forward, for trainers that say when a step begins."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     wrapped, model = model, extract_model_from_parallel(model)
     adapter_name, lora = _lora_adapter(model, config)
-    kinds = discover(model, adapter_name)
+    kinds = parts.discover(model, adapter_name)
     refuse_unmappable(kinds, config)
     engine = select_engine(wrapped, optimizer, kinds)
     _detach_earlier(kinds, optimizer)
@@ -78,6 +90,7 @@ def build_runtime(model: nn.Module, optimizer: torch.optim.Optimizer, config: St
         seed,
         align=config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
+        parts=parts,
     )
     try:
         refuse_disagreement(_facts(runtime), kinds[0].device)

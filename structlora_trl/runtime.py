@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .config import StructLoRAConfig
 from .core.diagnostics import neighbour_cosine, structure_metrics
-from .core.gates import logistic_noise
-from .core.mapping import ORIGINS, Factors, KindMap
+from .core.mapping import DEFAULT_PARTS, Factors, KindMap, Parts
 from .core.nodes import Kind
 from .engines import Engine, world_size
 from .engines.schedule import Rate, ScheduleShare
@@ -39,6 +38,7 @@ class Runtime:
         seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
         align (`bool`, *optional*, defaults to False): give every depth of a fresh kind (B = 0) the lora_A of the first.
         absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
+        parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's own.
     """
 
     def __init__(
@@ -50,9 +50,11 @@ class Runtime:
         seed: int = DEFAULT_SEED,
         align: bool = False,
         absorbs_base: bool = False,
+        parts: Parts = DEFAULT_PARTS,
     ):
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
         self.seed = seed if config.seed is None else config.seed
+        self.noise = parts.noise(self.seed)
         self.step = 0
         self.skipped_steps = 0
         self.hook_calls = 0
@@ -62,11 +64,11 @@ class Runtime:
         if align:
             self._align()
         self.maps = [
-            KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None)
+            KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None, parts)
             for kind, latent in zip(kinds, engine.read_latents())
         ]
         self._gate_count = sum(m.gate_count for m in self.maps)
-        self._gate_parameters = [m.logits for m in self.maps if m.logits is not None]
+        self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
         self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
         self._optimizer = self._build_optimizer()
         self._rate: Rate | None = None  # set while a step that counts is under way
@@ -87,7 +89,7 @@ class Runtime:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
         config = self.config
-        gates = sum(m.logits.numel() for m in self.maps if m.logits is not None)
+        gates = sum(logits.numel() for logits in self._gate_parameters)
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
         return (
@@ -154,7 +156,6 @@ class Runtime:
         }
         for m, latent in zip(self.maps, self.engine.read_latents()):
             parts = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
-            parts |= {name: getattr(m, name) for name in ORIGINS if getattr(m, name) is not None}
             parts |= {f"graph.{name}": value for name, value in m.graph.state_dict().items()}
             state |= {f"{m.kind.name}/{name}": value for name, value in parts.items()}
         for index, moments in self._optimizer.state_dict()["state"].items() if self._optimizer else ():
@@ -207,7 +208,8 @@ class Runtime:
         pulled = []
         for m, latent, gradient, noise in zip(self.maps, self.engine.read_latents(), gradients, self._noise()):
             factors, own = m.pullback(latent, gradient, noise, scale)
-            pulled.append(factors)
+            penalty = m.regularizer_gradient(latent)
+            pulled.append(factors if penalty is None else Factors(*(f + scale * p for f, p in zip(factors, penalty))))
             for name, value in m.objective_gradients(own, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
             self._observe(m, gradient)
@@ -261,10 +263,10 @@ class Runtime:
 
     def _noise(self) -> list[Tensor | None]:
         """This step's noise, (L, r) per kind; one draw for all kinds, from (seed, step)."""
-        if not self.maps[0].is_stochastic:
+        if not self.maps[0].filter.is_stochastic:
             return [None] * len(self.maps)
-        draw = logistic_noise(self._gate_count, self.seed, self.step).split([m.gate_count for m in self.maps])
-        return [part.view(m.kind.depth_count, -1).to(m.kind.device) for m, part in zip(self.maps, draw)]
+        draw = self.noise.draw(self.step, [m.filter.shape for m in self.maps])
+        return [part.to(m.kind.device) for m, part in zip(self.maps, draw)]
 
     @torch.no_grad()
     def _effective(self, noise: Iterable[Tensor | None] | None) -> list[Factors]:

@@ -93,7 +93,7 @@ def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, director
 def gates(callback: StructLoRACallback) -> dict:
     """For each kind of module, the probability that each direction is open: one row per layer."""
     maps = callback.runtime.maps
-    return {m.kind.name.rsplit(".", 1)[-1]: torch.sigmoid(m.logits.detach()).tolist() for m in maps}
+    return {m.kind.name.rsplit(".", 1)[-1]: torch.sigmoid(m.filter.logits.detach()).tolist() for m in maps}
 
 
 def peak_memory() -> int:

@@ -28,7 +28,8 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
         effective (`list[Factors]`): evaluation factors, one per kind.
     """
     metrics: dict[str, float] = {}
-    logits = [m.logits.detach().expand(m.kind.depth_count, -1).flatten() for m in maps if m.logits is not None]
+    gated = [m.filter for m in maps if m.filter.logits is not None]
+    logits = [f.logits.detach().expand(f.shape).flatten() for f in gated]
     if logits:
         logits = torch.cat([part.to(logits[0].device) for part in logits])
         metrics["gate_openness"] = torch.sigmoid(logits).mean().item()

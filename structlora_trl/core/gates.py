@@ -33,6 +33,23 @@ def logistic_noise(count: int, seed: int, step: int) -> Tensor:
     return uniform.log() - torch.log1p(-uniform)
 
 
+class LogisticNoise:
+    """Where the gates' noise comes from: one draw a step for all kinds.
+
+    Args:
+        seed (`int`): of this run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def draw(self, step: int, shapes: list[tuple[int, ...]]) -> list[Tensor | None]:
+        """A step's noise, one tensor for each shape, on the CPU; the same whenever it is asked for."""
+        counts = [math.prod(shape) for shape in shapes]
+        noise = logistic_noise(sum(counts), self.seed, step).split(counts)
+        return [part.view(shape) for part, shape in zip(noise, shapes)]
+
+
 def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool = False) -> Tensor:
     """Binary-concrete sample sigmoid((φ + noise) / τ), optionally rounded with a straight-through gradient.
 

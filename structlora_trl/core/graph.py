@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..config import StructLoRAConfig
+
 # On a CPU, deeper graphs than this are multiplied as sparse matrices, so that cost stays linear in depth. GPUs multiply
 # dense: fast enough at any depth, and unlike their sparse kernels bit-reproducible, which replicated weights rely on.
 _DENSE_DEPTH = 64
@@ -46,26 +48,31 @@ def normalize_edges(edges: Tensor) -> Tensor:
 
 
 class DepthGraph:
-    """The graph of one kind: fixed adjacency edges, semantic edges that follow the gradients, and Â of both.
+    """The graph of one kind: fixed edges, semantic edges that follow the gradients, and Â of both.
 
     Args:
-        depth_count (`int`): number of nodes L.
-        edges (`str`): 'hybrid', 'adjacency' or 'similarity'.
+        fixed (`Tensor`): (L, L) bool, symmetric, without self-loops: edges that stand whatever is learned.
+        follows_gradients (`bool`): whether semantic edges are drawn too.
         top_k (`int`): semantic edges each node may ask for.
         threshold (`float`): cosine above which a semantic edge is drawn.
         decay (`float`): decay of the running-mean gradient.
-        device (`torch.device`): where the node features live.
     """
 
-    def __init__(self, depth_count: int, edges: str, top_k: int, threshold: float, decay: float, device: torch.device):
+    def __init__(self, fixed: Tensor, follows_gradients: bool, top_k: int, threshold: float, decay: float):
+        self.fixed, self.follows_gradients = fixed, follows_gradients
         self.top_k, self.threshold, self.decay = top_k, threshold, decay
-        self.fixed = adjacency_edges(depth_count).to(device)  # (L, L)
-        if edges == "similarity":
-            self.fixed = torch.zeros_like(self.fixed)
-        self.semantic = torch.zeros_like(self.fixed)  # (L, L)
-        self.follows_gradients = edges != "adjacency"
+        self.semantic = torch.zeros_like(fixed)  # (L, L)
         self.features: Tensor | None = None  # (L, n) running-mean gradient
         self._refresh()
+
+    @classmethod
+    def over_depth(cls, depth_count: int, config: StructLoRAConfig, device: torch.device) -> DepthGraph:
+        """The paper's graph of a kind with that many depths; `config.edges` says which edges it has."""
+        fixed = adjacency_edges(depth_count).to(device)
+        if config.edges == "similarity":
+            fixed = torch.zeros_like(fixed)
+        follows_gradients = config.edges != "adjacency"
+        return cls(fixed, follows_gradients, config.semantic_top_k, config.semantic_threshold, config.semantic_decay)
 
     @property
     def edges(self) -> Tensor:

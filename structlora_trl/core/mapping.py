@@ -12,6 +12,9 @@ base model's own principal directions on and off.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,12 +22,12 @@ from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
-from .coordinator import COORDINATORS
-from .gates import kl_gradient, logit, sample_gates, top_k_mask
+from .coordinator import COORDINATORS, GCN
+from .filters import FILTERS, Filter
+from .gates import LogisticNoise
 from .graph import DepthGraph
-from .nodes import Kind, residual_role
-
-ORIGINS = {"origin_A", "origin_B"}  # what updates count from, where a map keeps it
+from .nodes import Kind, discover, residual_role
+from .regularizers import REGULARIZERS
 
 
 class Factors(NamedTuple):
@@ -34,53 +37,68 @@ class Factors(NamedTuple):
     B: Tensor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a map is built of. `attach(..., parts=Parts(filter=Mine))` tries an idea without changing the package.
+
+    Args:
+        discover (`Callable`): (model, adapter_name) -> list of `Kind`, which modules are trained and what is one kind.
+        filter (`Callable`, *optional*): (shape, config, device) -> `Filter`; by `config.filter` where omitted.
+        graph (`Callable`): (kind, config) -> `DepthGraph`.
+        coordinator (`Callable`, *optional*): (rank, layers, activation) -> `GCN` or its like; by `config.coordinator` where
+            omitted.
+        noise (`Callable`): (seed) -> an object with the `draw` of `LogisticNoise`.
+    """
+
+    discover: Callable[[nn.Module, str], list[Kind]] = discover
+    filter: Callable[[tuple[int, ...], StructLoRAConfig, torch.device], Filter] | None = None
+    graph: Callable[[Kind, StructLoRAConfig], DepthGraph] = lambda kind, config: DepthGraph.over_depth(
+        kind.depth_count, config, kind.device
+    )
+    coordinator: Callable[[int, int, str], GCN] | None = None
+    noise: Callable[[int], LogisticNoise] = LogisticNoise
+
+
+DEFAULT_PARTS = Parts()
+
+
 class KindMap(nn.Module):
-    """The map of one kind: its gate logits, its graph and its coordinator.
+    """The map of one kind: its filter, its graph and its coordinator.
 
     Args:
         kind (`Kind`): the modules it maps.
         config (`StructLoRAConfig`): which parts act.
         origin_A (`Tensor`): A₀, (L, r, k) or (1, r, k) where all depths are equal; kept where lora_A is compared.
         origin_B (`Tensor`, *optional*): B₀, (L, d, r); zero where omitted.
+        parts (`Parts`, *optional*): what to build it of, where that is not the package's own.
     """
 
-    def __init__(self, kind: Kind, config: StructLoRAConfig, origin_A: Tensor, origin_B: Tensor | None = None):
+    def __init__(
+        self,
+        kind: Kind,
+        config: StructLoRAConfig,
+        origin_A: Tensor,
+        origin_B: Tensor | None = None,
+        parts: Parts = DEFAULT_PARTS,
+    ):
         super().__init__()
         self.kind, self.config = kind, config
-        depth_count, rank = kind.depth_count, kind.rank
         self.sides = compared_sides(kind, config)
-        self.origin_A = origin_A if "A" in self.sides else None
-        self.origin_B = origin_B
-
-        self.logits = None
-        if config.filter == "ib":
-            start = torch.full((1 if config.share_gates else depth_count, rank), logit(config.gate_init))
-            self.logits = nn.Parameter(start.to(kind.device))  # (L, r) or (1, r)
-            self.initial_gate = torch.sigmoid(self.logits.detach()[:1, :1])  # m₀, exactly what attach divides by
-
-        self.graph = DepthGraph(
-            depth_count,
-            config.edges,
-            config.semantic_top_k,
-            config.semantic_threshold,
-            config.semantic_decay,
-            kind.device,
-        )
+        self.register_buffer("origin_A", origin_A if "A" in self.sides else None)
+        self.register_buffer("origin_B", origin_B)
+        self.filter = (parts.filter or FILTERS[config.filter])((kind.depth_count, kind.rank), config, kind.device)
+        self.graph = parts.graph(kind, config)
         self.coordinators = nn.ModuleDict()
-        if config.coordinator != "none" and depth_count > 1:
+        if config.coordinator != "none" and kind.depth_count > 1:
+            build = parts.coordinator or COORDINATORS[config.coordinator]
             for side in self.sides:
-                coordinator = COORDINATORS[config.coordinator](rank, config.coordinator_layers, config.activation)
+                coordinator = build(kind.rank, config.coordinator_layers, config.activation)
                 self.coordinators[side] = coordinator.to(kind.device)
 
     @property
     def gate_count(self) -> int:
         """Gates that are sampled: one per direction and depth."""
-        return self.kind.depth_count * self.kind.rank
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether training weights differ from evaluation weights."""
-        return self.config.filter in ("ib", "random")
+        return math.prod(self.filter.shape)
 
     def forward(self, latent: Factors, noise: Tensor | None) -> Factors:
         """Effective factors of latent ones.
@@ -89,7 +107,7 @@ class KindMap(nn.Module):
             latent (`Factors`): fp32.
             noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation.
         """
-        filtered = self._filter(latent, noise)
+        filtered = self._filtered(latent, noise)
         added = {side: c(self._features(filtered, side), self.graph) for side, c in self.coordinators.items()}
         A, B = filtered
         if "A" in added:
@@ -98,29 +116,9 @@ class KindMap(nn.Module):
             B = B + added["B"].mT
         return Factors(A, B)
 
-    def gates(self, latent: Factors, noise: Tensor | None) -> Tensor | None:
-        """What each direction is multiplied with, (L, r), or None for 1 everywhere."""
-        config = self.config
-        if config.filter == "ib":
-            if noise is None:
-                open_ = torch.sigmoid(self.logits).expand(self.kind.depth_count, -1)
-            else:
-                open_ = sample_gates(self.logits, noise, config.temperature, config.hard_gates)
-            return open_ / self.initial_gate
-        if config.filter == "random" and noise is not None:
-            return (noise + logit(config.gate_init) > 0).float() / config.gate_init
-        if config.filter == "topk_norm":
-            with torch.no_grad():
-                return top_k_mask(
-                    latent.A, self._update_B(latent.B), keep=max(1, int(config.gate_init * self.kind.rank))
-                )
-        return None
-
     def openness(self, latent: Factors) -> Tensor | None:
         """Probability that each direction is open, (L, r): σ(φ); 0 or 1 for 'topk_norm'; None where no filter decides."""
-        if self.logits is not None:
-            return torch.sigmoid(self.logits.detach()).expand(self.kind.depth_count, -1)
-        return self.gates(latent, None)
+        return self.filter.openness(latent.A, self._update_B(latent.B))
 
     def pullback(
         self, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float = 1.0
@@ -137,17 +135,13 @@ class KindMap(nn.Module):
 
         Returns:
             Gradients of the latent factors (still times `scale`), and a dict from parameter name to gradient (unscaled),
-            both of the task loss alone but for the regulariser's share of the former.
+            both of the task loss alone.
         """
         leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
         own = dict(self.named_parameters())
         with torch.enable_grad():
             effective = self(leaves, noise)
-            outputs, cotangents = list(effective), list(gradient)
-            if self.config.regularizer != "none" and self.kind.depth_count > 1:
-                outputs.append(self.regularizer(leaves))
-                cotangents.append(torch.tensor(self.config.regularizer_weight * scale, device=self.kind.device))
-            pulled = torch.autograd.grad(outputs, [*leaves, *own.values()], cotangents)
+        pulled = torch.autograd.grad(effective, [*leaves, *own.values()], gradient)
         return Factors(*pulled[:2]), {name: g / scale for name, g in zip(own, pulled[2:])}
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
@@ -157,14 +151,21 @@ class KindMap(nn.Module):
             task (`dict`): what `pullback` returned.
             kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of them.
         """
-        if self.logits is None:
-            return task
-        weight = kl_scale * (self.kind.depth_count if self.config.share_gates else 1)
-        kl = weight * kl_gradient(self.logits.detach(), self.config.prior)
-        return {**task, "logits": self.config.label_weight * task["logits"] + kl}
+        name = "filter.logits"
+        return {**task, name: self.filter.objective_gradient(task[name], kl_scale)} if name in task else task
+
+    def regularizer_gradient(self, latent: Factors) -> Factors | None:
+        """Gradient of `regularizer_weight` times the static regulariser of the latent updates; None where none acts."""
+        if self.config.regularizer == "none" or self.kind.depth_count == 1:
+            return None
+        penalty = REGULARIZERS[self.config.regularizer]
+        leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
+        with torch.enable_grad():
+            total = self.config.regularizer_weight * sum(penalty(u.flatten(1)) for u in self.features(leaves))
+        return Factors(*torch.autograd.grad(total, leaves, materialize_grads=True))
 
     def restore(self, state: dict[str, Tensor]) -> Factors:
-        """Take over a saved state of this kind: origins, logits, Θ and graph.
+        """Take over a saved state of this kind: origins, filter, Θ and graph.
 
         Args:
             state (`dict`): what `Runtime.state_dict` holds for the kind, without the kind's name.
@@ -172,10 +173,10 @@ class KindMap(nn.Module):
         Returns:
             The latent factors, fp32.
         """
-        own = {name: value for name, value in state.items() if not name.startswith(("latent_", "graph.", "origin_"))}
-        self.load_state_dict(own)
-        for origin in ORIGINS & state.keys():
-            setattr(self, origin, state[origin].to(self.kind.device))
+        for origin in ("origin_A", "origin_B"):  # (1, r, k) or (L, r, k), as the run started
+            if origin in state:
+                setattr(self, origin, state[origin].to(self.kind.device))
+        self.load_state_dict({n: v for n, v in state.items() if not n.startswith(("latent_", "graph."))})
         self.graph.load_state_dict({n.removeprefix("graph."): v for n, v in state.items() if n.startswith("graph.")})
         return Factors(state["latent_A"], state["latent_B"])
 
@@ -187,28 +188,13 @@ class KindMap(nn.Module):
         """Gradients on those sides, flattened: (L, n)."""
         return torch.cat([getattr(gradient, side).flatten(1) for side in self.sides], dim=1)
 
-    def regularizer(self, latent: Factors) -> Tensor:
-        """LoRA+Cos: Σ (1 − cos(u_l, u_l+1)); LoRA+Laplacian: Σ ‖u_l+1 − u_l‖², over neighbouring depths."""
-        total = torch.zeros((), device=self.kind.device)
-        for u in self.features(latent):
-            u = u.flatten(1)
-            if self.config.regularizer == "cosine":
-                total = total + (1 - nn.functional.cosine_similarity(u[1:], u[:-1])).sum()
-            else:
-                total = total + (u[1:] - u[:-1]).square().sum()
-        return total
-
-    def _filter(self, latent: Factors, noise: Tensor | None) -> Factors:
-        gates = self.gates(latent, noise)
-        if gates is None:
-            return latent
-        filtered = self._update_B(latent.B) * gates[:, None, :]
-        if self.origin_B is not None:
-            filtered = self.origin_B + filtered
-        if self.config.filter == "topk_norm":
-            # Closed directions still learn (straight through), or the first choice would be the last.
-            filtered = latent.B + (filtered - latent.B).detach()
-        return Factors(latent.A, filtered)
+    def _filtered(self, latent: Factors, noise: Tensor | None) -> Factors:
+        update = self._update_B(latent.B)
+        filtered = self.filter(latent.A, update, noise)
+        if self.origin_B is None:
+            return Factors(latent.A, filtered)
+        # B₀ + (B − B₀) would round where nothing is filtered.
+        return latent if filtered is update else Factors(latent.A, self.origin_B + filtered)
 
     def _update_B(self, B: Tensor) -> Tensor:
         return B if self.origin_B is None else B - self.origin_B

@@ -92,7 +92,7 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         features = [(getattr(layer, f"lora_{side}")["default"].weight - origin).flatten() for layer in layers]
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
         assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
-        for row, update, gates in zip(kind["depths"], updates, state[f"{kind['name']}/logits"].sigmoid()):
+        for row, update, gates in zip(kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid()):
             assert row["gates"] == pytest.approx(gates.tolist())
             assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
             share = torch.linalg.svdvals(update)[:RANK] / torch.linalg.svdvals(update).sum()
@@ -173,7 +173,7 @@ def close_directions(state: dict, adapter: dict, threshold: float) -> int:
     """Zero the closed columns of lora_B; how many."""
     closed = 0
     for kind in KINDS:
-        for depth, gates in enumerate(state[f"{kind}/logits"].sigmoid()):
+        for depth, gates in enumerate(state[f"{kind}/filter.logits"].sigmoid()):
             weight = adapter[f"base_model.model.{kind.replace('*', str(depth))}.lora_B.weight"]
             weight[:, gates < threshold] = 0
             closed += int((gates < threshold).sum())
@@ -184,7 +184,7 @@ def close_directions(state: dict, adapter: dict, threshold: float) -> int:
 def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path, capsys):
     out = runs(variant)
     base, state = out.parent / "base", load_file(out / STATE_NAME)
-    gates = torch.cat([state[f"{kind}/logits"].sigmoid() for kind in KINDS])
+    gates = torch.cat([state[f"{kind}/filter.logits"].sigmoid() for kind in KINDS])
     threshold = float(gates.amax(1).min())  # the largest that leaves every module a direction
     shutil.copytree(out, tmp_path / "masked", ignore=shutil.ignore_patterns("checkpoint-*"))
     masked = load_file(out / ADAPTER)
@@ -218,7 +218,7 @@ def test_prune_measures_on_a_text_and_spares_one_direction(runs, tmp_path, capsy
     weights = load_file(tmp_path / "one" / ADAPTER)
     assert {len(value) for name, value in weights.items() if "lora_A" in name} == {1}
     state = load_file(runs() / STATE_NAME)
-    kept = int(state[f"{KINDS[0]}/logits"][0].argmax())
+    kept = int(state[f"{KINDS[0]}/filter.logits"][0].argmax())
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert torch.equal(weights[name][0], load_file(runs() / ADAPTER)[name][kept])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -122,9 +121,13 @@ def test_semantic_edges_follow_the_cosine():
     assert not semantic_edges(features, 2, 0.5, exclude=torch.ones(5, 5, dtype=torch.bool)).any()
 
 
+def graph_over(depth_count, **options):
+    return DepthGraph.over_depth(depth_count, StructLoRAConfig(**WHOLE, **options), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("edges, adjacent, semantic", [("hybrid", 2, 1), ("adjacency", 2, 0), ("similarity", 0, 1)])
 def test_edge_sets(edges, adjacent, semantic):
-    graph = DepthGraph(3, edges, top_k=1, threshold=0.9, decay=0.5, device=torch.device("cpu"))
+    graph = graph_over(3, edges=edges, semantic_top_k=1, semantic_threshold=0.9)
     if graph.follows_gradients:
         graph.observe(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]]))
     graph.rebuild()
@@ -133,7 +136,7 @@ def test_edge_sets(edges, adjacent, semantic):
 
 
 def test_running_mean_decays():
-    graph = DepthGraph(2, "hybrid", 1, 0.5, decay=0.75, device=torch.device("cpu"))
+    graph = graph_over(2, semantic_decay=0.75)
     graph.observe(torch.tensor([[1.0], [2.0]]))
     graph.observe(torch.tensor([[5.0], [2.0]]))
     assert graph.features.tolist() == [[2.0], [2.0]]
@@ -141,7 +144,7 @@ def test_running_mean_decays():
 
 def test_deep_graphs_multiply_the_same():
     """Beyond a depth the product is sparse; values and gradients are those of the dense one."""
-    graph = DepthGraph(200, "hybrid", 2, 0.0, 0.5, torch.device("cpu"))
+    graph = graph_over(200, semantic_threshold=0.0)
     features = torch.randn(200, 3, 5, requires_grad=True)
     graph.observe(features.detach())
     graph.rebuild()
@@ -162,7 +165,7 @@ def build_coordinator(name, rank, layers, activation, seed):
 
 
 def graph_of(edges):
-    graph = DepthGraph(len(edges), "similarity", 1, 0.0, 0.5, torch.device("cpu"))
+    graph = graph_over(len(edges), edges="similarity")
     graph.load_state_dict({"semantic": edges})
     return graph
 
@@ -236,7 +239,7 @@ def test_pullback_is_linear_in_the_gradient(seed, a, b, coordinator):
 
 
 def test_loss_scale_is_taken_out_of_the_maps_own_gradients_alone():
-    m, latent = kind_map(regularizer="laplacian")
+    m, latent = kind_map()
     noise, gradient = torch.randn(4, 3), Factors(torch.randn(4, 3, 6), torch.randn(4, 5, 3))
     factors, own = m.pullback(latent, gradient, noise)
     scaled_factors, scaled_own = m.pullback(latent, Factors(*(1024 * g for g in gradient)), noise, scale=1024.0)
@@ -250,44 +253,36 @@ def test_loss_scale_is_taken_out_of_the_maps_own_gradients_alone():
 def test_objective_of_the_gates(share):
     """φ's gradient is γ times the task's, plus λβ times that of the KL averaged over all gates of the model."""
     m, _ = kind_map(share_gates=share, label_weight=0.25, prior=0.3)
-    task = {"logits": torch.randn_like(m.logits)}
+    task = {"filter.logits": torch.randn_like(m.filter.logits)}
     total_gates = 10 * m.gate_count
-    found = m.objective_gradients(task, kl_scale=0.7 / total_gates)["logits"]
-    logits = m.logits.detach().clone().requires_grad_()
+    found = m.objective_gradients(task, kl_scale=0.7 / total_gates)["filter.logits"]
+    logits = m.filter.logits.detach().clone().requires_grad_()
     kl = kl_to_prior(logits.expand(4, -1), 0.3).sum() / total_gates
-    torch.testing.assert_close(found, 0.25 * task["logits"] + 0.7 * torch.autograd.grad(kl, logits)[0])
-
-
-@pytest.mark.parametrize("regularizer", ["cosine", "laplacian"])
-def test_regularizers_reach_the_latents(regularizer):
-    options = {"filter": "none", "coordinator": "none", "side": "both", "regularizer_weight": 0.5}
-    m, latent = kind_map(regularizer=regularizer, **options)
-    zero = Factors(*(torch.zeros_like(f) for f in latent))
-    pulled, own = m.pullback(latent, zero, None)
-    A, B = (f.clone().requires_grad_() for f in latent)
-    total = 0
-    for u in ((A - m.origin_A).flatten(1), B.transpose(1, 2).flatten(1)):
-        for left, right in pairwise(u):
-            if regularizer == "laplacian":
-                total = total + ((right - left) ** 2).sum()
-            else:
-                total = total + 1 - (left @ right) / (left.norm() * right.norm())
-    for found, expected in zip(pulled, torch.autograd.grad(0.5 * total, (A, B))):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert own == {}
+    torch.testing.assert_close(found, 0.25 * task["filter.logits"] + 0.7 * torch.autograd.grad(kl, logits)[0])
 
 
 def test_filters_at_evaluation():
     for name, expected in {"none": None, "random": None}.items():
         m, latent = kind_map(filter=name)
-        assert m.gates(latent, None) is expected
+        assert m.filter.gates(*latent, None) is expected
     m, latent = kind_map(filter="topk_norm", gate_init=0.34)
-    assert m.gates(latent, None).sum(1).tolist() == [1, 1, 1, 1]
+    assert m.filter.gates(*latent, None).sum(1).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["ib", "random", "topk_norm"])
+def test_what_gates_are_divided_by_is_state(name):
+    """Another `gate_init` on resume changes no weight, at evaluation or in training."""
+    m, latent = kind_map(filter=name)
+    other, _ = kind_map(filter=name, gate_init=0.4)
+    other.restore({"latent_A": latent.A, "latent_B": latent.B, "graph.semantic": m.graph.semantic, **m.state_dict()})
+    for noise in (None, torch.randn(4, 3)):
+        for ours, theirs in zip(m(latent, noise), other(latent, noise)):
+            assert torch.equal(ours, theirs)
 
 
 def test_random_filter_keeps_the_asked_share_on_average():
     m, latent = kind_map(depth_count=2000, rank=8, filter="random", gate_init=0.6, coordinator="none")
-    gates = m.gates(latent, logistic_noise(16000, 0, 0).view(2000, 8))
+    gates = m.filter.gates(*latent, logistic_noise(16000, 0, 0).view(2000, 8))
     assert gates.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert gates.mean().item() == pytest.approx(1, abs=0.03)
 

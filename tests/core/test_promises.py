@@ -13,7 +13,7 @@ from torch.func import functional_call
 from structlora_trl import attach
 from structlora_trl.core.gates import logistic_noise
 from tests.support.launching import ROOT
-from tests.support.reference import reference_factors, reference_kl
+from tests.support.reference import reference_factors, reference_kl, reference_regularizer
 from tests.support.tiny import (
     FAMILIES,
     INITS,
@@ -57,8 +57,9 @@ def randomise(runtime):
             for parameter in m.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
             if m.kind.depth_count > 2:
-                m.graph.semantic[0, 2] = m.graph.semantic[2, 0] = True
-                m.graph._refresh()
+                semantic = torch.zeros_like(m.graph.fixed)
+                semantic[0, 2] = semantic[2, 0] = True
+                m.graph.load_state_dict({"semantic": semantic})
 
 
 def test_attaching_changes_no_output(case):
@@ -73,7 +74,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches):
     """Gradients of latents, logits and Θ by autograd through the map inside the model's graph."""
     config = runtime.config
     names = {id(p): name for name, p in model.named_parameters()}
-    leaves, effective, logits = {}, {}, []
+    leaves, effective, logits, penalty = {}, {}, [], torch.zeros(())
     for m, stacked, part in zip(runtime.maps, latents, noise):
         kind = m.kind
         own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
@@ -82,14 +83,17 @@ def reference_gradients(model, family, runtime, latents, noise, batches):
         A0 = None if m.origin_A is None else m.origin_A.expand(kind.depth_count, -1, -1)
         B0 = m.origin_B
         gates = None
-        if m.logits is not None:
+        if m.filter.logits is not None:
             start = torch.full((1,), config.gate_init).logit()
-            sample = torch.sigmoid((own["logits"] + part) / config.temperature)
+            sample = torch.sigmoid((own["filter.logits"] + part) / config.temperature)
             gates = sample / torch.sigmoid(start)
-            logits.append(own["logits"].expand(kind.depth_count, -1).flatten())
+            logits.append(own["filter.logits"].expand(kind.depth_count, -1).flatten())
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
         A1, B1 = reference_factors(A, B, A0, B0, gates, m.graph.edges, theta, activation)
+        if config.regularizer != "none":
+            updates = {"A": A if A0 is None else [a - a0 for a, a0 in zip(A, A0)], "B": B}
+            penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
         for parameters, values in ((kind.A, A1), (kind.B, B1)):
             for p, value in zip(parameters, values):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)
@@ -98,6 +102,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches):
     for seed in batches:
         torch.manual_seed(seed)
         total = total + functional_call(model, effective, kwargs=FAMILIES[family].batch(seed)).loss / len(batches)
+    total = total + config.regularizer_weight * penalty
     total = total + (config.kl_weight * reference_kl(torch.cat(logits), config.prior) if logits else 0.0)
     total.backward()
     return leaves
@@ -166,6 +171,8 @@ OPTIONS = [
     {"filter": "none"},
     {"coordinator": "none"},
     {"edges": "similarity"},
+    {"regularizer": "cosine", "side": "both"},
+    {"regularizer": "laplacian", "regularizer_weight": 0.5},
 ]
 
 
@@ -242,5 +249,5 @@ def test_training_moves_latents_gates_and_theta():
     train(model, "llama", optimizer, steps=3)
     after = runtime.state_dict()
     for name, value in before.items():
-        if name.rsplit("/", 1)[-1] in ("latent_A", "latent_B", "logits") or "theta" in name:
+        if name.rsplit("/", 1)[-1] in ("latent_A", "latent_B", "filter.logits") or "theta" in name:
             assert not torch.equal(value, after[name]), name

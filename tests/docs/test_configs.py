@@ -63,7 +63,7 @@ def test_trl_config(name, tmp_path, monkeypatch):
     assert_plain_peft_agrees(trainer, output, family)
     options, state = state_of(output)
     assert all(options[key] == config[key] for key in vars(StructLoRAConfig()) if key in config and key != "seed")
-    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/logits" in name}
+    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/filter.logits" in name}
     assert adapted == set(config["lora_target_modules"])
     if family == "llava":
         assert any("vision_tower" in name for name in state)

@@ -169,7 +169,7 @@ def test_example(name):
         state = {key: file.get_tensor(key) for key in file.keys()}
     assert state["step"] == 3
     start = torch.tensor(options["gate_init"]).logit()
-    logits, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("/logits", ".theta"))
+    logits, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("/filter.logits", ".theta"))
     assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
     assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)
 

@@ -139,7 +139,7 @@ def assert_gates_moved(folder, steps: int = 3) -> None:
     options, state = state_of(folder)
     assert state["step"] == steps
     start = torch.tensor(options["gate_init"]).logit()
-    logits = [value for key, value in state.items() if key.endswith("/logits")]
+    logits = [value for key, value in state.items() if key.endswith("/filter.logits")]
     assert logits and all((value - start).abs().min() > LEAST_MOVE for value in logits)
 
 

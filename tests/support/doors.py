@@ -88,7 +88,7 @@ def state_of(output: Path, step: int = STEPS) -> tuple[dict, dict]:
         state = {key: file.get_tensor(key) for key in file.keys()}
     assert state["step"] == step
     start = torch.tensor(options["gate_init"]).logit()
-    logits = [value for key, value in state.items() if key.endswith("/logits")]
+    logits = [value for key, value in state.items() if key.endswith("/filter.logits")]
     thetas = [value for key, value in state.items() if key.endswith(".theta")]
     assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
     assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)

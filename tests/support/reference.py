@@ -50,3 +50,14 @@ def reference_kl(logits: Tensor, prior: float) -> Tensor:
     """Mean KL between the gates and the prior, by torch's own distributions."""
     gate, target = torch.distributions.Bernoulli(logits=logits), torch.distributions.Bernoulli(torch.tensor(prior))
     return torch.distributions.kl_divergence(gate, target).mean()
+
+
+def reference_regularizer(updates: list[Tensor], name: str) -> Tensor:
+    """LoRA+Cos or LoRA+Laplacian of one side's updates, a pair of neighbours at a time."""
+    total = torch.zeros(())
+    for left, right in zip([u.flatten() for u in updates], [u.flatten() for u in updates[1:]]):
+        if name == "cosine":
+            total = total + 1 - (left @ right) / (left.norm() * right.norm())
+        else:
+            total = total + ((right - left) ** 2).sum()
+    return total

@@ -58,7 +58,7 @@ def test_callback_acts_under_every_trainer(job, tmp_path):
     assert runtime.step == 3 and runtime.skipped_steps == 0
     assert {kind.depth_count for kind in runtime.kinds} == {3}
     for m, latent in zip(runtime.maps, runtime.engine.read_latents()):
-        assert (m.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3
+        assert (m.filter.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3
         assert latent.B.abs().sum() > 0 and not torch.equal(latent.A[0], latent.A[1])
         assert m.coordinators[m.sides[0]].theta.abs().sum() > 0
 
@@ -76,7 +76,9 @@ def test_quantised_base(bits, tmp_path):
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     assert type(layer).__name__ == f"Linear{bits}bit" + ("Lt" if bits == 8 else "")
     assert callback.runtime.step == 3
-    assert all((m.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3 for m in callback.runtime.maps)
+    assert all(
+        (m.filter.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3 for m in callback.runtime.maps
+    )
 
 
 def test_two_runs_are_equal_and_seeds_differ(tmp_path):
@@ -309,7 +311,7 @@ def test_state_file_describes_itself(tmp_path):
     assert kinds["model.layers.*.self_attn.q_proj"]["shape"] == [3, 4, 32, 32]
     for kind in kinds:
         parts = {name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")}
-        assert {"latent_A", "latent_B", "logits", "graph.semantic", "graph.features"} <= parts
+        assert {"latent_A", "latent_B", "filter.logits", "graph.semantic", "graph.features"} <= parts
     assert {"optimizer/0/exp_avg", "optimizer/0/exp_avg_sq", "optimizer/0/step", "step"} <= names
 
 
