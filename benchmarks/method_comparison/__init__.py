@@ -1,0 +1,1 @@
+"""A row for StructLoRA in PEFT's own `method_comparison`."""
