@@ -13,7 +13,7 @@ PINNED_axolotl := axolotl==0.21.0
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
-.PHONY: demo test test-all test-oldest $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report clean
+.PHONY: demo test test-all test-oldest test-portable $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -21,8 +21,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev lint test-oldest $(FRONT_DOORS:%=test-%)
+test-all: $(VENV)/.dev lint test-oldest test-portable $(FRONT_DOORS:%=test-%)
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
+
+# The same tests with the kernels of other processors (PyTorch's, MKL's and oneDNN's; no effect but on x86), on 1 and 2 threads.
+test-portable: $(VENV)/.dev
+	for threads in 1 2; do \
+		OMP_NUM_THREADS=$$threads ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 \
+			$(RUN) $(PYTEST) -m "not slow" && \
+		OMP_NUM_THREADS=$$threads ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+			$(RUN) $(PYTEST) -m "not slow" || exit 1; \
+	done
 
 # The same tests on the oldest supported stack.
 test-oldest: $(OLDEST)/.dev

@@ -1,15 +1,16 @@
 import os
 
-# Tests never ask a hub, and each worker keeps to one thread.
+# Tests never ask a hub, and each worker keeps to one thread unless the environment says otherwise (`make test-portable`).
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 import transformers
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 transformers.logging.set_verbosity_error()
 
 

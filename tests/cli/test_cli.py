@@ -218,7 +218,9 @@ MISTAKES = [
 ]
 
 
-def test_every_mistake_gets_a_message(place, capsys):
+@pytest.fixture
+def spoilt(place):
+    """The folder with files that have a mistake each, beside a whole `run.yaml`."""
     config_file()
     config_file("misspelt.yaml", learing_rate=1e-3)
     config_file("no_model.yaml", model_name_or_path=None)
@@ -228,10 +230,13 @@ def test_every_mistake_gets_a_message(place, capsys):
     Path("empty.yaml").write_text("")
     Path("broken.json").write_text("{nothing")
     Path("other.csv").write_text("a,b\n1,2\n")
-    for arguments, code, words in MISTAKES:
-        found = main(arguments)
-        message = capsys.readouterr().err
-        assert found == code and words in message and "Traceback" not in message, (arguments, found, message)
+
+
+@pytest.mark.parametrize("arguments, code, words", MISTAKES, ids=[words for *_, words in MISTAKES])
+def test_every_mistake_gets_a_message(arguments, code, words, spoilt, capsys):
+    found = main(arguments)
+    message = capsys.readouterr().err
+    assert found == code and words in message and "Traceback" not in message, message
 
 
 def test_help(capsys):

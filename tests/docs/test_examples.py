@@ -183,11 +183,11 @@ def test_example(name):
     # PEFT loads adapters in fp32, TRL trains some in bf16: the same values, but other arithmetic.
     for ours, theirs in zip(loaded.parameters(), trained.parameters()):
         ours.data = ours.data.to(theirs.dtype)
-    models = [loaded]
-    if "MERGED" in variables:
-        models.append(type(base).from_pretrained(variables["MERGED"]).eval())
+    models = {loaded: 1e-6}
+    if "MERGED" in variables:  # W + sBA sums in another order
+        models[type(base).from_pretrained(variables["MERGED"]).eval()] = 1e-5
     batch = FAMILIES[example.family].batch(99)
     del batch["labels"]
     with torch.no_grad():
-        for model in models:
-            torch.testing.assert_close(model(**batch).logits, trained(**batch).logits, atol=1e-6, rtol=0)
+        for model, atol in models.items():
+            torch.testing.assert_close(model(**batch).logits, trained(**batch).logits, atol=atol, rtol=0)

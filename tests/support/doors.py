@@ -110,12 +110,12 @@ def check(output: Path, model: str, step: int = STEPS, merged: Path | None = Non
     load_state(runtime, Path(output) / f"checkpoint-{step}")
     runtime.detach()
     tokens = torch.arange(4, 24).view(2, 10)
-    models = [loaded] + ([_base(merged)] if merged else [])
+    models = {loaded: atol} | ({_base(merged): 10 * atol} if merged else {})  # W + sBA sums in another order
     with torch.no_grad():
         expected = again.eval()(input_ids=tokens).logits
         assert not torch.equal(expected, _base(model)(input_ids=tokens).logits)
-        for one in models:
-            torch.testing.assert_close(one(input_ids=tokens).logits, expected, atol=atol, rtol=0)
+        for one, allowed in models.items():
+            torch.testing.assert_close(one(input_ids=tokens).logits, expected, atol=allowed, rtol=0)
     return {**options, "state": state}
 
 
@@ -123,9 +123,3 @@ def _base(folder):
     config = json.loads((Path(folder) / "config.json").read_text())
     auto = AutoModelForImageTextToText if config["model_type"] == "llava" else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def readme_block(section: str) -> str:
-    """The YAML of a section of the README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.split(f"### {section}\n", 1)[1].split("```yaml\n", 1)[1].split("```", 1)[0]

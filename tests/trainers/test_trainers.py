@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -400,13 +399,6 @@ def test_plain_trainer_with_other_trained_weights(tmp_path):
     head = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "modules_to_save" in n}
     trainer.train()
     assert head and all(not torch.equal(p, dict(trainer.model.named_parameters())[n]) for n, p in head.items())
-
-
-def test_import_is_quick_and_light():
-    started = time.perf_counter()
-    code = "import sys, structlora_trl.core.mapping; assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert time.perf_counter() - started < 60
 
 
 def test_sft_config_without_options_uses_defaults(tmp_path):

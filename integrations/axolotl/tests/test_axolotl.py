@@ -21,7 +21,6 @@ from tests.support.doors import (
     chat,
     check,
     instruction,
-    readme_block,
     run,
     save_model,
     save_pictures,
@@ -29,6 +28,7 @@ from tests.support.doors import (
     state_of,
 )
 from tests.support.launching import free_port
+from tests.support.readme import readme_block
 from tests.support.tiny import sentence
 
 PLUGIN = "structlora_trl.integrations.axolotl.StructLoRAPlugin"
@@ -210,7 +210,7 @@ def test_relora(place):
         deltas = [8 / 4 * update[key.format("B")] @ update[key.format("A")] for update in updates]
         assert all(delta.abs().max() > 1e-4 for delta in deltas)
         expected = base[f"{module}.weight"] + sum(deltas)
-        torch.testing.assert_close(final[f"{module}.weight"], expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(final[f"{module}.weight"], expected, atol=1e-5, rtol=0)
 
 
 ENGINES = {"DDP": None, "DeepSpeed ZeRO-2": str(ROOT / "configs" / "deepspeed" / "zero2.json")}

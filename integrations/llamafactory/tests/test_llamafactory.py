@@ -9,8 +9,9 @@ import yaml
 
 pytest.importorskip("llamafactory", reason="run `make test-llamafactory`")
 
-from tests.support.doors import ROOT, check, instruction, readme_block, run, save_model, save_rows, state_of
+from tests.support.doors import ROOT, check, instruction, run, save_model, save_rows, state_of
 from tests.support.launching import free_port
+from tests.support.readme import readme_block
 from tests.support.tiny import sentence
 
 COMMAND = "structlora-llamafactory"

@@ -9,10 +9,10 @@ import yaml
 
 pytest.importorskip("swift.callbacks", reason="run `make test-ms-swift`")
 
-from tests.support.doors import ROOT, ROWS, chat, check, run, save_model
+from tests.support.doors import ROWS, chat, check, run, save_model
 from tests.support.launching import free_port
 
-PLUGIN = ROOT / "structlora_trl" / "integrations" / "ms_swift.py"
+PLUGIN = "import structlora_trl.integrations.ms_swift"  # the README's line
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ms_swift")
     save_model(folder / "model")
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat(i)) + "\n" for i in range(ROWS)))
+    (folder / "structlora_plugin.py").write_text(PLUGIN)
     return folder
 
 
@@ -49,7 +50,7 @@ def sft(place, name: str, *more, options=None, succeeds: bool = True, **environm
     }
     file = place / f"{name}.yaml"
     file.write_text(yaml.safe_dump(settings))
-    plugin = ("--external_plugins", PLUGIN, "--callbacks", "structlora")
+    plugin = ("--external_plugins", place / "structlora_plugin.py", "--callbacks", "structlora")
     return run("swift", "sft", file, *plugin, *more, succeeds=succeeds, **environment)
 
 
