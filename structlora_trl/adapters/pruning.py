@@ -8,15 +8,14 @@ that write the residual stream) other directions' messages are in it too: measur
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 
-import torch
 from peft import LoraConfig
 from torch import Tensor
 
 from ..errors import StructLoRAError
-from .saved import LORA_NAME, Saved, rank_divisor, ranks_of
+from .saved import Saved
+from .scales import with_one_scale
 
 
 @dataclass
@@ -24,7 +23,7 @@ class Pruned:
     """A pruned adapter.
 
     Args:
-        lora (`LoraConfig`): with the new ranks in `rank_pattern`, and in `alpha_pattern` what keeps each scale.
+        lora (`LoraConfig`): with the new ranks in `rank_pattern`; every module's scale is `lora_alpha / r`.
         tensors (`dict[str, Tensor]`): of its adapter file.
         kept (`dict[str, list[int]]`): module -> directions kept.
         spared (`list[str]`): modules whose directions are all closed: the most open one stays, since PEFT knows no rank 0.
@@ -74,28 +73,5 @@ def prune(saved: Saved, threshold: float) -> Pruned:
             if not kept[module]:
                 kept[module] = [int(row.argmax())]
                 spared.append(module)
-    tensors = _without_closed(saved.tensors, kept)
-    return Pruned(_with_ranks(saved, tensors), tensors, kept, spared)
-
-
-def _without_closed(tensors: dict[str, Tensor], kept: dict[str, list[int]]) -> dict[str, Tensor]:
-    pruned = {}
-    for name, value in tensors.items():
-        match = LORA_NAME.match(name)
-        if match and match["module"] in kept:
-            directions = torch.tensor(kept[match["module"]])
-            value = value.index_select(0 if match["factor"] == "A" else 1, directions).contiguous()
-        pruned[name] = value
-    return pruned
-
-
-def _with_ranks(saved: Saved, tensors: dict[str, Tensor]) -> LoraConfig:
-    """The configuration of pruned tensors. Each module gets an entry of its own, so that no other pattern can match first."""
-    lora = deepcopy(saved.lora)
-    lora.rank_pattern, lora.alpha_pattern = {}, {}
-    before = ranks_of(saved.tensors)
-    for module, rank in ranks_of(tensors).items():
-        name = "^" + module.removeprefix("base_model.model.")
-        lora.rank_pattern[name] = rank
-        lora.alpha_pattern[name] = saved.scale(module, before[module]) * rank_divisor(lora, rank)
-    return lora
+    lora, tensors = with_one_scale(saved.lora, saved.tensors, kept)
+    return Pruned(lora, tensors, kept, spared)

@@ -7,6 +7,7 @@ map is applied; `adapter_model.safetensors` holds effective factors already.
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,11 +26,21 @@ from ..core.nodes import Kind, group
 from ..errors import StructLoRAError
 from ..runtime import of_kind
 from ..state import STATE_NAME, read_state
+from .scales import LORA_NAME, holds_experts, rank_of, scale_of
 
-# With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
-LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$")
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
 _MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
+_USE_ANOTHER = "use another checkpoint"
+# What the rest of PEFT's configuration is read for, and what it must be.
+_VALUES = {
+    "r": lambda v: type(v) is int and v > 0,
+    "lora_alpha": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+    "use_rslora": lambda v: type(v) is bool,
+    "rank_pattern": lambda v: isinstance(v, dict) and all(type(rank) is int and rank > 0 for rank in v.values()),
+    "alpha_pattern": lambda v: isinstance(v, dict) and all(type(a) in (int, float) and a > 0 for a in v.values()),
+    "target_parameters": lambda v: v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "base_model_name_or_path": lambda v: v is None or isinstance(v, str),
+}
 # Relative difference that rounding to the file's dtype, or another machine's arithmetic, may leave.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -59,26 +69,9 @@ class Saved:
     latents: list[Factors] | None = None
     step: int | None = None
 
-    def alpha(self, module: str) -> float:
-        """PEFT's `lora_alpha` of a module."""
-        name = module.removeprefix("base_model.model.")
-        pattern = self.lora.alpha_pattern
-        return pattern.get(get_pattern_key(pattern.keys(), name), self.lora.lora_alpha)
-
-    def scale(self, module: str, rank: int) -> float:
-        """s of ΔW = s·B·A, for a module of that rank."""
-        return self.alpha(module) / rank_divisor(self.lora, rank)
-
-
-def rank_divisor(lora: LoraConfig, rank: int) -> float:
-    """What PEFT divides alpha by: r, or √r with rsLoRA."""
-    return math.sqrt(rank) if lora.use_rslora else rank
-
-
-def ranks_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Module -> rank, of an adapter file's tensors."""
-    matches = ((LORA_NAME.match(name), value) for name, value in tensors.items())
-    return {match["module"]: len(value) for match, value in matches if match and match["factor"] == "A"}
+    def scale(self, module: str) -> float:
+        """s of a module's ΔW = s·B·A."""
+        return scale_of(self.lora, module)
 
 
 def read_saved(folder: str | Path) -> Saved:
@@ -92,7 +85,7 @@ def read_saved(folder: str | Path) -> Saved:
     home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
     adapter_home = _named_adapter(home) or home
     lora = _read_config(adapter_home)
-    tensors = _read_adapter(adapter_home)
+    tensors = _read_adapter(adapter_home, lora)
     state_file = home / STATE_NAME
     if not state_file.is_file():
         if not tensors:
@@ -101,7 +94,7 @@ def read_saved(folder: str | Path) -> Saved:
                 "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
                 "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
             )
-        kinds = group(_modules(tensors))
+        kinds = group(_of_experts(_modules(tensors), lora))
         return Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds])
     state, header = read_state(state_file)
     config = StructLoRAConfig.build(header["config"])
@@ -131,35 +124,91 @@ def _read_config(folder: Path) -> LoraConfig:
             "a folder with a saved LoRA adapter: a run's output, one of its checkpoints, or an exported adapter",
             f"give {checkpoints[-1]}" if checkpoints else "correct the path",
         )
+    path = folder / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StructLoRAError(
-            f"{folder}/adapter_config.json unreadable ({error})", "PEFT's configuration", "use another checkpoint"
+            f"{path} unreadable ({error})", "PEFT's configuration", "use another checkpoint"
         ) from error
     if not isinstance(config, LoraConfig):
         raise StructLoRAError(f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter")
+    if getattr(config, "use_bdlora", None):
+        raise StructLoRAError(
+            f"an adapter of block-diagonal factors (`use_bdlora`) in {folder}",
+            "factors of whole matrices",
+            "load or merge it with PEFT itself",
+        )
+    wrong = [name for name, is_right in _VALUES.items() if not is_right(getattr(config, name))]
+    if wrong:
+        found = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        raise StructLoRAError(f"{path} with {found}", "values that PEFT writes", "use another checkpoint")
     return config
 
 
-def _read_adapter(folder: Path) -> dict[str, Tensor]:
+def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    try:
-        return load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
-        raise StructLoRAError(f"{path} damaged ({error})", "a whole file", "use the checkpoint before") from error
+    if not path.exists():
+        return {}
+    tensors = _load(path)
+    modules = _modules(tensors)
+    if not modules:
+        raise StructLoRAError(f"no LoRA factors in {path}", "lora_A and lora_B of each module", _USE_ANOTHER)
+    _refuse_odd_numbers(tensors, path)
+    _refuse_misfits(modules, lora, path)
+    return tensors
 
 
 def _read_masters(folder: Path) -> dict[str, Tensor]:
     """LoRA factors among whole-model fp32 weights; without a copy of the rest."""
     found = {}
     for path in sorted(path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()):
+        factors = {name: value for name, value in _load(path).items() if LORA_NAME.match(name)}
+        _refuse_odd_numbers(factors, path)
+        found |= factors
+    return found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """A weights file, as it is."""
+    try:
         if path.suffix == ".bin":
             weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         else:
             weights = load_file(path)
-        found |= {name: value for name, value in weights.items() if LORA_NAME.match(name)}
-    return found
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StructLoRAError(f"{path} damaged ({reason})", "a whole file", _USE_ANOTHER) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise StructLoRAError(f"something other than named weights in {path}", "a mapping of tensors", _USE_ANOTHER)
+    return weights
+
+
+def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            found = "NaN or infinite numbers" if value.is_floating_point() else f"numbers of type {value.dtype}"
+            raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
+
+
+def _refuse_misfits(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig, path: Path) -> None:
+    """Stop where lora_A and lora_B of a module do not fit each other, or the configuration."""
+    for module, factors in modules.items():
+        shapes = {side: tuple(value.shape) for side, value in factors.items()}
+        if len(shapes) < 2 or min(map(len, shapes.values())) < 2 or shapes["A"][0] != shapes["B"][1]:
+            found = " and ".join(f"lora_{side} {shape}" for side, shape in sorted(shapes.items()))
+            raise StructLoRAError(
+                f"factors of '{module}' that do not fit each other in {path} ({found})",
+                "lora_A of r rows and lora_B of r columns",
+                f"{_USE_ANOTHER}; load grouped convolutions with PEFT itself",
+            )
+        rows, rank = shapes["A"][0], rank_of(lora, module)
+        if rows % rank if holds_experts(lora, module) else rows != rank:
+            raise StructLoRAError(
+                f"lora_A of '{module}' with {rows} rows in {path}",
+                f"rank {rank}, as adapter_config.json has it",
+                "give an adapter and its own configuration",
+            )
 
 
 def _modules(tensors: dict[str, Tensor]) -> dict[str, dict[str, nn.Parameter]]:
@@ -170,6 +219,21 @@ def _modules(tensors: dict[str, Tensor]) -> dict[str, dict[str, nn.Parameter]]:
         if match:
             modules[match["module"]][match["factor"]] = nn.Parameter(value.float(), requires_grad=False)
     return dict(modules)
+
+
+def _of_experts(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig) -> dict[str, dict[str, nn.Parameter]]:
+    """A module for each expert, where PEFT has those of a layer in one matrix: lora_A (expert, rank), lora_B (rank, expert)."""
+    split = {}
+    for module, factors in modules.items():
+        if not holds_experts(lora, module):
+            split[module] = factors
+            continue
+        A = factors["A"].data.unflatten(0, (-1, rank_of(lora, module)))  # (E, r, k)
+        B = factors["B"].data.unflatten(1, (A.shape[1], -1))  # (d, r, E)
+        for expert in range(len(A)):
+            pair = {"A": A[expert], "B": B[:, :, expert]}
+            split[f"{module}[{expert}]"] = {s: nn.Parameter(v, requires_grad=False) for s, v in pair.items()}
+    return split
 
 
 def _stacked(kind: Kind) -> Factors:
@@ -211,11 +275,11 @@ def _refuse_difference(
         for index, module in enumerate(kind.modules):
             for side, stack in zip("AB", stacks):
                 ours, theirs = stack[index], modules.get(module, {}).get(side)
-                difference = torch.inf
+                difference = math.inf
                 if theirs is not None and theirs.numel() == ours.numel():
                     scale = ours.norm().clamp(min=torch.finfo(ours.dtype).tiny)
-                    difference = float((theirs.flatten(1) - ours).norm() / scale)
-                if difference > tolerance:
+                    difference = float((theirs.reshape(ours.shape) - ours).norm() / scale)
+                if not difference <= tolerance:  # NaN is different too
                     raise StructLoRAError(
                         f"{what} and {STATE_NAME} of different weights in {folder} (lora_{side} of '{module}' differs by "
                         f"{difference:.1e} of its norm)",

@@ -13,7 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
-from .refusing import refusing
+from ..refusing import refusing
 
 _DESCRIPTION = """{what}, training a LoRA adapter with StructLoRA.
 

@@ -9,7 +9,7 @@ import datasets
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..errors import StructLoRAError
-from .refusing import refusing
+from ..refusing import refusing
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _PICTURES = ("images", "image")

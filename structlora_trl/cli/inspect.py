@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
+from ..adapters.inspecting import KindReport, log_history, report
 from ..adapters.saved import Saved, read_saved
-from ..core.diagnostics import effective_rank
-from ..core.mapping import KindMap
-from ..core.nodes import Kind, residual_role, split_depth
 from .parser import parser_of
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
@@ -32,33 +26,6 @@ _EXAMPLES = """examples:
   structlora inspect out/checkpoint-500 --plot figures     # needs matplotlib: pip install "structlora-trl[plot]"
   structlora inspect out --json | jq '.kinds[0].depths[0]'
 """
-
-
-@dataclass
-class DepthReport:
-    """One module."""
-
-    module: str
-    layer: str  # the layer's number in its name
-    depth: int  # place among the kind's depths, from 0
-    rank: int
-    gates: list[float] | None  # probability that each direction is open
-    effective_rank: float
-    norm: float
-    coherence: float | None
-    semantic: list[int] | None  # depths
-
-
-@dataclass
-class KindReport:
-    """One kind: its modules, and the matrices that the figures show."""
-
-    name: str
-    role: str | None
-    shape: list[int]  # [L, r, k, d]
-    depths: list[DepthReport]
-    similarity: list[list[float]] | None  # (L, L) cosines
-    coverage: list[list[float]]  # (L, r) cumulative share of the squared singular values
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -90,45 +57,6 @@ def run(command: str, arguments: list[str]) -> None:
                 print(f"No {reason}.")
 
 
-def report(saved: Saved) -> list[KindReport]:
-    """The figures of each kind."""
-    reports = []
-    for index, (kind, factors) in enumerate(zip(saved.kinds, saved.effective)):
-        m = saved.maps[index] if saved.maps else None
-        gates = m.openness(saved.latents[index]) if m else None
-        features = _features(saved, index)  # (L, n), or None where unknown
-        similarity = None if features is None else normalize(features, dim=1) @ normalize(features, dim=1).mT
-        ranks = effective_rank(*factors)
-        squares = _singular_values(*factors).square()  # (L, r)
-        norms = squares.sum(1).sqrt() * torch.tensor([saved.scale(module, kind.rank) for module in kind.modules])
-        total = squares.sum(1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)
-        depths = [
-            DepthReport(
-                module=module.removeprefix("base_model.model."),
-                layer=".".join(map(str, split_depth(module)[1])),
-                depth=depth,
-                rank=kind.rank,
-                gates=None if gates is None else gates[depth].tolist(),
-                effective_rank=float(ranks[depth]),
-                norm=float(norms[depth]),
-                coherence=_coherence(similarity, depth),
-                semantic=m.graph.semantic[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
-            )
-            for depth, module in enumerate(kind.modules)
-        ]
-        reports.append(
-            KindReport(
-                kind.name,
-                _role(kind, m),
-                kind.shape,
-                depths,
-                None if similarity is None else similarity.tolist(),
-                (squares.cumsum(1) / total).tolist(),
-            )
-        )
-    return reports
-
-
 def table(saved: Saved, kinds: list[KindReport]) -> str:
     """Text for a terminal."""
     if saved.maps:
@@ -157,34 +85,3 @@ def table(saved: Saved, kinds: list[KindReport]) -> str:
             figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}"
             lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {figures}  {semantic}")
     return "\n".join(lines)
-
-
-def log_history(folder: Path) -> list[dict]:
-    """The Trainer's log, where `trainer_state.json` lies beside the adapter."""
-    path = folder / "trainer_state.json"
-    return json.loads(path.read_text(encoding="utf-8"))["log_history"] if path.is_file() else []
-
-
-def _role(kind: Kind, m: KindMap | None) -> str | None:
-    return residual_role(kind, m.config.roles if m else None)
-
-
-def _features(saved: Saved, index: int) -> Tensor | None:
-    """Updates on the sides that are comparable across depth, flattened. A plain adapter does not tell where A began."""
-    kind, factors = saved.kinds[index], saved.effective[index]
-    if saved.maps:
-        return torch.cat([u.flatten(1) for u in saved.maps[index].features(factors)], dim=1)
-    return factors.B.flatten(1) if _role(kind, None) == "write" else None
-
-
-def _coherence(similarity: Tensor | None, depth: int) -> float | None:
-    if similarity is None or len(similarity) == 1:
-        return None
-    neighbours = [other for other in (depth - 1, depth + 1) if 0 <= other < len(similarity)]
-    return float(similarity[depth, neighbours].mean())
-
-
-def _singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Of each BA, (L, r), without forming it."""
-    left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.mT).R  # (L, r, r)
-    return torch.linalg.svdvals(left @ right.mT)

@@ -11,12 +11,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..errors import StructLoRAError
+from ..refusing import refusing
 from ..state import save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
-from .refusing import refusing
 
 _METHODS = {
     "sft": ("SFTTrainer", "SFTConfig", "Supervised fine-tuning"),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from datasets.exceptions import DatasetsError
 
-from ..errors import StructLoRAError
+from .errors import StructLoRAError
 
 # What libraries raise about files, values, columns and packages. Never wrapped around training itself.
 _ABOUT_INPUT = (OSError, ValueError, TypeError, KeyError, ImportError, DatasetsError)

@@ -1,0 +1,133 @@
+"""What an adapter has learned, by kind of module and depth: gates, singular values, coherence over depth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..core.diagnostics import effective_rank
+from ..core.mapping import Factors, KindMap
+from ..core.nodes import Kind, residual_role, split_depth
+from ..errors import StructLoRAError
+from .saved import Saved
+
+
+@dataclass
+class DepthReport:
+    """One module."""
+
+    module: str
+    layer: str  # the layer's number in its name
+    depth: int  # place among the kind's depths, from 0
+    rank: int
+    gates: list[float] | None  # probability that each direction is open
+    effective_rank: float
+    norm: float
+    coherence: float | None
+    semantic: list[int] | None  # depths
+
+
+@dataclass
+class KindReport:
+    """One kind: its modules, and the matrices that the figures show."""
+
+    name: str
+    role: str | None
+    shape: list[int]  # [L, r, k, d]
+    depths: list[DepthReport]
+    similarity: list[list[float]] | None  # (L, L) cosines
+    singular_values: list[list[float]]  # (L, r) of the update as it is added to the weight, descending
+    coverage: list[list[float]]  # (L, r) cumulative share of the squared singular values
+
+
+def report(saved: Saved) -> list[KindReport]:
+    """The figures of each kind."""
+    return [_kind(saved, index) for index in range(len(saved.kinds))]
+
+
+def log_history(folder: Path) -> list[dict]:
+    """The Trainer's log, where `trainer_state.json` lies beside the adapter; else nothing.
+
+    Raises:
+        StructLoRAError: the file is damaged.
+    """
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        if not all(isinstance(entry["step"], int) for entry in history):
+            raise TypeError("a step that is no number")
+    except (ValueError, TypeError, KeyError) as error:
+        raise StructLoRAError(
+            f"{path} damaged ({type(error).__name__}: {error})",
+            "the Trainer's log",
+            "remove the file, or use another checkpoint",
+        ) from error
+    return history
+
+
+def _kind(saved: Saved, index: int) -> KindReport:
+    kind = saved.kinds[index]
+    factors = Factors(*(factor.double() for factor in saved.effective[index]))  # squares of what is finite stay finite
+    m = saved.maps[index] if saved.maps else None
+    gates = m.openness(saved.latents[index]) if m else None
+    features = _features(saved, index, factors)  # (L, n), or None where unknown
+    similarity = None if features is None else normalize(features, dim=1) @ normalize(features, dim=1).mT
+    scales = torch.tensor([saved.scale(module) for module in kind.modules]).double()
+    singular = scales[:, None] * _singular_values(*factors)  # (L, r)
+    energy = singular.square()
+    total = energy.sum(1, keepdim=True)
+    ranks = effective_rank(*factors)
+    depths = [
+        DepthReport(
+            module=module.removeprefix("base_model.model."),
+            layer=".".join(map(str, split_depth(module)[1])),
+            depth=depth,
+            rank=kind.rank,
+            gates=None if gates is None else gates[depth].tolist(),
+            effective_rank=float(ranks[depth]),
+            norm=float(total[depth].sqrt()),
+            coherence=_coherence(similarity, depth),
+            semantic=m.graph.semantic[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
+        )
+        for depth, module in enumerate(kind.modules)
+    ]
+    return KindReport(
+        name=kind.name,
+        role=_role(kind, m),
+        shape=kind.shape,
+        depths=depths,
+        similarity=None if similarity is None else similarity.tolist(),
+        singular_values=singular.tolist(),
+        coverage=(energy.cumsum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)).tolist(),
+    )
+
+
+def _role(kind: Kind, m: KindMap | None) -> str | None:
+    return residual_role(kind, m.config.roles if m else None)
+
+
+def _features(saved: Saved, index: int, factors: Factors) -> Tensor | None:
+    """Updates on the sides that are comparable across depth, flattened. A plain adapter does not tell where A began."""
+    if saved.maps:
+        return torch.cat([u.flatten(1) for u in saved.maps[index].features(factors)], dim=1)
+    return factors.B.flatten(1) if _role(saved.kinds[index], None) == "write" else None
+
+
+def _coherence(similarity: Tensor | None, depth: int) -> float | None:
+    if similarity is None or len(similarity) == 1:
+        return None
+    neighbours = [other for other in (depth - 1, depth + 1) if 0 <= other < len(similarity)]
+    return float(similarity[depth, neighbours].mean())
+
+
+def _singular_values(A: Tensor, B: Tensor) -> Tensor:
+    """Of each BA, (L, r), without forming it."""
+    left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.mT).R  # (L, r, r)
+    return torch.linalg.svdvals(left @ right.mT)

@@ -1,0 +1,148 @@
+"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the same.
+
+A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`; vLLM and SGLang
+take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by each module's own rank. What they
+do not read goes into lora_B.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from copy import deepcopy
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..errors import StructLoRAError
+
+# With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
+LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$")
+_EXPERT = re.compile(r"\[\d+\]$")  # what `read_saved` adds to the module's name for one of its experts
+_BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
+
+
+def scale_of(lora: LoraConfig, module: str) -> float:
+    """s of a module's ΔW = s·B·A, as PEFT has it."""
+    rank = rank_of(lora, module)
+    return _looked_up(lora, module, lora.alpha_pattern, lora.lora_alpha) / (
+        math.sqrt(rank) if lora.use_rslora else rank
+    )
+
+
+def rank_of(lora: LoraConfig, module: str) -> int:
+    """PEFT's rank of a module; where experts are one parameter, the rank of each."""
+    return _looked_up(lora, module, lora.rank_pattern, lora.r)
+
+
+def holds_experts(lora: LoraConfig, module: str) -> bool:
+    """Whether a module wraps parameters (`target_parameters`), with factors for each expert in one matrix."""
+    return bool(_parameters(lora, module))
+
+
+def rows_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Module -> rows of its lora_A."""
+    matches = ((LORA_NAME.match(name), value) for name, value in tensors.items())
+    return {match["module"]: len(value) for match, value in matches if match and match["factor"] == "A"}
+
+
+def with_one_scale(
+    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[int]], one_rank: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Keep some directions, and give every module the scale `lora_alpha / r`.
+
+    Args:
+        lora (`LoraConfig`): of the adapter.
+        tensors (`dict[str, Tensor]`): of its file.
+        kept (`dict[str, list[int]]`): module -> the directions to keep; all of them for other modules.
+        one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank with zeros.
+
+    Returns:
+        `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in `alpha_pattern` what keeps the
+        scale in PEFT; nothing is rank-stabilised.
+    """
+    rows = rows_of(tensors)
+    scales = {module: scale_of(lora, module) for module in rows}
+    chosen = {m: _by_expert(kept.get(m, range(count)), rank_of(lora, m), count) for m, count in rows.items()}
+    ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
+    rank, scale = max(ranks.values()), max(scales.values())
+    for module in rows:
+        if one_rank or holds_experts(
+            lora, module
+        ):  # a pattern names parameters, and the file does not say which is which
+            ranks[module] = rank
+    written = {}
+    for name, value in tensors.items():
+        match, bias = LORA_NAME.match(name), _BIAS.match(name)
+        if match:
+            module = match["module"]
+            value = _chosen(value, match["factor"], chosen[module], ranks[module])
+        if (match and match["factor"] == "B") or bias:
+            share = scales[(match or bias)["module"]] / scale
+            value = value if share == 1 else (value.float() * share).to(value.dtype)
+        written[name] = value
+    return _configured(lora, ranks, rank, scale), written
+
+
+def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The same adapter with one rank, one alpha and no patterns."""
+    return with_one_scale(lora, tensors, {}, one_rank=True)
+
+
+def _configured(lora: LoraConfig, ranks: dict[str, int], rank: int, scale: float) -> LoraConfig:
+    """Each module of another rank gets an entry of its own, so that no other pattern can match first."""
+    lora = deepcopy(lora)
+    lora.r, lora.lora_alpha, lora.use_rslora = rank, _number(scale * rank), False
+    lora.rank_pattern, lora.alpha_pattern = {}, {}
+    for module, own in ranks.items():
+        if own != rank:
+            name = "^" + module.removeprefix("base_model.model.")
+            lora.rank_pattern[name], lora.alpha_pattern[name] = own, _number(scale * own)
+    return lora
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _by_expert(directions, rank: int, rows: int) -> list[list[int]]:
+    """Directions as columns of lora_B, which PEFT orders (rank, expert), as a list for each expert."""
+    experts = rows // rank
+    return [[index // experts for index in directions if index % experts == expert] for expert in range(experts)]
+
+
+def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> Tensor:
+    """The chosen directions of each expert, then zeros. PEFT orders the rows of lora_A (expert, rank)."""
+    experts = len(chosen)
+    if factor == "A":
+        parts = value.unflatten(0, (experts, -1))  # (E, r, ...)
+        kept = parts.new_zeros(experts, rank, *parts.shape[2:])
+        for expert, directions in enumerate(chosen):
+            kept[expert, : len(directions)] = parts[expert, directions]
+        return kept.flatten(0, 1)
+    parts = value.unflatten(1, (-1, experts))  # (d, r, E, ...)
+    kept = parts.new_zeros(len(value), rank, *parts.shape[2:])
+    for expert, directions in enumerate(chosen):
+        kept[:, : len(directions), expert] = parts[:, directions, expert]
+    return kept.flatten(1, 2)
+
+
+def _parameters(lora: LoraConfig, module: str) -> list[str]:
+    """Full names of the parameters that a module may wrap; several where wrappers are nested."""
+    name = _EXPERT.sub("", module.removeprefix("base_model.model.")).replace(".base_layer", "")
+    names = {target: f"{name}.{target.rpartition('.')[-1]}" for target in lora.target_parameters or ()}
+    return [full for target, full in names.items() if full == target or full.endswith(f".{target}")]
+
+
+def _looked_up(lora: LoraConfig, module: str, pattern: dict, default):
+    """What PEFT finds for a module in one of its patterns."""
+    names = _parameters(lora, module) or [module.removeprefix("base_model.model.")]
+    found = {pattern.get(get_pattern_key(pattern.keys(), name), default) for name in names}
+    if len(found) > 1:
+        raise StructLoRAError(
+            f"patterns that differ between parameters of one module ('{module}': {', '.join(map(str, sorted(found)))})",
+            "one rank and one alpha for all parameters of a module, since the file does not say which factors are whose",
+            "load or merge this adapter with PEFT itself",
+        )
+    return found.pop()

@@ -1,0 +1,255 @@
+"""`structlora export`: what it writes, against what plain PEFT makes of the adapter that was saved."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from structlora_trl.adapters.export import export, load_base
+from structlora_trl.adapters.saved import read_saved
+from structlora_trl.cli import main
+from structlora_trl.state import STATE_NAME
+from tests.support.adapters import (
+    ADAPTER,
+    CONFIG,
+    DEPTHS,
+    EXPERTS,
+    KINDS,
+    LORA,
+    as_it_is,
+    bare_run,
+    mixtral,
+    on_base,
+    train,
+)
+from tests.support.cli_runs import logits_of
+from tests.support.tiny import FAMILIES, VOCABULARY, base_model
+
+
+@pytest.mark.parametrize("variant", LORA)
+@pytest.mark.parametrize("source", ["output", "checkpoint"])
+def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
+    folder = runs(variant) if source == "output" else runs(variant) / "checkpoint-6"
+    assert main(["export", str(folder), str(tmp_path / "adapter")]) == 0
+    saved, exported = load_file(folder / ADAPTER), load_file(tmp_path / "adapter" / ADAPTER)
+    assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
+    base = runs(variant).parent / "base"
+    assert torch.equal(*(logits_of(on_base(where, base), "llama") for where in (folder, tmp_path / "adapter")))
+
+
+def close_directions(state: dict, adapter: dict, threshold: float) -> int:
+    """Zero the closed columns of lora_B; how many."""
+    closed = 0
+    for kind in KINDS:
+        for depth, gates in enumerate(state[f"{kind}/filter.logits"].sigmoid()):
+            weight = adapter[f"base_model.model.{kind.replace('*', str(depth))}.lora_B.weight"]
+            weight[:, gates < threshold] = 0
+            closed += int((gates < threshold).sum())
+    return closed
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora"])
+def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path, capsys):
+    out = runs(variant)
+    base, state = out.parent / "base", load_file(out / STATE_NAME)
+    gates = torch.cat([state[f"{kind}/filter.logits"].sigmoid() for kind in KINDS])
+    # As large as leaves every module a direction, and between two gates.
+    below = gates[gates < gates.amax(1).min()].max()
+    threshold = float((below + gates.amax(1).min()) / 2)
+    shutil.copytree(out, tmp_path / "masked", ignore=shutil.ignore_patterns("checkpoint-*"))
+    masked = load_file(out / ADAPTER)
+    closed = close_directions(state, masked, threshold)
+    assert 0 < closed < gates.numel()
+    save_file(masked, tmp_path / "masked" / ADAPTER, {"format": "pt"})
+    capsys.readouterr()
+    assert main(["export", str(out), str(tmp_path / "small"), "--prune", str(threshold)]) == 0
+    printed = capsys.readouterr().out
+
+    small = load_file(tmp_path / "small" / ADAPTER)
+    assert sum(len(value) for name, value in small.items() if "lora_A" in name) == gates.numel() - closed
+    assert (tmp_path / "small" / ADAPTER).stat().st_size < (out / ADAPTER).stat().st_size
+    model = on_base(tmp_path / "small", base)
+    before, expected, after = (
+        logits_of(m, "llama") for m in (on_base(out, base), on_base(tmp_path / "masked", base), model)
+    )
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(after, before, atol=1e-4)
+    directions = next(line.split() for line in printed.splitlines() if line.startswith("directions "))
+    assert directions[1:3] == [str(gates.numel()), str(gates.numel() - closed)]
+    assert "Output change on 4 x 64 random tokens" in printed
+
+
+def test_prune_measures_on_a_text_and_spares_one_direction(runs, tmp_path, capsys):
+    (tmp_path / "probe.txt").write_text("w1 w2 w3 w4 w5")
+    given = [str(runs()), str(tmp_path / "one"), "--prune", "1", "--probe", str(tmp_path / "probe.txt")]
+    assert main(["export", *given]) == 0
+    printed = capsys.readouterr().out
+    assert "1 x 5 tokens" in printed and f"{len(KINDS) * DEPTHS} modules are wholly closed" in printed
+    weights = load_file(tmp_path / "one" / ADAPTER)
+    assert {len(value) for name, value in weights.items() if "lora_A" in name} == {1}
+    state = load_file(runs() / STATE_NAME)
+    kept = int(state[f"{KINDS[0]}/filter.logits"][0].argmax())
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(weights[name][0], load_file(runs() / ADAPTER)[name][kept])
+
+
+def test_merge(runs, plain_adapter, tmp_path):
+    base = runs().parent / "base"
+    for number, folder in enumerate((runs(), plain_adapter)):
+        merged = tmp_path / f"merged{number}"
+        assert main(["export", str(folder), str(merged), "--merge"]) == 0
+        model = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(
+            logits_of(model, "llama"), logits_of(on_base(folder, base), "llama"), atol=1e-5, rtol=0
+        )
+        assert (merged / "tokenizer_config.json").is_file()
+
+
+def test_an_output_folder_that_is_not_empty(runs, capsys):
+    assert main(["export", str(runs()), str(runs())]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ({"filter": "random"}, "learns no gates"),
+        ({"filter": "topk_norm", "gate_init": 0.5, "coordinator": "none"}, None),
+    ],
+)
+def test_prune_goes_by_the_filter(option, words, tmp_path, capsys):
+    out = train(tmp_path, **option)
+    capsys.readouterr()
+    code = main(["export", str(out), str(tmp_path / "small"), "--prune", "0.5"])
+    captured = capsys.readouterr()
+    if words:
+        assert code == 1 and words in captured.err
+    else:  # closed directions are exactly zero at evaluation: nothing changes but the order of the sums
+        largest = float(re.search(r"largest \|Δlogit\| ([^,]+),", captured.out)[1])
+        assert code == 0 and largest < 1e-5 and " 50.0%" in captured.out
+
+
+def with_another_head(build, model_class, **options):
+    """A model of one class on the weights of another."""
+
+    def load(folder):
+        build().save_pretrained(folder)
+        model = model_class.from_pretrained(folder, **options)
+        model.config.pad_token_id = 0  # known in training alone
+        return model
+
+    return load
+
+
+def t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0))
+
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+TOKENS, PICTURES = "4 x 64 random tokens", "4 random pictures"
+# What is adapted -> (how to make and load it, a family with its batches, LoRA's options, what is measured on)
+MODELS = {
+    "bert": (as_it_is(lambda: base_model("bert")), "bert", {"target_modules": ["query", "value"]}, TOKENS),
+    "bert with another head": (
+        with_another_head(lambda: BertModel(base_model("bert").config), BertForSequenceClassification, num_labels=3),
+        "bert",
+        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+        TOKENS,
+    ),
+    "reward": (
+        with_another_head(lambda: base_model("llama"), LlamaForSequenceClassification, num_labels=3),
+        "bert",
+        {**ATTENTION, "task_type": "SEQ_CLS"},
+        TOKENS,
+    ),
+    "vit": (as_it_is(lambda: base_model("vit")), "vit", {"target_modules": FAMILIES["vit"].attention}, PICTURES),
+    "llava": (as_it_is(lambda: base_model("llava")), "llava", ATTENTION, TOKENS),
+    "t5": (as_it_is(t5), "llama", {"target_modules": ["q", "o"], "task_type": "SEQ_2_SEQ_LM"}, TOKENS),
+    "mixtral": (as_it_is(mixtral), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
+    "mixtral, experts alone": (as_it_is(mixtral), "llama", {"target_modules": [], "r": 8, **EXPERTS}, TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_kind_are_pruned_and_merged(name, tmp_path):
+    load, family, lora, probed = MODELS[name]
+    model = load(tmp_path / "base")
+    out = bare_run(model, tmp_path / "out", FAMILIES[family].batch, **lora)
+    saved = read_saved(out)
+    done = export(saved, tmp_path / "small", prune_below=0.5)
+    assert done.change.probe == probed and done.change.largest < 1e-5 and done.change.agreement == 1.0
+    directions = done.sizes[0]
+    assert 0.3 * directions.before < directions.after < 0.7 * directions.before
+    before, after = (weights_in(folder) for folder in (out, tmp_path / "small"))
+    assert sum(map(torch.numel, after.values())) < sum(map(torch.numel, before.values()))
+
+    def answers(adapter, folder="base"):
+        base = load_base(str(tmp_path / folder), saved.lora, saved.tensors)
+        loaded = PeftModel.from_pretrained(base, adapter).base_model if adapter else base
+        inputs = {
+            n: v for n, v in FAMILIES[family].batch(99).items() if n != "labels" or base.config.is_encoder_decoder
+        }
+        with torch.no_grad():
+            return torch.cat([loaded.eval()(**{n: v[i : i + 1] for n, v in inputs.items()}).logits for i in range(2)])
+
+    expected = answers(out)
+    torch.testing.assert_close(answers(tmp_path / "small"), expected, atol=1e-5, rtol=1e-5)
+    export(saved, tmp_path / "merged", merge=True)
+    torch.testing.assert_close(answers(None, "merged"), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - answers(None)).abs().max() > 1e-4
+
+
+def weights_in(folder) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in load_file(folder / ADAPTER).items() if "lora_" in name}
+
+
+# How loaders other than PEFT find a module's scale, from the configuration and the rows of its lora_A.
+LOADERS = {
+    "vLLM, SGLang": lambda config, rows: config["lora_alpha"] / config["r"],
+    "llama.cpp": lambda config, rows: config["lora_alpha"] / rows,
+}
+SCALES = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3, "o_proj": 5}},
+}
+
+
+@pytest.mark.parametrize("options, loaders", [({"prune_below": 0.5}, list(LOADERS)[:1]), ({"one_rank": True}, LOADERS)])
+@pytest.mark.parametrize("scales", SCALES)
+def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
+    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    targets = {"target_modules": ["q_proj", "v_proj", "o_proj"]}
+    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **targets, **SCALES[scales])
+    export(read_saved(out), tmp_path / "exported", probe="none", **options)
+    expected, config = updates(out, tmp_path / "base"), json.loads((tmp_path / "exported" / CONFIG).read_text())
+    assert "one_rank" not in options or not (config["rank_pattern"] or config["alpha_pattern"])
+    for module, update in updates(tmp_path / "exported", tmp_path / "base").items():
+        torch.testing.assert_close(update, expected[module], atol=1e-6, rtol=1e-5)
+    tensors = load_file(tmp_path / "exported" / ADAPTER)
+    for module, update in expected.items():
+        A, B = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+        for loader in loaders:
+            torch.testing.assert_close(LOADERS[loader](config, len(A)) * B @ A, update, atol=1e-6, rtol=1e-5)
+
+
+def updates(adapter, base) -> dict[str, torch.Tensor]:
+    """Module -> ΔW, as plain PEFT has it."""
+    model = on_base(adapter, base).get_base_model()
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}

@@ -1,0 +1,127 @@
+"""`structlora inspect`: what it says, against figures worked out from the files alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from structlora_trl.adapters.inspecting import report
+from structlora_trl.adapters.saved import read_saved
+from structlora_trl.cli import main
+from structlora_trl.state import STATE_NAME
+from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, mixtral, on_base
+from tests.support.tiny import FAMILIES
+
+
+def inspected(capsys, *arguments) -> dict:
+    capsys.readouterr()
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora"])
+def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
+    out = runs(variant)
+    facts = inspected(capsys, out)
+    state = load_file(out / STATE_NAME)
+    assert facts["step"] == state["step"] == 6 and [kind["name"] for kind in facts["kinds"]] == KINDS
+    model = on_base(out, out.parent / "base").get_base_model()
+    for kind in facts["kinds"]:
+        leaf = kind["name"].split(".")[-1]
+        side = "B" if leaf == "o_proj" else "A"
+        assert kind["role"] == {"A": "read", "B": "write"}[side]
+        layers = [getattr(layer.self_attn, leaf) for layer in model.model.layers]
+        updates = [layer.get_delta_weight("default") for layer in layers]
+        origin = state[f"{kind['name']}/origin_A"][0] if side == "A" else 0
+        features = [(getattr(layer, f"lora_{side}")["default"].weight - origin).flatten() for layer in layers]
+        cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
+        assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
+        for row, update, gates in zip(kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid()):
+            assert row["gates"] == pytest.approx(gates.tolist())
+            assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
+            share = torch.linalg.svdvals(update)[:RANK] / torch.linalg.svdvals(update).sum()
+            assert row["effective_rank"] == pytest.approx((-torch.xlogy(share, share).sum()).exp().item(), abs=1e-2)
+        coherence = [row["coherence"] for row in kind["depths"]]
+        expected = [cosines[0], sum(cosines) / 2, cosines[1]]
+        assert coherence == pytest.approx([float(value) for value in expected], abs=1e-4)
+        assert [row["semantic"] for row in kind["depths"]] == [
+            joined.nonzero().flatten().tolist() for joined in state[f"{kind['name']}/graph.semantic"]
+        ]
+        values = [torch.linalg.svdvals(update)[:RANK] for update in updates]
+        assert kind["singular_values"][2] == pytest.approx(values[2].tolist(), abs=1e-5)
+        energy = [torch.linalg.svdvals(update)[:RANK].square() for update in updates]
+        assert kind["coverage"][0] == pytest.approx((energy[0].cumsum(0) / energy[0].sum()).tolist(), abs=1e-3)
+
+
+def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
+    for folder, open_ in ((runs(), f"/{RANK}"), (runs() / "checkpoint-3", f"/{RANK}"), (plain_adapter, "-")):
+        assert main(["inspect", str(folder)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split() for line in lines if line[:5].strip().isdigit()]
+        assert len(rows) == len(KINDS) * DEPTHS and all(row[1].endswith(open_) for row in rows)
+    facts = inspected(capsys, plain_adapter)
+    assert facts["step"] is None and facts["options"] is None
+    whole = {kind["name"]: kind for kind in inspected(capsys, runs())["kinds"]}
+    for kind in facts["kinds"]:
+        for row, known in zip(kind["depths"], whole[kind["name"]]["depths"]):
+            assert row["gates"] is None and row["semantic"] is None
+            # Without the state, A's origin is unknown; B began at zero.
+            assert row["coherence"] == (
+                pytest.approx(known["coherence"], abs=1e-4) if kind["role"] == "write" else None
+            )
+            assert row["norm"] == pytest.approx(known["norm"], rel=1e-4)
+
+
+def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    assert main(["inspect", str(runs()), "--plot", str(tmp_path / "figures")]) == 0
+    written = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert written == {
+        f"{name}.{kind}" for name in ("gates", "similarity", "coverage", "drift") for kind in ("png", "pdf")
+    }
+    for path in (tmp_path / "figures").glob("*.png"):
+        assert imread(path).std() > 0.01, f"{path.name} is blank"
+    assert main(["inspect", str(plain_adapter), "--plot", str(tmp_path / "few")]) == 0
+    assert "No gate map" in capsys.readouterr().out
+    assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "coverage"}
+
+
+def test_no_matplotlib(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "structlora_trl.adapters.plots", raising=False)
+    monkeypatch.delattr("structlora_trl.adapters.plots", raising=False)
+    assert main(["inspect", str(runs()), "--plot", str(tmp_path / "figures")]) == 1
+    assert 'pip install "structlora-trl[plot]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "scales", [{}, {"use_rslora": True}, {"alpha_pattern": {"experts.down_proj": 3, "experts.gate_up_proj": 3}}]
+)
+def test_experts_of_a_plain_adapter_are_told_apart(scales, tmp_path):
+    base = as_it_is(mixtral)(tmp_path / "base")
+    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, target_modules=[], **EXPERTS, **scales)
+    (tmp_path / "plain").mkdir()
+    for name in (ADAPTER, CONFIG):
+        shutil.copy(out / name, tmp_path / "plain")
+    layers = on_base(out, tmp_path / "base").get_base_model().model.layers
+    outer = [layer.mlp.experts for layer in layers]
+    updates = {"": outer, ".base_layer": [wrapper.base_layer for wrapper in outer]}
+    kinds = {kind.name: kind for kind in report(read_saved(tmp_path / "plain"))}
+    assert len(kinds) == 2 * 4
+    for suffix, wrappers in updates.items():
+        for expert in range(4):
+            rows = kinds[f"model.layers.*.mlp.experts{suffix}[{expert}]"].depths
+            for row, wrapper in zip(rows, wrappers, strict=True):
+                update = wrapper.get_delta_weight("default")[expert]
+                values = torch.linalg.svdvals(update)
+                share = values[:RANK] / values.sum()
+                assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
+                assert row.effective_rank == pytest.approx((-torch.xlogy(share, share).sum()).exp().item(), abs=1e-2)

@@ -1,0 +1,87 @@
+"""Finished adapters to look into: runs of the command line, and adapters of other models out of a bare loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from structlora_trl import attach, save_state
+from structlora_trl.cli import main
+from tests.support import tiny
+from tests.support.cli_runs import SFT, command_line, save_base, texts, write_rows
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KINDS = [f"model.layers.*.self_attn.{leaf}_proj" for leaf in "qvo"]
+DEPTHS, RANK = 3, 4
+LORA = {"plain": {}, "rslora": {"use_rslora": "true"}, "dora": {"use_dora": "true"}}
+
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+def train(folder: Path, **options) -> Path:
+    """A run whose gates have moved far apart; its output folder."""
+    save_base(folder / "base")
+    write_rows(folder / "data.jsonl", texts())
+    paths = {"model_name_or_path": str(folder / "base"), "dataset_name": str(folder / "data.jsonl")}
+    settings = {
+        "output_dir": str(folder / "out"),
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gate_lr": 2.0,
+    }
+    assert main(["sft", *command_line({**SFT, **paths, **tiny.WHOLE, **settings, **options})]) == 0
+    return folder / "out"
+
+
+def on_base(adapter: Path, base: Path):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+
+
+def mixtral():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **experts, vocab_size=tiny.VOCABULARY, num_key_value_heads=2))
+
+
+def as_it_is(build):
+    """How to load a model that is saved as it was built."""
+
+    def load(folder):
+        model = build()
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder)
+
+    return load
+
+
+def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = None, **lora) -> Path:
+    """An adapter of any model, half of whose directions are closed: what they add is 0, so that nothing but them may go.
+
+    Args:
+        model (`PreTrainedModel`): loaded from a folder.
+        out (`Path`): folder of the adapter and its state.
+        batch (callable): number of a step -> its batch.
+        method (`dict`, *optional*): StructLoRA's options.
+        **lora: of the `LoraConfig`.
+    """
+    model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
+    optimizer = tiny.adamw(model)
+    runtime = attach(model, optimizer, method)
+    model.train()
+    for step in range(3):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    runtime.train()
+    generator = torch.Generator().manual_seed(4)
+    for m in runtime.maps:
+        m.filter.logits.data.masked_fill_(torch.rand(m.logits.shape, generator=generator) < 0.5, -40.0)
+    runtime.eval()
+    model.save_pretrained(out)
+    save_state(runtime, out)
+    return out
