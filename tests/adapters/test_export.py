@@ -119,6 +119,25 @@ def test_merge(runs, plain_adapter, tmp_path):
         assert (merged / "tokenizer_config.json").is_file()
 
 
+MISTAKES = {
+    "no gates known": (["--prune", "0.1"], "its gates are unknown"),
+    "no base": (["--merge", "--base", "missing"], "loading the base model missing failed"),
+    "a threshold out of range": (["--prune", "5"], "above 0"),
+    "no probe": (["--prune", "0.1", "--probe", "missing"], "reading the probe text failed"),
+    "an empty probe": (["--prune", "0.1", "--probe", "/dev/null"], "no text in /dev/null"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, capsys):
+    arguments, words = MISTAKES[mistake]
+    folder = plain_adapter if mistake == "no gates known" else runs()
+    capsys.readouterr()
+    assert main(["export", str(folder), str(tmp_path / "new"), *arguments]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_output_folder_that_is_not_empty(runs, capsys):
     assert main(["export", str(runs()), str(runs())]) == 1
     assert "not empty" in capsys.readouterr().err

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from structlora_trl.adapters.inspecting import log_history, report
 from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
+from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import ADAPTER, DEPTHS, KINDS
+from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS
 from tests.support.launching import launch, one_at_a_time
 
 
@@ -51,6 +56,7 @@ def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
     assert max((masters[n.replace(".weight", ".default.weight")] - saved[n]).abs().max() for n in saved) > 1e-2
 
 
+MUTATIONS = 100
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 FAST = "zero3"
 
@@ -77,47 +83,169 @@ def test_checkpoints_of_every_engine(engine, tmp_path):
         torch.testing.assert_close(value, saved[name], atol=1e-6, rtol=1e-5)
 
 
-def _damaged(folder):
-    path = folder / STATE_NAME
-    path.write_bytes(path.read_bytes()[:500])
+def weights(change):
+    """Damage to the adapter's weights: what becomes of the tensors."""
+
+    def spoil(folder):
+        tensors = load_file(folder / ADAPTER)
+        change(tensors)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / ADAPTER, {"format": "pt"})
+
+    return spoil
+
+
+def configuration(**changes):
+    def spoil(folder):
+        values = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+
+    return spoil
+
+
+def bytes_of(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def _folder_instead(name):
+    def spoil(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return spoil
+
+
+def _without_state(spoil):
+    def both(folder):
+        (folder / STATE_NAME).unlink()
+        spoil(folder)
+
+    return both
 
 
 def _other_step(folder):
     shutil.copy(folder.parent / "out" / "checkpoint-3" / ADAPTER, folder / ADAPTER)
 
 
+def _without_adapter(folder):
+    (folder / ADAPTER).unlink()
+    (folder / STATE_NAME).unlink()
+
+
 def _masters_alone(folder):
     state = load_file(folder / STATE_NAME)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     torch.save({name: state[f"{KINDS[0]}/latent_A"][0].clone()}, folder / "pytorch_model.bin")
-    (folder / STATE_NAME).unlink()
-    (folder / ADAPTER).unlink()
+    _without_adapter(folder)
 
 
-MISTAKES = {
-    "a broken configuration": (lambda folder: (folder / "adapter_config.json").write_text("{"), [], "unreadable"),
-    "a folder without an adapter": (
-        lambda folder: (folder / "adapter_config.json").unlink(),
-        [],
-        "no adapter_config.json",
+def _masters_of(content: bytes):
+    return lambda folder: (folder / "pytorch_model.bin").write_bytes(content)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+# What is wrong with a folder -> (how to make it so, words of the message)
+DAMAGED = {
+    "no configuration": (lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json"),
+    "a truncated configuration": (bytes_of(CONFIG, lambda b: b[:200]), "unreadable"),
+    "an empty configuration": (bytes_of(CONFIG, lambda b: b""), "unreadable"),
+    "a configuration that is no text": (bytes_of(CONFIG, lambda b: b"\xff\xfe" + b), "unreadable"),
+    "a configuration that is a list": (bytes_of(CONFIG, lambda b: b"[]"), "unreadable"),
+    "a configuration that is a folder": (_folder_instead(CONFIG), "no adapter_config.json"),
+    "no PEFT type": (configuration(peft_type=None), "unreadable"),
+    "an unknown PEFT type": (configuration(peft_type="LORE"), "unreadable"),
+    "another PEFT type": (configuration(peft_type="LOHA"), "PEFT type"),
+    "block-diagonal factors": (configuration(use_bdlora={"target_modules_bd_a": ["q_proj"]}), "use_bdlora"),
+    "a rank that is text": (configuration(r="four"), "with r='four'"),
+    "no alpha": (configuration(lora_alpha=None), "with lora_alpha=None"),
+    "a pattern that is a list": (configuration(rank_pattern=["q_proj"]), "rank_pattern"),
+    "another rank": (configuration(r=8), "rank 8"),
+    "no weights": (_without_adapter, "no adapter weights"),
+    "truncated weights": (bytes_of(ADAPTER, lambda b: b[:500]), "damaged"),
+    "weights cut by a byte": (bytes_of(ADAPTER, lambda b: b[:-1]), "damaged"),
+    "empty weights": (bytes_of(ADAPTER, lambda b: b""), "damaged"),
+    "a page in the place of weights": (bytes_of(ADAPTER, lambda b: b"<html>not found</html>"), "damaged"),
+    "weights that are a folder": (_folder_instead(ADAPTER), "damaged"),
+    "names of no LoRA": (weights(lambda t: [t.update({f"x.{i}": t.pop(n)}) for i, n in enumerate([*t])]), "no LoRA"),
+    "a lacking factor": (weights(lambda t: t.pop(f"{Q}.lora_B.weight")), "do not fit"),
+    "a transposed factor": (weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].T})), "not fit"),
+    "a flat factor": (
+        weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].flatten()})),
+        "not fit",
     ),
-    "a damaged state": (_damaged, [], "damaged"),
-    "another step's adapter": (_other_step, [], "different weights"),
-    "masters without the state": (_masters_alone, [], "latent factors"),
-    "no gates known": (lambda folder: (folder / STATE_NAME).unlink(), ["--prune", "0.1"], "its gates are unknown"),
-    "a threshold out of range": (lambda folder: None, ["--prune", "5"], "above 0"),
-    "no base": (lambda folder: None, ["--merge", "--base", "missing"], "loading the base model missing failed"),
-    "no probe": (lambda folder: None, ["--prune", "0.1", "--probe", "missing"], "reading the probe text failed"),
+    "whole numbers": (weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].int()})), "int32"),
+    "one NaN": (weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.nan)), "NaN"),
+    "one infinite weight": (weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.inf)), "infinite"),
+    "a lacking module": (weights(lambda t: [t.pop(f"{Q}.lora_{s}.weight") for s in "AB"]), "different weights"),
+    "a module of another name": (
+        weights(lambda t: [t.update({n.replace(Q, Q + "2"): t.pop(n)}) for n in [*t] if Q in n]),
+        "different weights",
+    ),
+    "another step's adapter": (_other_step, "different weights"),
+    "a truncated state": (bytes_of(STATE_NAME, lambda b: b[:500]), "damaged"),
+    "an empty state": (bytes_of(STATE_NAME, lambda b: b""), "damaged"),
+    "an adapter in the state's place": (lambda f: shutil.copy(f / ADAPTER, f / STATE_NAME), "format"),
+    "masters without the state": (_masters_alone, "latent factors"),
+    "truncated masters": (_masters_of(b"PK\x03\x04"), "damaged"),
+    "masters that are no archive": (_masters_of(b"masters"), "damaged"),
+}
+# What a plain adapter has, is seen without the state too.
+DAMAGED |= {
+    f"{name}, no state": (_without_state(spoil), words)
+    for name, (spoil, words) in DAMAGED.items()
+    if words not in ("different weights", "format") and not name.endswith((" state", "the state", "no weights"))
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_gets_a_message(mistake, runs, tmp_path, capsys):
-    spoil, arguments, words = MISTAKES[mistake]
+@pytest.fixture
+def folder(runs, tmp_path):
+    """A copy of a run to spoil, with the run itself beside it."""
     shutil.copytree(runs(), tmp_path / "out")
     shutil.copytree(runs(), tmp_path / "folder", ignore=shutil.ignore_patterns("checkpoint-*"))
-    spoil(tmp_path / "folder")
-    capsys.readouterr()
-    assert main(["export", str(tmp_path / "folder"), str(tmp_path / "new"), *arguments]) == 1
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damage_is_refused_by_name(damage, folder, capsys):
+    spoil, words = DAMAGED[damage]
+    spoil(folder)
+    for command in (["inspect", str(folder)], ["export", str(folder), str(folder.parent / "new")]):
+        capsys.readouterr()
+        assert main(command) == 1
+        assert words in capsys.readouterr().err
+    assert not (folder.parent / "new").exists()
+
+
+FUZZED = [CONFIG, ADAPTER, "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@pytest.mark.parametrize("has_state", [True, False])
+def test_damage_at_random_is_refused_or_harmless(name, has_state, folder):
+    """Cut, flip or drop bytes anywhere: a message of ours, or figures that are finite; never another error."""
+    if not has_state:
+        (folder / STATE_NAME).unlink()
+    whole, refused = (folder / name).read_bytes(), 0
+    for seed in range(MUTATIONS):
+        (folder / name).write_bytes(mutated(whole, random.Random(seed)))
+        try:
+            log_history(folder)
+            kinds = report(read_saved(folder))
+        except StructLoRAError:
+            refused += 1
+        else:
+            assert all(math.isfinite(row.norm) and math.isfinite(row.effective_rank) for k in kinds for row in k.depths)
+    assert refused > MUTATIONS / 4
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(content))
+    match chance.randrange(4):
+        case 0:
+            return content[:at]
+        case 1:
+            return content[:at] + content[at + chance.randrange(1, 20) :]
+        case 2:  # headers come first
+            at = chance.randrange(min(len(content), 2000))
+    spoilt = bytearray(content)
+    spoilt[at] ^= 1 << chance.randrange(8)
+    return bytes(spoilt)
