@@ -80,7 +80,7 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     runtime.train()
     generator = torch.Generator().manual_seed(4)
     for m in runtime.maps:
-        m.filter.logits.data.masked_fill_(torch.rand(m.logits.shape, generator=generator) < 0.5, -40.0)
+        m.filter.logits.data.masked_fill_(torch.rand(m.filter.logits.shape, generator=generator) < 0.5, -40.0)
     runtime.eval()
     model.save_pretrained(out)
     save_state(runtime, out)
