@@ -60,6 +60,18 @@ def attach(
 
     Raises:
         StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to do.
+
+    Example:
+        >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+        >>> runtime = attach(model, optimizer, gate_init=0.8)
+        >>> for batch in batches:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> runtime.step == len(batches)
+        True
+        >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
     runtime = build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
     runtime.follow_forward()

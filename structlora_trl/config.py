@@ -52,6 +52,11 @@ class StructLoRAConfig:
     Raises:
         StructLoRAError: a value is out of range or misspelt; the message names the field and what is allowed.
 
+    Example:
+        >>> config = StructLoRAConfig(gate_init=0.8, coordinator="gcn")
+        >>> StructLoRAConfig.build(config, prior=0.3).gate_init
+        0.8
+
     Args:
     """
 

@@ -8,6 +8,13 @@ class StructLoRAError(RuntimeError):
         found (`str`): what the code met.
         expected (`str`): what it needs instead.
         remedy (`str`): what the user can do about it.
+
+    Example:
+        >>> try:
+        ...     StructLoRAConfig(filter="ibb")
+        ... except StructLoRAError as error:
+        ...     print(error.remedy)
+        correct `filter`
     """
 
     def __init__(self, found: str, expected: str, remedy: str):

@@ -39,6 +39,12 @@ class Runtime:
         align (`bool`, *optional*, defaults to False): give every depth of a fresh kind (B = 0) the lora_A of the first.
         absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
         parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's own.
+
+    Example:
+        >>> runtime = attach(model, optimizer)
+        >>> "structlora/effective_rank" in runtime.metrics()
+        True
+        >>> runtime.detach()  # the model keeps the evaluation weights: a plain LoRA adapter
     """
 
     def __init__(

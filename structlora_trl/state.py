@@ -27,6 +27,11 @@ def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
 
     Raises:
         StructLoRAError: the file cannot be written; what was there before still is.
+
+    Example:
+        >>> runtime = attach(model, optimizer)
+        >>> save_state(runtime, folder).name
+        'structlora.safetensors'
     """
     path = Path(directory) / STATE_NAME
     unfinished = path.with_suffix(".unfinished")
@@ -57,6 +62,11 @@ def load_state(runtime: Runtime, directory: str | os.PathLike) -> None:
 
     Raises:
         StructLoRAError: no state file, one that is damaged, or one of other modules, shapes or rank.
+
+    Example:
+        >>> runtime = attach(model, optimizer)
+        >>> _ = save_state(runtime, folder)
+        >>> load_state(runtime, folder)
     """
     path = Path(directory) / STATE_NAME
     if not path.is_file():

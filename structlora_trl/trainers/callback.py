@@ -27,6 +27,19 @@ class StructLoRACallback(TrainerCallback, ExportableState):
     Raises:
         StructLoRAError: an option is unknown or out of range; later, at the start of training, whatever keeps StructLoRA
             from acting.
+
+    Example:
+        >>> trainer = SFTTrainer(
+        ...     base,
+        ...     args=arguments,
+        ...     train_dataset=dataset,
+        ...     processing_class=tokenizer,
+        ...     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        ...     callbacks=[StructLoRACallback(gate_init=0.8)],
+        ... )
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        StructLoRA on torch, 1 process: ...
+        >>> trainer.save_model(folder)  # a plain LoRA adapter
     """
 
     def __init__(self, config: StructLoRAConfig | dict | None = None, **overrides):
