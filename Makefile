@@ -52,6 +52,7 @@ format: $(VENV)/.dev
 # The pages that are made from the code, then the site, with warnings (broken links among them) as errors.
 docs: $(VENV)/.dev
 	$(RUN) docs/refusals.py
+	$(RUN) docs/what_runs.py
 	$(RUN) docs/draw_map.py
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 

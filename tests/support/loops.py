@@ -1,0 +1,329 @@
+"""Training loops as people write them. Each trains one adapter, plainly or with StructLoRA, and can stop half-way and go on.
+
+`Loop` is the bare PyTorch loop; what a kind of loop does otherwise stands in its subclass, and what a set-up chooses
+(model, optimizer, schedule) in its row of `tests/support/setups.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from structlora_trl import StructLoRACallback, attach, load_state, save_state
+
+STEPS, HALF = 6, 3
+
+
+def look_away(run) -> None:
+    """The watcher of runs that nobody watches."""
+
+
+class Loop:
+    """A bare PyTorch loop over one adapter.
+
+    Args:
+        setup (`Setup`): what it trains.
+        method (`dict` or `None`): options of StructLoRA; None is plain LoRA.
+        watch (`callable`): called with the loop at moments outside the optimizer step.
+    """
+
+    def __init__(self, setup, method: dict | None, watch: Callable[[Loop], None] = look_away):
+        self.setup, self.watch = setup, watch
+        self.model = setup.model()
+        self.forward = self.wrap(self.model)
+        self.optimizer = setup.optimizer(self.model)
+        self.schedule = setup.schedule(self.optimizer) if setup.schedule else None
+        self.losses: list[float] = []
+        self.runtime = None
+        self.prepare()
+        self.method = method
+
+    def begin(self, folder: Path | None = None) -> None:
+        """Attach where the method is on; go on from `folder` where one is given."""
+        if folder is not None:
+            self.load(torch.load(folder / "loop.pt", weights_only=True))
+        if self.method is not None:
+            self.runtime = attach(self.forward, self.optimizer, self.method)
+            self.start = self.runtime.state_dict()
+            if folder is not None:
+                load_state(self.runtime, folder)
+
+    @classmethod
+    def run(cls, setup, folder: Path, method: dict | None, steps: int = STEPS, resume: bool = False, watch=look_away):
+        """A whole run, or its second half from what the first left in `folder`."""
+        loop = cls(setup, method, watch)
+        loop.begin(folder if resume else None)
+        loop.model.train()
+        loop.watch(loop)
+        for index in range(HALF if resume else 0, steps):
+            if index == HALF and not resume:
+                loop.save(folder)
+            torch.manual_seed(index)  # dropout, and nothing else, draws from it
+            loop.losses.append(loop.step(index))
+            loop.watch(loop)
+        return loop
+
+    def wrap(self, model):
+        """What the loop calls in the model's place."""
+        return model
+
+    def prepare(self) -> None:
+        """Whatever else a loop makes before it attaches."""
+
+    def loss(self, index: int):
+        return self.forward(**self.setup.batch(index)).loss
+
+    def step(self, index: int) -> float:
+        """One optimizer step; its loss."""
+        loss = self.loss(index)
+        loss.backward()
+        self.optimizer.step()
+        self.after_step(loss)
+        return loss.item()
+
+    def after_step(self, loss) -> None:
+        self.optimizer.zero_grad()
+        if self.schedule is not None:
+            follows_loss = "metrics" in inspect.signature(self.schedule.step).parameters
+            self.schedule.step(*[loss.item()] * follows_loss)
+
+    def save(self, folder: Path) -> None:
+        torch.save(
+            {
+                "adapter": {name: self.model.state_dict()[name] for name in trainable(self.model)},
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule and self.schedule.state_dict(),
+            },
+            folder / "loop.pt",
+        )
+        if self.runtime is not None:
+            save_state(self.runtime, folder)
+
+    def load(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["adapter"], strict=False)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(saved["schedule"])
+
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Accumulating(Loop):
+    """Three micro-batches to a step."""
+
+    def step(self, index):
+        losses = []
+        for micro in range(3):
+            self.watch(self)
+            loss = self.loss(3 * index + micro) / 3
+            loss.backward()
+            losses.append(loss.detach())
+        self.optimizer.step()
+        self.after_step(sum(losses))
+        return sum(losses).item()
+
+
+class KeptGradients(Loop):
+    """Gradients are zeroed in place, not dropped."""
+
+    def after_step(self, loss):
+        super().after_step(loss)
+        self.optimizer.zero_grad(set_to_none=False)
+
+
+class Clipping(Loop):
+    def clip(self, parameters):
+        torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+
+    def step(self, index):
+        loss = self.loss(index)
+        loss.backward()
+        self.clip(trainable(self.model).values())
+        self.optimizer.step()
+        self.after_step(loss)
+        return loss.item()
+
+
+class ClippingByValue(Clipping):
+    def clip(self, parameters):
+        torch.nn.utils.clip_grad_value_(parameters, 1e-3)
+
+
+class Autocast(Loop):
+    def loss(self, index):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().loss(index)
+
+
+class Scaling(Loop):
+    """A GradScaler, with clipping."""
+
+    def prepare(self):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def step(self, index):
+        loss = self.loss(index)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.after_step(loss)
+        return loss.item()
+
+
+class Accelerated(Loop):
+    """Accelerate's loop, with its accumulation and clipping."""
+
+    def wrap(self, model):
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        return self.accelerator.prepare_model(model)
+
+    def prepare(self):
+        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+
+    def step(self, index):
+        for micro in range(2):
+            with self.accelerator.accumulate(self.forward):
+                loss = self.loss(2 * index + micro)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.forward.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.watch(self)
+        return loss.item()
+
+
+class AcceleratedState(Accelerated):
+    """Resumed through `accelerator.load_state`, with the runtime registered."""
+
+    def begin(self, folder=None):
+        super().begin(None)
+        if self.runtime is not None:
+            self.accelerator.register_for_checkpointing(self.runtime)
+        if folder is not None:
+            self.accelerator.load_state(folder / "accelerate")
+
+    def save(self, folder):
+        self.accelerator.save_state(folder / "accelerate")
+
+
+class Checkpointing(Loop):
+    """Gradient checkpointing."""
+
+    reentrant = False
+
+    def prepare(self):
+        self.model.enable_input_require_grads()
+        self.model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
+
+
+class ReentrantCheckpointing(Checkpointing):
+    reentrant = True
+
+
+class Averaging(Loop):
+    """An exponential moving average of the weights beside the model (`torch.optim.swa_utils`)."""
+
+    def prepare(self):
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+        )
+        self.expected = {name: p.detach().clone() for name, p in trainable(self.model).items()}
+        self.count = 0
+
+    def after_step(self, loss):
+        super().after_step(loss)
+        self.average.update_parameters(self.model)
+        shown = self.model.state_dict()
+        averaged = dict(self.average.module.named_parameters())
+        for name, value in self.expected.items():
+            value.lerp_(shown[name], 0.5 if self.count else 1.0)
+            torch.testing.assert_close(averaged[name].detach(), value)
+        self.count += 1
+
+
+class NoisyEmbeddings(Loop):
+    """NEFTune: noise on the embeddings in training."""
+
+    def prepare(self):
+        def add_noise(module, _, output):
+            return output + 0.1 * torch.randn_like(output) if module.training else output
+
+        self.model.get_input_embeddings().register_forward_hook(add_noise)
+
+
+class Interrupted(Loop):
+    """Each second step breaks off between its micro-batches, is looked at, and begins anew."""
+
+    def step(self, index):
+        if index % 2:
+            self.loss(index).backward()
+            self.watch(self)
+            self.optimizer.zero_grad()
+        return super().step(index)
+
+
+class ByHand(Loop):
+    """The learning rate is set by hand: a warm-up from 0, then a decay."""
+
+    def step(self, index):
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-2 * (0.0, 0.5, 1.0, 0.8, 0.5, 0.2)[index]
+        return super().step(index)
+
+
+class InTrainer:
+    """A `transformers.Trainer` or one of TRL's, built by the set-up's `trainer` (`tests/support/jobs.py`)."""
+
+    @classmethod
+    def run(cls, setup, folder: Path, method: dict | None, steps: int = STEPS, resume: bool = False, watch=look_away):
+        run = SimpleNamespace(setup=setup, runtime=None)
+        ours = [] if method is None else [StructLoRACallback(method)]
+        trainer = setup.trainer(
+            folder,
+            [*ours, _Watching(run, watch, ours)],
+            max_steps=STEPS,
+            save_strategy="steps",
+            save_steps=HALF,
+        )
+        run.model = trainer.model
+        if steps < STEPS:
+            trainer.add_callback(_StopAt(steps))
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
+        run.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        watch(run)
+        return run
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+class _Watching(TrainerCallback):
+    def __init__(self, run, watch, ours):
+        self.run, self.watch, self.ours = run, watch, ours
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.ours:
+            self.run.runtime = self.ours[0].runtime
+            self.run.start = self.run.runtime.state_dict()
+        self.watch(self.run)
+
+    def _look(self, args, state, control, **kwargs):
+        self.watch(self.run)
+
+    on_step_begin = on_substep_end = on_pre_optimizer_step = on_step_end = on_save = on_train_end = _look

@@ -1,0 +1,457 @@
+"""Set-ups that people train LoRA in, one a row: what StructLoRA must serve, and what it must refuse by name.
+
+`tests/test_setups.py` runs each row; the README's "What runs" is made from the names (`python docs/what_runs.py`). A new
+set-up is a new row. A row names what it does otherwise than the first: a tiny LLaMA, LoRA on three modules, AdamW, no
+schedule, a bare loop.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft.optimizers
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.optim import lr_scheduler
+
+from tests.support import loops
+from tests.support.tiny import _DECODER, _SIZES, FAMILIES, LAYERS, VOCABULARY, base_model, lora_parameters, warm_up
+
+TARGETS = ["q_proj", "v_proj", "o_proj"]
+# The method with all its parts, and a graph that changes within the run.
+WHOLE = {"coordinator": "gcn", "semantic_every": 2, "semantic_threshold": 0.0}
+GATES = {"coordinator": "none"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One row.
+
+    Args:
+        name (`str`): what the README calls it.
+        base (`callable`): makes the base model, the same one each time.
+        batch (`callable`): a batch, from its number.
+        lora (`dict`): options of `LoraConfig` beside rank, alpha and targets.
+        wrap (`callable`): makes the PEFT model of a base model, where `lora` does not say it.
+        dtype (`torch.dtype`, *optional*): of base and adapter.
+        optimizer (`callable`): makes the optimizer of a model.
+        schedule (`callable`): makes the schedule of an optimizer.
+        loop (`type`): a class of `tests/support/loops.py`.
+        trainer (`callable`): for `loops.InTrainer`: makes the trainer, from its output folder and callbacks.
+        method (`dict`): options of StructLoRA.
+        refused (`str`, *optional*): pattern of the error that a set-up stops with; None where it is served.
+        adapter (`str`): name of the adapter that is trained.
+        tolerance (`float`): in logits, between the trained model and its saved adapter in plain PEFT.
+        needs (`tuple`): requirements without which the row is skipped.
+        slow (`bool`): takes many seconds.
+    """
+
+    name: str
+    base: Callable[[], nn.Module] = partial(base_model, "llama")
+    batch: Callable[[int], dict] = FAMILIES["llama"].batch
+    lora: dict = field(default_factory=dict)
+    wrap: Callable[[nn.Module], PeftModel] | None = None
+    dtype: torch.dtype | None = None
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: adamw(model)
+    schedule: Callable[[torch.optim.Optimizer], object] | None = None
+    loop: type = loops.Loop
+    trainer: Callable | None = None
+    method: dict = field(default_factory=lambda: WHOLE)
+    refused: str | None = None
+    adapter: str = "default"
+    tolerance: float = 1e-6
+    needs: tuple[str, ...] = ()
+    slow: bool = False
+
+    def model(self) -> PeftModel:
+        base = self.base()
+        torch.manual_seed(1)
+        return self._cast(self.wrap(base) if self.wrap else get_peft_model(base, lora(**self.lora), self.adapter))
+
+    def load(self, folder: Path) -> PeftModel:
+        """The saved adapter, in plain PEFT."""
+        base = self.base()
+        torch.manual_seed(1)
+        path = folder / ("" if self.adapter == "default" else self.adapter)
+        return self._cast(PeftModel.from_pretrained(base, path, self.adapter))
+
+    def _cast(self, model):
+        return model if self.dtype is None else model.to(self.dtype)
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **options})
+
+
+def parameters(model) -> list[nn.Parameter]:
+    return list(lora_parameters(model).values())
+
+
+def adamw(model, **options) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters(model), **{"lr": 1e-2, **options})
+
+
+def by(name: str, lr: float | None = 1e-2, module: str = "torch.optim", **options):
+    """An optimizer of some module, over what is trainable."""
+    return lambda model: getattr(importlib.import_module(module), name)(parameters(model), lr=lr, **options)
+
+
+def family(name: str, targets: str = "linear") -> dict:
+    """A family of `tests/support/tiny.py`, with LoRA on all its linear modules."""
+    it = FAMILIES[name]
+    return {"base": partial(base_model, name), "batch": it.batch, "lora": {"target_modules": getattr(it, targets)}}
+
+
+def other_family(build: Callable[[], nn.Module], targets, **options) -> dict:
+    def base():
+        torch.manual_seed(0)
+        return build()
+
+    return {"base": base, "lora": {"target_modules": targets, **options}}
+
+
+def invoking(seed: int) -> dict:
+    """A batch with the tokens that switch an aLoRA on."""
+    batch = FAMILIES["llama"].batch(seed)
+    batch["input_ids"][:, 2:4] = torch.tensor([7, 8])
+    return batch
+
+
+def gpt2():
+    sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    )
+
+
+def t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4, "vocab_size": VOCABULARY}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+    )
+
+
+def roberta():
+    config = transformers.RobertaConfig(
+        **_SIZES, vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=64, pad_token_id=0
+    )
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_DECODER, **options}))
+
+
+class Blocks(nn.Module):
+    """A residual stack of one kind of layer."""
+
+    def __init__(self, layer: Callable[[], nn.Module]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(layer() for _ in range(LAYERS))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return SimpleNamespace(loss=x.square().mean(), logits=x)
+
+
+def blocks(layer: Callable[[], nn.Module], *shape: int, **options) -> dict:
+    def batch(seed):
+        return {"x": torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))}
+
+    return {"base": partial(Blocks, layer), "batch": batch, "lora": {"target_modules": r"blocks\.\d", **options}}
+
+
+def with_(change: Callable[[PeftModel], None], **options):
+    """LoRA, and something done to the model before the optimizer is built."""
+
+    def wrap(base):
+        model = get_peft_model(base, lora(**options))
+        change(model)
+        return model
+
+    return wrap
+
+
+def freeze(part: str):
+    def change(model):
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.requires_grad_(False)
+
+    return change
+
+
+def second_adapter(model):
+    model.add_adapter("other", lora(target_modules=["q_proj"]))
+    warm_up(model.base_model.model.model.layers[0])
+
+
+def quantised(bits: int):
+    """A base in 4 or 8 bits. On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64."""
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    model = llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            layer = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+            options = {"compute_dtype": torch.float32} if bits == 4 else {"has_fp16_weights": False}
+            new = layer(module.in_features, module.out_features, bias=False, **options)
+            new.load_state_dict(module.state_dict())
+            # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).
+            new.support_avx512bf16_for_cpu = False
+            model.model.set_submodule(name, new.to("cpu"))
+    return model
+
+
+def scheduled(name: str, warmup: int = 2, **options):
+    """A schedule of Transformers, by its name in `lr_scheduler_type`."""
+
+    def build(optimizer):
+        return transformers.get_scheduler(name, optimizer, warmup, loops.STEPS, scheduler_specific_kwargs=options)
+
+    return build
+
+
+def loraplus(model):
+    return peft.optimizers.create_loraplus_optimizer(
+        model, optimizer_cls=torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0
+    )
+
+
+def lorafa(model):
+    return peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+
+
+def two_groups(model):
+    of = lambda part: [p for name, p in lora_parameters(model).items() if part in name]  # noqa: E731
+    groups = [{"params": of("lora_A"), "lr": 1e-4}, {"params": of("lora_B"), "lr": 1e-2, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups)
+
+
+def schedule_free(model):
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["train_mode"] = False  # the mark of schedulefree's optimizers
+    return optimizer
+
+
+def layer_wise(model):
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # as Trainer's LayerWiseDummyOptimizer
+
+
+def over_half(model):
+    return torch.optim.AdamW(parameters(model)[::2], lr=1e-2)
+
+
+def of_type(name: str, **options):
+    """A PEFT method that is not LoRA."""
+    return lambda base: get_peft_model(base, getattr(peft, name)(**options))
+
+
+ADAPTERS = [
+    Setup("LoRA"),
+    Setup("lora_dropout", lora={"lora_dropout": 0.2}),
+    Setup("rsLoRA", lora={"use_rslora": True}),
+    Setup("DoRA", lora={"use_dora": True, "lora_dropout": 0.1}),
+    Setup("PiSSA", lora={"init_lora_weights": "pissa"}, tolerance=1e-5),
+    Setup("OLoRA", lora={"init_lora_weights": "olora"}, tolerance=1e-5),
+    Setup("Gaussian init", lora={"init_lora_weights": "gaussian"}),
+    Setup("random init of both factors", lora={"init_lora_weights": False}),
+    Setup("orthogonal init", lora={"init_lora_weights": "orthogonal"}),
+    Setup("warm starts", wrap=with_(warm_up)),
+    Setup("lora_bias", lora={"lora_bias": True}),
+    Setup(
+        "biases of the base", **{**family("bert"), "lora": {"target_modules": ["query", "value"], "bias": "lora_only"}}
+    ),
+    Setup(
+        "rank_pattern and alpha_pattern",
+        lora={"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.*.v_proj": 3}},
+    ),
+    Setup("a rank per layer", lora={"rank_pattern": {r"layers\.0\..*": 2}}),
+    Setup("rank 1", lora={"r": 1}),
+    Setup("rank above the module's width", lora={"r": 40}),
+    Setup("layers_to_transform", lora={"layers_to_transform": [0, 2]}),
+    Setup("one layer", lora={"layers_to_transform": [1]}, method=GATES),
+    Setup("exclude_modules", lora={"exclude_modules": ["o_proj"]}),
+    Setup("target_modules='all-linear'", lora={"target_modules": "all-linear"}),
+    Setup("target_modules by pattern", lora={"target_modules": r".*\.(q|o)_proj"}),
+    Setup("modules_to_save", lora={"modules_to_save": ["lm_head"]}),
+    Setup("trainable_token_indices", lora={"trainable_token_indices": [4, 5, 6]}),
+    Setup("layer_replication", lora={"layer_replication": [[0, 2], [1, 3]]}),
+    Setup(
+        "embeddings",
+        lora={"target_modules": ["embed_tokens", "q_proj"]},
+        method={**WHOLE, "roles": {"embed_tokens": "write"}},
+    ),
+    Setup("lm_head", lora={"target_modules": ["lm_head", "q_proj"]}, method={**WHOLE, "roles": {"lm_head": "read"}}),
+    Setup(
+        "tied embeddings with both as targets",
+        base=partial(llama, tie_word_embeddings=True),
+        lora={"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
+    ),
+    Setup("Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method={**WHOLE, "side": "both"}),
+    Setup("Conv1d", **blocks(lambda: nn.Conv1d(8, 8, 3, padding=1), 8, 6), method={**WHOLE, "side": "both"}),
+    Setup("several adapters with one trained", wrap=with_(second_adapter)),
+    Setup("an adapter of another name", adapter="mine"),
+    Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
+    Setup("frozen layers", wrap=with_(freeze("layers.0"))),
+    Setup("aLoRA", lora={"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, batch=invoking),
+]
+
+MODELS = [
+    Setup("LLaMA", **family("llama")),
+    Setup("Qwen 3", **family("qwen3")),
+    Setup("Gemma 3", **family("gemma3")),
+    Setup("LLaVA", **family("llava", "attention")),
+    Setup("BERT", **family("bert")),
+    Setup("RoBERTa", **{**other_family(roberta, FAMILIES["bert"].linear), "batch": FAMILIES["bert"].batch}),
+    Setup("ViT", **family("vit")),
+    Setup("GPT-2", **other_family(gpt2, ["c_attn", "c_proj"], fan_in_fan_out=True)),
+    Setup("T5", **other_family(t5, ["q", "v", "o"])),
+]
+
+PRECISIONS = [
+    Setup("bf16", dtype=torch.bfloat16),
+    Setup("bf16 base under an fp32 adapter", base=partial(base_model, "llama", torch.bfloat16)),
+    Setup("4-bit base (QLoRA)", base=partial(quantised, 4), needs=("bitsandbytes",)),
+    Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
+]
+
+OPTIMIZERS = [
+    Setup("AdamW with weight decay", optimizer=partial(adamw, weight_decay=0.5)),
+    Setup("fused AdamW", optimizer=partial(adamw, fused=True)),
+    Setup("foreach AdamW", optimizer=partial(adamw, foreach=True)),
+    Setup("AMSGrad", optimizer=partial(adamw, amsgrad=True)),
+    Setup("Adam", optimizer=by("Adam", weight_decay=0.1)),
+    Setup("NAdam", optimizer=by("NAdam")),
+    Setup("RAdam", optimizer=by("RAdam", 0.3)),
+    Setup("Adamax", optimizer=by("Adamax")),
+    Setup("Adagrad", optimizer=by("Adagrad")),
+    Setup("Adadelta", optimizer=by("Adadelta", 1.0)),
+    Setup("ASGD", optimizer=by("ASGD", 1.0)),
+    Setup("Rprop", optimizer=by("Rprop")),
+    Setup("RMSprop", optimizer=by("RMSprop", 1e-3)),
+    Setup("SGD", optimizer=by("SGD", 1.0)),
+    Setup("SGD with momentum", optimizer=by("SGD", 0.3, momentum=0.9, nesterov=True)),
+    Setup("maximize", optimizer=by("SGD", 0.1, maximize=True)),
+    Setup("Adafactor", optimizer=by("Adafactor")),
+    Setup(
+        "Adafactor of Transformers",
+        optimizer=by("Adafactor", module="transformers", relative_step=False, scale_parameter=False),
+    ),
+    Setup(
+        "Adafactor with relative_step",
+        optimizer=by("Adafactor", None, module="transformers", relative_step=True, scale_parameter=True),
+    ),
+    Setup("Muon", optimizer=by("Muon"), needs=("torch>=2.9",)),
+    Setup(
+        "8-bit AdamW", optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16), needs=("bitsandbytes",)
+    ),
+    Setup("paged AdamW", optimizer=by("PagedAdamW32bit", module="bitsandbytes.optim"), needs=("bitsandbytes",)),
+    Setup("Lion", optimizer=by("Lion", 1e-3, module="bitsandbytes.optim"), needs=("bitsandbytes",)),
+    Setup("LoRA+", optimizer=loraplus),
+    Setup("LoRA-FA", optimizer=lorafa, method={**WHOLE, "side": "write"}),
+    Setup("groups of unlike rates", optimizer=two_groups),
+]
+
+SCHEDULES = [
+    Setup("linear", schedule=scheduled("linear")),
+    Setup("cosine", schedule=scheduled("cosine")),
+    Setup("cosine_with_restarts", schedule=scheduled("cosine_with_restarts", num_cycles=2)),
+    Setup("polynomial", schedule=scheduled("polynomial", power=2.0)),
+    Setup("constant", schedule=scheduled("constant")),
+    Setup("constant_with_warmup", schedule=scheduled("constant_with_warmup")),
+    Setup("inverse_sqrt", schedule=scheduled("inverse_sqrt")),
+    Setup("reduce_lr_on_plateau", schedule=scheduled("reduce_lr_on_plateau", patience=0, factor=0.3, threshold=10.0)),
+    Setup("cosine_with_min_lr", schedule=scheduled("cosine_with_min_lr", min_lr_rate=0.1)),
+    Setup("cosine_warmup_with_min_lr", schedule=scheduled("cosine_warmup_with_min_lr", min_lr_rate=0.1)),
+    Setup("warmup_stable_decay", schedule=scheduled("warmup_stable_decay", num_decay_steps=2, num_stable_steps=2)),
+    Setup("greedy", schedule=scheduled("greedy", patience=0, min_lr=1e-3, warmup=0), needs=("transformers>=5.20",)),
+    Setup("OneCycleLR", schedule=lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=loops.STEPS)),
+    Setup("CyclicLR", schedule=lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=2, cycle_momentum=False)),
+    Setup("CosineAnnealingWarmRestarts", schedule=lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2)),
+    Setup("StepLR", schedule=lambda o: lr_scheduler.StepLR(o, 2, 0.5)),
+    Setup(
+        "SequentialLR",
+        schedule=lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.8)], [2]
+        ),
+    ),
+    Setup(
+        "LambdaLR on a base rate of 1",
+        optimizer=partial(adamw, lr=1.0),
+        schedule=lambda o: lr_scheduler.LambdaLR(o, lambda i: 1e-2 * min(1, (i + 1) / 3)),
+    ),
+    Setup("a rate set by hand", optimizer=partial(adamw, lr=0.0), loop=loops.ByHand),
+]
+
+LOOPS = [
+    Setup("gradient accumulation", loop=loops.Accumulating, lora={"lora_dropout": 0.1}),
+    Setup("zero_grad(set_to_none=False)", loop=loops.KeptGradients),
+    Setup("clipping by norm", loop=loops.Clipping),
+    Setup("clipping by value", loop=loops.ClippingByValue),
+    Setup("bf16 autocast", loop=loops.Autocast),
+    Setup("GradScaler", loop=loops.Scaling),
+    Setup("Accelerate", loop=loops.Accelerated),
+    Setup("accelerator.save_state and load_state", loop=loops.AcceleratedState),
+    Setup("gradient checkpointing", loop=loops.Checkpointing, lora={"lora_dropout": 0.1}),
+    Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
+    Setup("moving averages of the weights", loop=loops.Averaging),
+    Setup("NEFTune", loop=loops.NoisyEmbeddings),
+    Setup("interrupted steps", loop=loops.Interrupted),
+]
+
+REFUSED = [
+    *(
+        Setup(
+            name, wrap=of_type(f"{config}Config", target_modules=TARGETS, **options), refused="PEFT type .*`LoraConfig`"
+        )
+        for name, config, options in (
+            ("LoHa", "LoHa", {}),
+            ("LoKr", "LoKr", {}),
+            ("OFT", "OFT", {"r": 0, "oft_block_size": 4}),
+            ("BOFT", "BOFT", {"boft_block_size": 4}),
+            ("VeRA", "Vera", {"r": 4}),
+            ("IA3", "IA3", {"feedforward_modules": []}),
+        )
+    ),
+    Setup(
+        "prompt tuning",
+        wrap=of_type("PromptTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        refused="PEFT type PROMPT_TUNING.*`LoraConfig`",
+    ),
+    Setup(
+        "prefix tuning",
+        wrap=of_type("PrefixTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        refused="PEFT type PREFIX_TUNING.*`LoraConfig`",
+    ),
+    Setup("full fine-tuning", wrap=lambda base: base, refused="a PEFT model with a LoRA adapter"),
+    Setup("schedule-free optimizers", optimizer=schedule_free, refused="schedule-free optimizer"),
+    Setup("layer-wise optimizers", optimizer=layer_wise, refused="missing from the optimizer.*layer-wise"),
+    Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer"),
+    Setup(
+        "two adapters active at once",
+        wrap=with_(lambda model: (second_adapter(model), model.base_model.set_adapter(["default", "other"]))),
+        refused="2 active adapters.*`adapter_name`",
+    ),
+]
+
+
+SETUPS: dict[str, list[Setup]] = {
+    "Adapters": ADAPTERS,
+    "Models": MODELS,
+    "Precisions": PRECISIONS,
+    "Optimizers": OPTIMIZERS,
+    "Schedules": SCHEDULES,
+    "Loops": LOOPS,
+    "Stop with an error": REFUSED,
+}
