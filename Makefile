@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.dev lint test-oldest test-portable $(FRONT_DOORS:%=test-%)
+test-all: $(VENV)/.doors lint test-oldest test-portable $(FRONT_DOORS:%=test-%)
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # The same tests with the kernels of other processors (PyTorch's, MKL's and oneDNN's; no effect but on x86), on 1 and 2 threads.
@@ -86,6 +86,10 @@ $(VENV)/.bench: pyproject.toml
 $(VENV)/.dev: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[demo,dev]"
+	touch $@
+
+$(VENV)/.doors: $(VENV)/.dev
+	$(RUN) -m pip install --quiet --editable ".[doors]"
 	touch $@
 
 $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
