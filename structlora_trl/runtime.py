@@ -6,9 +6,9 @@ noisy training weights in place for the step to come; the step refuses gradients
 
 from __future__ import annotations
 
+import functools
 import logging
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .config import StructLoRAConfig
 from .core.diagnostics import neighbour_cosine, structure_metrics
 from .core.mapping import DEFAULT_PARTS, Factors, KindMap, Parts
 from .core.nodes import Kind
+from .core.stopwatch import Stopwatch
 from .engines import Engine, world_size
 from .engines.schedule import Rate, ScheduleShare
 from .errors import StructLoRAError
@@ -25,6 +26,17 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 42
 EVALUATION, TRAINING, STEPPING = "evaluation", "training", "stepping"
+
+
+def _timed(method: Callable) -> Callable:
+    """Count a method's time as the map's."""
+
+    @functools.wraps(method)
+    def timed(self, *args):
+        with self._stopwatch:
+            return method(self, *args)
+
+    return timed
 
 
 class Runtime:
@@ -79,7 +91,7 @@ class Runtime:
         self._optimizer = self._build_optimizer()
         self._rate: Rate | None = None  # set while a step that counts is under way
         self._share = ScheduleShare()
-        self._map_seconds = 0.0
+        self._stopwatch = Stopwatch(kinds[0].device)
         self._cosine_sum = torch.zeros((), device=kinds[0].device)
         self._cosine_count = 0
         self._metric_steps = 0
@@ -123,10 +135,16 @@ class Runtime:
             if module is self.model:
                 self.train() if module.training else self.eval()
 
-        self._model_hooks.append(self.model.register_forward_pre_hook(choose_weights))
+        # Before the hooks of FSDP2 and ZeRO-3, which gather the weights for this forward.
+        self._model_hooks.append(self.model.register_forward_pre_hook(choose_weights, prepend=True))
 
     def detach(self) -> None:
-        """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer."""
+        """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
+
+        Once detached, it does nothing.
+        """
+        if not self.is_attached:
+            return
         self.eval()
         self.engine.remove()
         for hook in self._model_hooks:
@@ -146,9 +164,9 @@ class Runtime:
         found = structure_metrics(self.maps, self.evaluation_factors())
         if self._cosine_count:
             found["gradient_cosine"] = self._cosine_sum.item() / self._cosine_count
-        found["map_ms"] = 1000 * self._map_seconds / max(self._metric_steps, 1)
+        found["map_ms"] = self._stopwatch.take() / max(self._metric_steps, 1)
         found["skipped_steps"] = self.skipped_steps
-        self._map_seconds, self._metric_steps = 0.0, 0
+        self._metric_steps = 0
         self._cosine_sum, self._cosine_count = torch.zeros_like(self._cosine_sum), 0
         return {f"structlora/{name}": value for name, value in found.items()}
 
@@ -189,9 +207,9 @@ class Runtime:
         self._write(None)
         self.role = EVALUATION
 
+    @_timed
     def _before_step(self) -> bool:
         """Carry the gradients back through the map. False where the optimizer must not step."""
-        started = time.perf_counter()
         self.hook_calls += 1
         self._rate = None
         gradients = self.engine.read_gradients()
@@ -218,19 +236,18 @@ class Runtime:
             pulled.append(factors if penalty is None else Factors(*(f + scale * p for f, p in zip(factors, penalty))))
             for name, value in m.objective_gradients(own, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
-            self._observe(m, gradient)
+            self._observe(m, gradient, scale)
         self.engine.write_gradients(pulled, fill_missing=self.config.compares_depths)
         self._rate = self.engine.learning_rate()
-        self._map_seconds += time.perf_counter() - started
         return True
 
+    @_timed
     def _after_step(self, stepped: bool) -> None:
         """Step logits and Θ where the optimizer stepped, then put the new evaluation weights in place."""
         if self._rate is not None and not stepped:  # an overflow that only the engine saw
             self.skipped_steps += 1
             self._rate = None
         if self._rate is not None:
-            started = time.perf_counter()
             share = self._share.advance(self._rate)
             if self._optimizer:
                 for group in self._optimizer.param_groups:
@@ -244,7 +261,6 @@ class Runtime:
                     if m.coordinators:
                         m.graph.rebuild()
             self._rate = None
-            self._map_seconds += time.perf_counter() - started
         self._write(None)
         self.role = EVALUATION
 
@@ -258,10 +274,10 @@ class Runtime:
         self.engine.write_latents(aligned)
         self.engine.write_working(aligned)
 
-    def _observe(self, m: KindMap, gradient: Factors) -> None:
+    def _observe(self, m: KindMap, gradient: Factors, scale: float) -> None:
         if m.kind.depth_count == 1:
             return
-        on_sides = m.side_gradients(gradient)
+        on_sides = m.side_gradients(gradient) / scale  # unscaled and clipped, whichever engine
         self._cosine_sum += neighbour_cosine(on_sides).to(self._cosine_sum.device)
         self._cosine_count += 1
         if m.coordinators and m.graph.follows_gradients:
@@ -279,10 +295,9 @@ class Runtime:
         noise = noise or [None] * len(self.maps)
         return [m(latent, part) for m, latent, part in zip(self.maps, self.engine.read_latents(), noise)]
 
+    @_timed
     def _write(self, noise: list[Tensor | None] | None) -> None:
-        started = time.perf_counter()
         self.engine.write_working(self._effective(noise))
-        self._map_seconds += time.perf_counter() - started
 
     def _build_optimizer(self) -> torch.optim.AdamW | None:
         groups = [

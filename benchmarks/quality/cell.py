@@ -20,7 +20,7 @@ GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure. The same arguments give the same line, but for the seconds."""
     if task_name not in TASKS:
-        import language  # TRL, only where it is needed
+        from . import language  # TRL, only where it is needed
 
         return language.run(task_name, method_name, rank, examples, lr, seed)
     started, cpu_started = time.perf_counter(), time.process_time()

@@ -3,7 +3,7 @@
 Classes 6 to 9 (shirt, sneaker, bag, ankle boot) and all digits stay unseen, so that adapting to them is real work. Takes a
 few minutes on one core; the weights go to the cache, never into git.
 
-    python benchmarks/quality/pretrain.py
+    python -m benchmarks.quality.pretrain
 """
 
 from __future__ import annotations

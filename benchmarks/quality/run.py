@@ -1,8 +1,8 @@
 """Runs cells and keeps what they give.
 
-    python benchmarks/quality/run.py cell --task digits --method structlora --rank 4 --examples 100 --lr 0.01 --seed 0
-    python benchmarks/quality/run.py grid main --workers 2
-    python benchmarks/quality/run.py list
+    python -m benchmarks.quality.run cell --task digits --method structlora --rank 4 --examples 100 --lr 0.01 --seed 0
+    python -m benchmarks.quality.run grid main --workers 2
+    python -m benchmarks.quality.run list
 
 Cells that are in the store already are skipped, so that a run that was interrupted goes on where it stopped. Any number
 of processes may work on the same grid.
@@ -28,7 +28,7 @@ from grids import GRIDS, cells_of
 
 def work(cells: list[tuple], results: Path) -> None:
     """Run the cells that nobody has run or is running."""
-    import cell  # torch, PEFT and the rest, once there is work to do
+    from . import cell  # torch, PEFT and the rest, once there is work to do
 
     for i, key in enumerate(cells):
         with _claim(key) as ours:
@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
 
     if options.command == "cell":
-        import cell
+        from . import cell
 
         line = cell.run(*(getattr(options, name) for name in store.KEY))
         print(json.dumps(line))
@@ -90,7 +90,7 @@ def main() -> None:
             cells = cells_of(name)
             print(f"{name}: {sum(key in done for key in cells)} of {len(cells)} cells")
     else:
-        command = [sys.executable, __file__, "--results", str(options.results), "grid", *options.name]
+        command = [sys.executable, "-m", __spec__.name, "--results", str(options.results), "grid", *options.name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if options.workers == 1:
             os.environ.update(environment)

@@ -50,7 +50,4 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
             "one process, DDP, FSDP2 (`fully_shard`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
             "launch with one of these, and pass the wrapped model",
         )
-    engine = TorchEngine(optimizer, kinds)
-    if world_size() > 1:
-        engine.name = "DDP"
-    return engine
+    return TorchEngine(optimizer, kinds, "torch" if world_size() == 1 else "DDP")

@@ -5,7 +5,7 @@
     read_latents      master values, which the optimizer steps
     write_working     effective values, which the model computes with
 
-All four speak in stacked factors, one `Factors` per kind, in fp32.
+All speak in stacked factors, one `Factors` per kind, in fp32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Engine(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Undo `install`. The working values stay as they are."""
+        """Undo `install`. The working values stay as they are, and the optimizer goes on from them."""
 
     @abstractmethod
     def read_gradients(self) -> list[Factors] | None:
@@ -60,12 +60,20 @@ class Engine(ABC):
         """Put effective values where the model reads them. The latents stay."""
 
     @abstractmethod
+    def read_working(self) -> list[Factors]:
+        """The values that the model computes with, as they stand."""
+
+    @abstractmethod
     def gradients_are_finite(self) -> bool:
-        """Whether no gradient of this step holds NaN or Inf."""
+        """Whether no gradient that the optimizer is about to use, LoRA's or another's, on any rank, holds NaN or Inf.
+
+        Call it after `read_gradients`.
+        """
 
     @abstractmethod
     def gradient_scale(self) -> float:
-        """Loss scale still in the gradients, 1.0 where they are unscaled."""
+        """What the engine's step is still to divide the gradients by, 1.0 for nothing: the loss scale of mixed precision, and
+        the norm over the limit where the engine clips inside its step."""
 
     @abstractmethod
     def learning_rate(self) -> Rate:

@@ -18,7 +18,7 @@ from ..core.mapping import Factors
 from ..core.nodes import Kind, full_shape
 from ..errors import StructLoRAError
 from .base import Engine
-from .packing import Fragment, Packing, are_finite
+from .packing import Fragment, Packing, holds_nonfinite
 from .schedule import Rate, rate_of
 
 
@@ -48,7 +48,7 @@ class DeepSpeedEngine(Engine):
 
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
         self._separate_masters()
-        self._gather_latents()
+        self._latents = self._gather(self._masters())
         step = self.engine.step
 
         def step_through_the_map(*args, **kwargs):
@@ -60,19 +60,24 @@ class DeepSpeedEngine(Engine):
                 result = step(*args, **kwargs)
             overflow = bool(self.optimizer.overflow)
             if not overflow:
-                self._gather_latents()
+                self._latents = self._gather(self._masters())
             after_step(not overflow)
             return result
 
         self.engine.step = step_through_the_map
 
+    @torch.no_grad()
     def remove(self) -> None:
         del self.engine.step  # the class's own shows again
+        for (_, master), (_, working) in zip(self._masters(), self._working(), strict=True):
+            master.copy_(working)
 
     def read_gradients(self) -> list[Factors] | None:
-        gradients = self.packing.gather(list(self._gradients().values()))
-        self._finite = are_finite(gradients)
-        return gradients
+        gradients = self._gradients(self._all_stepped())
+        bad = holds_nonfinite(list(gradients.values()), self.packing.device)
+        gathered, bad = self.packing.gather_with(self._fragments(gradients), bad)
+        self._finite = not bad
+        return gathered
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
         if self.stage == 3:
@@ -87,7 +92,7 @@ class DeepSpeedEngine(Engine):
         elif self._keeps_whole_gradients():
             self.packing.scatter(gradients, self._whole_gradients(fill_missing))
         else:
-            self.packing.scatter(gradients, list(self._gradients().values()))
+            self.packing.scatter(gradients, self._fragments(self._gradients(self._parameters)))
 
     def read_latents(self) -> list[Factors]:
         return self._latents
@@ -95,7 +100,7 @@ class DeepSpeedEngine(Engine):
     def write_latents(self, latents: list[Factors]) -> None:
         self._latents = [
             Factors(A.to(k.device).float().clone(), B.to(k.device).float().clone())
-            for k, (A, B) in zip(self.kinds, latents)
+            for k, (A, B) in zip(self.kinds, latents, strict=True)
         ]
         self.packing.scatter(self._latents, self._masters())
 
@@ -110,6 +115,9 @@ class DeepSpeedEngine(Engine):
                 parameter.ds_tensor.data[: stop - start].copy_(whole[start:stop])
             if parameter.data.numel() == shape.numel():  # stages 1 and 2, and persistent parameters of stage 3
                 parameter.data.copy_(whole.view(shape))
+
+    def read_working(self) -> list[Factors]:
+        return self._gather(self._working())
 
     def gradients_are_finite(self) -> bool:
         return self._finite
@@ -139,46 +147,69 @@ class DeepSpeedEngine(Engine):
         return [i for i, parameters in enumerate(groups) if any(id(p) in ours for p in parameters)]
 
     def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """Stage 3: this rank's part of a parameter, without padding."""
-        share = (
-            parameter.ds_tensor.ds_numel if hasattr(parameter.ds_tensor, "ds_numel") else parameter.ds_tensor.numel()
-        )
+        """Where this rank's part of a parameter begins and ends, without padding."""
+        if self.stage < 3:
+            address = parameter._hp_mapping.lp_fragment_address
+            return address.start, address.start + address.numel
+        shard = parameter.ds_tensor
+        share = shard.ds_numel if hasattr(shard, "ds_numel") else shard.numel()
         rank = dist.get_rank(self.optimizer.dp_process_group)
         numel = full_shape(parameter).numel()
         return min(rank * share, numel), min((rank + 1) * share, numel)
 
+    def _held(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of which this rank has a part."""
+        return [p for p in parameters if self.stage == 3 or p._hp_mapping is not None]
+
+    def _fragment(self, parameter: nn.Parameter, own: torch.Tensor) -> Fragment:
+        return Fragment(self.packing.offset(parameter) + self._share(parameter)[0], own)
+
+    def _own_part(self, parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+        """This rank's part, flat, of values that lie as the parameter does: in shards at stage 3, and whole before."""
+        start, stop = self._share(parameter)
+        return values.view(-1)[: stop - start] if self.stage == 3 else values.view(-1)[start:stop]
+
     def _masters(self) -> list[Fragment]:
         if self.stage == 3:
-            return [
-                self._of_share(p, self.optimizer._get_fp32_opt_state_partition(p, True)[0]) for p in self._parameters
-            ]
-        mappings = [(p, p._hp_mapping) for p in self._parameters if p._hp_mapping is not None]
-        return [Fragment(self.packing.offset(p) + m.lp_fragment_address.start, m.hp_fragment.data) for p, m in mappings]
+            masters = {p: self.optimizer._get_fp32_opt_state_partition(p, True)[0] for p in self._parameters}
+            return [self._fragment(p, self._own_part(p, master)) for p, master in masters.items()]
+        return [self._fragment(p, p._hp_mapping.hp_fragment.data) for p in self._held(self._parameters)]
 
-    def _gather_latents(self) -> None:
+    def _working(self) -> list[Fragment]:
+        values = {p: p.ds_tensor.data if self.stage == 3 else p.data for p in self._held(self._parameters)}
+        return [self._fragment(p, self._own_part(p, value)) for p, value in values.items()]
+
+    def _gather(self, trained: list[Fragment]) -> list[Factors]:
         # Frozen factors have no masters: they lie in shards at stage 3, and whole on every rank before.
         if self.stage == 3:
-            frozen = [self._of_share(p, p.ds_tensor.data) for p in self._frozen]
+            frozen = [self._fragment(p, self._own_part(p, p.ds_tensor.data)) for p in self._frozen]
         elif dist.get_rank(self.optimizer.dp_process_group) == 0:
             frozen = [Fragment(self.packing.offset(p), p.data.view(-1)) for p in self._frozen]
         else:
             frozen = []
-        self._latents = self.packing.gather(self._masters() + frozen)
+        return self.packing.gather(trained + frozen)
 
-    def _gradients(self) -> dict[nn.Parameter, Fragment]:
-        """This rank's part of the gradient of each parameter of which it has one."""
+    def _gradients(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+        """This rank's part, flat, of the gradient of each parameter of which it has one."""
         if self.stage == 3:
-            return {p: self._of_share(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in self._parameters}
-        fragments = {}
-        for p in self._parameters:
-            if p._hp_mapping is None:
-                continue
-            address = p._hp_mapping.lp_fragment_address
+            return {p: self._own_part(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in parameters}
+        gradients = {}
+        for p in self._held(parameters):
             gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
-            if gradient.numel() != address.numel:
-                gradient = gradient.narrow(0, address.start, address.numel)
-            fragments[p] = Fragment(self.packing.offset(p) + address.start, gradient)
-        return fragments
+            is_whole = gradient.numel() != p._hp_mapping.lp_fragment_address.numel
+            gradients[p] = self._own_part(p, gradient) if is_whole else gradient
+        return gradients
+
+    def _fragments(self, gradients: dict[nn.Parameter, torch.Tensor]) -> list[Fragment]:
+        return [self._fragment(p, gradients[p]) for p in self._parameters if p in gradients]
+
+    def _all_stepped(self) -> list[nn.Parameter]:
+        """Every parameter that the optimizer steps, LoRA's or another's."""
+        if self.stage == 3:
+            groups = self.optimizer.fp16_groups
+        else:
+            groups = self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
+        return [p for group in groups for p in group]
 
     def _keeps_whole_gradients(self) -> bool:
         """BF16_Optimizer: every rank holds whole gradients, and clips by the norm of them."""
@@ -188,9 +219,9 @@ class DeepSpeedEngine(Engine):
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
         ours = {id(p) for p in self._parameters}
         fragments = []
-        for group, buffers, has_gradient in zip(
-            self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients
-        ):
+        optimizer = self.optimizer
+        buffers_of, flags_of = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
+        for group, buffers, has_gradient in zip(optimizer.bf16_groups, buffers_of, flags_of, strict=True):
             for index, parameter in enumerate(group):
                 if id(parameter) in ours and (has_gradient[index] or fill_missing):
                     has_gradient[index] = True
@@ -205,10 +236,6 @@ class DeepSpeedEngine(Engine):
             for master in self.optimizer.fp32_partitioned_groups_flat:
                 if master.data_ptr() in working and master.numel():
                     master.data = master.data.clone()  # the same Parameter, so that its optimizer state stays
-
-    def _of_share(self, parameter: nn.Parameter, values: torch.Tensor) -> Fragment:
-        start, stop = self._share(parameter)
-        return Fragment(self.packing.offset(parameter) + start, values.view(-1)[: stop - start])
 
     @contextmanager
     def _clipping_before_the_map(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..core.mapping import Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
-from .packing import Fragment, Packing, are_finite
+from .packing import Fragment, Packing
 from .torch import TorchEngine
 
 
@@ -30,10 +30,8 @@ class FSDP2Engine(TorchEngine):
         StructLoRAError: parameters that are sharded otherwise than by rows over one group of ranks (HSDP, tensor parallelism).
     """
 
-    name = "FSDP2"
-
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
-        super().__init__(optimizer, kinds)
+        super().__init__(optimizer, kinds, "FSDP2")
         self._parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
         odd = [p for p in self._parameters if not isinstance(p, DTensor) or tuple(p.placements) != (Shard(0),)]
         if odd:
@@ -50,8 +48,8 @@ class FSDP2Engine(TorchEngine):
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trainable()):
             return None
-        gradients = self.packing.gather(self._fragments(lambda p: p.grad))
-        self._finite = are_finite(gradients)
+        gradients, bad = self.packing.gather_with(self._fragments(lambda p: p.grad), self._bad_gradients())
+        self._finite = not bad
         return gradients
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
@@ -63,8 +61,12 @@ class FSDP2Engine(TorchEngine):
 
     def write_latents(self, latents: list[Factors]) -> None:
         self._latents = [
-            Factors(A.to(k.device).float(), B.to(k.device).float()) for k, (A, B) in zip(self.kinds, latents)
+            Factors(A.to(k.device).float(), B.to(k.device).float())
+            for k, (A, B) in zip(self.kinds, latents, strict=True)
         ]
+
+    def read_working(self) -> list[Factors]:
+        return self.packing.gather(self._fragments(lambda p: p.data))
 
     def gradients_are_finite(self) -> bool:
         return self._finite
@@ -75,7 +77,7 @@ class FSDP2Engine(TorchEngine):
         self.packing.scatter(values, self._fragments(lambda p: p.data))
 
     def _take(self) -> None:
-        self._latents = self.packing.gather(self._fragments(lambda p: p.data))
+        self._latents = self.read_working()
 
     def _fragments(self, of: Callable[[nn.Parameter], DTensor | None]) -> list[Fragment]:
         fragments = []

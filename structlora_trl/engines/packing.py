@@ -6,6 +6,7 @@ all kinds, and the sum over ranks is the whole. Writing needs no collective: eac
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,13 @@ class Fragment(NamedTuple):
     values: Tensor  # flat
 
 
-def are_finite(factors: list[Factors]) -> bool:
-    """Whether gathered factors hold no NaN or Inf. Both survive the sum over ranks, so every rank sees the same."""
-    return all(bool(part.isfinite().all()) for kind in factors for part in kind)
+def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 where some tensor holds NaN or Inf, else 0.0; on `device`, without waiting for it."""
+    # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
+    peaks = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], math.inf)
+    if not peaks:
+        return torch.zeros((), device=device)
+    return 1 - torch.stack([peak.to(device).isfinite() for peak in peaks]).all().float()
 
 
 class Packing:
@@ -54,12 +59,18 @@ class Packing:
     @torch.no_grad()
     def gather(self, fragments: list[Fragment]) -> list[Factors]:
         """Whole factors from every rank's fragments; a collective."""
-        flat = torch.zeros(self.size, device=self.device)
+        return self.gather_with(fragments, torch.zeros((), device=self.device))[0]
+
+    @torch.no_grad()
+    def gather_with(self, fragments: list[Fragment], figure: Tensor) -> tuple[list[Factors], Tensor]:
+        """The same, and the sum over ranks of one more figure, in the same collective."""
+        flat = torch.zeros(self.size + 1, device=self.device)
         for start, values in fragments:
             flat[start : start + values.numel()].copy_(values)
+        flat[-1] = figure
         dist.all_reduce(flat, group=self.group)
         self.collectives += 1
-        return self.unpack(flat)
+        return self.unpack(flat), flat[-1]
 
     def unpack(self, flat: Tensor) -> list[Factors]:
         """Views of a flat vector as stacked factors."""

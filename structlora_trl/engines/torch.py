@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
 from .base import Engine
+from .packing import holds_nonfinite
 from .schedule import Rate, rate_of
 
 
@@ -22,15 +24,14 @@ class TorchEngine(Engine):
     """Args:
         optimizer (`torch.optim.Optimizer`): the real optimizer, not a wrapper around it.
         kinds (`list[Kind]`): what it must own.
+        name (`str`, *optional*, defaults to "torch"): what logs and errors call it.
 
     Raises:
         StructLoRAError: the optimizer lacks some trainable LoRA parameter, or moves parameters outside its step.
     """
 
-    name = "torch"
-
-    def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
-        self.optimizer, self.kinds = optimizer, kinds
+    def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
+        self.optimizer, self.kinds, self.name = optimizer, kinds, name
         self._handles: list = []
         self._refuse_unfit()
         self._latents: list[Factors] = []  # in the parameters' own dtype
@@ -77,11 +78,11 @@ class TorchEngine(Engine):
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
         targets, values = [], []
-        for kind, stacked in zip(self.kinds, gradients):
-            for parameters, stack in zip((kind.A, kind.B), stacked):
+        for kind, stacked in zip(self.kinds, gradients, strict=True):
+            for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
                 if not parameters[0].requires_grad:
                     continue
-                for parameter, value in zip(parameters, stack):
+                for parameter, value in zip(parameters, stack, strict=True):
                     if parameter.grad is None:
                         if not fill_missing:
                             continue
@@ -94,21 +95,18 @@ class TorchEngine(Engine):
         return [Factors(A.float(), B.float()) for A, B in self._latents]
 
     def write_latents(self, latents: list[Factors]) -> None:
-        for own, new in zip(self._latents, latents):
+        for own, new in zip(self._latents, latents, strict=True):
             own.A.copy_(new.A)
             own.B.copy_(new.B)
 
     def write_working(self, effective: list[Factors]) -> None:
         self._put(effective)
 
+    def read_working(self) -> list[Factors]:
+        return [Factors(_stack(k.A).float(), _stack(k.B).float()) for k in self.kinds]
+
     def gradients_are_finite(self) -> bool:
-        # GradScaler sets `found_inf` and `grad_scale` for the step of optimizers that unscale themselves.
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return False
-        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())
+        return not self._bad_gradients()
 
     def gradient_scale(self) -> float:
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -117,19 +115,28 @@ class TorchEngine(Engine):
     def learning_rate(self) -> Rate:
         return rate_of(self.optimizer.param_groups[i] for i in self._groups)
 
+    def _bad_gradients(self) -> Tensor:
+        """1.0 where a gradient of this rank that the optimizer is about to use holds NaN or Inf, else 0.0."""
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        bad = holds_nonfinite(gradients, self.kinds[0].device)
+        # GradScaler sets `found_inf` and `grad_scale` for the step of optimizers that unscale themselves.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return bad if found_inf is None else torch.maximum(bad, found_inf.to(bad.device))
+
     def _trainable(self) -> list[nn.Parameter]:
         return [p for kind in self.kinds for p in (*kind.A, *kind.B) if p.requires_grad]
 
     @torch.no_grad()
     def _put(self, values: list[Factors]) -> None:
         targets, sources = [], []
-        for kind, stacked in zip(self.kinds, values):
-            for parameters, stack in zip((kind.A, kind.B), stacked):
+        for kind, stacked in zip(self.kinds, values, strict=True):
+            for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
                 if parameters[0].requires_grad:
                     # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
                     # them, and a backward through weights that are gone must fail.
                     targets += parameters
-                    sources += [value.view_as(p) for p, value in zip(parameters, stack)]
+                    sources += [value.view_as(p) for p, value in zip(parameters, stack, strict=True)]
         torch._foreach_copy_(targets, sources)
 
     def _take(self) -> None:

@@ -8,6 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..attachment import build_runtime
 from ..config import StructLoRAConfig
+from ..core.mapping import Factors
 from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
@@ -47,7 +48,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         # State and weights at the end of the last `train()`.
-        self._finished: tuple[dict, list[torch.Tensor]] | None = None
+        self._finished: tuple[dict, list[Factors]] | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainer, resumed_from = training_trainer()
@@ -72,7 +73,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
             load_state(self.runtime, resumed_from)
         elif self._finished is not None:
             finished_state, weights = self._finished
-            if all(map(torch.equal, weights, self.runtime.parameters())):
+            if _equal(weights, self.runtime.engine.read_working()):
                 self.runtime.load_state_dict(finished_state)  # a further `train()` goes on where the last one ended
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -98,7 +99,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_state(self.runtime, state.best_model_checkpoint)
         self.runtime.detach()
-        self._finished = self.runtime.state_dict(), [p.detach().clone() for p in self.runtime.parameters()]
+        self._finished = self.runtime.state_dict(), self.runtime.engine.read_working()
 
     def state(self) -> dict:
         """Called by Trainer for each checkpoint, before older ones are deleted: our file is written here."""
@@ -106,3 +107,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         if directory is not None and self.runtime is not None:
             save_state(self.runtime, directory)
         return {"args": {"config": self.config.options()}, "attributes": {}}
+
+
+def _equal(left: list[Factors], right: list[Factors]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for pair in zip(left, right) for a, b in zip(*pair))

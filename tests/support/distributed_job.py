@@ -45,6 +45,8 @@ def arguments():
     parser.add_argument("--deepspeed", type=json.loads, default={}, help="merged into the DeepSpeed config")
     parser.add_argument("--trainer", type=json.loads, default={}, help="more training arguments")
     parser.add_argument("--resume", default=None)
+    parser.add_argument("--again", action="store_true", help="call `train` a second time")
+    parser.add_argument("--halve-between", action="store_true", help="halve lora_B before that")
     parser.add_argument("--stop-at", type=int, default=None)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--seed-of-rank-1", type=int, default=None)
@@ -141,6 +143,13 @@ class AliasMasters(TrainerCallback):
             master.data = working.data
 
 
+def halve(engine) -> None:
+    """What another adapter loaded between two runs does: other values, for the model and for the optimizer."""
+    halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
+    engine.write_latents(halved)
+    engine.write_working(halved)
+
+
 def main():
     args = arguments()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -195,11 +204,16 @@ def main():
         if args.freeze is not None and args.freeze in name:
             parameter.requires_grad_(False)
     trainer.train(resume_from_checkpoint=args.resume)
+    if args.again:
+        if args.halve_between:
+            halve(callback.runtime.engine)
+        trainer.train()
 
     wrapped = trainer.model_wrapped
     is_deepspeed = type(wrapped).__name__ == "DeepSpeedEngine"
     facts = {
         "wrapped": type(wrapped).__name__,
+        "trains": 2 if args.again else 1,
         "world": dist.get_world_size() if dist.is_initialized() else 1,
         "stage": wrapped.zero_optimization_stage() if is_deepspeed else None,
         "optimizer": type(wrapped.optimizer).__name__ if is_deepspeed else None,

@@ -72,7 +72,7 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
         assert facts[0]["offload"] == engine.endswith("_offload")
         assert facts[0].get("engine") in (None, ENGINES[name])
         if "engine" in facts[0]:
-            assert done.stdout.count(f"StructLoRA on {ENGINES[name]}, {world} processes: ") == 1
+            assert done.stdout.count(f"StructLoRA on {ENGINES[name]}, {world} processes: ") == facts[0]["trains"]
     return facts[0]
 
 

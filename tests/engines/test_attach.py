@@ -1,0 +1,97 @@
+"""`attach` in bare loops, on every engine: the noise acts, and each run is that of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from tests.support.launching import ENGINES, ROOT, one_at_a_time, run, torchrun
+from tests.support.loop_job import train
+
+pytestmark = one_at_a_time
+
+RUNS = {
+    # name: (what `loop_job.train` is told, engines in the quick suite, engines beside them)
+    "plain": ({}, [*ENGINES, "fsdp2 resharding"], ["fsdp2 layers", "fsdp2 layers resharding"]),
+    "clipped": (
+        {"clip": 0.1, "method": {"regularizer": "laplacian"}},
+        ["zero2"],
+        ["ddp", "fsdp2", "zero1", "zero3"],
+    ),
+    "scaled": ({"scaled": True}, ["ddp", "zero3"], ["fsdp2", "zero1", "zero2"]),
+    "scaled and clipped": ({"scaled": True, "clip": 0.1}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
+    "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "zero1", "zero2"]),
+    "detached": ({"detach_at": 3}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
+    "attached again": ({"detach_at": 3, "again_at": 3}, ["zero3"], ["ddp", "fsdp2", "zero1", "zero2"]),
+}
+QUICK = [(name, engine) for name, (_, engines, _) in RUNS.items() for engine in engines]
+SLOW = [(name, engine) for name, (_, _, engines) in RUNS.items() for engine in engines]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """What each run ended with. The quick ones share one launch, the slow ones another."""
+    found = {}
+
+    def result(row):
+        if row not in found:
+            rows = [r for r in (QUICK if row in QUICK else SLOW) if is_installed(r[1])]
+            output = tmp_path_factory.mktemp("loops") / "finished.pt"
+            told = [{"engine": engine, **RUNS[name][0]} for name, engine in rows]
+            job = [str(ROOT / "tests" / "support" / "loop_job.py"), str(output), json.dumps(told)]
+            done = run([*torchrun(2), *job], timeout=600)
+            assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+            found.update(zip(rows, torch.load(output), strict=True))
+        return found[row]
+
+    return result
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """The same runs in one process."""
+    found = {}
+
+    def result(name):
+        if name not in found:
+            found[name] = train(**RUNS[name][0])
+        return found[name]
+
+    return result
+
+
+def is_installed(engine: str) -> bool:
+    return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
+
+
+def parts(finished: dict, *names: str) -> torch.Tensor:
+    """Everything in a state under these names, in one vector."""
+    return torch.cat([v.float().flatten() for n, v in finished["state"].items() if any(name in n for name in names)])
+
+
+@pytest.mark.parametrize("name, engine", [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)])
+def test_bare_loop(name, engine, finished, alone):
+    if not is_installed(engine):
+        pytest.skip("DeepSpeed is not installed")
+    many, one = finished((name, engine)), alone(name)
+    assert many["engine"] == ENGINES[engine.split()[0]]
+    noisy = [abs(a - b) for a, b in zip(many["losses"], many["evaluation_losses"], strict=True)]
+    plain_from = RUNS[name][0].get("detach_at", len(noisy)) if name == "detached" else len(noisy)
+    assert min(noisy[:plain_from]) > 1e-4  # training weights stood in the training forward
+    assert max(noisy[plain_from:], default=0) <= 1e-6
+    assert many["skipped"] == one["skipped"] == ("poison_at" in RUNS[name][0])
+    # fp16 under DeepSpeed: the model computes in half precision, the one process in fp32.
+    half = RUNS[name][0].get("scaled") and engine.startswith("zero")
+    for key in ("losses", "evaluation_losses"):
+        assert torch.tensor(many[key]).sub(torch.tensor(one[key])).abs().max() <= (3e-3 if half else 1e-5)
+    if not half:
+        assert (parts(many, "latent", "logits", "theta") - parts(one, "latent", "logits", "theta")).abs().max() <= 1e-5
+        assert max((a - b).abs().max() for a, b in zip(many["working"], one["working"], strict=True)) <= 1e-5
+    # Gradients are seen unscaled and clipped, so that the graph is the same one.
+    seen, expected = parts(many, "graph.features"), parts(one, "graph.features")
+    assert (seen - expected).norm() <= (5e-2 if half else 1e-4) * expected.norm()
+    assert torch.equal(parts(many, "graph.semantic"), parts(one, "graph.semantic"))
+    assert parts(one, "graph.semantic").sum() > 0

@@ -1,0 +1,220 @@
+"""Bare loops with `attach` on every engine, one after the other in the same processes; started by torchrun.
+
+`train` is one run. It also serves as the one-process reference, in the test's own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from structlora_trl import attach
+from tests.support.tiny import FAMILIES, WHOLE, lora_parameters, peft_model
+
+STEPS = 6
+TARGETS = ["q_proj", "v_proj", "o_proj"]
+# Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
+ADAMW = {"lr": 1e-2, "eps": 1e-6}
+LOSS_SCALE_POWER = 10
+# Far from every cosine that these runs come to: rounding changes no edge.
+SEMANTIC = {"edges": "similarity", "semantic_every": 2, "semantic_threshold": 0.2}
+
+
+class Loop:
+    """One process, or DDP: a torch optimizer, with a GradScaler where the loss is to be scaled.
+
+    Args:
+        clip: the largest norm of gradients.
+        scaled: scale the loss, and leave it to the optimizer to unscale the gradients.
+    """
+
+    def __init__(self, model, clip: float | None, scaled: bool):
+        self.clip = clip
+        self.wrapped = self.wrap(model)
+        # Of the optimizers of torch, the fused ones unscale in their step.
+        self.optimizer = torch.optim.AdamW(lora_parameters(model).values(), **ADAMW, fused=scaled)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**LOSS_SCALE_POWER, enabled=scaled)
+
+    def wrap(self, model):
+        return DistributedDataParallel(model) if dist.is_initialized() else model
+
+    def step(self, loss) -> None:
+        self.scaler.scale(loss).backward()
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(lora_parameters(self.wrapped).values(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+class FSDP2(Loop):
+    """`fully_shard` of the whole model, and of its layers where `layers` says so."""
+
+    layers, options = False, {}
+
+    def wrap(self, model):
+        for layer in model.base_model.model.model.layers if self.layers else ():
+            fully_shard(layer)
+        return fully_shard(model, **self.options)
+
+
+class FSDP2Resharding(FSDP2):
+    options = {"reshard_after_forward": True}
+
+
+class FSDP2Layers(FSDP2):
+    layers = True
+
+
+class FSDP2LayersResharding(FSDP2Layers):
+    options = {"reshard_after_forward": True}
+
+
+class DeepSpeed:
+    """ZeRO at a stage; every parameter is really sharded at stage 3."""
+
+    stage = 1
+
+    def __init__(self, model, clip: float | None, scaled: bool):
+        import deepspeed
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
+        # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": clip or 0.0,
+            "fp16": {"enabled": scaled, "initial_scale_power": LOSS_SCALE_POWER},
+            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+        }
+        optimizer = torch.optim.AdamW(lora_parameters(model).values(), **ADAMW)
+        self.wrapped, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def step(self, loss) -> None:
+        self.wrapped.backward(loss)
+        self.wrapped.step()
+
+
+class ZeRO2(DeepSpeed):
+    stage = 2
+
+
+class ZeRO3(DeepSpeed):
+    stage = 3
+
+
+ENGINES = {
+    "ddp": Loop,
+    "fsdp2": FSDP2,
+    "fsdp2 resharding": FSDP2Resharding,
+    "fsdp2 layers": FSDP2Layers,
+    "fsdp2 layers resharding": FSDP2LayersResharding,
+    "zero1": DeepSpeed,
+    "zero2": ZeRO2,
+    "zero3": ZeRO3,
+}
+
+
+def train(
+    engine: str = "ddp",
+    method: dict | None = None,
+    clip: float | None = None,
+    scaled: bool = False,
+    poison_at: int | None = None,
+    detach_at: int | None = None,
+    again_at: int | None = None,
+) -> dict:
+    """One run of a bare loop.
+
+    Args:
+        engine: a name of `ENGINES`; 'ddp' without a process group is one process.
+        method: more StructLoRA options.
+        clip: the largest norm of gradients.
+        scaled: scale the loss, as mixed precision does.
+        poison_at: step at which the gradient of the embeddings, which are trained too, is NaN.
+        detach_at: step before which StructLoRA is detached; the rest is plain LoRA.
+        again_at: step before which it is attached again.
+
+    Returns:
+        `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
+        `state` and `skipped` of the last runtime.
+    """
+    model = peft_model("llama", "warm", targets=TARGETS)
+    if poison_at is not None:
+        model.get_input_embeddings().weight.requires_grad_(True)
+    loop = ENGINES[engine](model, clip, scaled)
+    options = {**WHOLE, **SEMANTIC, **(method or {})}
+    runtime = attach(loop.wrapped, loop.optimizer, options)
+    losses, evaluation_losses = [], []
+    for step in range(STEPS):
+        if step == detach_at:
+            runtime.detach()
+            runtime.detach()
+        if step == again_at:
+            runtime = attach(loop.wrapped, loop.optimizer, options)
+        batch = _share_of_rank(FAMILIES["llama"].batch(step))
+        loop.wrapped.eval()
+        with torch.no_grad():
+            evaluation_losses.append(_mean(loop.wrapped(**batch).loss))
+        loop.wrapped.train()
+        hook = model.get_input_embeddings().register_forward_hook(_poison) if step == poison_at else None
+        loss = loop.wrapped(**batch).loss
+        losses.append(_mean(loss))
+        loop.step(loss)
+        if hook is not None:
+            hook.remove()
+    return {
+        "engine": runtime.engine.name,
+        "losses": losses,
+        "evaluation_losses": evaluation_losses,
+        "working": [part for factors in runtime.engine.read_working() for part in factors],
+        "state": runtime.state_dict(),
+        "skipped": runtime.skipped_steps,
+    }
+
+
+def _poison(module, inputs, output):
+    output.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def _share_of_rank(batch: dict) -> dict:
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    return {name: value[rank::world] for name, value in batch.items()}
+
+
+def _mean(loss) -> float:
+    loss = loss.detach().float().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss.item()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("runs", type=json.loads, help="a list of `train`'s options")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    finished = [train(**options) for options in args.runs]
+    if dist.get_rank() == 0:
+        torch.save(finished, args.output)
+    dist.barrier()
+    os._exit(0)  # see `distributed_job`
+
+
+if __name__ == "__main__":
+    main()
