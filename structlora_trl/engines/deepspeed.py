@@ -73,7 +73,7 @@ class DeepSpeedEngine(Engine):
             master.copy_(working)
 
     def read_gradients(self) -> list[Factors] | None:
-        gradients = self._gradients(self._all_stepped())
+        gradients = self._gradients([p for group in self._stepped() for p in group])
         bad = holds_nonfinite(list(gradients.values()), self.packing.device)
         gathered, bad = self.packing.gather_with(self._fragments(gradients), bad)
         self._finite = not bad
@@ -135,16 +135,8 @@ class DeepSpeedEngine(Engine):
     def _groups_of_lora(self) -> list[int]:
         """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat masters."""
         ours = {id(p) for p in self._parameters}
-        if self.stage == 3:
-            sub_groups = self.optimizer.fp16_groups
-            found = {
-                self.optimizer.sub_group_to_group_id[i]
-                for i, parameters in enumerate(sub_groups)
-                if any(id(p) in ours for p in parameters)
-            }
-            return sorted(found)
-        groups = self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
-        return [i for i, parameters in enumerate(groups) if any(id(p) in ours for p in parameters)]
+        found = [i for i, parameters in enumerate(self._stepped()) if any(id(p) in ours for p in parameters)]
+        return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
 
     def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where this rank's part of a parameter begins and ends, without padding."""
@@ -203,13 +195,11 @@ class DeepSpeedEngine(Engine):
     def _fragments(self, gradients: dict[nn.Parameter, torch.Tensor]) -> list[Fragment]:
         return [self._fragment(p, gradients[p]) for p in self._parameters if p in gradients]
 
-    def _all_stepped(self) -> list[nn.Parameter]:
-        """Every parameter that the optimizer steps, LoRA's or another's."""
+    def _stepped(self) -> list[list[nn.Parameter]]:
+        """The model's parameters that the optimizer steps, LoRA's or others', by group; by sub-group at stage 3."""
         if self.stage == 3:
-            groups = self.optimizer.fp16_groups
-        else:
-            groups = self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
-        return [p for group in groups for p in group]
+            return self.optimizer.fp16_groups
+        return self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
 
     def _keeps_whole_gradients(self) -> bool:
         """BF16_Optimizer: every rank holds whole gradients, and clips by the norm of them."""

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -60,34 +61,22 @@ class Loop:
 
 
 class FSDP2(Loop):
-    """`fully_shard` of the whole model, and of its layers where `layers` says so."""
+    """`fully_shard` of the whole model, and of each layer where `layers` says so."""
 
-    layers, options = False, {}
+    def __init__(self, *args, layers: bool = False, **sharding):
+        self.layers, self.sharding = layers, sharding
+        super().__init__(*args)
 
     def wrap(self, model):
         for layer in model.base_model.model.model.layers if self.layers else ():
             fully_shard(layer)
-        return fully_shard(model, **self.options)
-
-
-class FSDP2Resharding(FSDP2):
-    options = {"reshard_after_forward": True}
-
-
-class FSDP2Layers(FSDP2):
-    layers = True
-
-
-class FSDP2LayersResharding(FSDP2Layers):
-    options = {"reshard_after_forward": True}
+        return fully_shard(model, **self.sharding)
 
 
 class DeepSpeed:
     """ZeRO at a stage; every parameter is really sharded at stage 3."""
 
-    stage = 1
-
-    def __init__(self, model, clip: float | None, scaled: bool):
+    def __init__(self, model, clip: float | None, scaled: bool, stage: int):
         import deepspeed
 
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
@@ -97,7 +86,7 @@ class DeepSpeed:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": clip or 0.0,
             "fp16": {"enabled": scaled, "initial_scale_power": LOSS_SCALE_POWER},
-            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         }
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), **ADAMW)
         self.wrapped, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -107,23 +96,13 @@ class DeepSpeed:
         self.wrapped.step()
 
 
-class ZeRO2(DeepSpeed):
-    stage = 2
-
-
-class ZeRO3(DeepSpeed):
-    stage = 3
-
-
 ENGINES = {
     "ddp": Loop,
     "fsdp2": FSDP2,
-    "fsdp2 resharding": FSDP2Resharding,
-    "fsdp2 layers": FSDP2Layers,
-    "fsdp2 layers resharding": FSDP2LayersResharding,
-    "zero1": DeepSpeed,
-    "zero2": ZeRO2,
-    "zero3": ZeRO3,
+    "fsdp2 resharding": partial(FSDP2, reshard_after_forward=True),
+    "fsdp2 layers": partial(FSDP2, layers=True),
+    "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
+    **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
 }
 
 
