@@ -73,7 +73,10 @@ class StructLoRAConfig:
         0.9, "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept."
     )
     prior: float = _option(0.5, "Prior probability that a direction is open, in the KL term.")
-    kl_weight: float = _option(0.1, "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta).")
+    kl_weight: float = _option(
+        0.1,
+        "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta). Gradient clipping does not scale it.",
+    )
     label_weight: float = _option(1.0, "Weight of the task gradient that reaches the gate logits (the paper's gamma).")
     gate_lr: float = _option(
         0.03, "Learning rate of the gate logits at the peak of the trainer's schedule, which it follows."

@@ -13,7 +13,7 @@ from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
-from .compat import checkpoint_being_saved, run_first, training_trainer
+from .compat import checkpoint_being_saved, refuse_engine_taken_down, run_first, training_trainer
 
 
 class StructLoRACallback(TrainerCallback, ExportableState):
@@ -52,6 +52,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainer, resumed_from = training_trainer()
+        refuse_engine_taken_down(trainer)
         callbacks = trainer.callback_handler.callbacks
         count = sum(isinstance(callback, StructLoRACallback) for callback in callbacks)
         if count > 1:

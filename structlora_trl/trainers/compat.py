@@ -43,6 +43,23 @@ def training_trainer() -> tuple[Trainer, str | None]:
     return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
 
 
+def refuse_engine_taken_down(trainer: Trainer) -> None:
+    """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and goes on without any.
+
+    `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped already
+    (transformers 5.6 to 5.24). A plain LoRA run fails in its first backward.
+
+    Raises:
+        StructLoRAError: there is no engine.
+    """
+    if trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_engine_wrapped is None:
+        raise StructLoRAError(
+            "a second `train()` under DeepSpeed, whose engine Trainer took down when it began",
+            "an engine to train with",
+            "set `trainer.model_wrapped = trainer.model` before it (at ZeRO-3, with gradient checkpointing off)",
+        )
+
+
 def checkpoint_being_saved() -> Path | None:
     """The directory of the checkpoint the Trainer is writing right now, or None."""
     frame = _trainer_frame("_save_checkpoint")

@@ -70,7 +70,7 @@ def test_attaching_changes_no_output(case):
     assert (logits_of(model, family) - before).abs().max() <= 1e-6
 
 
-def reference_gradients(model, family, runtime, latents, noise, batches):
+def reference_gradients(model, family, runtime, latents, noise, batches, clip):
     """Gradients of latents, logits and Θ by autograd through the map inside the model's graph."""
     config = runtime.config
     names = {id(p): name for name, p in model.named_parameters()}
@@ -102,13 +102,16 @@ def reference_gradients(model, family, runtime, latents, noise, batches):
     for seed in batches:
         torch.manual_seed(seed)
         total = total + functional_call(model, effective, kwargs=FAMILIES[family].batch(seed)).loss / len(batches)
+    if clip is not None:  # the task's gradient is clipped where the model computes; penalties join after that
+        of_effective = torch.autograd.grad(total, list(effective.values()), retain_graph=True)
+        total = total * clip / torch.cat([g.flatten() for g in of_effective]).norm()
     total = total + config.regularizer_weight * penalty
     total = total + (config.kl_weight * reference_kl(torch.cat(logits), config.prior) if logits else 0.0)
     total.backward()
     return leaves
 
 
-def runtime_gradients(model, family, runtime, optimizer, batches):
+def runtime_gradients(model, family, runtime, optimizer, batches, clip):
     """Gradients as the optimizers meet them in a real step."""
     seen = {}
 
@@ -125,6 +128,8 @@ def runtime_gradients(model, family, runtime, optimizer, batches):
     for seed in batches:
         torch.manual_seed(seed)
         (loss_of(model, family, seed) / len(batches)).backward()
+    if clip is not None:
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip) > 2 * clip
     optimizer.step()
     return seen
 
@@ -134,7 +139,7 @@ def relative_error(ours, theirs) -> float:
     return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
 
 
-def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=None, **options):
+def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=None, clip=None, **options):
     optimizer = adamw(model)
     runtime = attach(model, optimizer, WHOLE, **options)
     randomise(runtime)
@@ -144,11 +149,11 @@ def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=Non
     noise = [
         n.view(m.kind.depth_count, -1) for m, n in zip(runtime.maps, draw.split([m.gate_count for m in runtime.maps]))
     ]
-    expected = reference_gradients(model, family, runtime, latents, noise, batches)
+    expected = reference_gradients(model, family, runtime, latents, noise, batches, clip)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    found = runtime_gradients(model, family, runtime, optimizer, batches)
+    found = runtime_gradients(model, family, runtime, optimizer, batches, clip)
     for name, (A, B, own) in expected.items():
         ours_A, ours_B, ours_own = found[name]
         grads = lambda tensors: [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]  # noqa: E731
@@ -179,6 +184,11 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_chain_rule_of_every_switch(options):
     assert_chain_rule(peft_model("llama", "warm", targets=FAMILIES["llama"].linear), "llama", **options)
+
+
+@pytest.mark.parametrize("regularizer", ["none", "laplacian"])
+def test_chain_rule_with_clipping(regularizer):
+    assert_chain_rule(peft_model("llama", "warm"), "llama", clip=0.01, tolerance=2e-5, regularizer=regularizer)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])

@@ -39,7 +39,7 @@ def one_process(tmp_path_factory):
     return run
 
 
-CORE = [("ddp", 2, 1, {}), ("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
+CORE = [("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
 MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
 MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
@@ -55,7 +55,8 @@ def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deep
     assert facts["step"] == 10 and facts["skipped"] == 0
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
     if engine != "ddp":
-        assert facts["collectives"] == 1 + 2 * facts["step"]  # masters at attach; gradients and masters in each step
+        # Masters at attach, gradients and masters in each step, and the working weights at the end.
+        assert facts["collectives"] == 2 + 2 * facts["step"]
 
 
 BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
@@ -123,6 +124,29 @@ def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
     assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
 
 
+AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
+
+
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2"])
+@pytest.mark.parametrize("halve", [{}, pytest.param({"halve_between": True}, marks=slow)])
+def test_a_second_train_goes_on(engine, halve, tmp_path, one_process):
+    """From the first one's latents, gates and Θ, unless the weights have changed in between."""
+    facts = launch(tmp_path, engine, **AGAIN, **halve)
+    assert facts["step"] == (3 if halve else 6)
+    assert largest_difference(trained(one_process(**AGAIN, **halve)), trained(tmp_path)) <= 1e-5
+
+
+@slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_a_second_train_under_deepspeed_needs_a_new_engine(engine, tmp_path):
+    output = launch(tmp_path / "same", engine, check=False, **AGAIN)
+    assert "a second `train()` under DeepSpeed" in output
+    if engine == "zero3":
+        return  # a model that ZeRO-3 has partitioned does not train with another engine, with plain LoRA either
+    assert launch(tmp_path / "new", engine, rewrap=True, **AGAIN)["step"] == 6
+    assert launch(tmp_path / "other", engine, rewrap=True, halve_between=True, **AGAIN)["step"] == 3
+
+
 SAVING = {"steps": 6, "trainer": {**STEADY, "save_strategy": "steps", "save_steps": 3}}
 
 
@@ -154,10 +178,9 @@ def test_resume_at_another_world_size(engine, tmp_path, one_process):
     assert largest_difference(trained(one_process(**SAVING)), trained(tmp_path)) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "engine", ["zero2", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero3", "zero2_offload"))]
-)
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
+@slow  # `test_attach` has a quick one
+@pytest.mark.parametrize("engine", [*ENGINES, "zero2_offload"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bad_gradients_skip_the_step_everywhere(engine, dtype, tmp_path):
     """The run with a poisoned last step ends where the run without that step does."""
     deepspeed = FP32_GRADIENTS if dtype == "bfloat16" and engine == "zero1" else {}

@@ -46,7 +46,7 @@ def arguments():
     parser.add_argument("--trainer", type=json.loads, default={}, help="more training arguments")
     parser.add_argument("--resume", default=None)
     parser.add_argument("--again", action="store_true", help="call `train` a second time")
-    parser.add_argument("--rewrap", action="store_true", help="have it wrap the model anew")
+    parser.add_argument("--anew", action="store_true", help="with the model wrapped and the optimizer built anew")
     parser.add_argument("--halve-between", action="store_true", help="halve lora_B before that")
     parser.add_argument("--stop-at", type=int, default=None)
     parser.add_argument("--rows", type=int, default=48)
@@ -206,8 +206,8 @@ def main():
             parameter.requires_grad_(False)
     trainer.train(resume_from_checkpoint=args.resume)
     if args.again:
-        if args.rewrap:
-            trainer.model_wrapped = trainer.model
+        if args.anew:
+            trainer.model_wrapped, trainer.optimizer = trainer.model, None
         if args.halve_between:
             halve(callback.runtime.engine)
         trainer.train()
