@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from demo_assets import CACHE, SENTENCES_PER_SPLIT
-from demo_report import GATE_PLOT, LOSS_PLOT, NAMES, REPORT, append_check, table, write_report
+from demo_report import GATE_PLOT, LOSS_PLOT, NAMES, PAGE, REPORT, append_check, table, write_page, write_report
 
 EXAMPLES = Path(__file__).parent
 OUTPUT = Path("demo-output")
@@ -74,9 +74,10 @@ def main() -> None:
     run("demo_assets.py")
     results = compare(seed)
     write_report(results, seed, OUTPUT)
+    write_page(OUTPUT)
     print(f"\n{table(results)}\n")
     print(f"On {SENTENCES_PER_SPLIT} held-out sentences. NLL: of the right answer, between the two answers.")
-    print(f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT} and {GATE_PLOT}")
+    print(f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT} and {GATE_PLOT}; both runs side by side: {OUTPUT / PAGE}")
     print(f"Adapters: {OUTPUT / 'lora'}, {OUTPUT / 'structlora'}; figures: {OUTPUT}/*.json; downloads: {CACHE}\n")
     is_same = check_plain_peft(results["structlora"])
     if not is_same:

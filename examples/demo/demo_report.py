@@ -11,12 +11,15 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from structlora_trl.adapters import page
+from structlora_trl.adapters.saved import read_saved
+
 NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
 COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}
 SMOOTHING = 4  # steps to either side in the running mean of a loss curve
 LAST = 10  # steps whose mean is the loss at the end
 
-LOSS_PLOT, GATE_PLOT, REPORT = "loss.png", "gates.png", "report.md"
+LOSS_PLOT, GATE_PLOT, REPORT, PAGE = "loss.png", "gates.png", "report.md", "report.html"
 
 
 def table(results: dict[str, dict]) -> str:
@@ -43,6 +46,13 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
     _plot_gates(results["structlora"], directory / GATE_PLOT)
     sections = (_setting(results, seed), table(results), _comparison(results), _losses(results), _gates(results))
     (directory / REPORT).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def write_page(directory: Path) -> None:
+    """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
+    page.write_page(
+        directory / PAGE, [page.Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
+    )
 
 
 def append_check(trained: dict, loaded: dict, same: int, directory: Path) -> None:

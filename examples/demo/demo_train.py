@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from structlora_trl import StructLoRACallback
+from structlora_trl import StructLoRACallback, save_state
 
 RECIPE = {"steps": 60, "batch": 8, "learning_rate": 2e-3, "rank": 4, "modules": ["q_proj", "v_proj"]}
 STEPS_PER_LINE = 10
@@ -86,6 +86,7 @@ def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, director
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
+    trainer.save_state()  # the log, which the report page draws
     recipe = {**RECIPE, "examples": len(examples)}
     return trainer.model, {"recipe": recipe, "losses": progress.losses, "seconds_per_step": progress.seconds_per_step()}
 
@@ -116,6 +117,7 @@ def main() -> None:
         model, result = train(model, tokenizer, training, options.seed, options.output / options.method, callbacks)
         for callback in callbacks:
             result |= {"gates": gates(callback), "gate_init": callback.config.gate_init}
+            save_state(callback.runtime, options.output / options.method)
     result |= evaluate(model, tokenizer, held_out)
     result["peak_memory"] = peak_memory()
     (options.output / f"{options.method}.json").write_text(json.dumps(result))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import StructLoRAError
+from .inspecting import short_names
 
 try:
     from matplotlib.figure import Figure
@@ -71,9 +72,14 @@ def _panels(titles: list[str]):
     return figure, axes
 
 
+def _titles(kinds) -> list[str]:
+    return [*short_names([kind.name for kind in kinds]).values()]
+
+
 def _gates(kinds):
     gates = [np.array([row.gates for row in kind.depths]) for kind in kinds]  # (L, r) each
-    scale = {"vmin": 0, "vmax": 1, "cmap": "viridis", "aspect": "auto"}
+    low, high = min(rows.min() for rows in gates), max(rows.max() for rows in gates)
+    scale = {"vmin": low, "vmax": high, "cmap": "viridis", "aspect": "auto"}  # of what happened: gates may move little
     return _heatmaps(kinds, gates, "direction", "probability that the gate is open", **scale)
 
 
@@ -83,7 +89,7 @@ def _similarity(kinds):
 
 
 def _heatmaps(kinds, matrices: list[np.ndarray], across: str, meaning: str, **scale):
-    figure, axes = _panels([kind.name for kind in kinds])
+    figure, axes = _panels(_titles(kinds))
     for axis, matrix in zip(axes, matrices):
         image = axis.imshow(matrix, interpolation="nearest", **scale)
         axis.set(xlabel=across, ylabel="depth")
@@ -93,7 +99,7 @@ def _heatmaps(kinds, matrices: list[np.ndarray], across: str, meaning: str, **sc
 
 
 def _coverage(kinds):
-    figure, axes = _panels([kind.name for kind in kinds])
+    figure, axes = _panels(_titles(kinds))
     for axis, kind in zip(axes, kinds):
         shares = np.array(kind.coverage)  # (L, r)
         count = np.arange(1, shares.shape[1] + 1)

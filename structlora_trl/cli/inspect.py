@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..adapters.inspecting import KindReport, log_history, report
+from ..adapters.page import Run, write_page
 from ..adapters.saved import Saved, read_saved
 from .parser import parser_of
 
@@ -24,6 +25,7 @@ What a plain adapter does not tell, without structlora.safetensors beside it, sh
 _EXAMPLES = """examples:
   structlora inspect out
   structlora inspect out/checkpoint-500 --plot figures     # needs matplotlib: pip install "structlora-trl[plot]"
+  structlora inspect out --html report.html --against lora  # a page to look at, with two runs side by side
   structlora inspect out --json | jq '.kinds[0].depths[0]'
 """
 
@@ -38,7 +40,11 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument("adapter", type=Path, help="folder of the adapter or checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figures (PNG and PDF) to this folder")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page: one HTML file, with all figures in it")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another adapter, beside this one on the page")
     given = parser.parse_args(arguments)
+    if given.against and not given.html:
+        parser.error("--against needs --html")
     if given.plot:
         from ..adapters import plots  # before the work, so that a missing matplotlib is told at once
     saved = read_saved(given.adapter)
@@ -55,6 +61,18 @@ def run(command: str, arguments: list[str]) -> None:
             print(f"\nWrote {', '.join(written)} to {given.plot}.")
             for reason in lacking:
                 print(f"No {reason}.")
+    if given.html:
+        folders = [given.adapter, *([given.against] if given.against else [])]
+        found = [saved, *map(read_saved, folders[1:])]
+        write_page(given.html, [Run.of(*pair) for pair in zip(_run_names(folders), found, strict=True)])
+        if not given.json:
+            print(f"\nWrote {given.html}.")
+
+
+def _run_names(folders: list[Path]) -> list[str]:
+    """The folders' names, or their paths where these are the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len({*names}) == len(names) else [str(folder) for folder in folders]
 
 
 def table(saved: Saved, kinds: list[KindReport]) -> str:
