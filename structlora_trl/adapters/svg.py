@@ -13,7 +13,7 @@ RED_BLUE = ("#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#
 _SHADES = 64  # cells of one shade are one path, so that large maps stay small
 _MAP, _CELL = (230, 320), (4, 20)  # pixels: most of a map's width and height; least and most of a cell's
 _LABEL, _LINE = 26, 12  # pixels: room for a row's label, height of a line of text
-_CHART, _MARGIN = (270, 180), (54, 12, 12, 30)  # pixels; left, right, top, bottom
+_CHART, _MARGIN = (250, 180), (54, 12, 12, 30)  # pixels; left, right, top, bottom
 
 
 class Scale(NamedTuple):
