@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from structlora_trl import Runtime, StructLoRAConfig, attach
 from structlora_trl.core.nodes import Kind
 from structlora_trl.engines import TorchEngine
+from structlora_trl.state import State
 
 OURS = {"structlora": {}, "coordinated": {"coordinator": "gcn"}}  # name -> options of StructLoRA
 METHODS = ("lora", *OURS, "dora", "adalora")
@@ -68,14 +68,6 @@ WARM_UP, MOST_ROUNDS = 2, 150
 SECONDS, QUICK_SECONDS = 1500, 270  # all of it but for the processes that measure resident memory
 RSS_REPEATS = 3
 BYTES_PER_KB = 1024
-# how the entries of a runtime's state end -> what they are
-PARTS = {
-    "latent_A": "latents",
-    "latent_B": "latents",
-    "reference_A": "reference",
-    "graph.features": "running-mean gradients",
-    "graph.semantic": "semantic edges",
-}
 
 
 @dataclass(frozen=True)
@@ -337,10 +329,16 @@ def ratios_to_lora(values: dict[str, float]) -> dict[str, float]:
 
 def held_bytes(runtime: Runtime) -> dict[str, int]:
     """Bytes that StructLoRA keeps between steps, by what they are."""
-    held = defaultdict(int)
-    for name, value in runtime.state_dict().items():
-        part = next((part for end, part in PARTS.items() if name.endswith(end)), "gates, coordinators, their AdamW")
-        held[part] += value.nbytes
+    kinds = State.parse(runtime.state_dict()).kinds.values()
+    origins = {"origin_A", "origin_B"}
+    parts = {
+        "latents": [part for kind in kinds for part in kind.latent],
+        "origins": [value for kind in kinds for name, value in kind.own.items() if name in origins],
+        "gates, coordinators": [value for kind in kinds for name, value in kind.own.items() if name not in origins],
+        "their AdamW": [value for kind in kinds for moments in kind.moments.values() for value in moments.values()],
+        "graph": [value for kind in kinds for value in kind.graph.values()],
+    }
+    held = {part: sum(value.nbytes for value in values) for part, values in parts.items()}
     return {"all": sum(held.values()), **held}
 
 

@@ -6,6 +6,7 @@ noisy training weights in place for the step to come; the step refuses gradients
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from .core.stopwatch import Stopwatch
 from .engines import Engine, world_size
 from .engines.schedule import Rate, ScheduleShare
 from .errors import StructLoRAError
+from .state import KindState, State
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Runtime:
         self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
         self._optimizer = self._build_optimizer()
         self._rate: Rate | None = None  # set while a step that counts is under way
-        self._share = ScheduleShare()
+        self._schedule = ScheduleShare()
         self._stopwatch = Stopwatch(kinds[0].device)
         self._cosine_sum = torch.zeros((), device=kinds[0].device)
         self._cosine_count = 0
@@ -171,41 +173,51 @@ class Runtime:
         return {f"structlora/{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, logits, Θ, their optimizer's state, graphs and the step that seeds the noise, as one flat dict."""
-        state = {
-            "step": torch.tensor(self.step),
-            "skipped_steps": torch.tensor(self.skipped_steps),
-            "schedule/largest": torch.tensor(self._share.largest, dtype=torch.float64),
-            "schedule/warms_up": torch.tensor(self._share.warms_up),
+        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as one flat dict."""
+        kinds = {
+            m.kind.name: KindState.of(m, latent, self._optimizer)
+            for m, latent in zip(self.maps, self.engine.read_latents(), strict=True)
         }
-        for m, latent in zip(self.maps, self.engine.read_latents()):
-            parts = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
-            parts |= {f"graph.{name}": value for name, value in m.graph.state_dict().items()}
-            state |= {f"{m.kind.name}/{name}": value for name, value in parts.items()}
-        for index, moments in self._optimizer.state_dict()["state"].items() if self._optimizer else ():
-            state |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in moments.items()}
-        return {name: value.detach().clone().contiguous() for name, value in state.items()}
+        return State(self.config.options(), self.seed, self.step, self.skipped_steps, self._schedule, kinds).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from `state_dict()`: afterwards the model holds that state's evaluation weights.
 
         Raises:
-            StructLoRAError: the state is of other modules, shapes, rank or parts.
+            StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped its weights.
+                Nothing has changed then.
         """
-        self._refuse_mismatch(state)
-        latents = [m.restore(of_kind(state, m.kind.name)) for m in self.maps]
-        self.engine.write_latents(latents)
-        if self._optimizer:
-            moments: dict[int, dict[str, Tensor]] = {}
-            for name, value in state.items():
-                if name.startswith("optimizer/"):
-                    _, index, key = name.split("/")
-                    moments.setdefault(int(index), {})[key] = value
-            self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
-        self.step, self.skipped_steps = int(state["step"]), int(state["skipped_steps"])
-        self._share.largest, self._share.warms_up = state["schedule/largest"].item(), bool(state["schedule/warms_up"])
+        self.restore(State.parse(state))
+
+    def restore(self, state: State) -> None:
+        """`load_state_dict` of a state that has been read already."""
+        state.refuse_other_run(self.config.options(), self.maps)
+        kinds = [state.kinds[m.kind.name] for m in self.maps]
+        for m, kind, latent in zip(self.maps, kinds, self.engine.read_latents(), strict=True):
+            kind.refuse_other_parts(m.kind.name, m, latent, state.step)
+        changes = state.changes(self.config.options(), self.seed)
+        if changes:
+            logger.warning(
+                "StructLoRA goes on with other options than the state's, from here on: %s.", ", ".join(changes)
+            )
+        self.engine.write_latents([kind.latent for kind in kinds])
+        for m, kind in zip(self.maps, kinds, strict=True):
+            m.restore(kind.own, kind.graph)
+        self._restore_moments(kinds)
+        self.step, self.skipped_steps, self._schedule = state.step, state.skipped_steps, copy.copy(state.schedule)
         self._write(None)
         self.role = EVALUATION
+
+    def _restore_moments(self, kinds: list[KindState]) -> None:
+        if self._optimizer is None:
+            return
+        place = {p: i for i, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
+        moments = {
+            place[m.get_parameter(name)]: {key: value.clone() for key, value in moment.items()}
+            for m, kind in zip(self.maps, kinds, strict=True)
+            for name, moment in kind.moments.items()
+        }
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
 
     @_timed
     def _before_step(self) -> bool:
@@ -248,7 +260,7 @@ class Runtime:
             self.skipped_steps += 1
             self._rate = None
         if self._rate is not None:
-            share = self._share.advance(self._rate)
+            share = self._schedule.advance(self._rate)
             if self._optimizer:
                 for group in self._optimizer.param_groups:
                     group["lr"] = group["base_lr"] * share
@@ -318,37 +330,7 @@ class Runtime:
                 for parameter, value in zip(parameters, stack):
                     state[prefix + names[id(parameter)]] = value.view_as(parameter).to(parameter.dtype)
 
-    def _refuse_mismatch(self, state: dict[str, Tensor]) -> None:
-        own = {name: value for name, value in self.state_dict().items() if _is_fixed(name)}
-        theirs = {name: value for name, value in state.items() if _is_fixed(name)}
-        remedy = "resume with the configuration and the LoraConfig of the run that wrote it"
-        if own.keys() != theirs.keys():
-            surplus, lacking = sorted(theirs.keys() - own.keys()), sorted(own.keys() - theirs.keys())
-            raise StructLoRAError(
-                f"a state of other modules or parts (only in the state: {surplus[:3]}; only in this run: {lacking[:3]})",
-                "the same modules, filter, coordinator and side as now",
-                remedy,
-            )
-        for name, value in own.items():
-            if theirs[name].shape != value.shape and not name.endswith("/origin_A"):
-                raise StructLoRAError(
-                    f"a state with '{name}' of shape {tuple(theirs[name].shape)}",
-                    f"{tuple(value.shape)}, as in this run",
-                    remedy,
-                )
-
-
-def of_kind(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The part of a runtime's state that belongs to one kind, without the kind's name."""
-    prefix = f"{kind}/"
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
 
 def _origin(A: Tensor) -> Tensor:
     """Where the depths are equal (an aligned start), one copy serves all."""
     return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
-
-
-def _is_fixed(name: str) -> bool:
-    """Whether a state has this entry from the first step on."""
-    return not name.startswith("optimizer/") and not name.endswith("/graph.features")

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, StructLoRAError, attach
-from structlora_trl.state import STATE_NAME, load_state, save_state
+from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import run
-from tests.support.tiny import FAMILIES, WHOLE, adamw, base_model, lora_parameters, peft_model, train
+from tests.support.tiny import WHOLE, adamw, base_model, lora_parameters, peft_model
 
 
 def lora(model, **options):
@@ -189,43 +189,6 @@ def test_resume_without_our_state(tmp_path):
     sft(tmp_path, None, **options).train()
     with pytest.raises(StructLoRAError, match=f"no {STATE_NAME} in .*checkpoint-4.*without `resume_from_checkpoint`"):
         sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=True)
-
-
-def attached(rank=4, targets=None, **options):
-    model = peft_model(rank=rank, targets=targets)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE, **options)
-    train(model, "llama", optimizer, 1)
-    return runtime
-
-
-@pytest.mark.parametrize(
-    "here, there, message",
-    [
-        ({}, {"rank": 2}, "q_proj/latent_A' of shape .3, 2, 32.*Expected .3, 4, 32"),
-        ({}, {"targets": FAMILIES["llama"].linear}, "other modules or parts .only in the state: .*down_proj"),
-        ({}, {"filter": "none"}, "only in this run: .*logits"),
-        ({}, {"coordinator": "none"}, "only in this run: .*theta"),
-        ({}, {"share_gates": True}, "logits' of shape .1, 4"),
-        ({"side": "write"}, {}, "coordinators.A.theta"),
-        ({}, {"coordinator_layers": 2}, "theta' of shape"),
-    ],
-)
-def test_resume_from_another_shape(here, there, message, tmp_path):
-    save_state(attached(**there), tmp_path)
-    runtime = attached(**here)
-    before = runtime.state_dict()
-    with pytest.raises(StructLoRAError, match=f"(?s){message}.*resume with the configuration"):
-        load_state(runtime, tmp_path)
-    assert all(torch.equal(value, runtime.state_dict()[name]) for name, value in before.items())
-
-
-def test_damaged_state(tmp_path):
-    runtime = attached()
-    path = save_state(runtime, tmp_path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(StructLoRAError, match="damaged.*resume from the checkpoint before"):
-        load_state(runtime, tmp_path)
 
 
 def test_distributed_launches_are_refused(monkeypatch):

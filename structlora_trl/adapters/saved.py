@@ -24,8 +24,7 @@ from ..config import StructLoRAConfig
 from ..core.mapping import Factors, KindMap
 from ..core.nodes import Kind, group
 from ..errors import StructLoRAError
-from ..runtime import of_kind
-from ..state import STATE_NAME, read_state
+from ..state import STATE_NAME, KindState, read_state
 from .scales import LORA_NAME, holds_experts, rank_of, scale_of
 
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
@@ -96,17 +95,17 @@ def read_saved(folder: str | Path) -> Saved:
             )
         kinds = group(_of_experts(_modules(tensors), lora))
         return Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds])
-    state, header = read_state(state_file)
-    config = StructLoRAConfig.build(header["config"])
-    maps, latents = zip(*(_map(name, kind, config, of_kind(state, name)) for name, kind in header["kinds"].items()))
+    state = read_state(state_file)
+    config, latents = StructLoRAConfig.build(state.options), [kind.latent for kind in state.kinds.values()]
+    maps = [_map(name, kind, config, state.step) for name, kind in state.kinds.items()]
     with torch.no_grad():
-        effective = [m(latent, None) for m, latent in zip(maps, latents)]
+        effective = [m(latent, None) for m, latent in zip(maps, latents, strict=True)]
     kinds = [m.kind for m in maps]
     _refuse_difference(kinds, latents, masters, "fp32 masters", home)
     if not _modules(tensors):
         tensors = _tensors_of(lora, kinds, effective, home)
     _refuse_difference(kinds, effective, tensors, "adapter", home)
-    return Saved(home, lora, tensors, kinds, effective, list(maps), list(latents), int(state["step"]))
+    return Saved(home, lora, tensors, kinds, effective, maps, latents, state.step)
 
 
 def _named_adapter(folder: Path) -> Path | None:
@@ -240,11 +239,13 @@ def _stacked(kind: Kind) -> Factors:
     return Factors(*(torch.stack([p.detach().flatten(1) for p in side]) for side in (kind.A, kind.B)))
 
 
-def _map(name: str, kind: dict, config: StructLoRAConfig, state: dict[str, Tensor]) -> tuple[KindMap, Factors]:
-    latent = [[nn.Parameter(part) for part in state[side]] for side in ("latent_A", "latent_B")]
-    modules = [module.replace("_orig_mod.", "") for module in kind["modules"]]
-    m = KindMap(Kind(name, modules, *latent), config, state.get("origin_A"), state.get("origin_B"))
-    return m, m.restore(state)
+def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> KindMap:
+    """The map of a kind as a state has it, over copies of the latent factors."""
+    parameters = [[nn.Parameter(part) for part in side] for side in state.latent]
+    m = KindMap(Kind(name, state.modules, *parameters), config, state.own.get("origin_A"), state.own.get("origin_B"))
+    state.refuse_other_parts(name, m, state.latent, step)
+    m.restore(state.own, state.graph)
+    return m
 
 
 def _tensors_of(lora: LoraConfig, kinds: list[Kind], effective: list[Factors], folder: Path) -> dict[str, Tensor]:

@@ -109,8 +109,8 @@ class DepthGraph:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.semantic = state["semantic"].to(self.fixed.device)
-        self.features = state["features"].to(self.fixed.device) if "features" in state else None
+        self.semantic = state["semantic"].to(self.fixed.device, copy=True)
+        self.features = state["features"].to(self.fixed.device, copy=True) if "features" in state else None
         self._refresh()
 
     def _refresh(self) -> None:

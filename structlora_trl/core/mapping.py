@@ -164,25 +164,22 @@ class KindMap(nn.Module):
             total = self.config.regularizer_weight * sum(penalty(u.flatten(1)) for u in self.features(leaves))
         return Factors(*torch.autograd.grad(total, leaves, materialize_grads=True))
 
-    def restore(self, state: dict[str, Tensor]) -> Factors:
-        """Take over a saved state of this kind: origins, filter, Θ and graph.
-
-        Args:
-            state (`dict`): what `Runtime.state_dict` holds for the kind, without the kind's name.
-
-        Returns:
-            The latent factors, fp32.
-        """
-        for origin in ("origin_A", "origin_B"):  # (1, r, k) or (L, r, k), as the run started
-            if origin in state:
-                setattr(self, origin, state[origin].to(self.kind.device))
-        self.load_state_dict({n: v for n, v in state.items() if not n.startswith(("latent_", "graph."))})
-        self.graph.load_state_dict({n.removeprefix("graph."): v for n, v in state.items() if n.startswith("graph.")})
-        return Factors(state["latent_A"], state["latent_B"])
+    def restore(self, own: dict[str, Tensor], graph: dict[str, Tensor]) -> None:
+        """Take over a saved `state_dict()` and that of the graph."""
+        if "origin_A" in own:  # (1, r, k) or (L, r, k), as the run started
+            self.origin_A = torch.empty_like(own["origin_A"], device=self.kind.device)
+        self.load_state_dict(own)
+        self.graph.load_state_dict(graph)
 
     def features(self, factors: Factors) -> list[Tensor]:
         """Node features, the updates on the sides that are comparable across depth: (L, r, n) each."""
         return [self._features(factors, side) for side in self.sides]
+
+    @property
+    def gradient_size(self) -> int:
+        """Entries of `side_gradients` at each depth."""
+        _, rank, columns, rows = self.kind.shape
+        return sum(rank * {"A": columns, "B": rows}[side] for side in self.sides)
 
     def side_gradients(self, gradient: Factors) -> Tensor:
         """Gradients on those sides, flattened: (L, n)."""

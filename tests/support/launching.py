@@ -89,7 +89,7 @@ def state(output) -> dict[str, torch.Tensor]:
 
 def trained(output) -> dict[str, torch.Tensor]:
     """Latents, logits and Θ at the end."""
-    return {n: v for n, v in state(output).items() if "latent" in n or "logits" in n or "theta" in n}
+    return {n: v for n, v in state(output).items() if n.endswith(("latent_A", "latent_B", "logits", "theta"))}
 
 
 def adapter(output) -> dict[str, torch.Tensor]:

@@ -311,7 +311,8 @@ def test_state_file_describes_itself(tmp_path):
     for kind in kinds:
         parts = {name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")}
         assert {"latent_A", "latent_B", "filter.logits", "graph.semantic", "graph.features"} <= parts
-    assert {"optimizer/0/exp_avg", "optimizer/0/exp_avg_sq", "optimizer/0/step", "step"} <= names
+        assert {f"optimizer.filter.logits.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")} <= parts
+    assert {"step", "skipped_steps"} <= names
 
 
 KILLED = """

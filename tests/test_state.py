@@ -1,0 +1,338 @@
+"""The state: what may change on resume and what is refused, files of other runs, and damage."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from structlora_trl import StructLoRAConfig, StructLoRAError, attach
+from structlora_trl.state import SHAPING, STATE_NAME, load_state, read_state, save_state
+from tests.support.tiny import FAMILIES, WHOLE, adamw, lora_parameters, peft_model, train
+
+STEPS = 3
+# Semantic edges alone, and all of them drawn: so that each option of the graph changes something in three steps.
+OPTIONS = {
+    **WHOLE,
+    "edges": "similarity",
+    "semantic_every": 2,
+    "semantic_threshold": -0.99,
+    "semantic_top_k": 1,
+    "seed": 3,
+}
+
+
+@dataclass
+class Loop:
+    """A bare loop, and how to leave and enter it."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    runtime: object
+
+    @classmethod
+    def start(cls, model=None, **options):
+        model = model or peft_model()
+        optimizer = adamw(model)
+        return cls(model, optimizer, attach(model, optimizer, {**OPTIONS, **options}))
+
+    def train(self, steps=STEPS):
+        train(self.model, "llama", self.optimizer, steps, first=self.runtime.step)
+        return self
+
+    def weights(self):
+        return [p.detach().clone() for p in lora_parameters(self.model).values()]
+
+    def leave(self, folder):
+        save_state(self.runtime, folder)
+        return self.weights(), copy.deepcopy(self.optimizer.state_dict())
+
+    def enter(self, folder, weights, moments):
+        with torch.no_grad():
+            for parameter, value in zip(lora_parameters(self.model).values(), weights, strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(copy.deepcopy(moments))
+        load_state(self.runtime, folder)
+        return self
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def tensors_of(runtime) -> dict:
+    """The state without the header, where options stand."""
+    return {name: value for name, value in runtime.state_dict().items() if name != "header"}
+
+
+def assert_refused(load, loop: Loop, message: str):
+    before, weights = loop.runtime.state_dict(), loop.weights()
+    with pytest.raises(StructLoRAError, match=f"(?s){message}"):
+        load()
+    assert same(before, loop.runtime.state_dict()) and all(map(torch.equal, weights, loop.weights()))
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+# Every option, with another value, and what it needs beside it. A new option needs a row: may it change on resume?
+CHANGES = {
+    "filter": ({"filter": "random"}, {}),
+    "temperature": ({"temperature": 1.0}, {}),
+    "hard_gates": ({"hard_gates": True}, {}),
+    "gate_init": ({"gate_init": 0.5}, {}),
+    "prior": ({"prior": 0.1}, {}),
+    "kl_weight": ({"kl_weight": 10.0}, {}),
+    "label_weight": ({"label_weight": 0.0}, {}),
+    "gate_lr": ({"gate_lr": 1.0}, {}),
+    "share_gates": ({"share_gates": True}, {}),
+    "coordinator": ({"coordinator": "gat"}, {}),
+    "coordinator_layers": ({"coordinator_layers": 2}, {}),
+    "side": ({"side": "write"}, {}),
+    "activation": ({"activation": "gelu"}, {}),
+    "coordinator_lr": ({"coordinator_lr": 1.0}, {}),
+    "edges": ({"edges": "hybrid"}, {}),
+    "semantic_top_k": ({"semantic_top_k": 2}, {}),
+    "semantic_threshold": ({"semantic_threshold": 0.9}, {}),
+    "semantic_every": ({"semantic_every": 1}, {}),
+    "semantic_decay": ({"semantic_decay": 0.1}, {}),
+    "align_init": ({"align_init": False}, {}),
+    "regularizer": ({"regularizer": "cosine"}, {}),
+    "regularizer_weight": ({"regularizer_weight": 10.0}, {"regularizer": "laplacian"}),
+    "roles": ({"roles": {"q_proj": "write"}}, {}),
+    "seed": ({"seed": 4}, {}),
+}
+REFUSED = {*SHAPING, "side", "roles"}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(StructLoRAConfig) if f.name != "adapter_name"])
+def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, caplog):
+    change, others = CHANGES[name]
+    saved = Loop.start(**others).train().leave(tmp_path)
+    changed = Loop.start(**{**others, **change})
+    if name in REFUSED:
+        before = re.escape(repr({**StructLoRAConfig().options(), **OPTIONS}[name]))
+        message = "sides .*set `side` and `roles`" if name in ("side", "roles") else f"resume with {name}={before}; or"
+        assert_refused(lambda: load_state(changed.runtime, tmp_path), changed, message)
+        return
+    changed.enter(tmp_path, *saved)
+    assert f"{name} (" in caplog.text
+    assert all(map(torch.equal, saved[0], changed.weights()))
+    going_on = Loop.start(**others).enter(tmp_path, *saved)
+    assert not same(tensors_of(going_on.train().runtime), tensors_of(changed.train().runtime))
+
+
+FILTERS = ("ib", "random", "topk_norm", "none")
+
+
+@pytest.mark.parametrize("there", FILTERS)
+def test_no_filter_goes_on_from_another(there, tmp_path):
+    Loop.start(filter=there, gate_init=0.5).train(1).leave(tmp_path)
+    for here in FILTERS:
+        loop = Loop.start(filter=here, gate_init=0.5)
+        if here == there:
+            load_state(loop.runtime, tmp_path)
+        else:
+            assert_refused(
+                lambda loop=loop: load_state(loop.runtime, tmp_path), loop, f"resume with filter='{there}'; or"
+            )
+
+
+def test_another_adapter_name_may_go_on(tmp_path):
+    weights, _ = Loop.start().train().leave(tmp_path)
+    model = peft_model()
+    model.add_adapter("b", model.peft_config["default"])
+    model.set_adapter("b")
+    loop = Loop.start(model, adapter_name="b")
+    load_state(loop.runtime, tmp_path)
+    assert all(map(torch.equal, weights, loop.weights()))
+
+
+@pytest.mark.parametrize(
+    "here, there, message",
+    [
+        ({}, {"rank": 2}, r"shape \[3, 2, 32, 32\] of 'model.layers.*q_proj'.*Expected \[3, 4, 32, 32\]"),
+        ({}, {"targets": FAMILIES["llama"].linear}, "other modules .only in the state: .*down_proj"),
+        ({}, {"targets": ["q_proj"]}, "other modules .*only in this run: .*v_proj"),
+        ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [1, 2]}, r"modules .*layers.1.*Expected .*layers.0"),
+        ({}, {"init": "pissa"}, "only in the state: .'origin_B'"),
+    ],
+)
+def test_states_of_other_adapters_are_refused(here, there, message, tmp_path):
+    Loop.start(peft_model(**there)).train(1).leave(tmp_path)
+    loop = Loop.start(peft_model(**here)).train(1)
+    message += ".*resume with the configuration and the LoraConfig"
+    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, message)
+
+
+def test_a_state_dict_can_be_loaded_again_and_again():
+    """Nothing that is trained is shared with it."""
+    loop = Loop.start().train()
+    state = loop.runtime.state_dict()
+    kept = copy.deepcopy(state)
+    weights = loop.weights()
+    for _ in range(2):
+        loop.train()
+        loop.runtime.load_state_dict(state)
+        assert same(state, kept) and same(state, loop.runtime.state_dict())
+        assert all(map(torch.equal, weights, loop.weights()))
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+MUTATIONS = 200
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A state file, its weights, and another loop that is to go on from it."""
+    folder = tmp_path_factory.mktemp("state")
+    weights, _ = Loop.start(side="both").train().leave(folder)
+    return folder, weights, Loop.start(side="both").train(2)
+
+
+def refuses_or_loads_the_same(load, loop: Loop, weights) -> bool:
+    """Whether a damaged state was refused. If it was, nothing has changed; if not, it must have been harmless."""
+    before, present = loop.runtime.state_dict(), loop.weights()
+    try:
+        load()
+    except StructLoRAError:
+        assert same(before, loop.runtime.state_dict()) and all(map(torch.equal, present, loop.weights()))
+        return True
+    assert all(map(torch.equal, weights, loop.weights()))
+    loop.runtime.load_state_dict(before)
+    return False
+
+
+def damaged_file(content: bytes, rng: random.Random) -> bytes:
+    size = len(content)
+    head = 8 + int.from_bytes(content[:8], "little")
+    place = rng.choice([rng.randrange(8), rng.randrange(8, head), rng.randrange(head, size)])
+    damage = rng.choice(["flip", "cut", "zero", "insert", "byte"])
+    if damage == "flip":
+        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+    if damage == "byte":
+        return content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :]
+    if damage == "cut":
+        return content[:place]
+    if damage == "zero":
+        return content[:place] + bytes(min(64, size - place)) + content[place + 64 :]
+    return content[:place] + rng.randbytes(rng.randrange(1, 9)) + content[place:]
+
+
+def test_damaged_files_are_refused_by_name_before_anything_changes(two, tmp_path):
+    folder, weights, loop = two
+    content = Path(folder, STATE_NAME).read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(MUTATIONS):
+        Path(tmp_path, STATE_NAME).write_bytes(damaged_file(content, rng))
+        refused += refuses_or_loads_the_same(lambda: load_state(loop.runtime, tmp_path), loop, weights)
+    assert refused > 0.97 * MUTATIONS  # all but bytes that were replaced by themselves
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(two, tmp_path):
+    folder, _, loop = two
+    content = bytearray(Path(folder, STATE_NAME).read_bytes())
+    content[-3] ^= 1
+    Path(tmp_path, STATE_NAME).write_bytes(content)
+    message = f"{STATE_NAME} damaged .its contents are not those that were written.*resume from the checkpoint before"
+    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, message)
+    with pytest.raises(StructLoRAError, match=message):
+        read_state(tmp_path / STATE_NAME)
+
+
+def damaged_tensor(value: torch.Tensor, rng: random.Random):
+    """Something else in the place of a tensor; never one that a run could have written."""
+    damages = [
+        None,
+        "text",
+        value[None],
+        value.to(torch.float16),
+        value.to(torch.complex64),
+        torch.zeros(0, dtype=value.dtype),
+        torch.cat([value.flatten()] * 2),
+    ]
+    if value.is_floating_point():
+        damages += [value.double() if value.dtype != torch.float64 else value.float()]
+        for poison in (float("nan"), float("inf")):
+            poisoned = value.clone()
+            poisoned.view(-1)[rng.randrange(value.numel())] = poison
+            damages.append(poisoned)
+    if value.dim() > 1 and value.shape[-1] != value.shape[-2]:
+        damages += [value.mT, value[..., :-1]]
+    return rng.choice(damages)
+
+
+def nodes_of(value, path=()):
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from nodes_of(value[key], (*path, key))
+
+
+def damaged_header(header: torch.Tensor, rng: random.Random):
+    decoded = json.loads(header.numpy().tobytes())
+    *path, last = rng.choice([path for path in nodes_of(decoded) if path])
+    place = decoded
+    for key in path:
+        place = place[key]
+    damage = rng.choice(["remove", "replace", "text"])
+    if damage == "remove":
+        del place[last]
+    else:
+        place[last] = rng.choice([None, True, -1, 2**70, 0.5, "", "x", [], ["x"], {}, {"x": 1}])
+    text = json.dumps(decoded)
+    if damage == "text":
+        cut = rng.randrange(len(text))
+        text = rng.choice([text[:cut], text[:cut] + "\\" + text[cut:], "[" * 100_000, "null", "7", "[]"])
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def damaged_state(state: dict, rng: random.Random) -> dict:
+    found = dict(state)
+    name = rng.choice(sorted(state))
+    damage = rng.choice(["remove", "rename", "add", "move", "value", "value", "header", "header"])
+    if damage == "header":
+        found["header"] = damaged_header(found["header"], rng)
+    elif damage == "value":
+        found[name] = damaged_tensor(found[name], rng)
+    elif damage == "remove":
+        del found[name]
+    elif damage == "rename":
+        found[name + "_"] = found.pop(name)
+    elif damage == "add":
+        found[rng.choice(["x", "x/y", f"{name}x", f"{name}/x", "/", ""])] = torch.zeros(2)
+    else:
+        found[f"other/{name.rpartition('/')[2]}"] = found.pop(name)
+    return found
+
+
+def test_damaged_states_are_refused_before_anything_changes(two):
+    """States that no digest guards: `accelerator.register_for_checkpointing(runtime)`, or a writer that went wrong."""
+    folder, weights, loop = two
+    whole = Loop.start(side="both")
+    load_state(whole.runtime, folder)
+    state, rng = whole.runtime.state_dict(), random.Random(1)
+    refused = sum(
+        refuses_or_loads_the_same(lambda: loop.runtime.load_state_dict(damaged_state(state, rng)), loop, weights)
+        for _ in range(2 * MUTATIONS)
+    )
+    assert refused > 0.9 * 2 * MUTATIONS  # the rest are other values of options that may change
+
+
+def test_states_of_other_formats_are_named(two, tmp_path):
+    folder, _, loop = two
+    with safe_open(Path(folder, STATE_NAME), "pt") as file:
+        metadata = {**file.metadata(), "format": "1"}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / STATE_NAME, metadata)
+    assert_refused(
+        lambda: load_state(loop.runtime, tmp_path), loop, "in format 1.*the version of structlora-trl that wrote it"
+    )
