@@ -372,9 +372,9 @@ def read_state(path: Path) -> State:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise _Damage(str(error)) from error
-        if metadata.get("format", "").isdecimal() and metadata["format"] != str(FORMAT):
+        if metadata.get("format") != str(FORMAT):
             raise StructLoRAError(
-                f"{path} in format {metadata['format']}",
+                f"{path} in format {metadata.get('format')}",
                 f"format {FORMAT}",
                 "use the version of structlora-trl that wrote it",
             )
