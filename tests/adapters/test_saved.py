@@ -215,11 +215,11 @@ def test_damage_is_refused_by_name(damage, folder, capsys):
     assert not (folder.parent / "new").exists()
 
 
-FUZZED = [CONFIG, ADAPTER, "trainer_state.json"]
+PLAIN = [CONFIG, ADAPTER, "trainer_state.json"]
+FUZZED = [*((name, has_state) for name in PLAIN for has_state in (True, False)), (STATE_NAME, True)]
 
 
-@pytest.mark.parametrize("name", FUZZED)
-@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("name, has_state", FUZZED)
 def test_damage_at_random_is_refused_or_harmless(name, has_state, folder):
     """Cut, flip or drop bytes anywhere: a message of ours, or figures that are finite; never another error."""
     if not has_state:
