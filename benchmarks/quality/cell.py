@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
-import methods
 import torch
 from peft import PeftModel
-from store import KEY
-from tasks import TASKS, Split
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
+
+from . import methods
+from .store import KEY
+from .tasks import TASKS, Split
 
 WARMUP = 0.06  # of the steps, as in the paper
 EVALUATION_BATCH = 100

@@ -17,16 +17,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import assets
-import methods
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from store import KEY
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from structlora_trl import StructLoRACallback
+
+from . import assets, methods
+from .store import KEY
 
 SPLIT_SEED = 0
 LONGEST = 120  # characters of a sentence

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from tasks import Task
 from torch import nn
 
 from structlora_trl import StructLoRAConfig, attach, attachment
 from structlora_trl.core.gates import sample_gates
 from structlora_trl.core.nodes import Kind, split_depth
+
+from .tasks import Task
 
 WEIGHT_DECAY = 0.01
 

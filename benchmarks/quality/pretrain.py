@@ -12,10 +12,11 @@ import json
 import os
 import time
 
-import assets
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import ViTConfig, ViTForImageClassification
+
+from . import assets
 
 RECIPE = {
     "classes": 6,

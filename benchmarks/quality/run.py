@@ -21,9 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-import assets
-import store
-from grids import GRIDS, cells_of
+from . import assets, store
+from .grids import GRIDS, cells_of
 
 
 def work(cells: list[tuple], results: Path) -> None:

