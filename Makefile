@@ -57,21 +57,21 @@ docs: $(VENV)/.dev
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 bench-overhead: $(VENV)/.dev
-	$(RUN) benchmarks/overhead.py --quick
-	$(RUN) benchmarks/overhead.py --map
+	$(RUN) -m benchmarks.cost.overhead --quick
+	$(RUN) -m benchmarks.cost.overhead --map
 
 bench-distributed: $(VENV)/.dev
-	$(RUN) benchmarks/distributed.py
+	$(RUN) -m benchmarks.cost.distributed
 
 # LoRA and StructLoRA on one small task, 3 seeds of each, pre-training of the backbone included: a few minutes.
 bench-quick: $(VENV)/.bench
-	$(RUN) benchmarks/quality/pretrain.py
-	$(RUN) benchmarks/quality/run.py --results bench-output grid quick --workers 2
-	$(RUN) benchmarks/quality/report.py --results bench-output
+	$(RUN) -m benchmarks.quality.pretrain
+	$(RUN) -m benchmarks.quality.run --results bench-output grid quick --workers 2
+	$(RUN) -m benchmarks.quality.report --results bench-output
 
 # Tables and plots from the committed results, into the READMEs.
 bench-report: $(VENV)/.bench
-	$(RUN) benchmarks/quality/report.py
+	$(RUN) -m benchmarks.quality.report
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -1,9 +1,9 @@
 """What StructLoRA with coordinator costs under each distributed engine: time, collectives, bytes, and a model on paper.
 
-    python benchmarks/distributed.py                      # every engine at 2 processes, then the model on paper
-    python benchmarks/distributed.py --quick              # fewer rounds, for a first look
-    python benchmarks/distributed.py --engines zero2      # some of ddp, fsdp2, zero1, zero2, zero3, zero2_offload, zero3_offload
-    python benchmarks/distributed.py --paper              # the model on paper alone: LLaMA-70B on 64 and 1024 GPUs
+    python -m benchmarks.cost.distributed                      # every engine at 2 processes, then the model on paper
+    python -m benchmarks.cost.distributed --quick              # fewer rounds, for a first look
+    python -m benchmarks.cost.distributed --engines zero2      # some of the engines (see --help)
+    python -m benchmarks.cost.distributed --paper              # the model on paper alone: LLaMA-70B on 64 and 1024 GPUs
 
 Prints one JSON line; progress goes to stderr. How it measures:
 
@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from overhead import BATCH, LEARNING_RATE, SMOLLM2_135M, STACKS, TARGETS, TOKENS, Stack, adapter_of, progress, quartiles
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,12 +45,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from structlora_trl import attach
 
+from .overhead import (
+    BATCH,
+    LEARNING_RATE,
+    SMOLLM2_135M,
+    STACKS,
+    TARGETS,
+    TOKENS,
+    Stack,
+    adapter_of,
+    progress,
+    quartiles,
+)
+
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 METHODS = ("lora", "structlora")
 PROCESSES = 2
 WARM_UP, ROUNDS, QUICK_ROUNDS = 2, 20, 6
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-CONFIGS = Path(__file__).parent.parent / "configs" / "deepspeed"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 BYTES_PER_FP32, BYTES_PER_BF16 = 4, 2
 REPORT = "REPORT "
 
@@ -84,7 +96,7 @@ def start(engine: str, quick: bool) -> dict:
     """Measure one engine in processes of its own."""
     progress(f"{engine}: starting")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    command += [__file__, "--worker", engine, *(["--quick"] if quick else [])]
+    command += ["--module", __spec__.name, "--worker", engine, *(["--quick"] if quick else [])]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     reports = [line.removeprefix(REPORT) for line in done.stdout.splitlines() if line.startswith(REPORT)]

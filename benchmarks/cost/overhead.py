@@ -1,8 +1,8 @@
 """What StructLoRA costs, without and with its coordinator, next to LoRA, DoRA and AdaLoRA; and the map by itself.
 
-    python benchmarks/overhead.py            # all methods on a model of SmolLM2-135M's shape
-    python benchmarks/overhead.py --quick    # the same, within 5 minutes
-    python benchmarks/overhead.py --map      # the map with coordinator, on factors of LLaMA-7B, LLaMA-70B and up to 1000 depths
+    python -m benchmarks.cost.overhead            # all methods on a model of SmolLM2-135M's shape
+    python -m benchmarks.cost.overhead --quick    # the same, within 5 minutes
+    python -m benchmarks.cost.overhead --map      # the map with coordinator: LLaMA-7B, LLaMA-70B and up to 1000 depths
 
 Each prints one JSON line; progress goes to stderr. How it measures:
 
@@ -308,7 +308,7 @@ def resident_bytes() -> dict[str, float]:
     found = {method: [] for method in METHODS}
     for repeat, method in itertools.product(range(RSS_REPEATS), METHODS):
         progress(f"resident memory of {method}, {repeat + 1} of {RSS_REPEATS}")
-        command = [sys.executable, __file__, "--rss-of", method]
+        command = [sys.executable, "-m", __spec__.name, "--rss-of", method]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found[method].append(json.loads(output)["peak_rss_bytes"])
     return {method: statistics.median(values) for method, values in found.items()}

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from structlora_trl import StructLoRACallback
 
-from . import assets, methods
+from . import assets, ideas, methods
 from .store import KEY
 
 SPLIT_SEED = 0
@@ -104,21 +104,21 @@ class _Losses(TrainerCallback):
             self.last = dict(logs)
 
 
-class _Ideas(TrainerCallback):
-    """Changes StructLoRA's runtime once it is attached: after StructLoRA's own callback, which comes first."""
+class _BindIdeas(TrainerCallback):
+    """Binds ideas to StructLoRA's runtime once it is attached: after StructLoRA's own callback, which comes first."""
 
-    def __init__(self, method: methods.Method, ours: StructLoRACallback):
-        self.method, self.ours = method, ours
+    def __init__(self, found: dict, ours: StructLoRACallback):
+        self.ideas, self.ours = found, ours
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.method.try_ideas(self.ours.runtime, args.max_steps)
+        ideas.bind(self.ideas, self.ours.runtime, args.max_steps)
 
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure: the line of one cell, as `cell.run` gives it for the other tasks."""
     started, cpu_started = time.perf_counter(), time.process_time()
     task, method = LANGUAGE_TASKS[task_name], methods.find(method_name)
-    if method.peft is not None or method.optimizer is not None or "x_join_kinds" in (method.structlora or ()):
+    if method.peft is not None or method.optimizer is not None:
         raise SystemExit(f"{method_name} is not made for {task_name}: of LoRA and StructLoRA alone")
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)
@@ -126,8 +126,8 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
     log = _Losses()
-    ours = [] if method.structlora is None else [StructLoRACallback(seed=seed, **method.given)]
-    ideas = [_Ideas(method, callback) for callback in ours]
+    ours = [] if method.structlora is None else [StructLoRACallback(seed=seed, parts=method.parts, **method.given)]
+    binding = [_BindIdeas(method.ideas, callback) for callback in ours]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
@@ -154,7 +154,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
                 report_to="none",
                 disable_tqdm=True,
             ),
-            callbacks=[log, *ours, *ideas],
+            callbacks=[log, *ours, *binding],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

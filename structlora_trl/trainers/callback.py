@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..attachment import build_runtime
 from ..config import StructLoRAConfig
-from ..core.mapping import Factors
+from ..core.mapping import DEFAULT_PARTS, Factors, Parts
 from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
@@ -23,6 +23,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
 
     Args:
         config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
+        parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
     Raises:
@@ -43,8 +44,8 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         >>> trainer.save_model(folder)  # a plain LoRA adapter
     """
 
-    def __init__(self, config: StructLoRAConfig | dict | None = None, **overrides):
-        self.config = StructLoRAConfig.build(config, **overrides)
+    def __init__(self, config: StructLoRAConfig | dict | None = None, parts: Parts = DEFAULT_PARTS, **overrides):
+        self.config, self.parts = StructLoRAConfig.build(config, **overrides), parts
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         # State and weights at the end of the last `train()`.
@@ -64,7 +65,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         run_first(trainer.callback_handler, self)
         if self.runtime is not None:
             self.runtime.detach()
-        self.runtime = build_runtime(trainer.model_wrapped, optimizer, self.config, args.seed)
+        self.runtime = build_runtime(trainer.model_wrapped, optimizer, self.config, args.seed, self.parts)
         if not self.config.is_off:
             describe_trainer(trainer, self.config)
         self._seen_hook_calls = 0

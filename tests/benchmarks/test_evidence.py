@@ -5,28 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
+import re
 
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 from transformers import ViTConfig, ViTForImageClassification
 
-QUALITY = Path(__file__).resolve().parents[2] / "benchmarks" / "quality"
-sys.path.insert(0, str(QUALITY))
-import assets  # noqa: E402
-import cell  # noqa: E402
-import grids  # noqa: E402
-import methods  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-import store  # noqa: E402
-import tasks  # noqa: E402
-
-from structlora_trl import StructLoRAConfig  # noqa: E402
+from benchmarks.quality import assets, cell, ideas, methods, report, run, selection, settings, store, tables, tasks
+from structlora_trl import StructLoRAConfig
 
 LINES = store.read()
-RUNS = report.test_runs(LINES)
+RUNS = selection.test_runs(LINES)
 FIGURES = {"accuracy", "nll"}
 
 
@@ -51,40 +42,68 @@ def test_a_name_means_one_set_of_options():
         assert stored == now, store.key_of(line)
 
 
-def test_defaults_are_those_the_results_were_made_with():
+@pytest.fixture(scope="module")
+def written():
+    """What the committed files should hold."""
+    return report.written(LINES)
+
+
+def test_defaults_are_those_the_results_were_made_with(written):
     stored = json.loads(report.DEFAULTS.read_text())
-    assert stored == json.loads(json.dumps(report.earned_defaults(LINES))), "run `make bench-report`"
+    assert stored == json.loads(written[report.DEFAULTS]), "run `make bench-report`"
     now = StructLoRAConfig().options()
     assert {name: now[name] for name in stored["options"]} == stored["options"], "a default changed without its runs"
     assert now.keys() - stored["options"].keys() == {"seed", "adapter_name", "roles"}
 
 
-def test_pages_show_what_the_store_gives():
-    found = report.tables(LINES)
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_pages_show_what_the_store_gives(written, page):
+    assert written[page] == page.read_text(), "run `make bench-report`"
+
+
+def test_every_p_is_also_corrected_for_the_number_in_its_table(written):
+    seen = 0
     for page in report.PAGES:
-        assert report.fill(page.read_text(), found) == page.read_text(), f"{page.name}: run `make bench-report`"
+        for text in re.findall(r"(?:^\|.*\n)+", written[page], re.MULTILINE):
+            header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+            columns = [i for i, name in enumerate(header) if re.match(r"p\b", name)]
+            assert all(header[i].endswith(" (q)") for i in columns), header
+            cells = [row[i] for row in rows for i in columns if row[i] not in ("", "–")]
+            assert all(re.fullmatch(r"(\S+) \((\S+)\)", cell) for cell in cells), header
+            seen += len(cells)
+    assert seen > 500
+    found = tables.markdown(["p (q)"], [[tables.P(p)] for p in (0.01, 0.04, 0.03, math.nan, 0.0002)])
+    q = false_discovery_control([0.01, 0.04, 0.03, 0.0002])
+    assert [line.strip("| ") for line in found.splitlines()[2:]] == [
+        *(f"{p} ({corrected:.3f})" for p, corrected in zip(("0.010", "0.040", "0.030"), q)),
+        "–",
+        "<0.001 (<0.001)",
+    ]
 
 
 def test_nothing_is_chosen_on_the_test_split():
     without_test = [{name: value for name, value in line.items() if name != "test"} for line in LINES]
-    blind = report.test_runs(without_test)
-    for setting, method in RUNS:
-        lr = report.chosen_rate(blind, setting, method)  # a KeyError if it looked
-        assert lr == report.chosen_rate(RUNS, setting, method)
-    blind, seen = report.group(without_test), report.group(LINES)
-    for given in grids.ROUNDS.values():
-        assert report.search(blind, *given) == report.search(seen, *given)
-    for name, (_, _, seeds) in grids.ROUNDS.items():
-        assert name == "search-first" or not {*seeds} & {*grids.SEEDS}, name
+    assert selection.test_runs(without_test).rates == RUNS.rates  # a KeyError if it looked
+    blind, seen = selection.Runs(without_test), selection.Runs(LINES)
+    for name, given in settings.ROUNDS.items():
+        assert tables.search(blind, *given) == tables.search(seen, *given)
+        assert name == "search-first" or not {*given[2]} & {*settings.SEEDS}, name
 
 
 def test_the_rate_is_that_of_best_mean_validation_accuracy():
-    def seeds(*accuracies, nll=1.0):
-        return {i: {"accuracy": a, "nll": nll} for i, a in enumerate(accuracies)}
+    def chosen(nll=None, **accuracies):
+        rows = [
+            {"task": "t", "rank": 4, "examples": 9, "method": "m", "lr": float(lr.strip("_")), "seed": seed}
+            | {"validation.accuracy": accuracy, "validation.nll": (nll or {}).get(lr, 1.0)}
+            for lr, by_seed in accuracies.items()
+            for seed, accuracy in enumerate(by_seed)
+        ]
+        return selection.choose_rates(pd.DataFrame(rows))["t", 4, 9, "m"]
 
-    assert report.choose_rate({0.1: seeds(50, 60), 0.2: seeds(54, 58), 0.3: seeds(10, 90)}) == 0.2
-    assert report.choose_rate({0.1: seeds(50, 60), 0.2: seeds(55, 55, nll=0.9)}) == 0.2  # ties go by NLL
-    assert report.choose_rate({0.1: seeds(50, 60, 99, 99), 0.2: seeds(54, 58)}) == 0.2  # by the seeds they share
+    assert chosen(_1=(50, 60), _2=(54, 58), _3=(10, 90)) == 2
+    assert chosen(_1=(50, 60), _2=(55, 55), nll={"_2": 0.9}) == 2  # ties go by NLL
+    assert chosen(_2=(50, 60), _1=(55, 55)) == 1  # then by the lowest
+    assert chosen(_1=(50, 60, 99, 99), _2=(54, 58)) == 2  # by the seeds they share
 
 
 def test_differences_pair_seeds_at_each_methods_own_rate():
@@ -92,14 +111,14 @@ def test_differences_pair_seeds_at_each_methods_own_rate():
         figures = {"validation": {"accuracy": validation, "nll": 1.0}, "test": {"accuracy": test, "nll": 1.0}}
         return {"task": "t", "rank": 4, "examples": 9, "method": method, "lr": lr, "seed": seed, **figures}
 
-    runs = report.group(
+    runs = selection.Runs(
         [
             *(line("lora", 0.1, s, 70, 60 + s) for s in range(3)),
             *(line("lora", 0.2, s, 60, 99) for s in range(3)),  # best on test, never chosen
             *(line("structlora", 0.2, s, 70, 62 + s) for s in (1, 2, 3)),
         ]
     )
-    assert report.differences(runs, ("t", 4, 9), "structlora", "accuracy") == {1: 2, 2: 2}
+    assert runs.differences(("t", 4, 9), "structlora", "accuracy").to_dict() == {1: 2, 2: 2}
 
 
 @pytest.fixture
@@ -129,6 +148,35 @@ def test_every_method_trains_and_is_deterministic(tiny_task, method):
     assert math.isfinite(first["test"]["nll"])
     if method != "lora":
         assert first["trained"] != plain["trained"] or first["validation"] != plain["validation"], "trains as LoRA does"
+
+
+def outcome(line):
+    return line["validation"], line["test"], line["diagnostics"]
+
+
+@pytest.mark.parametrize("idea", ideas.IDEAS)
+def test_every_idea_does_something(tiny_task, idea):
+    value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise") else "true"
+    plain, tried = (
+        cell.run("digits", f"coordinated:coordinator_lr=0.1{given}", 4, 20, 1e-2, 3)
+        for given in ("", f",{idea}={value}")
+    )
+    assert outcome(plain) != outcome(tried)
+    assert tried["structlora"] == {**plain["structlora"], idea: json.loads(value)}
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("coordinated:x_sign=true,x_diagonal=true", "one at a time"),
+        ("structlora:x_sign=true", "coordinator=gcn, not for none"),
+        ("gat:x_normalise=true", "coordinator=gcn, not for gat"),
+        ("random-filter:x_warm_noise=0.5", "filter=ib, not for random"),
+    ],
+)
+def test_ideas_without_a_place_are_refused(name, why):
+    with pytest.raises(SystemExit, match=why):
+        _ = methods.find(name).parts
 
 
 def test_options_and_ideas_in_a_methods_name():
