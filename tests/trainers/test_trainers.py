@@ -27,6 +27,8 @@ from structlora_trl import (
     save_state,
     state,
 )
+from structlora_trl.core.gates import LogisticNoise
+from structlora_trl.core.mapping import Parts
 from tests.support.jobs import JOBS, checkpoints, from_trl, plain, sft
 from tests.support.tiny import WHOLE, base_model, logits_of, lora_parameters
 
@@ -407,3 +409,13 @@ def test_sft_config_without_options_uses_defaults(tmp_path):
     trainer.train()
     (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
     assert callback.config == StructLoRAConfig()
+
+
+def test_parts_of_ones_own(tmp_path):
+    class Silence(LogisticNoise):
+        def draw(self, step, shapes):
+            return [torch.zeros(shape) for shape in shapes]
+
+    callback = StructLoRACallback(WHOLE, parts=Parts(noise=Silence))
+    sft(tmp_path, [callback]).train()
+    assert isinstance(callback.runtime.noise, Silence) and callback.runtime.step == 3
