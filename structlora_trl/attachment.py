@@ -84,14 +84,24 @@ def build_runtime(
     config: StructLoRAConfig,
     seed: int,
     parts: Parts = DEFAULT_PARTS,
+    quiet: str | None = None,
 ) -> Runtime:
-    """The same without following the model's forward, for trainers that say when a step begins."""
+    """The same without following the model's forward, for trainers that say when a step begins.
+
+    `quiet` says why `noise='auto'` is off; where omitted, it is on.
+    """
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     wrapped, model = model, extract_model_from_parallel(model)
     adapter_name, lora = _lora_adapter(model, config)
     kinds = parts.discover(model, adapter_name)
     refuse_unmappable(kinds, config)
+    if config.filter == "random" and config.noise == "auto" and quiet is not None:
+        raise StructLoRAError(
+            f"filter='random' where the noise is off ({quiet})",
+            "noise, of which the random filter is made",
+            "set `noise='on'`, or choose filter='ib' or 'none'",
+        )
     engine = select_engine(wrapped, optimizer, kinds)
     _detach_earlier(kinds, optimizer)
     runtime = Runtime(
@@ -103,6 +113,7 @@ def build_runtime(
         align=config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
         parts=parts,
+        quiet=quiet,
     )
     try:
         refuse_disagreement(_facts(runtime), kinds[0].device)

@@ -11,6 +11,7 @@ from .errors import StructLoRAError
 
 CHOICES = {
     "filter": ("ib", "random", "topk_norm", "none"),
+    "noise": ("auto", "on", "off"),
     "coordinator": ("none", "gcn", "gat"),
     "side": ("auto", "read", "write", "both"),
     "activation": ("tanh", "gelu", "silu", "identity"),
@@ -68,6 +69,13 @@ class StructLoRAConfig:
         choices=CHOICES["filter"],
     )
     temperature: float = _option(0.3, "Temperature of the binary-concrete gates. Lower is closer to 0/1 gates.")
+    noise: str = _option(
+        "auto",
+        "Whether training weights have noisy gates. 'off': expected gates in training too, which still learn; training "
+        "weights are then the evaluation weights. 'auto': 'off' in trainers that switch dropout off or train on samples of "
+        "their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, ...), else 'on'.",
+        choices=CHOICES["noise"],
+    )
     hard_gates: bool = _option(False, "Round training gates to 0 or 1, with a straight-through gradient.")
     gate_init: float = _option(
         0.9, "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept."
@@ -168,6 +176,12 @@ class StructLoRAConfig:
                 self._refuse("roles", self.roles, "a mapping from module pattern to 'read' or 'write'")
 
     def _refuse_what_acts_on_nothing(self):
+        if self.filter == "random" and self.noise == "off":
+            raise StructLoRAError(
+                "filter='random' and noise='off'",
+                "noise, of which the random filter is made",
+                "remove `noise`, or choose filter='ib' or 'none'",
+            )
         idle = _OF_THE_COORDINATOR if self.coordinator == "none" else ()
         idle += () if self.compares_depths else ("side",)
         for option in fields(StructLoRAConfig):

@@ -53,6 +53,7 @@ class Runtime:
         align (`bool`, *optional*, defaults to False): give every depth of a fresh kind (B = 0) the lora_A of the first.
         absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
         parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's own.
+        quiet (`str`, *optional*): why `noise='auto'` is off in this run; where omitted, it is on.
 
     Example:
         >>> runtime = attach(model, optimizer)
@@ -71,10 +72,12 @@ class Runtime:
         align: bool = False,
         absorbs_base: bool = False,
         parts: Parts = DEFAULT_PARTS,
+        quiet: str | None = None,
     ):
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
         self.seed = seed if config.seed is None else config.seed
         self.noise = parts.noise(self.seed)
+        self.quiet = {"on": None, "off": "as configured", "auto": quiet}[config.noise]
         self.step = 0
         self.skipped_steps = 0
         self.hook_calls = 0
@@ -106,17 +109,24 @@ class Runtime:
         self._model_hooks = [model.register_state_dict_post_hook(show_evaluation_weights)]
 
     def __repr__(self) -> str:
-        """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
+        """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
         config = self.config
         gates = sum(logits.numel() for logits in self._gate_parameters)
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
+        noise = f", noise off ({self.quiet})" if self.quiet else ", noise on"
+        noise = noise if self.maps[0].filter.is_stochastic else ""
         return (
             f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
-            f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates), "
+            f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates){noise}, "
             f"coordinator {config.coordinator}{graph}, seed {self.seed}"
         )
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether training weights differ from evaluation weights."""
+        return self.maps[0].filter.is_stochastic and self.quiet is None
 
     def train(self) -> None:
         """Put the training weights of the coming step in place (the same ones until the step is done)."""
@@ -297,7 +307,7 @@ class Runtime:
 
     def _noise(self) -> list[Tensor | None]:
         """This step's noise, (L, r) per kind; one draw for all kinds, from (seed, step)."""
-        if not self.maps[0].filter.is_stochastic:
+        if not self.is_noisy:
             return [None] * len(self.maps)
         draw = self.noise.draw(self.step, [m.filter.shape for m in self.maps])
         return [part.to(m.kind.device) for m, part in zip(self.maps, draw)]

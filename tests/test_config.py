@@ -13,6 +13,7 @@ from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError
 REFUSED = {
     "filter": ["ibb", None, ""],
     "temperature": [0, -1, float("inf"), "0.3", True],
+    "noise": [False, "of"],
     "hard_gates": [1, "yes"],
     "gate_init": [0, 1, 1.5],
     "prior": [0, 1],

@@ -23,6 +23,10 @@ from .tasks import Task
 WEIGHT_DECAY = 0.01
 
 
+# Options that no method of the suite sets: its loops have noise on.
+_NOT_OF_A_METHOD = ("seed", "adapter_name", "roles", "noise")
+
+
 @dataclass
 class Method:
     """One row of the tables.
@@ -80,7 +84,7 @@ class Method:
         if self.structlora is None:
             return None
         options = StructLoRAConfig.build(self.given).options() | self.ideas
-        return {name: value for name, value in options.items() if name not in ("seed", "adapter_name", "roles")}
+        return {name: value for name, value in options.items() if name not in _NOT_OF_A_METHOD}
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:

@@ -104,8 +104,6 @@ def _follow_restarts(callback, trainer) -> None:
     """
     from axolotl.monkeypatch.relora import ReLoRACallback
 
-    from structlora_trl.attachment import build_runtime
-
     relora = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ReLoRACallback)), None)
     if relora is None:
         return
@@ -116,7 +114,7 @@ def _follow_restarts(callback, trainer) -> None:
             old = callback.runtime
             old.detach()  # leaves evaluation weights
             restart(args, state, control, optimizer=optimizer, **kwargs)
-            new = build_runtime(trainer.model_wrapped, optimizer, callback.config, args.seed)
+            new = callback.attach(trainer, optimizer)
             new.step, new.skipped_steps, new.hook_calls = old.step, old.skipped_steps, old.hook_calls
             new.train()
             callback.runtime = new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..attachment import build_runtime
@@ -13,7 +13,7 @@ from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
-from .compat import checkpoint_being_saved, refuse_engine_taken_down, run_first, training_trainer
+from .compat import checkpoint_being_saved, refuse_engine_taken_down, run_first, training_trainer, why_quiet
 
 
 class StructLoRACallback(TrainerCallback, ExportableState):
@@ -51,6 +51,11 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         # State and weights at the end of the last `train()`.
         self._finished: tuple[dict, list[Factors]] | None = None
 
+    def attach(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> Runtime:
+        """The runtime of a trainer whose model and optimizer are ready."""
+        seed, quiet = trainer.args.seed, why_quiet(trainer)
+        return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet)
+
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainer, resumed_from = training_trainer()
         refuse_engine_taken_down(trainer)
@@ -65,7 +70,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         run_first(trainer.callback_handler, self)
         if self.runtime is not None:
             self.runtime.detach()
-        self.runtime = build_runtime(trainer.model_wrapped, optimizer, self.config, args.seed, self.parts)
+        self.runtime = self.attach(trainer, optimizer)
         if not self.config.is_off:
             describe_trainer(trainer, self.config)
         self._seen_hook_calls = 0

@@ -13,6 +13,15 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from ..errors import StructLoRAError
 
+# TRL's trainers that train on samples of their own policy and compare its probabilities with those it had then; told by name,
+# since importing one imports its dependencies. Subclasses count.
+_ON_POLICY = {
+    *("A2POTrainer", "AsyncGRPOTrainer", "GRPOTrainer", "OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer"),
+    *("AsyncDistillationTrainer", "DistillationTrainer"),
+}
+# Those that switch dropout off without an argument for it, as LLaMA-Factory's subclasses do.
+_WITHOUT_DROPOUT = {"DPOTrainer", "KTOTrainer"}
+
 
 def _trainer_frame(function: str):
     """The innermost running call of a Trainer's method of that name, or None."""
@@ -58,6 +67,16 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
             "an engine to train with",
             "set `trainer.model_wrapped = trainer.model` before it (at ZeRO-3, with gradient checkpointing off)",
         )
+
+
+def why_quiet(trainer: Trainer) -> str | None:
+    """Why noise on the gates, which is dropout, has no place in a trainer; None where it has one."""
+    name, classes = type(trainer).__name__, {c.__name__ for c in type(trainer).__mro__}
+    if classes & _ON_POLICY:
+        return f"{name} trains on samples of its own policy"
+    if getattr(trainer.args, "disable_dropout", bool(classes & _WITHOUT_DROPOUT)):
+        return f"{name} switches dropout off"
+    return None
 
 
 def checkpoint_being_saved() -> Path | None:
