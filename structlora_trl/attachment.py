@@ -148,6 +148,12 @@ def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Lora
         raise StructLoRAError(
             f"no adapter '{name}'", f"one of {', '.join(map(repr, model.peft_config))}", "correct `adapter_name`"
         )
+    if name not in model.active_adapters:
+        raise StructLoRAError(
+            f"adapter '{name}', which is not active ({', '.join(model.active_adapters)} is)",
+            "an adapter that the model computes with",
+            f"call `model.set_adapter('{name}')` before the optimizer is built, or set `adapter_name` to an active one",
+        )
     lora = model.peft_config[name]
     if not isinstance(lora, LoraConfig):
         kind = getattr(lora.peft_type, "value", lora.peft_type)

@@ -56,6 +56,12 @@ def two_adapters():
     return model
 
 
+def two_adapters_one_active():
+    model = peft_model()
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
+    return model
+
+
 # case -> model, options, optimizer over (None: the trainable parameters), message
 CASES = {
     "no PEFT": (lambda: base_model("llama"), {}, "type LlamaForCausalLM.*a PEFT model.*get_peft_model"),
@@ -66,6 +72,11 @@ CASES = {
     ),
     "no such adapter": (peft_model, {"adapter_name": "mine"}, "no adapter 'mine'.*one of 'default'"),
     "two active": (two_adapters, {}, "2 active adapters.*name it with `adapter_name`"),
+    "not active": (
+        two_adapters_one_active,
+        {"adapter_name": "b"},
+        r"adapter 'b', which is not active .default is.*model.set_adapter\('b'\)",
+    ),
     "all frozen": (lambda: frozen("lora_"), {}, "all 3 LoRA modules of adapter 'default' frozen.*is_trainable=True"),
     "lora_A frozen": (lambda: frozen("lora_A"), {}, "lora_A of .*q_proj' frozen.*side='write'"),
     "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj' frozen.*filter='none'"),
@@ -111,10 +122,12 @@ def test_the_remedies_work(model, options):
 
 def test_no_lora_module_of_that_name():
     model = peft_model()
+    optimizer = adamw(model)
     model.add_adapter("ia3ish", LoraConfig(r=4, target_modules=["q_proj"]))
     model.peft_config["empty"] = model.peft_config["default"]
+    model.base_model.set_adapter("empty")
     with pytest.raises(StructLoRAError, match="no LoRA module of adapter 'empty'.*adapters with LoRA: default, ia3ish"):
-        attach(model, adamw(model), adapter_name="empty")
+        attach(model, optimizer, adapter_name="empty")
 
 
 def test_attaching_twice():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 
 import transformers
 from packaging.version import Version
@@ -13,21 +15,18 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from ..errors import StructLoRAError
 
-# TRL's trainers that train on samples of their own policy and compare its probabilities with those it had then; told by name,
-# since importing one imports its dependencies. Subclasses count.
-_ON_POLICY = {
-    *("A2POTrainer", "AsyncGRPOTrainer", "GRPOTrainer", "OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer"),
-    *("AsyncDistillationTrainer", "DistillationTrainer"),
-}
-# Those that switch dropout off without an argument for it, as LLaMA-Factory's subclasses do.
-_WITHOUT_DROPOUT = {"DPOTrainer", "KTOTrainer"}
+# How names end of trainers that train on samples of their own policy and compare its probabilities with those it had then. By
+# name, since importing one of TRL's imports its dependencies, and Unsloth's UnslothGRPOTrainer does not derive from GRPOTrainer.
+_ON_POLICY = ("A2POTrainer", "DistillationTrainer", "GRPOTrainer", "OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer")
+# Of those that switch dropout off, also where no argument says so (LLaMA-Factory's).
+_WITHOUT_DROPOUT = ("DPOTrainer", "KTOTrainer")
 
 
-def _trainer_frame(function: str):
-    """The innermost running call of a Trainer's method of that name, or None."""
+def _trainer_frame(is_wanted: Callable[[FrameType], bool]) -> FrameType | None:
+    """The innermost running call of a Trainer's method that is wanted, or None."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == function and isinstance(frame.f_locals.get("self"), Trainer):
+        if isinstance(frame.f_locals.get("self"), Trainer) and is_wanted(frame):
             return frame
         frame = frame.f_back
     return None
@@ -37,12 +36,13 @@ def training_trainer() -> tuple[Trainer, str | None]:
     """The Trainer whose training loop is running, and the checkpoint it resumes from.
 
     Trainer hands callbacks neither itself nor `resume_from_checkpoint` (transformers 5), though it hands them
-    model and optimizer; both stand in the frame of the loop that called us.
+    model and optimizer; both stand in the frame of the loop that called us. Its name does not matter: Unsloth's is
+    `_fast_inner_training_loop`.
 
     Raises:
         StructLoRAError: no Trainer is training.
     """
-    frame = _trainer_frame("_inner_training_loop")
+    frame = _trainer_frame(lambda frame: "resume_from_checkpoint" in frame.f_locals)
     if frame is None:
         raise StructLoRAError(
             "the callback used outside a `transformers.Trainer`",
@@ -71,17 +71,17 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
 
 def why_quiet(trainer: Trainer) -> str | None:
     """Why noise on the gates, which is dropout, has no place in a trainer; None where it has one."""
-    name, classes = type(trainer).__name__, {c.__name__ for c in type(trainer).__mro__}
-    if classes & _ON_POLICY:
+    name, classes = type(trainer).__name__, [c.__name__ for c in type(trainer).__mro__]
+    if any(c.endswith(_ON_POLICY) for c in classes):
         return f"{name} trains on samples of its own policy"
-    if getattr(trainer.args, "disable_dropout", bool(classes & _WITHOUT_DROPOUT)):
+    if getattr(trainer.args, "disable_dropout", any(c.endswith(_WITHOUT_DROPOUT) for c in classes)):
         return f"{name} switches dropout off"
     return None
 
 
 def checkpoint_being_saved() -> Path | None:
     """The directory of the checkpoint the Trainer is writing right now, or None."""
-    frame = _trainer_frame("_save_checkpoint")
+    frame = _trainer_frame(lambda frame: frame.f_code.co_name == "_save_checkpoint")
     return None if frame is None else Path(frame.f_locals["output_dir"])
 
 

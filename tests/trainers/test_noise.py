@@ -100,6 +100,7 @@ def test_importance_ratios_hold_no_noise(job, reuse, tmp_path):
     [
         (["GRPOTrainer"], {}, "samples of its own policy"),
         (["AsyncGRPOTrainer"], {"disable_dropout": False}, "samples of its own policy"),
+        (["_UnslothGRPOTrainer", "UnslothGRPOTrainer"], {}, "samples of its own policy"),
         (["DPOTrainer"], {}, "switches dropout off"),  # LLaMA-Factory's, whose arguments do not say so
         (["DPOTrainer"], {"disable_dropout": False}, None),
         (["ORPOTrainer"], {"disable_dropout": True}, "switches dropout off"),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
 from trl import SFTConfig
 
 from structlora_trl import (
@@ -122,6 +125,19 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.at
+
+
+def test_training_loop_of_another_name(tmp_path, monkeypatch):
+    """Unsloth puts a loop in the place of Trainer's, made from its source under another name; the Trainer is found all the same."""
+    source = textwrap.dedent(inspect.getsource(Trainer._inner_training_loop))
+    namespace = {**vars(transformers.trainer)}
+    exec(source.replace("def _inner_training_loop", "def _fast_inner_training_loop"), namespace)
+    monkeypatch.setattr(Trainer, "_inner_training_loop", namespace["_fast_inner_training_loop"])
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    sft(tmp_path, [StructLoRACallback(), StopAt(2)], **options).train()
+    callback = StructLoRACallback()
+    sft(tmp_path, [callback], **options).train(resume_from_checkpoint=True)
+    assert callback.runtime.step == 4 and state_of(tmp_path / "checkpoint-4")["step"] == 4
 
 
 def test_callback_state_is_restored_where_asked(tmp_path):
