@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 
 from structlora_trl import StructLoRAError, attach
 from structlora_trl.state import load_state, save_state
@@ -65,6 +66,7 @@ def test_autograd_sees_the_weights_change():
 
 
 def test_accelerate_loop():
+    GradientState._reset_state()  # a Trainer of another test may have left its data loader, at the end, in it
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = peft_model()
     model, optimizer = accelerator.prepare(model, adamw(model))
