@@ -88,6 +88,7 @@ CHANGES = {
     "temperature": ({"temperature": 1.0}, {}),
     "hard_gates": ({"hard_gates": True}, {}),
     "gate_init": ({"gate_init": 0.5}, {}),
+    "noise": ({"noise": "off"}, {}),
     "prior": ({"prior": 0.1}, {}),
     "kl_weight": ({"kl_weight": 10.0}, {}),
     "label_weight": ({"label_weight": 0.0}, {}),

@@ -119,6 +119,22 @@ def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
     assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
 
 
+def test_resume_is_bit_for_bit_after_a_plateau(tmp_path):
+    """ReduceLROnPlateau declares no peak: what the present rate is a share of must come from the state."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
+    options |= {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.3, "threshold": 10.0, "threshold_mode": "abs"}}
+    straight = sft(tmp_path / "whole", [StructLoRACallback(WHOLE)], **options)
+    straight.train()
+    sft(tmp_path, [StructLoRACallback(WHOLE), StopAt(3)], **options).train()
+    resumed = sft(tmp_path, [StructLoRACallback(WHOLE)], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    ours, theirs = state_of(tmp_path / "checkpoint-6"), state_of(tmp_path / "whole" / "checkpoint-6")
+    assert resumed.optimizer.param_groups[0]["lr"] < 0.5 * theirs["schedule.largest"]  # it was reduced
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.at = step
