@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 from .errors import StructLoRAError
@@ -204,16 +205,25 @@ class StructLoRAConfig:
         Raises:
             StructLoRAError: an unknown option; the message names the nearest known one.
         """
-        known = [f.name for f in fields(StructLoRAConfig)]
         if isinstance(config, StructLoRAConfig):
             config = config.options()
         options = {**(config or {}), **overrides}
-        for name in options:
+        cls.refuse_unknown(options)
+        return StructLoRAConfig(**options)
+
+    @staticmethod
+    def refuse_unknown(names: Iterable[str]) -> None:
+        """Stop at a name that is no option.
+
+        Raises:
+            StructLoRAError: the message names the nearest known one.
+        """
+        known = [f.name for f in fields(StructLoRAConfig)]
+        for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
+                near = difflib.get_close_matches(str(name), known, 1)
                 remedy = f"write `{near[0]}`" if near else "remove it"
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
-        return StructLoRAConfig(**options)
 
     def options(self) -> dict:
         """Name and value of each option; of a subclass too, only these (`to_dict` is TrainingArguments' own name)."""

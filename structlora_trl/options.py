@@ -26,7 +26,7 @@ def read_switch(value: StructLoRAConfig | dict | bool | None) -> StructLoRAConfi
     if isinstance(value, bool):
         return StructLoRAConfig() if value else None
     if isinstance(value, dict):
-        return StructLoRAConfig.build({name: _number(name, option) for name, option in value.items()})
+        return StructLoRAConfig.build(read_options(value))
     if isinstance(value, StructLoRAConfig):
         return value
     raise StructLoRAError(
@@ -34,6 +34,16 @@ def read_switch(value: StructLoRAConfig | dict | bool | None) -> StructLoRAConfi
         "true, false or options",
         "write `structlora: true` for the defaults, `structlora: false` for plain LoRA, or options indented under the key",
     )
+
+
+def read_options(block: dict) -> dict:
+    """The options of a block, numbers as numbers; their values are not looked at, for a command line may add to them.
+
+    Raises:
+        StructLoRAError: an unknown option, with the nearest known one.
+    """
+    StructLoRAConfig.refuse_unknown(block)
+    return {name: _number(name, option) for name, option in block.items()}
 
 
 def _number(name: str, option):

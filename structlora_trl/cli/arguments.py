@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
+from ..options import read_options, read_switch
 from ..refusing import refusing
 
 _DESCRIPTION = """{what}, training a LoRA adapter with StructLoRA.
 
 Takes the arguments of `trl {method}`, in a YAML file (--config), on the command line, or both; the command line wins.
-StructLoRA's own are the last group below. LoRA is always on (lora_r, lora_alpha, lora_target_modules, ...).
+StructLoRA's options go under the key `structlora:` of the file, as in Axolotl and LLaMA-Factory (`structlora: false` is plain
+LoRA). Those whose name no argument of `trl {method}` has may also be keys of their own, and arguments of the command line: all
+but {taken}. They are the last group below. LoRA is always on (lora_r, lora_alpha, lora_target_modules, ...).
 dataset_name may be a .json, .jsonl, .csv or .parquet file, a folder of them, or a data set of the hub.
 """
 _EXAMPLES = """examples:
@@ -30,27 +33,10 @@ _EXAMPLES = """examples:
 """
 
 
-@dataclass
-class StructLoRAArguments(StructLoRAConfig):
-    """`StructLoRAConfig` for a parser that has a trainer's arguments too: `seed` is the trainer's, and serves both."""
-
-    _argument_group_name: ClassVar[str] = "StructLoRA"
-
-    seed: int | None = field(default=None, init=False)
-    structlora: bool = field(
-        default=True, metadata={"help": "Train StructLoRA. 'false' trains plain LoRA, with all else equal."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if type(self.structlora) is not bool:  # a block of options in YAML would be taken for a yes, and lost
-            self._refuse("structlora", self.structlora, "true or false (options are keys of their own beside it)")
-
-
 class Arguments(NamedTuple):
     """What a training command was given."""
 
-    structlora: StructLoRAArguments
+    structlora: StructLoRAConfig | None  # None: plain LoRA
     script: ScriptArguments
     training: Any  # SFTConfig or DPOConfig
     model: ModelConfig
@@ -74,11 +60,15 @@ def parse(method: str, what: str, config_class: type, arguments: list[str]) -> A
         StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is refused.
         SystemExit: `--help`, or an unknown argument on the command line.
     """
+    classes = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+    taken = {f.name for f in fields(StructLoRAConfig)} & {f.name for c in classes for f in fields(c)}
     parser = TrlParser(
-        (StructLoRAArguments, ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig),
+        (_beside(taken), *classes),
         prog=f"structlora {method}",
         usage=f"structlora {method} --config run.yaml [--any_argument value]",
-        description=_DESCRIPTION.format(method=method, what=what),
+        description=_DESCRIPTION.format(
+            method=method, what=what, taken=", ".join(f"`{name}`" for name in sorted(taken))
+        ),
         epilog=_EXAMPLES.format(method=method),
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -86,12 +76,36 @@ def parse(method: str, what: str, config_class: type, arguments: list[str]) -> A
     parser.set_defaults(use_peft=True)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     _refuse_unknown_flags(parser, arguments)
-    _refuse_unfit_file(parser, arguments)
+    file = _read_file(parser, arguments)
+    block = read_options(file["structlora"]) if isinstance(file.get("structlora"), dict) else {}
+    beside = {name: value for name, value in block.items() if name not in taken}
+    _refuse_options_given_twice(beside, file)
+    parser.set_defaults(**beside)
     with refusing("reading the arguments", f"values that `trl {method}` accepts", "correct the argument it names"):
-        *parsed, surplus = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        ours, *theirs, surplus = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if surplus:
         parser.error(f"unexpected {', '.join(map(repr, surplus))}; each value follows the --name of its argument")
-    return Arguments(*parsed)
+    # A block is a yes; what stands in it has been read.
+    is_on = isinstance(ours.structlora, dict) or read_switch(ours.structlora) is not None
+    options = {**ours.options(), **{name: block[name] for name in taken & block.keys()}}
+    return Arguments(StructLoRAConfig.build(options) if is_on else None, *theirs)
+
+
+def _beside(taken: set[str]) -> type:
+    """`StructLoRAConfig` for a parser that has a trainer's arguments too, without the names that are taken."""
+    types = get_type_hints(StructLoRAConfig)
+    without = [
+        (f.name, types[f.name], field(default=f.default, init=False))
+        for f in fields(StructLoRAConfig)
+        if f.name in taken
+    ]
+    switch = field(default=True, metadata={"help": "Train StructLoRA. 'false' trains plain LoRA, with all else equal."})
+    return make_dataclass(
+        "StructLoRAArguments",
+        [*without, ("structlora", bool, switch)],
+        bases=(StructLoRAConfig,),
+        namespace={"_argument_group_name": "StructLoRA"},
+    )
 
 
 def _refuse_unknown_flags(parser: TrlParser, arguments: list[str]) -> None:
@@ -103,9 +117,17 @@ def _refuse_unknown_flags(parser: TrlParser, arguments: list[str]) -> None:
             parser.error(f"unknown argument {name}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
-def _refuse_unfit_file(parser: TrlParser, arguments: list[str]) -> None:
+def _refuse_options_given_twice(block: dict, file: dict) -> None:
+    for name in block.keys() & file.keys():
+        raise StructLoRAError(
+            f"`{name}` under `structlora:` and beside it", "each option once", "keep the one under `structlora:`"
+        )
+
+
+def _read_file(parser: TrlParser, arguments: list[str]) -> dict:
+    """The keys and values of the YAML file, every key known; empty where none is named."""
     if "--config" not in arguments:
-        return
+        return {}
     path = "".join(arguments[arguments.index("--config") + 1 :][:1])
     if not Path(path).is_file():
         parser.error("--config needs a file") if not path else None
@@ -128,3 +150,4 @@ def _refuse_unfit_file(parser: TrlParser, arguments: list[str]) -> None:
                 "arguments that `--help` lists",
                 "correct or remove it",
             )
+    return options

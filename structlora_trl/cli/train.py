@@ -43,7 +43,7 @@ def run(method: str, arguments: list[str]) -> None:
         trainer_class, config_class = (compat.from_trl(name) for name in (trainer_name, config_name))
     given = parse(method, what, config_class, arguments)
     checkpoint = _checkpoint(given)
-    callback = StructLoRACallback(given.structlora) if given.structlora.structlora else None
+    callback = StructLoRACallback(given.structlora) if given.structlora is not None else None
     trainer = _trainer(trainer_class, given, [callback] if callback else [])
     if callback is None:
         trainer.accelerator.print("structlora: false, so this run is plain LoRA.")

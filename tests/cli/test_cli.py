@@ -62,6 +62,18 @@ def test_sft_from_a_file_and_the_command_line(place, monkeypatch):
     assert "structlora/gate_openness" in history[0]
 
 
+def test_a_block_of_options_as_in_the_other_doors(place, monkeypatch):
+    """What stands under `structlora:` is StructLoRA's, `seed` too; the command line wins."""
+    block = {"gate_init": 0.6, "coordinator": "gcn", "edges": "adjacency", "gate_lr": "5e-2", "prior": 0.4, "seed": 7}
+    given = config_file(structlora=block, seed=3)
+    trainer = trained(monkeypatch, "sft", "--config", given, "--prior", "0.3", "--edges", "hybrid")
+    options, _ = state_of("out")
+    expected = {**block, "gate_lr": 0.05, "prior": 0.3, "edges": "hybrid"}
+    assert {name: options[name] for name in block} == expected and trainer.args.seed == 3
+    trained(monkeypatch, "sft", "--config", given, "--structlora", "false", "--output_dir", "plain")
+    assert not Path("plain", STATE_NAME).exists()
+
+
 def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
     given = config_file(seed=3)
     trained(monkeypatch, "sft", "--config", given, "--structlora", "false", "--output_dir", "plain")
@@ -212,7 +224,10 @@ MISTAKES = [
     (["sft", "--config", "run.yaml", "--resume_from_checkpoint", "true"], 1, "no checkpoint in out"),
     (["sft", "--config", "run.yaml", "--resume_from_checkpoint", "gone"], 1, "no folder gone"),
     (["sft", "--config", "run.yaml", "--lora_target_modules", "absent"], 1, "setting up the SFTTrainer failed"),
-    (["sft", "--config", "block.yaml"], 1, "options are keys of their own"),
+    (["sft", "--config", "block.yaml"], 1, "write `gate_init`"),
+    (["sft", "--config", "range.yaml"], 1, "gate_init=3"),
+    (["sft", "--config", "twice.yaml"], 1, "keep the one under `structlora:`"),
+    (["sft", "--config", "nothing.yaml"], 1, "`structlora:` with nothing under it"),
     (["sft", "--config", "no_model.yaml"], 1, "no `model_name_or_path`"),
     (["sft", "--config", "no_data.yaml"], 1, "neither `dataset_name` nor `datasets`"),
 ]
@@ -224,7 +239,10 @@ def spoilt(place):
     config_file()
     config_file("misspelt.yaml", learing_rate=1e-3)
     config_file("no_model.yaml", model_name_or_path=None)
-    config_file("block.yaml", structlora={"gate_init": 0.8})
+    config_file("block.yaml", structlora={"gate_int": 0.8})
+    config_file("range.yaml", structlora={"gate_init": 3})
+    config_file("twice.yaml", structlora={"gate_init": 0.8}, gate_init=0.7)
+    config_file("nothing.yaml", structlora=None)
     config_file("no_data.yaml", dataset_name=None)
     Path("broken.yaml").write_text("a: [1\nb: 2")
     Path("empty.yaml").write_text("")
