@@ -1,0 +1,100 @@
+"""The wheel: what is in it, that it installs alone, and that each module in it is found and imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import ROOT
+
+SOURCES = ("structlora_trl", "integrations", "pyproject.toml", "README.md", "LICENSE")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+# What a front door needs of a trainer that is not installed here, to be imported: its module, and the name taken from it.
+STAND_INS = {"axolotl.integrations.base": "BasePlugin", "swift.callbacks": "callbacks_map"}
+IMPORTS = f"""
+import importlib, json, pkgutil, sys, types
+for name, attribute in {STAND_INS!r}.items():
+    parts = name.split(".")
+    for end in range(len(parts)):
+        sys.modules[".".join(parts[: end + 1])] = types.ModuleType(parts[end])
+    setattr(sys.modules[name], attribute, type(attribute, (dict,), {{}}) if attribute[0].isupper() else {{}})
+import structlora_trl
+found = {{}}
+for module in pkgutil.walk_packages(structlora_trl.__path__, "structlora_trl."):
+    if not module.name.endswith("__main__"):
+        found[module.name] = importlib.import_module(module.name).__file__
+print(json.dumps(found))
+"""
+
+
+def run(*command, **environment) -> str:
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT.parent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that the checkout stays as it is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    run(
+        *PIP,
+        "wheel",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder / "dist",
+        folder,
+    )
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory) -> Path:
+    """An environment that holds the wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    run(*PIP, "--python", folder / "bin" / "python", "install", "--quiet", "--no-index", "--no-deps", wheel)
+    return folder / "bin"
+
+
+def modules(folder: Path, package: str) -> set[str]:
+    """Files of a package in this checkout, as they are named in the wheel."""
+    paths = (p.relative_to(folder) for p in folder.rglob("*.py") if "tests" not in p.relative_to(folder).parts)
+    return {f"{package}/{path.as_posix()}" for path in paths}
+
+
+def test_wheel_holds_the_package_and_no_tests(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    ours = modules(ROOT / "structlora_trl", "structlora_trl")
+    doors = modules(ROOT / "integrations", "structlora_trl/integrations")
+    assert names == ours | doors | {"structlora_trl/py.typed"}
+
+
+def test_commands_give_help_in_a_bare_environment(bare):
+    assert "structlora sft" in run(bare / "structlora", "--help")
+    assert "structlora: false" in run(bare / "structlora-llamafactory", "--help")
+
+
+def test_every_module_imports_from_the_wheel(bare):
+    """With the libraries of this environment, and in it the wheel's own files."""
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    found = json.loads(run(bare / "python", "-c", IMPORTS, PYTHONPATH=os.pathsep.join(libraries)).splitlines()[-1])
+    assert {f"structlora_trl.integrations.{door}" for door in ("axolotl", "llamafactory", "ms_swift")} <= found.keys()
+    assert all(Path(path).is_relative_to(bare.parent) for path in found.values())
