@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 
 import peft
@@ -73,9 +74,7 @@ def attach(
         True
         >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
-    runtime = build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
-    runtime.follow_forward()
-    return runtime
+    return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
 
 
 def build_runtime(
@@ -86,13 +85,11 @@ def build_runtime(
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
 ) -> Runtime:
-    """The same without following the model's forward, for trainers that say when a step begins.
+    """The same with a configuration that is built, and the trainer's seed.
 
     `quiet` says why `noise='auto'` is off; where omitted, it is on.
     """
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    wrapped, model = model, extract_model_from_parallel(model)
+    wrapped, model, optimizer = model, _unwrapped_model(model), _unwrapped_optimizer(optimizer)
     adapter_name, lora = _lora_adapter(model, config)
     kinds = parts.discover(model, adapter_name)
     refuse_unmappable(kinds, config)
@@ -114,6 +111,8 @@ def build_runtime(
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
         parts=parts,
         quiet=quiet,
+        frozen=_frozen_factors(model, adapter_name),
+        watched=(model, model.base_model, model.base_model.model),
     )
     try:
         refuse_disagreement(_facts(runtime), kinds[0].device)
@@ -127,6 +126,31 @@ def build_runtime(
     if config.is_off:
         logger.warning("StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA.")
     return runtime
+
+
+def _unwrapped_model(model: nn.Module) -> nn.Module:
+    """The PEFT model inside the wrappers of Accelerate, Fabric, DDP, DeepSpeed and `torch.compile`."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return _unwrapped_model(inner.module) if _is_of_lightning(inner) else inner
+
+
+def _unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer) or _is_of_lightning(optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _is_of_lightning(wrapper) -> bool:
+    """Whether Lightning or its Fabric wrapped a model or an optimizer, told by module: two packages have them, and neither
+    need be installed. An optimizer's wrapper is of a class made for it, so that only its bases tell."""
+    wrappers = {f"{package}.wrappers" for package in ("lightning.fabric", "lightning_fabric")}
+    wrappers |= {f"{package}.core.optimizer" for package in ("lightning.pytorch", "pytorch_lightning")}
+    return any(cls.__module__ in wrappers for cls in type(wrapper).__mro__)
+
+
+def _frozen_factors(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    factor = re.compile(rf"\.lora_(embedding_)?[AB]\.{re.escape(adapter_name)}(\.|$)")
+    return [p for name, p in model.named_parameters() if not p.requires_grad and factor.search(name)]
 
 
 def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, LoraConfig]:

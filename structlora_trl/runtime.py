@@ -1,7 +1,8 @@
 """The runtime drives a step: it owns the maps, the gate noise, the small AdamW of logits and Θ, and which weights stand.
 
-Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. `train()` puts the
-noisy training weights in place for the step to come; the step refuses gradients of any others.
+Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. A training forward
+puts the noisy training weights of the coming step in place; the step refuses gradients of any others. Readers in between
+see evaluation weights (`watch.py`). Weights that someone else wrote become the latents, or stop the run.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from .config import StructLoRAConfig
 from .core.diagnostics import neighbour_cosine, structure_metrics
+from .core.inverse import latents_of
 from .core.mapping import DEFAULT_PARTS, Factors, KindMap, Parts
 from .core.nodes import Kind
 from .core.stopwatch import Stopwatch
@@ -23,11 +26,13 @@ from .engines import Engine, world_size
 from .engines.schedule import Rate, ScheduleShare
 from .errors import StructLoRAError
 from .state import KindState, State
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 42
-EVALUATION, TRAINING, STEPPING = "evaluation", "training", "stepping"
+# Which weights stand in the model; latent ones do during an optimizer step, and after one that an exception broke off.
+EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
 
 
 def _timed(method: Callable) -> Callable:
@@ -45,7 +50,7 @@ class Runtime:
     """StructLoRA on one adapter and one optimizer.
 
     Args:
-        model (`nn.Module`): the model whose parameters the kinds hold; its `state_dict()` always shows evaluation weights.
+        model (`nn.Module`): the model whose parameters the kinds hold.
         kinds (`list[Kind]`): what is trained.
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
@@ -54,6 +59,11 @@ class Runtime:
         absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
         parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's own.
         quiet (`str`, *optional*): why `noise='auto'` is off in this run; where omitted, it is on.
+        frozen (`list[nn.Parameter]`, *optional*): the adapter's LoRA factors that must stay frozen, since no map has them.
+        watched (`tuple[nn.Module]`, *optional*): the modules by which callers reach the weights; none is watched by default.
+
+    Attributes:
+        weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer step, 'latent'.
 
     Example:
         >>> runtime = attach(model, optimizer)
@@ -73,6 +83,8 @@ class Runtime:
         absorbs_base: bool = False,
         parts: Parts = DEFAULT_PARTS,
         quiet: str | None = None,
+        frozen: list[nn.Parameter] | None = None,
+        watched: tuple[nn.Module, ...] = (),
     ):
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
         self.seed = seed if config.seed is None else config.seed
@@ -81,7 +93,10 @@ class Runtime:
         self.step = 0
         self.skipped_steps = 0
         self.hook_calls = 0
-        self.role = EVALUATION
+        self.weights = EVALUATION
+        self._trained = False  # whether training weights have stood since the last step
+        self._adopted = False  # whether weights of others were ever taken over
+        self._frozen = frozen or []
         self.is_attached = True
         engine.install(self._before_step, self._after_step)
         if align:
@@ -100,13 +115,8 @@ class Runtime:
         self._cosine_sum = torch.zeros((), device=kinds[0].device)
         self._cosine_count = 0
         self._metric_steps = 0
-
-        # A function, not a method: copying the model must not copy the runtime with it.
-        def show_evaluation_weights(module, state, prefix, metadata):
-            if module is self.model:
-                self._show_evaluation_weights(state, prefix)
-
-        self._model_hooks = [model.register_state_dict_post_hook(show_evaluation_weights)]
+        engine.stamp()
+        self._watch = Watch(self, watched)
 
     def __repr__(self) -> str:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
@@ -130,25 +140,38 @@ class Runtime:
 
     def train(self) -> None:
         """Put the training weights of the coming step in place (the same ones until the step is done)."""
-        if self.role != TRAINING:
+        self._trained = True
+        if self.weights == TRAINING:
+            return
+        self._adopt()
+        if self.weights == LATENT or self.is_noisy:
             self._write(self._noise())
-            self.role = TRAINING
+        self.weights = TRAINING
 
     def eval(self) -> None:
-        """Put the evaluation weights in place. The next training forward needs `train()` first."""
-        if self.role != EVALUATION:
+        """Put the evaluation weights in place. After a step that an exception broke off, those of before that step."""
+        if self.weights == EVALUATION or self._adopt():
+            return
+        if self.weights == LATENT or self.is_noisy:
             self._write(None)
-            self.role = EVALUATION
+        self.weights = EVALUATION
 
-    def follow_forward(self) -> None:
-        """Let the weights follow the model: training weights in a forward under `model.train()`, else evaluation weights."""
+    def begin_visit(self) -> ExitStack | None:
+        """Put evaluation weights in place for a reader. Where a backward may still need the training weights that stood,
+        returns what `end_visit` puts them back with."""
+        if self.weights != TRAINING or self._adopt():
+            self.eval()
+            return None
+        versions = self.engine.keep_versions()
+        self.eval()
+        return versions
 
-        def choose_weights(module, *_):
-            if module is self.model:
-                self.train() if module.training else self.eval()
-
-        # Before the hooks of FSDP2 and ZeRO-3, which gather the weights for this forward.
-        self._model_hooks.append(self.model.register_forward_pre_hook(choose_weights, prepend=True))
+    def end_visit(self, versions: ExitStack) -> None:
+        """Put the training weights back as the visit found them."""
+        if self.weights == EVALUATION and not self._adopt():
+            self.train()
+            versions.close()
+            self.engine.stamp()
 
     def detach(self) -> None:
         """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
@@ -159,13 +182,29 @@ class Runtime:
             return
         self.eval()
         self.engine.remove()
-        for hook in self._model_hooks:
-            hook.remove()
+        self._watch.remove()
         self.is_attached = False
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The model's LoRA parameters that StructLoRA trains."""
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The model's LoRA parameters that the maps have; the maps' own are `parameters()` of each in `maps`."""
         return [p for kind in self.kinds for p in (*kind.A, *kind.B)]
+
+    @property
+    def acted_steps(self) -> int:
+        """Optimizer steps with gradients of the adapter: taken, or skipped for what was in them."""
+        return self.step + self.skipped_steps
+
+    @property
+    def shows_evaluation_weights(self) -> bool:
+        """Whether what stands in the model is what a reader should see."""
+        return self.weights == EVALUATION or (self.weights == TRAINING and not self.is_noisy)
+
+    def evaluation_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each LoRA parameter with its evaluation value, fp32 and flattened to a matrix."""
+        self._adopt()
+        for kind, factors in zip(self.kinds, self.evaluation_factors()):
+            for parameters, stack in zip((kind.A, kind.B), factors):
+                yield from zip(parameters, stack)
 
     def evaluation_factors(self) -> list[Factors]:
         """Effective factors without noise, one per kind, fp32."""
@@ -173,6 +212,7 @@ class Runtime:
 
     def metrics(self) -> dict[str, float]:
         """Figures under `structlora/` (see `diagnostics`); averages over the steps since the last call."""
+        self._adopt()
         found = structure_metrics(self.maps, self.evaluation_factors())
         if self._cosine_count:
             found["gradient_cosine"] = self._cosine_sum.item() / self._cosine_count
@@ -184,6 +224,7 @@ class Runtime:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as one flat dict."""
+        self._adopt()
         kinds = {
             m.kind.name: KindState.of(m, latent, self._optimizer)
             for m, latent in zip(self.maps, self.engine.read_latents(), strict=True)
@@ -216,7 +257,7 @@ class Runtime:
         self._restore_moments(kinds)
         self.step, self.skipped_steps, self._schedule = state.step, state.skipped_steps, copy.copy(state.schedule)
         self._write(None)
-        self.role = EVALUATION
+        self.weights, self._trained = EVALUATION, False
 
     def _restore_moments(self, kinds: list[KindState]) -> None:
         if self._optimizer is None:
@@ -237,13 +278,8 @@ class Runtime:
         gradients = self.engine.read_gradients()
         if gradients is None:
             return True  # no backward has run: there is nothing to step, with or without us
-        if self.role != TRAINING:
-            raise StructLoRAError(
-                "an optimizer step on gradients taken at the evaluation weights",
-                "a training forward and backward at the training weights before each step",
-                "call `train()` on the runtime before the forward pass",
-            )
-        self.role = STEPPING
+        self._refuse_step()
+        self.weights, self._trained = LATENT, False
         if not self.engine.gradients_are_finite():
             self.skipped_steps += 1
             logger.warning(
@@ -251,11 +287,14 @@ class Runtime:
             )
             return False
         scale = self.engine.gradient_scale()
+        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
+        ascends = self.engine.maximizes()
         pulled = []
         for m, latent, gradient, noise in zip(self.maps, self.engine.read_latents(), gradients, self._noise()):
-            factors, own = m.pullback(latent, gradient, noise, scale)
-            penalty = m.regularizer_gradient(latent)
-            pulled.append(factors if penalty is None else Factors(*(f + scale * p for f, p in zip(factors, penalty))))
+            factors, own = m.pullback(latent, _negative(gradient) if ascends else gradient, noise, scale)
+            if (penalty := m.regularizer_gradient(latent)) is not None:
+                factors = Factors(*(f + scale * p for f, p in zip(factors, penalty)))
+            pulled.append(_negative(factors) if ascends else factors)
             for name, value in m.objective_gradients(own, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
             self._observe(m, gradient, scale)
@@ -284,7 +323,66 @@ class Runtime:
                         m.graph.rebuild()
             self._rate = None
         self._write(None)
-        self.role = EVALUATION
+        self.weights = EVALUATION
+
+    def _refuse_step(self) -> None:
+        """Stop where the gradients are not of what the maps made, or would move what no map has."""
+        if not self._trained:
+            raise StructLoRAError(
+                "an optimizer step on gradients taken at the evaluation weights",
+                "a forward at the training weights before each step, that is, one under `model.train()`",
+                "call `model.train()` before the forward; to train without dropout, set its probability to 0, or put the "
+                "dropout modules alone into `eval()`",
+            )
+        if self.weights == TRAINING and self.engine.was_written():
+            raise StructLoRAError(
+                "LoRA weights that were written between a training forward and its optimizer step",
+                "the weights that the gradients were taken at",
+                "write to them after the step, before the next forward",
+            )
+        moved = {id(p) for p in self._frozen if p.grad is not None}
+        if moved and any(id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]):
+            raise StructLoRAError(
+                f"{len(moved)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
+                "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
+                "freeze them again; or `detach()` the runtime, unfreeze them and attach anew",
+            )
+
+    def _adopt(self) -> bool:
+        """Make latents of evaluation weights that someone else has written since we last did. Whether there were any.
+
+        Raises:
+            StructLoRAError: no latents have these evaluation weights.
+        """
+        if self.weights == LATENT or not self.is_attached or not self.engine.was_written():
+            return False
+        evaluation = self.evaluation_factors()
+        stood = self._effective(self._noise()) if self.weights == TRAINING else evaluation
+        found = self.engine.read_working()
+        wanted = [Factors(*map(_replaced, *parts)) for parts in zip(evaluation, self.engine.rounded(stood), found)]
+        if all(new is old for parts in zip(wanted, evaluation) for new, old in zip(*parts)):
+            self.engine.stamp()  # written, but to the values that stood: an average swapped in and out, say
+            return False
+        latents = [
+            latents_of(m, target, start) for m, target, start in zip(self.maps, wanted, self.engine.read_latents())
+        ]
+        unreachable = [m.kind.name for m, latent in zip(self.maps, latents) if latent is None]
+        if unreachable:
+            raise StructLoRAError(
+                f"LoRA weights written from outside that the map of '{unreachable[0]}' cannot give",
+                "finite weights near those of the run, where a coordinator or 'topk_norm' acts",
+                "load the run's own state after them (`load_state`, or `accelerator.register_for_checkpointing(runtime)`); or "
+                "`detach()` before you write, and attach anew",
+            )
+        if not self._adopted:
+            logger.warning("LoRA weights were written from outside: StructLoRA goes on from them.")
+        self._adopted = True
+        self.engine.write_latents(latents)
+        if self.weights == TRAINING:
+            self._write(None)
+            self.weights = EVALUATION
+        self.engine.stamp()
+        return True
 
     def _align(self) -> None:
         aligned = [
@@ -318,8 +416,10 @@ class Runtime:
         return [m(latent, part) for m, latent, part in zip(self.maps, self.engine.read_latents(), noise)]
 
     @_timed
+    @torch.inference_mode(False)  # a reader may be within it, and what we write must serve training
     def _write(self, noise: list[Tensor | None] | None) -> None:
         self.engine.write_working(self._effective(noise))
+        self.engine.stamp()
 
     def _build_optimizer(self) -> torch.optim.AdamW | None:
         groups = [
@@ -330,17 +430,17 @@ class Runtime:
         # No weight decay: the KL is the logits' prior, and decay would pull every gate towards one half.
         return torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
 
-    def _show_evaluation_weights(self, state: dict, prefix: str) -> None:
-        """In a state dict taken amid a step (an interrupted run that is saved, say), show evaluation weights all the same."""
-        if self.role == EVALUATION:
-            return
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        for kind, factors in zip(self.kinds, self.evaluation_factors()):
-            for parameters, stack in zip((kind.A, kind.B), factors):
-                for parameter, value in zip(parameters, stack):
-                    state[prefix + names[id(parameter)]] = value.view_as(parameter).to(parameter.dtype)
-
 
 def _origin(A: Tensor) -> Tensor:
     """Where the depths are equal (an aligned start), one copy serves all."""
     return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
+
+
+def _negative(factors: Factors) -> Factors:
+    return Factors(-factors.A, -factors.B)
+
+
+def _replaced(ours: Tensor, stood: Tensor, found: Tensor) -> Tensor:
+    """Evaluation values (L, ...) with those depths replaced where `found` is not what `stood`."""
+    same = ((found == stood) | (found.isnan() & stood.isnan())).flatten(1).all(1)
+    return ours if bool(same.all()) else torch.where(same[:, None, None], ours, found)

@@ -11,7 +11,17 @@ from accelerate.state import GradientState
 
 from structlora_trl import StructLoRAError, attach
 from structlora_trl.state import load_state, save_state
-from tests.support.tiny import FAMILIES, WHOLE, adamw, logits_of, lora_parameters, loss_of, peft_model, train
+from tests.support.tiny import (
+    FAMILIES,
+    WHOLE,
+    adamw,
+    base_model,
+    logits_of,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+)
 
 
 def setup(optimizer=adamw, init="fresh", targets=None, **options):
@@ -55,9 +65,9 @@ def test_autograd_sees_the_weights_change():
     model, optimizer, runtime = setup()
     train(model, "llama", optimizer, 2)
     for flip in (runtime.train, runtime.eval):
-        versions = [p._version for p in runtime.parameters()]
+        versions = [p._version for p in runtime.lora_parameters()]
         flip()
-        assert all(p._version > version for p, version in zip(runtime.parameters(), versions))
+        assert all(p._version > version for p, version in zip(runtime.lora_parameters(), versions))
     model.train()
     loss = loss_of(model, "llama", 5)
     runtime.eval()
@@ -83,15 +93,197 @@ def test_step_on_the_wrong_weights_is_refused():
     model, optimizer, runtime = setup()
     model.eval()
     loss_of(model, "llama", 0).backward()
-    with pytest.raises(StructLoRAError, match="evaluation weights.*call `train\\(\\)`"):
+    with pytest.raises(StructLoRAError, match="evaluation weights.*call `model.train\\(\\)`"):
         optimizer.step()
     assert runtime.step == 0
 
 
-def test_closures_are_refused():
-    model, optimizer, _ = setup()
-    with pytest.raises(StructLoRAError, match="closure"):
-        optimizer.step(lambda: loss_of(model, "llama", 0))
+def dropout_off_one_by_one(model):
+    """The remedy of that error."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+
+
+def test_its_remedy_trains_without_dropout():
+    model = peft_model(dropout=0.5)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, WHOLE)
+    dropout_off_one_by_one(model)
+    losses = [loss_of(model, "llama", 0) for _ in range(2)]
+    assert torch.equal(*losses)
+    losses[0].backward()
+    optimizer.step()
+    assert runtime.step == 1
+
+
+def test_a_closure_is_evaluated_before_the_step():
+    """As Lightning passes one. The same run as without."""
+
+    def run(in_closure: bool):
+        model, optimizer, runtime = setup()
+        model.train()
+
+        def closure(seed):
+            optimizer.zero_grad()
+            loss = loss_of(model, "llama", seed)
+            loss.backward()
+            return loss
+
+        for seed in range(3):
+            if in_closure:
+                loss = optimizer.step(closure=lambda seed=seed: closure(seed))
+            else:
+                loss = closure(seed)
+                optimizer.step()
+        return loss.detach(), snapshot(runtime)
+
+    (loss, state), (expected_loss, expected) = run(True), run(False)
+    assert torch.equal(loss, expected_loss) and state["step"] == 3
+    assert_same(state, expected)
+
+
+def test_optimizers_that_evaluate_amid_a_step_are_refused():
+    model, optimizer, runtime = setup(lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1))
+    before = weights_of(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, "llama", 0)
+        loss.backward()
+        return loss
+
+    with pytest.raises(StructLoRAError, match="LBFGS, which evaluates its closure amid a step.*AdamW"):
+        optimizer.step(closure)
+    runtime.eval()
+    assert all(map(torch.equal, before, weights_of(model)))
+
+
+class Twice(torch.optim.AdamW):
+    """Its step calls its parent's, which torch has hooked as soon as there was one AdamW (as PEFT's Riemannian one)."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_within_a_step_is_one_step():
+    def run(kind):
+        model, optimizer, runtime = setup(lambda model: kind(lora_parameters(model).values(), lr=1e-2))
+        train(model, "llama", optimizer, 3)
+        return snapshot(runtime)
+
+    expected = run(torch.optim.AdamW)
+    assert getattr(torch.optim.AdamW.step, "hooked", False)
+    assert_same(run(Twice), expected)
+
+
+def test_maximize_is_minimizing_the_negative():
+    def run(maximize: bool):
+        model, optimizer, runtime = setup(
+            lambda model: torch.optim.SGD(lora_parameters(model).values(), lr=0.5, maximize=maximize),
+            regularizer="laplacian",
+        )
+        model.train()
+        for seed in range(4):
+            (loss_of(model, "llama", seed) * (-1 if maximize else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return snapshot(runtime)
+
+    up, down = run(True), run(False)
+    for name in down:
+        if name.endswith("graph.features"):
+            continue  # directions, compared by their cosines alone
+        torch.testing.assert_close(up[name], down[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["attach", "compile"])
+def test_compiled_models_train_as_others_and_no_step_recompiles(first):
+    counts = torch._dynamo.utils.counters
+
+    def run(compiled: bool):
+        model = peft_model()
+        optimizer = adamw(model)
+        called = torch.compile(model, backend="aot_eager") if compiled and first == "compile" else model
+        runtime = attach(called, optimizer, WHOLE)
+        if compiled and first == "attach":
+            called = torch.compile(model, backend="aot_eager")
+        graphs = []
+        for seed in range(3):
+            train(called, "llama", optimizer, 1, first=seed)
+            logits = logits_of(called, "llama")
+            graphs.append(counts["stats"]["unique_graphs"])
+        return runtime, logits, graphs
+
+    torch._dynamo.reset()
+    counts.clear()
+    runtime, logits, graphs = run(True)
+    assert runtime.step == 3 and graphs[0] > 0 and len(set(graphs)) == 1 and not counts["graph_break"]
+    torch.testing.assert_close(logits, run(False)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_freezing_for_a_while_leaves_the_latents():
+    model, optimizer, runtime = setup()
+    train(model, "llama", optimizer, 5)
+    latents = [latent.B.clone() for latent in runtime.engine.read_latents()]
+    frozen = [p for n, p in model.named_parameters() if "lora_B" in n]
+    for step in range(3):
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        train(model, "llama", optimizer, 1, first=step)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        loss_of(model, "llama", 1)
+        logits_of(model, "llama")
+    assert runtime.step == 8
+    assert all(torch.equal(before, now.B) for before, now in zip(latents, runtime.engine.read_latents()))
+
+
+def test_unfreezing_is_refused():
+    model = peft_model()
+    optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)
+    late = [p for n, p in model.named_parameters() if "lora" in n and "layers.2" in n]
+    for parameter in late:
+        parameter.requires_grad_(False)
+    runtime = attach(model, optimizer, WHOLE)
+    train(model, "llama", optimizer, 1)
+    for parameter in late:
+        parameter.requires_grad_(True)
+    with pytest.raises(StructLoRAError, match="4 LoRA parameters that were frozen.*attach anew"):
+        train(model, "llama", optimizer, 1)
+    runtime.detach()  # the remedy
+    optimizer.zero_grad()
+    runtime = attach(model, optimizer, WHOLE)
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 1 and {kind.depth_count for kind in runtime.kinds} == {3}
+
+
+def test_reference_by_disable_adapter_and_training_of_another_adapter():
+    """Plain LoRA's own loops: PEFT turns `requires_grad` off and on meanwhile."""
+    model, _, _ = setup()
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)
+    runtime = attach(model, optimizer, WHOLE)
+    plain = base_model("llama").train()
+    for seed in range(3):
+        model.train()
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(**FAMILIES["llama"].batch(seed)).logits
+        with torch.no_grad():
+            assert torch.equal(reference, plain(**FAMILIES["llama"].batch(seed)).logits)
+        output = model(**FAMILIES["llama"].batch(seed))
+        (output.loss + torch.nn.functional.mse_loss(output.logits, reference)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert runtime.step == 3
+    before = snapshot(runtime)
+    model.set_adapter("other")
+    train(model, "llama", optimizer, 2)
+    assert_same(before, snapshot(runtime))
+    model.set_adapter("default")
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 4
 
 
 def test_step_without_backward_changes_nothing():

@@ -46,14 +46,22 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
 
 
 def effective_rank(A: Tensor, B: Tensor) -> Tensor:
-    """Effective rank of each BA, from r x r Gram matrices alone: (L, r, k), (L, d, r) -> (L,). Zero for BA = 0."""
+    """Effective rank of each BA, from r x r Gram matrices alone: (L, r, k), (L, d, r) -> (L,).
+
+    Zero for BA = 0, NaN where values have diverged so far that no singular values are found.
+    """
     left, right = B.mT @ B, A @ A.mT  # (L, r, r)
+    measurable = (left.isfinite() & right.isfinite()).flatten(1).all(1)  # LAPACK raises on NaN and Inf
+    left, right = (torch.where(measurable[:, None, None], gram, 0) for gram in (left, right))
     # BA and (BᵀB)^½ (AAᵀ)^½ have the same singular values.
-    singular = torch.linalg.svdvals(_square_root(left) @ _square_root(right))
+    product = _square_root(left) @ _square_root(right)
+    measurable &= product.isfinite().flatten(1).all(1)
+    singular = torch.linalg.svdvals(torch.where(measurable[:, None, None], product, 0))
     total = singular.sum(1, keepdim=True)
     share = singular / total.clamp(min=torch.finfo(total.dtype).tiny)
     entropy = -torch.xlogy(share, share).sum(1)
-    return torch.where(total[:, 0] > 0, entropy.exp(), torch.zeros_like(entropy))
+    rank = torch.where(total[:, 0] > 0, entropy.exp(), 0)
+    return torch.where(measurable, rank, torch.nan)
 
 
 def drift_energy(features: Tensor) -> float:
@@ -67,5 +75,8 @@ def neighbour_cosine(features: Tensor) -> Tensor:
 
 
 def _square_root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # no convergence, near overflow; a figure must not end a run
+        return torch.full_like(gram, torch.nan)
     return vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT

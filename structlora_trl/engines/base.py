@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
 
 from ..core.mapping import Factors
 from .schedule import Rate
@@ -21,6 +24,7 @@ class Engine(ABC):
     """One way of owning parameters. `name` is what logs and errors call it."""
 
     name: str
+    optimizer: torch.optim.Optimizer
 
     @abstractmethod
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
@@ -60,8 +64,32 @@ class Engine(ABC):
         """Put effective values where the model reads them. The latents stay."""
 
     @abstractmethod
+    def stamp(self) -> None:
+        """Remember what stands in the model as written by us."""
+
+    @abstractmethod
+    def was_written(self) -> bool:
+        """Whether someone else has written to the LoRA parameters since `stamp`.
+
+        Raises:
+            StructLoRAError: someone has, and the engine cannot take over what was written.
+        """
+
+    @abstractmethod
     def read_working(self) -> list[Factors]:
         """The values that the model computes with, as they stand."""
+
+    def rounded(self, factors: list[Factors]) -> list[Factors]:
+        """Values as they read back once they were written to the model."""
+        return factors
+
+    def keep_versions(self) -> ExitStack:
+        """Closing it makes autograd take what stands for what stood: for values that return before a backward reads them."""
+        return ExitStack()
+
+    def maximizes(self) -> bool:
+        """Whether the optimizer ascends."""
+        return bool(self.optimizer.param_groups[0].get("maximize", False))
 
     @abstractmethod
     def gradients_are_finite(self) -> bool:

@@ -119,6 +119,20 @@ class DeepSpeedEngine(Engine):
     def read_working(self) -> list[Factors]:
         return self._gather(self._working())
 
+    def stamp(self) -> None:
+        self._stamp = self._norms()
+
+    def was_written(self) -> bool:
+        norms = self._norms()
+        if bool(((norms == self._stamp) | (norms.isnan() & self._stamp.isnan())).all()):
+            return False
+        raise StructLoRAError(
+            f"LoRA weights written from outside under {self.name}",
+            "writes to DeepSpeed's masters: it steps those, and overwrites the model's weights with them",
+            "load the weights before `deepspeed.initialize`; or load a checkpoint of the engine and, after it, the run's "
+            "StructLoRA state (`load_state`)",
+        )
+
     def gradients_are_finite(self) -> bool:
         return self._finite
 
@@ -137,6 +151,11 @@ class DeepSpeedEngine(Engine):
         ours = {id(p) for p in self._parameters}
         found = [i for i, parameters in enumerate(self._stepped()) if any(id(p) in ours for p in parameters)]
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
+
+    def _norms(self) -> torch.Tensor:
+        """Of what this rank has of each parameter. DeepSpeed writes through `.data`, which versions do not see."""
+        working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
+        return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
     def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where this rank's part of a parameter begins and ends, without padding."""

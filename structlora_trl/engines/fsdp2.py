@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -46,7 +47,7 @@ class FSDP2Engine(TorchEngine):
         self._finite = True
 
     def read_gradients(self) -> list[Factors] | None:
-        if all(parameter.grad is None for parameter in self._trainable()):
+        if all(parameter.grad is None for parameter in self._trained):
             return None
         gradients, bad = self.packing.gather_with(self._fragments(lambda p: p.grad), self._bad_gradients())
         self._finite = not bad
@@ -54,8 +55,8 @@ class FSDP2Engine(TorchEngine):
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
         if fill_missing:
-            for parameter in self._trainable():
-                if parameter.grad is None:
+            for parameter in self._trained:
+                if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
         self.packing.scatter(gradients, self._fragments(lambda p: p.grad))
 
@@ -67,6 +68,13 @@ class FSDP2Engine(TorchEngine):
 
     def read_working(self) -> list[Factors]:
         return self.packing.gather(self._fragments(lambda p: p.data))
+
+    def keep_versions(self) -> ExitStack:
+        return ExitStack()  # a backward reads gathered copies, which we do not write to
+
+    def _look(self) -> tuple[list[int], Tensor]:
+        # Versions alone: every rank sees the same ones, and must, since reading what was written is a collective.
+        return [p._version for p in self._trained], torch.zeros(0)
 
     def gradients_are_finite(self) -> bool:
         return self._finite

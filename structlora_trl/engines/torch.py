@@ -6,7 +6,10 @@ step hooks every torch optimizer has; the parameters' storage is never replaced.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -33,32 +36,48 @@ class TorchEngine(Engine):
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
         self.optimizer, self.kinds, self.name = optimizer, kinds, name
         self._handles: list = []
+        # Those that train at attach: `requires_grad` may change for a while, as in PEFT's `disable_adapter`.
+        self._trained = [p for kind in kinds for p in (*kind.A, *kind.B) if p.requires_grad]
+        self._trained_ids = {id(p) for p in self._trained}
         self._refuse_unfit()
         self._latents: list[Factors] = []  # in the parameters' own dtype
-        ours = {id(p) for p in self._trainable()}
+        self._step_frame = None  # of the call of `step` that is ours, while it runs
+        self._stamp: tuple[list[int], Tensor] | None = None
         # By place: loading an optimizer's state replaces the groups.
-        self._groups = [i for i, g in enumerate(optimizer.param_groups) if any(id(p) in ours for p in g["params"])]
+        self._groups = [
+            i
+            for i, group in enumerate(optimizer.param_groups)
+            if any(id(p) in self._trained_ids for p in group["params"])
+        ]
 
     def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
-        stepping = []
+        stepped = False
 
         def before(optimizer, args, kwargs):
-            if any(callable(a) for a in (*args, *kwargs.values())):
-                raise StructLoRAError(
-                    f"{type(optimizer).__name__}.step called with a closure",
-                    "gradients that are complete before the step",
-                    "run forward and backward first, then call `step()` without arguments",
-                )
-            stepping.append(before_step())
-            if not stepping[-1]:
+            nonlocal stepped
+            if self._step_frame is not None and _is_running(self._step_frame):
+                return None  # an optimizer whose `step` calls that of its parent, which torch has hooked too
+            self._step_frame = sys._getframe(1)
+            closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
+            given = None if closure is None else self._evaluate(closure)
+            stepped = before_step()
+            if not stepped:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
             self._put(self._latents)
+            if closure is None:
+                return None
+            return tuple(given if a is closure else a for a in args), {
+                name: given if a is closure else a for name, a in kwargs.items()
+            }
 
         def after(optimizer, args, kwargs):
+            if sys._getframe(1) is not self._step_frame:
+                return
+            self._step_frame = None
             self._take()
-            after_step(stepping.pop())
+            after_step(stepped)
 
         self._take()
         self._handles = [
@@ -71,8 +90,25 @@ class TorchEngine(Engine):
             handle.remove()
         self._handles = []
 
+    def _evaluate(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Evaluate a closure at the training weights, before latent ones take their place; the step gets its result."""
+        with torch.enable_grad():
+            loss = closure()
+        unread = [loss]
+
+        def result():
+            if not unread or all(p.grad is None for p in self._trained):
+                raise StructLoRAError(
+                    f"{type(self.optimizer).__name__}, which evaluates its closure amid a step, at weights of its own",
+                    "an optimizer that needs the closure once, before it steps",
+                    "choose a first-order optimizer, such as AdamW",
+                )
+            return unread.pop()
+
+        return result
+
     def read_gradients(self) -> list[Factors] | None:
-        if all(parameter.grad is None for parameter in self._trainable()):
+        if all(parameter.grad is None for parameter in self._trained):
             return None
         return [Factors(_stack_gradients(k.A), _stack_gradients(k.B)) for k in self.kinds]
 
@@ -80,11 +116,11 @@ class TorchEngine(Engine):
         targets, values = [], []
         for kind, stacked in zip(self.kinds, gradients, strict=True):
             for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
-                if not parameters[0].requires_grad:
-                    continue
                 for parameter, value in zip(parameters, stack, strict=True):
+                    if id(parameter) not in self._trained_ids:
+                        continue
                     if parameter.grad is None:
-                        if not fill_missing:
+                        if not (fill_missing and parameter.requires_grad):
                             continue
                         parameter.grad = torch.zeros_like(parameter)
                     targets.append(parameter.grad)
@@ -124,15 +160,43 @@ class TorchEngine(Engine):
         found_inf = getattr(self.optimizer, "found_inf", None)
         return bad if found_inf is None else torch.maximum(bad, found_inf.to(bad.device))
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for kind in self.kinds for p in (*kind.A, *kind.B) if p.requires_grad]
+    def stamp(self) -> None:
+        self._stamp = self._look()
+
+    def was_written(self) -> bool:
+        versions, norms = self._look()
+        known_versions, known_norms = self._stamp
+        same = (norms == known_norms) | (norms.isnan() & known_norms.isnan())
+        return versions != known_versions or not bool(same.all())
+
+    def rounded(self, factors: list[Factors]) -> list[Factors]:
+        return [
+            Factors(A.to(k.A[0].dtype).float(), B.to(k.B[0].dtype).float()) for k, (A, B) in zip(self.kinds, factors)
+        ]
+
+    def keep_versions(self) -> ExitStack:
+        versions = ExitStack()
+        for parameter in self._trained:
+            versions.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+        return versions
+
+    def maximizes(self) -> bool:
+        return bool(self.optimizer.param_groups[self._groups[0]].get("maximize", False))
+
+    @torch.no_grad()
+    def _look(self) -> tuple[list[int], Tensor]:
+        """Autograd's version of each parameter, and its norm: a write through `.data` leaves the version as it was."""
+        device = self._trained[0].device
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        norms = torch._foreach_norm(self._trained, 2, exact)
+        return [p._version for p in self._trained], torch.stack([norm.to(device) for norm in norms])
 
     @torch.no_grad()
     def _put(self, values: list[Factors]) -> None:
         targets, sources = [], []
         for kind, stacked in zip(self.kinds, values, strict=True):
             for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
-                if parameters[0].requires_grad:
+                if id(parameters[0]) in self._trained_ids:
                     # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
                     # them, and a backward through weights that are gone must fail.
                     targets += parameters
@@ -151,12 +215,19 @@ class TorchEngine(Engine):
                 "pass the optimizer whose `step` updates the model",
             )
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        missing = sum(id(p) not in owned for p in self._trainable())
+        missing = sum(id(p) not in owned for p in self._trained)
         if missing:
             raise StructLoRAError(
-                f"{missing} of {len(self._trainable())} trainable LoRA parameters missing from the optimizer ({name})",
+                f"{missing} of {len(self._trained)} trainable LoRA parameters missing from the optimizer ({name})",
                 "an optimizer that steps them all",
-                "build the optimizer after the adapter, and avoid layer-wise optimizers, which step inside the backward pass",
+                "build one optimizer after the adapter (parameter groups serve several learning rates); layer-wise optimizers, "
+                "which step inside the backward pass, are not served",
+            )
+        if any(group.get("gradient_release") for group in self.optimizer.param_groups):
+            raise StructLoRAError(
+                f"an optimizer with `gradient_release` ({name}), which steps inside the backward pass",
+                "an optimizer that changes parameters in `step` alone",
+                "build it without `gradient_release`",
             )
         if any("train_mode" in group for group in self.optimizer.param_groups):
             raise StructLoRAError(
@@ -164,6 +235,14 @@ class TorchEngine(Engine):
                 "an optimizer that changes parameters in `step` alone",
                 "choose another `optim`, such as adamw_torch",
             )
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether a call is on the stack. It is not after an exception went through it."""
+    current = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         self.config, self.parts = StructLoRAConfig.build(config, **overrides), parts
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
+        self._acted_before = 0  # steps in which the runtime acted before this `train()`
         # State and weights at the end of the last `train()`.
         self._finished: tuple[dict, list[Factors]] | None = None
 
@@ -82,6 +83,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
             finished_state, weights = self._finished
             if _equal(weights, self.runtime.engine.read_working()):
                 self.runtime.load_state_dict(finished_state)  # a further `train()` goes on where the last one ended
+        self._acted_before = self.runtime.acted_steps
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.runtime.train()
@@ -100,9 +102,18 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         if self.runtime is not None and self.runtime.is_attached and logs is not None and "loss" in logs:
             metrics = self.runtime.metrics()
             logs.update(metrics)
-            state.log_history[-1].update(metrics)
+            # The entry of these logs; a Trainer with a `log` of its own may keep none.
+            if state.log_history and {"loss", "step"} <= state.log_history[-1].keys():
+                state.log_history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.runtime.hook_calls and self.runtime.acted_steps == self._acted_before:
+            self.runtime.detach()
+            raise StructLoRAError(
+                f"a run of {self.runtime.hook_calls} optimizer steps, none of which had a gradient of the LoRA weights",
+                "an adapter that the training loss depends on",
+                "activate it before training (`model.set_adapter(...)`), and leave its `requires_grad` as it is",
+            )
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_state(self.runtime, state.best_model_checkpoint)
         self.runtime.detach()

@@ -34,7 +34,7 @@ def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
 
     class Look(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):
-            weights = torch.cat([p.detach().flatten() for p in callback.runtime.parameters()])
+            weights = torch.cat([p.detach().flatten() for p in callback.runtime.lora_parameters()])
             expected = [f for pair in callback.runtime.evaluation_factors() for f in pair]
             stood = [torch.stack(list(side)) for kind in callback.runtime.kinds for side in (kind.A, kind.B)]
             equal.append(all(map(torch.equal, stood, expected)) and bool(weights.any()))

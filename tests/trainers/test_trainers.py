@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from structlora_trl import (
     StructLoRACallback,
@@ -229,7 +231,7 @@ def test_second_train_goes_on(tmp_path):
     assert first.keys() <= callback.runtime.state_dict().keys()
 
 
-def test_interrupted_run_saves_evaluation_weights(tmp_path):
+def test_an_interrupted_run_leaves_evaluation_weights(tmp_path):
     class Interrupt(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -239,12 +241,100 @@ def test_interrupted_run_saves_evaluation_weights(tmp_path):
     trainer = sft(tmp_path, [callback, Interrupt()], gradient_accumulation_steps=2)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert callback.runtime.role == "training"
+    model = trainer.model
+    assert callback.runtime.weights == "training" and model.training
     trainer.save_model(str(tmp_path / "saved"))
-    callback.runtime.eval()
-    expected = logits_of(trainer.model, "llama")
     loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "saved")
-    assert (logits_of(loaded, "llama") - expected).abs().max() <= 1e-6
+    expected = logits_of(loaded, "llama")
+    prompt = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.generate(prompt, max_new_tokens=8), loaded.generate(prompt, max_new_tokens=8))
+    assert (logits_of(model, "llama") - expected).abs().max() <= 1e-6
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sft_loss(tmp_path, loaded), abs=1e-5)
+    assert (logits_of(model.merge_and_unload(), "llama") - expected).abs().max() <= 1e-5
+
+
+def sft_loss(tmp_path, model) -> float:
+    return sft(tmp_path, [], model=model, peft=False).evaluate()["eval_loss"]
+
+
+def test_evaluation_amid_a_step_is_that_of_evaluation_weights_and_disturbs_nothing(tmp_path):
+    def run(events):
+        class Evaluates(TrainerCallback):
+            losses: typing.ClassVar = []
+
+        def event(self, args, state, control, **kwargs):
+            self.losses.append(trainer.evaluate()["eval_loss"])
+
+        for name in events:
+            setattr(Evaluates, name, event)
+        callback = StructLoRACallback(WHOLE)
+        trainer = sft(tmp_path, [callback, Evaluates()], gradient_accumulation_steps=2, max_steps=2)
+        trainer.train()
+        return Evaluates.losses, weights_of(trainer)
+
+    losses, weights = run(["on_step_begin", "on_substep_end", "on_pre_optimizer_step"])
+    assert len(losses) == 6 and losses[:3] == losses[:1] * 3 and losses[3:] == losses[3:4] * 3
+    assert losses[0] != losses[3]
+    assert all(map(torch.equal, weights, run([])[1]))
+
+
+def test_a_run_in_which_no_step_acts_is_an_error(tmp_path):
+    class Elsewhere(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lm_head" in name)
+
+    trainer = sft(tmp_path, [StructLoRACallback(), Elsewhere()])
+    with pytest.raises(StructLoRAError, match="3 optimizer steps, none of which had a gradient.*set_adapter"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{}, {"filter": "none", "coordinator": "none"}])
+def test_a_diverged_run_finishes_as_plain_lora_does(options, tmp_path):
+    trainer = sft(
+        tmp_path,
+        [StructLoRACallback({**WHOLE, **options})],
+        learning_rate=1e30,
+        optim="sgd",
+        max_grad_norm=0.0,
+        logging_nan_inf_filter=False,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert any(math.isnan(entry.get("structlora/effective_rank", 0)) for entry in trainer.state.log_history)
+
+
+def test_a_trainer_that_keeps_no_log_history(tmp_path):
+    class Quiet(SFTTrainer):
+        def log(self, logs, start_time=None):
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    callback = StructLoRACallback(WHOLE)
+    trainer = sft(tmp_path, [callback], Quiet)
+    trainer.train()
+    assert callback.runtime.step == 3 and trainer.state.log_history == []
+
+
+def test_compiled_training_recompiles_for_no_step(tmp_path):
+    """Two compilations at most, of the training and the evaluation graph, however many steps."""
+    counts = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counts.clear()
+    callback = StructLoRACallback(WHOLE)
+    trainer = sft(
+        tmp_path, [callback, CountsGraphs()], torch_compile=True, torch_compile_backend="aot_eager", max_steps=4
+    )
+    trainer.train()
+    assert callback.runtime.step == 4
+    first, *later = CountsGraphs.seen
+    assert first > 0 and later == [first] * 3
+
+
+class CountsGraphs(TrainerCallback):
+    seen: typing.ClassVar = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def test_trainer_subclass_takes_its_options_from_the_arguments(tmp_path):

@@ -1,0 +1,34 @@
+"""From effective factors back to latent ones, for weights that were written by someone else."""
+
+from __future__ import annotations
+
+import torch
+
+from .mapping import Factors, KindMap
+
+_ITERATIONS = 50
+_TOLERANCE = 1e-6  # of the largest entry; fp32 rounds at 6e-8
+
+
+@torch.no_grad()
+def latents_of(m: KindMap, effective: Factors, start: Factors) -> Factors | None:
+    """Latent factors whose evaluation factors are `effective`, or None where none are found.
+
+    Fixed-point iteration. Gates alone are linear in B, and exact after one; a coordinator's messages are small beside what
+    they are added to, so that each iteration shrinks the error.
+
+    Args:
+        effective (`Factors`): A (L, r, k), B (L, d, r), fp32.
+        start (`Factors`): latent factors to start from.
+    """
+    latent, scales = start, [part.abs().max() for part in effective]
+    for _ in range(_ITERATIONS):
+        errors = [wanted - found for wanted, found in zip(effective, m(latent, None))]
+        if all(bool(error.abs().max() <= _TOLERANCE * scale) for error, scale in zip(errors, scales)):
+            return latent
+        update = latent.B if m.origin_B is None else latent.B - m.origin_B
+        gates = m.filter.gates(latent.A, update, None)
+        if gates is not None:
+            errors[1] = errors[1] / torch.where(gates > 0, gates, 1).unsqueeze(-2)
+        latent = Factors(*(part + error for part, error in zip(latent, errors)))
+    return None

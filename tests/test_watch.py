@@ -1,0 +1,321 @@
+"""Whoever evaluates, generates, merges, copies, pickles or saves sees evaluation weights, also amid a step that broke off;
+and weights that someone else wrote are taken over or refused, never dropped."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+from structlora_trl import StructLoRAError, attach
+from tests.support.tiny import (
+    FAMILIES,
+    WHOLE,
+    adamw,
+    base_model,
+    logits_of,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+)
+
+PROMPT = torch.tensor([[5, 6, 7]])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def trained(optimizer=adamw, steps=3, **options):
+    model = peft_model(targets=FAMILIES["llama"].linear)
+    optimizer = optimizer(model)
+    runtime = attach(model, optimizer, {**WHOLE, **options})
+    train(model, "llama", optimizer, steps)
+    return model, optimizer, runtime
+
+
+class Breaks(torch.optim.AdamW):
+    breaks = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.breaks:
+            for group in self.param_groups:
+                for parameter in group["params"][:5]:
+                    parameter.add_(0.5)
+            raise Interrupted
+        return super().step(closure)
+
+
+# How a step is left in the middle. All of them leave other than evaluation weights in the model.
+def after_the_forward(model, optimizer):
+    model.train()
+    return loss_of(model, "llama", 7)
+
+
+def after_the_backward(model, optimizer):
+    after_the_forward(model, optimizer).backward()
+
+
+def in_the_optimizer(model, optimizer):
+    after_the_backward(model, optimizer)
+    optimizer.breaks = True
+    with pytest.raises(Interrupted):
+        optimizer.step()
+    optimizer.breaks = False
+
+
+def generated(model):
+    out = model.generate(PROMPT, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    return torch.cat(out.logits)
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def merged_for_a_while(model):
+    model.merge_adapter()
+    logits = logits_of(model.get_base_model(), "llama")
+    model.unmerge_adapter()
+    return logits
+
+
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return logits_of(PeftModel.from_pretrained(base_model("llama"), tmp_path), "llama")
+
+
+READERS = {
+    "evaluate": lambda m, _: logits_of(m, "llama"),
+    "evaluate the base model": lambda m, _: logits_of(m.get_base_model(), "llama"),
+    "deepcopy": lambda m, _: logits_of(copy.deepcopy(m), "llama"),
+    "deepcopy the base model": lambda m, _: logits_of(copy.deepcopy(m.get_base_model()), "llama"),
+    "pickle": lambda m, _: logits_of(pickled(m), "llama"),
+    "merge and unmerge": lambda m, _: merged_for_a_while(m),
+    "save_pretrained": saved,
+    "state_dict of a part": lambda m, _: with_state(m.base_model.state_dict()),
+    "merge_and_unload": lambda m, _: logits_of(m.merge_and_unload(), "llama"),
+}
+
+
+def with_state(state):
+    fresh = peft_model(targets=FAMILIES["llama"].linear)
+    fresh.base_model.load_state_dict(state)
+    return logits_of(fresh, "llama")
+
+
+@pytest.mark.parametrize("leave", [after_the_forward, after_the_backward, in_the_optimizer])
+def test_readers_amid_a_step_see_evaluation_weights(leave, tmp_path):
+    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    expected, expected_text = logits_of(model, "llama"), generated(model)
+    for name, read in READERS.items():
+        leave(model, optimizer)
+        assert runtime.weights in ("training", "latent")
+        # To rounding where values are merged into others or copied to a file and back.
+        assert (read(model, tmp_path) - expected).abs().max() <= 1e-5, name
+    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    for mode in (False, True):  # a notebook's model is in training mode after Ctrl-C
+        leave(model, optimizer)
+        model.train(mode)
+        assert torch.equal(generated(model), expected_text)
+
+
+def test_training_goes_on_after_readers_as_if_there_were_none():
+    def run(reads: bool):
+        model, optimizer, runtime = trained()
+        for _ in range(3):
+            loss = after_the_forward(model, optimizer)
+            if reads:  # a backward is still to come
+                logits_of(model, "llama")
+                generated(model)
+                copy.deepcopy(model)
+                model.state_dict()
+            loss.backward()
+            if reads:
+                with torch.inference_mode():
+                    logits_of(model, "llama")
+                pickled(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        return runtime.state_dict()
+
+    expected, found = run(False), run(True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_training_goes_on_after_an_interrupted_step():
+    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    latents = [f.B.clone() for f in runtime.engine.read_latents()]
+    in_the_optimizer(model, optimizer)
+    optimizer.zero_grad()
+    assert all(torch.equal(a, f.B) for a, f in zip(latents, runtime.engine.read_latents()))
+    train(model, "llama", optimizer, 2)
+    assert runtime.step == 5
+
+
+def test_pickles_need_no_optimizer_and_detached_models_are_untouched():
+    plain = peft_model(targets=FAMILIES["llama"].linear)
+    model, _, runtime = trained()
+    again = pickled(model)
+    train(again, "llama", adamw(again), 1)
+    runtime.detach()
+    for ours, theirs in zip(model.modules(), plain.modules()):
+        assert ours.__dict__.keys() - theirs.__dict__.keys() <= {"create_or_update_model_card"}
+        assert not ours._forward_pre_hooks and not ours._forward_hooks and not ours._state_dict_hooks
+
+
+def other_weights(model) -> dict:
+    generator = torch.Generator().manual_seed(4)
+    state = get_peft_model_state_dict(model)
+    return {name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
+
+
+def by_load_state_dict(model, new):
+    model.load_state_dict(
+        {name.replace(".weight", ".default.weight"): value for name, value in new.items()}, strict=False
+    )
+
+
+def by_data(model, new):
+    for name, value in new.items():
+        model.get_parameter(name.replace(".weight", ".default.weight")).data.copy_(value)
+
+
+def by_new_storage(model, new):
+    for name, value in new.items():
+        model.get_parameter(name.replace(".weight", ".default.weight")).data = value.clone()
+
+
+WRITERS = {
+    "load_state_dict": by_load_state_dict,
+    "set_peft_model_state_dict": set_peft_model_state_dict,
+    ".data": by_data,
+    "new storage": by_new_storage,
+}
+
+
+@pytest.mark.parametrize("when", ["between steps", "amid a step"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_weights_written_from_outside_are_taken_over(writer, when):
+    model, optimizer, runtime = trained()
+    new = other_weights(model)
+    if when == "amid a step":
+        after_the_backward(model, optimizer)
+        optimizer.zero_grad()
+    WRITERS[writer](model, new)
+    expected = with_adapter(new)
+    assert (logits_of(model, "llama") - expected).abs().max() <= 1e-5
+    model.train()
+    noisy = loss_of(model, "llama", 7)
+    assert (logits_of(model, "llama") - expected).abs().max() <= 1e-5
+    saved = {name: value for name, value in get_peft_model_state_dict(model).items()}
+    assert all((saved[name] - value).abs().max() <= 1e-5 for name, value in new.items())
+    noisy.backward()
+    optimizer.step()
+    assert runtime.step == 4
+    assert 0 < (logits_of(model, "llama") - expected).abs().max() < 1
+
+
+def with_adapter(state):
+    fresh = peft_model(targets=FAMILIES["llama"].linear)
+    set_peft_model_state_dict(fresh, state)
+    return logits_of(fresh, "llama")
+
+
+def test_clamping_after_each_step_holds():
+    model, optimizer, runtime = trained(steps=0)
+    for step in range(4):
+        train(model, "llama", optimizer, 1, first=step)
+        for parameter in lora_parameters(model).values():
+            parameter.data.clamp_(-0.02, 0.02)
+        model.train()
+        loss_of(model, "llama", step)
+        runtime.eval()
+        assert all(p.abs().max() <= 0.02 + 1e-6 for p in lora_parameters(model).values())
+
+
+def test_an_average_swapped_in_and_out_changes_nothing():
+    def run(swaps: bool):
+        model, optimizer, runtime = trained()
+        parameters = list(lora_parameters(model).values())
+        for step in range(2):
+            if swaps:
+                kept = [p.detach().clone() for p in parameters]
+                with torch.no_grad():
+                    torch._foreach_mul_(parameters, 0.9)
+                    logits_of(model, "llama")
+                    torch._foreach_copy_(parameters, kept)
+            train(model, "llama", optimizer, 1, first=step)
+        return runtime.state_dict()
+
+    expected, found = run(False), run(True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "options, write",
+    [
+        ({"filter": "topk_norm", "gate_init": 0.5, "coordinator": "none"}, lambda p: p.data.add_(0.1)),
+        ({}, lambda p: p.data.fill_(torch.nan)),
+    ],
+    ids=["closed directions", "NaN"],
+)
+def test_weights_that_no_latents_have_are_refused(options, write):
+    model, optimizer, _ = trained(**options)
+    for name, parameter in lora_parameters(model).items():
+        if "lora_B" in name:
+            write(parameter)
+    with pytest.raises(StructLoRAError, match="written from outside.*register_for_checkpointing"):
+        train(model, "llama", optimizer, 1)
+
+
+def test_writing_between_backward_and_step_is_refused():
+    model, optimizer, _ = trained()
+    after_the_backward(model, optimizer)
+    next(iter(lora_parameters(model).values())).data.mul_(2)
+    with pytest.raises(StructLoRAError, match="between a training forward and its optimizer step.*after the step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_accelerators_checkpoints(registered, tmp_path):
+    def new():
+        accelerator = Accelerator(cpu=True)
+        model = peft_model()
+        model, optimizer = accelerator.prepare(model, adamw(model))
+        runtime = attach(model, optimizer, WHOLE)
+        if registered:
+            accelerator.register_for_checkpointing(runtime)
+        return accelerator, model, optimizer, runtime
+
+    def go_on(accelerator, model, optimizer, seeds):
+        model.train()
+        for seed in seeds:
+            accelerator.backward(loss_of(model, "llama", seed))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer, runtime = new()
+    go_on(accelerator, model, optimizer, range(4))
+    accelerator.save_state(tmp_path)
+    expected = logits_of(model, "llama")
+    go_on(accelerator, model, optimizer, range(4, 6))
+    accelerator, again, optimizer, resumed = new()
+    accelerator.load_state(tmp_path)
+    assert (logits_of(again, "llama") - expected).abs().max() <= 1e-6
+    again.train()
+    loss_of(again, "llama", 7)
+    assert (logits_of(again, "llama") - expected).abs().max() <= 1e-6
+    if registered:
+        go_on(accelerator, again, optimizer, range(4, 6))
+        ours, theirs = runtime.state_dict(), resumed.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
