@@ -224,6 +224,8 @@ UNSERVED = {
     "NVMe": "offload to NVMe.*`device: cpu`",
     "Muon": "Muon.*another optimizer",
     "torch_autocast": "`torch_autocast` with a gradient scaler.*`bf16` or `fp16`",
+    "LoRA-FA's optimizer": "LoraFAOptimizer under DeepSpeed.*launch with DDP",
+    "Riemannian optimizer": "RiemannianPreconditionedOptimizer under DeepSpeed.*launch with DDP",
     "engine withheld": "without the engine.*pass the wrapped model",
 }
 
@@ -237,6 +239,8 @@ def unserved():
 
 @pytest.mark.parametrize("name", UNSERVED)
 def test_unserved_engines_are_refused_by_name(name, unserved):
+    if name not in unserved:
+        pytest.skip("this version of PEFT has no such optimizer")
     assert re.search(UNSERVED[name], unserved[name])
 
 

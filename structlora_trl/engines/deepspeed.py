@@ -21,6 +21,10 @@ from .base import Engine
 from .packing import Fragment, Packing, holds_nonfinite
 from .schedule import Rate, rate_of
 
+# PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
+# does (LoRA-FA) or without their preconditioner, and say nothing.
+_NEED_PAIRS = ("LoraFAOptimizer", "RiemannianPreconditionedOptimizer")
+
 
 class DeepSpeedEngine(Engine):
     """Args:
@@ -324,6 +328,12 @@ class DeepSpeedEngine(Engine):
             found, remedy = "DeepSpeed offload to NVMe", "set `device: cpu` in `offload_optimizer` and `offload_param`"
         elif any(getattr(p, "use_muon", False) for p in self.engine.module.parameters()):
             found, remedy = "DeepSpeed's Muon, which changes gradients before the step", "choose another optimizer"
+        elif type(self.optimizer.optimizer).__name__ in _NEED_PAIRS:
+            found, remedy = (
+                f"PEFT's {type(self.optimizer.optimizer).__name__} under DeepSpeed, whose flat vectors hide the pairs of "
+                "factors it needs",
+                "launch with DDP, or choose another optimizer (and freeze lora_A yourself, as LoRA-FA does)",
+            )
         elif getattr(self.optimizer, "torch_autocast_gradscaler", None) is not None:
             found, remedy = (
                 "DeepSpeed's `torch_autocast` with a gradient scaler",

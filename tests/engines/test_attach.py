@@ -24,6 +24,11 @@ RUNS = {
     "scaled": ({"scaled": True}, ["ddp", "zero3"], ["fsdp2", "zero1", "zero2"]),
     "scaled and clipped": ({"scaled": True, "clip": 0.1}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "zero1", "zero2"]),
+    "frozen lora_A": (
+        {"freeze": "lora_A", "method": {"side": "write"}},
+        [],
+        list(ENGINES),
+    ),
     "detached": ({"detach_at": 3}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "attached again": ({"detach_at": 3, "again_at": 3}, ["zero3"], ["ddp", "fsdp2", "zero1", "zero2"]),
 }

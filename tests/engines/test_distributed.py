@@ -15,6 +15,8 @@ slow = pytest.mark.slow
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
 FP16 = {"bf16": {"enabled": False}, "fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
+# Edges that change while a run lasts.
+SEMANTIC = {"method": {"edges": "similarity", "semantic_every": 2, "semantic_threshold": 0.17}}
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
 STEADY = {"adam_epsilon": 1e-6}
 
@@ -50,7 +52,7 @@ MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
     CORE + [pytest.param(*row, marks=slow) for row in MATRIX if row not in CORE],
 )
 def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deepspeed, tmp_path, one_process):
-    options = {**length(accumulation), "trainer": STEADY}
+    options = {**length(accumulation), "trainer": STEADY, **SEMANTIC}
     facts = launch(tmp_path, engine, world, deepspeed=deepspeed, **options)
     assert facts["step"] == 10 and facts["skipped"] == 0
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
@@ -81,7 +83,10 @@ def test_bf16_is_as_near_to_one_process_as_plain_lora(engine, world, accumulatio
 
 SET_UPS = {
     # name: (what the job is told, engines)
-    "clipping": ({"trainer": {**STEADY, "max_grad_norm": 0.1}}, (*ENGINES, *(f"zero{s}_offload" for s in (1, 2, 3)))),
+    "clipping": (
+        {"trainer": {**STEADY, "max_grad_norm": 0.1}, **SEMANTIC},
+        (*ENGINES, *(f"zero{s}_offload" for s in (1, 2, 3))),
+    ),
     "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}, "trainer": STEADY}, ENGINES),
     "uneven adapter": (
         {"lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]}, "trainer": STEADY},

@@ -88,8 +88,9 @@ def state(output) -> dict[str, torch.Tensor]:
 
 
 def trained(output) -> dict[str, torch.Tensor]:
-    """Latents, logits and Θ at the end."""
-    return {n: v for n, v in state(output).items() if n.endswith(("latent_A", "latent_B", "logits", "theta"))}
+    """Latents, logits, Θ and semantic edges at the end."""
+    ends = ("latent_A", "latent_B", "logits", "theta", "graph.semantic")
+    return {n: v for n, v in state(output).items() if n.endswith(ends)}
 
 
 def adapter(output) -> dict[str, torch.Tensor]:

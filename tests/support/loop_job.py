@@ -114,6 +114,7 @@ def train(
     poison_at: int | None = None,
     detach_at: int | None = None,
     again_at: int | None = None,
+    freeze: str | None = None,
 ) -> dict:
     """One run of a bare loop.
 
@@ -125,12 +126,16 @@ def train(
         poison_at: step at which the gradient of the embeddings, which are trained too, is NaN.
         detach_at: step before which StructLoRA is detached; the rest is plain LoRA.
         again_at: step before which it is attached again.
+        freeze: freeze parameters whose name holds this.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
         `state` and `skipped` of the last runtime.
     """
     model = peft_model("llama", "warm", targets=TARGETS)
+    for name, parameter in model.named_parameters():
+        if freeze is not None and freeze in name:
+            parameter.requires_grad_(False)
     if poison_at is not None:
         model.get_input_embeddings().weight.requires_grad_(True)
     loop = ENGINES[engine](model, clip, scaled)

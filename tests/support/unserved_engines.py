@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", LOCAL_RANK="0")
 
+import peft.optimizers
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,14 +43,14 @@ def fsdp1():
     return FullyShardedDataParallel(peft_model(), use_orig_params=True, device_id=torch.device("cpu"))
 
 
-def deepspeed_stage(stage: int, **zero):
+def deepspeed_stage(stage: int, optimizer=adamw, **zero):
     import deepspeed
 
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
     model = peft_model()
     config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
     config |= {"zero_optimization": {"stage": stage, **zero}}
-    return deepspeed.initialize(model=model, optimizer=adamw(model), config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)[0]
 
 
 def pipeline():
@@ -80,6 +81,14 @@ def muon():
     return engine
 
 
+def lora_fa(model):
+    return peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+
+
+def riemannian(model):
+    return peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
+
+
 def engine_withheld():
     return deepspeed_stage(3).module
 
@@ -96,8 +105,11 @@ CASES = {
     "NVMe": lambda: with_optimizer(swap_optimizer=True),
     "Muon": muon,
     "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
+    "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lora_fa),
     "engine withheld": engine_withheld,
 }
+if hasattr(peft.optimizers, "create_riemannian_optimizer"):
+    CASES["Riemannian optimizer"] = lambda: deepspeed_stage(3, riemannian)
 
 
 def main():
