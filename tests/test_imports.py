@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +32,35 @@ def test_modules_import_what_they_need_and_no_more(module):
     code = f"import json, sys, {module}; print(json.dumps([n for n in {sorted(LIBRARIES)} if n in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert set(json.loads(done.stdout.splitlines()[-1])) <= ALLOWED[module]
+
+
+FOLDERS = ("structlora_trl", "integrations", "benchmarks", "examples", "tests", "docs")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "integrations":
+        parts = ("structlora_trl", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """Modules of the repository that a file imports while it is imported itself."""
+    package = module_name(path).split(".")[: None if path.name == "__init__.py" else -1]
+    for node in ast.parse(path.read_text()).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names = [name if (name := f"{source}.{alias.name}") in modules else source for alias in node.names]
+        yield from (name for name in names if name in modules)
+
+
+def test_no_circle_of_imports_in_the_repository():
+    modules = {module_name(path): path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    graph = {name: set(imports(path, modules)) - {name} for name, path in modules.items()}
+    assert "benchmarks.quality.settings" in graph["benchmarks.quality.selection"]
+    assert "structlora_trl.config" in graph["structlora_trl.core.mapping"]
+    list(TopologicalSorter(graph).static_order())  # CycleError where there is one
