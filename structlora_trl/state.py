@@ -146,7 +146,7 @@ class KindState:
                 raise _Damage(f"'{name}/{key}' of shape {tuple(entries[key].shape)} and not {shapes[-1]}")
 
     def refuse_other_parts(self, name: str, m: KindMap, latent: Factors, step: int) -> None:
-        """Stop where a map of the same options has other parts than this state.
+        """Stop where a map of the same options is of other modules, or has other parts than this state.
 
         Args:
             name (`str`): the kind's.
@@ -158,11 +158,20 @@ class KindState:
             StructLoRAError: what is missing, too much, or of another shape or type.
         """
         own = KindState.of(m, latent)
+        for what in ("modules", "shape", "sides"):
+            if getattr(own, what) != getattr(self, what):
+                remedy = "set `side` and `roles` as they were" if what == "sides" else _SAME_RUN
+                raise StructLoRAError(
+                    f"a state with {what} {getattr(self, what)} of '{name}'",
+                    f"{getattr(own, what)}, as in this run",
+                    remedy,
+                )
         here, theirs = own.entries(), self.entries()
         trained = {n for n, _ in m.named_parameters()} if step else set()
-        if self.moments.keys() != trained:
+        if not self.moments.keys() <= trained:
             raise _misfit(
-                f"a state with an optimizer state of {sorted(self.moments)} in '{name}'", f"of {sorted(trained)}"
+                f"a state after {step} steps with an optimizer state of {sorted(self.moments)} in '{name}'",
+                f"none but of {sorted(trained)}",
             )
         moments = {key for key in theirs if key.startswith("optimizer.")}
         surplus, lacking = theirs.keys() - here.keys() - moments - {"graph.features"}, here.keys() - theirs.keys()
@@ -286,16 +295,6 @@ class State:
                 f"a state of other modules (only in the state: {surplus[:3]}; only in this run: {lacking[:3]})",
                 "the same modules as now",
             )
-        for name, m in here.items():
-            own, theirs = KindState.of(m, Factors(*[torch.empty(0)] * 2)), self.kinds[name]
-            for what in ("modules", "shape", "sides"):
-                if getattr(own, what) != getattr(theirs, what):
-                    remedy = "set `side` and `roles` as they were" if what == "sides" else _SAME_RUN
-                    raise StructLoRAError(
-                        f"a state with {what} {getattr(theirs, what)} of '{name}'",
-                        f"{getattr(own, what)}, as in this run",
-                        remedy,
-                    )
 
     def changes(self, options: dict, seed: int) -> list[str]:
         """What differs in a run that goes on from this state, and acts from there on."""
