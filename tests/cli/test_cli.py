@@ -17,22 +17,10 @@ from safetensors.torch import load_file
 
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
-from tests.support.cli_runs import (
-    BLOCKS_OF_64,
-    SFT,
-    assert_gates_moved,
-    assert_plain_peft_agrees,
-    chats,
-    command_line,
-    pictures,
-    preferences,
-    save_base,
-    state_of,
-    texts,
-    trained,
-    write_rows,
-)
+from tests.support.cli_runs import SFT, assert_plain_peft_agrees, command_line, trained
+from tests.support.data import BLOCKS_OF_64, chats, preferences, save_base, saved_pictures, texts, write_rows
 from tests.support.launching import ROOT, free_port, one_at_a_time, run, torchrun
+from tests.support.left import assert_acted, state_of
 
 BIN = Path(sys.executable).parent
 
@@ -56,7 +44,7 @@ def test_sft_from_a_file_and_the_command_line(place, monkeypatch):
     trainer = trained(monkeypatch, "sft", "--config", config_file(gate_init=0.6), "--gate_lr", "0.05")
     options, _ = state_of("out")
     assert options["gate_init"] == 0.6 and options["gate_lr"] == 0.05 and trainer.args.learning_rate == 1e-2
-    assert_gates_moved("out")
+    assert_acted("out")
     assert_plain_peft_agrees(trainer, "out")
     history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
     assert "structlora/gate_openness" in history[0]
@@ -134,7 +122,7 @@ def test_local_data(kind, place, monkeypatch):
     assert (trainer.eval_dataset is not None) == ("eval_strategy" in options)
     if "eval_strategy" in options:
         assert any("eval_loss" in entry for entry in trainer.state.log_history)
-    assert_gates_moved("out")
+    assert_acted("out")
     assert_plain_peft_agrees(trainer, "out")
 
 
@@ -144,19 +132,19 @@ def test_dpo(place, monkeypatch):
     write_rows(place / "pairs.jsonl", preferences())
     trainer = trained(monkeypatch, "dpo", "--config", config_file(dataset_name="pairs.jsonl"))
     assert type(trainer).__name__ == "DPOTrainer"
-    assert_gates_moved("out")
+    assert_acted("out")
     assert_plain_peft_agrees(trainer, "out")
 
 
 def test_llava_with_pictures(place, monkeypatch):
     save_base(place / "llava", "llava")
-    write_rows(place / "pictures.jsonl", pictures(place))
+    write_rows(place / "pictures.jsonl", saved_pictures(place))
     options = {"model_name_or_path": "llava", "dataset_name": "pictures.jsonl", "max_length": None}
     trainer = trained(monkeypatch, "sft", "--config", config_file(**options, lora_target_modules=["q_proj", "v_proj"]))
     assert trainer.callback_handler.callbacks[0].runtime.metrics()
     _, state = state_of("out")
     assert any("vision_tower" in name for name in state)
-    assert_gates_moved("out")
+    assert_acted("out")
     assert_plain_peft_agrees(trainer, "out", "llava")
 
 
@@ -167,7 +155,7 @@ def test_quantised(bits, place, monkeypatch):
     trainer = trained(monkeypatch, "sft", "--config", config_file(), f"--load_in_{bits}bit")
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__.startswith(f"Linear{bits}bit")
-    assert_gates_moved("out")
+    assert_acted("out")
     assert_plain_peft_agrees(trainer, "out")
 
 
@@ -279,7 +267,7 @@ def started(command: list[str], engine: str) -> None:
     done = run(command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.count(f"StructLoRA on {engine}: ") == 1
-    assert_gates_moved("out")
+    assert_acted("out")
 
 
 def test_console_script(place):
@@ -329,5 +317,5 @@ def test_the_readme_config_runs_as_pasted(place, monkeypatch):
     write_rows(place / config["dataset_name"] / "train.jsonl", chats())
     here = command_line({"use_cpu": True, "bf16": False, "max_steps": 3})
     trainer = trained(monkeypatch, "sft", "--config", "run.yaml", *here)
-    assert_gates_moved(config["output_dir"])
+    assert_acted(config["output_dir"])
     assert_plain_peft_agrees(trainer, config["output_dir"])

@@ -10,19 +10,10 @@ import yaml
 from packaging.version import Version
 
 from structlora_trl.options import read_switch
-from tests.support.cli_runs import (
-    BLOCKS_OF_64,
-    assert_gates_moved,
-    assert_plain_peft_agrees,
-    chats,
-    pictures,
-    preferences,
-    save_base,
-    state_of,
-    trained,
-    write_rows,
-)
+from tests.support.cli_runs import assert_plain_peft_agrees, trained
+from tests.support.data import BLOCKS_OF_64, chats, preferences, save_base, saved_pictures, write_rows
 from tests.support.launching import ROOT
+from tests.support.left import assert_acted, state_of
 
 TRL = ROOT / "configs" / "trl"
 # file -> (command, family of the tiny model, rows)
@@ -30,7 +21,7 @@ TABLE = {
     "llama3_8b_qlora": ("sft", "llama", chats),
     "qwen3_8b_sft": ("sft", "qwen3", chats),
     "gemma3_1b_sft": ("sft", "gemma3", chats),
-    "llava_7b_sft": ("sft", "llava", pictures),
+    "llava_7b_sft": ("sft", "llava", saved_pictures),
     "qwen3_4b_dpo": ("dpo", "qwen3", preferences),
 }
 
@@ -55,11 +46,11 @@ def test_trl_config(name, tmp_path, monkeypatch):
     data = Path(config["dataset_name"])
     data.mkdir(parents=True)
     for split in ("train", "test"):
-        write_rows(data / f"{split}.jsonl", rows(data))
+        write_rows(data / f"{split}.jsonl", rows(data) if rows is saved_pictures else rows())
 
     trainer = trained(monkeypatch, method, "--config", str(TRL / f"{name}.yaml"), "--max_steps", "3")
     output = config["output_dir"]
-    assert_gates_moved(output)
+    assert_acted(output)
     assert_plain_peft_agrees(trainer, output, family)
     options, state = state_of(output)
     assert options == read_switch(config["structlora"]).options()

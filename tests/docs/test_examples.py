@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import trl
@@ -16,70 +14,30 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, Features, Image, List, Value
 from packaging.version import Version
 from peft import PeftModel
-from safetensors import safe_open
-from transformers import CLIPImageProcessor, LlavaProcessor
 
 from structlora_trl.state import STATE_NAME
-from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
+from tests.support import data
+from tests.support.left import assert_acted
+from tests.support.tiny import FAMILIES, sentence
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = 12
-LEAST_MOVE = 1e-3  # of a gate logit in three steps at the default rate of 0.03
 # Arguments of `from_pretrained` that a script's choice of model decides.
 LOADED_WITH = ("num_labels", "quantization_config")
 
 
-def turn(role: str, index: int) -> dict:
-    return {"role": role, "content": sentence(index, 4)}
-
-
 def chats() -> Dataset:
-    return Dataset.from_list([{"messages": [turn("user", i), turn("assistant", i + 1)]} for i in range(ROWS)])
+    return Dataset.from_list(data.chats(ROWS))
 
 
 def preferences() -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "chosen": [turn("user", i), turn("assistant", i + 1)],
-                "rejected": [turn("user", i), turn("assistant", i + 2)],
-            }
-            for i in range(ROWS)
-        ]
-    )
+    return Dataset.from_list(data.preferences(ROWS))
 
 
 def pictures() -> Dataset:
-    rows = [
-        {
-            "images": [np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)],
-            "prompt": [turn("user", i)],
-            "completion": [turn("assistant", i + 1)],
-        }
-        for i in range(ROWS)
-    ]
     message = List({"role": Value("string"), "content": Value("string")})
-    return Dataset.from_list(
-        rows, features=Features({"images": List(Image()), "prompt": message, "completion": message})
-    )
-
-
-def llava_processor() -> LlavaProcessor:
-    template = (
-        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
-    )
-    side = {"height": 16, "width": 16}
-    words = tokenizer()
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side),
-        words,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
+    features = Features({"images": List(Image()), "prompt": message, "completion": message})
+    return Dataset.from_list(data.pictures(ROWS), features=features)
 
 
 @dataclass
@@ -96,8 +54,6 @@ class Example:
     after: str | None = None  # the script that makes its input
 
 
-# On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
-BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 CHATS = {"trl-lib/Capybara": chats}
 PREFERENCES = {"trl-lib/ultrafeedback_binarized": preferences}
 TABLE = {
@@ -105,7 +61,7 @@ TABLE = {
     "sft_trainer": Example("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", "smollm2-sft", CHATS),
     "dpo": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-dpo", PREFERENCES, trl="1.0"),
     "reward_mixin": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-reward", PREFERENCES, trl="1.0"),
-    "qlora": Example("Qwen/Qwen3-8B", "qwen3", "qwen3-qlora", CHATS, needs="bitsandbytes", sizes=BLOCKS_OF_64),
+    "qlora": Example("Qwen/Qwen3-8B", "qwen3", "qwen3-qlora", CHATS, needs="bitsandbytes", sizes=data.BLOCKS_OF_64),
     "llava": Example("llava-hf/llava-1.5-7b-hf", "llava", "llava-sft", {"trl-lib/llava-instruct-mix": pictures}),
     "sequence_classification": Example(
         "google-bert/bert-base-uncased",
@@ -128,15 +84,10 @@ def run(name: str) -> dict:
     example = TABLE[name]
     if example.after:
         run(example.after)
-    model = base_model(example.family)
-    if example.sizes:
-        model = type(model)(type(model.config)(**{**model.config.to_dict(), **example.sizes}))
-    # Public BERT checkpoints have no classifier.
-    (model.bert if example.family == "bert" else model).save_pretrained(example.model)
-    (llava_processor() if example.family == "llava" else tokenizer()).save_pretrained(example.model)
-    for data, rows in example.data.items():
-        Path(data).mkdir(parents=True, exist_ok=True)
-        rows().to_parquet(Path(data) / "train.parquet")
+    data.save_base(example.model, example.family, **example.sizes)
+    for name_of_data, rows in example.data.items():
+        Path(name_of_data).mkdir(parents=True, exist_ok=True)
+        rows().to_parquet(Path(name_of_data) / "train.parquet")
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
@@ -164,14 +115,7 @@ def test_example(name):
     variables = run(name)
 
     (state_file,) = Path(example.output).rglob(STATE_NAME)
-    with safe_open(state_file, "pt") as file:
-        options = json.loads(file.metadata()["config"])
-        state = {key: file.get_tensor(key) for key in file.keys()}
-    assert state["step"] == 3
-    start = torch.tensor(options["gate_init"]).logit()
-    logits, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("/filter.logits", ".theta"))
-    assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
-    assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)
+    assert_acted(state_file.parent)
 
     trained = variables["trainer"].model if "trainer" in variables else variables["model"]
     trained = extract_model_from_parallel(trained, keep_fp32_wrapper=False).eval()  # without Trainer's autocast

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from datasets import Dataset
 from nbclient import NotebookClient
 
-from tests.docs.test_examples import chats
+from tests.support.data import chats
 from tests.support.launching import ROOT
 from tests.support.tiny import base_model, tokenizer
 
@@ -28,7 +29,7 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     base_model("llama").save_pretrained(model)
     tokenizer().save_pretrained(model)
     data.mkdir(parents=True)
-    chats().to_parquet(data / "train.parquet")
+    Dataset.from_list(chats(12)).to_parquet(data / "train.parquet")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

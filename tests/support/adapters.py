@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from structlora_trl import attach, save_state
 from structlora_trl.cli import main
 from tests.support import tiny
-from tests.support.cli_runs import SFT, command_line, save_base, texts, write_rows
+from tests.support.cli_runs import SFT, command_line
+from tests.support.data import save_base, texts, write_rows
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = [f"model.layers.*.self_attn.{leaf}_proj" for leaf in "qvo"]

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from PIL import Image
-from safetensors import safe_open
-from transformers import CLIPImageProcessor, LlavaProcessor
 
 from structlora_trl.cli import main, train
-from structlora_trl.state import STATE_NAME
-from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
+from tests.support.tiny import FAMILIES
 
-ROWS = 24
-# On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
-BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-LEAST_MOVE = 1e-3  # of a gate logit in three steps at the default rate of 0.03
 # What every tiny run needs beside a method's own arguments.
 SETTINGS = {
     "model_name_or_path": "base",
@@ -42,67 +30,6 @@ SFT = {
     "lora_alpha": 8,
     "lora_target_modules": ["q_proj", "v_proj", "o_proj"],
 }
-
-
-def turn(role: str, index: int) -> dict:
-    return {"role": role, "content": sentence(index, 4)}
-
-
-def texts() -> list[dict]:
-    return [{"text": sentence(i)} for i in range(ROWS)]
-
-
-def chats(folder: Path | None = None) -> list[dict]:
-    return [{"messages": [turn("user", i), turn("assistant", i + 1)]} for i in range(ROWS)]
-
-
-def preferences(folder: Path | None = None) -> list[dict]:
-    return [
-        {"prompt": [turn("user", i)], "chosen": [turn("assistant", i + 1)], "rejected": [turn("assistant", i + 2)]}
-        for i in range(ROWS)
-    ]
-
-
-def pictures(folder: Path) -> list[dict]:
-    """Rows that name their pictures by paths relative to the data file."""
-    (folder / "pictures").mkdir(exist_ok=True)
-    rows = []
-    for i in range(ROWS):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
-        rows.append(
-            {"images": [f"pictures/{i}.png"], "prompt": [turn("user", i)], "completion": [turn("assistant", i + 1)]}
-        )
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-
-def llava_processor() -> LlavaProcessor:
-    template = (
-        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
-    )
-    words = tokenizer()
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        words,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
-
-
-def save_base(folder: Path, family: str = "llama", **sizes) -> None:
-    model = base_model(family)
-    if sizes:
-        model = type(model)(type(model.config)(**{**model.config.to_dict(), **sizes}))
-    model.save_pretrained(folder)
-    (llava_processor() if family == "llava" else tokenizer()).save_pretrained(folder)
 
 
 def command_line(options: dict) -> list[str]:
@@ -127,20 +54,6 @@ def trained(monkeypatch, method: str, *arguments: str):
     monkeypatch.setattr(train, "_trainer", build)
     assert code == 0
     return trainers[0]
-
-
-def state_of(folder) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Options and tensors of the state in a folder."""
-    with safe_open(Path(folder) / STATE_NAME, "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
-
-
-def assert_gates_moved(folder, steps: int = 3) -> None:
-    options, state = state_of(folder)
-    assert state["step"] == steps
-    start = torch.tensor(options["gate_init"]).logit()
-    logits = [value for key, value in state.items() if key.endswith("/filter.logits")]
-    assert logits and all((value - start).abs().min() > LEAST_MOVE for value in logits)
 
 
 @torch.no_grad()

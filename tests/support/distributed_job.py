@@ -181,8 +181,7 @@ def main():
         options["use_cpu"] = False
 
     from structlora_trl import StructLoRACallback, StructLoRASFTConfig, StructLoRASFTTrainer
-    from tests.support.jobs import sft
-    from tests.trainers.test_trainers import StopAt
+    from tests.support.jobs import StopAt, sft
 
     callback = StructLoRACallback(args.method) if args.method is not None and not args.subclass else None
     others = [

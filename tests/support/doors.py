@@ -11,31 +11,18 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from structlora_trl import attach, load_state
-from structlora_trl.state import STATE_NAME
-from tests.docs.test_examples import llava_processor
-from tests.support.tiny import base_model, sentence, tokenizer
+from tests.support.data import picture as pixels_of
+from tests.support.left import assert_acted
+from tests.support.tiny import sentence
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STUBS = Path(__file__).with_name("stubs")
-LEAST_MOVE = 1e-3  # of a gate logit in three steps at the default rate of 0.03
 STEPS = 3
 ROWS = 16
-
-
-def save_model(folder: Path, family: str = "llama", **sizes) -> str:
-    """A tiny model of a family with its tokenizer, as a local folder."""
-    model = base_model(family)
-    if sizes:
-        torch.manual_seed(0)
-        model = type(model)(type(model.config)(**{**model.config.to_dict(), **sizes}))
-    model.save_pretrained(folder)
-    (llava_processor() if family == "llava" else tokenizer()).save_pretrained(folder)
-    return str(folder)
 
 
 def save_rows(file: Path, row) -> str:
@@ -58,8 +45,7 @@ def save_pictures(file: Path) -> str:
     rows = []
     for i in range(ROWS):
         picture = file.with_name(f"picture{i}.png")
-        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-        Image.fromarray(pixels.numpy()).save(picture)
+        Image.fromarray(pixels_of(i)).save(picture)
         question = [{"type": "image", "path": str(picture)}, {"type": "text", "text": sentence(i, 4)}]
         answer = [{"type": "text", "text": sentence(i + 1, 4)}]
         rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
@@ -82,17 +68,8 @@ def run(*command, succeeds: bool = True, input: str | None = None, **environment
 
 
 def state_of(output: Path, step: int = STEPS) -> tuple[dict, dict]:
-    """The options and the tensors of a checkpoint's state; the gates must have moved, and the coordinator where there is one."""
-    with safe_open(Path(output) / f"checkpoint-{step}" / STATE_NAME, "pt") as file:
-        options = json.loads(file.metadata()["config"])
-        state = {key: file.get_tensor(key) for key in file.keys()}
-    assert state["step"] == step
-    start = torch.tensor(options["gate_init"]).logit()
-    logits = [value for key, value in state.items() if key.endswith("/filter.logits")]
-    thetas = [value for key, value in state.items() if key.endswith(".theta")]
-    assert logits and all((values - start).abs().min() > LEAST_MOVE for values in logits)
-    assert bool(thetas) == (options["coordinator"] != "none") and all(theta.any() for theta in thetas)
-    return options, state
+    """The options and the tensors of a checkpoint's state, whose parts have moved."""
+    return assert_acted(Path(output) / f"checkpoint-{step}", step)
 
 
 def check(output: Path, model: str, step: int = STEPS, merged: Path | None = None, atol: float = 1e-6) -> dict:

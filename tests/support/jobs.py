@@ -9,7 +9,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
@@ -159,6 +159,14 @@ JOBS = {
     "rloo": _online("RLOO"),
     "trainer": plain,
 }
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.at = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.at
 
 
 def checkpoints(output) -> list[str]:

@@ -11,10 +11,8 @@ from transformers import TrainerCallback
 from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.trainers.compat import why_quiet
 from tests.support.jobs import JOBS, sft
+from tests.support.left import LEAST_MOVE
 from tests.support.tiny import adamw, peft_model, warm_up
-
-LEAST_MOVE = 1e-3
-
 
 NOISE = {
     # job: the noise under `auto`, and what the line at the start says of it

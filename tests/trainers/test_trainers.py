@@ -34,7 +34,8 @@ from structlora_trl import (
 )
 from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.mapping import Parts
-from tests.support.jobs import JOBS, checkpoints, from_trl, plain, sft
+from tests.support.jobs import JOBS, StopAt, checkpoints, from_trl, plain, sft
+from tests.support.left import state_of
 from tests.support.tiny import WHOLE, base_model, logits_of, lora_parameters
 
 STATE = "structlora.safetensors"
@@ -45,10 +46,6 @@ EVERY_OTHER_STEP = {
     "eval_strategy": "steps",
     "eval_steps": 2,
 }
-
-
-def state_of(checkpoint) -> dict:
-    return load_file(Path(checkpoint) / STATE)
 
 
 def weights_of(trainer):
@@ -116,7 +113,7 @@ def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
     resumed = sft(parts, [callback], **options)
     resumed.train(resume_from_checkpoint=source)
     assert callback.runtime.step == 6
-    ours, theirs = state_of(parts / "checkpoint-6"), state_of(whole / "checkpoint-6")
+    ours, theirs = state_of(parts / "checkpoint-6")[1], state_of(whole / "checkpoint-6")[1]
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
 
@@ -131,18 +128,10 @@ def test_resume_is_bit_for_bit_after_a_plateau(tmp_path):
     sft(tmp_path, [StructLoRACallback(WHOLE), StopAt(3)], **options).train()
     resumed = sft(tmp_path, [StructLoRACallback(WHOLE)], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    ours, theirs = state_of(tmp_path / "checkpoint-6"), state_of(tmp_path / "whole" / "checkpoint-6")
+    ours, theirs = state_of(tmp_path / "checkpoint-6")[1], state_of(tmp_path / "whole" / "checkpoint-6")[1]
     assert resumed.optimizer.param_groups[0]["lr"] < 0.5 * theirs["schedule.largest"]  # it was reduced
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.at = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.at
 
 
 def test_training_loop_of_another_name(tmp_path, monkeypatch):
@@ -155,7 +144,7 @@ def test_training_loop_of_another_name(tmp_path, monkeypatch):
     sft(tmp_path, [StructLoRACallback(), StopAt(2)], **options).train()
     callback = StructLoRACallback()
     sft(tmp_path, [callback], **options).train(resume_from_checkpoint=True)
-    assert callback.runtime.step == 4 and state_of(tmp_path / "checkpoint-4")["step"] == 4
+    assert callback.runtime.step == 4 and state_of(tmp_path / "checkpoint-4")[1]["step"] == 4
 
 
 def test_callback_state_is_restored_where_asked(tmp_path):
@@ -211,7 +200,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
     assert all(torch.equal(best[name], names[name]) for name in best)
     assert callback.runtime.step == 2
     trainer.train()
-    assert state_of(tmp_path / "checkpoint-6")["step"] == 8
+    assert state_of(tmp_path / "checkpoint-6")[1]["step"] == 8
 
 
 def test_second_train_goes_on(tmp_path):
@@ -476,7 +465,7 @@ def test_killed_amid_a_save_the_checkpoint_before_still_resumes(tmp_path):
     assert callback.runtime.step == 6
     whole = tmp_path / "whole"
     sft(whole, [StructLoRACallback(WHOLE)], **options).train()
-    ours, theirs = state_of(tmp_path / "checkpoint-6"), state_of(whole / "checkpoint-6")
+    ours, theirs = state_of(tmp_path / "checkpoint-6")[1], state_of(whole / "checkpoint-6")[1]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -497,7 +486,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint(failure, tmp_path, monk
     with pytest.raises(StructLoRAError, match="cannot be written .*No space left.*resume from the last complete"):
         trainer.train()
     assert not list((tmp_path / "checkpoint-4").glob("structlora*"))
-    assert state_of(tmp_path / "checkpoint-2")["step"] == 2
+    assert state_of(tmp_path / "checkpoint-2")[1]["step"] == 2
 
 
 def test_real_disk_full(tmp_path):

@@ -16,13 +16,13 @@ from axolotl.utils.dict import DictDefault
 from safetensors.torch import load_file
 
 from structlora_trl import StructLoRAConfig, StructLoRAError
+from tests.support.data import BLOCKS_OF_64, save_base
 from tests.support.doors import (
     ROOT,
     chat,
     check,
     instruction,
     run,
-    save_model,
     save_pictures,
     save_rows,
     state_of,
@@ -32,7 +32,6 @@ from tests.support.readme import readme_block
 from tests.support.tiny import sentence
 
 PLUGIN = "structlora_trl.integrations.axolotl.StructLoRAPlugin"
-BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # bitsandbytes on CPUs with AVX-512
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NO_KERNELS = {f"lora_{part}_kernel": False for part in ("qkv", "o", "mlp", "embedding")}  # they need triton
 ON_CPU_SCRIPT = Path(__file__).with_name("axolotl_on_cpu.py")
@@ -52,8 +51,8 @@ KERNELS_ON_CPU = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("axolotl")
-    save_model(folder / "model")
-    save_model(folder / "wide", **BLOCKS_OF_64)
+    save_base(folder / "model")
+    save_base(folder / "wide", **BLOCKS_OF_64)
     save_rows(folder / "instructions.json", instruction)
     save_rows(
         folder / "preferences.json",
@@ -328,7 +327,7 @@ def test_configs_train_as_they_stand(place, name):
     family = FAMILIES[name.split("-")[0]] if name != "README" else "qwen3"
     sizes = BLOCKS_OF_64 if written.get("load_in_4bit") else {}
     model = place / f"{family}{len(sizes)}"
-    save_model(model, family, **sizes)
+    save_base(model, family, **sizes)
     if family == "llava":
         data = save_pictures(place / "pictures.json")
     elif written["datasets"][0]["type"] == "alpaca":

@@ -9,20 +9,20 @@ import yaml
 
 pytest.importorskip("llamafactory", reason="run `make test-llamafactory`")
 
-from tests.support.doors import ROOT, check, instruction, run, save_model, save_rows, state_of
+from tests.support.data import BLOCKS_OF_64, save_base
+from tests.support.doors import ROOT, check, instruction, run, save_rows, state_of
 from tests.support.launching import free_port
 from tests.support.readme import readme_block
 from tests.support.tiny import sentence
 
 COMMAND = "structlora-llamafactory"
-BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # bitsandbytes on CPUs with AVX-512
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llamafactory")
-    save_model(folder / "model")
-    save_model(folder / "wide", **BLOCKS_OF_64)
+    save_base(folder / "model")
+    save_base(folder / "wide", **BLOCKS_OF_64)
     save_rows(folder / "instructions.json", instruction)
     save_rows(
         folder / "preferences.json",

@@ -9,7 +9,8 @@ import yaml
 
 pytest.importorskip("swift.callbacks", reason="run `make test-ms-swift`")
 
-from tests.support.doors import ROWS, chat, check, run, save_model
+from tests.support.data import save_base
+from tests.support.doors import ROWS, chat, check, run
 from tests.support.launching import free_port
 
 PLUGIN = "import structlora_trl.integrations.ms_swift"  # the README's line
@@ -18,7 +19,7 @@ PLUGIN = "import structlora_trl.integrations.ms_swift"  # the README's line
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ms_swift")
-    save_model(folder / "model")
+    save_base(folder / "model")
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat(i)) + "\n" for i in range(ROWS)))
     (folder / "structlora_plugin.py").write_text(PLUGIN)
     return folder

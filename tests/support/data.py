@@ -1,0 +1,96 @@
+"""Tiny models and data as users have them: in folders and files, in the formats of TRL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, LlavaProcessor
+
+from tests.support.tiny import base_model, sentence, tokenizer
+
+ROWS = 24
+# On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
+BLOCKS_OF_64 = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+
+
+def turn(role: str, index: int) -> dict:
+    return {"role": role, "content": sentence(index, 4)}
+
+
+def texts() -> list[dict]:
+    return [{"text": sentence(i)} for i in range(ROWS)]
+
+
+def chats(count: int = ROWS) -> list[dict]:
+    return [{"messages": [turn("user", i), turn("assistant", i + 1)]} for i in range(count)]
+
+
+def preferences(count: int = ROWS) -> list[dict]:
+    """Two whole chats that begin alike, as the public data sets have them."""
+    return [
+        {
+            "chosen": [turn("user", i), turn("assistant", i + 1)],
+            "rejected": [turn("user", i), turn("assistant", i + 2)],
+        }
+        for i in range(count)
+    ]
+
+
+def picture(index: int) -> np.ndarray:
+    """Pixels, (16, 16, 3)."""
+    return np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def pictures(count: int = ROWS) -> list[dict]:
+    """Rows that hold their pictures."""
+    return [
+        {"images": [picture(i)], "prompt": [turn("user", i)], "completion": [turn("assistant", i + 1)]}
+        for i in range(count)
+    ]
+
+
+def saved_pictures(folder: Path) -> list[dict]:
+    """Rows that name their pictures by paths relative to the data file."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    rows = pictures()
+    for i, row in enumerate(rows):
+        Image.fromarray(row["images"][0]).save(folder / "pictures" / f"{i}.png")
+        row["images"] = [f"pictures/{i}.png"]
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def llava_processor() -> LlavaProcessor:
+    template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}{% endif %} {% endfor %}"
+    )
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        words,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def save_base(folder: Path, family: str = "llama", **sizes) -> str:
+    """A tiny model of a family with its tokenizer or processor, as a local folder; its path."""
+    model = base_model(family)
+    if sizes:
+        torch.manual_seed(0)
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), **sizes}))
+    # Public BERT checkpoints have no classifier.
+    (model.bert if family == "bert" else model).save_pretrained(folder)
+    (llava_processor() if family == "llava" else tokenizer()).save_pretrained(folder)
+    return str(folder)
