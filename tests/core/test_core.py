@@ -305,5 +305,16 @@ def test_effective_rank_is_that_of_the_product(seed):
     assert effective_rank(A, torch.zeros(3, 6, 4)).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_effective_rank_of_diverged_factors_is_nan_and_no_error(value):
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 6, 4, generator=generator)
+    expected = effective_rank(A, B)
+    B[1, 0, 0] = value
+    found = effective_rank(A, B)
+    assert found[1].isnan()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])
+
+
 def test_drift_energy():
     assert drift_energy(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]])) == 26

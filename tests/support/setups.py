@@ -243,6 +243,12 @@ def schedule_free(model):
     return optimizer
 
 
+def gradient_release(model):
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["gradient_release"] = True  # as optimi's optimizers have it
+    return optimizer
+
+
 def layer_wise(model):
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # as Trainer's LayerWiseDummyOptimizer
 
@@ -436,8 +442,13 @@ REFUSED = [
     ),
     Setup("full fine-tuning", wrap=lambda base: base, refused="a PEFT model with a LoRA adapter"),
     Setup("schedule-free optimizers", optimizer=schedule_free, refused="schedule-free optimizer"),
+    Setup(
+        "optimizers with gradient release",
+        optimizer=gradient_release,
+        refused="`gradient_release`.*inside the backward",
+    ),
     Setup("layer-wise optimizers", optimizer=layer_wise, refused="missing from the optimizer.*layer-wise"),
-    Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer"),
+    Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer.*one optimizer"),
     Setup(
         "two adapters active at once",
         wrap=with_(lambda model: (second_adapter(model), model.base_model.set_adapter(["default", "other"]))),
