@@ -200,11 +200,11 @@ class Runtime:
         return self.weights == EVALUATION or (self.weights == TRAINING and not self.is_noisy)
 
     def evaluation_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each LoRA parameter with its evaluation value, fp32 and flattened to a matrix."""
+        """Each LoRA parameter with its evaluation value, as the model would hold it."""
         self._adopt()
         for kind, factors in zip(self.kinds, self.evaluation_factors()):
             for parameters, stack in zip((kind.A, kind.B), factors):
-                yield from zip(parameters, stack)
+                yield from ((p, self.engine.stored(p, value.detach())) for p, value in zip(parameters, stack))
 
     def evaluation_factors(self) -> list[Factors]:
         """Effective factors without noise, one per kind, fp32."""

@@ -106,7 +106,7 @@ class Watch:
             return
         names = {id(p): name for name, p in module.named_parameters()}
         for parameter, value in runtime.evaluation_values():
-            state[prefix + names[id(parameter)]] = value.view_as(parameter).to(parameter.dtype)
+            state[prefix + names[id(parameter)]] = value
 
     def _of(self, *modules: nn.Module):
         """The runtime, where these are its own modules and not parts of a copy."""
@@ -119,8 +119,7 @@ class Watch:
         if runtime is not None and not runtime.shows_evaluation_weights:
             for parameter, value in runtime.evaluation_values():
                 if id(parameter) not in memo:
-                    copy = value.view_as(parameter).to(parameter.dtype).detach().clone()
-                    memo[id(parameter)] = nn.Parameter(copy, requires_grad=parameter.requires_grad)
+                    memo[id(parameter)] = nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
         return Watch()
 
     def __reduce__(self):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
+from torch import Tensor, nn
 
 from ..core.mapping import Factors
 from .schedule import Rate
@@ -82,6 +83,10 @@ class Engine(ABC):
     def rounded(self, factors: list[Factors]) -> list[Factors]:
         """Values as they read back once they were written to the model."""
         return factors
+
+    def stored(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """A whole value as the model holds this parameter: its shape, its dtype, and its sharding."""
+        return value.view_as(parameter).to(parameter.dtype)
 
     def keep_versions(self) -> ExitStack:
         """Closing it makes autograd take what stands for what stood: for values that return before a backward reads them."""

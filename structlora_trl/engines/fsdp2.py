@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind
@@ -68,6 +68,10 @@ class FSDP2Engine(TorchEngine):
 
     def read_working(self) -> list[Factors]:
         return self.packing.gather(self._fragments(lambda p: p.data))
+
+    def stored(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        whole = value.view(parameter.shape).to(parameter.dtype)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it
 
     def keep_versions(self) -> ExitStack:
         return ExitStack()  # a backward reads gathered copies, which we do not write to
