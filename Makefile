@@ -53,6 +53,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(RUN) docs/refusals.py
 	$(RUN) docs/what_runs.py
+	$(RUN) docs/front_doors.py
 	$(RUN) docs/draw_map.py
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
