@@ -10,7 +10,7 @@ import peft
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
-from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType
 from torch import nn
 
 from . import __version__
@@ -107,7 +107,7 @@ def build_runtime(
         config,
         engine,
         seed,
-        align=config.align_init and not config.is_off and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
+        align=config.align_init and config.compares_depths and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
         parts=parts,
         quiet=quiet,
@@ -160,6 +160,12 @@ def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Lora
             "a PEFT model with a LoRA adapter",
             "pass `peft_config=LoraConfig(...)` to the TRL trainer, or wrap the model with `peft.get_peft_model`",
         )
+    if any(c.peft_type == PeftType.XLORA for c in model.peft_config.values()):
+        raise StructLoRAError(
+            "an X-LoRA model, which trains the mixture of finished LoRA adapters and not their factors",
+            "a LoRA adapter to train",
+            "train each adapter with StructLoRA first, on a model with `LoraConfig` alone, then mix them",
+        )
     name = config.adapter_name
     if name is None:
         active = list(model.active_adapters)
@@ -179,9 +185,15 @@ def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Lora
             f"call `model.set_adapter('{name}')` before the optimizer is built, or set `adapter_name` to an active one",
         )
     lora = model.peft_config[name]
-    if not isinstance(lora, LoraConfig):
+    if lora.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         kind = getattr(lora.peft_type, "value", lora.peft_type)
         raise StructLoRAError(f"adapter '{name}' of PEFT type {kind}", "LORA", "use a `LoraConfig`")
+    if getattr(lora, "use_bdlora", None):  # PEFT 0.19 and later
+        raise StructLoRAError(
+            f"adapter '{name}' with `use_bdlora`, whose factors are block-diagonal",
+            "full factors, so that a direction is a row of lora_A and a column of lora_B",
+            "remove `use_bdlora`",
+        )
     return name, lora
 
 

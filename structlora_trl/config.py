@@ -124,8 +124,8 @@ class StructLoRAConfig:
     semantic_decay: float = _option(0.9, "Decay of the running mean of gradients that semantic edges compare.")
     align_init: bool = _option(
         True,
-        "Start a fresh adapter with the same lora_A at every depth of a kind, so that depths can be compared. Outputs "
-        "are unchanged; a warm or data-driven initialisation is never touched.",
+        "Where depths are compared (a coordinator or a regularizer acts), start a fresh adapter with the same lora_A at every "
+        "depth of a kind. Outputs are unchanged; a warm or data-driven initialisation is never touched.",
     )
     regularizer: str = _option(
         "none",

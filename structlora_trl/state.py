@@ -3,7 +3,7 @@
 `State` holds the parts. It becomes one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the
 adapter, written whole or not at all:
 
-    header                                 JSON: format, seed, options; modules, shape [L, r, k, d] and sides of each kind
+    header                                 JSON: format, seed, options; of each kind modules, shape [L, rows, k, d], sides, what is adapted
     step, skipped_steps                    optimizer steps that counted, and those that were skipped
     schedule.largest, schedule.warms_up    where the learning rates' schedule stands (`ScheduleShare`)
     KIND/latent_A, KIND/latent_B           latent factors, fp32
@@ -21,7 +21,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .config import StructLoRAConfig
 from .core.mapping import Factors, KindMap
+from .core.nodes import Adapted
 from .engines.schedule import ScheduleShare
 from .errors import StructLoRAError
 
@@ -67,8 +68,9 @@ class KindState:
 
     Args:
         modules (`list[str]`): full module names, one per depth.
-        shape (`list[int]`): [L, r, k, d].
+        shape (`list[int]`): [L, rows of lora_A, k, d].
         sides (`list[str]`): the factors that are compared across depth.
+        adapted (`Adapted`): what each module adapts.
         latent (`Factors`): latent factors, fp32.
         own (`dict[str, Tensor]`): `KindMap.state_dict()`.
         graph (`dict[str, Tensor]`): `DepthGraph.state_dict()`.
@@ -78,6 +80,7 @@ class KindState:
     modules: list[str]
     shape: list[int]
     sides: list[str]
+    adapted: Adapted
     latent: Factors
     own: dict[str, Tensor]
     graph: dict[str, Tensor]
@@ -91,7 +94,9 @@ class KindState:
             {name: optimizer.state[p] for name, p in m.named_parameters() if p in optimizer.state} if optimizer else {}
         )
         moments = {name: {key: torch.as_tensor(v) for key, v in moment.items()} for name, moment in stepped.items()}
-        return cls(modules, m.kind.shape, list(m.sides), latent, m.state_dict(), m.graph.state_dict(), moments)
+        return cls(
+            modules, m.kind.shape, list(m.sides), m.kind.adapted, latent, m.state_dict(), m.graph.state_dict(), moments
+        )
 
     def entries(self) -> dict[str, Tensor]:
         """As part of a flat dict, without the kind's name."""
@@ -120,19 +125,21 @@ class KindState:
         if not {"latent_A", "latent_B"} <= own.keys():
             raise _Damage(f"no latent factors of '{name}'")
         latent = Factors(own.pop("latent_A"), own.pop("latent_B"))
-        found = cls(facts["modules"], facts["shape"], facts["sides"], latent, own, graph, dict(moments))
+        adapted = Adapted(**facts["adapted"])
+        found = cls(facts["modules"], facts["shape"], facts["sides"], adapted, latent, own, graph, dict(moments))
         found._check(name)
         return found
 
     def _check(self, name: str) -> None:
         depth_count, rank, columns, rows = self.shape
-        nodes = self.graph["semantic"].shape[:1] if "semantic" in self.graph else ()
+        lead = (self.adapted.experts,) if self.adapted.experts > 1 else ()
+        nodes = self.graph["semantic"].shape[-1:] if "semantic" in self.graph else ()
         expected = {"latent_A": [(depth_count, rank, columns)], "latent_B": [(depth_count, rows, rank)]}
         expected |= {
             "origin_A": [(d, rank, columns) for d in (1, depth_count)],
             "origin_B": [(depth_count, rows, rank)],
         }
-        expected |= {"graph.semantic": [(*nodes, *nodes)]}
+        expected |= {"graph.semantic": [(*lead, *nodes, *nodes)]}
         entries = self.entries()
         if ("origin_A" in self.own) != ("A" in self.sides) or set(self.graph) - {"features"} != {"semantic"}:
             raise _Damage(f"other parts of '{name}' than its header says ({', '.join(sorted(entries))})")
@@ -158,7 +165,7 @@ class KindState:
             StructLoRAError: what is missing, too much, or of another shape or type.
         """
         own = KindState.of(m, latent)
-        for what in ("modules", "shape", "sides"):
+        for what in ("modules", "shape", "adapted", "sides"):
             if getattr(own, what) != getattr(self, what):
                 remedy = "set `side` and `roles` as they were" if what == "sides" else _SAME_RUN
                 raise StructLoRAError(
@@ -182,7 +189,7 @@ class KindState:
                 "the same parts as now",
             )
         shapes = {key: tuple(value.shape) for key, value in here.items() if key != "origin_A"}  # (1, r, k) or (L, r, k)
-        shapes |= {"graph.features": (len(own.graph["semantic"]), m.gradient_size)}
+        shapes |= {"graph.features": (*own.graph["semantic"].shape[:-1], m.gradient_size)}
         for key, value in theirs.items():
             if key in shapes and tuple(value.shape) != shapes[key]:
                 raise _misfit(
@@ -215,7 +222,10 @@ class State:
 
     def flatten(self) -> dict[str, Tensor]:
         """One flat dict of tensors, all of them copies."""
-        kinds = {n: {"modules": k.modules, "shape": k.shape, "sides": k.sides} for n, k in self.kinds.items()}
+        kinds = {
+            n: {"modules": k.modules, "shape": k.shape, "sides": k.sides, "adapted": asdict(k.adapted)}
+            for n, k in self.kinds.items()
+        }
         header = {"format": FORMAT, "seed": self.seed, "config": self.options, "kinds": kinds}
         flat = {
             _HEADER: _encode(header),
@@ -305,7 +315,7 @@ class State:
 def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
     """Write the runtime's state to `directory/structlora.safetensors`, atomically.
 
-    The header holds the configuration, and for each kind its modules, shape [L, r, k, d] and compared sides.
+    The header holds the configuration, and for each kind its modules, shape [L, rows, k, d], compared sides and what it adapts.
 
     Raises:
         StructLoRAError: the file cannot be written; what was there before still is.
@@ -415,8 +425,20 @@ def _decode(flat: Mapping[str, Tensor]) -> dict:
     return header
 
 
+def _is_adapted(facts, rows: int) -> bool:
+    if not isinstance(facts, dict) or facts.keys() != asdict(Adapted()).keys() or type(facts["experts"]) is not int:
+        return False
+    experts = facts["experts"]
+    return (
+        isinstance(facts["parameter"], str)
+        and facts["input_side"] in ("A", "B")
+        and experts > 0
+        and rows % experts == 0
+    )
+
+
 def _is_kind(facts) -> bool:
-    if not isinstance(facts, dict) or facts.keys() != {"modules", "shape", "sides"}:
+    if not isinstance(facts, dict) or facts.keys() != {"modules", "shape", "sides", "adapted"}:
         return False
     modules, shape, sides = facts["modules"], facts["shape"], facts["sides"]
     return (
@@ -426,6 +448,7 @@ def _is_kind(facts) -> bool:
         and all(type(size) is int and size > 0 for size in shape)
         and len(modules) == shape[0]
         and sides in (["A"], ["B"], ["A", "B"])
+        and _is_adapted(facts["adapted"], shape[1])
     )
 
 

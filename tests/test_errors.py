@@ -6,11 +6,12 @@ import json
 import pickle
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, XLoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
@@ -62,7 +63,41 @@ def two_adapters_one_active():
     return model
 
 
-# case -> model, options, optimizer over (None: the trainable parameters), message
+def adalora():
+    config = AdaLoraConfig(r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=["q_proj"])
+    return get_peft_model(base_model("llama"), config)
+
+
+def xlora():
+    with tempfile.TemporaryDirectory() as folder:
+        peft_model().save_pretrained(folder)
+        base = base_model("llama")
+        base.config.use_cache = False
+        return get_peft_model(base, XLoraConfig(hidden_size=base.config.hidden_size, adapters={"x": folder}))
+
+
+def tied():
+    base = base_model("llama")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = lora(base, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    if not hasattr(model.peft_config["default"], "target_modules_to_tie"):
+        pytest.skip("this PEFT ties no LoRA factors")
+    return model
+
+
+def block_diagonal():
+    if "use_bdlora" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT has no BD-LoRA")
+    return peft_model(use_bdlora={"target_modules_bd_b": ["q_proj", "v_proj"], "nblocks": 2})
+
+
+def grouped():
+    blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, groups=2) for _ in range(2))
+    return lora(nn.ModuleDict({"blocks": blocks}), target_modules=r"blocks\.\d")
+
+
+# case -> model, options, message
 CASES = {
     "no PEFT": (lambda: base_model("llama"), {}, "type LlamaForCausalLM.*a PEFT model.*get_peft_model"),
     "not LoRA": (
@@ -84,8 +119,18 @@ CASES = {
     "unknown role": (
         lambda: lora(Odd(), target_modules=["mix"]),
         {},
-        r"module 'base_model.model.blocks.0.mix', whose role is unknown.*roles=\{'mix': 'read'\}",
+        r"module 'blocks.0.mix', whose role is unknown.*roles=\{'mix': 'read'\}",
     ),
+    "role of nothing": (
+        lambda: lora(Odd(), target_modules=["mix"]),
+        {"roles": {"mx": "read"}},
+        "'mx', the end of no .*mix",
+    ),
+    "AdaLoRA": (adalora, {}, "PEFT type ADALORA.*Expected LORA"),
+    "X-LoRA": (xlora, {}, "an X-LoRA model.*a LoRA adapter to train"),
+    "tied weights": (tied, {}, "embed_tokens' and 'lm_head' in one memory.*ensure_weight_tying=False"),
+    "block-diagonal": (block_diagonal, {}, "'default' with `use_bdlora`.*remove `use_bdlora`"),
+    "grouped convolution": (grouped, {}, "'blocks.0' with 4 rows of lora_A and 2 columns of lora_B.*`target_modules`"),
     "one depth": (
         lambda: peft_model(layers_to_transform=[1]),
         {},

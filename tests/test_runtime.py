@@ -384,7 +384,8 @@ def test_noise_and_alignment_are_told_by_the_seed():
     [
         ("fresh", {}, True),
         ("fresh", {"align_init": False}, False),
-        ("fresh", {"filter": "none", "coordinator": "none"}, False),
+        ("fresh", {"coordinator": "none"}, False),
+        ("fresh", {"coordinator": "none", "regularizer": "cosine"}, True),
         ("warm", {}, False),
         ("pissa", {}, False),
     ],

@@ -264,7 +264,7 @@ def _sizes(saved: Saved, pruned: Pruned, before: Path, after: Path) -> list[Size
         for tensors in (saved.tensors, pruned.tensors)
     ]
     kinds = [
-        Size(f"directions of {k.name}", k.depth_count * k.rank, sum(len(pruned.kept[m]) for m in k.modules))
+        Size(f"directions of {k.name}", k.depth_count * k.experts * k.rank, sum(len(pruned.kept[m]) for m in k.modules))
         for k in saved.kinds
     ]
     return [

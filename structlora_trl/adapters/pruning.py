@@ -68,6 +68,8 @@ def prune(saved: Saved, threshold: float) -> Pruned:
                 "filter 'ib' or 'topk_norm'",
                 "export without pruning, or train with gates",
             )
+        if m.kind.experts > 1:
+            gates = gates.permute(1, 2, 0).flatten(1)  # (E, L, r) -> (L, r·E), as the columns of lora_B
         for module, row in zip(m.kind.modules, gates):
             kept[module] = (row >= threshold).nonzero().flatten().tolist()
             if not kept[module]:

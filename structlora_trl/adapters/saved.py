@@ -242,7 +242,8 @@ def _stacked(kind: Kind) -> Factors:
 def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> KindMap:
     """The map of a kind as a state has it, over copies of the latent factors."""
     parameters = [[nn.Parameter(part) for part in side] for side in state.latent]
-    m = KindMap(Kind(name, state.modules, *parameters), config, state.own.get("origin_A"), state.own.get("origin_B"))
+    kind = Kind(name, state.modules, *parameters, state.adapted)
+    m = KindMap(kind, config, state.own.get("origin_A"), state.own.get("origin_B"))
     state.refuse_other_parts(name, m, state.latent, step)
     m.restore(state.own, state.graph)
     return m

@@ -2,7 +2,7 @@
 
 Node features are low-rank factors, (L, r, n) with L depths, r directions and n the width of the shared space. Θ acts on
 the rank axis and is shared by all depths of a kind, so the paper's flattened d·k vectors never exist. Θ starts at zero:
-a new coordinator changes nothing.
+a new coordinator changes nothing. Experts, a leading axis of the features, share Θ too; messages pass within each.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class GAT(GCN):
         self.attention = nn.Parameter(torch.zeros(layers, 2, rank))  # towards target, towards source
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
-        norms = (features.square().mean(2) + self.norm_floor**2).sqrt()  # (L, r)
-        profile = norms / norms.mean()
-        to_target, to_source = self.attention[layer] @ profile.T  # (L,) each
-        scores = nn.functional.leaky_relu(to_target[:, None] + to_source[None, :], self.negative_slope)  # (L, L)
-        joined = graph.edges | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        weights = scores.masked_fill(~joined, -torch.inf).softmax(1)
-        return theta.T @ (weights @ features.flatten(1)).view_as(features)
+        norms = (features.square().mean(-1) + self.norm_floor**2).sqrt()  # (L, r)
+        profile = norms / norms.mean((-2, -1), keepdim=True)
+        to_target, to_source = (profile @ self.attention[layer].T).unbind(-1)  # (L,) each
+        scores = nn.functional.leaky_relu(to_target[..., :, None] + to_source[..., None, :], self.negative_slope)
+        joined = graph.edges | torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        weights = scores.masked_fill(~joined, -torch.inf).softmax(-1)  # (L, L)
+        return theta.T @ (weights @ features.flatten(-2)).view_as(features)
 
 
 COORDINATORS = {"gcn": GCN, "gat": GAT}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .gates import gate_entropy, kl_to_prior
 from .mapping import Factors, KindMap
+from .regularizers import laplacian
 
 
 def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str, float]:
@@ -35,9 +36,9 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
         metrics["gate_openness"] = torch.sigmoid(logits).mean().item()
         metrics["gate_entropy"] = gate_entropy(logits).mean().item()
         metrics["kl"] = kl_to_prior(logits, maps[0].config.prior).mean().item()
-    ranks = torch.cat([effective_rank(*factors).cpu() for factors in effective])
+    ranks = torch.cat([effective_rank(*m.split(factors)).flatten().cpu() for m, factors in zip(maps, effective)])
     metrics["effective_rank"] = ranks.mean().item()
-    metrics["drift_energy"] = sum(drift_energy(u) for m, f in zip(maps, effective) for u in m.features(f))
+    metrics["drift_energy"] = sum(drift_energy(u.flatten(-2)) for m, f in zip(maps, effective) for u in m.features(f))
     if any(len(m.coordinators) for m in maps):
         metrics["semantic_edges"] = sum(m.graph.semantic_edge_count for m in maps)
         thetas = [c.theta.detach().norm().cpu() for m in maps for c in m.coordinators.values()]
@@ -46,32 +47,32 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
 
 
 def effective_rank(A: Tensor, B: Tensor) -> Tensor:
-    """Effective rank of each BA, from r x r Gram matrices alone: (L, r, k), (L, d, r) -> (L,).
+    """Effective rank of each BA, from r x r Gram matrices alone: (..., r, k), (..., d, r) -> (...).
 
     Zero for BA = 0, NaN where values have diverged so far that no singular values are found.
     """
-    left, right = B.mT @ B, A @ A.mT  # (L, r, r)
-    measurable = (left.isfinite() & right.isfinite()).flatten(1).all(1)  # LAPACK raises on NaN and Inf
-    left, right = (torch.where(measurable[:, None, None], gram, 0) for gram in (left, right))
+    left, right = B.mT @ B, A @ A.mT  # (..., r, r)
+    measurable = (left.isfinite() & right.isfinite()).flatten(-2).all(-1)  # LAPACK raises on NaN and Inf
+    left, right = (torch.where(measurable[..., None, None], gram, 0) for gram in (left, right))
     # BA and (BᵀB)^½ (AAᵀ)^½ have the same singular values.
     product = _square_root(left) @ _square_root(right)
-    measurable &= product.isfinite().flatten(1).all(1)
-    singular = torch.linalg.svdvals(torch.where(measurable[:, None, None], product, 0))
-    total = singular.sum(1, keepdim=True)
+    measurable &= product.isfinite().flatten(-2).all(-1)
+    singular = torch.linalg.svdvals(torch.where(measurable[..., None, None], product, 0))
+    total = singular.sum(-1, keepdim=True)
     share = singular / total.clamp(min=torch.finfo(total.dtype).tiny)
-    entropy = -torch.xlogy(share, share).sum(1)
-    rank = torch.where(total[:, 0] > 0, entropy.exp(), 0)
+    entropy = -torch.xlogy(share, share).sum(-1)
+    rank = torch.where(total[..., 0] > 0, entropy.exp(), 0)
     return torch.where(measurable, rank, torch.nan)
 
 
 def drift_energy(features: Tensor) -> float:
-    """Σ_l ‖u_l+1 − u_l‖² of node features (L, ...), the paper's measure of incoherence over depth."""
-    return (features[1:] - features[:-1]).square().sum().item()
+    """Σ_l ‖u_l+1 − u_l‖² of node features (..., L, n), the paper's measure of incoherence over depth."""
+    return laplacian(features).item()
 
 
 def neighbour_cosine(features: Tensor) -> Tensor:
-    """Mean cosine of neighbours, (L, n) -> scalar tensor."""
-    return torch.nn.functional.cosine_similarity(features[1:], features[:-1]).mean()
+    """Mean cosine of neighbours, (..., L, n) -> scalar tensor."""
+    return torch.nn.functional.cosine_similarity(features[..., 1:, :], features[..., :-1, :], dim=-1).mean()
 
 
 def _square_root(gram: Tensor) -> Tensor:
@@ -79,4 +80,4 @@ def _square_root(gram: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # no convergence, near overflow; a figure must not end a run
         return torch.full_like(gram, torch.nan)
-    return vectors * values.clamp(min=0).sqrt()[:, None, :] @ vectors.mT
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2) @ vectors.mT

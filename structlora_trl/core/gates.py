@@ -89,11 +89,11 @@ def top_k_mask(A: Tensor, B: Tensor, keep: int) -> Tensor:
     """1 for the `keep` directions of largest ‖b_j‖‖a_j‖ in each module, 0 for the rest (the paper's Top-k norm filter).
 
     Args:
-        A (`Tensor`): (L, r, k).
-        B (`Tensor`): (L, d, r).
+        A (`Tensor`): (..., r, k).
+        B (`Tensor`): (..., d, r).
 
     Returns:
-        `Tensor` of shape (L, r).
+        `Tensor` of shape (..., r).
     """
-    norms = A.norm(dim=2) * B.norm(dim=1)  # (L, r)
-    return torch.zeros_like(norms).scatter_(1, norms.topk(keep, dim=1).indices, 1.0)
+    norms = A.norm(dim=-1) * B.norm(dim=-2)  # (..., r)
+    return torch.zeros_like(norms).scatter_(-1, norms.topk(keep, dim=-1).indices, 1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import StructLoRAConfig
+from .nodes import Kind
 
 # On a CPU, deeper graphs than this are multiplied as sparse matrices, so that cost stays linear in depth. GPUs multiply
 # dense: fast enough at any depth, and unlike their sparse kernels bit-reproducible, which replicated weights rely on.
@@ -27,28 +28,32 @@ def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tens
     """Edges from each node to its `top_k` nearest by cosine, where the cosine is above `threshold`.
 
     Args:
-        features (`Tensor`): (L, n) running-mean gradients.
-        exclude (`Tensor`): (L, L) bool, pairs that are joined already.
+        features (`Tensor`): (..., L, n) running-mean gradients.
+        exclude (`Tensor`): (..., L, L) bool, pairs that are joined already.
 
     Returns:
-        `Tensor` (L, L) bool, symmetric: an edge stands if either end asks for it.
+        `Tensor` (..., L, L) bool, symmetric: an edge stands if either end asks for it.
     """
-    unit = torch.nn.functional.normalize(features, dim=1)
-    cosine = (unit @ unit.T).masked_fill_(exclude, -torch.inf).fill_diagonal_(-torch.inf)
-    value, neighbour = cosine.topk(min(top_k, len(cosine) - 1), dim=1)
-    edges = torch.zeros_like(exclude).scatter_(1, neighbour, value > threshold)
-    return edges | edges.T
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    cosine = (unit @ unit.mT).masked_fill_(exclude, -torch.inf)
+    cosine.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+    value, neighbour = cosine.topk(min(top_k, cosine.shape[-1] - 1), dim=-1)
+    edges = torch.zeros_like(exclude).scatter_(-1, neighbour, value > threshold)
+    return edges | edges.mT
 
 
 def normalize_edges(edges: Tensor) -> Tensor:
-    """Â = D^-1/2 (S + I) D^-1/2 for (L, L) edges S; symmetric, eigenvalues in [-1, 1]."""
-    with_self = edges.float().fill_diagonal_(1.0)
-    scale = with_self.sum(1).rsqrt()
-    return scale[:, None] * with_self * scale[None, :]
+    """Â = D^-1/2 (S + I) D^-1/2 for (..., L, L) edges S; symmetric, eigenvalues in [-1, 1]."""
+    with_self = edges.float()
+    with_self.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    scale = with_self.sum(-1, keepdim=True).rsqrt()
+    return scale * with_self * scale.mT
 
 
 class DepthGraph:
     """The graph of one kind: fixed edges, semantic edges that follow the gradients, and Â of both.
+
+    Experts have a graph each: then every shape below has a leading axis E.
 
     Args:
         fixed (`Tensor`): (L, L) bool, symmetric, without self-loops: edges that stand whatever is learned.
@@ -66,9 +71,11 @@ class DepthGraph:
         self._refresh()
 
     @classmethod
-    def over_depth(cls, depth_count: int, config: StructLoRAConfig, device: torch.device) -> DepthGraph:
-        """The paper's graph of a kind with that many depths; `config.edges` says which edges it has."""
-        fixed = adjacency_edges(depth_count).to(device)
+    def over_depth(cls, kind: Kind, config: StructLoRAConfig) -> DepthGraph:
+        """The paper's graph of a kind; `config.edges` says which edges it has."""
+        fixed = adjacency_edges(kind.depth_count).to(kind.device)
+        if kind.experts > 1:
+            fixed = fixed.expand(kind.experts, -1, -1)
         if config.edges == "similarity":
             fixed = torch.zeros_like(fixed)
         follows_gradients = config.edges != "adjacency"
@@ -85,8 +92,7 @@ class DepthGraph:
         return int(self.semantic.sum()) // 2
 
     def observe(self, gradients: Tensor) -> None:
-        """Take a step's gradients (L, ...) into the running mean."""
-        gradients = gradients.flatten(1)
+        """Take a step's gradients (L, n) into the running mean."""
         if self.features is None:
             self.features = gradients.clone()
         else:
@@ -100,7 +106,7 @@ class DepthGraph:
 
     def propagate(self, features: Tensor) -> Tensor:
         """Â h for node features h (L, r, n)."""
-        return (self._propagation @ features.flatten(1)).view_as(features)
+        return (self._propagation @ features.flatten(-2)).view_as(features)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"semantic": self.semantic}
@@ -115,5 +121,5 @@ class DepthGraph:
 
     def _refresh(self) -> None:
         normalized = normalize_edges(self.edges)
-        sparse = normalized.device.type == "cpu" and len(normalized) > _DENSE_DEPTH
+        sparse = normalized.device.type == "cpu" and normalized.dim() == 2 and len(normalized) > _DENSE_DEPTH
         self._propagation = normalized.to_sparse() if sparse else normalized

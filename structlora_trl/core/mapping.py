@@ -3,7 +3,8 @@
     latent (A, B)  --gates-->  (A, B̃ = B·diag(m)/m₀)  --message passing-->  effective (A', B')
 
 The optimizer steps the latent factors; the model computes with the effective ones. All depths of a kind go through the
-map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth.
+map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth. Experts that PEFT adapts with one module are taken
+apart first: A (E, L, r, k), B (E, L, d, r), and whatever follows has that leading axis too.
 
 Updates count from an origin: A₀ at attach, and B₀ = 0, but for initialisations that move part of the base weights into the
 adapter (PiSSA and its kin). There B₀ is B at attach and the gates act on B − B₀: to gate the whole of B would switch the
@@ -26,12 +27,13 @@ from .coordinator import COORDINATORS, GCN
 from .filters import FILTERS, Filter
 from .gates import LogisticNoise
 from .graph import DepthGraph
-from .nodes import Kind, discover, residual_role
+from .nodes import Kind, discover, matches, residual_role
 from .regularizers import REGULARIZERS
 
 
 class Factors(NamedTuple):
-    """Stacked factors of a kind, or anything of their shapes: A (L, r, k), B (L, d, r)."""
+    """Stacked factors of a kind, or anything of their shapes: A (L, r, k), B (L, d, r); with experts, as PEFT keeps them:
+    A (L, E·r, k) with rows in the order (expert, r), B (L, d, r·E) with columns in the order (r, expert)."""
 
     A: Tensor
     B: Tensor
@@ -52,9 +54,7 @@ class Parts:
 
     discover: Callable[[nn.Module, str], list[Kind]] = discover
     filter: Callable[[tuple[int, ...], StructLoRAConfig, torch.device], Filter] | None = None
-    graph: Callable[[Kind, StructLoRAConfig], DepthGraph] = lambda kind, config: DepthGraph.over_depth(
-        kind.depth_count, config, kind.device
-    )
+    graph: Callable[[Kind, StructLoRAConfig], DepthGraph] = DepthGraph.over_depth
     coordinator: Callable[[int, int, str], GCN] | None = None
     noise: Callable[[int], LogisticNoise] = LogisticNoise
 
@@ -86,7 +86,8 @@ class KindMap(nn.Module):
         self.sides = compared_sides(kind, config)
         self.register_buffer("origin_A", origin_A if "A" in self.sides else None)
         self.register_buffer("origin_B", origin_B)
-        self.filter = (parts.filter or FILTERS[config.filter])((kind.depth_count, kind.rank), config, kind.device)
+        gates = (kind.depth_count, kind.rank) if kind.experts == 1 else (kind.experts, kind.depth_count, kind.rank)
+        self.filter = (parts.filter or FILTERS[config.filter])(gates, config, kind.device)
         self.graph = parts.graph(kind, config)
         self.coordinators = nn.ModuleDict()
         if config.coordinator != "none" and kind.depth_count > 1:
@@ -111,14 +112,19 @@ class KindMap(nn.Module):
         added = {side: c(self._features(filtered, side), self.graph) for side, c in self.coordinators.items()}
         A, B = filtered
         if "A" in added:
-            A = A + added["A"]
+            A = A + _joined_A(added["A"])
         if "B" in added:
-            B = B + added["B"].mT
+            B = B + _joined_B(added["B"].mT)
         return Factors(A, B)
 
+    def split(self, factors: Factors) -> Factors:
+        """Factors of one module each: themselves, or with experts (L, E·r, k), (L, d, r·E) -> (E, L, r, k), (E, L, d, r)."""
+        return Factors(_split_A(factors.A, self.kind.experts), _split_B(factors.B, self.kind.experts))
+
     def openness(self, latent: Factors) -> Tensor | None:
-        """Probability that each direction is open, (L, r): σ(φ); 0 or 1 for 'topk_norm'; None where no filter decides."""
-        return self.filter.openness(latent.A, self._update_B(latent.B))
+        """Probability that each direction is open, (L, r), with experts (E, L, r): σ(φ); 0 or 1 for 'topk_norm'; None where
+        no filter decides."""
+        return self.filter.openness(*self.split(self._update(latent)))
 
     def pullback(
         self, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float = 1.0
@@ -161,7 +167,7 @@ class KindMap(nn.Module):
         penalty = REGULARIZERS[self.config.regularizer]
         leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
         with torch.enable_grad():
-            total = self.config.regularizer_weight * sum(penalty(u.flatten(1)) for u in self.features(leaves))
+            total = self.config.regularizer_weight * sum(penalty(u.flatten(-2)) for u in self.features(leaves))
         return Factors(*torch.autograd.grad(total, leaves, materialize_grads=True))
 
     def restore(self, own: dict[str, Tensor], graph: dict[str, Tensor]) -> None:
@@ -177,27 +183,46 @@ class KindMap(nn.Module):
 
     @property
     def gradient_size(self) -> int:
-        """Entries of `side_gradients` at each depth."""
-        _, rank, columns, rows = self.kind.shape
-        return sum(rank * {"A": columns, "B": rows}[side] for side in self.sides)
+        """Entries of `side_gradients` at each depth (of each expert)."""
+        _, _, columns, rows = self.kind.shape
+        return sum(self.kind.rank * {"A": columns, "B": rows}[side] for side in self.sides)
 
     def side_gradients(self, gradient: Factors) -> Tensor:
         """Gradients on those sides, flattened: (L, n)."""
-        return torch.cat([getattr(gradient, side).flatten(1) for side in self.sides], dim=1)
+        parts = self.split(gradient)
+        return torch.cat([getattr(parts, side).flatten(-2) for side in self.sides], dim=-1)
 
     def _filtered(self, latent: Factors, noise: Tensor | None) -> Factors:
-        update = self._update_B(latent.B)
-        filtered = self.filter(latent.A, update, noise)
-        if self.origin_B is None:
-            return Factors(latent.A, filtered)
-        # B₀ + (B − B₀) would round where nothing is filtered.
-        return latent if filtered is update else Factors(latent.A, self.origin_B + filtered)
+        A, update = self.split(self._update(latent))
+        filtered = self.filter(A, update, noise)
+        if filtered is update:  # nothing is filtered, and B₀ + (B − B₀) would round
+            return latent
+        B = _joined_B(filtered)
+        return Factors(latent.A, B if self.origin_B is None else self.origin_B + B)
 
-    def _update_B(self, B: Tensor) -> Tensor:
-        return B if self.origin_B is None else B - self.origin_B
+    def _update(self, factors: Factors) -> Factors:
+        return factors if self.origin_B is None else Factors(factors.A, factors.B - self.origin_B)
 
     def _features(self, factors: Factors, side: str) -> Tensor:
-        return factors.A - self.origin_A if side == "A" else self._update_B(factors.B).mT
+        if side == "A":
+            return _split_A(factors.A - self.origin_A, self.kind.experts)
+        return _split_B(self._update(factors).B, self.kind.experts).mT
+
+
+def _split_A(A: Tensor, experts: int) -> Tensor:
+    return A if experts == 1 else A.unflatten(1, (experts, -1)).transpose(0, 1)
+
+
+def _split_B(B: Tensor, experts: int) -> Tensor:
+    return B if experts == 1 else B.unflatten(2, (-1, experts)).movedim(3, 0)
+
+
+def _joined_A(A: Tensor) -> Tensor:
+    return A if A.dim() == 3 else A.transpose(0, 1).flatten(1, 2)
+
+
+def _joined_B(B: Tensor) -> Tensor:
+    return B if B.dim() == 3 else B.movedim(0, 3).flatten(2)
 
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
@@ -212,12 +237,14 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
     if role == "auto":
         role = residual_role(kind, config.roles)
         if role is None and config.compares_depths and kind.depth_count > 1:
-            leaf = kind.modules[0].rsplit(".", 1)[-1]
+            leaf = kind.target.rsplit(".", 1)[-1]
             raise StructLoRAError(
-                f"module '{kind.modules[0]}', whose role is unknown",
+                f"module '{kind.target}', whose role is unknown",
                 "to know whether it reads the residual stream (its lora_A is comparable across depth) or writes it (its lora_B is)",
                 f"set `roles={{'{leaf}': 'read'}}` or `'write'`, or choose `side` yourself",
             )
+        if kind.adapted.input_side == "B":
+            return ("B",) if role == "read" else ("A",)
     return ("B",) if role == "write" else ("A",)
 
 
@@ -225,9 +252,17 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
     """Stop before anything is touched where the map cannot act as asked.
 
     Raises:
-        StructLoRAError: a coordinator is asked for and no kind has two depths; the role of a kind is needed and unknown; or
-            a factor that would be mapped is frozen.
+        StructLoRAError: a coordinator is asked for and no kind has two depths; a pattern of `roles` matches no kind; the role
+            of a kind is needed and unknown; or a factor that would be mapped is frozen.
     """
+    for pattern in config.roles or ():
+        if not any(matches(pattern, kind) for kind in kinds):
+            targets = ", ".join(sorted({kind.target.rsplit(".", 1)[-1] for kind in kinds}))
+            raise StructLoRAError(
+                f"`roles` with '{pattern}', the end of no adapted module's name",
+                f"patterns of what the adapter adapts ({targets})",
+                "correct the pattern, or remove it",
+            )
     if config.coordinator != "none" and all(kind.depth_count == 1 for kind in kinds):
         raise StructLoRAError(
             f"only one depth in every kind ({', '.join(kind.name for kind in kinds)})",

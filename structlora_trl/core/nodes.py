@@ -41,12 +41,33 @@ RESIDUAL_ROLES = {
     # T5, Mixtral, DeepSeek
     r"q|k|v|wi|wi_0|wi_1|w1|w3|q_a_proj|kv_a_proj_with_mqa": "read",
     r"o|wo|w2": "write",
+    # Routers of mixtures of experts
+    r"(mlp|moe|block_sparse_moe|feed_forward)\.(gate|router)|shared_expert_gate": "read",
 }
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a LoRA module adapts, where that is one parameter of a module and not the module (PEFT's `target_parameters`).
+
+    Experts that a mixture keeps in one parameter share one LoRA module. Its rows of lora_A are in the order (expert, r), its
+    columns of lora_B in the order (r, expert).
+
+    Args:
+        parameter (`str`): the parameter's name; empty for a module.
+        experts (`int`, *optional*, defaults to 1): E, how many the parameter stacks.
+        input_side (`str`, *optional*, defaults to 'A'): the factor that meets the input. 'B' where PEFT takes a stack's first
+            axis for the input and the model keeps its outputs there (PEFT before 0.19).
+    """
+
+    parameter: str = ""
+    experts: int = 1
+    input_side: str = "A"
 
 
 @dataclass
@@ -56,32 +77,44 @@ class Kind:
     Args:
         name (`str`): the modules' name with `*` for the layer's number.
         modules (`list[str]`): full module names, one per depth.
-        A (`list[nn.Parameter]`): L factors of r x k entries each (convolutions count as r x (k·kernel)).
-        B (`list[nn.Parameter]`): L factors of d x r entries each.
+        A (`list[nn.Parameter]`): L factors of r x k entries each (convolutions count as r x (k·kernel)), E·r x k with experts.
+        B (`list[nn.Parameter]`): L factors of d x r entries each, d x r·E with experts.
+        adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
     """
 
     name: str
     modules: list[str]
     A: list[nn.Parameter]
     B: list[nn.Parameter]
+    adapted: Adapted = Adapted()
 
     @property
     def depth_count(self) -> int:
         return len(self.modules)
 
     @property
+    def experts(self) -> int:
+        return self.adapted.experts
+
+    @property
     def rank(self) -> int:
-        return full_shape(self.A[0])[0]
+        """r, of each expert."""
+        return full_shape(self.A[0])[0] // self.experts
 
     @property
     def shape(self) -> list[int]:
-        """[L, r, k, d]."""
+        """[L, rows of lora_A, k, d]."""
         rows, *columns = full_shape(self.A[0])
         return [self.depth_count, rows, math.prod(columns), full_shape(self.B[0])[0]]
 
     @property
     def device(self) -> torch.device:
         return self.A[0].device
+
+    @property
+    def target(self) -> str:
+        """What the module of the first depth adapts, as the model without PEFT names it."""
+        return _target(self.modules[0], self.adapted)
 
 
 def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
@@ -92,7 +125,8 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
         adapter_name (`str`): the adapter to look for.
 
     Raises:
-        StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all frozen.
+        StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all frozen; a module
+            whose lora_A and lora_B do not have the same directions; or two that share memory.
     """
     modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
     adapters, copies = set(), 0
@@ -128,28 +162,34 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
             "trainable LoRA parameters",
             "load the adapter with `is_trainable=True`, or set `requires_grad` on its parameters",
         )
-    return group(trainable)
+    _refuse_unpaired(trainable)
+    _refuse_shared(trainable)
+    return group(trainable, {module: _adapted(model.get_submodule(module)) for module in trainable})
 
 
-def group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
+def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapted] | None = None) -> list[Kind]:
     """The kinds of some LoRA modules, in order of appearance.
 
     Args:
         modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
+        adapted (`dict`, *optional*): module name -> what it adapts, where that is not a whole module.
     """
     groups = defaultdict(list)
     for module, factors in modules.items():
         A, B = factors["A"], factors["B"]
-        pattern, depth = split_depth(_clean(module))
-        groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad].append((depth, module, A, B))
+        what = (adapted or {}).get(module, Adapted())
+        pattern, depth = split_depth(_target(module, what))
+        groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad, what].append(
+            (depth, module, A, B)
+        )
     patterns = [key[0] for key in groups]
     kinds = []
-    for (pattern, a_shape, b_shape, *_), nodes in groups.items():
+    for (pattern, a_shape, b_shape, _, _, what), nodes in groups.items():
         nodes.sort(key=lambda node: node[0])
         _, names, A, B = zip(*nodes)
         # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
         shapes = f"[{'x'.join(map(str, (*b_shape, *a_shape[1:])))}]" if patterns.count(pattern) > 1 else ""
-        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B)))
+        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B), what))
     repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
     for kind in kinds:
         if kind.name in repeated:
@@ -157,8 +197,50 @@ def group(modules: dict[str, dict[str, nn.Parameter]]) -> list[Kind]:
     return kinds
 
 
-def _clean(module: str) -> str:
-    return module.replace("_orig_mod.", "").removeprefix("base_model.model.")
+def _refuse_unpaired(modules: dict[str, dict[str, nn.Parameter]]) -> None:
+    for module, factors in modules.items():
+        rows, columns = full_shape(factors["A"])[0], full_shape(factors["B"])[1]
+        if rows != columns:
+            raise StructLoRAError(
+                f"LoRA on '{_target(module)}' with {rows} rows of lora_A and {columns} columns of lora_B, as a grouped "
+                "convolution has",
+                "as many of one as of the other, since a direction is one of each",
+                "take the module out of `target_modules`",
+            )
+
+
+def _refuse_shared(modules: dict[str, dict[str, nn.Parameter]]) -> None:
+    """PEFT's `ensure_weight_tying` makes a head's factors views of an embedding's."""
+    owner: dict[int, str] = {}
+    for module, factors in modules.items():
+        for parameter in factors.values():
+            address = parameter.data_ptr() if parameter.numel() else 0  # 0: sharded, so that nothing is shared
+            if address and owner.setdefault(address, module) != module:
+                raise StructLoRAError(
+                    f"LoRA of '{_target(owner[address])}' and '{_target(module)}' in one memory (`ensure_weight_tying`)",
+                    "factors of its own for each module, since each is mapped in its own way",
+                    "set `ensure_weight_tying=False`, or adapt neither",
+                )
+
+
+def _adapted(module: nn.Module) -> Adapted:
+    """Read from a LoRA module. PEFT's `ParamWrapper` alone has a `parameter_name`."""
+    name = getattr(module, "parameter_name", None)
+    if name is None:
+        return Adapted()
+    if module.num_experts == 1:
+        return Adapted("" if name == "weight" else name)
+    inputs_first = getattr(module.get_base_layer(), "is_transposed", False)
+    follows_layout = getattr(module, "_did_swap_in_out_features", False)  # PEFT 0.19 and later
+    return Adapted(name, module.num_experts, "A" if inputs_first or follows_layout else "B")
+
+
+def _target(module: str, adapted: Adapted = Adapted()) -> str:
+    name = module.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    # PEFT nests the wrappers of one module's parameters, and a LoRA layer inside one of another method.
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{adapted.parameter}" if adapted.parameter else name
 
 
 def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
@@ -177,8 +259,12 @@ def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
 
 def residual_role(kind: Kind, roles: dict[str, str] | None) -> str | None:
     """'read', 'write', or None where neither the user's patterns nor the built-in table know the kind."""
-    name = _clean(kind.modules[0])
     for pattern, role in {**(roles or {}), **RESIDUAL_ROLES}.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if matches(pattern, kind):
             return role
     return None
+
+
+def matches(pattern: str, kind: Kind) -> bool:
+    """Whether a pattern of `roles` is the end of the name of what the kind adapts."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", kind.target) is not None

@@ -122,7 +122,9 @@ def test_semantic_edges_follow_the_cosine():
 
 
 def graph_over(depth_count, **options):
-    return DepthGraph.over_depth(depth_count, StructLoRAConfig(**WHOLE, **options), torch.device("cpu"))
+    nodes = [nn.Parameter(torch.zeros(1, 1)) for _ in range(depth_count)]
+    kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], nodes, nodes)
+    return DepthGraph.over_depth(kind, StructLoRAConfig(**WHOLE, **options))
 
 
 @pytest.mark.parametrize("edges, adjacent, semantic", [("hybrid", 2, 1), ("adjacency", 2, 0), ("similarity", 0, 1)])
@@ -146,7 +148,7 @@ def test_deep_graphs_multiply_the_same():
     """Beyond a depth the product is sparse; values and gradients are those of the dense one."""
     graph = graph_over(200, semantic_threshold=0.0)
     features = torch.randn(200, 3, 5, requires_grad=True)
-    graph.observe(features.detach())
+    graph.observe(features.detach().flatten(1))
     graph.rebuild()
     assert graph._propagation.is_sparse and graph.semantic_edge_count > 0
     weight = torch.randn(200, 3, 5)
@@ -274,7 +276,7 @@ def test_what_gates_are_divided_by_is_state(name):
     """Another `gate_init` on resume changes no weight, at evaluation or in training."""
     m, latent = kind_map(filter=name)
     other, _ = kind_map(filter=name, gate_init=0.4)
-    other.restore({"latent_A": latent.A, "latent_B": latent.B, "graph.semantic": m.graph.semantic, **m.state_dict()})
+    other.restore(m.state_dict(), m.graph.state_dict())
     for noise in (None, torch.randn(4, 3)):
         for ours, theirs in zip(m(latent, noise), other(latent, noise)):
             assert torch.equal(ours, theirs)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoHaConfig, LoraConfig, PeftMixedModel
 from torch import nn
 
+from structlora_trl import StructLoRAConfig
+from structlora_trl.core.mapping import Factors, KindMap
 from structlora_trl.core.nodes import discover, residual_role
-from tests.support.tiny import FAMILIES, LAYERS, peft_model
+from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, WHOLE, base_model, peft_model
 
 
 class Adapted(nn.Module):
@@ -46,6 +49,13 @@ _CLIP = {
     "mlp.fc1": READ,
     "mlp.fc2": WRITE,
 }
+_MOE = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.o_proj": WRITE,
+    "mlp.gate": READ,
+    "mlp.experts.gate_up_proj": READ,
+    "mlp.experts.down_proj": WRITE,
+}
 _BERT = {
     **{f"attention.self.{n}": READ for n in ("query", "key", "value")},
     "attention.output.dense": WRITE,
@@ -61,7 +71,7 @@ def test_families_are_known_by_name(family):
     deep = {name: kind for name, kind in kinds.items() if kind.depth_count > 1}
     assert all(kind.depth_count == LAYERS for kind in deep.values())
     roles = {name.split("*.", 1)[1]: residual_role(kind, None) for name, kind in deep.items() if "vision" not in name}
-    expected = {"bert": _BERT}.get(family, _DECODER)
+    expected = {"bert": _BERT, "mixtral": _MOE, "qwen3_moe": _MOE}.get(family, _DECODER)
     if family == "vit":
         assert list(roles.values()).count(WRITE) == 2 and list(roles.values()).count(READ) == 4
     else:
@@ -93,6 +103,36 @@ def test_depth_is_numeric_order_and_experts_are_not_depths():
     assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 2}
     staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
     assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_directions_of_an_expert_are_its_own(family):
+    """lora_A's rows are in the order (expert, r), lora_B's columns (r, expert): B_e A_e is what PEFT adds to expert e."""
+    model = peft_model(family, "warm", rank=2)
+    kinds = [kind for kind in discover(model, "default") if kind.experts > 1]
+    assert [kind.experts for kind in kinds] == [EXPERTS, EXPERTS]
+    for kind in kinds:
+        assert (kind.depth_count, kind.rank) == (LAYERS, 2)
+        m = KindMap(kind, StructLoRAConfig(**WHOLE), torch.stack(list(kind.A)).detach())
+        A, B = m.split(Factors(torch.stack(list(kind.A)), torch.stack(list(kind.B))))
+        for depth, name in enumerate(kind.modules):
+            module = model.get_submodule(name)
+            ours = module.scaling["default"] * B[:, depth] @ A[:, depth]
+            theirs = module.get_delta_weight("default")
+            if kind.adapted.input_side == "B":
+                ours = ours.mT
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+            # The side that is compared across depth lies in the residual stream.
+            stream = A.shape[-1] if m.sides == ("A",) else B.shape[-2]
+            assert stream == model.config.hidden_size
+
+
+def test_a_lora_layer_inside_another_method_keeps_its_name():
+    base = base_model("llama")
+    model = PeftMixedModel(base, LoraConfig(r=4, target_modules=["q_proj"]), "default")
+    model.add_adapter("loha", LoHaConfig(r=4, target_modules=["q_proj"]))
+    (kind,) = discover(model, "default")
+    assert kind.name.endswith("layers.*.self_attn.q_proj") and residual_role(kind, None) == "read"
 
 
 def test_frozen_depths_are_left_out():

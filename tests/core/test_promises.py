@@ -16,10 +16,10 @@ from tests.support.launching import ROOT
 from tests.support.reference import reference_factors, reference_kl, reference_regularizer
 from tests.support.tiny import (
     FAMILIES,
-    INITS,
     WHOLE,
     adamw,
     base_model,
+    inits,
     logits_of,
     lora_parameters,
     loss_of,
@@ -31,7 +31,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 # family, init, all linear modules, dropout, dtype
 CASES = [
-    *((family, init, False, 0.0, FP32) for family in FAMILIES for init in INITS),
+    *((family, init, False, 0.0, FP32) for family in FAMILIES for init in inits(family)),
     *((family, "warm", True, 0.1, FP32) for family in FAMILIES),
     *((family, "warm", False, 0.0, BF16) for family in FAMILIES),
     ("llama", "dora", True, 0.1, BF16),
@@ -58,7 +58,7 @@ def randomise(runtime):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
             if m.kind.depth_count > 2:
                 semantic = torch.zeros_like(m.graph.fixed)
-                semantic[0, 2] = semantic[2, 0] = True
+                semantic[..., 0, 2] = semantic[..., 2, 0] = True
                 m.graph.load_state_dict({"semantic": semantic})
 
 
@@ -81,19 +81,27 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip):
         A = [a.detach().clone().requires_grad_() for a in stacked.A]
         B = [b.detach().clone().requires_grad_() for b in stacked.B]
         A0 = None if m.origin_A is None else m.origin_A.expand(kind.depth_count, -1, -1)
-        B0 = m.origin_B
         gates = None
         if m.filter.logits is not None:
             start = torch.full((1,), config.gate_init).logit()
             sample = torch.sigmoid((own["filter.logits"] + part) / config.temperature)
             gates = sample / torch.sigmoid(start)
-            logits.append(own["filter.logits"].expand(kind.depth_count, -1).flatten())
+            logits.append(own["filter.logits"].expand(m.filter.shape).flatten())
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
-        A1, B1 = reference_factors(A, B, A0, B0, gates, m.graph.edges, theta, activation)
-        if config.regularizer != "none":
-            updates = {"A": A if A0 is None else [a - a0 for a, a0 in zip(A, A0)], "B": B}
-            penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
+        experts = []
+        for e in range(kind.experts):
+            rows, columns = slice(e * kind.rank, (e + 1) * kind.rank), slice(e, None, kind.experts)
+            Ae, Be = [a[rows] for a in A], [b[:, columns] for b in B]
+            Ae0 = None if A0 is None else A0[:, rows]
+            Be0 = None if m.origin_B is None else m.origin_B[:, :, columns]
+            if config.regularizer != "none":
+                updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0)], "B": Be}
+                penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
+            own_gates, edges = (t if t is None or kind.experts == 1 else t[e] for t in (gates, m.graph.edges))
+            experts.append(reference_factors(Ae, Be, Ae0, Be0, own_gates, edges, theta, activation))
+        A1 = [torch.cat(of_depth) for of_depth in zip(*(A for A, _ in experts))]  # rows (expert, r)
+        B1 = [torch.stack(of_depth, -1).flatten(1) for of_depth in zip(*(B for _, B in experts))]  # columns (r, expert)
         for parameters, values in ((kind.A, A1), (kind.B, B1)):
             for p, value in zip(parameters, values):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)
@@ -146,9 +154,8 @@ def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=Non
     train(model, family, optimizer, steps=2, first=50)  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
     draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
-    noise = [
-        n.view(m.kind.depth_count, -1) for m, n in zip(runtime.maps, draw.split([m.gate_count for m in runtime.maps]))
-    ]
+    parts = draw.split([m.gate_count for m in runtime.maps])
+    noise = [part.view(m.filter.shape) for m, part in zip(runtime.maps, parts)]
     expected = reference_gradients(model, family, runtime, latents, noise, batches, clip)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
         model.enable_input_require_grads()
@@ -181,9 +188,10 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_chain_rule_of_every_switch(options):
-    assert_chain_rule(peft_model("llama", "warm", targets=FAMILIES["llama"].linear), "llama", **options)
+def test_chain_rule_of_every_switch(options, family):
+    assert_chain_rule(peft_model(family, "warm", targets=FAMILIES[family].linear), family, **options)
 
 
 @pytest.mark.parametrize("regularizer", ["none", "laplacian"])
@@ -213,8 +221,7 @@ def test_off_is_plain_lora_bit_for_bit(family, dtype):
     assert all(map(torch.equal, weights, our_weights))
 
 
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, init", [(family, init) for family in FAMILIES for init in inits(family)])
 def test_saved_adapter_is_plain_peft(family, init, tmp_path):
     model = peft_model(family, init, targets=FAMILIES[family].linear)
     optimizer = adamw(model)

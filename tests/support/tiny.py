@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,9 +17,13 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -36,6 +40,9 @@ _LABELS = 3
 # The method with all its parts: tests say so, for the defaults leave the coordinator off.
 WHOLE = {"coordinator": "gcn"}
 
+EXPERTS = 4
+_EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+_ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _DECODER_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -93,6 +100,7 @@ class Family:
     batch: callable
     attention: list[str]  # LoRA targets of the paper's default
     linear: list[str]  # all linear modules
+    parameters: list[str] = field(default_factory=list)  # LoRA's `target_parameters`; PEFT knows no dropout for them
 
 
 FAMILIES = {
@@ -110,6 +118,22 @@ FAMILIES = {
         _text_batch,
         ["q_proj", "v_proj"],
         _DECODER_MODULES,
+    ),
+    "mixtral": Family(
+        lambda: MixtralForCausalLM(MixtralConfig(**_DECODER, num_local_experts=EXPERTS)),
+        _text_batch,
+        ["q_proj"],
+        [*_ATTENTION_MODULES, "mlp.gate"],
+        _EXPERT_PARAMETERS,
+    ),
+    "qwen3_moe": Family(
+        lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**_DECODER, head_dim=8, moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=2)
+        ),
+        _text_batch,
+        ["q_proj"],
+        [*_ATTENTION_MODULES, "mlp.gate"],
+        _EXPERT_PARAMETERS,
     ),
     "llava": Family(
         _llava,
@@ -144,6 +168,14 @@ INITS = {
 }
 
 
+_UNKNOWN_TO_EXPERTS = ("pissa", "dora")  # initialisations and variants that PEFT refuses for `target_parameters`
+
+
+def inits(family: str) -> list[str]:
+    """The starts that a family's adapter can have."""
+    return [init for init in INITS if not (FAMILIES[family].parameters and init in _UNKNOWN_TO_EXPERTS)]
+
+
 def base_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     return FAMILIES[family].build().to(dtype)
@@ -159,12 +191,13 @@ def peft_model(
     **options,
 ) -> torch.nn.Module:
     """A tiny model with a LoRA adapter. Adapter weights are in `dtype` too."""
+    parameters = FAMILIES[family].parameters
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        lora_dropout=dropout,
+        lora_dropout=0.0 if parameters else dropout,
         target_modules=targets or FAMILIES[family].attention,
-        **{**INITS[init], **options},
+        **{**({"target_parameters": parameters} if parameters else {}), **INITS[init], **options},
     )
     base = base_model(family, torch.float32 if init == "pissa" else dtype)
     torch.manual_seed(1)
