@@ -3,7 +3,7 @@
 `State` holds the parts. It becomes one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the
 adapter, written whole or not at all:
 
-    header                                 JSON: format, seed, options; of each kind modules, shape [L, rows, k, d], sides, what is adapted
+    header                                 JSON: format, seed, options; modules, shape, sides and `Adapted` of each kind
     step, skipped_steps                    optimizer steps that counted, and those that were skipped
     schedule.largest, schedule.warms_up    where the learning rates' schedule stands (`ScheduleShare`)
     KIND/latent_A, KIND/latent_B           latent factors, fp32
