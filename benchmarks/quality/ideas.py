@@ -50,7 +50,7 @@ def parts_of(ideas: dict, config: StructLoRAConfig) -> Parts:
         for part, replacement in IDEAS[name].parts.items():
             if part in found:
                 raise SystemExit(f"{' and '.join(ideas)} both replace the {part}: try them one at a time")
-            if getattr(config, part, None) != _REPLACED.get(part):
+            if part in _REPLACED and getattr(config, part) != _REPLACED[part]:
                 raise SystemExit(f"{name} is an idea for {part}={_REPLACED[part]}, not for {getattr(config, part)}")
             found[part] = replacement
     return Parts(**found)
@@ -206,5 +206,5 @@ IDEAS = {
     "x_share_kinds": Idea({"filter": GatesOfAllKinds}, _introduce_filters),
     "x_share_noise": Idea({"noise": NoiseOfAllDepths}),
 }
-# What a replaced part stands in for, where the configuration has a choice.
+# What a replaced part stands in for, where the configuration has a choice of parts.
 _REPLACED = {"coordinator": "gcn", "filter": "ib"}
