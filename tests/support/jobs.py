@@ -59,7 +59,7 @@ def sft(
     rows = Dataset.from_list([{"text": sentence(i)} for i in range(row_count)])
     return trainer_class(
         model if model is not None else base_model("llama"),
-        args=config_class(**arguments(output, max_length=32, **options)),
+        args=config_class(**arguments(output, **{"max_length": 32, **options})),
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
         processing_class=tokenizer(),
