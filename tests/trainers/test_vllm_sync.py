@@ -1,4 +1,5 @@
-"""What TRL's online trainers send to vLLM is the evaluation adapter, merged: in server and in colocated mode, at any moment of training.
+"""What TRL's online trainers send to vLLM is the evaluation adapter, merged, in server and in colocated mode.
+
 
 vLLM needs a GPU. The sync is TRL's own; a stub stands where vLLM would receive the weights.
 """
