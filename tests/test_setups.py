@@ -57,7 +57,8 @@ class Evaluation:
         self.twin, self.step, self.logits, self.moments = None, None, None, 0
 
     def __call__(self, run):
-        shown = {name: run.model.state_dict()[name].clone() for name in trainable(run.model)}
+        names = {id(p): name for name, p in trainable(run.model).items()}
+        shown = {name: run.model.state_dict()[name].clone() for name in names.values()}
         logits = logits_of(run.model, self.row.batch(99))
         if self.twin is None:
             run.model.save_pretrained(self.folder)
@@ -66,6 +67,10 @@ class Evaluation:
         plain = logits_of(self.twin, self.row.batch(99))
         difference = (logits - plain).abs().max()
         assert difference <= self.row.tolerance, f"moment {self.moments}: evaluation is not the saved adapter's"
+        for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors()):
+            for own, values in zip((kind.A, kind.B), factors):
+                for name, value in ((names[id(p)], v.to(p.dtype)) for p, v in zip(own, values) if p.requires_grad):
+                    assert torch.equal(shown[name].flatten(1), value), f"moment {self.moments}: {name}"
         if self.step == run.runtime.step:
             assert torch.equal(logits, self.logits), f"moment {self.moments}: evaluation changed without a step"
         self.step, self.logits, self.moments = run.runtime.step, logits, self.moments + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,15 @@ def _pairs() -> Dataset:
     )
 
 
-def _preference(name, rows):
+def preference(name, rows=_pairs, experimental=False):
+    """A job of one of TRL's trainers on preferences; `experimental`: one that TRL 1.0 moved to `trl.experimental`."""
+
     def build(output, callbacks, **options):
-        trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
+        if experimental:
+            module = importlib.import_module(f"trl.experimental.{name.lower()}")
+            trainer_class, config_class = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
+        else:
+            trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
         model = base_model("llama")
         model.warnings_issued = {}  # TRL before 1.0 writes to this, which transformers 5 dropped
         return trainer_class(
@@ -100,12 +107,16 @@ def _labelled() -> Dataset:
     )
 
 
-def reward(output, callbacks, **options):
-    trainer_class, config_class = from_trl("RewardTrainer", "RewardConfig")
+def reward_model() -> LlamaForSequenceClassification:
     torch.manual_seed(0)
     config = LlamaConfig(**{**base_model("llama").config.to_dict(), "num_labels": 1, "pad_token_id": 0})
+    return LlamaForSequenceClassification(config)
+
+
+def reward(output, callbacks, **options):
+    trainer_class, config_class = from_trl("RewardTrainer", "RewardConfig")
     return trainer_class(
-        LlamaForSequenceClassification(config),
+        reward_model(),
         args=config_class(**arguments(output, max_length=32, **options)),
         train_dataset=Dataset.from_list([{"chosen": sentence(i), "rejected": sentence(i + 1)} for i in range(ROWS)]),
         processing_class=tokenizer(),
@@ -152,8 +163,8 @@ def plain(output, callbacks, family="bert", **options):
 
 JOBS = {
     "sft": sft,
-    "dpo": _preference("DPO", _pairs),
-    "kto": _preference("KTO", _labelled),
+    "dpo": preference("DPO"),
+    "kto": preference("KTO", _labelled),
     "reward": reward,
     "grpo": _online("GRPO"),
     "rloo": _online("RLOO"),

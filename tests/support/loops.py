@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,6 +182,25 @@ class Scaling(Loop):
         return loss.item()
 
 
+class WithClosure(Loop):
+    """`optimizer.step(closure)`, as LBFGS wants it and Lightning always does it."""
+
+    def step(self, index):
+        losses = []
+
+        def closure():
+            self.optimizer.zero_grad()
+            loss = self.loss(index)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        self.optimizer.step(closure)
+        if self.schedule is not None:
+            self.schedule.step()
+        return losses[0]
+
+
 class Accelerated(Loop):
     """Accelerate's loop, with its accumulation and clipping."""
 
@@ -231,6 +252,11 @@ class ReentrantCheckpointing(Checkpointing):
     reentrant = True
 
 
+class Compiled(Loop):
+    def wrap(self, model):
+        return torch.compile(model, backend="aot_eager")
+
+
 class Averaging(Loop):
     """An exponential moving average of the weights beside the model (`torch.optim.swa_utils`)."""
 
@@ -271,6 +297,63 @@ class Interrupted(Loop):
             self.watch(self)
             self.optimizer.zero_grad()
         return super().step(index)
+
+
+class Copying(Loop):
+    """The model is copied, by `copy.deepcopy` and by pickle, between steps and amid one; a copy shows evaluation weights."""
+
+    def copy(self):
+        pickled = io.BytesIO()
+        torch.save(self.model, pickled)
+        pickled.seek(0)
+        for model in (copy.deepcopy(self.model), torch.load(pickled, weights_only=False)):
+            copied = dict(model.named_parameters())
+            shown = self.model.state_dict()
+            assert all(torch.equal(copied[name].detach(), shown[name]) for name in trainable(self.model))
+
+    def step(self, index):
+        self.copy()
+        self.loss(index).backward()
+        self.copy()
+        self.optimizer.zero_grad()
+        return super().step(index)
+
+
+class ReferencePass(Loop):
+    """A penalty on the distance to the base model, whose logits come from the same model with the adapter disabled."""
+
+    def loss(self, index):
+        batch = self.setup.batch(index)
+        with torch.no_grad(), self.model.disable_adapter():
+            reference = self.forward(**batch).logits
+        output = self.forward(**batch)
+        return output.loss + torch.nn.functional.mse_loss(output.logits, reference)
+
+
+class Evaluating(Loop):
+    """An evaluation between forward and backward, and another before the optimizer's step."""
+
+    def step(self, index):
+        loss = self.loss(index)
+        self.watch(self)
+        loss.backward()
+        self.watch(self)
+        self.optimizer.step()
+        self.after_step(loss)
+        return loss.item()
+
+
+class Freezing(Loop):
+    """The first layer is frozen in every second step."""
+
+    def step(self, index):
+        first = [p for name, p in self.model.named_parameters() if "lora_" in name and "layers.0" in name]
+        for parameter in first:
+            parameter.requires_grad_(index % 2 == 0)
+        loss = super().step(index)
+        for parameter in first:
+            parameter.requires_grad_(True)
+        return loss
 
 
 class ByHand(Loop):

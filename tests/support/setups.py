@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import lr_scheduler
 
-from tests.support import loops
+from tests.support import jobs, loops
 from tests.support.tiny import _DECODER, _SIZES, FAMILIES, LAYERS, VOCABULARY, base_model, lora_parameters, warm_up
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
@@ -191,6 +191,17 @@ def freeze(part: str):
     return change
 
 
+def eva(base):
+    model = get_peft_model(base, lora(init_lora_weights="eva"))
+    batches = [FAMILIES["llama"].batch(seed) for seed in range(200, 204)]
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    return model
+
+
+def variant(config: str, option: str, **options):
+    return lambda base: get_peft_model(base, lora(**{option: getattr(peft, config)(**options)}))
+
+
 def second_adapter(model):
     model.add_adapter("other", lora(target_modules=["q_proj"]))
     warm_up(model.base_model.model.model.layers[0])
@@ -229,6 +240,10 @@ def loraplus(model):
 
 def lorafa(model):
     return peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+
+
+def riemannian(model):
+    return peft.optimizers.create_riemannian_optimizer(model, optimizer_cls=torch.optim.AdamW, lr=1e-2)
 
 
 def two_groups(model):
@@ -272,10 +287,21 @@ ADAPTERS = [
     Setup("Gaussian init", lora={"init_lora_weights": "gaussian"}),
     Setup("random init of both factors", lora={"init_lora_weights": False}),
     Setup("orthogonal init", lora={"init_lora_weights": "orthogonal"}),
+    Setup("EVA", wrap=eva, slow=True),
+    Setup(
+        "MiCA",
+        lora={"init_lora_weights": "mica"},
+        method={**WHOLE, "filter": "none", "side": "read"},
+        needs=("peft>=0.20",),
+    ),
+    Setup("KaSA", wrap=variant("KasaConfig", "kasa_config"), tolerance=1e-5, needs=("peft>=0.21",)),
+    Setup("VeLoRA", wrap=variant("VeloraConfig", "velora_config", num_groups=4), needs=("peft>=0.21",)),
     Setup("warm starts", wrap=with_(warm_up)),
     Setup("lora_bias", lora={"lora_bias": True}),
     Setup(
-        "biases of the base", **{**family("bert"), "lora": {"target_modules": ["query", "value"], "bias": "lora_only"}}
+        "biases of the base",
+        needs=("peft>=0.19",),
+        **{**family("bert"), "lora": {"target_modules": ["query", "value"], "bias": "lora_only"}},
     ),
     Setup(
         "rank_pattern and alpha_pattern",
@@ -359,6 +385,7 @@ OPTIMIZERS = [
         optimizer=by("Adafactor", None, module="transformers", relative_step=True, scale_parameter=True),
     ),
     Setup("Muon", optimizer=by("Muon"), needs=("torch>=2.9",)),
+    Setup("LBFGS", optimizer=by("LBFGS", 1.0, max_iter=1), loop=loops.WithClosure),
     Setup(
         "8-bit AdamW", optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16), needs=("bitsandbytes",)
     ),
@@ -366,6 +393,7 @@ OPTIMIZERS = [
     Setup("Lion", optimizer=by("Lion", 1e-3, module="bitsandbytes.optim"), needs=("bitsandbytes",)),
     Setup("LoRA+", optimizer=loraplus),
     Setup("LoRA-FA", optimizer=lorafa, method={**WHOLE, "side": "write"}),
+    Setup("Riemannian", optimizer=riemannian),
     Setup("groups of unlike rates", optimizer=two_groups),
 ]
 
@@ -407,13 +435,19 @@ LOOPS = [
     Setup("clipping by value", loop=loops.ClippingByValue),
     Setup("bf16 autocast", loop=loops.Autocast),
     Setup("GradScaler", loop=loops.Scaling),
+    Setup("step(closure)", loop=loops.WithClosure),
     Setup("Accelerate", loop=loops.Accelerated),
     Setup("accelerator.save_state and load_state", loop=loops.AcceleratedState),
     Setup("gradient checkpointing", loop=loops.Checkpointing, lora={"lora_dropout": 0.1}),
     Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
+    Setup("torch.compile", loop=loops.Compiled, slow=True),
     Setup("moving averages of the weights", loop=loops.Averaging),
     Setup("NEFTune", loop=loops.NoisyEmbeddings),
     Setup("interrupted steps", loop=loops.Interrupted),
+    Setup("deepcopy and torch.save of the model", loop=loops.Copying),
+    Setup("reference logits under disable_adapter()", loop=loops.ReferencePass),
+    Setup("evaluation between forward and backward", loop=loops.Evaluating),
+    Setup("freezing layers for a while", loop=loops.Freezing),
 ]
 
 REFUSED = [
@@ -457,6 +491,45 @@ REFUSED = [
 ]
 
 
+def in_trainer(
+    name: str, job: Callable, slow: bool = True, needs: tuple[str, ...] = (), model: dict | None = None, **options
+):
+    """A row for a job of `tests/support/jobs.py`, with its training arguments; `model`: base and batch, where no LLaMA."""
+    build = partial(job, **options)
+    return Setup(name, loop=loops.InTrainer, trainer=build, slow=slow, needs=needs, **(model or {}))
+
+
+BERT = {"base": partial(base_model, "bert"), "batch": FAMILIES["bert"].batch}
+REWARD = {"base": jobs.reward_model, "batch": lambda seed: {"input_ids": FAMILIES["llama"].batch(seed)["input_ids"]}}
+ON_PLATEAU = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"patience": 0, "factor": 0.3, "threshold": 10.0, "threshold_mode": "abs"},
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "metric_for_best_model": "eval_loss",
+}
+
+TRAINERS = [
+    in_trainer("transformers.Trainer", jobs.plain, slow=False, model=BERT),
+    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, model=BERT, **ON_PLATEAU),
+    in_trainer("Trainer with Adafactor", jobs.plain, model=BERT, optim="adafactor", lr_scheduler_type="cosine"),
+    in_trainer(
+        "Trainer with torch_compile", jobs.plain, model=BERT, torch_compile=True, torch_compile_backend="aot_eager"
+    ),
+    in_trainer("TRL's SFT", jobs.sft, slow=False, gradient_accumulation_steps=2),
+    in_trainer("SFT with packing", jobs.sft, packing=True, row_count=384),
+    in_trainer("SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}),
+    in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
+    in_trainer("DPO", jobs.JOBS["dpo"]),
+    in_trainer("KTO", jobs.JOBS["kto"]),
+    in_trainer("ORPO", jobs.preference("ORPO", experimental=True), needs=("trl>=1.0",)),
+    in_trainer("CPO", jobs.preference("CPO", experimental=True), needs=("trl>=1.0",)),
+    in_trainer("Reward", jobs.reward, model=REWARD),
+    in_trainer("GRPO", jobs.JOBS["grpo"]),
+    in_trainer("GRPO with several updates per generation", jobs.JOBS["grpo"], num_iterations=3),
+    in_trainer("RLOO", jobs.JOBS["rloo"]),
+]
+
 SETUPS: dict[str, list[Setup]] = {
     "Adapters": ADAPTERS,
     "Models": MODELS,
@@ -464,5 +537,6 @@ SETUPS: dict[str, list[Setup]] = {
     "Optimizers": OPTIMIZERS,
     "Schedules": SCHEDULES,
     "Loops": LOOPS,
+    "Trainers": TRAINERS,
     "Stop with an error": REFUSED,
 }
