@@ -264,8 +264,12 @@ def _sizes(saved: Saved, pruned: Pruned, before: Path, after: Path) -> list[Size
         for tensors in (saved.tensors, pruned.tensors)
     ]
     kinds = [
-        Size(f"directions of {k.name}", k.depth_count * k.experts * k.rank, sum(len(pruned.kept[m]) for m in k.modules))
-        for k in saved.kinds
+        Size(
+            f"directions of {kind.name}",
+            kind.depth_count * kind.experts * kind.rank,
+            sum(len(expert) for module in kind.modules for expert in pruned.kept[module]),
+        )
+        for kind in saved.kinds
     ]
     return [
         Size("directions", sum(kind.before for kind in kinds), sum(kind.after for kind in kinds)),

@@ -46,8 +46,8 @@ class KindReport:
 
 
 def report(saved: Saved) -> list[KindReport]:
-    """The figures of each kind."""
-    return [_kind(saved, index) for index in range(len(saved.kinds))]
+    """The figures of each kind; where experts are one parameter, of each expert."""
+    return [_kind(saved, index, expert) for index, kind in enumerate(saved.kinds) for expert in range(kind.experts)]
 
 
 def short_names(names: list[str]) -> dict[str, str]:
@@ -86,13 +86,23 @@ def log_history(folder: Path) -> list[dict]:
     return history
 
 
-def _kind(saved: Saved, index: int) -> KindReport:
+def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     kind = saved.kinds[index]
-    factors = Factors(*(factor.double() for factor in saved.effective[index]))  # squares of what is finite stay finite
     m = saved.maps[index] if saved.maps else None
+
+    def own(values: Tensor) -> Tensor:
+        """Of this expert."""
+        return values[expert] if kind.experts > 1 else values
+
+    A, B = (factor.double() for factor in saved.effective[index])  # squares of what is finite stay finite
+    factors = Factors(  # PEFT orders an expert's rows of lora_A (expert, r), its columns of lora_B (r, expert)
+        A.unflatten(1, (kind.experts, -1))[:, expert], B.unflatten(2, (-1, kind.experts))[..., expert]
+    )
     gates = m.openness(saved.latents[index]) if m else None
-    features = _features(saved, index, factors)  # (L, n), or None where unknown
-    similarity = None if features is None else normalize(features, dim=1) @ normalize(features, dim=1).mT
+    gates = None if gates is None else own(gates)  # (L, r)
+    features = _features(saved, index, Factors(A, B))  # (L, n) with experts (E, L, n), or None where unknown
+    unit = None if features is None else normalize(own(features), dim=1)
+    similarity = None if unit is None else unit @ unit.mT
     scales = torch.tensor([saved.scale(module) for module in kind.modules]).double()
     singular = scales[:, None] * _singular_values(*factors)  # (L, r)
     energy = singular.square()
@@ -108,14 +118,14 @@ def _kind(saved: Saved, index: int) -> KindReport:
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
             coherence=_coherence(similarity, depth),
-            semantic=m.graph.semantic[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
+            semantic=own(m.graph.semantic)[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
         )
         for depth, module in enumerate(kind.modules)
     ]
     return KindReport(
-        name=kind.name,
+        name=f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name,
         role=_role(kind, m),
-        shape=kind.shape,
+        shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
         similarity=None if similarity is None else similarity.tolist(),
         singular_values=singular.tolist(),
@@ -130,8 +140,10 @@ def _role(kind: Kind, m: KindMap | None) -> str | None:
 def _features(saved: Saved, index: int, factors: Factors) -> Tensor | None:
     """Updates on the sides that are comparable across depth, flattened. A plain adapter does not tell where A began."""
     if saved.maps:
-        return torch.cat([u.flatten(1) for u in saved.maps[index].features(factors)], dim=1)
-    return factors.B.flatten(1) if _role(saved.kinds[index], None) == "write" else None
+        return torch.cat([u.flatten(-2) for u in saved.maps[index].features(factors)], dim=-1)
+    kind = saved.kinds[index]
+    # Nor which side of an expert's factors meets its input.
+    return factors.B.flatten(1) if _role(kind, None) == "write" and kind.experts == 1 else None
 
 
 def _coherence(similarity: Tensor | None, depth: int) -> float | None:

@@ -25,13 +25,13 @@ class Pruned:
     Args:
         lora (`LoraConfig`): with the new ranks in `rank_pattern`; every module's scale is `lora_alpha / r`.
         tensors (`dict[str, Tensor]`): of its adapter file.
-        kept (`dict[str, list[int]]`): module -> directions kept.
+        kept (`dict[str, list[list[int]]]`): module -> directions kept, of each of its experts or of itself.
         spared (`list[str]`): modules whose directions are all closed: the most open one stays, since PEFT knows no rank 0.
     """
 
     lora: LoraConfig
     tensors: dict[str, Tensor]
-    kept: dict[str, list[int]]
+    kept: dict[str, list[list[int]]]
     spared: list[str]
 
 
@@ -68,12 +68,11 @@ def prune(saved: Saved, threshold: float) -> Pruned:
                 "filter 'ib' or 'topk_norm'",
                 "export without pruning, or train with gates",
             )
-        if m.kind.experts > 1:
-            gates = gates.permute(1, 2, 0).flatten(1)  # (E, L, r) -> (L, r·E), as the columns of lora_B
-        for module, row in zip(m.kind.modules, gates):
-            kept[module] = (row >= threshold).nonzero().flatten().tolist()
-            if not kept[module]:
-                kept[module] = [int(row.argmax())]
+        by_expert = gates if m.kind.experts > 1 else gates[None]  # (E, L, r)
+        for module, rows in zip(m.kind.modules, by_expert.unbind(1), strict=True):
+            kept[module] = [(row >= threshold).nonzero().flatten().tolist() for row in rows]
+            if not any(kept[module]):
+                kept[module] = [[int(row.argmax())] for row in rows]
                 spared.append(module)
     lora, tensors = with_one_scale(saved.lora, saved.tensors, kept)
     return Pruned(lora, tensors, kept, spared)

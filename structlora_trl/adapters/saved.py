@@ -25,7 +25,7 @@ from ..core.mapping import Factors, KindMap
 from ..core.nodes import Kind, group
 from ..errors import StructLoRAError
 from ..state import STATE_NAME, KindState, read_state
-from .scales import LORA_NAME, holds_experts, rank_of, scale_of
+from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
 
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
 _MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
@@ -93,7 +93,8 @@ def read_saved(folder: str | Path) -> Saved:
                 "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
                 "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
             )
-        kinds = group(_of_experts(_modules(tensors), lora))
+        modules = _modules(tensors)
+        kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
         return Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds])
     state = read_state(state_file)
     config, latents = StructLoRAConfig.build(state.options), [kind.latent for kind in state.kinds.values()]
@@ -218,21 +219,6 @@ def _modules(tensors: dict[str, Tensor]) -> dict[str, dict[str, nn.Parameter]]:
         if match:
             modules[match["module"]][match["factor"]] = nn.Parameter(value.float(), requires_grad=False)
     return dict(modules)
-
-
-def _of_experts(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig) -> dict[str, dict[str, nn.Parameter]]:
-    """A module for each expert, where PEFT has those of a layer in one matrix: lora_A (expert, rank), lora_B (rank, expert)."""
-    split = {}
-    for module, factors in modules.items():
-        if not holds_experts(lora, module):
-            split[module] = factors
-            continue
-        A = factors["A"].data.unflatten(0, (-1, rank_of(lora, module)))  # (E, r, k)
-        B = factors["B"].data.unflatten(1, (A.shape[1], -1))  # (d, r, E)
-        for expert in range(len(A)):
-            pair = {"A": A[expert], "B": B[:, :, expert]}
-            split[f"{module}[{expert}]"] = {s: nn.Parameter(v, requires_grad=False) for s, v in pair.items()}
-    return split
 
 
 def _stacked(kind: Kind) -> Factors:

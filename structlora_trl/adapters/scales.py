@@ -15,11 +15,11 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ..core.nodes import Adapted
 from ..errors import StructLoRAError
 
 # With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
 LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$")
-_EXPERT = re.compile(r"\[\d+\]$")  # what `read_saved` adds to the module's name for one of its experts
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
 
@@ -41,6 +41,17 @@ def holds_experts(lora: LoraConfig, module: str) -> bool:
     return bool(_parameters(lora, module))
 
 
+def adapted_by(lora: LoraConfig, module: str, rows: int) -> Adapted:
+    """What a module with so many rows of lora_A adapts, as far as an adapter's files tell."""
+    parameters = _parameters(lora, module)
+    if not parameters:
+        return Adapted()
+    # Wrappers of several parameters of one module are nested, and the file does not say which is whose.
+    place = "base_layer" if module.endswith(".base_layer") else ""
+    parameter = parameters[0].rpartition(".")[-1] if len(parameters) == 1 else place
+    return Adapted(parameter, rows // rank_of(lora, module))
+
+
 def rows_of(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Module -> rows of its lora_A."""
     matches = ((LORA_NAME.match(name), value) for name, value in tensors.items())
@@ -48,14 +59,15 @@ def rows_of(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def with_one_scale(
-    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[int]], one_rank: bool = False
+    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]], one_rank: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Keep some directions, and give every module the scale `lora_alpha / r`.
 
     Args:
         lora (`LoraConfig`): of the adapter.
         tensors (`dict[str, Tensor]`): of its file.
-        kept (`dict[str, list[int]]`): module -> the directions to keep; all of them for other modules.
+        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions to keep; other
+            modules keep all.
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank with zeros.
 
     Returns:
@@ -64,7 +76,11 @@ def with_one_scale(
     """
     rows = rows_of(tensors)
     scales = {module: scale_of(lora, module) for module in rows}
-    chosen = {m: _by_expert(kept.get(m, range(count)), rank_of(lora, m), count) for m, count in rows.items()}
+    whole = {
+        module: [list(range(rank_of(lora, module)))] * (count // rank_of(lora, module))
+        for module, count in rows.items()
+    }
+    chosen = {**whole, **kept}
     ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
     rank, scale = max(ranks.values()), max(scales.values())
     for module in rows:
@@ -106,14 +122,8 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def _by_expert(directions, rank: int, rows: int) -> list[list[int]]:
-    """Directions as columns of lora_B, which PEFT orders (rank, expert), as a list for each expert."""
-    experts = rows // rank
-    return [[index // experts for index in directions if index % experts == expert] for expert in range(experts)]
-
-
 def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> Tensor:
-    """The chosen directions of each expert, then zeros. PEFT orders the rows of lora_A (expert, rank)."""
+    """The chosen directions of each expert, then zeros."""
     experts = len(chosen)
     if factor == "A":
         parts = value.unflatten(0, (experts, -1))  # (E, r, ...)
@@ -130,7 +140,7 @@ def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> T
 
 def _parameters(lora: LoraConfig, module: str) -> list[str]:
     """Full names of the parameters that a module may wrap; several where wrappers are nested."""
-    name = _EXPERT.sub("", module.removeprefix("base_model.model.")).replace(".base_layer", "")
+    name = module.removeprefix("base_model.model.").replace(".base_layer", "")
     names = {target: f"{name}.{target.rpartition('.')[-1]}" for target in lora.target_parameters or ()}
     return [full for target, full in names.items() if full == target or full.endswith(f".{target}")]
 

@@ -32,7 +32,6 @@ from tests.support.adapters import (
     LORA,
     as_it_is,
     bare_run,
-    mixtral,
     on_base,
     train,
 )
@@ -199,8 +198,13 @@ MODELS = {
     "vit": (as_it_is(lambda: base_model("vit")), "vit", {"target_modules": FAMILIES["vit"].attention}, PICTURES),
     "llava": (as_it_is(lambda: base_model("llava")), "llava", ATTENTION, TOKENS),
     "t5": (as_it_is(t5), "llama", {"target_modules": ["q", "o"], "task_type": "SEQ_2_SEQ_LM"}, TOKENS),
-    "mixtral": (as_it_is(mixtral), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
-    "mixtral, experts alone": (as_it_is(mixtral), "llama", {"target_modules": [], "r": 8, **EXPERTS}, TOKENS),
+    "mixtral": (as_it_is(lambda: base_model("mixtral")), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
+    "mixtral, experts alone": (
+        as_it_is(lambda: base_model("mixtral")),
+        "llama",
+        {"target_modules": [], "r": 8, **EXPERTS},
+        TOKENS,
+    ),
 }
 
 

@@ -15,8 +15,8 @@ from structlora_trl.adapters.inspecting import report
 from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, mixtral, on_base
-from tests.support.tiny import FAMILIES
+from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, on_base
+from tests.support.tiny import FAMILIES, base_model
 
 
 def inspected(capsys, *arguments) -> dict:
@@ -105,23 +105,27 @@ def test_no_matplotlib(runs, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "scales", [{}, {"use_rslora": True}, {"alpha_pattern": {"experts.down_proj": 3, "experts.gate_up_proj": 3}}]
 )
-def test_experts_of_a_plain_adapter_are_told_apart(scales, tmp_path):
-    base = as_it_is(mixtral)(tmp_path / "base")
+def test_experts_are_told_apart(scales, tmp_path):
+    """With the state, kinds are named by the parameter; without it, the file does not say which wrapper is whose."""
+    base = as_it_is(lambda: base_model("mixtral"))(tmp_path / "base")
     out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, target_modules=[], **EXPERTS, **scales)
     (tmp_path / "plain").mkdir()
     for name in (ADAPTER, CONFIG):
         shutil.copy(out / name, tmp_path / "plain")
-    layers = on_base(out, tmp_path / "base").get_base_model().model.layers
-    outer = [layer.mlp.experts for layer in layers]
-    updates = {"": outer, ".base_layer": [wrapper.base_layer for wrapper in outer]}
-    kinds = {kind.name: kind for kind in report(read_saved(tmp_path / "plain"))}
-    assert len(kinds) == 2 * 4
-    for suffix, wrappers in updates.items():
-        for expert in range(4):
-            rows = kinds[f"model.layers.*.mlp.experts{suffix}[{expert}]"].depths
-            for row, wrapper in zip(rows, wrappers, strict=True):
-                update = wrapper.get_delta_weight("default")[expert]
-                values = torch.linalg.svdvals(update)
-                share = values[:RANK] / values.sum()
-                assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
-                assert row.effective_rank == pytest.approx((-torch.xlogy(share, share).sum()).exp().item(), abs=1e-2)
+    outer = [layer.mlp.experts for layer in on_base(out, tmp_path / "base").get_base_model().model.layers]
+    wrappers = {"": outer, "base_layer": [wrapper.base_layer for wrapper in outer]}
+    named = {wrappers[place][0].parameter_name: wrappers[place] for place in wrappers}
+    for folder, expected in ((tmp_path / "plain", wrappers), (out, named)):
+        kinds = {kind.name: kind for kind in report(read_saved(folder))}
+        assert len(kinds) == 2 * 4
+        for name, layers in expected.items():
+            for expert in range(4):
+                kind = kinds[f"model.layers.*.mlp.experts{'.' if name else ''}{name}[{expert}]"]
+                assert kind.depths[0].rank == RANK and (kind.depths[0].gates is None) == (folder != out)
+                for row, layer in zip(kind.depths, layers, strict=True):
+                    update = layer.get_delta_weight("default")[expert]
+                    values = torch.linalg.svdvals(update)
+                    share = values[:RANK] / values.sum()
+                    entropy = -torch.xlogy(share, share).sum()
+                    assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
+                    assert row.effective_rank == pytest.approx(entropy.exp().item(), abs=1e-2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from structlora_trl import attach, save_state
 from structlora_trl.cli import main
@@ -41,12 +41,6 @@ def train(folder: Path, **options) -> Path:
 
 def on_base(adapter: Path, base: Path):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-
-
-def mixtral():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **experts, vocab_size=tiny.VOCABULARY, num_key_value_heads=2))
 
 
 def as_it_is(build):
