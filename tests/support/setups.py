@@ -8,6 +8,7 @@ schedule, a bare loop.
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,6 +146,18 @@ def roberta():
     return transformers.RobertaForSequenceClassification(config)
 
 
+def mixtral():
+    config = transformers.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen3_moe():
+    config = transformers.Qwen3MoeConfig(
+        **_DECODER, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
 def llama(**options):
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_DECODER, **options}))
@@ -258,12 +271,6 @@ def schedule_free(model):
     return optimizer
 
 
-def gradient_release(model):
-    optimizer = adamw(model)
-    optimizer.param_groups[0]["gradient_release"] = True  # as optimi's optimizers have it
-    return optimizer
-
-
 def layer_wise(model):
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # as Trainer's LayerWiseDummyOptimizer
 
@@ -275,6 +282,18 @@ def over_half(model):
 def of_type(name: str, **options):
     """A PEFT method that is not LoRA."""
     return lambda base: get_peft_model(base, getattr(peft, name)(**options))
+
+
+def xlora(base):
+    base.config.use_cache = False
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(llama(), lora()).save_pretrained(folder)
+        return get_peft_model(base, peft.XLoraConfig(hidden_size=32, adapters={"0": folder}, task_type="CAUSAL_LM"))
+
+
+def bd_lora(base):
+    blocks_of = peft.BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=2)
+    return get_peft_model(base, lora(target_modules=["q_proj", "o_proj"], use_bdlora=blocks_of))
 
 
 ADAPTERS = [
@@ -337,6 +356,11 @@ ADAPTERS = [
     Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
     Setup("frozen layers", wrap=with_(freeze("layers.0"))),
     Setup("aLoRA", lora={"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, batch=invoking),
+    Setup(
+        "MoE experts by target_parameters",
+        **other_family(mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    ),
+    Setup("MoE layers by 'all-linear'", **other_family(qwen3_moe, "all-linear")),
 ]
 
 MODELS = [
@@ -451,6 +475,13 @@ LOOPS = [
 ]
 
 REFUSED = [
+    Setup(
+        "AdaLoRA",
+        wrap=of_type(
+            "AdaLoraConfig", r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=TARGETS
+        ),
+        refused="PEFT type ADALORA.*`LoraConfig`",
+    ),
     *(
         Setup(
             name, wrap=of_type(f"{config}Config", target_modules=TARGETS, **options), refused="PEFT type .*`LoraConfig`"
@@ -465,6 +496,33 @@ REFUSED = [
         )
     ),
     Setup(
+        "ensure_weight_tying with both as targets",
+        base=partial(llama, tie_word_embeddings=True),
+        lora={
+            "target_modules": ["embed_tokens", "lm_head", "q_proj"],
+            "ensure_weight_tying": True,
+        },
+        method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
+        refused="in one memory.*`ensure_weight_tying=False`",
+        needs=("peft>=0.19",),
+    ),
+    Setup(
+        "XLoRA",
+        wrap=xlora,
+        refused="an X-LoRA model.*`LoraConfig`",
+    ),
+    Setup(
+        "BD-LoRA",
+        wrap=bd_lora,
+        refused="`use_bdlora`.*remove",
+        needs=("peft>=0.19",),
+    ),
+    Setup(
+        "grouped Conv2d",
+        **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), 8, 6, 6),
+        refused="as a grouped convolution has.*`target_modules`",
+    ),
+    Setup(
         "prompt tuning",
         wrap=of_type("PromptTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
         refused="PEFT type PROMPT_TUNING.*`LoraConfig`",
@@ -476,13 +534,8 @@ REFUSED = [
     ),
     Setup("full fine-tuning", wrap=lambda base: base, refused="a PEFT model with a LoRA adapter"),
     Setup("schedule-free optimizers", optimizer=schedule_free, refused="schedule-free optimizer"),
-    Setup(
-        "optimizers with gradient release",
-        optimizer=gradient_release,
-        refused="`gradient_release`.*inside the backward",
-    ),
     Setup("layer-wise optimizers", optimizer=layer_wise, refused="missing from the optimizer.*layer-wise"),
-    Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer.*one optimizer"),
+    Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer"),
     Setup(
         "two adapters active at once",
         wrap=with_(lambda model: (second_adapter(model), model.base_model.set_adapter(["default", "other"]))),
