@@ -417,7 +417,7 @@ OPTIMIZERS = [
     Setup("Lion", optimizer=by("Lion", 1e-3, module="bitsandbytes.optim"), needs=("bitsandbytes",)),
     Setup("LoRA+", optimizer=loraplus),
     Setup("LoRA-FA", optimizer=lorafa, method={**WHOLE, "side": "write"}),
-    Setup("Riemannian", optimizer=riemannian),
+    Setup("Riemannian", optimizer=riemannian, needs=("peft>=0.19",)),
     Setup("groups of unlike rates", optimizer=two_groups),
 ]
 
