@@ -45,7 +45,7 @@ FORMAT = 2
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act on nothing.
 # (`side` and `roles` are compared by what they come to.) All others may change on resume, and act from there on.
 SHAPING = (
-    *("filter", "gate_init", "share_gates", "align_init"),
+    *("filter", "temperature", "hard_gates", "gate_init", "share_gates", "align_init"),
     *("coordinator", "coordinator_layers", "activation", "edges"),
 )
 _START_ANEW = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
-from .gates import kl_gradient, logit, sample_gates, top_k_mask
+from .gates import expected_gate, kl_gradient, logit, sample_gates, top_k_mask
 
 
 class Filter(nn.Module):
@@ -61,7 +61,7 @@ class Filter(nn.Module):
 
 
 class InformationBottleneck(Filter):
-    """Learned gates: m = σ((φ + noise)/τ) in training, σ(φ) at evaluation, both divided by m₀ = σ(φ₀)."""
+    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, which is E[m] at the start."""
 
     is_stochastic = True
 
@@ -69,7 +69,7 @@ class InformationBottleneck(Filter):
         super().__init__(shape, config, device)
         learned = (*shape[:-2], 1, shape[-1]) if config.share_gates else shape
         self.logits = nn.Parameter(torch.full(learned, logit(config.gate_init), device=device))  # (L, r) or (1, r)
-        self.register_buffer("initial_gate", torch.sigmoid(self.logits.detach()))  # m₀
+        self.register_buffer("initial_gate", self._expected(self.logits.detach()))  # m₀
 
     def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
         return self.gates_of(self.logits, noise)
@@ -77,10 +77,13 @@ class InformationBottleneck(Filter):
     def gates_of(self, logits: Tensor, noise: Tensor | None) -> Tensor:
         """The gates of some logits: m / m₀."""
         if noise is None:
-            gates = torch.sigmoid(logits)
+            gates = self._expected(logits)
         else:
             gates = sample_gates(logits, noise, self.config.temperature, self.config.hard_gates)
         return (gates / self.initial_gate).expand(self.shape)
+
+    def _expected(self, logits: Tensor) -> Tensor:
+        return expected_gate(logits, self.config.temperature, self.config.hard_gates)
 
     def openness(self, A: Tensor, B: Tensor) -> Tensor:
         return torch.sigmoid(self.logits.detach()).expand(self.shape)

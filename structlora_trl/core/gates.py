@@ -1,11 +1,12 @@
 """Information-bottleneck gates on rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
 
 Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In training a gate
-is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is its probability.
+is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is the mean of such samples.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -64,6 +65,34 @@ def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool =
     if not hard:
         return soft
     return soft + ((soft > 0.5).to(soft.dtype) - soft).detach()
+
+
+def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Tensor:
+    """Mean of `sample_gates` over the noise, so that evaluation weights are the mean of training weights.
+
+    A hard gate is open with probability sigmoid(φ). The mean of a soft one has no closed form, and lies between sigmoid(φ) and
+    one half: at τ = 0.3 it is 0.988 times sigmoid(φ) at 0.9, and 1.13 times at 0.05. It is integrated over the quantiles of the
+    noise by Gauss-Legendre quadrature, within 1e-4 for τ of 0.3 or more, and 1e-3 down to 0.05.
+
+    Args:
+        logits (`Tensor`): of any shape.
+    """
+    if hard:
+        return torch.sigmoid(logits)
+    noise, weights = (table.to(logits) for table in _noise_quadrature())
+    return torch.sigmoid((logits[..., None] + noise) / temperature) @ weights
+
+
+@functools.cache
+def _noise_quadrature(points: int = 64) -> tuple[Tensor, Tensor]:
+    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and the weights, which sum to 1: fp64.
+
+    Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969).
+    """
+    order = torch.arange(1, points, dtype=torch.float64)
+    beside = order / (4 * order**2 - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return torch.logit((nodes + 1) / 2), vectors[0].square()
 
 
 def kl_to_prior(logits: Tensor, prior: float) -> Tensor:

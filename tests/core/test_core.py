@@ -15,6 +15,7 @@ from structlora_trl import StructLoRAConfig
 from structlora_trl.core.coordinator import ACTIVATIONS, COORDINATORS
 from structlora_trl.core.diagnostics import drift_energy, effective_rank
 from structlora_trl.core.gates import (
+    expected_gate,
     gate_entropy,
     kl_gradient,
     kl_to_prior,
@@ -26,6 +27,7 @@ from structlora_trl.core.gates import (
 from structlora_trl.core.graph import DepthGraph, adjacency_edges, normalize_edges, semantic_edges
 from structlora_trl.core.mapping import Factors, KindMap
 from structlora_trl.core.nodes import Kind
+from tests.support.reference import reference_expected_gate
 from tests.support.tiny import WHOLE
 
 settings.register_profile("tests", deadline=None, max_examples=60)
@@ -83,6 +85,18 @@ def test_noise_is_logistic_and_told_by_seed_and_step():
     # P(gate open) = sigmoid(φ), whatever the temperature
     open_share = (sample_gates(torch.tensor(1.0), noise, 0.3) > 0.5).float().mean().item()
     assert open_share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.005)
+
+
+@pytest.mark.parametrize("temperature, tolerance", [(0.05, 1e-3), (0.3, 1e-4), (1.0, 1e-4)])
+@pytest.mark.parametrize("hard", [False, True])
+def test_expected_gate_is_the_mean_of_samples(temperature, tolerance, hard):
+    logits = torch.linspace(-6, 6, 13, dtype=torch.float64)
+    expected = expected_gate(logits, temperature, hard)
+    if not hard:
+        torch.testing.assert_close(expected, reference_expected_gate(logits, temperature), atol=tolerance, rtol=0)
+    noise = logistic_noise(400_000, seed=1, step=2).double()
+    sampled = torch.stack([sample_gates(one, noise, temperature, hard).mean() for one in logits])
+    torch.testing.assert_close(sampled, expected, atol=5e-3, rtol=0)  # three standard errors are below 0.0024
 
 
 @given(floats(3, 4), seeds)

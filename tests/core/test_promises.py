@@ -13,7 +13,7 @@ from torch.func import functional_call
 from structlora_trl import attach
 from structlora_trl.core.gates import logistic_noise
 from tests.support.launching import ROOT
-from tests.support.reference import reference_factors, reference_kl, reference_regularizer
+from tests.support.reference import reference_expected_gate, reference_factors, reference_kl, reference_regularizer
 from tests.support.tiny import (
     FAMILIES,
     WHOLE,
@@ -85,7 +85,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip):
         if m.filter.logits is not None:
             start = torch.full((1,), config.gate_init).logit()
             sample = torch.sigmoid((own["filter.logits"] + part) / config.temperature)
-            gates = sample / torch.sigmoid(start)
+            gates = sample / reference_expected_gate(start, config.temperature)
             logits.append(own["filter.logits"].expand(m.filter.shape).flatten())
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]

@@ -46,6 +46,12 @@ def _message_passing(values, features, edges, thetas, activation):
     return [value + new - old for value, new, old in zip(values, h, features)]
 
 
+def reference_expected_gate(logits: Tensor, temperature: float, draws: int = 100_000) -> Tensor:
+    """Mean of the binary-concrete gate, over as many quantiles of its noise."""
+    quantile = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    return torch.sigmoid((logits.double()[..., None] + quantile.logit()) / temperature).mean(-1).to(logits.dtype)
+
+
 def reference_kl(logits: Tensor, prior: float) -> Tensor:
     """Mean KL between the gates and the prior, by torch's own distributions."""
     gate, target = torch.distributions.Bernoulli(logits=logits), torch.distributions.Bernoulli(torch.tensor(prior))
