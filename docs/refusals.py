@@ -87,7 +87,7 @@ def _calls(module: ast.Module, name: str) -> list[tuple[ast.FunctionDef | None, 
 
 
 def _arguments(call: ast.Call, names: tuple[str, ...]) -> dict[str, ast.expr]:
-    given = dict(zip(names, call.args)) | {k.arg: k.value for k in call.keywords}
+    given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
     return {name: given[name] for name in names if name in given and not isinstance(given[name], ast.Starred)}
 
 
@@ -96,7 +96,7 @@ def _bindings(function: ast.FunctionDef | None, module: ast.Module, package) -> 
     if function is None:
         return [{}]
     positional = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
-    defaults = dict(zip(positional[::-1], function.args.defaults[::-1]))
+    defaults = dict(zip(positional[::-1], function.args.defaults[::-1], strict=False))
     names = (*positional, *(a.arg for a in function.args.kwonlyargs))
     callers = _calls(module, function.name) or [call for other in package for call in _calls(other, function.name)]
     bound = []
@@ -135,7 +135,9 @@ def _texts(block: list[ast.stmt], known: dict[str, str]) -> dict[str, str]:
             continue
         target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
         several = isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple)
-        for name, value in zip(target.elts, statement.value.elts) if several else [(target, statement.value)]:
+        for name, value in (
+            zip(target.elts, statement.value.elts, strict=True) if several else [(target, statement.value)]
+        ):
             if isinstance(name, ast.Name) and _is_text(value, {**known, **texts}):
                 texts[name.id] = _text(value, {**known, **texts})
     return texts

@@ -103,7 +103,7 @@ class Runtime:
             self._align()
         self.maps = [
             KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None, parts)
-            for kind, latent in zip(kinds, engine.read_latents())
+            for kind, latent in zip(kinds, engine.read_latents(), strict=True)
         ]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
@@ -202,9 +202,11 @@ class Runtime:
     def evaluation_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each LoRA parameter with its evaluation value, as the model would hold it."""
         self._adopt()
-        for kind, factors in zip(self.kinds, self.evaluation_factors()):
-            for parameters, stack in zip((kind.A, kind.B), factors):
-                yield from ((p, self.engine.stored(p, value.detach())) for p, value in zip(parameters, stack))
+        for kind, factors in zip(self.kinds, self.evaluation_factors(), strict=True):
+            for parameters, stack in zip((kind.A, kind.B), factors, strict=True):
+                yield from (
+                    (p, self.engine.stored(p, value.detach())) for p, value in zip(parameters, stack, strict=True)
+                )
 
     def evaluation_factors(self) -> list[Factors]:
         """Effective factors without noise, one per kind, fp32."""
@@ -290,10 +292,12 @@ class Runtime:
         # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
         ascends = self.engine.maximizes()
         pulled = []
-        for m, latent, gradient, noise in zip(self.maps, self.engine.read_latents(), gradients, self._noise()):
+        for m, latent, gradient, noise in zip(
+            self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True
+        ):
             factors, own = m.pullback(latent, _negative(gradient) if ascends else gradient, noise, scale)
             if (penalty := m.regularizer_gradient(latent)) is not None:
-                factors = Factors(*(f + scale * p for f, p in zip(factors, penalty)))
+                factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
             pulled.append(_negative(factors) if ascends else factors)
             for name, value in m.objective_gradients(own, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
@@ -359,14 +363,18 @@ class Runtime:
         evaluation = self.evaluation_factors()
         stood = self._effective(self._noise()) if self.weights == TRAINING else evaluation
         found = self.engine.read_working()
-        wanted = [Factors(*map(_replaced, *parts)) for parts in zip(evaluation, self.engine.rounded(stood), found)]
-        if all(new is old for parts in zip(wanted, evaluation) for new, old in zip(*parts)):
+        wanted = [
+            Factors(*map(_replaced, *parts))
+            for parts in zip(evaluation, self.engine.rounded(stood), found, strict=True)
+        ]
+        if all(new is old for parts in zip(wanted, evaluation, strict=True) for new, old in zip(*parts, strict=True)):
             self.engine.stamp()  # written, but to the values that stood: an average swapped in and out, say
             return False
         latents = [
-            latents_of(m, target, start) for m, target, start in zip(self.maps, wanted, self.engine.read_latents())
+            latents_of(m, target, start)
+            for m, target, start in zip(self.maps, wanted, self.engine.read_latents(), strict=True)
         ]
-        unreachable = [m.kind.name for m, latent in zip(self.maps, latents) if latent is None]
+        unreachable = [m.kind.name for m, latent in zip(self.maps, latents, strict=True) if latent is None]
         if unreachable:
             raise StructLoRAError(
                 f"LoRA weights written from outside that the map of '{unreachable[0]}' cannot give",
@@ -389,7 +397,7 @@ class Runtime:
             latent
             if not kind.A[0].requires_grad or latent.B.any()
             else Factors(latent.A[:1].clone().expand_as(latent.A), latent.B)
-            for kind, latent in zip(self.kinds, self.engine.read_latents())
+            for kind, latent in zip(self.kinds, self.engine.read_latents(), strict=True)
         ]
         self.engine.write_latents(aligned)
         self.engine.write_working(aligned)
@@ -408,12 +416,12 @@ class Runtime:
         if not self.is_noisy:
             return [None] * len(self.maps)
         draw = self.noise.draw(self.step, [m.filter.shape for m in self.maps])
-        return [part.to(m.kind.device) for m, part in zip(self.maps, draw)]
+        return [part.to(m.kind.device) for m, part in zip(self.maps, draw, strict=True)]
 
     @torch.no_grad()
     def _effective(self, noise: Iterable[Tensor | None] | None) -> list[Factors]:
         noise = noise or [None] * len(self.maps)
-        return [m(latent, part) for m, latent, part in zip(self.maps, self.engine.read_latents(), noise)]
+        return [m(latent, part) for m, latent, part in zip(self.maps, self.engine.read_latents(), noise, strict=True)]
 
     @_timed
     @torch.inference_mode(False)  # a reader may be within it, and what we write must serve training

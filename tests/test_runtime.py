@@ -67,7 +67,7 @@ def test_autograd_sees_the_weights_change():
     for flip in (runtime.train, runtime.eval):
         versions = [p._version for p in runtime.lora_parameters()]
         flip()
-        assert all(p._version > version for p, version in zip(runtime.lora_parameters(), versions))
+        assert all(p._version > version for p, version in zip(runtime.lora_parameters(), versions, strict=True))
     model.train()
     loss = loss_of(model, "llama", 5)
     runtime.eval()
@@ -237,7 +237,7 @@ def test_freezing_for_a_while_leaves_the_latents():
         loss_of(model, "llama", 1)
         logits_of(model, "llama")
     assert runtime.step == 8
-    assert all(torch.equal(before, now.B) for before, now in zip(latents, runtime.engine.read_latents()))
+    assert all(torch.equal(before, now.B) for before, now in zip(latents, runtime.engine.read_latents(), strict=True))
 
 
 def test_unfreezing_is_refused():
@@ -425,7 +425,7 @@ def test_resume_is_bit_for_bit(options, tmp_path):
 
     resumed = peft_model(targets=FAMILIES["llama"].linear)
     with torch.no_grad():
-        for parameter, value in zip(lora_parameters(resumed).values(), adapter):
+        for parameter, value in zip(lora_parameters(resumed).values(), adapter, strict=True):
             parameter.copy_(value)
     optimizer_2 = adamw(resumed)
     optimizer_2.load_state_dict(moments)
@@ -442,7 +442,7 @@ def test_detach_leaves_plain_lora():
     train(model, "llama", optimizer, 2)
     runtime.train()
     runtime.detach()
-    for kind, factors in zip(runtime.kinds, runtime.evaluation_factors()):
+    for kind, factors in zip(runtime.kinds, runtime.evaluation_factors(), strict=True):
         assert torch.equal(torch.stack(list(kind.A)), factors.A) and torch.equal(torch.stack(list(kind.B)), factors.B)
     calls = runtime.hook_calls
     train(model, "llama", optimizer, 1)

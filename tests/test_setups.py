@@ -67,9 +67,11 @@ class Evaluation:
         plain = logits_of(self.twin, self.row.batch(99))
         difference = (logits - plain).abs().max()
         assert difference <= self.row.tolerance, f"moment {self.moments}: evaluation is not the saved adapter's"
-        for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors()):
-            for own, values in zip((kind.A, kind.B), factors):
-                for name, value in ((names[id(p)], v.to(p.dtype)) for p, v in zip(own, values) if p.requires_grad):
+        for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors(), strict=True):
+            for own, values in zip((kind.A, kind.B), factors, strict=True):
+                for name, value in (
+                    (names[id(p)], v.to(p.dtype)) for p, v in zip(own, values, strict=True) if p.requires_grad
+                ):
                     assert torch.equal(shown[name].flatten(1), value), f"moment {self.moments}: {name}"
         if self.step == run.runtime.step:
             assert torch.equal(logits, self.logits), f"moment {self.moments}: evaluation changed without a step"

@@ -157,7 +157,7 @@ def test_training_goes_on_after_an_interrupted_step():
     latents = [f.B.clone() for f in runtime.engine.read_latents()]
     in_the_optimizer(model, optimizer)
     optimizer.zero_grad()
-    assert all(torch.equal(a, f.B) for a, f in zip(latents, runtime.engine.read_latents()))
+    assert all(torch.equal(a, f.B) for a, f in zip(latents, runtime.engine.read_latents(), strict=True))
     train(model, "llama", optimizer, 2)
     assert runtime.step == 5
 
@@ -168,7 +168,7 @@ def test_pickles_need_no_optimizer_and_detached_models_are_untouched():
     again = pickled(model)
     train(again, "llama", adamw(again), 1)
     runtime.detach()
-    for ours, theirs in zip(model.modules(), plain.modules()):
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
         assert ours.__dict__.keys() - theirs.__dict__.keys() <= {"create_or_update_model_card"}
         assert not ours._forward_pre_hooks and not ours._forward_hooks and not ours._state_dict_hooks
 

@@ -50,7 +50,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     training_seconds = time.process_time() - cpu_started
     _, validation, test = task.load()
     model.eval()
-    line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed)))
+    line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
     line |= {
         "validation": evaluate(model, validation),
         "test": evaluate(model, test),
@@ -87,7 +87,7 @@ def _factors(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch
     """Copies of the LoRA factors, by module name."""
     found: tuple[dict, dict] = {}, {}
     for name, parameter in model.named_parameters():
-        for factor, marker in zip(found, (".lora_A.default", ".lora_B.default")):
+        for factor, marker in zip(found, (".lora_A.default", ".lora_B.default"), strict=True):
             if marker in name:
                 factor[name.split(marker)[0]] = parameter.detach().clone()
     return found
@@ -107,7 +107,9 @@ def _diagnostics(model: PeftModel, start_A: dict, validation: Split, targets: tu
         weight.requires_grad_(True)
     batch = validation[torch.arange(GRADIENT_EXAMPLES)]
     logits = model(**batch.inputs).logits
-    gradients = dict(zip(weights, torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values()))))
+    gradients = dict(
+        zip(weights, torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values())), strict=True)
+    )
     for weight in weights.values():
         weight.requires_grad_(False)
     sums: dict[str, float] = {}

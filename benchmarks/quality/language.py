@@ -162,7 +162,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     model = trainer.model.eval()
     score = _exact_match if task.generates else _likelier
     own = sum(p.numel() for c in ours for m in c.runtime.maps for p in m.parameters())
-    line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed)))
+    line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
     return line | {
         "validation": score(model, tokenizer, validation),
         "test": score(model, tokenizer, test),
@@ -203,7 +203,7 @@ def _exact_match(model, tokenizer, examples: list[Example]) -> dict[str, float]:
         prompts = _left_padded(tokenizer, [p for p, _ in batch])
         written = model.generate(**prompts, do_sample=False, max_new_tokens=20, pad_token_id=tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(written[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(text.strip() == answer.strip() for text, (_, answer) in zip(texts, batch))
+        correct += sum(text.strip() == answer.strip() for text, (_, answer) in zip(texts, batch, strict=True))
         for prompt, answer in batch:
             start, whole = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
             logits = model(input_ids=torch.tensor([whole])).logits[0, len(start) - 1 : -1].float()

@@ -34,7 +34,7 @@ def rates(runs: Runs) -> Figure:
     rows = -(-len(SETTINGS) // columns)
     figure = Figure(figsize=(3 * columns, 2.5 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
-    for axes, setting in zip(panels.flat, SETTINGS):
+    for axes, setting in zip(panels.flat, SETTINGS, strict=False):
         ticks = sorted(lr for *ran, lr in runs.by_rate if ran == [*setting, BASE])
         for name in (*MAIN, CONTROLS[0]):
             by_rate = {lr: found["test.accuracy"] for lr in ticks if len(found := runs.at(setting, name, lr))}
@@ -56,7 +56,7 @@ def differences(runs: Runs) -> Figure:
     figure = Figure(figsize=(9, 0.42 * len(settings) + 1.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     words = {"accuracy": "accuracy, points", "nll": "NLL, nats (less is better)"}
-    for axes, (measure, meaning) in zip(panels, words.items()):
+    for axes, (measure, meaning) in zip(panels, words.items(), strict=True):
         for shift, name in ((-0.12, OURS), (0.12, FULL)):
             for place, setting in enumerate(settings):
                 gaps = runs.differences(setting, name, measure)
@@ -85,7 +85,7 @@ def sweeps(runs: Runs) -> Figure:
     ]
     panels = [*by_rank, *by_examples]
     figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for axes, (word, title, settings) in zip(all_axes := figure.subplots(1, len(panels)), panels):
+    for axes, (word, title, settings) in zip(all_axes := figure.subplots(1, len(panels)), panels, strict=True):
         for name in (BASE, OURS):
             _errorbar(axes, {value: runs.best(s, name)["test.accuracy"] for value, s in settings.items()}, name)
         axes.set(xscale="log", xlabel=word, title=title)

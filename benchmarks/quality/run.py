@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=store.RESULTS, help="directory of the store")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("cell", help="run one cell and print its line")
-    for name, kind in zip(store.KEY, (str, str, int, int, float, int)):
+    for name, kind in zip(store.KEY, (str, str, int, int, float, int), strict=True):
         one.add_argument(f"--{name}", type=kind, required=True)
     one.add_argument("--keep", action="store_true", help="add the line to the store")
     grid = commands.add_parser("grid", help="run the cells of a grid that the store lacks")

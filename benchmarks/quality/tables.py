@@ -268,7 +268,7 @@ def _corrected(found: list[P]) -> Iterator[str]:
     p = np.array(found)
     q = np.full_like(p, np.nan)
     q[~np.isnan(p)] = false_discovery_control(p[~np.isnan(p)])
-    for pair in zip(p, q):
+    for pair in zip(p, q, strict=True):
         yield "–" if np.isnan(pair[0]) else "{} ({})".format(*("<0.001" if x < 0.001 else f"{x:.3f}" for x in pair))
 
 

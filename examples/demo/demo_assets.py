@@ -87,7 +87,7 @@ def load_sentences() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     splits: tuple[list, list] = [], []
     for label in (0, 1):
         chosen = chooser.sample([(sentence, y) for sentence, y in found if y == label], 2 * half)
-        for split, part in zip(splits, (chosen[:half], chosen[half:])):
+        for split, part in zip(splits, (chosen[:half], chosen[half:]), strict=True):
             split += part
     for split in splits:
         chooser.shuffle(split)

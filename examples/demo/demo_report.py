@@ -31,7 +31,9 @@ def table(results: dict[str, dict]) -> str:
         rows.append((NAMES[method], f"{100 * result['accuracy']:.2f} %", f"{result['nll']:.3f}", speed, memory))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        "| "
+        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " |"
         for row in rows
     ]
     lines.insert(
@@ -86,8 +88,8 @@ row's own process."""
 def _comparison(results: dict[str, dict]) -> str:
     """How far the two adapters differ on the same sentences, and whether that is more than chance."""
     lora, ours = results["lora"], results["structlora"]
-    gained = sum(a > b for a, b in zip(ours["correct"], lora["correct"]))
-    lost = sum(a < b for a, b in zip(ours["correct"], lora["correct"]))
+    gained = sum(a > b for a, b in zip(ours["correct"], lora["correct"], strict=True))
+    lost = sum(a < b for a, b in zip(ours["correct"], lora["correct"], strict=True))
     verdicts = f"StructLoRA alone is right on {gained} of them, LoRA alone on {lost}"
     difference = np.subtract(ours["nlls"], lora["nlls"])
     error = difference.std(ddof=1) / math.sqrt(len(difference))
@@ -157,7 +159,7 @@ def _plot_gates(result: dict, path: Path) -> None:
     gates = {kind: np.array(rows).T for kind, rows in result["gates"].items()}  # (r, L)
     reach = max(abs(values - start).max() for values in gates.values())
     figure, panels = plt.subplots(len(gates), 1, figsize=(9, 3.9), sharex=True, layout="constrained")
-    for axes, (kind, values) in zip(panels, gates.items()):
+    for axes, (kind, values) in zip(panels, gates.items(), strict=True):
         image = axes.imshow(values, aspect="auto", cmap="PuOr_r", vmin=start - reach, vmax=start + reach)
         axes.set(ylabel=f"{kind}\ndirection", yticks=range(len(values)), yticklabels=range(1, len(values) + 1))
         axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)

@@ -11,6 +11,7 @@ import resource
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ class Progress(TrainerCallback):
 
     def seconds_per_step(self) -> float:
         """Median over all steps but the first, from the end of one to the end of the next."""
-        return statistics.median(b - a for a, b in zip(self.step_ends, self.step_ends[1:]))
+        return statistics.median(b - a for a, b in pairwise(self.step_ends))
 
 
 def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, directory: Path, callbacks: list):

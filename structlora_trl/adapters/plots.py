@@ -64,7 +64,7 @@ def _panels(titles: list[str]):
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, title in zip(axes, titles):
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[len(titles) :]:
@@ -90,7 +90,7 @@ def _similarity(kinds):
 
 def _heatmaps(kinds, matrices: list[np.ndarray], across: str, meaning: str, **scale):
     figure, axes = _panels(_titles(kinds))
-    for axis, matrix in zip(axes, matrices):
+    for axis, matrix in zip(axes, matrices, strict=True):
         image = axis.imshow(matrix, interpolation="nearest", **scale)
         axis.set(xlabel=across, ylabel="depth")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -100,7 +100,7 @@ def _heatmaps(kinds, matrices: list[np.ndarray], across: str, meaning: str, **sc
 
 def _coverage(kinds):
     figure, axes = _panels(_titles(kinds))
-    for axis, kind in zip(axes, kinds):
+    for axis, kind in zip(axes, kinds, strict=True):
         shares = np.array(kind.coverage)  # (L, r)
         count = np.arange(1, shares.shape[1] + 1)
         axis.fill_between(count, shares.min(0), shares.max(0), alpha=0.25, label="over depths")
@@ -112,7 +112,7 @@ def _coverage(kinds):
 
 def _drift(logged):
     figure, axes = _panels(list(_DRIFT.values()))
-    for axis, name in zip(axes, _DRIFT):
+    for axis, name in zip(axes, _DRIFT, strict=True):
         axis.plot([entry["step"] for entry in logged], [entry[name] for entry in logged])
         axis.set(xlabel="step")
     return figure

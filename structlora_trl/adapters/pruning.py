@@ -60,7 +60,7 @@ def prune(saved: Saved, threshold: float) -> Pruned:
             "export without pruning",
         )
     kept, spared = {}, []
-    for m, latent in zip(saved.maps, saved.latents):
+    for m, latent in zip(saved.maps, saved.latents, strict=True):
         gates = m.openness(latent)
         if gates is None:
             raise StructLoRAError(

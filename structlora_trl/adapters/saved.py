@@ -247,9 +247,9 @@ def _tensors_of(lora: LoraConfig, kinds: list[Kind], effective: list[Factors], f
         )
     return {
         f"{module}.lora_{side}.weight": value.clone()
-        for kind, factors in zip(kinds, effective)
-        for side, stack in zip("AB", factors)
-        for module, value in zip(kind.modules, stack)
+        for kind, factors in zip(kinds, effective, strict=True)
+        for side, stack in zip("AB", factors, strict=True)
+        for module, value in zip(kind.modules, stack, strict=True)
     }
 
 
@@ -259,9 +259,9 @@ def _refuse_difference(
     """Stop where a file's factors are not those of the state."""
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
-    for kind, stacks in zip(kinds, factors) if modules else ():
+    for kind, stacks in zip(kinds, factors, strict=True) if modules else ():
         for index, module in enumerate(kind.modules):
-            for side, stack in zip("AB", stacks):
+            for side, stack in zip("AB", stacks, strict=True):
                 ours, theirs = stack[index], modules.get(module, {}).get(side)
                 difference = math.inf
                 if theirs is not None and theirs.numel() == ours.numel():

@@ -36,9 +36,13 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
         metrics["gate_openness"] = torch.sigmoid(logits).mean().item()
         metrics["gate_entropy"] = gate_entropy(logits).mean().item()
         metrics["kl"] = kl_to_prior(logits, maps[0].config.prior).mean().item()
-    ranks = torch.cat([effective_rank(*m.split(factors)).flatten().cpu() for m, factors in zip(maps, effective)])
+    ranks = torch.cat(
+        [effective_rank(*m.split(factors)).flatten().cpu() for m, factors in zip(maps, effective, strict=True)]
+    )
     metrics["effective_rank"] = ranks.mean().item()
-    metrics["drift_energy"] = sum(drift_energy(u.flatten(-2)) for m, f in zip(maps, effective) for u in m.features(f))
+    metrics["drift_energy"] = sum(
+        drift_energy(u.flatten(-2)) for m, f in zip(maps, effective, strict=True) for u in m.features(f)
+    )
     if any(len(m.coordinators) for m in maps):
         metrics["semantic_edges"] = sum(m.graph.semantic_edge_count for m in maps)
         thetas = [c.theta.detach().norm().cpu() for m in maps for c in m.coordinators.values()]

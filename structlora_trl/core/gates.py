@@ -48,7 +48,7 @@ class LogisticNoise:
         """A step's noise, one tensor for each shape, on the CPU; the same whenever it is asked for."""
         counts = [math.prod(shape) for shape in shapes]
         noise = logistic_noise(sum(counts), self.seed, step).split(counts)
-        return [part.view(shape) for part, shape in zip(noise, shapes)]
+        return [part.view(shape) for part, shape in zip(noise, shapes, strict=True)]
 
 
 def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool = False) -> Tensor:

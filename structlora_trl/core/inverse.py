@@ -23,12 +23,12 @@ def latents_of(m: KindMap, effective: Factors, start: Factors) -> Factors | None
     """
     latent, scales = start, [part.abs().max() for part in effective]
     for _ in range(_ITERATIONS):
-        errors = [wanted - found for wanted, found in zip(effective, m(latent, None))]
-        if all(bool(error.abs().max() <= _TOLERANCE * scale) for error, scale in zip(errors, scales)):
+        errors = [wanted - found for wanted, found in zip(effective, m(latent, None), strict=True)]
+        if all(bool(error.abs().max() <= _TOLERANCE * scale) for error, scale in zip(errors, scales, strict=True)):
             return latent
         update = latent.B if m.origin_B is None else latent.B - m.origin_B
         gates = m.filter.gates(latent.A, update, None)
         if gates is not None:
             errors[1] = errors[1] / torch.where(gates > 0, gates, 1).unsqueeze(-2)
-        latent = Factors(*(part + error for part, error in zip(latent, errors)))
+        latent = Factors(*(part + error for part, error in zip(latent, errors, strict=True)))
     return None

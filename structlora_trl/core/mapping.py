@@ -148,7 +148,7 @@ class KindMap(nn.Module):
         with torch.enable_grad():
             effective = self(leaves, noise)
         pulled = torch.autograd.grad(effective, [*leaves, *own.values()], gradient)
-        return Factors(*pulled[:2]), {name: g / scale for name, g in zip(own, pulled[2:])}
+        return Factors(*pulled[:2]), {name: g / scale for name, g in zip(own, pulled[2:], strict=True)}
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
         """Task gradients of the map's parameters turned into those of L_task + λ(β·KL − γ·I), for the gate logits.

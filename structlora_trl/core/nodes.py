@@ -186,7 +186,7 @@ def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapte
     kinds = []
     for (pattern, a_shape, b_shape, _, _, what), nodes in groups.items():
         nodes.sort(key=lambda node: node[0])
-        _, names, A, B = zip(*nodes)
+        _, names, A, B = zip(*nodes, strict=True)
         # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
         shapes = f"[{'x'.join(map(str, (*b_shape, *a_shape[1:])))}]" if patterns.count(pattern) > 1 else ""
         kinds.append(Kind(pattern + shapes, list(names), list(A), list(B), what))

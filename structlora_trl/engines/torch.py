@@ -171,7 +171,8 @@ class TorchEngine(Engine):
 
     def rounded(self, factors: list[Factors]) -> list[Factors]:
         return [
-            Factors(A.to(k.A[0].dtype).float(), B.to(k.B[0].dtype).float()) for k, (A, B) in zip(self.kinds, factors)
+            Factors(A.to(k.A[0].dtype).float(), B.to(k.B[0].dtype).float())
+            for k, (A, B) in zip(self.kinds, factors, strict=True)
         ]
 
     def keep_versions(self) -> ExitStack:

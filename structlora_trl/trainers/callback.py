@@ -128,4 +128,6 @@ class StructLoRACallback(TrainerCallback, ExportableState):
 
 
 def _equal(left: list[Factors], right: list[Factors]) -> bool:
-    return len(left) == len(right) and all(torch.equal(a, b) for pair in zip(left, right) for a, b in zip(*pair))
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for pair in zip(left, right, strict=True) for a, b in zip(*pair, strict=True)
+    )

@@ -42,7 +42,9 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         features = [(getattr(layer, f"lora_{side}")["default"].weight - origin).flatten() for layer in layers]
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
         assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
-        for row, update, gates in zip(kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid()):
+        for row, update, gates in zip(
+            kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid(), strict=True
+        ):
             assert row["gates"] == pytest.approx(gates.tolist())
             assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
             share = torch.linalg.svdvals(update)[:RANK] / torch.linalg.svdvals(update).sum()
@@ -69,7 +71,7 @@ def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
     assert facts["step"] is None and facts["options"] is None
     whole = {kind["name"]: kind for kind in inspected(capsys, runs())["kinds"]}
     for kind in facts["kinds"]:
-        for row, known in zip(kind["depths"], whole[kind["name"]]["depths"]):
+        for row, known in zip(kind["depths"], whole[kind["name"]]["depths"], strict=True):
             assert row["gates"] is None and row["semantic"] is None
             # Without the state, A's origin is unknown; B began at zero.
             assert row["coherence"] == (

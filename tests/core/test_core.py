@@ -245,7 +245,7 @@ def test_pullback_is_linear_in_the_gradient(seed, a, b, coordinator):
     m, latent = kind_map(coordinator=coordinator, side="auto" if coordinator == "none" else "both")
     noise = torch.randn(4, 3)
     first, second = (Factors(torch.randn(4, 3, 6), torch.randn(4, 5, 3)) for _ in range(2))
-    mixed = Factors(*(a * x + b * y for x, y in zip(first, second)))
+    mixed = Factors(*(a * x + b * y for x, y in zip(first, second, strict=True)))
 
     def flat(gradient):
         factors, own = m.pullback(latent, gradient, noise)
@@ -259,7 +259,7 @@ def test_loss_scale_is_taken_out_of_the_maps_own_gradients_alone():
     noise, gradient = torch.randn(4, 3), Factors(torch.randn(4, 3, 6), torch.randn(4, 5, 3))
     factors, own = m.pullback(latent, gradient, noise)
     scaled_factors, scaled_own = m.pullback(latent, Factors(*(1024 * g for g in gradient)), noise, scale=1024.0)
-    for plain, scaled in zip(factors, scaled_factors):
+    for plain, scaled in zip(factors, scaled_factors, strict=True):
         torch.testing.assert_close(1024 * plain, scaled, rtol=1e-4, atol=1e-2)
     for name in own:
         torch.testing.assert_close(own[name], scaled_own[name], rtol=1e-4, atol=1e-4)
@@ -292,7 +292,7 @@ def test_what_gates_are_divided_by_is_state(name):
     other, _ = kind_map(filter=name, gate_init=0.4)
     other.restore(m.state_dict(), m.graph.state_dict())
     for noise in (None, torch.randn(4, 3)):
-        for ours, theirs in zip(m(latent, noise), other(latent, noise)):
+        for ours, theirs in zip(m(latent, noise), other(latent, noise), strict=True):
             assert torch.equal(ours, theirs)
 
 

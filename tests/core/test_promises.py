@@ -75,7 +75,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip):
     config = runtime.config
     names = {id(p): name for name, p in model.named_parameters()}
     leaves, effective, logits, penalty = {}, {}, [], torch.zeros(())
-    for m, stacked, part in zip(runtime.maps, latents, noise):
+    for m, stacked, part in zip(runtime.maps, latents, noise, strict=True):
         kind = m.kind
         own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
         A = [a.detach().clone().requires_grad_() for a in stacked.A]
@@ -96,14 +96,16 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip):
             Ae0 = None if A0 is None else A0[:, rows]
             Be0 = None if m.origin_B is None else m.origin_B[:, :, columns]
             if config.regularizer != "none":
-                updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0)], "B": Be}
+                updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0, strict=True)], "B": Be}
                 penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
             own_gates, edges = (t if t is None or kind.experts == 1 else t[e] for t in (gates, m.graph.edges))
             experts.append(reference_factors(Ae, Be, Ae0, Be0, own_gates, edges, theta, activation))
-        A1 = [torch.cat(of_depth) for of_depth in zip(*(A for A, _ in experts))]  # rows (expert, r)
-        B1 = [torch.stack(of_depth, -1).flatten(1) for of_depth in zip(*(B for _, B in experts))]  # columns (r, expert)
+        A1 = [torch.cat(of_depth) for of_depth in zip(*(A for A, _ in experts), strict=True)]  # rows (expert, r)
+        B1 = [
+            torch.stack(of_depth, -1).flatten(1) for of_depth in zip(*(B for _, B in experts), strict=True)
+        ]  # columns (r, expert)
         for parameters, values in ((kind.A, A1), (kind.B, B1)):
-            for p, value in zip(parameters, values):
+            for p, value in zip(parameters, values, strict=True):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)
         leaves[kind.name] = (A, B, own)
     total = 0.0
@@ -155,7 +157,7 @@ def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=Non
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
     draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
     parts = draw.split([m.gate_count for m in runtime.maps])
-    noise = [part.view(m.filter.shape) for m, part in zip(runtime.maps, parts)]
+    noise = [part.view(m.filter.shape) for m, part in zip(runtime.maps, parts, strict=True)]
     expected = reference_gradients(model, family, runtime, latents, noise, batches, clip)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
         model.enable_input_require_grads()

@@ -77,7 +77,7 @@ class Nodes:
         for name in self.names:
             ip("netns", "add", name)
         ip("link", "add", self.devices[0], "type", "veth", "peer", "name", self.devices[1])
-        for name, device, address in zip(self.names, self.devices, self.addresses):
+        for name, device, address in zip(self.names, self.devices, self.addresses, strict=True):
             ip("link", "set", device, "netns", name)
             ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
             for up in (device, "lo"):
@@ -101,7 +101,7 @@ class Nodes:
     def start(self, launcher: str, job: list[str]) -> list[subprocess.Popen]:
         """The launch script of configs/two_nodes on both nodes, each in a process group of its own."""
         processes = []
-        for node, (name, device) in enumerate(zip(self.names, self.devices)):
+        for node, (name, device) in enumerate(zip(self.names, self.devices, strict=True)):
             environment = {
                 **ENVIRONMENT,
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

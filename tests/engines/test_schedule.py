@@ -128,9 +128,9 @@ class Loop:
 
     def load(self, folder, parts, adapter):
         with torch.no_grad():
-            for parameter, value in zip(lora_parameters(self.model).values(), adapter):
+            for parameter, value in zip(lora_parameters(self.model).values(), adapter, strict=True):
                 parameter.copy_(value)
-        for part, saved in zip((self.optimizer, self.scheduler), parts):
+        for part, saved in zip((self.optimizer, self.scheduler), parts, strict=True):
             part.load_state_dict(copy.deepcopy(saved))
         load_state(self.runtime, folder)
 
@@ -146,7 +146,7 @@ def test_rates_of_the_map_are_shares_of_the_peak_and_survive_a_resume(name, tmp_
 
     follows_warm_up = SCHEDULES[name][2]
     peak = max(rates)
-    for step, (rate, share) in enumerate(zip(rates, shares)):
+    for step, (rate, share) in enumerate(zip(rates, shares, strict=True)):
         expected = rate / (peak if follows_warm_up else max(rates[: step + 1]) or 1.0)
         assert share == pytest.approx(expected, rel=1e-6), f"step {step} of {rates}"
     end = whole.runtime.state_dict()

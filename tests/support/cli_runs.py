@@ -72,6 +72,6 @@ def assert_plain_peft_agrees(trainer, folder, family: str = "llama") -> None:
     )
     fresh = type(base).from_pretrained(model.peft_config["default"].base_model_name_or_path, dtype=base.dtype, **how)
     loaded = PeftModel.from_pretrained(fresh, folder).eval()
-    for ours, theirs in zip(loaded.parameters(), model.parameters()):
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         ours.data = ours.data.to(theirs.dtype)
     torch.testing.assert_close(logits_of(loaded, family), logits_of(model, family), atol=1e-6, rtol=0)

@@ -139,7 +139,9 @@ class AliasMasters(TrainerCallback):
         from structlora_trl.trainers.compat import training_trainer
 
         optimizer = training_trainer()[0].model_wrapped.optimizer
-        for master, working in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat):
+        for master, working in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+        ):
             assert master.dtype == working.dtype and master.data_ptr() != working.data_ptr()
             master.data = working.data
 

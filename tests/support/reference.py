@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,14 @@ def reference_factors(
         theta: 'A' and/or 'B' -> (T, r, r) weights of message passing on that side.
     """
     B0 = [torch.zeros_like(b) for b in B] if B0 is None else B0
-    B = [b if gates is None else b0 + (b - b0) @ torch.diag(gates[i]) for i, (b, b0) in enumerate(zip(B, B0))]
+    B = [
+        b if gates is None else b0 + (b - b0) @ torch.diag(gates[i])
+        for i, (b, b0) in enumerate(zip(B, B0, strict=True))
+    ]
     if "A" in theta:
-        A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0)], edges, theta["A"], activation)
+        A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0, strict=True)], edges, theta["A"], activation)
     if "B" in theta:
-        features = [(b - b0).T for b, b0 in zip(B, B0)]
+        features = [(b - b0).T for b, b0 in zip(B, B0, strict=True)]
         B = [b.T for b in _message_passing([b.T for b in B], features, edges, theta["B"], activation)]
     return A, B
 
@@ -42,8 +47,8 @@ def _message_passing(values, features, edges, thetas, activation):
         messages = [
             sum((degree[i] * degree[j]) ** -0.5 * (theta.T @ h[j]) for j in neighbours[i]) for i in range(len(h))
         ]
-        h = [own + activation(message) for own, message in zip(h, messages)]
-    return [value + new - old for value, new, old in zip(values, h, features)]
+        h = [own + activation(message) for own, message in zip(h, messages, strict=True)]
+    return [value + new - old for value, new, old in zip(values, h, features, strict=True)]
 
 
 def reference_expected_gate(logits: Tensor, temperature: float, draws: int = 100_000) -> Tensor:
@@ -61,7 +66,7 @@ def reference_kl(logits: Tensor, prior: float) -> Tensor:
 def reference_regularizer(updates: list[Tensor], name: str) -> Tensor:
     """LoRA+Cos or LoRA+Laplacian of one side's updates, a pair of neighbours at a time."""
     total = torch.zeros(())
-    for left, right in zip([u.flatten() for u in updates], [u.flatten() for u in updates[1:]]):
+    for left, right in pairwise(u.flatten() for u in updates):
         if name == "cosine":
             total = total + 1 - (left @ right) / (left.norm() * right.norm())
         else:

@@ -60,7 +60,7 @@ def test_callback_acts_under_every_trainer(job, tmp_path):
     runtime = callback.runtime
     assert runtime.step == 3 and runtime.skipped_steps == 0
     assert {kind.depth_count for kind in runtime.kinds} == {3}
-    for m, latent in zip(runtime.maps, runtime.engine.read_latents()):
+    for m, latent in zip(runtime.maps, runtime.engine.read_latents(), strict=True):
         assert (m.filter.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3
         assert latent.B.abs().sum() > 0 and not torch.equal(latent.A[0], latent.A[1])
         assert m.coordinators[m.sides[0]].theta.abs().sum() > 0
