@@ -5,46 +5,49 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from .errors import StructLoRAError
 
-CHOICES = {
-    "filter": ("ib", "random", "topk_norm", "none"),
-    "noise": ("auto", "on", "off"),
-    "coordinator": ("none", "gcn", "gat"),
-    "side": ("auto", "read", "write", "both"),
-    "activation": ("tanh", "gelu", "silu", "identity"),
-    "edges": ("hybrid", "adjacency", "similarity"),
-    "regularizer": ("none", "cosine", "laplacian"),
-}
 ROLES = ("read", "write")
 
-# name -> (test, what the value must be); bool is an int in Python, so it is refused apart
-_RANGES = {
-    "temperature": (lambda v: 0 < v < math.inf, "a number above 0"),
-    "gate_init": (lambda v: 0 < v < 1, "a probability above 0 and below 1"),
-    "prior": (lambda v: 0 < v < 1, "a probability above 0 and below 1"),
-    "kl_weight": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
-    "label_weight": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
-    "gate_lr": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
-    "coordinator_lr": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
-    "semantic_threshold": (lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1"),
-    "semantic_decay": (lambda v: 0 <= v < 1, "a number of 0 or more and below 1"),
-    "regularizer_weight": (lambda v: 0 < v < math.inf, "a number above 0"),
-}
-_WHOLE_NUMBERS = {"coordinator_layers": (1, 3), "semantic_top_k": (1, None), "semantic_every": (1, None)}
-# Act on nothing without a coordinator.
-_OF_THE_COORDINATOR = (
-    *("coordinator_layers", "activation", "coordinator_lr", "edges"),
-    *("semantic_top_k", "semantic_threshold", "semantic_every", "semantic_decay"),
+
+class Allowed(NamedTuple):
+    """Which values an option takes, and the words for them."""
+
+    accepts: Callable[[Any], bool]
+    meaning: str
+
+
+def _number(accepts: Callable[[float], bool], meaning: str) -> Allowed:
+    # bool is an int in Python
+    return Allowed(lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and accepts(v), meaning)
+
+
+def _whole(low: int, high: float = math.inf) -> Allowed:
+    meaning = f"a whole number of {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+    return Allowed(lambda v: type(v) is int and low <= v <= high, meaning)
+
+
+POSITIVE = _number(lambda v: 0 < v < math.inf, "a number above 0")
+NOT_NEGATIVE = _number(lambda v: 0 <= v < math.inf, "a number of 0 or more")
+PROBABILITY = _number(lambda v: 0 < v < 1, "a probability above 0 and below 1")
+COSINE = _number(lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1")
+DECAY = _number(lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
+SEED = Allowed(lambda v: v is None or (type(v) is int and v >= 0), "a whole number of 0 or more, or None")
+ADAPTER = Allowed(lambda v: v is None or isinstance(v, str), "the name of an adapter, or None")
+ROLE_OF_PATTERN = Allowed(
+    lambda v: v is None or (isinstance(v, dict) and all(role in ROLES for role in v.values())),
+    "a mapping from module pattern to 'read' or 'write'",
 )
-_FLAGS = ("hard_gates", "share_gates", "align_init")
+WITH_COORDINATOR = "acts on nothing without a coordinator"
+WITH_COMPARISON = "acts on nothing where no depths are compared"
 
 
-def _option(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -62,119 +65,105 @@ class StructLoRAConfig:
     Args:
     """
 
-    filter: str = _option(
+    filter: Literal["ib", "random", "topk_norm", "none"] = _option(
         "ib",
         "How rank-one directions are filtered. 'ib': learned information-bottleneck gates with binary-concrete noise; "
         "'random': each direction kept with probability `gate_init`, drawn anew each step; 'topk_norm': the "
         "int(gate_init * r) directions of largest norm are kept, at least one; 'none': no gates.",
-        choices=CHOICES["filter"],
     )
-    temperature: float = _option(0.3, "Temperature of the binary-concrete gates. Lower is closer to 0/1 gates.")
-    noise: str = _option(
+    temperature: Annotated[float, POSITIVE] = _option(
+        0.3, "Temperature of the binary-concrete gates. Lower is closer to 0/1 gates."
+    )
+    noise: Literal["auto", "on", "off"] = _option(
         "auto",
         "Whether training weights have noisy gates. 'off': expected gates in training too, which still learn; training "
         "weights are then the evaluation weights. 'auto': 'off' in trainers that switch dropout off or train on samples of "
         "their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, ...), else 'on'.",
-        choices=CHOICES["noise"],
     )
     hard_gates: bool = _option(False, "Round training gates to 0 or 1, with a straight-through gradient.")
-    gate_init: float = _option(
+    gate_init: Annotated[float, PROBABILITY] = _option(
         0.9, "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept."
     )
-    prior: float = _option(0.5, "Prior probability that a direction is open, in the KL term.")
-    kl_weight: float = _option(
+    prior: Annotated[float, PROBABILITY] = _option(0.5, "Prior probability that a direction is open, in the KL term.")
+    kl_weight: Annotated[float, NOT_NEGATIVE] = _option(
         0.1,
         "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta). Gradient clipping does not scale it.",
     )
-    label_weight: float = _option(1.0, "Weight of the task gradient that reaches the gate logits (the paper's gamma).")
-    gate_lr: float = _option(
+    label_weight: Annotated[float, NOT_NEGATIVE] = _option(
+        1.0, "Weight of the task gradient that reaches the gate logits (the paper's gamma)."
+    )
+    gate_lr: Annotated[float, NOT_NEGATIVE] = _option(
         0.03, "Learning rate of the gate logits at the peak of the trainer's schedule, which it follows."
     )
     share_gates: bool = _option(False, "Learn one gate vector per kind of module instead of one per module.")
-    coordinator: str = _option(
+    coordinator: Literal["none", "gcn", "gat"] = _option(
         "none",
         "Graph network that coordinates updates across depth: 'gcn', as in the paper, 'gat' (attention over the same edges) "
         "or 'none'. It is off by default because in our benchmarks accuracy is the same with it, and a step costs more.",
-        choices=CHOICES["coordinator"],
     )
-    coordinator_layers: int = _option(1, "Message-passing layers, 1 to 3. The paper finds 1 best: more over-smooth.")
-    side: str = _option(
+    coordinator_layers: Annotated[int, _whole(1, 3), WITH_COORDINATOR] = _option(
+        1, "Message-passing layers, 1 to 3. The paper finds 1 best: more over-smooth."
+    )
+    side: Annotated[Literal["auto", "read", "write", "both"], WITH_COMPARISON] = _option(
         "auto",
         "Which factor is coordinated. 'auto': lora_A of modules that read the residual stream, lora_B of those that "
         "write it; 'read': lora_A everywhere; 'write': lora_B everywhere; 'both': both factors, the paper's literal reading.",
-        choices=CHOICES["side"],
     )
-    activation: str = _option(
+    activation: Annotated[Literal["tanh", "gelu", "silu", "identity"], WITH_COORDINATOR] = _option(
         "tanh",
         "Nonlinearity of message passing. Each passes through 0 with a slope, so that weights that start at 0 can learn "
         "(ReLU would not).",
-        choices=CHOICES["activation"],
     )
-    coordinator_lr: float = _option(
+    coordinator_lr: Annotated[float, NOT_NEGATIVE, WITH_COORDINATOR] = _option(
         0.01, "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows."
     )
-    edges: str = _option(
+    edges: Annotated[Literal["hybrid", "adjacency", "similarity"], WITH_COORDINATOR] = _option(
         "hybrid",
         "Edges of the depth graph: 'adjacency' (neighbours in depth), 'similarity' (semantic edges alone) or 'hybrid' (both).",
-        choices=CHOICES["edges"],
     )
-    semantic_top_k: int = _option(2, "Semantic edges each node may ask for.")
-    semantic_threshold: float = _option(0.5, "Cosine of running-mean gradients above which a semantic edge is drawn.")
-    semantic_every: int = _option(10, "Optimizer steps between rebuilds of the semantic edges.")
-    semantic_decay: float = _option(0.9, "Decay of the running mean of gradients that semantic edges compare.")
+    semantic_top_k: Annotated[int, _whole(1), WITH_COORDINATOR] = _option(2, "Semantic edges each node may ask for.")
+    semantic_threshold: Annotated[float, COSINE, WITH_COORDINATOR] = _option(
+        0.5, "Cosine of running-mean gradients above which a semantic edge is drawn."
+    )
+    semantic_every: Annotated[int, _whole(1), WITH_COORDINATOR] = _option(
+        10, "Optimizer steps between rebuilds of the semantic edges."
+    )
+    semantic_decay: Annotated[float, DECAY, WITH_COORDINATOR] = _option(
+        0.9, "Decay of the running mean of gradients that semantic edges compare."
+    )
     align_init: bool = _option(
         True,
         "Where depths are compared (a coordinator or a regularizer acts), start a fresh adapter with the same lora_A at every "
         "depth of a kind. Outputs are unchanged; a warm or data-driven initialisation is never touched.",
     )
-    regularizer: str = _option(
+    regularizer: Literal["none", "cosine", "laplacian"] = _option(
         "none",
         "Static regulariser the paper compares with, on the latent updates of neighbouring depths: 'cosine' (LoRA+Cos), "
         "'laplacian' (LoRA+Laplacian) or 'none'.",
-        choices=CHOICES["regularizer"],
     )
-    regularizer_weight: float = _option(0.1, "Weight of the static regulariser.")
-    roles: dict | str | None = _option(
+    regularizer_weight: Annotated[float, POSITIVE] = _option(0.1, "Weight of the static regulariser.")
+    roles: Annotated[dict | str | None, ROLE_OF_PATTERN] = _option(
         None,
         "Module pattern -> 'read' or 'write' (a mapping, or JSON of one), for modules the built-in table does not know. "
         "Patterns match the end of a module's name, as in PEFT's `rank_pattern`.",
     )
-    seed: int | None = _option(None, "Seed of the gate noise. None: the trainer's seed, or 42 in a custom loop.")
-    adapter_name: str | None = _option(None, "Adapter to train. None: the active one.")
+    seed: Annotated[int | None, SEED] = _option(
+        None, "Seed of the gate noise. None: the trainer's seed, or 42 in a custom loop."
+    )
+    adapter_name: Annotated[str | None, ADAPTER] = _option(None, "Adapter to train. None: the active one.")
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, 1)
-                hint = f" (did you mean '{near[0]}'?)" if near else ""
-                self._refuse(name, value, f"one of {', '.join(repr(a) for a in allowed)}", hint)
-        for name, (accepts, meaning) in _RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):
-                self._refuse(name, value, meaning)
-        for name, (low, high) in _WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < low or (high is not None and value > high):
-                self._refuse(
-                    name, value, f"a whole number from {low} to {high}" if high else f"a whole number of {low} or more"
-                )
-        for name in _FLAGS:
-            if type(getattr(self, name)) is not bool:
-                self._refuse(name, getattr(self, name), "True or False")
-        self._refuse_what_acts_on_nothing()
-        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
-            self._refuse("seed", self.seed, "a whole number of 0 or more, or None")
-        if self.adapter_name is not None and not isinstance(self.adapter_name, str):
-            self._refuse("adapter_name", self.adapter_name, "the name of an adapter, or None")
         if isinstance(self.roles, str):
             try:
                 self.roles = json.loads(self.roles)
             except json.JSONDecodeError:
-                self._refuse("roles", self.roles, "a mapping, or JSON of one")
-        if self.roles is not None:
-            if not isinstance(self.roles, dict) or any(role not in ROLES for role in self.roles.values()):
-                self._refuse("roles", self.roles, "a mapping from module pattern to 'read' or 'write'")
+                self._refuse("roles", self.roles, Allowed(bool, "a mapping, or JSON of one"))
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if not allowed.accepts(value):
+                near = difflib.get_close_matches(str(value), _CHOICES.get(name, ()), 1)
+                self._refuse(name, value, allowed, f" (did you mean '{near[0]}'?)" if near else "")
+        self._refuse_what_acts_on_nothing()
 
     def _refuse_what_acts_on_nothing(self):
         if self.filter == "random" and self.noise == "off":
@@ -183,11 +172,11 @@ class StructLoRAConfig:
                 "noise, of which the random filter is made",
                 "remove `noise`, or choose filter='ib' or 'none'",
             )
-        idle = _OF_THE_COORDINATOR if self.coordinator == "none" else ()
-        idle += () if self.compares_depths else ("side",)
+        idle = {WITH_COORDINATOR} if self.coordinator == "none" else set()
+        idle |= set() if self.compares_depths else {WITH_COMPARISON}
         for option in fields(StructLoRAConfig):
             name, value = option.name, getattr(self, option.name)
-            if name in idle and value != option.default:
+            if idle.intersection(_marks(name)) and value != option.default:
                 raise StructLoRAError(
                     f"{name}={value!r} and coordinator='none'",
                     f"a coordinator for `{name}` to act on",
@@ -195,8 +184,8 @@ class StructLoRAConfig:
                 )
 
     @staticmethod
-    def _refuse(name: str, value, allowed: str, hint: str = ""):
-        raise StructLoRAError(f"{name}={value!r} in the configuration{hint}", allowed, f"correct `{name}`")
+    def _refuse(name: str, value, allowed: Allowed, hint: str = ""):
+        raise StructLoRAError(f"{name}={value!r} in the configuration{hint}", allowed.meaning, f"correct `{name}`")
 
     @classmethod
     def build(cls, config: StructLoRAConfig | dict | None = None, **overrides) -> StructLoRAConfig:
@@ -240,7 +229,33 @@ class StructLoRAConfig:
         return self.coordinator != "none" or self.regularizer != "none"
 
 
+_TYPES = get_type_hints(StructLoRAConfig)
+_HINTS = get_type_hints(StructLoRAConfig, include_extras=True)
+_CHOICES = {name: get_args(type_) for name, type_ in _TYPES.items() if get_origin(type_) is Literal}
+
+
+def _marks(name: str) -> tuple:
+    """What stands beside the type of an option."""
+    return get_args(_HINTS[name])[1:] if get_origin(_HINTS[name]) is Annotated else ()
+
+
+def _allowed(name: str) -> Allowed:
+    if name in _CHOICES:
+        return Allowed(lambda v: v in _CHOICES[name], f"one of {', '.join(map(repr, _CHOICES[name]))}")
+    if _TYPES[name] is bool:
+        return Allowed(lambda v: type(v) is bool, "True or False")
+    return next(mark for mark in _marks(name) if isinstance(mark, Allowed))
+
+
+_ALLOWED = {f.name: _allowed(f.name) for f in fields(StructLoRAConfig)}
+
+
+def _type_name(name: str) -> str:
+    type_ = str if name in _CHOICES else _TYPES[name]
+    return getattr(type_, "__name__", str(type_)) if get_origin(type_) is None else str(type_)
+
+
 StructLoRAConfig.__doc__ += "".join(
-    f"    {f.name} (`{f.type}`, *optional*, defaults to `{f.default!r}`):\n            {f.metadata['help']}\n    "
+    f"    {f.name} (`{_type_name(f.name)}`, *optional*, defaults to `{f.default!r}`):\n            {f.metadata['help']}\n    "
     for f in fields(StructLoRAConfig)
 )

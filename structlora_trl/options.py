@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import get_type_hints
 
 from .config import StructLoRAConfig
 from .errors import StructLoRAError
 
-_NUMBERS = {f.name for f in fields(StructLoRAConfig) if f.type == "float"}
+_NUMBERS = {name for name, type_ in get_type_hints(StructLoRAConfig).items() if type_ is float}
 
 
 def read_switch(value: StructLoRAConfig | dict | bool | None) -> StructLoRAConfig | None:
