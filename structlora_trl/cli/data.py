@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from ..errors import StructLoRAError
 from ..refusing import refusing
 
+_log = logging.getLogger(__name__)
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _PICTURES = ("images", "image")
 
@@ -31,12 +33,14 @@ def load(
     Raises:
         StructLoRAError: no data, a path that does not exist, files that cannot be read, or a missing split.
     """
-    if bool(script.dataset_name) == bool(mixture.datasets):
+    if not script.dataset_name and not mixture.datasets:
         raise StructLoRAError(
-            "both `dataset_name` and `datasets`" if script.dataset_name else "neither `dataset_name` nor `datasets`",
+            "neither `dataset_name` nor `datasets`",
             "one of them",
             "set `dataset_name` to a file, a folder or a data set of the hub, or list several under `datasets`",
         )
+    if script.dataset_name and mixture.datasets:
+        _log.warning("Both `datasets` and `dataset_name` are given; `dataset_name` is ignored, as TRL's scripts do.")
     with refusing(
         "loading the data", "files or a data set that `datasets` reads", "correct `dataset_name` or `datasets`"
     ):

@@ -15,6 +15,11 @@ from ..errors import StructLoRAError
 COMMANDS = {
     "sft": ("train", "supervised fine-tuning with TRL's SFTTrainer"),
     "dpo": ("train", "preference optimisation with TRL's DPOTrainer"),
+    "kto": ("train", "preference optimisation on rows judged one by one, with TRL's KTOTrainer"),
+    "reward": ("train", "a reward model, with TRL's RewardTrainer"),
+    "grpo": ("train", "reinforcement learning from reward functions with TRL's GRPOTrainer"),
+    "rloo": ("train", "the same with TRL's RLOOTrainer"),
+    "init": ("init", "print a commented YAML file for one of the above"),
     "inspect": ("inspect", "what an adapter or checkpoint has learned, by module and depth"),
     "export": ("export", "a plain LoRA adapter of a checkpoint; pruned or merged if asked"),
 }
@@ -25,8 +30,10 @@ commands:
 {commands}
 """
 _EXAMPLES = f"""examples:
+  structlora init dpo > run.yaml
   structlora sft --config run.yaml
   structlora sft --config run.yaml --structlora false     # plain LoRA, all else equal
+  structlora sft --config run.yaml --accelerate_config zero2
   torchrun --nproc_per_node 8 -m structlora_trl.cli sft --config run.yaml
   structlora inspect out
   structlora export out adapter --prune 0.05

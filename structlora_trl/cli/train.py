@@ -1,4 +1,4 @@
-"""`structlora sft` and `structlora dpo`: TRL's scripts, with StructLoRA's callback on the trainer."""
+"""The training commands: TRL's scripts, with StructLoRA's callback on the trainer."""
 
 from __future__ import annotations
 
@@ -17,34 +17,30 @@ from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
-
-_METHODS = {
-    "sft": ("SFTTrainer", "SFTConfig", "Supervised fine-tuning"),
-    "dpo": ("DPOTrainer", "DPOConfig", "Direct preference optimisation"),
-}
+from .launch import is_started, launch
+from .methods import METHODS
+from .rewards import reward_functions
 
 
-def run(method: str, arguments: list[str]) -> None:
+def run(command: str, arguments: list[str]) -> None:
     """Train, and save to `output_dir`: the adapter, StructLoRA's state and the trainer's log.
 
     Args:
-        method (`str`): 'sft' or 'dpo'.
+        command (`str`): a key of `METHODS`.
         arguments (`list[str]`): the command line after it.
 
     Raises:
         StructLoRAError: an argument, data, model or set-up that cannot be used; the message says why.
     """
-    trainer_name, config_name, what = _METHODS[method]
-    with refusing(
-        f"importing TRL's {trainer_name}",
-        "versions of TRL and transformers that fit together",
-        "upgrade TRL: `pip install --upgrade trl`",
-    ):
-        trainer_class, config_class = (compat.from_trl(name) for name in (trainer_name, config_name))
-    given = parse(method, what, config_class, arguments)
+    method = METHODS[command]
+    trainer_class, classes = method.load()
+    given = parse(method, classes, arguments)
+    if given.launcher and not is_started():
+        return launch(given.launcher, [command, *given.without_launcher])
     checkpoint = _checkpoint(given)
     callback = StructLoRACallback(given.structlora) if given.structlora is not None else None
-    trainer = _trainer(trainer_class, given, [callback] if callback else [])
+    rewards = {"reward_funcs": reward_functions(given.script)} if method.is_online else {}
+    trainer = _trainer(trainer_class, given, callbacks=[callback] if callback else [], **rewards)
     if callback is None:
         trainer.accelerator.print("structlora: false, so this run is plain LoRA.")
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -60,7 +56,7 @@ def run(method: str, arguments: list[str]) -> None:
     compat.end_training(trainer)
 
 
-def _trainer(trainer_class: type, given: Arguments, callbacks: list):
+def _trainer(trainer_class: type, given: Arguments, **more):
     train_rows, evaluation_rows = data.load(
         given.script, given.mixture, given.training.eval_strategy != "no", given.training.seed
     )
@@ -78,7 +74,7 @@ def _trainer(trainer_class: type, given: Arguments, callbacks: list):
             train_dataset=train_rows,
             eval_dataset=evaluation_rows,
             peft_config=lora,
-            callbacks=callbacks,
+            **more,
         )
     if given.script.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()  # as TRL's script does

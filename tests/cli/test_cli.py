@@ -9,35 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-import trl
 import yaml
 from datasets import Dataset
-from packaging.version import Version
 from safetensors.torch import load_file
 
 from structlora_trl.cli import main
+from structlora_trl.cli.methods import METHODS
 from structlora_trl.state import STATE_NAME
-from tests.support.cli_runs import SFT, assert_plain_peft_agrees, command_line, trained
-from tests.support.data import BLOCKS_OF_64, chats, preferences, save_base, saved_pictures, texts, write_rows
+from tests.support.cli_runs import (
+    SFT,
+    assert_plain_peft_agrees,
+    command_line,
+    config_file,
+    skip_where_trl_cannot,
+    trained,
+)
+from tests.support.data import BLOCKS_OF_64, chats, save_base, saved_pictures, texts, write_rows
 from tests.support.launching import ROOT, free_port, one_at_a_time, run, torchrun
 from tests.support.left import assert_acted, state_of
 
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with a tiny LLaMA in `base` and texts in `data.jsonl`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    save_base(tmp_path / "base")
-    write_rows(tmp_path / "data.jsonl", texts())
-    return tmp_path
-
-
-def config_file(name: str = "run.yaml", **options) -> str:
-    Path(name).write_text(yaml.safe_dump({**SFT, **options}), encoding="utf-8")
-    return name
 
 
 def test_sft_from_a_file_and_the_command_line(place, monkeypatch):
@@ -126,16 +117,6 @@ def test_local_data(kind, place, monkeypatch):
     assert_plain_peft_agrees(trainer, "out")
 
 
-def test_dpo(place, monkeypatch):
-    if Version(trl.__version__) < Version("1.0"):
-        pytest.skip(f"TRL {trl.__version__} cannot import its DPOTrainer beside transformers 5")
-    write_rows(place / "pairs.jsonl", preferences())
-    trainer = trained(monkeypatch, "dpo", "--config", config_file(dataset_name="pairs.jsonl"))
-    assert type(trainer).__name__ == "DPOTrainer"
-    assert_acted("out")
-    assert_plain_peft_agrees(trainer, "out")
-
-
 def test_llava_with_pictures(place, monkeypatch):
     save_base(place / "llava", "llava")
     write_rows(place / "pictures.jsonl", saved_pictures(place))
@@ -191,6 +172,13 @@ def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch, capsys):
     assert main(["inspect", "out"]) == 0  # adapter and state belong together
 
 
+def test_the_mixture_wins_over_the_name_as_in_trl(place, monkeypatch, caplog):
+    trainer = trained(
+        monkeypatch, "sft", "--config", config_file(**{**_mixture(place), "dataset_name": "absent.jsonl"})
+    )
+    assert "`dataset_name` is ignored" in caplog.text and len(trainer.train_dataset) == 36
+
+
 MISTAKES = [
     # arguments, exit code, words of the message
     (["stf"], 2, "did you mean 'sft'"),
@@ -216,6 +204,14 @@ MISTAKES = [
     (["sft", "--config", "range.yaml"], 1, "gate_init=3"),
     (["sft", "--config", "twice.yaml"], 1, "keep the one under `structlora:`"),
     (["sft", "--config", "nothing.yaml"], 1, "`structlora:` with nothing under it"),
+    (["sft", "--config", "run.yaml", "--accelerate_config", "zero9"], 1, "or one of fsdp1, fsdp2, multi_gpu"),
+    (["sft", "--config", "run.yaml", "--num_proceses", "2"], 2, "did you mean --num_processes?"),
+    (["sft", "--config", "run.yaml", "--num_processes"], 1, "--num_processes without a value"),
+    (["grpo", "--config", "online.yaml"], 1, "neither `reward_funcs` nor `reward_model_name_or_path`"),
+    (["grpo", "--config", "online.yaml", "--reward_funcs", "acuracy_reward"], 1, "did you mean `accuracy_reward`?"),
+    (["grpo", "--config", "online.yaml", "--reward_funcs", "absent.words"], 1, "importing the reward function absent"),
+    (["rloo", "--config", "online.yaml", "--reward_funcs", "math.words"], 1, "no `words` in math"),
+    (["init", "stf"], 2, "invalid choice: 'stf'"),
     (["sft", "--config", "no_model.yaml"], 1, "no `model_name_or_path`"),
     (["sft", "--config", "no_data.yaml"], 1, "neither `dataset_name` nor `datasets`"),
 ]
@@ -232,6 +228,8 @@ def spoilt(place):
     config_file("twice.yaml", structlora={"gate_init": 0.8}, gate_init=0.7)
     config_file("nothing.yaml", structlora=None)
     config_file("no_data.yaml", dataset_name=None)
+    online = {**{name: value for name, value in SFT.items() if name != "max_length"}, "num_generations": 4}
+    Path("online.yaml").write_text(yaml.safe_dump(online), encoding="utf-8")
     Path("broken.yaml").write_text("a: [1\nb: 2")
     Path("empty.yaml").write_text("")
     Path("broken.json").write_text("{nothing")
@@ -240,6 +238,8 @@ def spoilt(place):
 
 @pytest.mark.parametrize("arguments, code, words", MISTAKES, ids=[words for *_, words in MISTAKES])
 def test_every_mistake_gets_a_message(arguments, code, words, spoilt, capsys):
+    if arguments[0] in METHODS:
+        skip_where_trl_cannot(arguments[0])
     found = main(arguments)
     message = capsys.readouterr().err
     assert found == code and words in message and "Traceback" not in message, message
@@ -295,6 +295,34 @@ LAUNCHERS = {
 @pytest.mark.parametrize("name", [n if n == "torchrun" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS])
 def test_launchers(name, place):
     started([*LAUNCHERS[name](place), "sft", "--config", config_file()], "DDP, 2 processes")
+
+
+LAUNCHES = {
+    # name: (arguments of the launcher, in the file; on the command line; what runs)
+    "one": ({}, ["--accelerate_config", "single_gpu"], "torch, 1 process"),
+    "file": ({"accelerate_config": "multi_gpu", "num_processes": 4}, ["--num_processes=2"], "DDP, 2 processes"),
+    "zero2": ({"accelerate_config": "zero2"}, ["--num_processes", "2"], "DeepSpeed ZeRO-2, 2 processes"),
+    "ours": ({}, ["--accelerate_config", str(ROOT / "configs" / "accelerate" / "ddp.yaml")], "DDP, 2 processes"),
+}
+
+
+@one_at_a_time
+@pytest.mark.parametrize("name", [n if n == "one" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHES])
+def test_accelerate_config(name, place):
+    """As `trl` has it: the command starts its own processes."""
+    if name == "zero2":
+        pytest.importorskip("deepspeed")
+    in_file, words, engine = LAUNCHES[name]
+    port = ["--main_process_port", str(free_port()), "--mixed_precision", "no"]
+    started([sys.executable, script(place), "sft", "--config", config_file(**in_file), *words, *port], engine)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_started_processes_is_an_exit_code(place):
+    broken = config_file(dataset_name="missing.jsonl")
+    done = run([sys.executable, script(place), "sft", "--config", broken, "--accelerate_config", "single_gpu"])
+    assert done.returncode == 1 and "no file or folder missing.jsonl" in done.stderr
+    assert done.stderr.count("Traceback") == 0, done.stderr[-3000:]
 
 
 @one_at_a_time

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+import trl
+import yaml
 from accelerate.utils import extract_model_from_parallel
+from packaging.version import Version
 from peft import PeftModel
 
+from structlora_trl import StructLoRAError
 from structlora_trl.cli import main, train
+from structlora_trl.cli.methods import METHODS
 from tests.support.tiny import FAMILIES
 
 # What every tiny run needs beside a method's own arguments.
@@ -32,6 +40,12 @@ SFT = {
 }
 
 
+def config_file(name: str = "run.yaml", **options) -> str:
+    """A YAML file of a tiny SFT run in the working directory; its name."""
+    Path(name).write_text(yaml.safe_dump({**SFT, **options}), encoding="utf-8")
+    return name
+
+
 def command_line(options: dict) -> list[str]:
     """Options as `--name value`; a list gives several values."""
     words = []
@@ -41,12 +55,23 @@ def command_line(options: dict) -> list[str]:
     return words
 
 
+def skip_where_trl_cannot(method: str) -> None:
+    """TRL before 1.0 cannot import some of its own trainers beside transformers 5; the command says so."""
+    try:
+        METHODS[method].load()
+    except StructLoRAError as error:
+        if Version(trl.__version__) >= Version("1.0"):
+            raise
+        assert f"importing TRL's {METHODS[method].trainer}" in str(error)
+        pytest.skip(str(error))
+
+
 def trained(monkeypatch, method: str, *arguments: str):
     """Run a training command in this process; its trainer."""
     trainers, build = [], train._trainer
 
-    def keep(*args):
-        trainers.append(build(*args))
+    def keep(*args, **more):
+        trainers.append(build(*args, **more))
         return trainers[-1]
 
     monkeypatch.setattr(train, "_trainer", keep)

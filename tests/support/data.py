@@ -40,6 +40,22 @@ def preferences(count: int = ROWS) -> list[dict]:
     ]
 
 
+def labelled(count: int = ROWS) -> list[dict]:
+    """Completions that are good or bad, each by itself."""
+    return [
+        {"prompt": sentence(i, 4), "completion": " " + sentence(i + 1, 4), "label": i % 2 == 0} for i in range(count)
+    ]
+
+
+def prompts(count: int = ROWS) -> list[dict]:
+    return [{"prompt": sentence(i, 4)} for i in range(count)]
+
+
+def distinct_words(completions: list[str], **_) -> list[float]:
+    """A reward function: the words that differ, and a little for length, so that no two are alike by chance."""
+    return [float(len({*text.split()})) + 0.1 * len(text) for text in completions]
+
+
 def picture(index: int) -> np.ndarray:
     """Pixels, (16, 16, 3)."""
     return np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)

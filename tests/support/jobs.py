@@ -13,6 +13,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from tests.support.data import distinct_words, labelled, prompts
 from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
 
 ROWS = 48
@@ -102,9 +103,7 @@ def preference(name, rows=_pairs, experimental=False):
 
 
 def _labelled() -> Dataset:
-    return Dataset.from_list(
-        [{"prompt": sentence(i, 4), "completion": " " + sentence(i + 1, 4), "label": i % 2 == 0} for i in range(ROWS)]
-    )
+    return Dataset.from_list(labelled(ROWS))
 
 
 def reward_model() -> LlamaForSequenceClassification:
@@ -125,19 +124,15 @@ def reward(output, callbacks, **options):
     )
 
 
-def _distinct_words(completions, **_):
-    return [float(len(set(c.split()))) + 0.1 * len(c) for c in completions]
-
-
 def _online(name):
     def build(output, callbacks, **options):
         trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
         length = {"max_completion_length": 6, "num_generations": 4}
         return trainer_class(
             base_model("llama"),
-            reward_funcs=_distinct_words,
+            reward_funcs=distinct_words,
             args=config_class(**arguments(output, **length, **options)),
-            train_dataset=Dataset.from_list([{"prompt": sentence(i, 4)} for i in range(ROWS)]),
+            train_dataset=Dataset.from_list(prompts(ROWS)),
             processing_class=tokenizer(),
             peft_config=LoraConfig(**LORA),
             callbacks=callbacks,
