@@ -98,10 +98,13 @@ def from_trl(name: str):
     """A class of TRL.
 
     Raises:
-        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError.
+        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError; its
+            KTOTrainer can be imported, and fails when it is built.
     """
     import trl
 
+    if name == "KTOTrainer" and Version(trl.__version__) < Version("1.0"):
+        raise ImportError(f"TRL {trl.__version__}'s KTOTrainer sets `warnings_issued`, which transformers 5 dropped")
     try:
         return getattr(trl, name)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ from structlora_trl.cli import main
 from structlora_trl.cli.methods import METHODS
 from structlora_trl.cli.rewards import reward_functions
 from tests.support.cli_runs import SETTINGS, assert_plain_peft_agrees, command_line, skip_where_trl_cannot, trained
-from tests.support.data import distinct_words, labelled, preferences, prompts, texts, write_rows
+from tests.support.data import better_and_worse, distinct_words, labelled, preferences, prompts, texts, write_rows
 from tests.support.jobs import reward_model
 from tests.support.left import assert_acted
 from tests.support.tiny import tokenizer
@@ -25,7 +25,7 @@ RUNS = {
     "sft": (texts, {"max_length": 32}),
     "dpo": (preferences, {"max_length": 32}),
     "kto": (labelled, {"max_length": 32}),
-    "reward": (preferences, {"max_length": 32}),
+    "reward": (better_and_worse, {"max_length": 32}),
     "grpo": (prompts, {**SHORT, **WORDS}),
     "rloo": (prompts, {**SHORT, **WORDS, "reward_model_name_or_path": "judge"}),
 }

@@ -40,6 +40,11 @@ def preferences(count: int = ROWS) -> list[dict]:
     ]
 
 
+def better_and_worse(count: int = ROWS) -> list[dict]:
+    """Pairs of texts."""
+    return [{"chosen": sentence(i), "rejected": sentence(i + 1)} for i in range(count)]
+
+
 def labelled(count: int = ROWS) -> list[dict]:
     """Completions that are good or bad, each by itself."""
     return [

@@ -13,7 +13,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tests.support.data import distinct_words, labelled, prompts
+from tests.support.data import better_and_worse, distinct_words, labelled, prompts
 from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
 
 ROWS = 48
@@ -117,7 +117,7 @@ def reward(output, callbacks, **options):
     return trainer_class(
         reward_model(),
         args=config_class(**arguments(output, max_length=32, **options)),
-        train_dataset=Dataset.from_list([{"chosen": sentence(i), "rejected": sentence(i + 1)} for i in range(ROWS)]),
+        train_dataset=Dataset.from_list(better_and_worse(ROWS)),
         processing_class=tokenizer(),
         peft_config=LoraConfig(**LORA, task_type=TaskType.SEQ_CLS, modules_to_save=["score"]),
         callbacks=callbacks,
