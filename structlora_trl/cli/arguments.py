@@ -83,7 +83,7 @@ def parse(method: Method, classes: tuple[type, ...], arguments: list[str]) -> Ar
     parser.set_defaults(use_peft=True)
     parser.set_defaults(lora_task_type=method.lora_task_type)
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    launch_arguments = LaunchArguments({action.dest for action in parser._actions} | {"config"})
+    launch_arguments = LaunchArguments({flag for action in parser._actions for flag in action.option_strings})
     arguments, launcher = launch_arguments.split(arguments)
     _refuse_unknown_flags(parser, launch_arguments.names, arguments)
     file = _read_file(parser, launch_arguments.names, arguments)

@@ -24,7 +24,7 @@ class LaunchArguments:
     """The arguments of `accelerate launch`, and `accelerate_config`, among those of a training command.
 
     Args:
-        known (`set[str]`): names that the training command has itself; it keeps them.
+        known (`set[str]`): flags that the training command has itself; it keeps them.
     """
 
     def __init__(self, known: set[str]):
@@ -32,7 +32,7 @@ class LaunchArguments:
         self._takes_value = {CONFIG: True}
         for action in launch_command_parser()._actions:
             for flag in action.option_strings:
-                if flag.startswith("--") and flag[2:] not in known | {"help"}:
+                if flag.startswith("--") and flag not in known:
                     self._takes_value[flag[2:]] = action.nargs != 0
 
     @property
@@ -61,7 +61,9 @@ class LaunchArguments:
     def of_file(self, file: dict) -> list[str]:
         """Those that are keys of a YAML file, as words of a command line."""
         words = []
-        for name in self._takes_value.keys() & file.keys():
+        for name in file:
+            if name not in self._takes_value:
+                continue
             if self._takes_value[name]:
                 words += [f"--{name}", str(file[name])]
             elif file[name]:

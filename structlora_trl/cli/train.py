@@ -32,10 +32,10 @@ def run(command: str, arguments: list[str]) -> None:
     Raises:
         StructLoRAError: an argument, data, model or set-up that cannot be used; the message says why.
     """
-    method = METHODS[command]
+    method, is_worker = METHODS[command], is_started()
     trainer_class, classes = method.load()
     given = parse(method, classes, arguments)
-    if given.launcher and not is_started():
+    if given.launcher and not is_worker:
         return launch(given.launcher, [command, *given.without_launcher])
     checkpoint = _checkpoint(given)
     callback = StructLoRACallback(given.structlora) if given.structlora is not None else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from trl import rewards
 
 from structlora_trl import StructLoRAConfig
 from structlora_trl.cli import main
+from structlora_trl.cli.arguments import parse
 from structlora_trl.cli.methods import METHODS
 from structlora_trl.cli.rewards import reward_functions
 from tests.support.cli_runs import SETTINGS, assert_plain_peft_agrees, command_line, skip_where_trl_cannot, trained
@@ -50,6 +53,39 @@ def test_what_init_prints_trains(method, place, monkeypatch, capsys):
     assert trainer.model.peft_config["default"].lora_alpha == yaml.safe_load(printed)["lora_alpha"]
     if method != "reward":
         assert_plain_peft_agrees(trainer, "out")
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_a_file_of_trl_is_read_as_trl_reads_it(method, place):
+    """With a mixture, quantisation and arguments of the launcher in it."""
+    skip_where_trl_cannot(method)
+    _, more = RUNS[method]
+    mixture = [
+        {"path": "data.jsonl", "columns": ["text"]},
+        {"path": "json", "data_files": "more.jsonl", "split": "train"},
+    ]
+    given = {
+        **{
+            **SETTINGS,
+            **more,
+            "use_peft": True,
+            "lora_task_type": "SEQ_CLS",
+            "load_in_4bit": True,
+            "dtype": "bfloat16",
+        },
+        **{"datasets": mixture, "dataset_name": "data.jsonl", "eval_strategy": "steps", "test_split_size": 0.1},
+        **{"accelerate_config": "zero2", "num_processes": 4, "model_init_kwargs": {"attn_implementation": "eager"}},
+    }
+    (place / "run.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    words = ["--config", "run.yaml", "--learning_rate", "0.5", "--lora_r", "3"]
+    parser = import_module(f"trl.scripts.{method}").make_parser()
+    theirs = parser.parse_args_and_config(words, fail_with_unknown_args=False)
+    ours = parse(METHODS[method], METHODS[method].load()[1], words)
+    for mine, its in zip(ours[1:5], theirs, strict=True):
+        assert type(mine) is type(its)
+        assert all(getattr(mine, f.name) == getattr(its, f.name) for f in fields(its))
+    assert ours.structlora == StructLoRAConfig() and ours.without_launcher == words
+    assert ours.launcher == ["--accelerate_config", "zero2", "--num_processes", "4"]
 
 
 def test_init_explains_every_option(capsys):
