@@ -60,11 +60,11 @@ def test_misspelt_names_and_values_get_the_nearest():
 @pytest.mark.parametrize(
     "options, remedy",
     [
-        ({"edges": "adjacency"}, "set `coordinator='gcn'` .the paper's., or remove `edges`"),
-        ({"semantic_every": 5}, "or remove `semantic_every`"),
-        ({"side": "write"}, "or remove `side`"),
-        ({"side": "both", "regularizer": "cosine"}, None),
-        ({"coordinator": "gat", "edges": "adjacency", "side": "write"}, None),
+        ({"coordinator": "none", "edges": "adjacency"}, "remove `coordinator='none'`, or remove `edges`"),
+        ({"coordinator": "none", "semantic_every": 5}, "or remove `semantic_every`"),
+        ({"coordinator": "none", "side": "write"}, "or remove `side`"),
+        ({"coordinator": "none", "side": "both", "regularizer": "cosine"}, None),
+        ({"edges": "adjacency", "side": "write"}, None),
     ],
 )
 def test_options_that_act_on_nothing_are_refused(options, remedy):

@@ -1,4 +1,4 @@
-"""What StructLoRA with coordinator costs under each distributed engine: time, collectives, bytes, and a model on paper.
+"""What StructLoRA costs under each distributed engine: time, collectives, bytes, and a model on paper.
 
     python -m benchmarks.cost.distributed                      # every engine at 2 processes, then the model on paper
     python -m benchmarks.cost.distributed --quick              # fewer rounds, for a first look
@@ -118,7 +118,7 @@ class Trainee:
         model = get_peft_model(LlamaForCausalLM(config), adapter_of(method)).train()
         self.batch = torch.randint(config.vocab_size, (BATCH // PROCESSES, TOKENS))
         self.model, self.optimizer = wrap(model, engine)
-        self.runtime = attach(self.model, self.optimizer, coordinator="gcn") if method == "structlora" else None
+        self.runtime = attach(self.model, self.optimizer) if method == "structlora" else None
 
     def step(self) -> dict[str, float]:
         """One training step; seconds by each clock."""

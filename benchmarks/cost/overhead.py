@@ -1,8 +1,8 @@
-"""What StructLoRA costs, without and with its coordinator, next to LoRA, DoRA and AdaLoRA; and the map by itself.
+"""What StructLoRA costs, with and without its coordinator, next to LoRA, DoRA and AdaLoRA; and the map by itself.
 
     python -m benchmarks.cost.overhead            # all methods on a model of SmolLM2-135M's shape
     python -m benchmarks.cost.overhead --quick    # the same, within 5 minutes
-    python -m benchmarks.cost.overhead --map      # the map with coordinator: LLaMA-7B, LLaMA-70B and up to 1000 depths
+    python -m benchmarks.cost.overhead --map      # the map: LLaMA-7B, LLaMA-70B and up to 1000 depths
 
 Each prints one JSON line; progress goes to stderr. How it measures:
 
@@ -47,7 +47,7 @@ from structlora_trl.core.nodes import Kind
 from structlora_trl.engines import TorchEngine
 from structlora_trl.state import State
 
-OURS = {"structlora": {}, "coordinated": {"coordinator": "gcn"}}  # name -> options of StructLoRA
+OURS = {"structlora": {}, "gates": {"coordinator": "none"}}  # name -> options of StructLoRA
 METHODS = ("lora", *OURS, "dora", "adalora")
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -359,7 +359,7 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
     hooks = HookTimer(optimizer, clock)
-    config = StructLoRAConfig(coordinator="gcn", semantic_every=NEVER)  # the edges are drawn here, and timed apart
+    config = StructLoRAConfig(semantic_every=NEVER)  # the edges are drawn here, and timed apart
     runtime = Runtime(nn.ParameterList(parameters), kinds, config, TorchEngine(optimizer, kinds))
     hooks.follow_hooks()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from . import store
-from .selection import test_runs
+from .selection import OURS, test_runs
 from .settings import (
     ABLATIONS,
     COMPARED,
@@ -86,8 +86,8 @@ GRIDS = {
     "main-finish": lambda: _at_chosen_rates(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
     "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
-    "ablations": lambda: _at_chosen_rates(COMPARED, ABLATIONS, RATE_SEEDS, "coordinated"),
-    "parts": lambda: _at_chosen_rates(WHERE_IT_GAINS, PARTS, SEEDS, "coordinated"),
+    "ablations": lambda: _at_chosen_rates(COMPARED, ABLATIONS, RATE_SEEDS, OURS),
+    "parts": lambda: _at_chosen_rates(WHERE_IT_GAINS, PARTS, SEEDS, OURS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),

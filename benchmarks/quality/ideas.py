@@ -1,6 +1,6 @@
 """Ideas of the search that the package does not have, made of parts that take the place of its own.
 
-An idea is an option of a method, `x_...` by name: `coordinated:x_sign=true`, `structlora:x_warm_noise=0.5`.
+An idea is an option of a method, `x_...` by name: `structlora:x_sign=true`, `gates:x_warm_noise=0.5`.
 """
 
 from __future__ import annotations

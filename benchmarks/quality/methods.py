@@ -119,29 +119,29 @@ def _ours(summary: str, **options) -> Method:
     return Method(summary, structlora=options)
 
 
-def _coordinated(summary: str, **options) -> Method:
-    return _ours(summary, coordinator="gcn", **options)
+def _gates(summary: str, **options) -> Method:
+    return _ours(summary, coordinator="none", **options)
 
 
 METHODS = {
     "lora": Method("LoRA"),
     "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
-    "structlora": _ours("StructLoRA, the defaults"),
-    "coordinated": _coordinated("StructLoRA with coordinator"),
-    "frozen-logits": _ours("StructLoRA, same gate noise, logits never trained", gate_lr=0.0),
-    "no-align": _ours("StructLoRA, lora_A started anew at each depth", align_init=False),
-    # Ablations of the method with its coordinator, as in the paper
-    "no-gates": _coordinated("coordinator alone, without gates", filter="none"),
-    "adjacency": _coordinated("with coordinator, adjacency edges only", edges="adjacency"),
-    "similarity": _coordinated("with coordinator, similarity edges only", edges="similarity"),
-    "2-layers": _coordinated("with coordinator, 2 message-passing layers", coordinator_layers=2),
-    "3-layers": _coordinated("with coordinator, 3 message-passing layers", coordinator_layers=3),
-    "gat": _ours("with coordinator, GAT", coordinator="gat"),
-    "random-filter": _coordinated("with coordinator, random filter", filter="random"),
-    "top-k-filter": _coordinated("with coordinator, top-k norm filter", filter="topk_norm"),
-    "lora-cos": _ours("LoRA+Cos", filter="none", regularizer="cosine"),
-    "lora-laplacian": _ours("LoRA+Laplacian", filter="none", regularizer="laplacian"),
+    "structlora": _ours("StructLoRA"),  # the defaults: the whole method
+    "gates": _gates("StructLoRA without coordinator"),
+    "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
+    "no-align": _gates("without coordinator, lora_A started anew at each depth", align_init=False),
+    # Ablations, as in the paper
+    "no-gates": _ours("coordinator alone, without gates", filter="none"),
+    "adjacency": _ours("StructLoRA, adjacency edges only", edges="adjacency"),
+    "similarity": _ours("StructLoRA, similarity edges only", edges="similarity"),
+    "2-layers": _ours("StructLoRA, 2 message-passing layers", coordinator_layers=2),
+    "3-layers": _ours("StructLoRA, 3 message-passing layers", coordinator_layers=3),
+    "gat": _ours("StructLoRA, GAT", coordinator="gat"),
+    "random-filter": _ours("StructLoRA, random filter", filter="random"),
+    "top-k-filter": _ours("StructLoRA, top-k norm filter", filter="topk_norm"),
+    "lora-cos": _ours("LoRA+Cos", filter="none", coordinator="none", regularizer="cosine"),
+    "lora-laplacian": _ours("LoRA+Laplacian", filter="none", coordinator="none", regularizer="laplacian"),
     # PEFT's other methods
     "rslora": Method("rsLoRA", {"use_rslora": True}),
     "dora": Method("DoRA", {"use_dora": True}),
@@ -162,7 +162,7 @@ def find(name: str) -> Method:
     for part in given.split(","):
         option, _, value = part.partition("=")
         options[option] = _parse(value)
-    return Method(f"{METHODS[base].summary.removesuffix(', the defaults')}, {given}", structlora=options)
+    return Method(f"{METHODS[base].summary}, {given}", structlora=options)
 
 
 def _parse(value: str):

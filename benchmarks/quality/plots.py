@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from .selection import BASE, FULL, OURS, Runs
+from .selection import BASE, GATES, OURS, Runs
 from .settings import CONTROLS, EXAMPLES, LANGUAGE, MAIN, RANKS, SETTINGS
 from .tables import describe, label
 
-COLOURS = {"lora": "#777777", "structlora": "#7b3294", "lora-dropout-0.1": "#008837", "coordinated": "#e66101"}
+COLOURS = {"lora": "#777777", "structlora": "#7b3294", "lora-dropout-0.1": "#008837", "gates": "#e66101"}
 POINTS = {"marker": "o", "markersize": 3.5, "capsize": 2}
 
 
@@ -51,13 +51,13 @@ def rates(runs: Runs) -> Figure:
 
 
 def differences(runs: Runs) -> Figure:
-    """StructLoRA without and with coordinator against LoRA at each one's best rate: mean and 95 % interval over seeds."""
+    """StructLoRA with and without coordinator against LoRA at each one's best rate: mean and 95 % interval over seeds."""
     settings = (*SETTINGS, *LANGUAGE)
     figure = Figure(figsize=(9, 0.42 * len(settings) + 1.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     words = {"accuracy": "accuracy, points", "nll": "NLL, nats (less is better)"}
     for axes, (measure, meaning) in zip(panels, words.items(), strict=True):
-        for shift, name in ((-0.12, OURS), (0.12, FULL)):
+        for shift, name in ((-0.12, OURS), (0.12, GATES)):
             for place, setting in enumerate(settings):
                 gaps = runs.differences(setting, name, measure)
                 half = t.ppf(0.975, len(gaps) - 1) * _standard_error(gaps)

@@ -14,7 +14,7 @@ import pandas as pd
 from . import store
 from .settings import RATES, SEEDS
 
-BASE, OURS, FULL = "lora", "structlora", "coordinated"
+BASE, OURS, GATES = "lora", "structlora", "gates"
 METHOD = ["task", "rank", "examples", "method"]
 VALIDATION = ["validation.accuracy", "validation.nll"]
 

@@ -66,7 +66,7 @@ SETTINGS = (
 FIRST = SETTINGS[:3]
 # The same with a backbone that was trained for a third as long.
 EARLY = tuple((f"{task}-early", *rest) for task, *rest in (*FIRST, *SETTINGS[4:6]))
-MAIN = ("lora", "structlora", "coordinated")
+MAIN = ("lora", "structlora", "gates")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
 # The search, on validation data alone, each round at fixed settings and learning rates. Rounds after the first have seeds
@@ -84,108 +84,108 @@ PLACES = (
     (("movie", 4, 200), 4e-3),
 )
 FIRST_IDEAS = (
-    "coordinated",
-    "coordinated:gate_init=0.73",
-    "structlora:gate_init=0.73",
     "structlora",
-    "coordinated:gate_init=0.8",
-    "coordinated:gate_lr=0,gate_init=0.73",
-    "coordinated:gate_lr=0",
-    "coordinated:prior=0.9",
-    "coordinated:gate_lr=0.1",
-    "coordinated:temperature=0.67",
-    "coordinated:hard_gates=true",
-    "coordinated:side=both",
-    "coordinated:x_normalise=true",
-    "coordinated:x_normalise=true,x_theta=1.0",
-    "coordinated:gate_init=0.73,x_warm_noise=0.5",
-    "coordinated:x_fade_noise=0.5",
-    "coordinated:share_gates=true",
-    "coordinated:coordinator_lr=0.002",
-    "coordinated:coordinator_lr=0,x_theta=0.5",
-    "coordinated:x_share_noise=true",
-    "coordinated:x_share_kinds=true",
-    "coordinated:edges=similarity",
+    "structlora:gate_init=0.73",
+    "gates:gate_init=0.73",
+    "gates",
+    "structlora:gate_init=0.8",
+    "structlora:gate_lr=0,gate_init=0.73",
+    "structlora:gate_lr=0",
+    "structlora:prior=0.9",
+    "structlora:gate_lr=0.1",
+    "structlora:temperature=0.67",
+    "structlora:hard_gates=true",
+    "structlora:side=both",
+    "structlora:x_normalise=true",
+    "structlora:x_normalise=true,x_theta=1.0",
+    "structlora:gate_init=0.73,x_warm_noise=0.5",
+    "structlora:x_fade_noise=0.5",
+    "structlora:share_gates=true",
+    "structlora:coordinator_lr=0.002",
+    "structlora:coordinator_lr=0,x_theta=0.5",
+    "structlora:x_share_noise=true",
+    "structlora:x_share_kinds=true",
+    "structlora:edges=similarity",
     "no-gates",
-    "coordinated:share_gates=true,coordinator_lr=0,x_theta=0.5",
-    "coordinated:gate_lr=0,gate_init=0.73,coordinator_lr=0,x_theta=0.5",
-    "coordinated:gate_init=0.73,coordinator_lr=0,x_theta=0.5",
-    "coordinated:gate_init=0.73,share_gates=true,x_theta=0.5",
-    "coordinated:x_theta=0.5",
-    "coordinated:coordinator_lr=0.002,x_theta=0.5",
-    "coordinated:x_theta=1.0",
-    "coordinated:coordinator_lr=0,x_theta=-0.3",
-    "coordinated:x_diagonal=true",
-    "coordinated:x_diagonal=true,x_theta=0.5",
-    "coordinated:x_join_kinds=true",
-    "coordinated:x_join_kinds=true,x_theta=0.5",
-    "coordinated:x_smooth_gates=true",
-    "coordinated:side=both,x_sign=true",
-    "coordinated:kl_weight=0",
-    "coordinated:kl_weight=1.0",
-    "coordinated:gate_init=0.73,kl_weight=0",
-    "coordinated:gate_init=0.73,gate_lr=0.003",
-    "coordinated:temperature=0.1",
-    "coordinated:activation=identity",
-    "coordinated:semantic_threshold=0.2",
-    "coordinated:kl_weight=3.0",
-    "coordinated:kl_weight=1.0,side=both,x_sign=true",
-    "coordinated:kl_weight=1.0,side=both",
-    "coordinated:kl_weight=1.0,gate_lr=0.1",
+    "structlora:share_gates=true,coordinator_lr=0,x_theta=0.5",
+    "structlora:gate_lr=0,gate_init=0.73,coordinator_lr=0,x_theta=0.5",
+    "structlora:gate_init=0.73,coordinator_lr=0,x_theta=0.5",
+    "structlora:gate_init=0.73,share_gates=true,x_theta=0.5",
+    "structlora:x_theta=0.5",
+    "structlora:coordinator_lr=0.002,x_theta=0.5",
+    "structlora:x_theta=1.0",
+    "structlora:coordinator_lr=0,x_theta=-0.3",
+    "structlora:x_diagonal=true",
+    "structlora:x_diagonal=true,x_theta=0.5",
+    "structlora:x_join_kinds=true",
+    "structlora:x_join_kinds=true,x_theta=0.5",
+    "structlora:x_smooth_gates=true",
+    "structlora:side=both,x_sign=true",
+    "structlora:kl_weight=0",
     "structlora:kl_weight=1.0",
-    "coordinated:kl_weight=1.0,share_gates=true",
-    "coordinated:kl_weight=1.0,x_diagonal=true",
-    "coordinated:kl_weight=10.0",
+    "structlora:gate_init=0.73,kl_weight=0",
+    "structlora:gate_init=0.73,gate_lr=0.003",
+    "structlora:temperature=0.1",
+    "structlora:activation=identity",
+    "structlora:semantic_threshold=0.2",
+    "structlora:kl_weight=3.0",
+    "structlora:kl_weight=1.0,side=both,x_sign=true",
+    "structlora:kl_weight=1.0,side=both",
+    "structlora:kl_weight=1.0,gate_lr=0.1",
+    "gates:kl_weight=1.0",
+    "structlora:kl_weight=1.0,share_gates=true",
+    "structlora:kl_weight=1.0,x_diagonal=true",
+    "structlora:kl_weight=10.0",
 )
 NEXT_IDEAS = (
-    "coordinated",
-    "coordinated:kl_weight=1.0",
-    "coordinated:kl_weight=1.0,side=both",
-    "lora-dropout-0.1",
-    "coordinated:side=both,x_sign=true",
-    "coordinated:kl_weight=1.0,share_gates=true",
+    "structlora",
     "structlora:kl_weight=1.0",
-    "coordinated:coordinator_lr=0.002,x_theta=0.5",
-    "coordinated:gate_lr=0,gate_init=0.73",
+    "structlora:kl_weight=1.0,side=both",
+    "lora-dropout-0.1",
+    "structlora:side=both,x_sign=true",
+    "structlora:kl_weight=1.0,share_gates=true",
+    "gates:kl_weight=1.0",
+    "structlora:coordinator_lr=0.002,x_theta=0.5",
+    "structlora:gate_lr=0,gate_init=0.73",
 )
 LAST_IDEAS = (
-    "coordinated",
-    "coordinated:kl_weight=1.0",
-    "coordinated:gate_init=0.73",
-    "lora-dropout-0.1",
     "structlora",
-    "coordinated:kl_weight=1.0,side=both",
-    "coordinated:gate_lr=0,gate_init=0.73",
-    "coordinated:gate_init=0.73,kl_weight=0",
-    "coordinated:share_gates=true",
-    "coordinated:x_theta=1.0",
-    "coordinated:gate_lr=0",
+    "structlora:kl_weight=1.0",
+    "structlora:gate_init=0.73",
+    "lora-dropout-0.1",
+    "gates",
+    "structlora:kl_weight=1.0,side=both",
+    "structlora:gate_lr=0,gate_init=0.73",
+    "structlora:gate_init=0.73,kl_weight=0",
+    "structlora:share_gates=true",
+    "structlora:x_theta=1.0",
+    "structlora:gate_lr=0",
     "no-gates",
-    "coordinated:coordinator_lr=0.002,x_theta=0.5",
-    "coordinated:x_join_kinds=true",
-    "coordinated:side=both,x_sign=true",
+    "structlora:coordinator_lr=0.002,x_theta=0.5",
+    "structlora:x_join_kinds=true",
+    "structlora:side=both,x_sign=true",
 )
 # The same at twice the learning rate: does an idea help, or does it act as a larger rate?
 DOUBLE_PLACES = tuple((setting, 2 * lr) for setting, lr in PLACES)
 DOUBLE_IDEAS = (
-    "coordinated",
-    "coordinated:coordinator_lr=0.002,x_theta=0.5",
-    "coordinated:gate_init=0.73,kl_weight=0",
-    "coordinated:gate_init=0.73,kl_weight=0,coordinator_lr=0.002,x_theta=0.5",
+    "structlora",
+    "structlora:coordinator_lr=0.002,x_theta=0.5",
+    "structlora:gate_init=0.73,kl_weight=0",
+    "structlora:gate_init=0.73,kl_weight=0,coordinator_lr=0.002,x_theta=0.5",
 )
-# Where the defaults lose most: what is it that loses, and what would not?
+# Where StructLoRA loses most: what is it that loses, and what would not?
 LANGUAGE_PLACES = ((LANGUAGE[1], 8e-3),)
 LANGUAGE_IDEAS = (
-    "coordinated",
-    "no-gates",
     "structlora",
-    "coordinated:gate_init=0.97",
-    "coordinated:x_warm_noise=0.5",
-    "coordinated:x_fade_noise=0.5",
-    "coordinated:gate_lr=0",
+    "no-gates",
+    "gates",
+    "structlora:gate_init=0.97",
+    "structlora:x_warm_noise=0.5",
+    "structlora:x_fade_noise=0.5",
+    "structlora:gate_lr=0",
     "no-align",
-    "coordinated:kl_weight=0",
-    "coordinated:gate_init=0.8",
+    "structlora:kl_weight=0",
+    "structlora:gate_init=0.8",
 )
 # With or without the coordinator, and how much noise, in runs that are short for their data too; six seeds more.
 FINAL_PLACES = (
@@ -196,21 +196,21 @@ FINAL_PLACES = (
     (("movie", 4, 200), 4e-3),
 )
 FINAL_IDEAS = (
-    "coordinated",
     "structlora",
-    "structlora:gate_init=0.97",
-    "structlora:gate_init=0.8",
-    "structlora:x_warm_noise=0.5",
-    "structlora:gate_init=0.8,x_warm_noise=0.5",
-    "structlora:x_fade_noise=0.3",
-    "structlora:align_init=false",
+    "gates",
+    "gates:gate_init=0.97",
+    "gates:gate_init=0.8",
+    "gates:x_warm_noise=0.5",
+    "gates:gate_init=0.8,x_warm_noise=0.5",
+    "gates:x_fade_noise=0.3",
+    "gates:align_init=false",
 )
 # The best of these once more.
 CONFIRMED_IDEAS = (
-    "structlora",
-    "structlora:gate_init=0.8",
-    "structlora:align_init=false",
-    "structlora:gate_init=0.8,align_init=false",
+    "gates",
+    "gates:gate_init=0.8",
+    "gates:align_init=false",
+    "gates:gate_init=0.8,align_init=false",
 )
 # name -> methods beside LoRA, places, seeds
 ROUNDS = {
@@ -224,17 +224,17 @@ ROUNDS = {
 }
 
 FINAL_ROUNDS = ("search-final", "search-confirm")
-NOISE = ("lora", "structlora:gate_init=0.97", "structlora:gate_init=0.8")  # for a table of those rounds by place
+NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table of those rounds by place
 
 CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
 COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
-    *("coordinated:gate_lr=0", "no-gates", "structlora", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
+    *("structlora:gate_lr=0", "no-gates", "gates", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
 # The parts that matter most once more with further seeds, where StructLoRA gains most.
-PARTS = ("structlora", "no-gates", "coordinated:gate_lr=0")
+PARTS = ("gates", "no-gates", "structlora:gate_lr=0")
 WHERE_IT_GAINS = (SETTINGS[0], *SETTINGS[4:6])
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
 RANKS = {("digits", 100): (1, 2, 4, 8, 16)}

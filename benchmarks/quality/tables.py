@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control, ttest_1samp
 
 from . import methods
-from .selection import BASE, FULL, OURS, Runs, Setting, test_runs
+from .selection import BASE, GATES, OURS, Runs, Setting, test_runs
 from .settings import (
     ABLATIONS,
     COMPARED,
@@ -33,12 +33,11 @@ from .settings import (
     WHERE_IT_GAINS,
 )
 
-# What the paper reports (arXiv 2603.14228) of the method with its coordinator: BoolQ with LLaMA at rank 8 where nothing
-# else is said.
+# What the paper reports (arXiv 2603.14228) of the whole method: BoolQ with LLaMA at rank 8 where nothing else is said.
 PAPER = {
     "lora": "−2.2",
     "no-gates": "−1.9",
-    "structlora": "−1.2",
+    "gates": "−1.2",
     "adjacency": "−0.8",
     "similarity": "−1.1",
     "2-layers": "−0.9",
@@ -49,8 +48,8 @@ PAPER = {
     "lora-laplacian": "lower",
 }
 PAPER_RANKS = {2: "+2.3", 4: "+2.3", 8: "+2.2", 16: "+1.4", 32: "+0.9"}  # over LoRA
-PAPER_GRADIENT_COSINE = {BASE: "0.27 to 0.41", FULL: "0.55 to 0.69"}
-PAPER_COST = {FULL: ("1.06x", "1.04x")}  # LLaMA-7B on a GPU
+PAPER_GRADIENT_COSINE = {BASE: "0.27 to 0.41", OURS: "0.55 to 0.69"}
+PAPER_COST = {OURS: ("1.06x", "1.04x")}  # LLaMA-7B on a GPU
 
 Place = tuple[Setting, float]  # a setting and a learning rate
 
@@ -68,22 +67,22 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
     return {
         "main": comparison(runs, SETTINGS, [*MAIN, *CONTROLS]),
         "early": short(runs, EARLY),
-        "early-overall": overall(runs, EARLY, [OURS, FULL]),
-        "overall-language": overall(runs, [*SETTINGS, *LANGUAGE], [OURS, FULL]),
+        "early-overall": overall(runs, EARLY, [OURS, GATES]),
+        "overall-language": overall(runs, [*SETTINGS, *LANGUAGE], [OURS, GATES]),
         "noise": by_place(every_seed, NOISE, FINAL_PLACES, [s for name in FINAL_ROUNDS for s in ROUNDS[name][2]]),
-        "overall-coordinator": overall(runs, SETTINGS, [OURS], FULL),
-        "overall": overall(runs, SETTINGS, [OURS, FULL, *CONTROLS]),
+        "overall-coordinator": overall(runs, SETTINGS, [GATES], OURS),
+        "overall": overall(runs, SETTINGS, [OURS, GATES, *CONTROLS]),
         "short": short(runs, [*SETTINGS, *LANGUAGE]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, [*COMPARED, EARLY[1]], [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, COMPARED, [OURS, *OTHERS]),
-        "parts": ablations(runs, WHERE_IT_GAINS, [FULL, BASE, *PARTS]),
-        "ablations": ablations(runs, COMPARED, [FULL, BASE, *ABLATIONS]),
-        "early-ablations": ablations(runs, EARLY[:2], [FULL, BASE, *ABLATIONS]),
+        "parts": ablations(runs, WHERE_IT_GAINS, [OURS, BASE, *PARTS]),
+        "ablations": ablations(runs, COMPARED, [OURS, BASE, *ABLATIONS]),
+        "early-ablations": ablations(runs, EARLY[:2], [OURS, BASE, *ABLATIONS]),
         "ranks": short(runs, rank_settings, paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
-        "diagnostics": diagnostics(runs, SETTINGS, [BASE, FULL, *ABLATIONS]),
+        "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
     }
 
@@ -113,7 +112,7 @@ def comparison(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) ->
 
 
 def short(runs: Runs, settings: Iterable[Setting], paper: Callable[[Setting], str] | None = None) -> str:
-    """LoRA and StructLoRA, and how far StructLoRA with coordinator is from LoRA; one line per setting."""
+    """LoRA and StructLoRA, and how far StructLoRA without coordinator is from LoRA; one line per setting."""
     rows = []
     for setting in settings:
         if runs.best(setting, OURS).empty:
@@ -123,10 +122,10 @@ def short(runs: Runs, settings: Iterable[Setting], paper: Callable[[Setting], st
         row = [describe(setting), len(seeds), *accuracy]
         row += _difference(runs, setting, OURS, "accuracy")
         row += _difference(runs, setting, OURS, "nll")
-        row += _difference(runs, setting, FULL, "accuracy")
+        row += _difference(runs, setting, GATES, "accuracy")
         rows.append([*row, paper(setting)] if paper else row)
     header = ["task, rank, examples", "seeds", "LoRA", "StructLoRA", "difference", "p (q)", "NLL difference", "p (q)"]
-    header += ["with coordinator", "p (q)"]
+    header += ["without coordinator", "p (q)"]
     return markdown([*header, "paper's difference"] if paper else header, rows)
 
 
@@ -168,20 +167,20 @@ def _overall_difference(gaps: pd.DataFrame, digits: int) -> list:
 
 
 def ablations(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -> str:
-    """What each part is worth: test figures less those of the method with its coordinator, by seed, beside the paper's."""
+    """What each part is worth: test figures less those of the whole method, by seed, beside the paper's."""
     rows = []
     for setting, name, found in _found(runs, settings, names):
         row = [describe(setting), label(name), len(found), _mean_and_sd(found["test.accuracy"])]
         for figure in ("accuracy", "nll"):
-            row += _difference(runs, setting, name, figure, base=FULL)
+            row += _difference(runs, setting, name, figure, base=OURS)
         rows.append([*row, f"{runs.rates[(*setting, name)]:g}", PAPER.get(name, "")])
     header = ["task, r, examples", "method", "seeds", "accuracy", "− whole", "p (q)", "NLL − whole", "p (q)", "rate"]
     return markdown([*header, "paper, accuracy − whole"], rows)
 
 
 def search(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int]) -> str:
-    """Ideas on validation data, at given rates: less LoRA and less StructLoRA with coordinator, paired over settings and seeds."""
-    found = {name: _at_places(runs, name, places, seeds) for name in (BASE, FULL, *names)}
+    """Ideas on validation data, at given rates: less LoRA and less the whole method, paired over settings and seeds."""
+    found = {name: _at_places(runs, name, places, seeds) for name in (BASE, OURS, *names)}
     rows = []
     for name in dict.fromkeys((BASE, *names)):
         if found[name].index.unique("place").size < len(places):
@@ -189,7 +188,7 @@ def search(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Seq
         row = [label(name), len(found[name])]
         for figure, digits in (("validation.accuracy", 2), ("validation.nll", 3)):
             row.append(f"{_mean(found[name][figure]):.{digits}f}")
-            for base in (BASE, FULL):
+            for base in (BASE, OURS):
                 gaps = (found[name][figure] - found[base][figure]).dropna()
                 row += [f"{_mean(gaps):+.{digits}f}", P.of(gaps)] if len(gaps) and name != base else ["", ""]
         rows.append(row)
@@ -206,17 +205,18 @@ def _at_places(runs: Runs, name: str, places: Sequence[Place], seeds: Sequence[i
 
 
 def by_place(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int]) -> str:
-    """The same ideas at each place by itself: validation accuracy less that of the defaults, paired over seeds."""
-    found = {name: _at_places(runs, name, places, seeds)["validation.accuracy"] for name in (OURS, *names)}
+    """The same ideas at each place by itself: validation accuracy less that of gates at their default, paired over seeds."""
+    found = {name: _at_places(runs, name, places, seeds)["validation.accuracy"] for name in (GATES, *names)}
     rows = []
     for number, (setting, lr) in enumerate(places):
         row = [describe(setting), f"{lr:g}"]
         for name in names:
-            gaps = (found[name] - found[OURS]).dropna()
+            gaps = (found[name] - found[GATES]).dropna()
             gaps = gaps[gaps.index.get_level_values("place") == number]
             row += [len(gaps), f"{_mean(gaps):+.1f}", P.of(gaps)] if len(gaps) else ["", "", ""]
         rows.append(row)
-    columns = [column for name in names for column in ("seeds", f"{label(name)}, − defaults", "p (q)")]
+    labels = [label(name).removeprefix(f"{label(GATES)}, ") for name in names]
+    columns = [column for name in labels for column in ("seeds", f"{name}, − gates", "p (q)")]
     return markdown(["task, r, examples", "rate", *columns], rows)
 
 

@@ -170,7 +170,7 @@ def test_every_method_trains_and_is_deterministic(plain, method):
 def test_every_idea_does_something(tiny_task, idea):
     value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise") else "true"
     plain, tried = (
-        cell.run("digits", f"coordinated:coordinator_lr=0.1{given}", 4, 20, 1e-2, 3)
+        cell.run("digits", f"structlora:coordinator_lr=0.1{given}", 4, 20, 1e-2, 3)
         for given in ("", f",{idea}={value}")
     )
     assert outcome(plain) != outcome(tried)
@@ -180,8 +180,8 @@ def test_every_idea_does_something(tiny_task, idea):
 @pytest.mark.parametrize(
     "name, why",
     [
-        ("coordinated:x_sign=true,x_diagonal=true", "one at a time"),
-        ("structlora:x_sign=true", "coordinator=gcn, not for none"),
+        ("structlora:x_sign=true,x_diagonal=true", "one at a time"),
+        ("gates:x_sign=true", "coordinator=gcn, not for none"),
         ("gat:x_normalise=true", "coordinator=gcn, not for gat"),
         ("random-filter:x_warm_noise=0.5", "filter=ib, not for random"),
     ],
@@ -192,8 +192,8 @@ def test_ideas_without_a_place_are_refused(name, why):
 
 
 def test_options_and_ideas_in_a_methods_name():
-    method = methods.find("coordinated:edges=adjacency,temperature=0.2,x_theta=0.5")
-    assert method.structlora == {"coordinator": "gcn", "edges": "adjacency", "temperature": 0.2, "x_theta": 0.5}
+    method = methods.find("gat:edges=adjacency,temperature=0.2,x_theta=0.5")
+    assert method.structlora == {"coordinator": "gat", "edges": "adjacency", "temperature": 0.2, "x_theta": 0.5}
     assert method.options()["temperature"] == 0.2 and method.options()["x_theta"] == 0.5
 
 
