@@ -118,7 +118,8 @@ def main():
     for name, build in CASES.items():
         model = build()
         try:
-            attach(model, getattr(model, "optimizer", None) or adamw(model))
+            # LoRA-FA freezes lora_A, which the coordinator would map by default.
+            attach(model, getattr(model, "optimizer", None) or adamw(model), side="write")
             said[name] = "nothing"
         except StructLoRAError as error:
             said[name] = str(error)
