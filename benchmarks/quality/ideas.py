@@ -180,6 +180,15 @@ def joined_kinds(model: nn.Module, adapter_name: str) -> list[Kind]:
     ]
 
 
+def kinds_of_one_A(model: nn.Module, adapter_name: str) -> list[Kind]:
+    """Kinds whose depths start from one A₀, also where nothing compares them."""
+    kinds = discover(model, adapter_name)
+    for kind in kinds:
+        for A in kind.A[1:]:
+            A.data.copy_(kind.A[0].data)
+    return kinds
+
+
 def graph_of_joined(kind: Kind, config: StructLoRAConfig) -> DepthGraph:
     """Edges between neighbours in depth of what was one kind before, and between modules of one depth."""
     places = [split_depth(module) for module in kind.modules]
@@ -197,6 +206,7 @@ def graph_of_joined(kind: Kind, config: StructLoRAConfig) -> DepthGraph:
 IDEAS = {
     "x_diagonal": Idea({"coordinator": Diagonal}),
     "x_join_kinds": Idea({"discover": joined_kinds, "graph": graph_of_joined}),
+    "x_one_A": Idea({"discover": kinds_of_one_A}),
     "x_sign": Idea({"coordinator": Signed}),
     "x_smooth_gates": Idea({"filter": SmoothedGates}, _follow_graphs),
     "x_normalise": Idea({"coordinator": NormPreserving}),

@@ -120,7 +120,8 @@ def _ours(summary: str, **options) -> Method:
 
 
 def _gates(summary: str, **options) -> Method:
-    return _ours(summary, coordinator="none", **options)
+    """Without the coordinator, and started as with it: so that the coordinator alone is what differs."""
+    return _ours(summary, coordinator="none", x_one_A=True, **options)
 
 
 METHODS = {
@@ -130,7 +131,7 @@ METHODS = {
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "gates": _gates("StructLoRA without coordinator"),
     "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
-    "no-align": _gates("without coordinator, lora_A started anew at each depth", align_init=False),
+    "no-align": _ours("without coordinator, lora_A started anew at each depth", coordinator="none", align_init=False),
     # Ablations, as in the paper
     "no-gates": _ours("coordinator alone, without gates", filter="none"),
     "adjacency": _ours("StructLoRA, adjacency edges only", edges="adjacency"),

@@ -203,14 +203,14 @@ FINAL_IDEAS = (
     "gates:x_warm_noise=0.5",
     "gates:gate_init=0.8,x_warm_noise=0.5",
     "gates:x_fade_noise=0.3",
-    "gates:align_init=false",
+    "no-align",
 )
 # The best of these once more.
 CONFIRMED_IDEAS = (
     "gates",
     "gates:gate_init=0.8",
-    "gates:align_init=false",
-    "gates:gate_init=0.8,align_init=false",
+    "no-align",
+    "no-align:gate_init=0.8",
 )
 # name -> methods beside LoRA, places, seeds
 ROUNDS = {

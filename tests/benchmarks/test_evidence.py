@@ -169,12 +169,17 @@ def test_every_method_trains_and_is_deterministic(plain, method):
 @pytest.mark.parametrize("idea", ideas.IDEAS)
 def test_every_idea_does_something(tiny_task, idea):
     value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise") else "true"
-    plain, tried = (
-        cell.run("digits", f"structlora:coordinator_lr=0.1{given}", 4, 20, 1e-2, 3)
-        for given in ("", f",{idea}={value}")
-    )
+    method = "no-align:gate_lr=0.1" if idea == "x_one_A" else "structlora:coordinator_lr=0.1"
+    plain, tried = (cell.run("digits", method + given, 4, 20, 1e-2, 3) for given in ("", f",{idea}={value}"))
     assert outcome(plain) != outcome(tried)
     assert tried["structlora"] == {**plain["structlora"], idea: json.loads(value)}
+
+
+def test_without_coordinator_nothing_else_differs(tiny_task):
+    """Θ that stays at zero passes no message."""
+    gates, whole = (cell.run("digits", name, 4, 20, 1e-2, 3) for name in ("gates", "structlora:coordinator_lr=0"))
+    for split in ("validation", "test"):
+        assert gates[split] == pytest.approx(whole[split], rel=1e-4)
 
 
 @pytest.mark.parametrize(
