@@ -75,7 +75,7 @@ def test_every_p_is_also_corrected_for_the_number_in_its_table(written):
     found = tables.markdown(["p (q)"], [[tables.P(p)] for p in (0.01, 0.04, 0.03, math.nan, 0.0002)])
     q = false_discovery_control([0.01, 0.04, 0.03, 0.0002])
     assert [line.strip("| ") for line in found.splitlines()[2:]] == [
-        *(f"{p} ({corrected:.3f})" for p, corrected in zip(("0.010", "0.040", "0.030"), q, strict=True)),
+        *(f"{p} ({corrected:.3f})" for p, corrected in zip(("0.010", "0.040", "0.030"), q[:3], strict=True)),
         "–",
         "<0.001 (<0.001)",
     ]
