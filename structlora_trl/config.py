@@ -68,7 +68,7 @@ class StructLoRAConfig:
     filter: Literal["ib", "random", "topk_norm", "none"] = _option(
         "ib",
         "How rank-one directions are filtered. 'ib': learned information-bottleneck gates with binary-concrete noise; "
-        "'random': each direction kept with probability `gate_init`, drawn anew each step; 'topk_norm': the "
+        "'random': each direction kept with probability `gate_init`, drawn again in each step; 'topk_norm': the "
         "int(gate_init * r) directions of largest norm are kept, at least one; 'none': no gates.",
     )
     temperature: Annotated[float, POSITIVE] = _option(

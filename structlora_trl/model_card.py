@@ -45,7 +45,7 @@ def describe(path: Path, text: str) -> None:
 
 
 class DescribedCard:
-    """Stands in for `PeftModel.create_or_update_model_card` on one model, which goes on to be copied and pickled with it.
+    """Replaces `PeftModel.create_or_update_model_card` on one model, and can be copied and pickled with it.
 
     Args:
         model (`PeftModel`): the model whose `save_pretrained` writes the card.

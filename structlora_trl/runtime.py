@@ -234,7 +234,7 @@ class Runtime:
         return State(self.config.options(), self.seed, self.step, self.skipped_steps, self._schedule, kinds).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict()`: afterwards the model holds that state's evaluation weights.
+        """Continue from `state_dict()`: afterwards the model holds that state's evaluation weights.
 
         Raises:
             StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped its weights.
@@ -251,7 +251,7 @@ class Runtime:
         changes = state.changes(self.config.options(), self.seed)
         if changes:
             logger.warning(
-                "StructLoRA goes on with other options than the state's, from here on: %s.", ", ".join(changes)
+                "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
             )
         self.engine.write_latents([kind.latent for kind in kinds])
         for m, kind in zip(self.maps, kinds, strict=True):
@@ -349,7 +349,7 @@ class Runtime:
             raise StructLoRAError(
                 f"{len(moved)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
                 "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
-                "freeze them again; or `detach()` the runtime, unfreeze them and attach anew",
+                "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
             )
 
     def _adopt(self) -> bool:
@@ -380,10 +380,10 @@ class Runtime:
                 f"LoRA weights written from outside that the map of '{unreachable[0]}' cannot give",
                 "finite weights near those of the run, where a coordinator or 'topk_norm' acts",
                 "load the run's own state after them (`load_state`, or `accelerator.register_for_checkpointing(runtime)`); or "
-                "`detach()` before you write, and attach anew",
+                "`detach()` before you write, and attach again",
             )
         if not self._adopted:
-            logger.warning("LoRA weights were written from outside: StructLoRA goes on from them.")
+            logger.warning("LoRA weights were written from outside: StructLoRA continues from them.")
         self._adopted = True
         self.engine.write_latents(latents)
         if self.weights == TRAINING:

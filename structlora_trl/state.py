@@ -307,7 +307,7 @@ class State:
             )
 
     def changes(self, options: dict, seed: int) -> list[str]:
-        """What differs in a run that goes on from this state, and acts from there on."""
+        """Options that differ in a run that continues from this state, and take effect from there on."""
         theirs, here = {**self.options, "seed": self.seed}, {**options, "seed": seed}
         return [f"{name} ({theirs[name]!r} -> {here[name]!r})" for name in here if theirs[name] != here[name]]
 
@@ -347,7 +347,7 @@ def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
 
 
 def load_state(runtime: Runtime, directory: str | os.PathLike) -> None:
-    """Go on from the state that `save_state` wrote to `directory`.
+    """Continue from the state that `save_state` wrote to `directory`.
 
     Raises:
         StructLoRAError: no state file, one that is damaged, or one of other modules, shapes, rank or options that shaped its

@@ -250,7 +250,7 @@ def test_unfreezing_is_refused():
     train(model, "llama", optimizer, 1)
     for parameter in late:
         parameter.requires_grad_(True)
-    with pytest.raises(StructLoRAError, match="4 LoRA parameters that were frozen.*attach anew"):
+    with pytest.raises(StructLoRAError, match="4 LoRA parameters that were frozen.*attach again"):
         train(model, "llama", optimizer, 1)
     runtime.detach()  # the remedy
     optimizer.zero_grad()

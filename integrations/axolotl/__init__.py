@@ -97,9 +97,9 @@ class StructLoRAPlugin(BasePlugin):
 
 
 def _follow_restarts(callback, trainer) -> None:
-    """ReLoRA merges the adapter into the base model and resets it: StructLoRA starts anew on the fresh adapter.
+    """ReLoRA merges the adapter into the base model and resets it: StructLoRA starts over on the fresh adapter.
 
-    What is merged are evaluation weights. Gates and coordinator start anew too: what they learnt was about directions
+    Evaluation weights are merged. Gates and coordinator also start over: what they learned was about directions
     that are part of the base by then.
     """
     from axolotl.monkeypatch.relora import ReLoRACallback

@@ -2,7 +2,7 @@
 
 LLaMA-Factory takes callbacks from Python alone (`run_exp(args, callbacks=[...])`) and refuses keys it does not know, so the
 `structlora:` key is read and taken out here. Where it is absent, StructLoRA trains with its defaults. On several devices, or with
-FORCE_TORCHRUN=1, the command starts itself under torchrun and heeds the variables that `llamafactory-cli` does.
+FORCE_TORCHRUN=1, the command starts itself under torchrun with the variables that `llamafactory-cli` reads.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _checkpoint(given: Arguments) -> str | None:
             raise StructLoRAError(
                 f"no checkpoint in {output}",
                 "one to resume from",
-                "remove `resume_from_checkpoint` to start anew, or correct `output_dir`",
+                "remove `resume_from_checkpoint` to start over, or correct `output_dir`",
             )
         return found
     if not Path(asked).is_dir():

@@ -95,7 +95,7 @@ class InformationBottleneck(Filter):
 
 
 class RandomFilter(Filter):
-    """Each direction kept with one probability, drawn anew each step, and divided by it; at evaluation all are kept."""
+    """Each direction kept with the same probability, drawn in each step, and divided by it; at evaluation all are kept."""
 
     is_stochastic = True
 

@@ -32,7 +32,7 @@ def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tens
         exclude (`Tensor`): (..., L, L) bool, pairs that are joined already.
 
     Returns:
-        `Tensor` (..., L, L) bool, symmetric: an edge stands if either end asks for it.
+        `Tensor` (..., L, L) bool, symmetric: an edge exists if either node selects it.
     """
     unit = torch.nn.functional.normalize(features, dim=-1)
     cosine = (unit @ unit.mT).masked_fill_(exclude, -torch.inf)
@@ -99,7 +99,7 @@ class DepthGraph:
             self.features.lerp_(gradients, 1 - self.decay)
 
     def rebuild(self) -> None:
-        """Draw the semantic edges anew from the running-mean gradients."""
+        """Rebuild the semantic edges from the running-mean gradients."""
         if self.features is not None:
             self.semantic = semantic_edges(self.features, self.top_k, self.threshold, self.fixed)
             self._refresh()

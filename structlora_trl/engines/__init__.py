@@ -19,7 +19,7 @@ __all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine", "wor
 
 
 def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]) -> Engine:
-    """The engine of what really runs, told from the objects and never from a configuration.
+    """The engine that is in use, detected from the live objects and never from a configuration.
 
     Args:
         model (`nn.Module`): as the trainer wrapped it: DDP's wrapper, DeepSpeed's engine, or the model itself.

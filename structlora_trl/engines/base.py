@@ -38,7 +38,7 @@ class Engine(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Undo `install`. The working values stay as they are, and the optimizer goes on from them."""
+        """Undo `install`. The working values stay as they are, and the optimizer continues from them."""
 
     @abstractmethod
     def read_gradients(self) -> list[Factors] | None:
@@ -78,7 +78,7 @@ class Engine(ABC):
 
     @abstractmethod
     def read_working(self) -> list[Factors]:
-        """The values that the model computes with, as they stand."""
+        """The values that the model computes with now."""
 
     def rounded(self, factors: list[Factors]) -> list[Factors]:
         """Values as they read back once they were written to the model."""

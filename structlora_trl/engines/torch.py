@@ -99,7 +99,7 @@ class TorchEngine(Engine):
         def result():
             if not unread or all(p.grad is None for p in self._trained):
                 raise StructLoRAError(
-                    f"{type(self.optimizer).__name__}, which evaluates its closure amid a step, at weights of its own",
+                    f"{type(self.optimizer).__name__}, which evaluates its closure during a step, at intermediate weights",
                     "an optimizer that needs the closure once, before it steps",
                     "choose a first-order optimizer, such as AdamW",
                 )

@@ -82,7 +82,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         elif self._finished is not None:
             finished_state, weights = self._finished
             if _equal(weights, self.runtime.engine.read_working()):
-                self.runtime.load_state_dict(finished_state)  # a further `train()` goes on where the last one ended
+                self.runtime.load_state_dict(finished_state)  # another `train()` continues where the last one ended
         self._acted_before = self.runtime.acted_steps
 
     def on_step_begin(self, args, state, control, **kwargs):

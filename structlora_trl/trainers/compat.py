@@ -53,7 +53,7 @@ def training_trainer() -> tuple[Trainer, str | None]:
 
 
 def refuse_engine_taken_down(trainer: Trainer) -> None:
-    """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and goes on without any.
+    """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues without one.
 
     `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped already
     (transformers 5.6 to 5.24). A plain LoRA run fails in its first backward.
