@@ -19,7 +19,7 @@ from structlora_trl import StructLoRACallback, StructLoRAError, attach
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import run
-from tests.support.tiny import WHOLE, adamw, base_model, lora_parameters, peft_model
+from tests.support.tiny import adamw, base_model, lora_parameters, peft_model
 
 
 def lora(model, **options):
@@ -146,7 +146,7 @@ def test_bad_models_are_refused(case):
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(StructLoRAError, match=f"(?s)StructLoRA found .*{message}"):
-        attach(model, optimizer, WHOLE, **options)
+        attach(model, optimizer, **options)
     assert all(map(torch.equal, before, model.parameters()))
 
 
@@ -162,7 +162,7 @@ def test_bad_models_are_refused(case):
 )
 def test_the_remedies_work(model, options):
     model = model()
-    attach(model, adamw(model), WHOLE, **options)
+    attach(model, adamw(model), **options)
 
 
 def test_no_lora_module_of_that_name():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, WHOLE, adamw, peft_model, train
+from tests.support.tiny import FAMILIES, adamw, peft_model, train
 
 lightning = pytest.importorskip("lightning")
 
@@ -18,7 +18,7 @@ def tokens(seed):
 def expected(steps):
     model = peft_model()
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     train(model, "llama", optimizer, steps)
     return runtime.state_dict()
 
@@ -33,7 +33,7 @@ def test_fabric():
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = peft_model()
     model, optimizer = fabric.setup(model, adamw(model))
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     model.train()
     for seed in range(3):
         fabric.backward(model(input_ids=tokens(seed), labels=tokens(seed)).loss)
@@ -57,7 +57,7 @@ class Module(lightning.LightningModule):
         return adamw(self.model)
 
     def on_fit_start(self):
-        self.runtime = attach(self.model, self.optimizers(), WHOLE)
+        self.runtime = attach(self.model, self.optimizers())
 
 
 def test_trainer(tmp_path):

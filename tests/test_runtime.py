@@ -13,7 +13,6 @@ from structlora_trl import StructLoRAError, attach
 from structlora_trl.state import load_state, save_state
 from tests.support.tiny import (
     FAMILIES,
-    WHOLE,
     adamw,
     base_model,
     logits_of,
@@ -27,7 +26,7 @@ from tests.support.tiny import (
 def setup(optimizer=adamw, init="fresh", targets=None, **options):
     model = peft_model(init=init, targets=targets)
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, WHOLE, **options)
+    return model, optimizer, attach(model, optimizer, **options)
 
 
 def weights_of(model):
@@ -80,7 +79,7 @@ def test_accelerate_loop():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = peft_model()
     model, optimizer = accelerator.prepare(model, adamw(model))
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     for seed in range(6):
         with accelerator.accumulate(model):
             accelerator.backward(loss_of(model, "llama", seed))
@@ -109,7 +108,7 @@ def dropout_off_one_by_one(model):
 def test_its_remedy_trains_without_dropout():
     model = peft_model(dropout=0.5)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     dropout_off_one_by_one(model)
     losses = [loss_of(model, "llama", 0) for _ in range(2)]
     assert torch.equal(*losses)
@@ -206,7 +205,7 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
         model = peft_model()
         optimizer = adamw(model)
         called = torch.compile(model, backend="aot_eager") if compiled and first == "compile" else model
-        runtime = attach(called, optimizer, WHOLE)
+        runtime = attach(called, optimizer)
         if compiled and first == "attach":
             called = torch.compile(model, backend="aot_eager")
         graphs = []
@@ -246,7 +245,7 @@ def test_unfreezing_is_refused():
     late = [p for n, p in model.named_parameters() if "lora" in n and "layers.2" in n]
     for parameter in late:
         parameter.requires_grad_(False)
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     train(model, "llama", optimizer, 1)
     for parameter in late:
         parameter.requires_grad_(True)
@@ -254,7 +253,7 @@ def test_unfreezing_is_refused():
         train(model, "llama", optimizer, 1)
     runtime.detach()  # the remedy
     optimizer.zero_grad()
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     train(model, "llama", optimizer, 1)
     assert runtime.step == 1 and {kind.depth_count for kind in runtime.kinds} == {3}
 
@@ -264,7 +263,7 @@ def test_reference_by_disable_adapter_and_training_of_another_adapter():
     model, _, _ = setup()
     model.add_adapter("other", model.peft_config["default"])
     optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     plain = base_model("llama").train()
     for seed in range(3):
         model.train()
@@ -326,7 +325,7 @@ def test_grad_scaler(fused):
     def run(scaled: bool):
         model = peft_model(targets=FAMILIES["llama"].linear)
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
-        runtime = attach(model, optimizer, WHOLE)
+        runtime = attach(model, optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         states = []
         for seed, overflow in enumerate([False, True, False]):
@@ -429,7 +428,7 @@ def test_resume_is_bit_for_bit(options, tmp_path):
             parameter.copy_(value)
     optimizer_2 = adamw(resumed)
     optimizer_2.load_state_dict(moments)
-    runtime_2 = attach(resumed, optimizer_2, WHOLE, **options)
+    runtime_2 = attach(resumed, optimizer_2, **options)
     load_state(runtime_2, tmp_path)
     assert all(map(torch.equal, adapter, weights_of(resumed)))
     train(resumed, "llama", optimizer_2, 3, first=3)
@@ -455,7 +454,7 @@ def test_a_broken_off_run_is_taken_over():
     evaluation = logits_of(model, "llama")
     model.train()
     loss_of(model, "llama", 0)  # training weights stand, and the run ends here
-    again = attach(model, adamw(model), WHOLE)
+    again = attach(model, adamw(model))
     assert not runtime.is_attached
     assert torch.equal(logits_of(model, "llama"), evaluation)
     again.detach()

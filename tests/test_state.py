@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.state import SHAPING, STATE_NAME, load_state, read_state, save_state
-from tests.support.tiny import FAMILIES, WHOLE, adamw, lora_parameters, peft_model, train
+from tests.support.tiny import FAMILIES, adamw, lora_parameters, peft_model, train
 
 STEPS = 3
 # Semantic edges alone, and all of them drawn: so that each option of the graph changes something in three steps.
 OPTIONS = {
-    **WHOLE,
     "edges": "similarity",
     "semantic_every": 2,
     "semantic_threshold": -0.99,

@@ -14,7 +14,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from structlora_trl import StructLoRAError, attach
 from tests.support.tiny import (
     FAMILIES,
-    WHOLE,
     adamw,
     base_model,
     logits_of,
@@ -34,7 +33,7 @@ class Interrupted(Exception):
 def trained(optimizer=adamw, steps=3, **options):
     model = peft_model(targets=FAMILIES["llama"].linear)
     optimizer = optimizer(model)
-    runtime = attach(model, optimizer, {**WHOLE, **options})
+    runtime = attach(model, optimizer, options)
     train(model, "llama", optimizer, steps)
     return model, optimizer, runtime
 
@@ -292,7 +291,7 @@ def test_accelerators_checkpoints(registered, tmp_path):
         accelerator = Accelerator(cpu=True)
         model = peft_model()
         model, optimizer = accelerator.prepare(model, adamw(model))
-        runtime = attach(model, optimizer, WHOLE)
+        runtime = attach(model, optimizer)
         if registered:
             accelerator.register_for_checkpointing(runtime)
         return accelerator, model, optimizer, runtime

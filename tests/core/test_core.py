@@ -28,7 +28,6 @@ from structlora_trl.core.graph import DepthGraph, adjacency_edges, normalize_edg
 from structlora_trl.core.mapping import Factors, KindMap
 from structlora_trl.core.nodes import Kind
 from tests.support.reference import reference_expected_gate
-from tests.support.tiny import WHOLE
 
 settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
@@ -138,7 +137,7 @@ def test_semantic_edges_follow_the_cosine():
 def graph_over(depth_count, **options):
     nodes = [nn.Parameter(torch.zeros(1, 1)) for _ in range(depth_count)]
     kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], nodes, nodes)
-    return DepthGraph.over_depth(kind, StructLoRAConfig(**WHOLE, **options))
+    return DepthGraph.over_depth(kind, StructLoRAConfig(**options))
 
 
 @pytest.mark.parametrize("edges, adjacent, semantic", [("hybrid", 2, 1), ("adjacency", 2, 0), ("similarity", 0, 1)])
@@ -232,7 +231,7 @@ def kind_map(depth_count=4, rank=3, **options):
         return [nn.Parameter(torch.randn(shape)) for _ in range(depth_count)]
 
     kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], make(rank, 6), make(5, rank))
-    m = KindMap(kind, StructLoRAConfig(**{**WHOLE, **options}), origin_A=torch.randn(depth_count, rank, 6))
+    m = KindMap(kind, StructLoRAConfig(**options), origin_A=torch.randn(depth_count, rank, 6))
     with torch.no_grad():
         for parameter in m.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))

@@ -10,7 +10,7 @@ from torch import nn
 from structlora_trl import StructLoRAConfig
 from structlora_trl.core.mapping import Factors, KindMap
 from structlora_trl.core.nodes import discover, residual_role
-from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, WHOLE, base_model, peft_model
+from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, base_model, peft_model
 
 
 class Adapted(nn.Module):
@@ -113,7 +113,7 @@ def test_directions_of_an_expert_are_its_own(family):
     assert [kind.experts for kind in kinds] == [EXPERTS, EXPERTS]
     for kind in kinds:
         assert (kind.depth_count, kind.rank) == (LAYERS, 2)
-        m = KindMap(kind, StructLoRAConfig(**WHOLE), torch.stack(list(kind.A)).detach())
+        m = KindMap(kind, StructLoRAConfig(), torch.stack(list(kind.A)).detach())
         A, B = m.split(Factors(torch.stack(list(kind.A)), torch.stack(list(kind.B))))
         for depth, name in enumerate(kind.modules):
             module = model.get_submodule(name)

@@ -11,7 +11,7 @@ from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.mapping import Parts
 from structlora_trl.core.nodes import discover
-from tests.support.tiny import LAYERS, WHOLE, adamw, logits_of, peft_model, train
+from tests.support.tiny import LAYERS, adamw, logits_of, peft_model, train
 
 
 class MeanOverDepth(InformationBottleneck):
@@ -48,7 +48,7 @@ def test_every_part_can_be_replaced():
     optimizer = adamw(model)
     before = logits_of(model, "llama")
     parts = Parts(values_alone, MeanOverDepth, all_joined, Diagonal, OneDraw)
-    runtime = attach(model, optimizer, WHOLE, parts=parts)
+    runtime = attach(model, optimizer, parts=parts)
     assert (logits_of(model, "llama") - before).abs().max() <= 1e-6
     train(model, "llama", optimizer, steps=3)
     (m,) = runtime.maps

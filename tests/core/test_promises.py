@@ -16,7 +16,6 @@ from tests.support.launching import ROOT
 from tests.support.reference import reference_expected_gate, reference_factors, reference_kl, reference_regularizer
 from tests.support.tiny import (
     FAMILIES,
-    WHOLE,
     adamw,
     base_model,
     inits,
@@ -66,7 +65,7 @@ def test_attaching_changes_no_output(case):
     family = case[0]
     model = case_model(*case)
     before = logits_of(model, family)
-    attach(model, adamw(model), WHOLE)
+    attach(model, adamw(model))
     assert (logits_of(model, family) - before).abs().max() <= 1e-6
 
 
@@ -151,7 +150,7 @@ def relative_error(ours, theirs) -> float:
 
 def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=None, clip=None, **options):
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE, **options)
+    runtime = attach(model, optimizer, **options)
     randomise(runtime)
     train(model, family, optimizer, steps=2, first=50)  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
@@ -227,7 +226,7 @@ def test_off_is_plain_lora_bit_for_bit(family, dtype):
 def test_saved_adapter_is_plain_peft(family, init, tmp_path):
     model = peft_model(family, init, targets=FAMILIES[family].linear)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE, semantic_every=2)
+    runtime = attach(model, optimizer, semantic_every=2)
     train(model, family, optimizer, steps=4)
     trained = logits_of(model, family)
     model.train()
@@ -244,7 +243,7 @@ def test_saved_adapter_is_plain_peft(family, init, tmp_path):
 def test_saved_adapter_loads_where_this_package_is_not(tmp_path):
     model = peft_model()
     optimizer = adamw(model)
-    attach(model, optimizer, WHOLE)
+    attach(model, optimizer)
     train(model, "llama", optimizer, steps=3)
     model.save_pretrained(tmp_path)
     torch.save(logits_of(model, "llama"), tmp_path / "logits.pt")
@@ -263,7 +262,7 @@ assert difference <= 1e-6, difference
 def test_training_moves_latents_gates_and_theta():
     model = peft_model(targets=FAMILIES["llama"].linear)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     before = {name: value.clone() for name, value in runtime.state_dict().items()}
     train(model, "llama", optimizer, steps=3)
     after = runtime.state_dict()

@@ -17,7 +17,7 @@ from structlora_trl import attach
 from structlora_trl.engines.schedule import LONGEST_WARM_UP, Rate, ScheduleShare
 from structlora_trl.state import load_state, save_state
 from tests.support.launching import one_at_a_time, run
-from tests.support.tiny import WHOLE, adamw, lora_parameters, loss_of, peft_model
+from tests.support.tiny import adamw, lora_parameters, loss_of, peft_model
 
 PEAK, STEPS, HALF = 1e-3, 8, 4
 GATE_LR, THETA_LR = 0.5, 0.25
@@ -98,7 +98,7 @@ class Loop:
         self.model = peft_model(init="warm")
         self.optimizer = optimizer(self.model)
         self.scheduler = schedule(self.optimizer) if schedule and name not in BY_HAND else None
-        self.runtime = attach(self.model, self.optimizer, WHOLE, side="write", gate_lr=GATE_LR, coordinator_lr=THETA_LR)
+        self.runtime = attach(self.model, self.optimizer, side="write", gate_lr=GATE_LR, coordinator_lr=THETA_LR)
 
     def run(self, first, last):
         """Rates of the trainer's steps (the largest of the groups') and shares of the gates' and of Θ's, one a step."""

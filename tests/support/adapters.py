@@ -35,7 +35,7 @@ def train(folder: Path, **options) -> Path:
         "save_steps": 3,
         "gate_lr": 2.0,
     }
-    assert main(["sft", *command_line({**SFT, **paths, **tiny.WHOLE, **settings, **options})]) == 0
+    assert main(["sft", *command_line({**SFT, **paths, **settings, **options})]) == 0
     return folder / "out"
 
 

@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from tests.support.tiny import WHOLE
-
 torch.set_num_threads(1)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
@@ -58,10 +56,7 @@ def arguments():
     )
     parser.add_argument("--group-timeout", type=float, default=None, help="seconds")
     parser.add_argument("--local_rank", default=None, help="passed by the deepspeed launcher")
-    args = parser.parse_args()
-    if args.method is not None:
-        args.method = {**WHOLE, **args.method}
-    return args
+    return parser.parse_args()
 
 
 def deepspeed_config(args) -> dict:

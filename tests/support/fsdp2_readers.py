@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from structlora_trl import attach
-from tests.support.tiny import WHOLE, adamw, logits_of, lora_parameters, loss_of, peft_model
+from tests.support.tiny import adamw, logits_of, lora_parameters, loss_of, peft_model
 
 torch.set_num_threads(1)
 
@@ -25,7 +25,7 @@ def trained(reads: bool):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, WHOLE)
+    runtime = attach(model, optimizer)
     model.train()
     for seed in range(3):
         loss = loss_of(model, "llama", seed)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, WHOLE, lora_parameters, peft_model
+from tests.support.tiny import FAMILIES, lora_parameters, peft_model
 
 STEPS = 6
 TARGETS = ["q_proj", "v_proj", "o_proj"]
@@ -139,7 +139,7 @@ def train(
     if poison_at is not None:
         model.get_input_embeddings().weight.requires_grad_(True)
     loop = ENGINES[engine](model, clip, scaled)
-    options = {**WHOLE, **SEMANTIC, **(method or {})}
+    options = {**SEMANTIC, **(method or {})}
     runtime = attach(loop.wrapped, loop.optimizer, options)
     losses, evaluation_losses = [], []
     for step in range(STEPS):

@@ -26,8 +26,8 @@ from tests.support import jobs, loops
 from tests.support.tiny import _DECODER, _SIZES, FAMILIES, LAYERS, VOCABULARY, base_model, lora_parameters, warm_up
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
-# The method with all its parts, and a graph that changes within the run.
-WHOLE = {"coordinator": "gcn", "semantic_every": 2, "semantic_threshold": 0.0}
+# The method with all its parts, as by default, and a graph that changes within the run.
+WHOLE = {"semantic_every": 2, "semantic_threshold": 0.0}
 GATES = {"coordinator": "none"}
 
 

@@ -37,9 +37,6 @@ _VISION = {**_SIZES, "image_size": 16, "patch_size": 8}
 _IMAGE_TOKEN, _IMAGE_TOKENS = 3, 4
 _LABELS = 3
 
-# The method with all its parts: tests say so, for the defaults leave the coordinator off.
-WHOLE = {"coordinator": "gcn"}
-
 EXPERTS = 4
 _EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 _ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -36,7 +36,7 @@ from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.mapping import Parts
 from tests.support.jobs import JOBS, StopAt, checkpoints, from_trl, plain, sft
 from tests.support.left import state_of
-from tests.support.tiny import WHOLE, base_model, logits_of, lora_parameters
+from tests.support.tiny import base_model, logits_of, lora_parameters
 
 STATE = "structlora.safetensors"
 EVERY_OTHER_STEP = {
@@ -54,7 +54,7 @@ def weights_of(trainer):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_callback_acts_under_every_trainer(job, tmp_path):
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     trainer = JOBS[job](tmp_path, [callback])
     trainer.train()
     runtime = callback.runtime
@@ -86,7 +86,7 @@ def test_quantised_base(bits, tmp_path):
 
 def test_two_runs_are_equal_and_seeds_differ(tmp_path):
     def run(seed):
-        trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], seed=seed)
+        trainer = sft(tmp_path, [StructLoRACallback()], seed=seed)
         trainer.train()
         return weights_of(trainer)
 
@@ -99,7 +99,7 @@ def test_two_runs_are_equal_and_seeds_differ(tmp_path):
 @pytest.mark.parametrize("by", ["true", "path", "moved"])
 def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation}
-    method = {**WHOLE, "semantic_every": 2, "semantic_threshold": 0.0}
+    method = {"semantic_every": 2, "semantic_threshold": 0.0}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     straight = sft(whole, [StructLoRACallback(method)], **options)
     straight.train()
@@ -123,10 +123,10 @@ def test_resume_is_bit_for_bit_after_a_plateau(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
     options |= {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
     options |= {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.3, "threshold": 10.0, "threshold_mode": "abs"}}
-    straight = sft(tmp_path / "whole", [StructLoRACallback(WHOLE)], **options)
+    straight = sft(tmp_path / "whole", [StructLoRACallback()], **options)
     straight.train()
-    sft(tmp_path, [StructLoRACallback(WHOLE), StopAt(3)], **options).train()
-    resumed = sft(tmp_path, [StructLoRACallback(WHOLE)], **options)
+    sft(tmp_path, [StructLoRACallback(), StopAt(3)], **options).train()
+    resumed = sft(tmp_path, [StructLoRACallback()], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     ours, theirs = state_of(tmp_path / "checkpoint-6")[1], state_of(tmp_path / "whole" / "checkpoint-6")[1]
     assert resumed.optimizer.param_groups[0]["lr"] < 0.5 * theirs["schedule.largest"]  # it was reduced
@@ -167,7 +167,7 @@ def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
         "save_total_limit": 2,
         "eval_on_start": True,
     }
-    trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], **options)
+    trainer = sft(tmp_path, [StructLoRACallback()], **options)
     trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     evaluations = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
@@ -191,7 +191,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             metrics["eval_worst"] = -state.global_step
 
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     trainer = sft(tmp_path, [callback, FirstIsBest()], **options)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -204,7 +204,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
 
 
 def test_second_train_goes_on(tmp_path):
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     trainer = sft(tmp_path, [callback])
     trainer.train()
     first = {name: value for name, value in callback.runtime.state_dict().items()}
@@ -226,7 +226,7 @@ def test_an_interrupted_run_leaves_evaluation_weights(tmp_path):
             if state.global_step == 2:
                 raise KeyboardInterrupt
 
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     trainer = sft(tmp_path, [callback, Interrupt()], gradient_accumulation_steps=2)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -256,7 +256,7 @@ def test_evaluation_amid_a_step_is_that_of_evaluation_weights_and_disturbs_nothi
 
         for name in events:
             setattr(Evaluates, name, event)
-        callback = StructLoRACallback(WHOLE)
+        callback = StructLoRACallback()
         trainer = sft(tmp_path, [callback, Evaluates()], gradient_accumulation_steps=2, max_steps=2)
         trainer.train()
         return Evaluates.losses, weights_of(trainer)
@@ -282,7 +282,7 @@ def test_a_run_in_which_no_step_acts_is_an_error(tmp_path):
 def test_a_diverged_run_finishes_as_plain_lora_does(options, tmp_path):
     trainer = sft(
         tmp_path,
-        [StructLoRACallback({**WHOLE, **options})],
+        [StructLoRACallback(options)],
         learning_rate=1e30,
         optim="sgd",
         max_grad_norm=0.0,
@@ -298,7 +298,7 @@ def test_a_trainer_that_keeps_no_log_history(tmp_path):
         def log(self, logs, start_time=None):
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     trainer = sft(tmp_path, [callback], Quiet)
     trainer.train()
     assert callback.runtime.step == 3 and trainer.state.log_history == []
@@ -309,7 +309,7 @@ def test_compiled_training_recompiles_for_no_step(tmp_path):
     counts = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counts.clear()
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     trainer = sft(
         tmp_path, [callback, CountsGraphs()], torch_compile=True, torch_compile_backend="aot_eager", max_steps=4
     )
@@ -378,7 +378,7 @@ def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    trainer = sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="tensorboard")
+    trainer = sft(tmp_path, [StructLoRACallback()], report_to="tensorboard")
     trainer.train()
     (events,) = [p.parent for p in tmp_path.rglob("events.out.tfevents*")]
     accumulator = EventAccumulator(str(events))
@@ -398,7 +398,7 @@ def test_metrics_reach_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setattr(wandb.Run, "log", lambda run, logs, *args, **kwargs: seen.append(logs))
-    sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="wandb").train()
+    sft(tmp_path, [StructLoRACallback()], report_to="wandb").train()
     wandb.finish()
     check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
 
@@ -410,12 +410,12 @@ def test_metrics_reach_trackio(tmp_path, monkeypatch):
     monkeypatch.setattr(trackio, "config", {}, raising=False)
     monkeypatch.setattr(trackio, "finish", lambda: None)
     monkeypatch.setattr(trackio, "log", lambda logs, *args, **kwargs: seen.append(logs))
-    sft(tmp_path, [StructLoRACallback(WHOLE)], report_to="trackio").train()
+    sft(tmp_path, [StructLoRACallback()], report_to="trackio").train()
     check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
 
 
 def test_state_file_describes_itself(tmp_path):
-    sft(tmp_path, [StructLoRACallback(WHOLE, prior=0.4)], save_strategy="steps", save_steps=3).train()
+    sft(tmp_path, [StructLoRACallback(prior=0.4)], save_strategy="steps", save_steps=3).train()
     with safe_open(tmp_path / "checkpoint-3" / STATE, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
     assert json.loads(metadata["config"])["prior"] == 0.4 and metadata["seed"] == "5"
@@ -433,7 +433,6 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import structlora_trl.state as state
 from tests.support.jobs import sft
-from tests.support.tiny import WHOLE
 from structlora_trl import StructLoRACallback
 
 write = state.save_file
@@ -444,7 +443,7 @@ def killed_at_4(tensors, path, metadata):
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 state.save_file = killed_at_4
-sft({output!r}, [StructLoRACallback(WHOLE)], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1).train()
+sft({output!r}, [StructLoRACallback()], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1).train()
 """
 
 
@@ -456,15 +455,13 @@ def test_killed_amid_a_save_the_checkpoint_before_still_resumes(tmp_path):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(StructLoRAError, match=f"no {STATE} in .*checkpoint-4.*resume from another checkpoint"):
         os.replace(tmp_path / "checkpoint-2" / "trainer_state.json", tmp_path / "checkpoint-4" / "trainer_state.json")
-        sft(tmp_path, [StructLoRACallback(WHOLE)], **options).train(
-            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
-        )
+        sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     os.replace(tmp_path / "checkpoint-4" / "trainer_state.json", tmp_path / "checkpoint-2" / "trainer_state.json")
-    callback = StructLoRACallback(WHOLE)
+    callback = StructLoRACallback()
     sft(tmp_path, [callback], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.runtime.step == 6
     whole = tmp_path / "whole"
-    sft(whole, [StructLoRACallback(WHOLE)], **options).train()
+    sft(whole, [StructLoRACallback()], **options).train()
     ours, theirs = state_of(tmp_path / "checkpoint-6")[1], state_of(whole / "checkpoint-6")[1]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -527,6 +524,6 @@ def test_parts_of_ones_own(tmp_path):
         def draw(self, step, shapes):
             return [torch.zeros(shape) for shape in shapes]
 
-    callback = StructLoRACallback(WHOLE, parts=Parts(noise=Silence))
+    callback = StructLoRACallback(parts=Parts(noise=Silence))
     sft(tmp_path, [callback]).train()
     assert isinstance(callback.runtime.noise, Silence) and callback.runtime.step == 3
