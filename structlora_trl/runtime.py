@@ -250,9 +250,7 @@ class Runtime:
             kind.refuse_other_parts(m.kind.name, m, latent, state.step)
         changes = state.changes(self.config.options(), self.seed)
         if changes:
-            logger.warning(
-                "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
-            )
+            logger.warning("StructLoRA continues with other options than the state's: %s.", ", ".join(changes))
         self.engine.write_latents([kind.latent for kind in kinds])
         for m, kind in zip(self.maps, kinds, strict=True):
             m.restore(kind.own, kind.graph)
