@@ -9,11 +9,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 transformers.logging.set_verbosity_error()
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _fresh():
+    """Each test starts from one seed, and without what a Trainer of another test left in Accelerate's shared state."""
     torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

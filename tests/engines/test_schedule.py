@@ -130,7 +130,7 @@ class Loop:
         with torch.no_grad():
             for parameter, value in zip(lora_parameters(self.model).values(), adapter, strict=True):
                 parameter.copy_(value)
-        for part, saved in zip((self.optimizer, self.scheduler), parts, strict=True):
+        for part, saved in zip((self.optimizer, self.scheduler), parts, strict=False):
             part.load_state_dict(copy.deepcopy(saved))
         load_state(self.runtime, folder)
 
