@@ -1,4 +1,4 @@
-"""The wheel: what is in it, that it installs alone, and that each module in it is found and imports."""
+"""The distributions: their metadata, what is in the wheel, that it installs alone, and that each module in it imports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -44,24 +45,19 @@ def run(*command, **environment) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout stays as it is."""
-    folder = tmp_path_factory.mktemp("wheel")
+def dist(tmp_path_factory) -> Path:
+    """The folder of sdist and wheel, built from a copy so that the checkout stays as it is; the wheel is built from the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
-    run(
-        *PIP,
-        "wheel",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder / "dist",
-        folder,
-    )
-    (built,) = (folder / "dist").glob("*.whl")
+    run(sys.executable, "-m", "build", "--no-isolation", folder)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    (built,) = dist.glob("*.whl")
     return built
 
 
@@ -85,6 +81,13 @@ def test_wheel_holds_the_package_and_no_tests(wheel):
     ours = modules(ROOT / "structlora_trl", "structlora_trl")
     doors = modules(ROOT / "integrations", "structlora_trl/integrations")
     assert names == ours | doors | {"structlora_trl/py.typed"}
+
+
+def test_distributions_pass_the_checks_of_an_upload(dist):
+    run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir())
+    (sdist,) = dist.glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    assert {"integrations/axolotl/__init__.py", "structlora_trl/core/mapping.py", "LICENSE"} <= names
 
 
 def test_commands_give_help_in_a_bare_environment(bare):
