@@ -22,3 +22,4 @@ napoleon_google_docstring = True
 html_theme = "furo"
 html_title = f"structlora-trl {release}"
 html_copy_source = False
+html_show_copyright = False
