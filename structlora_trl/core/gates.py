@@ -44,7 +44,7 @@ class LogisticNoise:
     def __init__(self, seed: int):
         self.seed = seed
 
-    def draw(self, step: int, shapes: list[tuple[int, ...]]) -> list[Tensor | None]:
+    def draw(self, step: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
         """A step's noise, one tensor for each shape, on the CPU; the same whenever it is asked for."""
         counts = [math.prod(shape) for shape in shapes]
         noise = logistic_noise(sum(counts), self.seed, step).split(counts)
