@@ -55,7 +55,8 @@ def as_it_is(build):
 
 
 def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = None, **lora) -> Path:
-    """An adapter of any model, half of whose directions are closed: what they add is 0, so that nothing but them may go.
+    """An adapter of any model, half of whose directions are closed: what they add is 0, so that nothing but them may go. There
+    is no coordinator unless `method` asks for one, for on the writing side it gives closed directions what it takes from others.
 
     Args:
         model (`PreTrainedModel`): loaded from a folder.
@@ -66,7 +67,7 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     """
     model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
     optimizer = tiny.adamw(model)
-    runtime = attach(model, optimizer, method)
+    runtime = attach(model, optimizer, {"coordinator": "none", **(method or {})})
     model.train()
     for step in range(3):
         model(**batch(step)).loss.backward()
