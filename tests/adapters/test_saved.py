@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from structlora_trl.adapters.inspecting import log_history, report
@@ -207,6 +208,8 @@ def folder(runs, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damage_is_refused_by_name(damage, folder, capsys):
     spoil, words = DAMAGED[damage]
+    if words == "use_bdlora" and words not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this version of PEFT has no block-diagonal factors")
     spoil(folder)
     for command in (["inspect", str(folder)], ["export", str(folder), str(folder.parent / "new")]):
         capsys.readouterr()

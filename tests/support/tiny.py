@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -173,7 +176,12 @@ def inits(family: str) -> list[str]:
     return [init for init in INITS if not (FAMILIES[family].parameters and init in _UNKNOWN_TO_EXPERTS)]
 
 
+MIXTURES = ("mixtral", "qwen3_moe")  # of experts
+
+
 def base_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    if family in MIXTURES and Version(peft.__version__) < Version("0.19"):
+        pytest.skip(f"PEFT {peft.__version__} adapts neither routers nor two parameters of the experts")
     torch.manual_seed(seed)
     return FAMILIES[family].build().to(dtype)
 
