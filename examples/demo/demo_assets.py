@@ -106,7 +106,7 @@ def pip_download(requirement: str, sha256: str, directory: Path) -> Path:
     if done.returncode:
         said = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-6:])
         if "DO NOT MATCH THE HASHES" in done.stderr:
-            remedy = "The package index serves another file than the one expected: use another index, such as pypi.org."
+            remedy = "The package index serves another file than the one expected: use another index, such as PyPI."
         else:
             remedy = (
                 "A Python package index must be within reach: check connection, proxy, `pip config list`; run again."
