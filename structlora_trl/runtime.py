@@ -98,25 +98,28 @@ class Runtime:
         self._adopted = False  # whether weights of others were ever taken over
         self._frozen = frozen or []
         self.is_attached = True
-        engine.install(self._before_step, self._after_step)
-        if align:
-            self._align()
-        self.maps = [
-            KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None, parts)
-            for kind, latent in zip(kinds, engine.read_latents(), strict=True)
-        ]
-        self._gate_count = sum(m.gate_count for m in self.maps)
-        self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
-        self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
-        self._optimizer = self._build_optimizer()
-        self._rate: Rate | None = None  # set while a step that counts is under way
-        self._schedule = ScheduleShare()
-        self._stopwatch = Stopwatch(kinds[0].device)
-        self._cosine_sum = torch.zeros((), device=kinds[0].device)
-        self._cosine_count = 0
-        self._metric_steps = 0
-        engine.stamp()
-        self._watch = Watch(self, watched)
+        with ExitStack() as on_error:
+            engine.install(self._before_step, self._after_step)
+            on_error.callback(engine.remove)
+            if align:
+                self._align()
+            self.maps = [
+                KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None, parts)
+                for kind, latent in zip(kinds, engine.read_latents(), strict=True)
+            ]
+            self._gate_count = sum(m.gate_count for m in self.maps)
+            self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
+            self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
+            self._optimizer = self._build_optimizer()
+            self._rate: Rate | None = None  # set while a step that counts is under way
+            self._schedule = ScheduleShare()
+            self._stopwatch = Stopwatch(kinds[0].device)
+            self._cosine_sum = torch.zeros((), device=kinds[0].device)
+            self._cosine_count = 0
+            self._metric_steps = 0
+            engine.stamp()
+            self._watch = Watch(self, watched)
+            on_error.pop_all()
 
     def __repr__(self) -> str:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
@@ -277,6 +280,7 @@ class Runtime:
         self._rate = None
         gradients = self.engine.read_gradients()
         if gradients is None:
+            self._refuse_replaced()
             return True  # no backward has run: there is nothing to step, with or without us
         self._refuse_step()
         self.weights, self._trained = LATENT, False
@@ -348,6 +352,18 @@ class Runtime:
                 f"{len(moved)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
                 "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
                 "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+            )
+
+    def _refuse_replaced(self) -> None:
+        """Stop where the model no longer holds the parameters that the optimizer steps."""
+        held = {id(p) for p in self.model.parameters()}
+        replaced = sum(id(p) not in held for p in self.lora_parameters())
+        if replaced:
+            raise StructLoRAError(
+                f"{replaced} LoRA parameters of the model replaced by others since StructLoRA was attached",
+                "the parameters that the optimizer steps",
+                "load weights into them (`load_state_dict` without `assign=True`), or `detach()`, build the optimizer of the new "
+                "ones and attach again",
             )
 
     def _adopt(self) -> bool:

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, StructLoRAError, attach
+from structlora_trl.core.filters import Filter
+from structlora_trl.core.mapping import Parts
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import run
-from tests.support.tiny import adamw, base_model, lora_parameters, peft_model
+from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, peft_model
 
 
 def lora(model, **options):
@@ -183,6 +185,31 @@ def test_attaching_twice():
         attach(model, optimizer)
 
 
+def test_parameters_replaced_after_attaching():
+    model = peft_model()
+    optimizer = adamw(model)
+    attach(model, optimizer)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    model.train()
+    model(**FAMILIES["llama"].batch(0)).loss.backward()
+    with pytest.raises(StructLoRAError, match="12 LoRA parameters of the model replaced.*`assign=True`"):
+        optimizer.step()
+
+
+def test_a_failed_attachment_leaves_nothing_behind():
+    class Broken(Filter):
+        def __init__(self, *args):
+            raise ZeroDivisionError
+
+    model = peft_model()
+    optimizer = adamw(model)
+    with pytest.raises(ZeroDivisionError):
+        attach(model, optimizer, parts=Parts(filter=Broken))
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    attach(model, optimizer)
+
+
 def test_optimizer_without_the_adapter():
     model = peft_model()
     some = list(lora_parameters(model).values())[:4]
@@ -271,6 +298,10 @@ UNSERVED = {
     "torch_autocast": "`torch_autocast` with a gradient scaler.*`bf16` or `fp16`",
     "LoRA-FA's optimizer": "LoraFAOptimizer under DeepSpeed.*launch with DDP",
     "Riemannian optimizer": "RiemannianPreconditionedOptimizer under DeepSpeed.*launch with DDP",
+    **{
+        f"written under ZeRO-{n}": f"written from outside under DeepSpeed.*{n}.*before `deepspeed.init"
+        for n in (1, 2, 3)
+    },
     "engine withheld": "without the engine.*pass the wrapped model",
 }
 

@@ -57,10 +57,8 @@ def test_killed_rank(engine, place, tmp_path):
     fault = {"rank": 0 if place == "save" else 1, "step": 5 if place == "save" else 4, "in": place}
     output = tmp_path / "parts"
     options = {"steps": 6, "trainer": SAVING, "kill": fault, "group_timeout": GROUP_TIMEOUT}
-    started = time.monotonic()
     done = run(torchrun(2) + job_arguments(output, engine, options), timeout=300)
     assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-2000:]
-    assert time.monotonic() - started < 120 + GROUP_TIMEOUT
     assert not (output / "checkpoint-6" / "structlora.safetensors").exists()
     assert_goes_on(output, tmp_path / "whole", engine)
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from types import SimpleNamespace
 
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", LOCAL_RANK="0")
@@ -93,6 +94,11 @@ def engine_withheld():
     return deepspeed_stage(3).module
 
 
+def double(parameter):
+    """Past autograd, as DeepSpeed itself writes."""
+    (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).data.mul_(2)
+
+
 CASES = {
     "HSDP": hsdp,
     "FSDP2 of a part": part_of_the_model,
@@ -108,6 +114,9 @@ CASES = {
     "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lora_fa),
     "engine withheld": engine_withheld,
 }
+# Served, but for writes to the model's weights, which DeepSpeed overwrites with its masters.
+WRITTEN = {f"written under ZeRO-{stage}": stage for stage in (1, 2, 3)}
+CASES |= {name: partial(deepspeed_stage, stage) for name, stage in WRITTEN.items()}
 if hasattr(peft.optimizers, "create_riemannian_optimizer"):
     CASES["Riemannian optimizer"] = lambda: deepspeed_stage(3, riemannian)
 
@@ -119,8 +128,12 @@ def main():
         model = build()
         try:
             # LoRA-FA freezes lora_A, which the coordinator would map by default.
-            attach(model, getattr(model, "optimizer", None) or adamw(model), side="write")
+            runtime = attach(model, getattr(model, "optimizer", None) or adamw(model), side="write")
             said[name] = "nothing"
+            if name in WRITTEN:
+                runtime.metrics()  # nothing was written yet
+                double(runtime.kinds[0].A[0])
+                runtime.metrics()
         except StructLoRAError as error:
             said[name] = str(error)
         print(f"{name}: {said[name]}", file=sys.stderr)
