@@ -67,7 +67,11 @@ def deepspeed_config(args) -> dict:
     if args.dtype == "float16":
         # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-    timeout = {"timeout": datetime.timedelta(seconds=args.group_timeout)} if args.group_timeout else {}
+    timeout = {}
+    if args.group_timeout:
+        timeout["timeout"] = datetime.timedelta(seconds=args.group_timeout)
+        # DeepSpeed reduces in groups that it makes with the backend's default (transformers issue 32036).
+        dist.distributed_c10d.default_pg_timeout = timeout["timeout"]
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, **timeout)
     if args.engine == "launcher":
         return {}
