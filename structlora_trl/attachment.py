@@ -185,6 +185,12 @@ def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Lora
             f"call `model.set_adapter('{name}')` before the optimizer is built, or set `adapter_name` to an active one",
         )
     lora = model.peft_config[name]
+    if lora.peft_type == PeftType.VERA:
+        raise StructLoRAError(
+            f"adapter '{name}' of PEFT type VERA, which trains two vectors per module over frozen matrices that all modules share",
+            "LORA: a lora_A and a lora_B of its own for each module, whose directions are gated and coordinated",
+            "use a `LoraConfig`; to train fewer parameters, freeze lora_A and set `side='write'` (LoRA-FA)",
+        )
     if lora.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         kind = getattr(lora.peft_type, "value", lora.peft_type)
         raise StructLoRAError(f"adapter '{name}' of PEFT type {kind}", "LORA", "use a `LoraConfig`")
