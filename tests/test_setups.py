@@ -61,6 +61,10 @@ class Evaluation:
         shown = {name: run.model.state_dict()[name].clone() for name in names.values()}
         logits = logits_of(run.model, self.row.batch(99))
         if self.twin is None:
+            # Trainers draw a fresh adapter of their own, which adds nothing to the base.
+            start = self.row.base() if self.row.trainer else self.row.model()
+            difference = (logits - logits_of(start, self.row.batch(99))).abs().max()
+            assert difference <= self.row.tolerance, "attaching changed the output"
             run.model.save_pretrained(self.folder)
             self.twin = self.row.load(self.folder)
         self.twin.load_state_dict(shown, strict=False)
@@ -92,6 +96,8 @@ def assert_it_acted(run):
         if m.filter.logits is not None:
             moved = (m.filter.logits - torch.tensor(config.gate_init).logit()).abs().amax()
             assert LEAST_MOVE < moved < ADAMW_OVERSHOOT * STEPS * config.gate_lr, f"gates of {m.kind.name}: {moved}"
+        coordinated = config.coordinator != "none" and m.kind.depth_count > 1
+        assert len(m.coordinators) == coordinated * len(m.sides)
         for side, coordinator in m.coordinators.items():
             assert coordinator.theta.abs().sum() > 0, f"Θ of {m.kind.name}, {side}"
 
@@ -111,7 +117,8 @@ def assert_same_weights(run, other):
 
 @pytest.mark.parametrize("row", params(refused=False))
 def test_setup(row, tmp_path):
-    """It acts; evaluation weights are the saved ones; the saved adapter is plain PEFT; resume and off are bit for bit."""
+    """Attaching changes no output; it acts; evaluation weights are the saved ones, a plain PEFT adapter; resume and off are
+    bit for bit."""
     skip_without(row.needs)
     run = row.loop.run(row, tmp_path, row.method, watch=Evaluation(row, tmp_path / "first"))
     assert_it_acted(run)
@@ -134,6 +141,8 @@ def test_setup_is_refused(row, tmp_path):
     skip_without(row.needs)
     with pytest.raises(StructLoRAError, match=f"(?s){row.refused}"):
         row.loop.run(row, tmp_path, row.method)
+    if row.remedy is not None:
+        assert_it_acted(row.loop.run(row, tmp_path, {**row.method, **row.remedy}))
     row.loop.run(row, tmp_path, None, steps=1)  # plain LoRA, or whatever it is, trains
 
 

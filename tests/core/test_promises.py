@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.func import functional_call
 
 from structlora_trl import attach
 from structlora_trl.core.gates import logistic_noise
 from tests.support.launching import ROOT
 from tests.support.reference import reference_expected_gate, reference_factors, reference_kl, reference_regularizer
+from tests.support.setups import quantised
 from tests.support.tiny import (
     FAMILIES,
     adamw,
@@ -24,6 +25,7 @@ from tests.support.tiny import (
     loss_of,
     peft_model,
     train,
+    warm_up,
 )
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -127,7 +129,7 @@ def runtime_gradients(model, family, runtime, optimizer, batches, clip):
     def look(*_):
         for m in runtime.maps:
             seen[m.kind.name] = (
-                [p.grad.clone() for p in m.kind.A],
+                [p.grad.clone() for p in m.kind.A if p.requires_grad],
                 [p.grad.clone() for p in m.kind.B],
                 {n: p.grad.clone() for n, p in m.named_parameters()},
             )
@@ -165,7 +167,8 @@ def assert_chain_rule(model, family, batches=(0,), tolerance=1e-5, reentrant=Non
     for name, (A, B, own) in expected.items():
         ours_A, ours_B, ours_own = found[name]
         grads = lambda tensors: [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]  # noqa: E731
-        assert relative_error(ours_A, grads(A)) <= tolerance, f"lora_A of {name}"
+        if ours_A:  # else frozen
+            assert relative_error(ours_A, grads(A)) <= tolerance, f"lora_A of {name}"
         assert relative_error(ours_B, grads(B)) <= tolerance, f"lora_B of {name}"
         for parameter, tensor in own.items():
             assert ours_own[parameter].abs().sum() > 0
@@ -204,6 +207,22 @@ def test_chain_rule_with_clipping(regularizer):
 def test_chain_rule_with_accumulation_and_checkpointing(reentrant):
     model = peft_model("llama", "warm", dropout=0.1)
     assert_chain_rule(model, "llama", batches=(0, 1, 2, 3), reentrant=reentrant)
+
+
+def test_chain_rule_on_a_4_bit_base():
+    pytest.importorskip("bitsandbytes")
+    model = get_peft_model(quantised(4), LoraConfig(r=4, target_modules=FAMILIES["llama"].linear))
+    warm_up(model)
+    model.gradient_checkpointing_disable()  # it would cut the reference's graph
+    assert_chain_rule(model, "llama")
+
+
+def test_chain_rule_with_lora_A_frozen():
+    model = peft_model("llama", "warm", targets=FAMILIES["llama"].linear)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    assert_chain_rule(model, "llama", side="write")
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -250,7 +269,7 @@ def test_saved_adapter_loads_where_this_package_is_not(tmp_path):
     script = """
 import sys, torch
 sys.modules["structlora_trl"] = None
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests.support.tiny import base_model, logits_of
 loaded = PeftModel.from_pretrained(base_model("llama"), sys.argv[1])
 difference = (logits_of(loaded, "llama") - torch.load(sys.argv[1] + "/logits.pt")).abs().max().item()

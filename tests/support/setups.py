@@ -48,6 +48,7 @@ class Setup:
         trainer (`callable`): for `loops.InTrainer`: makes the trainer, from its output folder and callbacks.
         method (`dict`): options of StructLoRA.
         refused (`str`, *optional*): pattern of the error that a set-up stops with; None where it is served.
+        remedy (`dict`, *optional*): options that the error names, with which the set-up is served.
         adapter (`str`): name of the adapter that is trained.
         tolerance (`float`): in logits, between the trained model and its saved adapter in plain PEFT.
         needs (`tuple`): requirements without which the row is skipped.
@@ -66,6 +67,7 @@ class Setup:
     trainer: Callable | None = None
     method: dict = field(default_factory=lambda: WHOLE)
     refused: str | None = None
+    remedy: dict | None = None
     adapter: str = "default"
     tolerance: float = 1e-6
     needs: tuple[str, ...] = ()
@@ -221,19 +223,19 @@ def second_adapter(model):
 
 
 def quantised(bits: int):
-    """A base in 4 or 8 bits. On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64."""
-    bitsandbytes = importlib.import_module("bitsandbytes")
-    model = llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
-    for name, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            layer = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
-            options = {"compute_dtype": torch.float32} if bits == 4 else {"has_fp16_weights": False}
-            new = layer(module.in_features, module.out_features, bias=False, **options)
-            new.load_state_dict(module.state_dict())
-            # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).
-            new.support_avx512bf16_for_cpu = False
-            model.model.set_submodule(name, new.to("cpu"))
-    return model
+    """A base in 4 bits (NF4, constants quantised too, as in the QLoRA paper) or 8, made ready as PEFT's guide says."""
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(how if bits == 4 else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
+        llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4).save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=how, dtype=torch.float32, device_map="cpu"
+        )
+    for module in model.modules():
+        # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).
+        module.support_avx512bf16_for_cpu = False
+    return peft.prepare_model_for_kbit_training(model)
 
 
 def scheduled(name: str, warmup: int = 2, **options):
@@ -253,6 +255,12 @@ def loraplus(model):
 
 def lorafa(model):
     return peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+
+
+def sft_with_lorafa(output, callbacks, **options):
+    trainer = jobs.sft(output, callbacks, **options)
+    trainer.optimizer = lorafa(trainer.model)
+    return trainer
 
 
 def riemannian(model):
@@ -351,6 +359,7 @@ ADAPTERS = [
     ),
     Setup("Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method={**WHOLE, "side": "both"}),
     Setup("Conv1d", **blocks(lambda: nn.Conv1d(8, 8, 3, padding=1), 8, 6), method={**WHOLE, "side": "both"}),
+    Setup("Conv3d", **blocks(lambda: nn.Conv3d(4, 4, 3, padding=1), 4, 3, 3, 3), method={**WHOLE, "side": "both"}),
     Setup("several adapters with one trained", wrap=with_(second_adapter)),
     Setup("an adapter of another name", adapter="mine"),
     Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
@@ -380,6 +389,17 @@ PRECISIONS = [
     Setup("bf16 base under an fp32 adapter", base=partial(base_model, "llama", torch.bfloat16)),
     Setup("4-bit base (QLoRA)", base=partial(quantised, 4), needs=("bitsandbytes",)),
     Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
+    Setup(
+        "DoRA on a 4-bit base", base=partial(quantised, 4), lora={"use_dora": True}, needs=("bitsandbytes",), slow=True
+    ),
+    Setup(
+        "LoRA-FA on a 4-bit base",
+        base=partial(quantised, 4),
+        optimizer=lorafa,
+        method={**WHOLE, "side": "write"},
+        needs=("bitsandbytes",),
+        slow=True,
+    ),
 ]
 
 OPTIMIZERS = [
@@ -491,9 +511,19 @@ REFUSED = [
             ("LoKr", "LoKr", {}),
             ("OFT", "OFT", {"r": 0, "oft_block_size": 4}),
             ("BOFT", "BOFT", {"boft_block_size": 4}),
-            ("VeRA", "Vera", {"r": 4}),
             ("IA3", "IA3", {"feedforward_modules": []}),
         )
+    ),
+    Setup(
+        "VeRA",
+        wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
+        refused="VERA.*over frozen matrices that all modules share.*freeze lora_A and set `side='write'`",
+    ),
+    Setup(
+        "LoRA-FA without side='write'",
+        optimizer=lorafa,
+        refused="lora_A of '.*q_proj' frozen.*`side='write'`",
+        remedy={"side": "write"},
     ),
     Setup(
         "ensure_weight_tying with both as targets",
@@ -545,11 +575,11 @@ REFUSED = [
 
 
 def in_trainer(
-    name: str, job: Callable, slow: bool = True, needs: tuple[str, ...] = (), model: dict | None = None, **options
+    name: str, job: Callable, slow: bool = True, needs: tuple[str, ...] = (), row: dict | None = None, **options
 ):
-    """A row for a job of `tests/support/jobs.py`, with its training arguments; `model`: base and batch, where no LLaMA."""
+    """A row for a job of `tests/support/jobs.py`, with its training arguments; `row`: what else the row says."""
     build = partial(job, **options)
-    return Setup(name, loop=loops.InTrainer, trainer=build, slow=slow, needs=needs, **(model or {}))
+    return Setup(name, loop=loops.InTrainer, trainer=build, slow=slow, needs=needs, **(row or {}))
 
 
 BERT = {"base": partial(base_model, "bert"), "batch": FAMILIES["bert"].batch}
@@ -563,21 +593,22 @@ ON_PLATEAU = {
 }
 
 TRAINERS = [
-    in_trainer("transformers.Trainer", jobs.plain, slow=False, model=BERT),
-    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, model=BERT, **ON_PLATEAU),
-    in_trainer("Trainer with Adafactor", jobs.plain, model=BERT, optim="adafactor", lr_scheduler_type="cosine"),
+    in_trainer("transformers.Trainer", jobs.plain, slow=False, row=BERT),
+    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, row=BERT, **ON_PLATEAU),
+    in_trainer("Trainer with Adafactor", jobs.plain, row=BERT, optim="adafactor", lr_scheduler_type="cosine"),
     in_trainer(
-        "Trainer with torch_compile", jobs.plain, model=BERT, torch_compile=True, torch_compile_backend="aot_eager"
+        "Trainer with torch_compile", jobs.plain, row=BERT, torch_compile=True, torch_compile_backend="aot_eager"
     ),
     in_trainer("TRL's SFT", jobs.sft, slow=False, gradient_accumulation_steps=2),
     in_trainer("SFT with packing", jobs.sft, packing=True, row_count=384),
     in_trainer("SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}),
     in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
+    in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
     in_trainer("DPO", jobs.JOBS["dpo"]),
     in_trainer("KTO", jobs.JOBS["kto"]),
     in_trainer("ORPO", jobs.preference("ORPO", experimental=True), needs=("trl>=1.0",)),
     in_trainer("CPO", jobs.preference("CPO", experimental=True), needs=("trl>=1.0",)),
-    in_trainer("Reward", jobs.reward, model=REWARD),
+    in_trainer("Reward", jobs.reward, row=REWARD),
     in_trainer("GRPO", jobs.JOBS["grpo"]),
     in_trainer("GRPO with several updates per generation", jobs.JOBS["grpo"], num_iterations=3),
     in_trainer("RLOO", jobs.JOBS["rloo"]),
