@@ -7,11 +7,15 @@ effective_rank      exp of the entropy of ΔW's normalised singular values (Roy 
 drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
 gradient_cosine     mean cosine of neighbouring depths' gradients (of the effective factors, before the pullback:
                     the pullback itself mixes depths, and would raise the cosine by construction)
+stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it (`stream_cosine`), over
+                    the kinds whose role is known; left out where no two neighbours have learned anything
 semantic_edges      number of semantic edges, all kinds
 theta_norm          Frobenius norm of the coordinators' Θ, all kinds
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -43,6 +47,12 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
     metrics["drift_energy"] = sum(
         drift_energy(u.flatten(-2)) for m, f in zip(maps, effective, strict=True) for u in m.features(f)
     )
+    streams = [m.stream_factors(factors) for m, factors in zip(maps, effective, strict=True)]
+    cosines = [stream_cosine(*pair).flatten() for pair in streams if pair is not None]
+    if cosines:
+        mean = torch.cat([part.to(cosines[0].device) for part in cosines]).nanmean().item()
+        if not math.isnan(mean):
+            metrics["stream_cosine"] = mean
     if any(len(m.coordinators) for m in maps):
         metrics["semantic_edges"] = sum(m.graph.semantic_edge_count for m in maps)
         thetas = [c.theta.detach().norm().cpu() for m in maps for c in m.coordinators.values()]
@@ -72,6 +82,40 @@ def effective_rank(A: Tensor, B: Tensor) -> Tensor:
 def drift_energy(features: Tensor) -> float:
     """Σ_l ‖u_l+1 − u_l‖² of node features (..., L, n), the paper's measure of incoherence over depth."""
     return laplacian(features).item()
+
+
+def stream_cosine(side: Tensor, other: Tensor, apart: int = 1) -> Tensor:
+    """Cosine of what two depths do in the residual stream, from r x r matrices alone.
+
+    A module that writes the stream is compared by M = ΔW ΔWᵀ (d x d), one that reads it by M = ΔWᵀ ΔW (k x k), two of a kind
+    by ⟨M, M'⟩ / ‖M‖‖M'‖. The other side of ΔW, a space of the module's own, drops out. So does the basis of the rank axis: B·R
+    and R⁻¹·A give the same figure, which a cosine of lora_A or lora_B, index by index, does not. M has no negative
+    eigenvalue, so that the figure lies between 0 and 1; for random ΔW it is r/n or less.
+
+    ΔW is what training the factor on the stream's side has added: (B − B₀)·A for a writer, where B₀ is zero but for PiSSA and
+    its kin, and B·(A − A₀) for a reader. In B·A the random A₀ outweighs by far what a reader has learned, and the figure
+    would tell whether depths started from one A₀.
+
+    Args:
+        side (`Tensor`): the factor on the stream's side less its origin, its rank axis first: (..., L, r, n).
+        other (`Tensor`): the factor on the other side, (..., L, r, p).
+        apart (`int`, *optional*, defaults to 1): depths between the two that are compared.
+
+    Returns:
+        (..., L − apart), NaN where an update is zero or has diverged.
+    """
+    # Eighth powers follow, and the figure does not depend on the scale.
+    side, other = (factor / factor.abs().amax((-2, -1), keepdim=True) for factor in (side, other))
+    gram = other @ other.mT  # (..., L, r, r)
+
+    def product(one: slice, two: slice) -> Tensor:
+        """⟨M, M'⟩ = tr(G C G' Cᵀ), with C = side · side'ᵀ."""
+        cross = side[..., one, :, :] @ side[..., two, :, :].mT
+        return ((gram[..., one, :, :] @ cross) * (cross @ gram[..., two, :, :])).sum((-2, -1))
+
+    later, earlier = slice(apart, None), slice(None, max(side.shape[-3] - apart, 0))
+    norm = product(slice(None), slice(None)).sqrt()
+    return product(later, earlier) / (norm[..., later] * norm[..., earlier])
 
 
 def neighbour_cosine(features: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .coordinator import COORDINATORS, GCN
 from .filters import FILTERS, Filter
 from .gates import LogisticNoise
 from .graph import DepthGraph
-from .nodes import Kind, discover, matches, residual_role
+from .nodes import Kind, discover, matches, residual_side
 from .regularizers import REGULARIZERS
 
 
@@ -181,6 +181,16 @@ class KindMap(nn.Module):
         """Node features, the updates on the sides that are comparable across depth: (L, r, n) each."""
         return [self._features(factors, side) for side in self.sides]
 
+    def stream_factors(self, factors: Factors) -> Factors | None:
+        """The update as the residual stream sees it: the factor on the stream's side with its origin taken out, (L, r, n), and
+        the factor on the other side, (L, r, p). None where the kind's role is unknown or A₀ was not kept.
+        """
+        side = residual_side(self.kind, self.config.roles)
+        if side is None or (side == "A" and self.origin_A is None):
+            return None
+        A, B = self.split(factors)
+        return Factors(self._features(factors, side), A if side == "B" else B.mT)
+
     @property
     def gradient_size(self) -> int:
         """Entries of `side_gradients` at each depth (of each expert)."""
@@ -233,19 +243,17 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
     """
     if config.side == "both":
         return ("A", "B")
-    role = config.side
-    if role == "auto":
-        role = residual_role(kind, config.roles)
-        if role is None and config.compares_depths and kind.depth_count > 1:
-            leaf = kind.target.rsplit(".", 1)[-1]
-            raise StructLoRAError(
-                f"module '{kind.target}', whose role is unknown",
-                "to know whether it reads the residual stream (its lora_A is comparable across depth) or writes it (its lora_B is)",
-                f"set `roles={{'{leaf}': 'read'}}` or `'write'`, or choose `side` yourself",
-            )
-        if kind.adapted.input_side == "B":
-            return ("B",) if role == "read" else ("A",)
-    return ("B",) if role == "write" else ("A",)
+    if config.side != "auto":
+        return ("B",) if config.side == "write" else ("A",)
+    side = residual_side(kind, config.roles)
+    if side is None and config.compares_depths and kind.depth_count > 1:
+        leaf = kind.target.rsplit(".", 1)[-1]
+        raise StructLoRAError(
+            f"module '{kind.target}', whose role is unknown",
+            "to know whether it reads the residual stream (its lora_A is comparable across depth) or writes it (its lora_B is)",
+            f"set `roles={{'{leaf}': 'read'}}` or `'write'`, or choose `side` yourself",
+        )
+    return (side or "A",)
 
 
 def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:

@@ -265,6 +265,14 @@ def residual_role(kind: Kind, roles: dict[str, str] | None) -> str | None:
     return None
 
 
+def residual_side(kind: Kind, roles: dict[str, str] | None) -> str | None:
+    """The factor that meets the residual stream, 'A' or 'B'; None where the kind's role is unknown."""
+    role = residual_role(kind, roles)
+    if role is None:
+        return None
+    return "A" if (role == "read") == (kind.adapted.input_side == "A") else "B"
+
+
 def matches(pattern: str, kind: Kind) -> bool:
     """Whether a pattern of `roles` is the end of the name of what the kind adapts."""
     return re.fullmatch(rf"(.*\.)?({pattern})", kind.target) is not None

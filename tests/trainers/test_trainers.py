@@ -294,6 +294,7 @@ def test_a_diverged_run_finishes_as_plain_lora_does(options, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 3
     assert any(math.isnan(entry.get("structlora/effective_rank", 0)) for entry in trainer.state.log_history)
+    assert not any(math.isnan(entry.get("structlora/stream_cosine", 0)) for entry in trainer.state.log_history)
 
 
 def test_a_trainer_that_keeps_no_log_history(tmp_path):
@@ -364,6 +365,7 @@ METRICS = {
     "effective_rank",
     "drift_energy",
     "gradient_cosine",
+    "stream_cosine",
     "semantic_edges",
     "theta_norm",
     "map_ms",
@@ -375,6 +377,7 @@ def check_metrics(found: dict, prefix: str):
     values = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     assert values.keys() == METRICS
     assert 0 < values["gate_openness"] < 1 and values["map_ms"] > 0 and 1 <= values["effective_rank"] <= 4
+    assert 0 <= values["stream_cosine"] <= 1 + 1e-5
 
 
 def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):

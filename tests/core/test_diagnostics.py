@@ -1,0 +1,145 @@
+"""The cosine in the residual stream: against the matrices that it never forms, and where there is nothing to compare."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from structlora_trl import attach
+from structlora_trl.core.diagnostics import stream_cosine, structure_metrics
+from structlora_trl.core.nodes import residual_role
+from tests.support.tiny import _SIZES, FAMILIES, adamw, lora_parameters, peft_model, train
+
+
+def factors(seed: int, depths: int = 5, rank: int = 3, n: int = 12, p: int = 7, experts: tuple[int, ...] = ()):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*experts, depths, rank, size, generator=generator) for size in (n, p)]
+
+
+def formed(update: torch.Tensor, apart: int = 1) -> torch.Tensor:
+    """From the n x n matrices, of updates (..., L, p, n)."""
+    matrices = (update.mT @ update).double().flatten(-2)
+    count = matrices.shape[-2]
+    return torch.cosine_similarity(matrices[..., apart:, :], matrices[..., : count - apart, :], dim=-1)
+
+
+@given(seed=st.integers(0, 2**31 - 1), apart=st.integers(1, 4), experts=st.sampled_from([(), (2,)]))
+def test_stream_cosine_is_that_of_the_whole_matrices(seed, apart, experts):
+    side, other = factors(seed, experts=experts)
+    found = stream_cosine(side, other, apart).double()
+    torch.testing.assert_close(found, formed(other.mT @ side, apart), atol=1e-5, rtol=1e-4)
+
+
+@given(seed=st.integers(0, 2**31 - 1), scale=st.sampled_from([1e-25, 1e-12, 1.0, 1e25]))
+def test_stream_cosine_depends_neither_on_the_rank_basis_nor_on_the_scale(seed, scale):
+    side, other = factors(seed)
+    basis = torch.linalg.qr(factors(seed + 1, n=3)[0]).Q * torch.tensor([0.5, 1.0, 2.0])  # one for each depth
+    turned = stream_cosine(basis @ side * scale, torch.linalg.inv(basis).mT @ other / scale)
+    torch.testing.assert_close(turned, stream_cosine(side, other), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("side_of_1", "other_of_1"), [(0.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, -math.inf)]
+)
+def test_stream_cosine_of_nothing_or_of_diverged_values_is_nan_there_alone(side_of_1, other_of_1):
+    side, other = factors(0)
+    expected = stream_cosine(side, other)
+    side[1] *= side_of_1
+    other[1] *= other_of_1
+    found = stream_cosine(side, other)
+    assert found.isnan().tolist() == [True, True, False, False]
+    torch.testing.assert_close(found[2:], expected[2:])
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3])
+def test_stream_cosine_of_too_few_depths_is_empty(depths):
+    assert stream_cosine(*factors(0, depths), apart=3).shape == (0,)
+
+
+def learned(model, kind, start: dict, role: str) -> torch.Tensor:
+    """What the factor on the stream's side has added to the weights, as PEFT makes them: (L, p, n), experts before them."""
+    side = "A" if role == "read" else "B"  # of these models and versions of PEFT
+    updates = []
+    for name, moved in zip(kind.modules, getattr(kind, side), strict=True):
+        module = model.get_submodule(name)
+        with torch.no_grad():
+            whole, now = module.get_delta_weight("default").clone(), moved.clone()
+            moved.copy_(start[moved])
+            update = whole - module.get_delta_weight("default")
+            moved.copy_(now)
+        if kind.experts == 1:
+            updates.append(update if role == "read" else update.mT)
+        else:  # whichever way the experts are stored, the residual stream has its size
+            updates.append(update if update.shape[-1] == _SIZES["hidden_size"] else update.mT)
+    return torch.stack(updates, dim=-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "init", "options"),
+    [
+        ("llama", "fresh", {}),
+        ("llama", "fresh", {"coordinator": "none"}),  # where each depth has an A₀ of its own
+        ("llama", "fresh", {"side": "both"}),
+        ("llama", "warm", {}),
+        ("llama", "pissa", {}),
+        ("gemma3", "fresh", {}),
+        ("mixtral", "fresh", {}),
+        ("llava", "fresh", {}),
+        ("bert", "fresh", {}),
+        ("vit", "rslora", {}),
+    ],
+)
+def test_the_figure_is_that_of_what_the_weights_have_learned(family, init, options):
+    model = peft_model(family, init, FAMILIES[family].linear)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, **options)
+    start = {
+        p: p.detach().clone() if init == "pissa" or "lora_A" in name else torch.zeros_like(p)
+        for name, p in lora_parameters(model).items()
+    }
+    train(model, family, optimizer, 3)
+    found = runtime.metrics()["structlora/stream_cosine"]
+    runtime.detach()
+    pairs = [
+        formed(learned(model, kind, start, role)).flatten()
+        for kind in runtime.kinds
+        if (role := residual_role(kind, None)) and kind.depth_count > 1
+    ]
+    assert len(pairs) > 1
+    assert found == pytest.approx(torch.cat(pairs).mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("why", "targets", "options", "steps"),
+    [
+        ("nothing is learned yet", None, {}, 0),
+        ("a module's role is unknown", ["lm_head"], {"coordinator": "none"}, 3),
+        ("the readers' start is not kept", None, {"side": "write"}, 3),
+        ("one depth", r".*layers\.1\..*(q|o)_proj", {"coordinator": "none"}, 3),
+        ("an embedding", ["embed_tokens"], {"coordinator": "none"}, 3),
+    ],
+)
+def test_no_figure(why, targets, options, steps):
+    model = peft_model(targets=targets)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, **options)
+    train(model, "llama", optimizer, steps)
+    assert "structlora/stream_cosine" not in runtime.metrics(), why
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_depth_leaves_the_others_their_figure(value):
+    model = peft_model(targets=["o_proj"])
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, coordinator="none")
+    train(model, "llama", optimizer, 2)
+    (effective,) = runtime.evaluation_factors()
+    expected = formed(effective.A.mT @ effective.B.mT)
+    for depth, left in ((2, [expected[0].item()]), (1, [])):
+        effective.B[depth, 0, 0] = value
+        found = structure_metrics(runtime.maps, [effective])
+        assert [found[name] for name in ("stream_cosine",) if name in found] == pytest.approx(left, abs=1e-4)
