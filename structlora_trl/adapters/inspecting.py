@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.diagnostics import effective_rank
+from ..core.diagnostics import effective_rank, stream_cosine
 from ..core.mapping import Factors, KindMap
 from ..core.nodes import Kind, residual_role, split_depth
 from ..errors import StructLoRAError
@@ -29,6 +30,7 @@ class DepthReport:
     effective_rank: float
     norm: float
     coherence: float | None
+    stream: float | None  # mean `stream_cosine` with the neighbouring depths
     semantic: list[int] | None  # depths
 
 
@@ -101,6 +103,8 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     gates = m.openness(saved.latents[index]) if m else None
     gates = None if gates is None else own(gates)  # (L, r)
     features = _features(saved, index, Factors(A, B))  # (L, n) with experts (E, L, n), or None where unknown
+    pair = _stream_factors(saved, index, Factors(A, B))
+    stream = None if pair is None else own(stream_cosine(*pair))  # (L - 1,)
     unit = None if features is None else normalize(own(features), dim=1)
     similarity = None if unit is None else unit @ unit.mT
     scales = torch.tensor([saved.scale(module) for module in kind.modules]).double()
@@ -118,6 +122,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
             coherence=_coherence(similarity, depth),
+            stream=_stream(stream, depth),
             semantic=own(m.graph.semantic)[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
         )
         for depth, module in enumerate(kind.modules)
@@ -151,6 +156,19 @@ def _coherence(similarity: Tensor | None, depth: int) -> float | None:
         return None
     neighbours = [other for other in (depth - 1, depth + 1) if 0 <= other < len(similarity)]
     return float(similarity[depth, neighbours].mean())
+
+
+def _stream_factors(saved: Saved, index: int, factors: Factors) -> Factors | None:
+    """What `stream_cosine` compares. Of a plain adapter, for the reasons above, the writers alone."""
+    if saved.maps:
+        return saved.maps[index].stream_factors(factors)
+    kind = saved.kinds[index]
+    return Factors(factors.B.mT, factors.A) if _role(kind, None) == "write" and kind.experts == 1 else None
+
+
+def _stream(cosines: Tensor | None, depth: int) -> float | None:
+    mean = math.nan if cosines is None else float(cosines[max(depth - 1, 0) : depth + 1].nanmean())
+    return None if math.isnan(mean) else mean
 
 
 def _singular_values(A: Tensor, B: Tensor) -> Tensor:

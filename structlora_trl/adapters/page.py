@@ -21,6 +21,7 @@ _CURVES = {
     "structlora/effective_rank": "Effective rank",
     "structlora/gate_openness": "Gate openness",
     "structlora/gradient_cosine": "Cosine of neighbouring gradients",
+    "structlora/stream_cosine": "Cosine of neighbours in the residual stream",
 }
 _STYLE = """
 :root{--ink:#1f2328;--soft:#59636e;--rule:#d1d9e0;--ground:#fff;--panel:#f6f8fa}
@@ -218,6 +219,7 @@ _COLUMNS: dict[str, Callable] = {
     "eff. rank": lambda kind, depth: depth.effective_rank,
     "norm": lambda kind, depth: depth.norm,
     "coherence": lambda kind, depth: depth.coherence,
+    "stream": lambda kind, depth: depth.stream,
     "semantic": lambda kind, depth: (
         None if depth.semantic is None else " ".join(kind.depths[other].layer for other in depth.semantic) or "none"
     ),

@@ -19,6 +19,8 @@ For each kind of module and each depth, named by its layer's number:
   eff. rank  exp of the entropy of the normalised singular values of the update BA
   norm       Frobenius norm of the update as it is added to the weight
   coherence  mean cosine with the neighbouring depths' updates, on the side that is comparable across depth
+  stream     the same for what the update reads from the residual stream, or writes to it, as a subspace: from 0 to 1, and
+             whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
 What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'.
 """
@@ -91,15 +93,15 @@ def table(saved: Saved, kinds: list[KindReport]) -> str:
         about = f"{role} the residual stream" if role else "unknown role"
         lines += [f"\n{kind.name}  ({depth_count} depths, r {rank}, {k} -> {d}, {about})"]
         lines += [
-            f"{'layer':>5}  {'open':>7}  {'openness':>8}  {'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  semantic"
+            f"{'layer':>5}  {'open':>7}  {'openness':>8}  {'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}  semantic"
         ]
         for row in kind.depths:
             open_ = "-" if row.gates is None else f"{sum(gate > 0.5 for gate in row.gates)}/{row.rank}"
             openness_ = "-" if row.gates is None else f"{sum(row.gates) / row.rank:.3f}"
-            coherence = "-" if row.coherence is None else f"{row.coherence:.3f}"
+            coherence, stream = ("-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream))
             semantic = (
                 "-" if row.semantic is None else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
             )
-            figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}"
+            figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}  {stream:>6}"
             lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {figures}  {semantic}")
     return "\n".join(lines)

@@ -52,6 +52,14 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         coherence = [row["coherence"] for row in kind["depths"]]
         expected = [cosines[0], sum(cosines) / 2, cosines[1]]
         assert coherence == pytest.approx([float(value) for value in expected], abs=1e-4)
+        # What the side on the residual stream has added, the stream's axis last.
+        parts = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+        learned = [B @ (A - origin) if side == "A" else (B @ A).T for A, B in parts]
+        squares = [(update.T @ update).flatten() for update in learned]
+        cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(squares)]
+        stream = [row["stream"] for row in kind["depths"]]
+        expected = [cosines[0], sum(cosines) / 2, cosines[1]]
+        assert stream == pytest.approx([float(value) for value in expected], abs=1e-4)
         assert [row["semantic"] for row in kind["depths"]] == [
             joined.nonzero().flatten().tolist() for joined in state[f"{kind['name']}/graph.semantic"]
         ]
@@ -74,9 +82,8 @@ def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
         for row, known in zip(kind["depths"], whole[kind["name"]]["depths"], strict=True):
             assert row["gates"] is None and row["semantic"] is None
             # Without the state, A's origin is unknown; B began at zero.
-            assert row["coherence"] == (
-                pytest.approx(known["coherence"], abs=1e-4) if kind["role"] == "write" else None
-            )
+            for figure in ("coherence", "stream"):
+                assert row[figure] == (pytest.approx(known[figure], abs=1e-4) if kind["role"] == "write" else None)
             assert row["norm"] == pytest.approx(known["norm"], rel=1e-4)
 
 
@@ -131,3 +138,4 @@ def test_experts_are_told_apart(scales, tmp_path):
                     entropy = -torch.xlogy(share, share).sum()
                     assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
                     assert row.effective_rank == pytest.approx(entropy.exp().item(), abs=1e-2)
+                    assert row.stream is None if folder != out else 0 <= row.stream <= 1 + 1e-6

@@ -59,11 +59,11 @@ def test_the_page_holds_everything(page):
     assert "&lt;b&gt;plain &amp; simple" in text and "b" not in parsed.counts
     titles = re.findall("<h2>(.*?)</h2>", text)
     assert titles == ["Gates", "Similarity over depth", "Singular values", "Training", "Modules"]
-    maps, spectra, curves = len(KINDS), 2 * len(KINDS), 4
+    maps, spectra, curves = len(KINDS), 2 * len(KINDS), 5
     similarities = len(KINDS) + 1  # without the state, where writers alone can be compared
     assert parsed.counts["svg"] >= 2 + maps + similarities + spectra + curves
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
-    assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 5 * 2 for row in rows)
+    assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 6 * 2 for row in rows)
     # kind, layer, openness of either run
     assert all(0 < float(row[2]) < 1 and row[3] == "-" for row in rows)
 
