@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
+from tests.support.tiny import adamw, peft_model, train
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -32,6 +33,16 @@ def test_generated_files_are_current(file, script, make):
 
 def test_picture_is_well_formed():
     assert ElementTree.parse(DOCS / "map.svg").getroot().tag.endswith("svg")
+
+
+def test_every_metric_is_explained():
+    model = peft_model(targets=["q_proj", "o_proj"])
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer)
+    train(model, "llama", optimizer, 2)
+    rows = re.search(r"\| metric \|.*?(?=\n\n)", (DOCS / "how-it-works.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    named = {name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == {name.removeprefix("structlora/") for name in runtime.metrics()}
 
 
 def test_every_remedy_is_more_than_a_placeholder():
