@@ -31,6 +31,7 @@ from .store import KEY
 SPLIT_SEED = 0
 LONGEST = 120  # characters of a sentence
 BATCH = 8
+TARGETS = ("q_proj", "v_proj")
 EVALUATION_BATCH = 25
 
 Example = tuple[str, str]  # prompt, answer
@@ -122,46 +123,11 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         raise SystemExit(f"{method_name} is not made for {task_name}: of LoRA and StructLoRA alone")
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)
-    set_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
     log = _Losses()
-    ours = [] if method.structlora is None else [StructLoRACallback(seed=seed, parts=method.parts, **method.given)]
-    binding = [_BindIdeas(method.ideas, callback) for callback in ours]
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
-            model=model,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_list([{"prompt": p, "completion": a} for p, a in training]),
-            peft_config=LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **method.lora
-            ),
-            args=SFTConfig(
-                output_dir=scratch,
-                completion_only_loss=True,
-                max_steps=task.steps,
-                per_device_train_batch_size=BATCH,
-                learning_rate=lr,
-                weight_decay=methods.WEIGHT_DECAY,
-                warmup_steps=round(0.06 * task.steps),
-                lr_scheduler_type="linear",
-                gradient_checkpointing=False,
-                seed=seed,
-                use_cpu=True,
-                bf16=False,
-                logging_steps=task.steps,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            callbacks=[log, *ours, *binding],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    model, tokenizer, ours = train(method, training, rank, lr, seed, task.steps, callbacks=[log])
     seconds = time.process_time() - cpu_started
-    model = trainer.model.eval()
     score = _exact_match if task.generates else _likelier
-    own = sum(p.numel() for c in ours for m in c.runtime.maps for p in m.parameters())
+    own = sum(p.numel() for m in (ours.runtime.maps if ours else ()) for p in m.parameters())
     line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
     return line | {
         "validation": score(model, tokenizer, validation),
@@ -179,6 +145,55 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "cpu_seconds": round(seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def train(
+    method: methods.Method,
+    training: list[Example],
+    rank: int,
+    lr: float,
+    seed: int,
+    steps: int,
+    targets: tuple[str, ...] = TARGETS,
+    callbacks: list[TrainerCallback] | None = None,
+):
+    """The trained model in evaluation mode, its tokenizer and, for StructLoRA, its callback."""
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
+    ours = [] if method.structlora is None else [StructLoRACallback(seed=seed, parts=method.parts, **method.given)]
+    binding = [_BindIdeas(method.ideas, callback) for callback in ours]
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": p, "completion": a} for p, a in training]),
+            peft_config=LoraConfig(
+                r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM", **method.lora
+            ),
+            args=SFTConfig(
+                output_dir=scratch,
+                completion_only_loss=True,
+                max_steps=steps,
+                per_device_train_batch_size=BATCH,
+                learning_rate=lr,
+                weight_decay=methods.WEIGHT_DECAY,
+                warmup_steps=round(0.06 * steps),
+                lr_scheduler_type="linear",
+                gradient_checkpointing=False,
+                seed=seed,
+                use_cpu=True,
+                bf16=False,
+                logging_steps=steps,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            callbacks=[*(callbacks or []), *ours, *binding],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer.model.eval(), tokenizer, ours[0] if ours else None
 
 
 @torch.inference_mode()
