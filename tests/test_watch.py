@@ -265,8 +265,9 @@ def test_an_average_swapped_in_and_out_changes_nothing():
     [
         ({"filter": "topk_norm", "gate_init": 0.5, "coordinator": "none"}, lambda p: p.data.add_(0.1)),
         ({}, lambda p: p.data.fill_(torch.nan)),
+        ({}, lambda p: p.data[0, :1].fill_(torch.inf)),
     ],
-    ids=["closed directions", "NaN"],
+    ids=["closed directions", "NaN", "one infinity"],
 )
 def test_weights_that_no_latents_have_are_refused(options, write):
     model, optimizer, _ = trained(**options)

@@ -22,6 +22,8 @@ def latents_of(m: KindMap, effective: Factors, start: Factors) -> Factors | None
         start (`Factors`): latent factors to start from.
     """
     latent, scales = start, [part.abs().max() for part in effective]
+    if not all(bool(scale.isfinite()) for scale in scales):  # infinity would be within any tolerance of anything
+        return None
     for _ in range(_ITERATIONS):
         errors = [wanted - found for wanted, found in zip(effective, m(latent, None), strict=True)]
         if all(bool(error.abs().max() <= _TOLERANCE * scale) for error, scale in zip(errors, scales, strict=True)):
