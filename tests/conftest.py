@@ -3,8 +3,12 @@ import os
 # Tests never ask a hub, and each worker keeps to one thread unless the environment says otherwise (`make test-portable`).
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.support.device import CHOSEN, ON_GPU
+
+if not ON_GPU:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
@@ -13,6 +17,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 transformers.logging.set_verbosity_error()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and CHOSEN is None:
+        pytest.skip("for a GPU, or a CPU in its place: `make gpu`")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+from tests.support.device import BACKEND, ON_GPU, hide_gpus
+
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+if not ON_GPU:
+    hide_gpus()
 
 import torch
 import torch.distributed as dist
@@ -62,9 +66,10 @@ def arguments():
 def deepspeed_config(args) -> dict:
     import deepspeed
 
-    # The shared-memory collectives take a minute to compile and are only faster.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    if args.dtype == "float16":
+    if not ON_GPU:
+        # The shared-memory collectives take a minute to compile and are only faster.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    if args.dtype == "float16" and not ON_GPU:
         # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     timeout = {}
@@ -72,7 +77,7 @@ def deepspeed_config(args) -> dict:
         timeout["timeout"] = datetime.timedelta(seconds=args.group_timeout)
         # DeepSpeed reduces in groups that it makes with the backend's default (transformers issue 32036).
         dist.distributed_c10d.default_pg_timeout = timeout["timeout"]
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, **timeout)
+    deepspeed.init_distributed(dist_backend=BACKEND, auto_mpi_discovery=False, **timeout)
     if args.engine == "launcher":
         return {}
     config = json.loads((CONFIGS / f"{args.engine}.json").read_text())
@@ -171,10 +176,11 @@ def main():
 
         options |= deepspeed_config(args)
     elif args.group_timeout:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=args.group_timeout))
+        dist.init_process_group(BACKEND, timeout=datetime.timedelta(seconds=args.group_timeout))
 
     if args.engine == "fsdp2":
-        offer_fsdp2_on_cpu()
+        if not ON_GPU:
+            offer_fsdp2_on_cpu()
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options |= {"use_cpu": False, "fsdp": True, "fsdp_config": {**layers, **args.trainer.get("fsdp_config", {})}}
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -218,6 +224,8 @@ def main():
         "wrapped": type(wrapped).__name__,
         "trains": 2 if args.again else 1,
         "world": dist.get_world_size() if dist.is_initialized() else 1,
+        "device": trainer.args.device.type,
+        "backend": dist.get_backend() if dist.is_initialized() else None,
         "stage": wrapped.zero_optimization_stage() if is_deepspeed else None,
         "optimizer": type(wrapped.optimizer).__name__ if is_deepspeed else None,
         "offload": bool(is_deepspeed and wrapped.zero_cpu_offload()),

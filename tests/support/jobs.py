@@ -14,13 +14,14 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, T
 from trl import SFTConfig, SFTTrainer
 
 from tests.support.data import better_and_worse, distinct_words, labelled, prompts
+from tests.support.device import ON_GPU
 from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
 
 ROWS = 48
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}
 
 _ARGUMENTS = {
-    "use_cpu": True,
+    "use_cpu": not ON_GPU,
     "bf16": False,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.device import ON_GPU
+
 ROOT = Path(__file__).parents[2]
 JOB = Path(__file__).with_name("distributed_job.py")
 ENGINES = {
@@ -56,8 +58,9 @@ def job_arguments(output, engine: str, options: dict) -> list[str]:
     return arguments
 
 
-def run(command: list[str], timeout: float = 300, cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=cwd)
+def run(command: list[str], timeout: float = 300, cwd=None, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**ENVIRONMENT, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, cwd=cwd)
 
 
 def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict:
@@ -72,14 +75,16 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
         assert facts[0]["offload"] == engine.endswith("_offload")
         assert facts[0].get("engine") in (None, ENGINES[name])
         if "engine" in facts[0]:
-            assert done.stdout.count(f"StructLoRA on {ENGINES[name]}, {world} processes: ") == facts[0]["trains"]
+            processes = "1 process" if world == 1 else f"{world} processes"
+            assert done.stdout.count(f"StructLoRA on {ENGINES[name]}, {processes}: ") == facts[0]["trains"]
     return facts[0]
 
 
 def launch(output, engine: str = "single", world: int = 2, check: bool = True, **options) -> dict | str:
     """Run the job; its facts, or its output where it may fail."""
     start = [sys.executable] if engine == "single" else torchrun(world)
-    done = run(start + job_arguments(output, engine, options))
+    one_gpu = {"CUDA_VISIBLE_DEVICES": "0"} if ON_GPU and engine == "single" else {}  # Trainer would use them all
+    done = run(start + job_arguments(output, engine, options), **one_gpu)
     return facts_of(done, engine, world) if check else done.stdout + done.stderr
 
 

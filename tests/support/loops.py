@@ -38,6 +38,7 @@ class Loop:
     def __init__(self, setup, method: dict | None, watch: Callable[[Loop], None] = look_away):
         self.setup, self.watch = setup, watch
         self.model = setup.model()
+        self.device = next(self.model.parameters()).device.type
         self.forward = self.wrap(self.model)
         self.optimizer = setup.optimizer(self.model)
         self.schedule = setup.schedule(self.optimizer) if setup.schedule else None
@@ -161,7 +162,7 @@ class ClippingByValue(Clipping):
 
 class Autocast(Loop):
     def loss(self, index):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             return super().loss(index)
 
 
@@ -169,7 +170,7 @@ class Scaling(Loop):
     """A GradScaler, with clipping."""
 
     def prepare(self):
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        self.scaler = torch.amp.GradScaler(self.device, init_scale=2.0**10)
 
     def step(self, index):
         loss = self.loss(index)

@@ -59,7 +59,10 @@ def reference_expected_gate(logits: Tensor, temperature: float, draws: int = 100
 
 def reference_kl(logits: Tensor, prior: float) -> Tensor:
     """Mean KL between the gates and the prior, by torch's own distributions."""
-    gate, target = torch.distributions.Bernoulli(logits=logits), torch.distributions.Bernoulli(torch.tensor(prior))
+    gate, target = (
+        torch.distributions.Bernoulli(logits=logits),
+        torch.distributions.Bernoulli(torch.tensor(prior, device=logits.device)),
+    )
     return torch.distributions.kl_divergence(gate, target).mean()
 
 

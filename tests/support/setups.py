@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,8 +85,21 @@ class Setup:
         path = folder / ("" if self.adapter == "default" else self.adapter)
         return self._cast(PeftModel.from_pretrained(base, path, self.adapter))
 
+    def on(self, device: str) -> Setup:
+        """The same on another device."""
+        return replace(
+            self,
+            base=lambda: _moved(self.base(), device),
+            batch=lambda seed: {name: values.to(device) for name, values in self.batch(seed).items()},
+        )
+
     def _cast(self, model):
         return model if self.dtype is None else model.to(self.dtype)
+
+
+def _moved(model: nn.Module, device: str) -> nn.Module:
+    there = next(model.parameters()).device.type == device  # quantised models are made there, and refuse to be moved
+    return model if there else model.to(device)
 
 
 def lora(**options) -> LoraConfig:
@@ -222,7 +235,7 @@ def second_adapter(model):
     warm_up(model.base_model.model.model.layers[0])
 
 
-def quantised(bits: int):
+def quantised(bits: int, device: str = "cpu"):
     """A base in 4 bits (NF4, constants quantised too, as in the QLoRA paper) or 8, made ready as PEFT's guide says."""
     how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
     how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(how if bits == 4 else {}))
@@ -230,7 +243,7 @@ def quantised(bits: int):
         # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
         llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4).save_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=how, dtype=torch.float32, device_map="cpu"
+            folder, quantization_config=how, dtype=torch.float32, device_map=device
         )
     for module in model.modules():
         # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import peft
@@ -225,27 +226,58 @@ def lora_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def loss_of(model: torch.nn.Module, family: str, seed: int) -> torch.Tensor:
-    return model(**FAMILIES[family].batch(seed)).loss
+def batch_of(model: torch.nn.Module, family: str, seed: int) -> dict:
+    """A batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: values.to(device) for name, values in FAMILIES[family].batch(seed).items()}
+
+
+def casting(model: torch.nn.Module, autocast: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast to a dtype, or nothing."""
+    if autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, autocast)
+
+
+def loss_of(model: torch.nn.Module, family: str, seed: int, autocast: torch.dtype | None = None) -> torch.Tensor:
+    with casting(model, autocast):
+        return model(**batch_of(model, family, seed)).loss
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, family: str, seed: int = 99) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, family: str, seed: int = 99, autocast: torch.dtype | None = None) -> torch.Tensor:
     model.eval()
-    logits = model(**FAMILIES[family].batch(seed)).logits
+    with casting(model, autocast):
+        logits = model(**batch_of(model, family, seed)).logits
     model.train()
     return logits.float()
 
 
-def train(model, family: str, optimizer, steps: int, first: int = 0) -> list[float]:
+def step_with(optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def train(
+    model,
+    family: str,
+    optimizer,
+    steps: int,
+    first: int = 0,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> list[float]:
     """A bare loop: one batch a step, told apart by its number."""
     model.train()
     losses = []
     for step in range(first, first + steps):
         torch.manual_seed(step)  # dropout, and nothing else, draws from it
-        loss = loss_of(model, family, step)
-        loss.backward()
-        optimizer.step()
+        loss = loss_of(model, family, step, autocast)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        step_with(optimizer, scaler)
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses

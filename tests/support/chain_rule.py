@@ -1,0 +1,143 @@
+"""The chain rule (promise 2): gradients of a real step beside those that autograd finds through the map itself."""
+
+from __future__ import annotations
+
+import torch
+from torch.func import functional_call
+
+from structlora_trl import attach
+from structlora_trl.core.gates import logistic_noise
+from tests.support.reference import reference_expected_gate, reference_factors, reference_kl, reference_regularizer
+from tests.support.tiny import adamw, batch_of, casting, loss_of, step_with, train
+
+
+def randomise(runtime):
+    """Parts that start at zero hide mistakes: give Θ values and the graph semantic edges."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for m in runtime.maps:
+            for parameter in m.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+            if m.kind.depth_count > 2:
+                semantic = torch.zeros_like(m.graph.fixed)
+                semantic[..., 0, 2] = semantic[..., 2, 0] = True
+                m.graph.load_state_dict({"semantic": semantic})
+
+
+def reference_gradients(model, family, runtime, latents, noise, batches, clip, autocast=None, scale=1.0):
+    """Gradients of latents, logits and Θ by autograd through the map inside the model's graph."""
+    config = runtime.config
+    names = {id(p): name for name, p in model.named_parameters()}
+    leaves, effective, logits, penalty = {}, {}, [], torch.zeros(())
+    for m, stacked, part in zip(runtime.maps, latents, noise, strict=True):
+        kind = m.kind
+        own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
+        A = [a.detach().clone().requires_grad_() for a in stacked.A]
+        B = [b.detach().clone().requires_grad_() for b in stacked.B]
+        A0 = None if m.origin_A is None else m.origin_A.expand(kind.depth_count, -1, -1)
+        gates = None
+        if m.filter.logits is not None:
+            start = torch.full((1,), config.gate_init).logit()
+            sample = torch.sigmoid((own["filter.logits"] + part) / config.temperature)
+            gates = sample / reference_expected_gate(start, config.temperature).to(sample.device)
+            logits.append(own["filter.logits"].expand(m.filter.shape).flatten())
+        theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
+        activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
+        experts = []
+        for e in range(kind.experts):
+            rows, columns = slice(e * kind.rank, (e + 1) * kind.rank), slice(e, None, kind.experts)
+            Ae, Be = [a[rows] for a in A], [b[:, columns] for b in B]
+            Ae0 = None if A0 is None else A0[:, rows]
+            Be0 = None if m.origin_B is None else m.origin_B[:, :, columns]
+            if config.regularizer != "none":
+                updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0, strict=True)], "B": Be}
+                penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
+            own_gates, edges = (t if t is None or kind.experts == 1 else t[e] for t in (gates, m.graph.edges))
+            experts.append(reference_factors(Ae, Be, Ae0, Be0, own_gates, edges, theta, activation))
+        A1 = [torch.cat(of_depth) for of_depth in zip(*(A for A, _ in experts), strict=True)]  # rows (expert, r)
+        B1 = [
+            torch.stack(of_depth, -1).flatten(1) for of_depth in zip(*(B for _, B in experts), strict=True)
+        ]  # columns (r, expert)
+        for parameters, values in ((kind.A, A1), (kind.B, B1)):
+            for p, value in zip(parameters, values, strict=True):
+                effective[names[id(p)]] = value.view_as(p).to(p.dtype)
+        leaves[kind.name] = (A, B, own)
+    total = 0.0
+    for seed in batches:
+        torch.manual_seed(seed)
+        with casting(model, autocast):
+            output = functional_call(model, effective, kwargs=batch_of(model, family, seed))
+        total = total + output.loss / len(batches)
+    if clip is not None:  # the task's gradient is clipped where the model computes; penalties join after that
+        of_effective = torch.autograd.grad(total, list(effective.values()), retain_graph=True)
+        total = total * clip / torch.cat([g.flatten() for g in of_effective]).norm()
+    total = total + config.regularizer_weight * penalty
+    total = total + (config.kl_weight * reference_kl(torch.cat(logits), config.prior) if logits else 0.0)
+    (scale * total).backward()  # as a GradScaler does it: in fp16, small gradients vanish without
+    for A, B, own in leaves.values():
+        for leaf in (*A, *B, *own.values()):
+            if leaf.grad is not None:
+                leaf.grad /= scale
+    return leaves
+
+
+def runtime_gradients(model, family, runtime, optimizer, batches, clip, autocast=None, scaler=None):
+    """Gradients as the optimizers meet them in a real step."""
+    seen = {}
+
+    def look(*_):
+        for m in runtime.maps:
+            seen[m.kind.name] = (
+                [p.grad.clone() for p in m.kind.A if p.requires_grad],
+                [p.grad.clone() for p in m.kind.B],
+                {n: p.grad.clone() for n, p in m.named_parameters()},
+            )
+
+    optimizer.register_step_pre_hook(look)
+    model.train()
+    for seed in batches:
+        torch.manual_seed(seed)
+        loss = loss_of(model, family, seed, autocast) / len(batches)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if clip is not None:
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip) > 2 * clip
+    step_with(optimizer, scaler)
+    return seen
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = (torch.cat([t.float().flatten() for t in tensors]) for tensors in (ours, theirs))
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def assert_chain_rule(
+    model, family, batches=(0,), tolerance=1e-5, reentrant=None, clip=None, autocast=None, scaler=None, **options
+) -> float:
+    """Compare the gradients that reach latents, logits and Θ, kind by kind; the largest relative error."""
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, **options)
+    randomise(runtime)
+    train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)  # away from A - A0 = 0
+    latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
+    draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
+    parts = draw.split([m.gate_count for m in runtime.maps])
+    noise = [part.view(m.filter.shape).to(m.kind.device) for m, part in zip(runtime.maps, parts, strict=True)]
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    expected = reference_gradients(model, family, runtime, latents, noise, batches, clip, autocast, scale)
+    if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = runtime_gradients(model, family, runtime, optimizer, batches, clip, autocast, scaler)
+    errors = {}
+    for name, (A, B, own) in expected.items():
+        ours_A, ours_B, ours_own = found[name]
+        grads = lambda tensors: [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]  # noqa: E731
+        if ours_A:  # else frozen
+            errors[f"lora_A of {name}"] = relative_error(ours_A, grads(A))
+        errors[f"lora_B of {name}"] = relative_error(ours_B, grads(B))
+        for parameter, tensor in own.items():
+            assert ours_own[parameter].abs().sum() > 0
+            errors[f"{parameter} of {name}"] = relative_error([ours_own[parameter]], grads([tensor]))
+    wrong = {what: error for what, error in errors.items() if not error <= tolerance}
+    assert not wrong, wrong
+    return max(errors.values())
