@@ -40,7 +40,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
 from structlora_trl.core.nodes import Kind
@@ -68,6 +68,20 @@ WARM_UP, MOST_ROUNDS = 2, 150
 SECONDS, QUICK_SECONDS = 1500, 270  # all of it but for the processes that measure resident memory
 RSS_REPEATS = 3
 BYTES_PER_KB = 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: options of `LlamaConfig`, LoRA's targets, a batch of sequences, and the frozen weights' dtype."""
+
+    shape: dict
+    targets: list[str]
+    batch: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+
+
+SMOLLM2_WORKLOAD = Workload(SMOLLM2_135M, TARGETS, BATCH, TOKENS)
 
 
 @dataclass(frozen=True)
@@ -171,11 +185,15 @@ class HookTimer:
 class Trainee:
     """A model, one of the methods on it, and the loop that trains it."""
 
-    def __init__(self, method: str, device: torch.device, clock: Clock):
-        config = LlamaConfig(**SMOLLM2_135M)
-        self.model = get_peft_model(LlamaForCausalLM(config).to(device), adapter_of(method)).train()
-        self.batch = torch.randint(config.vocab_size, (BATCH, TOKENS), device=device)
+    def __init__(self, method: str, device: torch.device, clock: Clock, workload: Workload = SMOLLM2_WORKLOAD):
+        config = LlamaConfig(**workload.shape)
+        with device:  # a large model is drawn there in seconds, and never as a whole in fp32
+            base = AutoModelForCausalLM.from_config(config, dtype=workload.dtype)
+        self.model = get_peft_model(base, adapter_of(method, workload.targets)).train()
+        self.batch = torch.randint(config.vocab_size, (workload.batch, workload.tokens), device=device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        half = workload.dtype is not torch.float32
+        self.autocast = torch.autocast(device.type, workload.dtype if half else None, enabled=half)
         self.clock = clock
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
         self.hooks = HookTimer(self.optimizer, clock)
@@ -193,7 +211,9 @@ class Trainee:
         if self.runtime:
             self.runtime.train()
         attached = self.clock.now() - started
-        self.model(input_ids=self.batch, labels=self.batch).loss.backward()
+        with self.autocast:
+            loss = self.model(input_ids=self.batch, labels=self.batch).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         attached += self.hooks.step()
         if self.allocates:
@@ -203,16 +223,16 @@ class Trainee:
         return self.clock.now() - started, attached
 
 
-def adapter_of(method: str) -> LoraConfig:
+def adapter_of(method: str, targets: list[str] = TARGETS) -> LoraConfig:
     if method == "adalora":  # PEFT's own schedule: the budget shrinks, and is allocated anew, in every step
         return AdaLoraConfig(
             task_type="CAUSAL_LM",
-            target_modules=TARGETS,
+            target_modules=targets,
             init_r=ADALORA_INITIAL_RANK,
             target_r=RANK,
             total_step=2 * (WARM_UP + MOST_ROUNDS),
         )
-    return LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=RANK, use_dora=method == "dora")
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=RANK, use_dora=method == "dora")
 
 
 def overhead_report(device: torch.device, clock: Clock, quick: bool) -> dict:
