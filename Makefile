@@ -13,7 +13,7 @@ PINNED_axolotl := axolotl==0.21.0
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
-.PHONY: demo test test-all test-oldest test-portable $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report clean
+.PHONY: demo test test-all test-oldest test-portable $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -61,6 +61,10 @@ bench-overhead: $(VENV)/.dev
 bench-distributed: $(VENV)/.dev
 	$(RUN) -m benchmarks.cost.distributed
 
+# On a machine with one GPU or more: promises, engines over NCCL, kernels, time and memory, into gpu-output/gpu.md; 10 minutes.
+gpu: $(VENV)/.dev $(VENV)/.axolotl
+	PYTHONPATH=$(VENV)/axolotl $(RUN) -m benchmarks.gpu
+
 # LoRA and StructLoRA on one small task, 3 seeds of each, pre-training of the backbone included: a few minutes.
 bench-quick: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.pretrain
@@ -90,6 +94,11 @@ $(VENV)/.doors: $(VENV)/.dev
 	$(RUN) -m pip install --quiet --editable ".[doors]"
 	touch $@
 
+# For its fused LoRA kernels alone, which need nothing of its dependencies; beside the environment's packages, not among them.
+$(VENV)/.axolotl: $(VENV)/.dev
+	$(RUN) -m pip install --quiet --no-deps --ignore-requires-python --target $(VENV)/axolotl $(PINNED_axolotl)
+	touch $@
+
 $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint tests/requirements-oldest.txt
@@ -103,4 +112,4 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	touch $@
 
 clean:
-	rm -rf docs/_build $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output build dist *.egg-info
+	rm -rf docs/_build $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output gpu-output build dist *.egg-info

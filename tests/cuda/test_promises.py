@@ -1,0 +1,112 @@
+"""The design's promises on a GPU, in fp32, bf16 and fp16 with a GradScaler; promise 3 is in `test_engines.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from structlora_trl import StructLoRAError, attach, load_state
+from tests.cuda.precisions import PRECISIONS
+from tests.support.chain_rule import assert_chain_rule
+from tests.support.loops import HALF
+from tests.support.setups import REFUSED
+from tests.support.tiny import FAMILIES, adamw, logits_of, loss_of, peft_model, train
+from tests.test_setups import OFF, assert_it_acted, assert_same_run, assert_same_weights
+from tests.test_setups import logits_of as setup_logits
+
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("deterministic")]
+
+families = pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "llama")]
+)
+precisions = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+
+
+@families
+@precisions
+def test_1_attaching_changes_no_output(precision, family, device, record_property):
+    model = precision.model(family, device)
+    before = logits_of(model, family, autocast=precision.autocast)
+    attach(model, adamw(model))
+    difference = (logits_of(model, family, autocast=precision.autocast) - before).abs().max().item()
+    record_property("largest difference of logits", difference)
+    assert difference <= 1e-6
+
+
+@families
+@precisions
+def test_2_chain_rule(precision, family, device, record_property):
+    options = {"autocast": precision.autocast, "scaler": precision.scaler(device)}
+    error = assert_chain_rule(precision.model(family, device), family, tolerance=precision.gradients, **options)
+    record_property("largest relative error of gradients", error)
+
+
+@precisions
+def test_4_resume_is_bit_for_bit(precision, device, tmp_path):
+    row = precision.setup(device)
+    run = row.loop.run(row, tmp_path, row.method)
+    assert_it_acted(run)
+    assert_same_run(row.loop.run(row, tmp_path, row.method, resume=True), run)
+
+
+@precisions
+def test_5_saved_adapter_is_plain_peft(precision, device, tmp_path, record_property):
+    row = precision.setup(device)
+    run = row.loop.run(row, tmp_path, row.method)
+    run.model.save_pretrained(tmp_path / "adapter")
+    batch = row.batch(99)
+    trained = setup_logits(run.model, batch)
+    difference = (setup_logits(row.load(tmp_path / "adapter"), batch) - trained).abs().max().item()
+    record_property("largest difference of logits", difference)
+    assert difference <= row.tolerance
+    assert not torch.equal(setup_logits(row.base(), batch), trained)
+
+
+@precisions
+def test_6_off_is_plain_lora(precision, device, tmp_path):
+    row = precision.setup(device)
+    off, plain = (row.loop.run(row, tmp_path, method, steps=HALF) for method in (OFF, None))
+    assert off.losses == plain.losses
+    assert_same_weights(off, plain)
+
+
+NEVER_SILENT = ["full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers"]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in REFUSED if row.name in NEVER_SILENT])
+def test_7_a_set_up_is_refused(row, device, tmp_path):
+    row = row.on(device)
+    with pytest.raises(StructLoRAError, match=f"(?s){row.refused}"):
+        row.loop.run(row, tmp_path, row.method)
+
+
+def attached(device):
+    model = peft_model().to(device)
+    optimizer = adamw(model)
+    return model, optimizer, attach(model, optimizer)
+
+
+def test_7_a_step_past_the_hooks_is_refused(device):
+    model, optimizer, _ = attached(device)
+    model.train()
+    loss_of(model, "llama", 0).backward()
+    type(optimizer).step.__wrapped__(optimizer)
+    with pytest.raises(StructLoRAError, match="written between a training forward and its optimizer step"):
+        train(model, "llama", optimizer, steps=1)
+
+
+def test_7_a_missing_state_file_is_refused(device, tmp_path):
+    _, _, runtime = attached(device)
+    with pytest.raises(StructLoRAError, match="structlora.safetensors"):
+        load_state(runtime, tmp_path)
+
+
+def test_7_bad_gradients_skip_the_step(device):
+    model, optimizer, runtime = attached(device)
+    before = runtime.state_dict()
+    model.train()
+    (loss_of(model, "llama", 0) * float("inf")).backward()
+    optimizer.step()
+    assert (runtime.step, runtime.skipped_steps) == (0, 1)
+    after = runtime.state_dict()
+    assert [n for n in before if n.endswith(("latent_A", "latent_B")) and not torch.equal(before[n], after[n])] == []
