@@ -355,10 +355,11 @@ class Runtime:
             )
 
     def _refuse_replaced(self) -> None:
-        """Stop where the model no longer holds the parameters that the optimizer steps."""
-        held = {id(p) for p in self.model.parameters()}
+        """Stop where a backward has left gradients, and the model no longer holds the parameters that the optimizer steps."""
+        held = {id(p): p for p in self.model.parameters()}
         replaced = sum(id(p) not in held for p in self.lora_parameters())
-        if replaced:
+        # Without a backward there is nothing to lose, and FSDP2 shows other parameters from a forward until one has run.
+        if replaced and any(p.grad is not None for p in held.values()):
             raise StructLoRAError(
                 f"{replaced} LoRA parameters of the model replaced by others since StructLoRA was attached",
                 "the parameters that the optimizer steps",

@@ -45,6 +45,19 @@ def after_a_training_forward(model):
     return logits_of(model, "llama")
 
 
+def after_a_step_without_a_backward():
+    """A root that FSDP2 leaves gathered after a forward: whoever skips the backward steps then."""
+    model = fully_shard(peft_model("llama", "warm"), mesh=init_device_mesh("cpu", (1,)))
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer)
+    before = runtime.state_dict()
+    model.train()
+    loss_of(model, "llama", 0)
+    optimizer.step()
+    after = runtime.state_dict()
+    return max(difference(after[n], before[n]) for n in before if "latent" in n)
+
+
 def difference(left, right) -> float:
     return (left - right).abs().max().item()
 
@@ -65,6 +78,7 @@ def main():
     shown = {name: value for name, value in model.state_dict().items() if "lora" in name}  # training weights stand
     model.load_state_dict(shown, strict=False)
     found["state_dict"] = difference(after_a_training_forward(model), written)
+    found["step without a backward"] = after_a_step_without_a_backward()
     print(json.dumps(found))
     dist.destroy_process_group()
 
