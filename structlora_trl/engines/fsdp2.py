@@ -1,6 +1,8 @@
 """FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's shards.
 
-As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards.
+As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. On a mesh of two
+dimensions (HSDP) groups of ranks hold replicas of the shards, and FSDP2 reduces gradients over both; the map of each
+replica is then the same.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
 from .packing import Fragment, Packing
 from .torch import TorchEngine
+
+
+_BY_ROWS = ((Shard(0),), (Replicate(), Shard(0)))  # FSDP2's placements, and those of HSDP
 
 
 class FSDP2Engine(TorchEngine):
@@ -28,22 +33,25 @@ class FSDP2Engine(TorchEngine):
         kinds (`list[Kind]`): what is trained.
 
     Raises:
-        StructLoRAError: parameters that are sharded otherwise than by rows over one group of ranks (HSDP, tensor parallelism).
+        StructLoRAError: parameters that are not sharded by rows, or over other ranks too (tensor parallelism).
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         super().__init__(optimizer, kinds, "FSDP2")
         self._parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
-        odd = [p for p in self._parameters if not isinstance(p, DTensor) or tuple(p.placements) != (Shard(0),)]
+        odd = [p for p in self._parameters if not isinstance(p, DTensor) or tuple(p.placements) not in _BY_ROWS]
         if odd:
             found = odd[0].placements if isinstance(odd[0], DTensor) else "none"
             raise StructLoRAError(
                 f"LoRA parameters with placements {found}",
-                "FSDP2 sharding of all of them, over rows and one mesh dimension",
-                "use a one-dimensional FSDP2 mesh (no HSDP, no tensor parallelism) and shard the root module",
+                "FSDP2 sharding of all of them by rows, over a mesh of one dimension, or two (HSDP)",
+                "shard the root module, without tensor parallelism",
             )
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.packing = Packing(kinds, self._parameters[0].device_mesh.get_group())
+        mesh = self._parameters[0].device_mesh
+        if mesh.ndim == 2:
+            self.name = "HSDP"
+        self.packing = Packing(kinds, mesh.get_group(mesh.ndim - 1))
         self._finite = True
 
     def read_gradients(self) -> list[Factors] | None:
@@ -103,5 +111,6 @@ class FSDP2Engine(TorchEngine):
     def _first_row(self, parameter: DTensor) -> int:
         """Rows that the ranks before this one hold: FSDP2 deals them as `torch.chunk` does."""
         mesh, rows = parameter.device_mesh, parameter.shape[0]
-        share = -(-rows // mesh.size())
-        return min(mesh.get_local_rank() * share, rows)
+        dimension = mesh.ndim - 1
+        share = -(-rows // mesh.size(dimension))
+        return min(mesh.get_local_rank(dimension) * share, rows)

@@ -74,7 +74,7 @@ def test_experiment_is_copied_with_its_options(tmp_path):
         copy_experiment(tmp_path, "lora/missing", StructLoRAConfig())
 
 
-@pytest.mark.skipif(CHECKOUT is None, reason=f"PEFT_CHECKOUT names no checkout of huggingface/peft at {PINNED[:8]}")
+@pytest.mark.skipif(not CHECKOUT, reason=f"PEFT_CHECKOUT names no checkout of huggingface/peft at {PINNED[:8]}")
 def test_metamath_suite(tmp_path):
     suite = tmp_path / "peft" / "method_comparison" / "MetaMathQA"
     shutil.copytree(Path(CHECKOUT) / "method_comparison" / "MetaMathQA", suite)

@@ -44,6 +44,7 @@ def one_process(tmp_path_factory):
 CORE = [("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
 MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
+MATRIX += [("hsdp", 6, 1, {}), ("hsdp", 6, 3, {})]  # two replicas of three shards
 MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
 
 
@@ -63,7 +64,7 @@ def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deep
 
 BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
-BF16 += [("zero3", 2, 3, SHARDED), ("zero2_offload", 2, 3, {}), ("zero3_offload", 2, 3, {})]
+BF16 += [("hsdp", 6, 1, {}), ("zero3", 2, 3, SHARDED), ("zero2_offload", 2, 3, {}), ("zero3_offload", 2, 3, {})]
 
 
 @slow

@@ -21,6 +21,7 @@ if not ON_GPU:
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def arguments():
     parser.add_argument(
         "--engine",
         default="single",
-        help="single, ddp, fsdp2 or a file of configs/deepspeed; 'launcher': whatever the launcher has set up",
+        help="single, ddp, fsdp2, hsdp (two replicas) or a file of configs/deepspeed; 'launcher': whatever the launcher has set up",
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -178,11 +179,13 @@ def main():
     elif args.group_timeout:
         dist.init_process_group(BACKEND, timeout=datetime.timedelta(seconds=args.group_timeout))
 
-    if args.engine == "fsdp2":
+    if args.engine in ("fsdp2", "hsdp"):
         if not ON_GPU:
             offer_fsdp2_on_cpu()
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options |= {"use_cpu": False, "fsdp": True, "fsdp_config": {**layers, **args.trainer.get("fsdp_config", {})}}
+        if args.engine == "hsdp":
+            options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=world // 2)
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         offer_fsdp2_on_cpu()
         options["use_cpu"] = False
@@ -235,7 +238,7 @@ def main():
     if callback is not None:
         runtime = callback.runtime
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
-        if is_deepspeed or args.engine == "fsdp2":
+        if is_deepspeed or args.engine in ("fsdp2", "hsdp"):
             facts["collectives"] = runtime.engine.packing.collectives
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():

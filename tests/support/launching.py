@@ -25,6 +25,7 @@ ENGINES = {
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
 }
+NAMES = {**ENGINES, "hsdp": "HSDP"}  # HSDP takes four processes or more
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes
@@ -69,14 +70,14 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
     assert done.returncode == 0 and facts, (done.stdout + done.stderr)[-4000:]
     if engine != "single":
         name = engine.removesuffix("_offload")
-        wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}.get(engine, "DeepSpeedEngine")
+        wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel", "hsdp": "FSDPPeftModel"}.get(engine, "DeepSpeedEngine")
         stage = int(name[-1]) if name.startswith("zero") else None
         assert (facts[0]["wrapped"], facts[0]["stage"], facts[0]["world"]) == (wrapped, stage, world)
         assert facts[0]["offload"] == engine.endswith("_offload")
-        assert facts[0].get("engine") in (None, ENGINES[name])
+        assert facts[0].get("engine") in (None, NAMES[name])
         if "engine" in facts[0]:
             processes = "1 process" if world == 1 else f"{world} processes"
-            assert done.stdout.count(f"StructLoRA on {ENGINES[name]}, {processes}: ") == facts[0]["trains"]
+            assert done.stdout.count(f"StructLoRA on {NAMES[name]}, {processes}: ") == facts[0]["trains"]
     return facts[0]
 
 
