@@ -38,11 +38,11 @@ test-oldest: $(OLDEST)/.dev
 $(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q integrations/$(subst -,_,$*)/tests
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-format: $(VENV)/.dev
+format: $(VENV)/.ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
@@ -88,6 +88,12 @@ $(VENV)/.bench: pyproject.toml
 $(VENV)/.dev: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable ".[demo,dev]"
+	touch $@
+
+# Ruff alone, of the version that `dev` names.
+$(VENV)/.ruff: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "$$(grep -o 'ruff~=[0-9.]*' pyproject.toml)"
 	touch $@
 
 $(VENV)/.doors: $(VENV)/.dev
