@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +90,23 @@ def test_distributions_pass_the_checks_of_an_upload(dist):
     (sdist,) = dist.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     assert {"integrations/axolotl/__init__.py", "structlora_trl/core/mapping.py", "LICENSE"} <= names
+
+
+def test_what_the_package_imports_is_what_the_wheel_asks_for(wheel):
+    (metadata,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    asked = {
+        name.lower() for name, rest in re.findall(r"^Requires-Dist: ([\w.-]+)(.*)", text, re.M) if "extra" not in rest
+    }
+    imported = set()
+    for path in (ROOT / "structlora_trl").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not those inside functions and `try`
+            if isinstance(node, ast.Import):
+                imported |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    imported = {{"yaml": "pyyaml"}.get(name, name) for name in imported - sys.stdlib_module_names}
+    assert imported == asked
 
 
 def test_commands_give_help_in_a_bare_environment(bare):
