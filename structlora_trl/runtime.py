@@ -15,6 +15,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import StructLoRAConfig
 from .core.diagnostics import neighbour_cosine, structure_metrics
@@ -97,6 +98,7 @@ class Runtime:
         self._trained = False  # whether training weights have stood since the last step
         self._adopted = False  # whether weights of others were ever taken over
         self._frozen = frozen or []
+        self._owners = _owners(model, self.lora_parameters())
         self.is_attached = True
         with ExitStack() as on_error:
             engine.install(self._before_step, self._after_step)
@@ -143,9 +145,18 @@ class Runtime:
 
     def train(self) -> None:
         """Put the training weights of the coming step in place (the same ones until the step is done)."""
-        self._trained = True
         if self.weights == TRAINING:
+            if self.engine.was_touched():
+                raise StructLoRAError(
+                    "LoRA weights that changed since the last training forward, without a step of the optimizer that StructLoRA "
+                    f"was attached to ({type(self.engine.optimizer).__name__})",
+                    "that optimizer's `step` between training forwards at different weights",
+                    "attach to the optimizer whose `step` is called; to write weights yourself in the middle of a step, use "
+                    "`load_state_dict`, or call `runtime.eval()` first",
+                )
+            self._trained = True
             return
+        self._trained = True
         self._adopt()
         if self.weights == LATENT or self.is_noisy:
             self._write(self._noise())
@@ -278,10 +289,14 @@ class Runtime:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         self.hook_calls += 1
         self._rate = None
+        self.refuse_replaced()
         gradients = self.engine.read_gradients()
-        if gradients is None:
-            self._refuse_replaced()
-            return True  # no backward has run: there is nothing to step, with or without us
+        if gradients is None or (not self._trained and not _any(gradients)):
+            # No backward has run: there is nothing to step, with or without us. Zeros are what `zero_grad(set_to_none=False)`
+            # leaves, and what torch's distributed checkpoints have an optimizer step with.
+            self._adopt()
+            self.weights = LATENT
+            return True
         self._refuse_step()
         self.weights, self._trained = LATENT, False
         if not self.engine.gradients_are_finite():
@@ -337,10 +352,10 @@ class Runtime:
             raise StructLoRAError(
                 "an optimizer step on gradients taken at the evaluation weights",
                 "a forward at the training weights before each step, that is, one under `model.train()`",
-                "call `model.train()` before the forward; to train without dropout, set its probability to 0, or put the "
-                "dropout modules alone into `eval()`",
+                "call `model.train()` before the forward (`runtime.train()` where it is not one of the PEFT model or its base "
+                "model); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
             )
-        if self.weights == TRAINING and self.engine.was_written():
+        if self.engine.was_written() if self.weights == TRAINING else self._adopt():
             raise StructLoRAError(
                 "LoRA weights that were written between a training forward and its optimizer step",
                 "the weights that the gradients were taken at",
@@ -354,12 +369,19 @@ class Runtime:
                 "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
             )
 
-    def _refuse_replaced(self) -> None:
-        """Stop where a backward has left gradients, and the model no longer holds the parameters that the optimizer steps."""
-        held = {id(p): p for p in self.model.parameters()}
-        replaced = sum(id(p) not in held for p in self.lora_parameters())
-        # Without a backward there is nothing to lose, and FSDP2 shows other parameters from a forward until one has run.
-        if replaced and any(p.grad is not None for p in held.values()):
+    def refuse_replaced(self) -> None:
+        """Stop where modules of the model hold other LoRA parameters than the optimizer steps.
+
+        Raises:
+            StructLoRAError: they do, after `load_state_dict(assign=True)` for instance.
+        """
+        held = [owner._parameters.get(name, p) for owner, name, p in self._owners]
+        # FSDP2 shows its gathered copies, which are no DTensors, from a forward until its backward.
+        replaced = sum(
+            now is not p and isinstance(now, DTensor) == isinstance(p, DTensor)
+            for now, (_, _, p) in zip(held, self._owners, strict=True)
+        )
+        if replaced:
             raise StructLoRAError(
                 f"{replaced} LoRA parameters of the model replaced by others since StructLoRA was attached",
                 "the parameters that the optimizer steps",
@@ -457,6 +479,17 @@ class Runtime:
 def _origin(A: Tensor) -> Tensor:
     """Where the depths are equal (an aligned start), one copy serves all."""
     return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
+
+
+def _owners(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The modules that hold some parameters, and the names they have there."""
+    wanted = {id(p) for p in parameters}
+    return [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in wanted]
+
+
+def _any(factors: list[Factors]) -> bool:
+    """Whether any entry is not zero."""
+    return any(bool(part.any()) for kind in factors for part in kind)
 
 
 def _negative(factors: Factors) -> Factors:

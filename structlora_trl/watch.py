@@ -4,7 +4,8 @@ Training weights must stand in the parameters from a training forward to the end
 them. Autograd does not say when the last backward of a step is over, so they stand until the optimizer step. Readers that
 come in between, also after training was left by an exception, get evaluation weights:
 
-    a forward               follows the module's mode, as dropout does; one under `eval()` is a visit
+    a forward               follows the mode of the module that is called, as dropout does; one under `eval()` is a visit
+    `load_state_dict()`     writes over evaluation weights, so that what it writes is seen
     generating, merging     a visit, whatever the mode
     `state_dict()`          evaluation values in the dict
     a copy, a pickle        evaluation values, and no trace of the runtime
@@ -16,9 +17,10 @@ the values its forward read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import update_wrapper
 
+import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which would load the compiler on import
 
@@ -38,7 +40,8 @@ class Watch:
 
     Args:
         runtime (`Runtime`, *optional*): whose weights stand; a copied or unpickled watch has none, and does nothing.
-        modules (`tuple[nn.Module]`, *optional*): where callers come in: a PEFT model, its tuner and the base model.
+        modules (`tuple[nn.Module]`, *optional*): where callers come in, from the outside in: a PEFT model, its tuner and the
+            base model.
     """
 
     def __init__(self, runtime=None, modules: tuple[nn.Module, ...] = ()):
@@ -49,12 +52,14 @@ class Watch:
             _Reader(self, m, name, getattr(m, name)) for m in modules for name in _READERS if callable(_own(m, name))
         ]
         self._reading = 0  # readers on the call stack
-        self._visit: tuple | None = None  # the module whose forward is a visit, and what ends it
+        self._called: nn.Module | None = None  # the module whose forward runs, the outermost of ours
+        self._visit: ExitStack | None = None  # what ends the visit that this forward is
         self._handles = []
         for module in modules:
             # Before hooks that gather sharded parameters: what they gather must be what we put there.
             self._handles.append(module.register_forward_pre_hook(self._before_forward, prepend=True))
-            self._handles.append(module.register_forward_hook(self._after_forward))
+            self._handles.append(module.register_forward_hook(self._after_forward, always_call=True))
+            self._handles.append(module.register_load_state_dict_pre_hook(self._before_load))
             # Itself: torch sets an attribute on this hook, and methods take none.
             self._handles.append(module.register_state_dict_post_hook(self))
         for reader in self._readers:
@@ -84,29 +89,48 @@ class Watch:
     @_disable_dynamo
     def _before_forward(self, module, *_):
         runtime = self._of(module)
-        if runtime is None or self._reading:
+        if runtime is None or self._reading or self._is_within(module):
             return
+        self._called, self._visit = module, None
         if module.training:
-            self._visit = None
             runtime.train()
-        elif (visit := runtime.begin_visit()) is not None:
-            self._visit = module, visit
+        else:
+            self._visit = runtime.begin_visit()
 
     @_disable_dynamo
     def _after_forward(self, module, *_):
-        if self._visit is not None and self._visit[0] is module:
-            visit, self._visit = self._visit[1], None
-            if (runtime := self._of(module)) is not None:
-                runtime.end_visit(visit)
+        if self._called is not module:
+            return
+        visit, self._called, self._visit = self._visit, None, None
+        if visit is not None and (runtime := self._of(module)) is not None:
+            runtime.end_visit(visit)
+
+    def _is_within(self, module) -> bool:
+        """Whether the module is called by one of ours outside it, which has decided. `from_pretrained` leaves a model in
+        `eval()` and PEFT's own modules around it in `train()`: such a forward is one of training.
+
+        An interrupt leaves `_called` as it was. A forward from which no gradient can come is a reader's whatever was called.
+        """
+        called = [ours is self._called for ours in self._modules]  # from the outside in
+        is_inner = any(called[: [ours is module for ours in self._modules].index(True)])
+        return is_inner and (self._visit is not None or module.training or torch.is_grad_enabled())
+
+    def _before_load(self, module, *_) -> None:
+        """Before `module.load_state_dict()`."""
+        runtime = self._of(module)
+        if runtime is not None:
+            runtime.eval()
 
     def __call__(self, module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
         """After `module.state_dict()`: show evaluation values."""
         runtime = self._of(module)
         if runtime is None or runtime.shows_evaluation_weights:
             return
+        runtime.refuse_replaced()
         names = {id(p): name for name, p in module.named_parameters()}
         for parameter, value in runtime.evaluation_values():
-            state[prefix + names[id(parameter)]] = value
+            if id(parameter) in names:  # an adapter that was deleted has none
+                state[prefix + names[id(parameter)]] = value
 
     def _of(self, *modules: nn.Module):
         """The runtime, where these are its own modules and not parts of a copy."""

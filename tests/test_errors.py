@@ -21,7 +21,7 @@ from structlora_trl.core.mapping import Parts
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import run
-from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, peft_model
+from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
 
 
 def lora(model, **options):
@@ -185,16 +185,33 @@ def test_attaching_twice():
         attach(model, optimizer)
 
 
-def test_parameters_replaced_after_attaching():
+@pytest.mark.parametrize("read", ["step", "state_dict"])
+@pytest.mark.parametrize("kept", [False, True], ids=["dropped gradients", "kept gradients"])
+@pytest.mark.parametrize("part, count", [("", 12), ("layers.0", 4)])
+def test_parameters_replaced_after_attaching(part, count, kept, read):
     model = peft_model()
     optimizer = adamw(model)
     attach(model, optimizer)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)
+    train(model, "llama", optimizer, 1)
+    optimizer.zero_grad(set_to_none=not kept)
+    weights = {name: value.clone() for name, value in model.state_dict().items() if part in name}
+    model.load_state_dict(weights, strict=False, assign=True)
     model.train()
     model(**FAMILIES["llama"].batch(0)).loss.backward()
-    with pytest.raises(StructLoRAError, match="12 LoRA parameters of the model replaced.*`assign=True`"):
-        optimizer.step()
+    with pytest.raises(StructLoRAError, match=f"{count} LoRA parameters of the model replaced.*`assign=True`"):
+        optimizer.step() if read == "step" else model.state_dict()
+
+
+def test_deleting_the_adapter_replaces_nothing():
+    model = peft_model()
+    optimizer = adamw(model)
+    attach(model, optimizer)
+    train(model, "llama", optimizer, 1)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    train(model, "llama", optimizer, 1)
+    assert "default" not in "".join(model.state_dict())
 
 
 def test_a_failed_attachment_leaves_nothing_behind():
@@ -217,6 +234,43 @@ def test_optimizer_without_the_adapter():
         attach(model, torch.optim.SGD(some, lr=0.1))
     with pytest.raises(StructLoRAError, match="an optimizer of type dict"):
         attach(model, {})
+
+
+class Unhooked(torch.optim.Optimizer):
+    """A wrapper that does not call its base class's `__init__`."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+
+
+def test_optimizers_that_run_no_hooks():
+    model = peft_model()
+    with pytest.raises(StructLoRAError, match="Unhooked.*runs no hooks.*attach to the optimizer that it wraps"):
+        attach(model, Unhooked(adamw(model)))
+
+
+def perturb(model, optimizer):
+    """The first half of sharpness-aware minimisation."""
+    with torch.no_grad():
+        torch._foreach_add_(list(lora_parameters(model).values()), 1e-3)
+
+
+@pytest.mark.parametrize("move", [perturb, lambda model, _: adamw(model).step()], ids=["SAM", "another optimizer"])
+def test_weights_that_move_without_the_optimizer(move):
+    model = peft_model()
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer)
+    model.train()
+    loss_of(model, "llama", 0).backward()
+    move(model, optimizer)
+    with pytest.raises(StructLoRAError, match="changed since the last training forward.*AdamW.*`runtime.eval.."):
+        loss_of(model, "llama", 1)
+    runtime.eval()  # what stands is adopted, as the error says
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 1
 
 
 def test_schedule_free_optimizers():
@@ -285,10 +339,9 @@ def test_distributed_launches_are_refused(monkeypatch):
 
 
 UNSERVED = {
-    "HSDP": "placements .*Replicate.*one-dimensional FSDP2 mesh .no HSDP",
     "FSDP2 of a part": "placements none.*shard the root module",
-    "tensor parallelism": "tensor parallelism.*DDP, FSDP2",
-    "FSDP1": "sharded by FSDP1.*FSDP2",
+    "tensor parallelism": "tensor parallelism.*remove `tp_plan` and `tp_size`",
+    "FSDP1": "sharded by FSDP1.*`fsdp_version: 2` in the `fsdp_config`",
     "ZeRO stage 0": "ZeRO stage 0.*to 1, 2 or 3",
     "pipeline": "pipeline parallelism.*ZeRO stage 1, 2 or 3",
     "ZeRO++": r"ZeRO\+\+.*remove `zero_hpz_partition_size`",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from structlora_trl import StructLoRAError, attach
 from tests.support.tiny import (
@@ -224,10 +225,40 @@ def test_weights_written_from_outside_are_taken_over(writer, when):
     assert 0 < (logits_of(model, "llama") - expected).abs().max() < 1
 
 
+@pytest.mark.parametrize("then", ["a step without gradients", "a training forward"])
+@pytest.mark.parametrize("leave", [None, after_the_forward, after_the_backward, in_the_optimizer])
+def test_weights_loaded_after_a_step_that_broke_off_are_taken_over(leave, then):
+    model, optimizer, _ = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    new = other_weights(model)
+    if leave is not None:
+        leave(model, optimizer)
+    optimizer.zero_grad()
+    by_load_state_dict(model, new)
+    if then == "a training forward":
+        model.train()
+        loss_of(model, "llama", 7)
+    else:
+        optimizer.step()
+    assert (logits_of(model, "llama") - with_adapter(new)).abs().max() <= 1e-5
+
+
 def with_adapter(state):
     fresh = peft_model(targets=FAMILIES["llama"].linear)
     set_peft_model_state_dict(fresh, state)
     return logits_of(fresh, "llama")
+
+
+def test_hooks_on_the_step_that_stood_before_see_evaluation_weights():
+    model = peft_model(targets=FAMILIES["llama"].linear)
+    optimizer, seen = adamw(model), {}
+    parameters = lora_parameters(model)
+    optimizer.register_step_post_hook(lambda *_: seen.update({n: p.detach().clone() for n, p in parameters.items()}))
+    optimizer.register_step_post_hook(lambda *_: [p.data.clamp_(-0.02, 0.02) for p in parameters.values()])
+    attach(model, optimizer)
+    for step in range(3):
+        train(model, "llama", optimizer, 1, first=step)
+        assert all(p.abs().max() <= 0.02 for p in parameters.values())
+        assert all(torch.equal(seen[name].clamp(-0.02, 0.02), p) for name, p in parameters.items())
 
 
 def test_clamping_after_each_step_holds():
@@ -284,6 +315,68 @@ def test_writing_between_backward_and_step_is_refused():
     next(iter(lora_parameters(model).values())).data.mul_(2)
     with pytest.raises(StructLoRAError, match="between a training forward and its optimizer step.*after the step"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("write", [by_load_state_dict, set_peft_model_state_dict])
+@pytest.mark.parametrize("read", [lambda model: None, pickled, lambda model: logits_of(model, "llama")])
+def test_loading_between_backward_and_step_is_refused(read, write):
+    """Whether or not a reader has put evaluation weights in place before."""
+    model, optimizer, _ = trained()
+    after_the_backward(model, optimizer)
+    read(model)
+    write(model, other_weights(model))
+    with pytest.raises(StructLoRAError, match="between a training forward and its optimizer step.*after the step"):
+        optimizer.step()
+
+
+def test_an_evaluation_that_fails_is_over():
+    model, optimizer, runtime = trained()
+    after_the_backward(model, optimizer)
+    with pytest.raises(Interrupted):
+        fail_in_the_forward(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    stood = [p.detach().clone() for p in lora_parameters(model).values()]
+    logits_of(model, "llama")
+    assert runtime.weights == "evaluation"
+    assert all(torch.equal(p, q) for p, q in zip(lora_parameters(model).values(), stood, strict=True))
+
+
+def fail_in_the_forward(model):
+    def fail(*_):
+        raise Interrupted
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(fail)
+    try:
+        logits_of(model, "llama")
+    finally:
+        hook.remove()
+        model.train()
+
+
+def test_torchs_distributed_checkpoints_of_an_optimizer():
+    """They have a fresh optimizer step on gradients of zero, so that it has a state to load into."""
+    model, optimizer, runtime = trained()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))  # it holds the optimizer's own tensors
+    fresh, its_optimizer, its_runtime = trained(steps=0)
+    its_runtime.load_state_dict(runtime.state_dict())
+    set_optimizer_state_dict(fresh, its_optimizer, saved)
+    for m, o in ((model, optimizer), (fresh, its_optimizer)):
+        train(m, "llama", o, 2)
+    ours, theirs = runtime.state_dict(), its_runtime.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_step_on_zeros_kept_from_the_last_one():
+    model, optimizer, runtime = trained()
+    after_the_backward(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()  # a batch was skipped
+    optimizer.zero_grad(set_to_none=False)
+    assert runtime.step == 4 and runtime.weights == "evaluation"
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 5
 
 
 @pytest.mark.parametrize("registered", [True, False])

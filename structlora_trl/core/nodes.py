@@ -41,6 +41,9 @@ RESIDUAL_ROLES = {
     # T5, Mixtral, DeepSeek
     r"q|k|v|wi|wi_0|wi_1|w1|w3|q_a_proj|kv_a_proj_with_mqa": "read",
     r"o|wo|w2": "write",
+    # FLUX.2 and other diffusion transformers of diffusers
+    r"to_[qkv]|add_[qkv]_proj|to_qkv_mlp_proj|linear_in|ff\.net\.0\.proj": "read",
+    r"to_out(\.0)?|to_add_out|linear_out|ff\.net\.2": "write",
     # Routers of mixtures of experts
     r"(mlp|moe|block_sparse_moe|feed_forward)\.(gate|router)|shared_expert_gate": "read",
 }

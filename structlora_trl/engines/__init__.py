@@ -35,19 +35,20 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         return DeepSpeedEngine(model, kinds)
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         return FSDP2Engine(model, optimizer, kinds)
-    found = None
+    found, remedy = None, "launch with one of these, and pass the wrapped model"
     if any(isinstance(p, DTensor) for p in model.parameters()):
+        # LoRA under it fails in PEFT 0.20 beside transformers 5.16 and later, with or without StructLoRA: peft issue 3628.
         found = "DTensor parameters that FSDP2 does not manage (tensor parallelism)"
+        remedy = "remove `tp_plan` and `tp_size`, and shard with FSDP2 (`dp_shard_size`) or ZeRO-3"
     elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         found = "parameters sharded by FSDP1"
+        remedy = "set `fsdp_version: 2` in the `fsdp_config` of accelerate's file, or `version: 2` in Trainer's `fsdp_config`"
     elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith("deepspeed"):
         found = "parameters of a DeepSpeed engine, without the engine"
     elif world_size() > 1 and not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         found = f"{world_size()} processes and a model that is not wrapped for them"
     if found:
         raise StructLoRAError(
-            found,
-            "one process, DDP, FSDP2 (`fully_shard`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
-            "launch with one of these, and pass the wrapped model",
+            found, "one process, DDP, FSDP2 (`fully_shard`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)", remedy
         )
     return TorchEngine(optimizer, kinds, "torch" if world_size() == 1 else "DDP")

@@ -22,7 +22,6 @@ from ..errors import StructLoRAError
 from .packing import Fragment, Packing
 from .torch import TorchEngine
 
-
 _BY_ROWS = ((Shard(0),), (Replicate(), Shard(0)))  # FSDP2's placements, and those of HSDP
 
 

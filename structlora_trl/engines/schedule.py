@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# A warm-up over more steps than this is not believed in: a first rate so far below the declared peak means that the
-# declaration is no rate at all (Noam's base of 1.0).
-LONGEST_WARM_UP = 5000
+# A declared peak this large, and this many times the first rate or more, is no rate but the base that a lambda multiplies
+# (Noam's base of 1.0).
+LARGEST_PEAK, LONGEST_WARM_UP = 0.5, 5000
 
 
 class Rate(NamedTuple):
@@ -46,7 +46,7 @@ class ScheduleShare:
     def advance(self, rate: Rate) -> float:
         """Take in the rate of a step that counts; its share of the peak."""
         if rate.current > 0 and self.largest == 0:
-            self.warms_up = rate.declared_peak <= LONGEST_WARM_UP * rate.current
+            self.warms_up = rate.declared_peak < max(LARGEST_PEAK, LONGEST_WARM_UP * rate.current)
         elif rate.current <= self.largest > 0:
             self.warms_up = False
         self.largest = max(self.largest, rate.current)

@@ -84,6 +84,8 @@ class TorchEngine(Engine):
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
         ]
+        # Hooks that stood before (of averages, or constraints) are to see what the step ends with.
+        self.optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -169,6 +171,9 @@ class TorchEngine(Engine):
         same = (norms == known_norms) | (norms.isnan() & known_norms.isnan())
         return versions != known_versions or not bool(same.all())
 
+    def was_touched(self) -> bool:
+        return [p._version for p in self._trained] != self._stamp[0]
+
     def rounded(self, factors: list[Factors]) -> list[Factors]:
         return [
             Factors(A.to(k.A[0].dtype).float(), B.to(k.B[0].dtype).float())
@@ -214,6 +219,12 @@ class TorchEngine(Engine):
                 f"an optimizer of type {name}",
                 "a torch.optim.Optimizer",
                 "pass the optimizer whose `step` updates the model",
+            )
+        if not getattr(type(self.optimizer).step, "hooked", False):
+            raise StructLoRAError(
+                f"an optimizer ({name}) whose `step` runs no hooks, since its class does not call `torch.optim.Optimizer.__init__`",
+                "a torch.optim.Optimizer that runs its step hooks",
+                "attach to the optimizer that it wraps, or call `super().__init__(params, defaults)` in its class",
             )
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = sum(id(p) not in owned for p in self._trained)

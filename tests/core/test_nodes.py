@@ -143,6 +143,18 @@ def test_frozen_depths_are_left_out():
     assert kind.modules == ["layers.0.q", "layers.2.q", "layers.3.q"]
 
 
+def test_roles_of_diffusion_transformers():
+    """LoRA's targets in FLUX.2, as PEFT's image suite has them, and in blocks of diffusers' older models."""
+    roles = {
+        "read": "attn.to_q attn.to_k attn.to_v attn.add_q_proj attn.to_qkv_mlp_proj ff.linear_in ff.net.0.proj",
+        "write": "attn.to_out.0 attn.to_out attn.to_add_out ff_context.linear_out ff.net.2",
+    }
+    for role, names in roles.items():
+        for name in names.split():
+            (kind,) = discover(Adapted({f"blocks.{i}.{name}": (4, 8, 8) for i in range(2)}), "default")
+            assert kind.depth_count == 2 and residual_role(kind, None) == role, name
+
+
 def test_roles_of_the_user_come_first():
     (kind,) = discover(Adapted({f"h.{i}.mixer.q_proj": (4, 8, 8) for i in range(2)}), "default")
     assert residual_role(kind, None) == "read"

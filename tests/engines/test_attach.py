@@ -29,6 +29,7 @@ RUNS = {
         [],
         list(ENGINES),
     ),
+    "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "detached": ({"detach_at": 3}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "attached again": ({"detach_at": 3, "again_at": 3}, ["zero3"], ["ddp", "fsdp2", "zero1", "zero2"]),
 }

@@ -182,6 +182,13 @@ def test_declared_peaks_are_believed_within_reason():
         assert share.advance(Rate(0.9 * first, 1.0)) == pytest.approx(0.9)  # what falls was no warm-up
 
 
+def test_long_warm_ups_are_followed():
+    steps = 4 * LONGEST_WARM_UP
+    share = ScheduleShare()
+    for step in (1, 2, steps // 2, steps):
+        assert share.advance(Rate(PEAK * step / steps, PEAK)) == pytest.approx(step / steps)
+
+
 @pytest.mark.slow
 @one_at_a_time
 def test_deepspeed_reads_the_groups_of_the_lora_parameters():

@@ -70,7 +70,9 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
     assert done.returncode == 0 and facts, (done.stdout + done.stderr)[-4000:]
     if engine != "single":
         name = engine.removesuffix("_offload")
-        wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel", "hsdp": "FSDPPeftModel"}.get(engine, "DeepSpeedEngine")
+        wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel", "hsdp": "FSDPPeftModel"}.get(
+            engine, "DeepSpeedEngine"
+        )
         stage = int(name[-1]) if name.startswith("zero") else None
         assert (facts[0]["wrapped"], facts[0]["stage"], facts[0]["world"]) == (wrapped, stage, world)
         assert facts[0]["offload"] == engine.endswith("_offload")

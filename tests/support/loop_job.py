@@ -115,6 +115,7 @@ def train(
     detach_at: int | None = None,
     again_at: int | None = None,
     freeze: str | None = None,
+    as_loaded: bool = False,
 ) -> dict:
     """One run of a bare loop.
 
@@ -127,6 +128,7 @@ def train(
         detach_at: step before which StructLoRA is detached; the rest is plain LoRA.
         again_at: step before which it is attached again.
         freeze: freeze parameters whose name holds this.
+        as_loaded: leave the base model in `eval()`, as `from_pretrained` returns it.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
@@ -153,6 +155,8 @@ def train(
         with torch.no_grad():
             evaluation_losses.append(_mean(loop.wrapped(**batch).loss))
         loop.wrapped.train()
+        if as_loaded:
+            model.get_base_model().eval()
         hook = model.get_input_embeddings().register_forward_hook(_poison) if step == poison_at else None
         loss = loop.wrapped(**batch).loss
         losses.append(_mean(loss))

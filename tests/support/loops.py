@@ -134,6 +134,15 @@ class Accumulating(Loop):
         return sum(losses).item()
 
 
+class AsLoaded(Loop):
+    """The base model stays in `eval()`, as `from_pretrained` returns it; PEFT's own modules around it are in `train()`."""
+
+    def step(self, index):
+        self.model.train()
+        self.model.get_base_model().eval()
+        return super().step(index)
+
+
 class KeptGradients(Loop):
     """Gradients are zeroed in place, not dropped."""
 

@@ -25,11 +25,6 @@ from structlora_trl import StructLoRAError, attach
 from tests.support.tiny import adamw, peft_model
 
 
-def hsdp():
-    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
-    return fully_shard(peft_model(), mesh=mesh)
-
-
 def part_of_the_model():
     model = peft_model()
     fully_shard(model.base_model.model.model.layers[0])
@@ -100,7 +95,6 @@ def double(parameter):
 
 
 CASES = {
-    "HSDP": hsdp,
     "FSDP2 of a part": part_of_the_model,
     "tensor parallelism": tensor_parallel,
     "FSDP1": fsdp1,
