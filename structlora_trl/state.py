@@ -178,7 +178,7 @@ class KindState:
         if not self.moments.keys() <= trained:
             raise _misfit(
                 f"a state after {step} steps with an optimizer state of {sorted(self.moments)} in '{name}'",
-                f"none but of {sorted(trained)}",
+                f"one of {sorted(trained)} only",
             )
         moments = {key for key in theirs if key.startswith("optimizer.")}
         surplus, lacking = theirs.keys() - here.keys() - moments - {"graph.features"}, here.keys() - theirs.keys()

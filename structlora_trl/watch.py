@@ -1,4 +1,4 @@
-"""Whoever reads the model outside a step sees evaluation weights: every way into it, watched in one place.
+"""Code that reads the model outside a step sees evaluation weights: every way into the model, watched in one place.
 
 Training weights must stand in the parameters from a training forward to the end of its backward, since the backward reads
 them. Autograd does not say when the last backward of a step is over, so they stand until the optimizer step. Readers that

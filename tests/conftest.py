@@ -21,7 +21,7 @@ transformers.logging.set_verbosity_error()
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and CHOSEN is None:
-        pytest.skip("for a GPU, or a CPU in its place: `make gpu`")
+        pytest.skip("for a GPU, or on a CPU as a rehearsal: `make gpu`")
 
 
 @pytest.fixture(autouse=True)

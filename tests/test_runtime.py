@@ -50,7 +50,7 @@ def test_training_sees_noise_and_evaluation_does_not():
     model.train()
     first = loss_of(model, "llama", 5)
     assert torch.equal(first, loss_of(model, "llama", 5))  # one draw for all micro-batches of a step
-    between = logits_of(model, "llama")  # an evaluation amid accumulation
+    between = logits_of(model, "llama")  # an evaluation during accumulation
     assert torch.equal(between, evaluation)
     assert torch.equal(first, loss_of(model, "llama", 5))
     runtime.eval()

@@ -1,4 +1,4 @@
-"""Whoever evaluates, generates, merges, copies, pickles or saves sees evaluation weights, also amid a step that broke off;
+"""Evaluation, generation, merging, copies, pickles and saved files use evaluation weights, also within a step that broke off;
 and weights that someone else wrote are taken over or refused, never dropped."""
 
 from __future__ import annotations
@@ -203,12 +203,12 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("when", ["between steps", "amid a step"])
+@pytest.mark.parametrize("when", ["between steps", "within a step"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_weights_written_from_outside_are_taken_over(writer, when):
     model, optimizer, runtime = trained()
     new = other_weights(model)
-    if when == "amid a step":
+    if when == "within a step":
         after_the_backward(model, optimizer)
         optimizer.zero_grad()
     WRITERS[writer](model, new)

@@ -1,9 +1,9 @@
-"""What StructLoRA costs under each distributed engine: time, collectives, bytes, and a model on paper.
+"""What StructLoRA costs under each distributed engine: time, collectives, bytes, and an analytical cost model.
 
-    python -m benchmarks.cost.distributed                      # every engine at 2 processes, then the model on paper
+    python -m benchmarks.cost.distributed                      # every engine at 2 processes, then the analytical cost model
     python -m benchmarks.cost.distributed --quick              # fewer rounds, for a first look
     python -m benchmarks.cost.distributed --engines zero2      # some of the engines (see --help)
-    python -m benchmarks.cost.distributed --paper              # the model on paper alone: LLaMA-70B on 64 and 1024 GPUs
+    python -m benchmarks.cost.distributed --paper              # the analytical cost model alone: LLaMA-70B on 64 and 1024 GPUs
 
 Prints one JSON line; progress goes to stderr. How it measures:
 
@@ -12,7 +12,7 @@ Prints one JSON line; progress goes to stderr. How it measures:
   an order shuffled anew; ratios are taken within a round, on the first rank; medians and quartiles are printed. CPU seconds
   are those of the first rank's process, all threads; on a busy machine they are the steadier figure, but do not count waiting.
 * Communication: every collective of one warm step is recorded as torch dispatches it. What StructLoRA adds is the difference
-  to LoRA, and must be what the model on paper predicts; the benchmark fails where it is not.
+  to LoRA, and must be what the analytical cost model predicts; otherwise the benchmark fails.
 * Memory traffic of the map: bytes that its operations read and write in one step, in passes over the fp32 LoRA factors.
   Operations are counted one by one, as if none were fused or cached.
 """
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--paper", action="store_true", help="the model on paper alone")
+    parser.add_argument("--paper", action="store_true", help="the analytical cost model alone, without a measurement")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
@@ -89,7 +89,7 @@ def main() -> None:
             "torch": torch.__version__,
             "engines": measured,
         }
-    print(json.dumps({**report, "paper": on_paper(max(passes, default=MAP_PASSES))}))
+    print(json.dumps({**report, "paper": cost_model(max(passes, default=MAP_PASSES))}))
 
 
 def start(engine: str, quick: bool) -> dict:
@@ -227,17 +227,17 @@ def time_figures(rounds: list[dict[str, dict[str, float]]]) -> dict:
 
 
 def communication(recorded: dict[str, Recorder], engine: str) -> dict:
-    """Collectives and payload bytes of one step, what StructLoRA adds, and the paper's word on that.
+    """Collectives and payload bytes of one step, what StructLoRA adds, checked against the analytical cost model.
 
     Raises:
-        SystemExit: the model on paper says otherwise.
+        SystemExit: the analytical cost model predicts something else.
     """
     counts = {method: sum(map(len, r.collectives.values())) for method, r in recorded.items()}
     payload = {method: sum(map(sum, r.collectives.values())) for method, r in recorded.items()}
     added = {"collectives": counts["structlora"] - counts["lora"], "bytes": payload["structlora"] - payload["lora"]}
     predicted = added_communication(STACKS[0], sharded=engine != "ddp")
     if added != predicted:
-        sys.exit(f"{engine}: StructLoRA adds {added} to a step, and the model on paper says {predicted}")
+        sys.exit(f"{engine}: StructLoRA adds {added} to a step; the analytical cost model predicts {predicted}")
     return {"collectives_per_step": counts, "bytes_per_step": payload, "added_by_structlora": added}
 
 
@@ -249,7 +249,7 @@ def map_figures(recorded: dict[str, Recorder], runtime) -> dict:
     }
 
 
-# --- the model on paper --------------------------------------------------------------------------------------------
+# --- the analytical cost model -------------------------------------------------------------------------------------
 
 # NVIDIA's data sheet of the H100 SXM; one 400 Gb/s link per GPU between nodes; what is usual for the rest.
 FLOPS, UTILISATION = 989e12, 0.4
@@ -288,7 +288,7 @@ def added_communication(stack: Stack, sharded: bool) -> dict:
     return {"collectives": count, "bytes": count * BYTES_PER_FP32 * parameter_count(stack)}
 
 
-def on_paper(passes: float) -> dict:
+def cost_model(passes: float) -> dict:
     big = next(stack for stack in STACKS if stack.name == "LLaMA-70B")
     small = Stack("LLaMA-70B", big.depths, 8, {name: big.widths[name] for name in ("q_proj", "v_proj")})
     return {

@@ -65,7 +65,7 @@ RANK, ADALORA_INITIAL_RANK = 8, 12
 BATCH, TOKENS = 8, 45
 LEARNING_RATE, CLIP = 2e-4, 1.0
 WARM_UP, MOST_ROUNDS = 2, 150
-SECONDS, QUICK_SECONDS = 1500, 270  # all of it but for the processes that measure resident memory
+SECONDS, QUICK_SECONDS = 1500, 270  # in all, without the processes that measure resident memory
 RSS_REPEATS = 3
 BYTES_PER_KB = 1024
 

@@ -1,7 +1,7 @@
 """Check StructLoRA on the GPUs of this machine, and measure what it costs there: one command, one JSON file, one page.
 
     python -m benchmarks.gpu                        # all of it, within 10 minutes; needs a GPU
-    python -m benchmarks.gpu --device cpu           # the same code with a CPU in the GPU's place: a rehearsal, tiny shapes
+    python -m benchmarks.gpu --device cpu           # the same code on a CPU: a rehearsal, tiny shapes
     python -m benchmarks.gpu --device cpu --quick   # less of it
     python -m benchmarks.gpu --parts engines cost   # some of the parts
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu-output"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA device; `--device cpu` runs the same code with a CPU in its place")
+        parser.error("PyTorch finds no CUDA device; `--device cpu` runs the same code on a CPU")
 
     started = time.perf_counter()
     deadline = started + 60 * arguments.minutes

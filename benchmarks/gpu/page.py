@@ -11,7 +11,7 @@ TITLES = {
     "cost": "Time and memory",
 }
 REHEARSAL = (
-    "**A rehearsal: a CPU stood in the GPU's place** (gloo for NCCL, the CPU's autocast and GradScaler, tiny shapes). Nothing on "
+    "**A rehearsal on a CPU** (gloo for NCCL, the CPU's autocast and GradScaler, tiny shapes). Nothing on "
     "this page was measured on a GPU."
 )
 
@@ -19,7 +19,10 @@ REHEARSAL = (
 def write(report: dict) -> str:
     """Markdown of a report as `benchmarks.gpu` writes it to JSON."""
     machine = report["machine"]
-    lines = ["# StructLoRA on a GPU" if machine["device"] == "cuda" else "# StructLoRA with a CPU in a GPU's place", ""]
+    lines = [
+        "# StructLoRA on a GPU" if machine["device"] == "cuda" else "# StructLoRA on a CPU, as a rehearsal for a GPU",
+        "",
+    ]
     if machine["device"] != "cuda":
         lines += [REHEARSAL, ""]
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report["outcomes"].items()))

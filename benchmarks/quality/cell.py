@@ -19,7 +19,7 @@ GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
-    """Train once and measure. The same arguments give the same line, but for the seconds."""
+    """Train once and measure. The same arguments give the same line, except for the seconds."""
     if task_name not in TASKS:
         from . import language  # TRL, only where it is needed
 

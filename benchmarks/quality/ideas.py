@@ -147,7 +147,7 @@ class Diagonal(GCN):
 
 
 class Signed(GCN):
-    """Edges carry the sign of the cosine of the features they join: what neighbours agree on but for its sign adds up."""
+    """Edges carry the sign of the cosine of the features they join: what neighbours agree on up to its sign adds up."""
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
         unit = normalize(features.detach().flatten(1), dim=1)

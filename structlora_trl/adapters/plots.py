@@ -14,7 +14,9 @@ try:
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise StructLoRAError(
-        "no matplotlib", "it for `--plot`", 'install it: `pip install "structlora-trl[plot]"`, or leave `--plot` out'
+        "no matplotlib",
+        "matplotlib, which `--plot` needs",
+        'install it: `pip install "structlora-trl[plot]"`, or leave `--plot` out',
     ) from error
 
 _PANEL = (3.2, 2.8)  # inches

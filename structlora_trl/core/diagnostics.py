@@ -26,7 +26,7 @@ from .regularizers import laplacian
 
 
 def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str, float]:
-    """The figures above but for `gradient_cosine`, which needs a step's gradients.
+    """The figures above except `gradient_cosine`, which needs a step's gradients.
 
     Args:
         maps (`list[KindMap]`): one per kind.
@@ -92,8 +92,8 @@ def stream_cosine(side: Tensor, other: Tensor, apart: int = 1) -> Tensor:
     and R⁻¹·A give the same figure, which a cosine of lora_A or lora_B, index by index, does not. M has no negative
     eigenvalue, so that the figure lies between 0 and 1; for random ΔW it is r/n or less.
 
-    ΔW is what training the factor on the stream's side has added: (B − B₀)·A for a writer, where B₀ is zero but for PiSSA and
-    its kin, and B·(A − A₀) for a reader. In B·A the random A₀ outweighs by far what a reader has learned, and the figure
+    ΔW is what training the factor on the stream's side has added: (B − B₀)·A for a writer, where B₀ is zero except for PiSSA and
+    the like, and B·(A − A₀) for a reader. In B·A the random A₀ outweighs by far what a reader has learned, and the figure
     would tell whether depths started from one A₀.
 
     Args:

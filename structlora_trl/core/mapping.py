@@ -6,8 +6,8 @@ The optimizer steps the latent factors; the model computes with the effective on
 map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth. Experts that PEFT adapts with one module are taken
 apart first: A (E, L, r, k), B (E, L, d, r), and whatever follows has that leading axis too.
 
-Updates count from an origin: A₀ at attach, and B₀ = 0, but for initialisations that move part of the base weights into the
-adapter (PiSSA and its kin). There B₀ is B at attach and the gates act on B − B₀: to gate the whole of B would switch the
+Updates count from an origin: A₀ at attach, and B₀ = 0, except for initialisations that move part of the base weights into
+the adapter (PiSSA and the like). There B₀ is B at attach and the gates act on B − B₀: to gate the whole of B would switch the
 base model's own principal directions on and off.
 """
 

@@ -1,6 +1,6 @@
 """Finding the nodes: LoRA modules of a model, grouped into kinds and ordered by depth.
 
-A kind is a set of modules that are comparable across depth: the same name but for the layer's number, the same tower,
+A kind is a set of modules that are comparable across depth: the same name except for the layer's number, the same tower,
 the same shapes. Modules are found by the names PEFT gives its parameters, so this file needs torch alone.
 """
 

@@ -129,7 +129,7 @@ def test_saved_adapter_is_plain_peft(family, init, tmp_path):
     train(model, family, optimizer, steps=4)
     trained = logits_of(model, family)
     model.train()
-    runtime.train()  # saved amid a step: evaluation weights all the same
+    runtime.train()  # saved within a step: evaluation weights all the same
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model(family), tmp_path)
     # PiSSA's base weights are recomputed by an SVD at load, which costs a few more digits.

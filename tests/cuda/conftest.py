@@ -9,7 +9,7 @@ from tests.support.device import CHOSEN, ON_GPU
 
 @pytest.fixture
 def device() -> str:
-    """The GPU, or what is in its place."""
+    """The GPU, or the CPU in a rehearsal."""
     if ON_GPU:
         assert torch.cuda.is_available(), "PyTorch finds no CUDA device"
     return CHOSEN
@@ -17,7 +17,7 @@ def device() -> str:
 
 @pytest.fixture
 def only_on_gpu(device):
-    """Skips where a CPU is in the GPU's place; call it with what the CPU lacks."""
+    """Skips on a CPU; call it with what the CPU lacks."""
 
     def check(what: str) -> None:
         if device != "cuda":

@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and ZeRO 1 to 3 on the GPUs there are, over NCCL (promise 3); with a CPU in their place, 2 processes over gloo."""
+"""DDP, FSDP2 and ZeRO 1 to 3 on the GPUs there are, over NCCL (promise 3); on a CPU, 2 processes over gloo."""
 
 from __future__ import annotations
 

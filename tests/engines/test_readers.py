@@ -1,4 +1,4 @@
-"""Readers amid a step, and weights that others write, where parameters are sharded."""
+"""Readers within a step, and weights that others write, where parameters are sharded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tests of GPUs run: `STRUCTLORA_DEVICE` is `cuda`, or `cpu` for a CPU in a GPU's place; else they are skipped.
+"""Where tests of GPUs run: `STRUCTLORA_DEVICE` is `cuda`, or `cpu` to run them on a CPU; else they are skipped.
 
 Imports nothing, since what it sets must be set before torch is imported.
 """

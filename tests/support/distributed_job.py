@@ -138,7 +138,7 @@ class KillAt(TrainerCallback):
 
 
 class AliasMasters(TrainerCallback):
-    """What stage 3 would do in fp32 but for its comparison that is never true."""
+    """What stage 3 would do in fp32 without its comparison that is never true."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         from structlora_trl.trainers.compat import training_trainer

@@ -1,5 +1,5 @@
-"""FSDP2 in one process: readers amid a step, and weights that others write. Prints one JSON line of differences, all of them 0
-to rounding but for `effect`."""
+"""FSDP2 in one process: readers within a step, and weights that others write. Prints one JSON line of differences, all of them 0
+up to rounding except `effect`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def after_a_training_forward(model):
 
 
 def after_a_step_without_a_backward():
-    """A root that FSDP2 leaves gathered after a forward: whoever skips the backward steps then."""
+    """A root that FSDP2 leaves gathered after a forward: a caller that skips the backward steps then."""
     model = fully_shard(peft_model("llama", "warm"), mesh=init_device_mesh("cpu", (1,)))
     optimizer = adamw(model)
     runtime = attach(model, optimizer)

@@ -310,7 +310,7 @@ class Interrupted(Loop):
 
 
 class Copying(Loop):
-    """The model is copied, by `copy.deepcopy` and by pickle, between steps and amid one; a copy shows evaluation weights."""
+    """The model is copied, by `copy.deepcopy` and by pickle, between steps and within one; a copy shows evaluation weights."""
 
     def copy(self):
         pickled = io.BytesIO()

@@ -1,6 +1,6 @@
 """Attaches to models that are owned in ways which no engine serves; prints, as JSON, what each said.
 
-A script, since process groups and DeepSpeed keep global state. One process is enough: an engine is told from its objects.
+A script, since process groups and DeepSpeed keep global state. One process is enough: an engine is detected from its objects.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ CASES = {
     "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lora_fa),
     "engine withheld": engine_withheld,
 }
-# Served, but for writes to the model's weights, which DeepSpeed overwrites with its masters.
+# Served, except for writes to the model's weights, which DeepSpeed overwrites with its masters.
 WRITTEN = {f"written under ZeRO-{stage}": stage for stage in (1, 2, 3)}
 CASES |= {name: partial(deepspeed_stage, stage) for name, stage in WRITTEN.items()}
 if hasattr(peft.optimizers, "create_riemannian_optimizer"):

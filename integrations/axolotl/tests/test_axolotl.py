@@ -322,7 +322,7 @@ SHORT = {
 
 @pytest.mark.parametrize("name", [*CONFIGS, "README"])
 def test_configs_train_as_they_stand(place, name):
-    """Every key of the file, but for a tiny model, local data, three steps and what a CPU lacks."""
+    """Every key of the file, except for a tiny model, local data, three steps and what a CPU lacks."""
     written = yaml.safe_load(readme_block("Axolotl") if name == "README" else CONFIGS[name].read_text())
     family = FAMILIES[name.split("-")[0]] if name != "README" else "qwen3"
     sizes = BLOCKS_OF_64 if written.get("load_in_4bit") else {}
