@@ -15,12 +15,14 @@ from datasets import Dataset, Features, Image, List, Value
 from packaging.version import Version
 from peft import PeftModel
 
+from structlora_trl import StructLoRACallback
 from structlora_trl.state import STATE_NAME
 from tests.support import data
 from tests.support.left import assert_acted
 from tests.support.tiny import FAMILIES, sentence
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 ROWS = 12
 # Arguments of `from_pretrained` that a script's choice of model decides.
 LOADED_WITH = ("num_labels", "quantization_config")
@@ -135,3 +137,33 @@ def test_example(name):
     with torch.no_grad():
         for model, atol in models.items():
             torch.testing.assert_close(model(**batch).logits, trained(**batch).logits, atol=atol, rtol=0)
+
+
+# Page -> blocks of Python in it. Readers paste them: a block defines all that it uses, or the page explains it.
+PASTED = {"README.md": 2, "docs/index.md": 1, "docs/quickstart.md": 3}
+EXPLAINED = {"docs/quickstart.md": {"loader": [FAMILIES["qwen3"].batch(i) for i in range(2)]}}
+
+
+def pasted(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page, index", [(page, index) for page, count in PASTED.items() for index in range(count)])
+def test_pasted_block_runs(page, index):
+    blocks = pasted(page)
+    assert len(blocks) == PASTED[page]
+    if Version(trl.__version__) < Version("1.0") and "DPOTrainer" in blocks[index]:
+        pytest.skip(f"TRL {trl.__version__} cannot import DPO beside transformers 5, with or without StructLoRA")
+    data.save_base("Qwen/Qwen3-0.6B", "qwen3")
+    Path("trl-lib/Capybara").mkdir(parents=True)
+    chats().to_parquet("trl-lib/Capybara/train.parquet")
+    explained = EXPLAINED.get(page, {})
+    assert all(f"`{name}`" in (ROOT / page).read_text(encoding="utf-8") for name in explained)
+    variables = {**explained}
+    exec(compile(blocks[index], page, "exec"), variables)
+    if "trainer" in variables:
+        callbacks = variables["trainer"].callback_handler.callbacks
+        (runtime,) = (callback.runtime for callback in callbacks if isinstance(callback, StructLoRACallback))
+    else:
+        runtime = variables["runtime"]
+    assert (runtime.step > 0) == ("train()" in blocks[index])

@@ -43,6 +43,14 @@ def test_yaml_asks_for_structlora(name):
     assert isinstance(read_switch(keys.get("structlora", True)), StructLoRAConfig)
 
 
+def test_quickstart_shows_a_complete_axolotl_file():
+    """The README's file, which Axolotl itself runs in the front door's tests, with options added."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(re.search(r"^## Axolotl\n+```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1])
+    assert isinstance(read_switch(shown.pop("structlora")), StructLoRAConfig)
+    assert shown == yaml.safe_load(FILES["axolotl/README"])
+
+
 def test_axolotl_plugin_is_where_the_readme_and_the_entry_point_say():
     written = re.search(r"plugins:\s+\[([\w.]+)\]", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
     entry = re.search(
