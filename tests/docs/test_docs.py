@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from benchmarks.method_comparison.run import PINNED
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from tests.support.tiny import adamw, peft_model, train
 
@@ -43,6 +46,20 @@ def test_every_metric_is_explained():
     rows = re.search(r"\| metric \|.*?(?=\n\n)", (DOCS / "how-it-works.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     named = {name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert named == {name.removeprefix("structlora/") for name in runtime.metrics()}
+
+
+def test_every_option_is_explained():
+    page = (DOCS / "options.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| option \|.*?(?=\n\n)", page, re.DOTALL | re.MULTILINE)
+    rows = [row.strip("| ").split(" | ") for table in tables for row in table.splitlines()[2:]]
+    named = {name: default for row in rows for name, default in re.findall(r"^`(\w+)` \(`?(.*?)`?\)", row[0])}
+    assert all(len(row) == 3 and all(row) for row in rows)
+    written = {name: ast.literal_eval(default) for name, default in named.items()}
+    assert written == {option.name: option.default for option in fields(StructLoRAConfig)}
+
+
+def test_the_pinned_commit_of_peft_is_on_the_page():
+    assert f"`{PINNED}`" in (DOCS / "benchmarks.md").read_text(encoding="utf-8")
 
 
 def test_every_remedy_is_more_than_a_placeholder():
