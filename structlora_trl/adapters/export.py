@@ -46,7 +46,7 @@ _HEADS = {
 
 
 class Size(NamedTuple):
-    """One line of what pruning saves."""
+    """One line of what pruning saves: `what` is counted, `before` and `after` it."""
 
     what: str
     before: int
@@ -54,19 +54,23 @@ class Size(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Inputs to measure on."""
+    """Inputs to measure on: `inputs` of the model, (rows, ...) each, and a `name` for them."""
 
-    inputs: dict[str, Tensor]  # (rows, ...) each
+    inputs: dict[str, Tensor]
     name: str
 
 
 class Change(NamedTuple):
-    """What pruning does to the output, on a probe batch."""
+    """What pruning does to the output, on the inputs that `probe` names.
+
+    `largest` is the largest difference of a logit, `divergence` the mean KL divergence of the predicted distributions in nats,
+    and `agreement` the share of equal predictions.
+    """
 
     probe: str
-    largest: float  # |Δlogit|
-    divergence: float  # mean KL of the predicted distributions, nats
-    agreement: float  # share of equal predictions
+    largest: float
+    divergence: float
+    agreement: float
 
 
 @dataclass

@@ -20,31 +20,54 @@ from .saved import Saved
 
 @dataclass
 class DepthReport:
-    """One module."""
+    """One module.
+
+    Args:
+        module (`str`): its name in the model.
+        layer (`str`): the layer's number in its name.
+        depth (`int`): its place among the kind's depths, from 0.
+        rank (`int`): of its adapter.
+        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or state.
+        effective_rank (`float`): exp of the entropy of the update's normalised singular values.
+        norm (`float`): Frobenius norm of the update as it is added to the weight.
+        coherence (`float`, *optional*): mean similarity with the neighbouring depths.
+        stream (`float`, *optional*): mean `stream_cosine` with the neighbouring depths.
+        semantic (`list[int]`, *optional*): depths that a semantic edge joins it with.
+    """
 
     module: str
-    layer: str  # the layer's number in its name
-    depth: int  # place among the kind's depths, from 0
+    layer: str
+    depth: int
     rank: int
-    gates: list[float] | None  # probability that each direction is open
+    gates: list[float] | None
     effective_rank: float
     norm: float
     coherence: float | None
-    stream: float | None  # mean `stream_cosine` with the neighbouring depths
-    semantic: list[int] | None  # depths
+    stream: float | None
+    semantic: list[int] | None
 
 
 @dataclass
 class KindReport:
-    """One kind: its modules, and the matrices that the figures show."""
+    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures show.
+
+    Args:
+        name (`str`): of the kind.
+        role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None where unknown.
+        shape (`list[int]`): [L, r, k, d].
+        depths (`list[DepthReport]`): its modules, by depth.
+        similarity (`list[list[float]]`, *optional*): (L, L) cosines.
+        singular_values (`list[list[float]]`): (L, r) of the update as it is added to the weight, descending.
+        coverage (`list[list[float]]`): (L, r) cumulative share of the squared singular values.
+    """
 
     name: str
     role: str | None
-    shape: list[int]  # [L, r, k, d]
+    shape: list[int]
     depths: list[DepthReport]
-    similarity: list[list[float]] | None  # (L, L) cosines
-    singular_values: list[list[float]]  # (L, r) of the update as it is added to the weight, descending
-    coverage: list[list[float]]  # (L, r) cumulative share of the squared singular values
+    similarity: list[list[float]] | None
+    singular_values: list[list[float]]
+    coverage: list[list[float]]
 
 
 def report(saved: Saved) -> list[KindReport]:
