@@ -141,7 +141,7 @@ def test_a_closure_is_evaluated_before_the_step():
     assert_same(state, expected)
 
 
-def test_optimizers_that_evaluate_amid_a_step_are_refused():
+def test_optimizers_that_evaluate_within_a_step_are_refused():
     model, optimizer, runtime = setup(lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1))
     before = weights_of(model)
 

@@ -114,7 +114,7 @@ def with_state(state):
 
 
 @pytest.mark.parametrize("leave", [after_the_forward, after_the_backward, in_the_optimizer])
-def test_readers_amid_a_step_see_evaluation_weights(leave, tmp_path):
+def test_readers_within_a_step_see_evaluation_weights(leave, tmp_path):
     model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
     expected, expected_text = logits_of(model, "llama"), generated(model)
     for name, read in READERS.items():

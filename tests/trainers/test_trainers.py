@@ -249,7 +249,7 @@ def sft_loss(tmp_path, model) -> float:
     return sft(tmp_path, [], model=model, peft=False).evaluate()["eval_loss"]
 
 
-def test_evaluation_amid_a_step_is_that_of_evaluation_weights_and_disturbs_nothing(tmp_path):
+def test_evaluation_within_a_step_is_that_of_evaluation_weights_and_disturbs_nothing(tmp_path):
     def run(events):
         class Evaluates(TrainerCallback):
             losses: typing.ClassVar = []
@@ -453,7 +453,7 @@ sft({output!r}, [StructLoRACallback()], max_steps=6, save_strategy="steps", save
 """
 
 
-def test_killed_amid_a_save_the_checkpoint_before_still_resumes(tmp_path):
+def test_killed_during_a_save_the_checkpoint_before_still_resumes(tmp_path):
     tests = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", KILLED.format(tests=tests, output=str(tmp_path))], capture_output=True)
     assert done.returncode == -signal.SIGKILL
