@@ -46,6 +46,7 @@ class Module(lightning.LightningModule):
     def __init__(self):
         super().__init__()
         self.model = peft_model()
+        self.model.get_base_model().eval()  # as `from_pretrained` returns it; Lightning keeps each module's mode
 
     def training_step(self, batch, index):
         return self.model(input_ids=batch[0], labels=batch[0]).loss

@@ -37,7 +37,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         return FSDP2Engine(model, optimizer, kinds)
     found, remedy = None, "launch with one of these, and pass the wrapped model"
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        # LoRA under it fails in PEFT 0.20 beside transformers 5.16 and later, with or without StructLoRA: peft issue 3628.
+        # PEFT trains LoRA under it from 0.21 on (peft pull request 3614); these engines know FSDP2's placements alone.
         found = "DTensor parameters that FSDP2 does not manage (tensor parallelism)"
         remedy = "remove `tp_plan` and `tp_size`, and shard with FSDP2 (`dp_shard_size`) or ZeRO-3"
     elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):

@@ -487,7 +487,7 @@ SCHEDULES = [
 
 LOOPS = [
     Setup("gradient accumulation", loop=loops.Accumulating, lora={"lora_dropout": 0.1}),
-    Setup("base model in eval(), as from_pretrained returns it", loop=loops.AsLoaded),
+    Setup("base model left in eval() by from_pretrained", loop=loops.AsLoaded),
     Setup("zero_grad(set_to_none=False)", loop=loops.KeptGradients),
     Setup("clipping by norm", loop=loops.Clipping),
     Setup("clipping by value", loop=loops.ClippingByValue),
