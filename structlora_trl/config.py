@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -255,7 +256,8 @@ def _type_name(name: str) -> str:
     return getattr(type_, "__name__", str(type_)) if get_origin(type_) is None else str(type_)
 
 
-StructLoRAConfig.__doc__ += "".join(
-    f"    {f.name} (`{_type_name(f.name)}`, *optional*, defaults to `{f.default!r}`):\n            {f.metadata['help']}\n    "
+# Dedented by hand, as Python 3.13 does it.
+StructLoRAConfig.__doc__ = inspect.cleandoc(StructLoRAConfig.__doc__) + "".join(
+    f"\n    {f.name} (`{_type_name(f.name)}`, *optional*, defaults to `{f.default!r}`):\n        {f.metadata['help']}"
     for f in fields(StructLoRAConfig)
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -107,3 +108,9 @@ def test_sft_config_keeps_its_own_fields(tmp_path):
     for f in fields(SFTConfig):
         if f.name not in ("logging_dir", "run_name"):
             assert getattr(ours, f.name) == getattr(plain, f.name), f.name
+
+
+def test_docstring_lists_every_option_at_one_indentation():
+    """On every Python: 3.13 takes the indentation out of docstrings, earlier versions do not."""
+    listed = re.findall(r"(?m)^    (\w+) \(`", StructLoRAConfig.__doc__)
+    assert listed == [field.name for field in fields(StructLoRAConfig)]

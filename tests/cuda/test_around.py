@@ -12,9 +12,9 @@ from peft import get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from structlora_trl import attach
+from tests.support.promises import keep_promises
 from tests.support.setups import SETUPS, llama, lora, quantised
 from tests.support.tiny import FAMILIES, lora_parameters, train, warm_up
-from tests.test_setups import test_setup as keeps_its_promises
 
 pytestmark = pytest.mark.cuda
 slow = pytest.mark.slow
@@ -102,4 +102,4 @@ def test_set_up(name, device, deterministic, tmp_path):
     row = ROWS[name]
     if name.endswith(("base (QLoRA)", "8-bit base")):
         row = replace(row, base=partial(quantised, int(name[0]), device))
-    keeps_its_promises(row.on(device), tmp_path)
+    keep_promises(row.on(device), tmp_path)

@@ -9,10 +9,10 @@ from structlora_trl import StructLoRAError, attach, load_state
 from tests.cuda.precisions import PRECISIONS
 from tests.support.chain_rule import assert_chain_rule
 from tests.support.loops import HALF
+from tests.support.promises import OFF, assert_it_acted, assert_same_run, assert_same_weights
+from tests.support.promises import logits_of as setup_logits
 from tests.support.setups import REFUSED
 from tests.support.tiny import FAMILIES, adamw, logits_of, loss_of, peft_model, train
-from tests.test_setups import OFF, assert_it_acted, assert_same_run, assert_same_weights
-from tests.test_setups import logits_of as setup_logits
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("deterministic")]
 
