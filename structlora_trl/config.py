@@ -154,6 +154,8 @@ class StructLoRAConfig:
     adapter_name: Annotated[str | None, ADAPTER] = _option(None, "Adapter to train. None: the active one.")
 
     def __post_init__(self):
+        if isinstance(self.noise, bool):  # YAML 1.1, which PyYAML follows, reads `on` and `off` as these
+            self.noise = "on" if self.noise else "off"
         if isinstance(self.roles, str):
             try:
                 self.roles = json.loads(self.roles)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 
 import pytest
+import yaml
 from transformers import HfArgumentParser
-from trl import SFTConfig
+from trl import SFTConfig, TrlParser
 
 from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError, StructLoRASFTConfig
+from structlora_trl.options import read_switch
 
 REFUSED = {
     "filter": ["ibb", None, ""],
     "temperature": [0, -1, float("inf"), "0.3", True],
-    "noise": [False, "of"],
+    "noise": [None, 0, "of"],
     "hard_gates": [1, "yes"],
     "gate_init": [0, 1, 1.5],
     "prior": [0, 1],
@@ -81,6 +84,35 @@ def test_overrides_win_and_the_original_stays():
     assert StructLoRACallback(config, temperature=1.0).config == StructLoRAConfig(prior=0.3, temperature=1.0)
     assert config.temperature == StructLoRAConfig().temperature
     assert StructLoRACallback({"prior": 0.3}).config == config
+
+
+def _flat_key(folder, word):
+    path = folder / "run.yaml"
+    path.write_text(f"output_dir: {folder}\nuse_cpu: true\nbf16: false\nnoise: {word}\n")
+    return TrlParser(StructLoRASFTConfig).parse_args_and_config(["--config", str(path)])[0]
+
+
+def _json_file(folder, word):
+    path = folder / "run.json"
+    path.write_text(json.dumps({"output_dir": str(folder), "use_cpu": True, "bf16": False, "noise": word == "on"}))
+    return HfArgumentParser(StructLoRASFTConfig).parse_json_file(str(path))[0]
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder, word: StructLoRAConfig(noise=word == "on"),
+        lambda folder, word: StructLoRACallback(noise=word == "on").config,
+        lambda folder, word: read_switch(yaml.safe_load(f"noise: {word}")),
+        _flat_key,
+        _json_file,
+    ],
+    ids=["Python", "callback", "YAML block", "flat key", "JSON"],
+)
+def test_on_and_off_may_come_as_booleans(read, word, tmp_path):
+    """YAML 1.1 reads the documented values of `noise` as booleans."""
+    assert read(tmp_path, word).options()["noise"] == word
 
 
 def test_every_field_has_help():
