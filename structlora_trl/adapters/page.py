@@ -86,14 +86,16 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
     """Write the page: facts, gates, similarity over depth, singular values, curves of the training, a table of all modules.
 
     Args:
-        path (`str` or `Path`): the HTML file.
+        path (`str` or `Path`): the HTML file; its folder is made where missing.
         runs (`list[Run]`): one, or two side by side.
     """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     parts = [_facts(runs), _gates(runs, names), _similarity(runs, names), _singular_values(runs, names), _curves(runs)]
     body = "\n".join([*filter(None, parts), _table(runs, names)])
     title = " against ".join(escape(run.name) for run in runs)
-    Path(path).write_text(
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
         f"<body><h1>{title}</h1>\n{body}\n<script>{_SCRIPT}</script></body></html>\n",

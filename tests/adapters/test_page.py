@@ -68,9 +68,10 @@ def test_the_page_holds_everything(page):
     assert all(0 < float(row[2]) < 1 and row[3] == "-" for row in rows)
 
 
-def test_one_run_and_no_log(plain_adapter, tmp_path):
-    assert main(["inspect", str(plain_adapter), "--html", str(tmp_path / "page.html")]) == 0
-    titles = re.findall("<h2>(.*?)</h2>", (tmp_path / "page.html").read_text())
+def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):
+    page = tmp_path / "a" / "new" / "page.html"
+    assert main(["inspect", str(plain_adapter), "--html", str(page)]) == 0
+    titles = re.findall("<h2>(.*?)</h2>", page.read_text())
     assert titles == ["Similarity over depth", "Singular values", "Modules"]
 
 
