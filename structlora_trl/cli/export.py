@@ -35,6 +35,7 @@ def run(command: str, arguments: list[str]) -> None:
     Raises:
         StructLoRAError: no adapter to read, one that cannot be pruned, a base model that cannot be loaded, or an output folder
             that is not empty.
+        SystemExit: `--help`, an unknown argument, or one that has no effect beside the others.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
@@ -43,10 +44,12 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument("--one-rank", action="store_true", help="fill all modules up to one rank with zeros")
     parser.add_argument("--merge", action="store_true", help="write the merged model instead of the adapter")
     parser.add_argument("--base", metavar="MODEL", help="base model; default: the one named in adapter_config.json")
-    parser.add_argument(
-        "--probe", metavar="FILE", default=RANDOM, help="text to measure pruning on, or 'none' to skip it"
-    )
+    parser.add_argument("--probe", metavar="FILE", help="text to measure pruning on, or 'none' to skip it")
     given = parser.parse_args(arguments)
+    if given.probe is not None and given.prune is None:
+        parser.error("--probe needs --prune, whose cost it measures")
+    if given.one_rank and given.merge:
+        parser.error("--one-rank is of the adapter, and --merge writes none; give one of them")
     done = export(
         read_saved(given.checkpoint),
         given.out,
@@ -54,7 +57,7 @@ def run(command: str, arguments: list[str]) -> None:
         one_rank=given.one_rank,
         merge=given.merge,
         base=given.base,
-        probe=given.probe,
+        probe=RANDOM if given.probe is None else given.probe,
     )
     if done.sizes:
         print(table(done))

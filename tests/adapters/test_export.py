@@ -137,6 +137,20 @@ def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, ca
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--probe", "sample.txt"], "--probe needs --prune"),
+        (["--merge", "--probe", "none"], "--probe needs --prune"),
+        (["--merge", "--one-rank"], "give one of them"),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments, words, runs, tmp_path, capsys):
+    assert main(["export", str(runs()), str(tmp_path / "new"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_output_folder_that_is_not_empty(runs, capsys):
     assert main(["export", str(runs()), str(runs())]) == 1
     assert "not empty" in capsys.readouterr().err
