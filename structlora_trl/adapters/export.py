@@ -120,7 +120,7 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StructLoRAError(f"{out}, which is not empty", "a new or empty folder", "name another, or empty it")
-    base_name = base or saved.lora.base_model_name_or_path
+    base_name, revision = (base, None) if base else (saved.lora.base_model_name_or_path, saved.lora.revision)
     lora, tensors = saved.lora, saved.tensors
     done = Export([], [])
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,14 +135,14 @@ def export(
             write_adapter(before, saved.lora, saved.tensors)
             done = Export(_sizes(saved, pruned, before, after), pruned.spared)
             if probe != NO_PROBE:
-                model = load_base(base_name, saved.lora, saved.tensors)
-                done.change = output_change(model, before, after, _probe(model, base_name, probe))
+                model = load_base(base_name, saved.lora, saved.tensors, revision)
+                done.change = output_change(model, before, after, _probe(model, base_name, revision, probe))
         if merge:
-            model = PeftModel.from_pretrained(load_base(base_name, saved.lora, saved.tensors), str(after))
+            model = PeftModel.from_pretrained(load_base(base_name, saved.lora, saved.tensors, revision), str(after))
             model.merge_and_unload().save_pretrained(out)
         else:
             write_adapter(out, lora, tensors)
-    _copy_processor(saved.folder, base_name, out, needed=merge)
+    _copy_processor(saved.folder, base_name if merge else None, revision, out)
     return done
 
 
@@ -158,13 +158,16 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
     )
 
 
-def load_base(name: str | None, lora: LoraConfig, tensors: dict[str, Tensor]) -> PreTrainedModel:
+def load_base(
+    name: str | None, lora: LoraConfig, tensors: dict[str, Tensor], revision: str | None = None
+) -> PreTrainedModel:
     """The base model an adapter was trained on, with the head that it was trained with, in the model's own precision.
 
     Args:
         name (`str`, *optional*): name or path.
         lora (`LoraConfig`): names the head, by its task or the model's class.
         tensors (`dict[str, Tensor]`): of the adapter; where they hold the head, they say how many classes it has.
+        revision (`str`, *optional*): branch, tag or commit of the model; the main branch where omitted.
 
     Raises:
         StructLoRAError: it cannot be loaded.
@@ -172,11 +175,16 @@ def load_base(name: str | None, lora: LoraConfig, tensors: dict[str, Tensor]) ->
     if not name:
         raise StructLoRAError("no base model named in adapter_config.json", "its name or path", "give `--base MODEL`")
     with refusing(f"loading the base model {name}", "the model that the adapter was trained on", "give `--base MODEL`"):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **_at(revision))
         named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
         model_class = _HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
         classes = _class_count(tensors)
-        return model_class.from_pretrained(name, dtype="auto", **({"num_labels": classes} if classes else {}))
+        labels = {"num_labels": classes} if classes else {}
+        return model_class.from_pretrained(name, dtype="auto", **labels, **_at(revision))
+
+
+def _at(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
 
 
 @torch.no_grad()
@@ -226,11 +234,11 @@ def _class_count(tensors: dict[str, Tensor]) -> int | None:
     return len(tensors[max(heads)]) if heads else None
 
 
-def _probe(base: PreTrainedModel, base_name: str, given: str) -> Probe:
+def _probe(base: PreTrainedModel, base_name: str, revision: str | None, given: str) -> Probe:
     if given == RANDOM:
         return _random_probe(base)
     with refusing("reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"):
-        tokenizer = AutoTokenizer.from_pretrained(base_name)
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **_at(revision))
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
     if not ids:
         raise StructLoRAError(f"no text in {given}", "a text of some words", "correct `--probe`")
@@ -286,12 +294,13 @@ def _sizes(saved: Saved, pruned: Pruned, before: Path, after: Path) -> list[Size
     ]
 
 
-def _copy_processor(folder: Path, base_name: str, out: Path, needed: bool) -> None:
-    """The run's own tokenizer or processor, and for a merged model else the base's."""
-    for source in (str(folder), *([base_name] if needed else [])):
+def _copy_processor(folder: Path, base_name: str | None, revision: str | None, out: Path) -> None:
+    """The run's own tokenizer or processor, or else the base's where one is named."""
+    sources = [(str(folder), {}), *([(base_name, _at(revision))] if base_name else [])]
+    for source, options in sources:
         for kind in (AutoProcessor, AutoTokenizer):
             try:
-                kind.from_pretrained(source).save_pretrained(out)
+                kind.from_pretrained(source, **options).save_pretrained(out)
                 return
             except (OSError, ValueError, KeyError):
                 continue

@@ -11,9 +11,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -116,6 +119,23 @@ def test_merge(runs, plain_adapter, tmp_path):
             logits_of(model, "llama"), logits_of(on_base(folder, base), "llama"), atol=1e-5, rtol=0
         )
         assert (merged / "tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize("given, expected", [(None, "v1"), ("base", None)])
+def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_path, monkeypatch):
+    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **ATTENTION, revision="v1")
+    asked = []
+    for loader in (AutoConfig, LlamaForCausalLM, AutoTokenizer):
+
+        def spy(name, *arguments, load=loader.from_pretrained, **options):
+            if name == str(tmp_path / "base"):
+                asked.append(options.get("revision"))
+            return load(name, *arguments, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    export(read_saved(out), tmp_path / "merged", merge=True, base=given and str(tmp_path / given))
+    assert len(asked) >= 3 and {*asked} == {expected}
 
 
 MISTAKES = {
