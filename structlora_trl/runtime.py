@@ -98,7 +98,9 @@ class Runtime:
         self._trained = False  # whether training weights have stood since the last step
         self._adopted = False  # whether weights of others were ever taken over
         self._frozen = frozen or []
-        self._owners = _owners(model, self.lora_parameters())
+        ours = {id(p) for p in self.lora_parameters()}
+        self._names = {name: p for name, p in model.named_parameters() if id(p) in ours}
+        self._owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in ours]
         self.is_attached = True
         with ExitStack() as on_error:
             engine.install(self._before_step, self._after_step)
@@ -294,8 +296,9 @@ class Runtime:
         if gradients is None or (not self._trained and not _any(gradients)):
             # No backward has run: there is nothing to step, with or without us. Zeros are what `zero_grad(set_to_none=False)`
             # leaves, and what torch's distributed checkpoints have an optimizer step with.
+            self._refuse_replaced_by_name()
             self._adopt()
-            self.weights = LATENT
+            self.weights, self._trained = LATENT, False
             return True
         self._refuse_step()
         self.weights, self._trained = LATENT, False
@@ -375,12 +378,19 @@ class Runtime:
         Raises:
             StructLoRAError: they do, after `load_state_dict(assign=True)` for instance.
         """
-        held = [owner._parameters.get(name, p) for owner, name, p in self._owners]
-        # FSDP2 shows its gathered copies, which are no DTensors, from a forward until its backward.
-        replaced = sum(
-            now is not p and isinstance(now, DTensor) == isinstance(p, DTensor)
-            for now, (_, _, p) in zip(held, self._owners, strict=True)
-        )
+        self._refuse_others((owner._parameters.get(name), p) for owner, name, p in self._owners)
+
+    def _refuse_replaced_by_name(self) -> None:
+        """The same by the names in the model, which finds new modules too; slower."""
+        named = dict(self.model.named_parameters())
+        self._refuse_others((named.get(name), p) for name, p in self._names.items())
+
+    def _refuse_others(self, pairs: Iterable[tuple[nn.Parameter | None, nn.Parameter]]) -> None:
+        replaced = 0
+        for now, ours in pairs:
+            # FSDP2 shows its gathered copies, which are no DTensors, from a forward until its backward.
+            is_gathered = isinstance(ours, DTensor) and not isinstance(now, DTensor)
+            replaced += now is not None and now is not ours and not is_gathered
         if replaced:
             raise StructLoRAError(
                 f"{replaced} LoRA parameters of the model replaced by others since StructLoRA was attached",
@@ -479,12 +489,6 @@ class Runtime:
 def _origin(A: Tensor) -> Tensor:
     """Where the depths are equal (an aligned start), one copy serves all."""
     return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
-
-
-def _owners(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """The modules that hold some parameters, and the names they have there."""
-    wanted = {id(p) for p in parameters}
-    return [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in wanted]
 
 
 def _any(factors: list[Factors]) -> bool:

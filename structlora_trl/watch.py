@@ -19,10 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import update_wrapper
+from types import FrameType
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which would load the compiler on import
+
+from .frames import caller_in, is_running
 
 # Methods that read the LoRA weights past any forward of the module they belong to, or whatever its mode.
 _READERS = (
@@ -52,7 +55,9 @@ class Watch:
             _Reader(self, m, name, getattr(m, name)) for m in modules for name in _READERS if callable(_own(m, name))
         ]
         self._reading = 0  # readers on the call stack
-        self._called: nn.Module | None = None  # the module whose forward runs, the outermost of ours
+        self._called: nn.Module | None = None  # the outermost of ours whose forward runs
+        self._call: FrameType | None = None  # that call
+        self._depth = 0  # of calls of that module within each other
         self._visit: ExitStack | None = None  # what ends the visit that this forward is
         self._handles = []
         for module in modules:
@@ -89,9 +94,13 @@ class Watch:
     @_disable_dynamo
     def _before_forward(self, module, *_):
         runtime = self._of(module)
-        if runtime is None or self._reading or self._is_within(module):
+        if runtime is None or self._reading:
             return
-        self._called, self._visit = module, None
+        if self._is_within(module):
+            self._depth += module is self._called
+            return
+        self._called, self._call, self._depth = module, caller_in(nn.modules.module.__file__), 1
+        self._visit = None
         if module.training:
             runtime.train()
         else:
@@ -99,26 +108,31 @@ class Watch:
 
     @_disable_dynamo
     def _after_forward(self, module, *_):
-        if self._called is not module:
+        if module is not self._called:
             return
-        visit, self._called, self._visit = self._visit, None, None
+        self._depth -= 1
+        if self._depth:
+            return
+        visit, self._called, self._call, self._visit = self._visit, None, None, None
         if visit is not None and (runtime := self._of(module)) is not None:
             runtime.end_visit(visit)
 
     def _is_within(self, module) -> bool:
-        """Whether the module is called by one of ours outside it, which has decided. `from_pretrained` leaves a model in
-        `eval()` and PEFT's own modules around it in `train()`: such a forward is one of training.
-
-        An interrupt leaves `_called` as it was. A forward from which no gradient can come is a reader's whatever was called.
+        """Whether one of ours, outside the module or itself, is being called: that call has decided. `from_pretrained` leaves a
+        model in `eval()` and PEFT's own modules around it in `train()`: such a forward is one of training, but where no gradient
+        can come from it.
         """
-        called = [ours is self._called for ours in self._modules]  # from the outside in
-        is_inner = any(called[: [ours is module for ours in self._modules].index(True)])
-        return is_inner and (self._visit is not None or module.training or torch.is_grad_enabled())
+        if self._call is None or not is_running(self._call):  # an interrupt leaves what it broke off
+            return False
+        return self._visit is not None or module.training or torch.is_grad_enabled()
 
-    def _before_load(self, module, *_) -> None:
-        """Before `module.load_state_dict()`."""
+    def _before_load(self, module, state: dict, prefix: str, *_) -> None:
+        """Before `module.load_state_dict()`, where it holds some of our parameters."""
         runtime = self._of(module)
-        if runtime is not None:
+        if runtime is None:
+            return
+        ours = {id(p) for p in runtime.lora_parameters()}
+        if any(id(p) in ours and prefix + name in state for name, p in module.named_parameters()):
             runtime.eval()
 
     def __call__(self, module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:

@@ -202,6 +202,20 @@ def test_parameters_replaced_after_attaching(part, count, kept, read):
         optimizer.step() if read == "step" else model.state_dict()
 
 
+def test_an_adapter_made_anew_under_the_same_name():
+    model = peft_model()
+    optimizer, config = adamw(model), model.peft_config["default"]
+    attach(model, optimizer)
+    train(model, "llama", optimizer, 1)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    with pytest.raises(StructLoRAError, match="12 LoRA parameters of the model replaced"):
+        train(model, "llama", optimizer, 1)
+
+
 def test_deleting_the_adapter_replaces_nothing():
     model = peft_model()
     optimizer = adamw(model)

@@ -332,8 +332,10 @@ def test_loading_between_backward_and_step_is_refused(read, write):
 def test_an_evaluation_that_fails_is_over():
     model, optimizer, runtime = trained()
     after_the_backward(model, optimizer)
-    with pytest.raises(Interrupted):
+    model.eval()
+    with pytest.raises(Interrupted), torch.no_grad():
         fail_in_the_forward(model)
+    model.train()
     optimizer.step()
     optimizer.zero_grad()
     stood = [p.detach().clone() for p in lora_parameters(model).values()]
@@ -342,16 +344,65 @@ def test_an_evaluation_that_fails_is_over():
     assert all(torch.equal(p, q) for p, q in zip(lora_parameters(model).values(), stood, strict=True))
 
 
-def fail_in_the_forward(model):
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_interrupted_forward_decides_nothing_later(mode):
+    """A Ctrl-C, which runs no hooks of modules. What comes is a forward of the base model, where gradients are on."""
+    model, optimizer, runtime = trained()
+    expected = logits_of(model, "llama")
+    model.train(mode)
+    with pytest.raises(KeyboardInterrupt):
+        fail_in_the_forward(model, KeyboardInterrupt)
+    model.eval()
+    assert torch.equal(model.get_base_model()(**FAMILIES["llama"].batch(99)).logits, expected)
+    model.train()
+    for step in range(2):
+        model.get_base_model()(**FAMILIES["llama"].batch(step)).loss.backward()
+        assert runtime.weights == "training"
+        optimizer.step()
+        optimizer.zero_grad()
+    assert runtime.step == 5
+
+
+def test_a_module_that_calls_itself_is_one_visit():
+    model, optimizer, runtime = trained()
+    loss = after_the_forward(model, optimizer)
+    base = model.get_base_model()
+    forward, calls = base.forward, []
+
+    def twice(**batch):
+        calls.append(batch)
+        return base(**batch) if len(calls) == 1 else forward(**batch)
+
+    base.forward = twice
+    base.eval()
+    with torch.no_grad():
+        base(**FAMILIES["llama"].batch(1))
+    assert runtime.weights == "training"
+    loss.backward()
+    optimizer.step()
+    assert runtime.step == 4
+
+
+def test_loading_another_adapter_between_forward_and_backward(tmp_path):
+    peft_model(init="warm", targets=FAMILIES["llama"].linear).save_pretrained(tmp_path)
+    model, optimizer, runtime = trained()
+    loss = after_the_forward(model, optimizer)
+    model.load_adapter(tmp_path, "reference")
+    model.set_adapter("default")
+    loss.backward()
+    optimizer.step()
+    assert runtime.step == 4
+
+
+def fail_in_the_forward(model, error=Interrupted):
     def fail(*_):
-        raise Interrupted
+        raise error
 
     hook = model.get_output_embeddings().register_forward_pre_hook(fail)
     try:
-        logits_of(model, "llama")
+        model(**FAMILIES["llama"].batch(0))
     finally:
         hook.remove()
-        model.train()
 
 
 def test_torchs_distributed_checkpoints_of_an_optimizer():

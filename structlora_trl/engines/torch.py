@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ..core.mapping import Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
+from ..frames import is_running
 from .base import Engine
 from .packing import holds_nonfinite
 from .schedule import Rate, rate_of
@@ -55,7 +55,7 @@ class TorchEngine(Engine):
 
         def before(optimizer, args, kwargs):
             nonlocal stepped
-            if self._step_frame is not None and _is_running(self._step_frame):
+            if self._step_frame is not None and is_running(self._step_frame):
                 return None  # an optimizer whose `step` calls that of its parent, which torch has hooked too
             self._step_frame = sys._getframe(1)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
@@ -247,14 +247,6 @@ class TorchEngine(Engine):
                 "an optimizer that changes parameters in `step` alone",
                 "choose another `optim`, such as adamw_torch",
             )
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether a call is on the stack. It is not after an exception went through it."""
-    current = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
 
 
 @torch.no_grad()
