@@ -22,7 +22,8 @@ class StructLoRACallback(TrainerCallback, ExportableState):
     Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights.
 
     Args:
-        config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
+        config (`StructLoRAConfig` or `dict`, *optional*): where no option is given, those in the training arguments if they
+            hold any (`StructLoRASFTConfig`), else the defaults.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
@@ -46,6 +47,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
 
     def __init__(self, config: StructLoRAConfig | dict | None = None, parts: Parts = DEFAULT_PARTS, **overrides):
         self.config, self.parts = StructLoRAConfig.build(config, **overrides), parts
+        self._has_own_options = bool(config or overrides)
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
@@ -68,6 +70,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
                 "one",
                 "remove the others (StructLoRA trainers bring their own)",
             )
+        self._take_options(args)
         run_first(trainer.callback_handler, self)
         if self.runtime is not None:
             self.runtime.detach()
@@ -125,6 +128,25 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         if directory is not None and self.runtime is not None:
             save_state(self.runtime, directory)
         return {"args": {"config": self.config.options()}, "attributes": {}}
+
+    def _take_options(self, arguments) -> None:
+        """Those in the training arguments, where they hold any and the callback was given none."""
+        if not isinstance(arguments, StructLoRAConfig):
+            return
+        if not self._has_own_options:
+            self.config = StructLoRAConfig.build(arguments)
+            return
+        own, theirs, defaults = self.config.options(), arguments.options(), StructLoRAConfig().options()
+        # An option at its default is taken as not given; `seed` is Trainer's too.
+        differ = [n for n in own if n != "seed" and theirs[n] not in (defaults[n], own[n])]
+        if differ:
+            raise StructLoRAError(
+                f"{', '.join(f'{n}={theirs[n]!r}' for n in differ)} in the training arguments, and in the callback "
+                f"{', '.join(f'{n}={own[n]!r}' for n in differ)}",
+                "options in one of the two, or the same in both",
+                "give them to the arguments alone (a `StructLoRACallback()`, no `structlora_config`), or use the trainer's "
+                "own arguments, such as SFTConfig",
+            )
 
 
 def _equal(left: list[Factors], right: list[Factors]) -> bool:

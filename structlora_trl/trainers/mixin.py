@@ -14,6 +14,9 @@ from .callback import StructLoRACallback
 class StructLoRASFTConfig(StructLoRAConfig, SFTConfig):
     """TRL's `SFTConfig` with the options of `StructLoRAConfig` beside its own. `seed` serves both.
 
+    They attach nothing by themselves: `StructLoRASFTTrainer`, `StructLoRAMixin` and a `StructLoRACallback()` without options
+    of its own read them. A bare `SFTTrainer` with these arguments and no callback trains plain LoRA.
+
     Example:
         >>> arguments = StructLoRASFTConfig(folder, gate_init=0.8, learning_rate=2e-4, bf16=False, use_cpu=True)
         >>> arguments.gate_init, arguments.learning_rate

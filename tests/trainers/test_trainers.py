@@ -338,6 +338,35 @@ def test_trainer_subclass_takes_its_options_from_the_arguments(tmp_path):
     assert callback.runtime.seed == trainer.args.seed == 5 and callback.runtime.step == 3
 
 
+IN_ARGUMENTS = {"gate_init": 0.8, "coordinator": "none"}
+
+
+@pytest.mark.parametrize(
+    "callback, expected",
+    [
+        (lambda: StructLoRACallback(), IN_ARGUMENTS),
+        (lambda: StructLoRACallback(IN_ARGUMENTS, prior=0.3), IN_ARGUMENTS | {"prior": 0.3}),
+        (
+            lambda: StructLoRACallback(prior=0.3),
+            r"found gate_init=0.8, coordinator='none' in the training arguments, and in the callback gate_init=0.9, "
+            r"coordinator='gcn'\. Expected .*Fix: give them to the arguments alone",
+        ),
+        (lambda: StructLoRACallback(StructLoRAConfig(coordinator="none")), "found gate_init=0.8 in .* gate_init=0.9"),
+    ],
+    ids=["none of its own", "the same and more", "others", "some of them"],
+)
+def test_plain_callback_and_options_in_the_arguments(callback, expected, tmp_path):
+    callback = callback()
+    trainer = sft(tmp_path, [callback], config_class=StructLoRASFTConfig, **IN_ARGUMENTS)
+    if isinstance(expected, str):
+        with pytest.raises(StructLoRAError, match=expected):
+            trainer.train()
+        return
+    trainer.train()
+    assert callback.config.options().items() >= expected.items() and callback.runtime.config == callback.config
+    assert callback.runtime.step == 3 and callback.runtime.seed == 5
+
+
 def test_mixin_serves_any_trainer(tmp_path):
     (dpo_trainer,) = from_trl("DPOTrainer")
 
