@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,12 @@ def export(
             write_adapter(before, saved.lora, saved.tensors)
             done = Export(_sizes(saved, pruned, before, after), pruned.spared)
             if probe != NO_PROBE:
-                model = load_base(base_name, saved.lora, saved.tensors, revision)
-                done.change = output_change(model, before, after, _probe(model, base_name, revision, probe))
+                done.change = output_change(
+                    lambda: load_base(base_name, saved.lora, saved.tensors, revision),
+                    before,
+                    after,
+                    lambda model: _probe(model, base_name, revision, probe),
+                )
         if merge:
             model = PeftModel.from_pretrained(load_base(base_name, saved.lora, saved.tensors, revision), str(after))
             model.merge_and_unload().save_pretrained(out)
@@ -188,23 +193,28 @@ def _at(revision: str | None) -> dict[str, str]:
 
 
 @torch.no_grad()
-def output_change(base: PreTrainedModel, before: Path, after: Path, probe: Probe) -> Change:
+def output_change(
+    load: Callable[[], PreTrainedModel], before: Path, after: Path, probe_of: Callable[[PreTrainedModel], Probe]
+) -> Change:
     """Compare two adapters of one model in plain PEFT.
 
     Args:
-        base (`PreTrainedModel`): the model.
+        load (callable): gives the model. It is asked anew for each adapter, since some change the model itself
+            (`layer_replication`, `bias`).
         before, after (`Path`): folders of the adapters.
-        probe (`Probe`): what to run it on.
+        probe_of (callable): model -> what to run it on.
 
     Raises:
         StructLoRAError: the model gives no logits.
     """
-    model = PeftModel.from_pretrained(base, str(before), adapter_name="before").eval()
-    model.load_adapter(str(after), adapter_name="after")
     logits = []
-    for name in ("before", "after"):
-        model.set_adapter(name)
-        logits.append(_logits(model.base_model, probe.inputs))
+    for folder in (before, after):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # weights that no file holds are drawn at random: the same ones for both
+            base = load()
+        probe = probe_of(base)
+        logits.append(_logits(PeftModel.from_pretrained(base, str(folder)).eval().base_model, probe.inputs))
+        del base
     old, new = (part.log_softmax(-1) for part in logits)
     return Change(
         probe.name,

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     T5Config,
@@ -269,6 +270,31 @@ def test_models_of_every_kind_are_pruned_and_merged(name, tmp_path):
     export(saved, tmp_path / "merged", merge=True)
     torch.testing.assert_close(answers(None, "merged"), expected, atol=1e-4, rtol=1e-4)
     assert (expected - answers(None)).abs().max() > 1e-4
+
+
+# Options with which an adapter changes more of its base model than it adds to -> what the base model needs for them
+CHANGING = {
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 3]]}, {}),
+    "bias": ({"bias": "lora_only"}, {"attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("option", CHANGING)
+def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
+    lora, config = CHANGING[option]
+    saved = read_saved(llama_run(tmp_path, config, **lora))
+    done = export(saved, tmp_path / "small", prune_below=0.5)
+    assert done.change.largest < 1e-5
+    expected, found = (logits_of(on_base(tmp_path / name, tmp_path / "base"), "llama") for name in ("out", "small"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def llama_run(folder, config: dict | None = None, **lora):
+    """An adapter of a tiny Llama with settings of its own; its folder."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(**{**base_model("llama").config.to_dict(), **(config or {})})
+    model = as_it_is(lambda: LlamaForCausalLM(settings))(folder / "base")
+    return bare_run(model, folder / "out", FAMILIES["llama"].batch, **{**ATTENTION, **lora})
 
 
 def weights_in(folder) -> dict[str, torch.Tensor]:
