@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 
 from peft import LoraConfig
@@ -21,6 +22,9 @@ from ..errors import StructLoRAError
 # With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
 LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$")
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
+
+# Initialisations that take part of the base weights out of the model, again on each loading, by the module's rank.
+_MOVING_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def scale_of(lora: LoraConfig, module: str) -> float:
@@ -73,6 +77,9 @@ def with_one_scale(
     Returns:
         `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in `alpha_pattern` what keeps the
         scale in PEFT; nothing is rank-stabilised.
+
+    Raises:
+        StructLoRAError: PEFT would take another part of the base weights out of the model.
     """
     rows = rows_of(tensors)
     scales = {module: scale_of(lora, module) for module in rows}
@@ -88,6 +95,7 @@ def with_one_scale(
             lora, module
         ):  # a pattern names parameters, and the file does not say which is which
             ranks[module] = rank
+    _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
     written = {}
     for name, value in tensors.items():
         match, bias = LORA_NAME.match(name), _BIAS.match(name)
@@ -102,8 +110,26 @@ def with_one_scale(
 
 
 def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The same adapter with one rank, one alpha and no patterns."""
+    """The same adapter with one rank, one alpha and no patterns.
+
+    Raises:
+        StructLoRAError: as `with_one_scale`.
+    """
     return with_one_scale(lora, tensors, {}, one_rank=True)
+
+
+def _refuse_other_base(lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]) -> None:
+    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in training."""
+    init = str(lora.init_lora_weights).lower()
+    by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
+    changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
+    if changed and init.startswith(_MOVING_BASE):
+        raise StructLoRAError(
+            f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank and "
+            f"scale, and another rank or scale for '{changed[0]}'",
+            "the ranks and scales of training",
+            "export without pruning and without `--one-rank`",
+        )
 
 
 def _configured(lora: LoraConfig, ranks: dict[str, int], rank: int, scale: float) -> LoraConfig:

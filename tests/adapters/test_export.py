@@ -26,6 +26,7 @@ from transformers import (
 from structlora_trl.adapters.export import export, load_base
 from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
+from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import (
     ADAPTER,
@@ -329,6 +330,32 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
         A, B = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
         for loader in loaders:
             torch.testing.assert_close(LOADERS[loader](config, len(A)) * B @ A, update, atol=1e-6, rtol=1e-5)
+
+
+# What PEFT makes of it at another rank or scale is not what was trained -> (LoRA's options, words of the message or None).
+BOUND = {
+    "OLoRA of two ranks": ({"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}}, "initialised with 'olora'"),
+    "OLoRA of two scales": ({"init_lora_weights": "olora", "alpha_pattern": {"q_proj": 2}}, "initialised with 'olora'"),
+    "OLoRA of one rank": ({"init_lora_weights": "olora"}, None),
+    "PiSSA of two ranks": ({"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}}, "initialised with 'pissa'"),
+    "PiSSA of two scales": ({"init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 2}}, None),
+    "orthogonal of two ranks": ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 2}}, None),
+}
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_one_rank_is_the_same_model_or_refused(name, tmp_path):
+    lora, words = BOUND[name]
+    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **ATTENTION, **lora)
+    if words:
+        with pytest.raises(StructLoRAError, match=words):
+            export(read_saved(out), tmp_path / "exported", one_rank=True)
+        assert not (tmp_path / "exported").exists()
+    else:
+        export(read_saved(out), tmp_path / "exported", one_rank=True)
+        before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
 def updates(adapter, base) -> dict[str, torch.Tensor]:
