@@ -43,7 +43,7 @@ def prune(saved: Saved, threshold: float) -> Pruned:
         threshold (`float`): above 0, at most 1.
 
     Raises:
-        StructLoRAError: a threshold out of range; no state, no learned gates, or an adapter that holds base weights (PiSSA).
+        StructLoRAError: a threshold out of range; no state, no learned gates, or an adapter that holds base weights (PiSSA, KaSA).
     """
     if not 0 < threshold <= 1:
         raise StructLoRAError(f"a threshold of {threshold}", "a probability above 0, at most 1", "try 0.05")

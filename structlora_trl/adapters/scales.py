@@ -123,6 +123,13 @@ def _refuse_other_base(lora: LoraConfig, modules: Iterable[str], ranks: dict[str
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
+    if changed and getattr(lora, "kasa_config", None):  # PEFT before 0.21 has none
+        raise StructLoRAError(
+            f"an adapter of KaSA (`kasa_config`), which takes base weights out of the model by rank, and another rank for "
+            f"'{changed[0]}'",
+            "the ranks of training",
+            "export without pruning and without `--one-rank`",
+        )
     if changed and init.startswith(_MOVING_BASE):
         raise StructLoRAError(
             f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank and "

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
@@ -356,6 +357,30 @@ def test_one_rank_is_the_same_model_or_refused(name, tmp_path):
         export(read_saved(out), tmp_path / "exported", one_rank=True)
         before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
         torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options, ranks, refused",
+    [
+        ({"prune_below": 0.5, "probe": "none"}, {}, True),
+        ({"one_rank": True}, {"q_proj": 2}, True),
+        ({"one_rank": True}, {}, False),
+    ],
+)
+def test_kasa_keeps_its_ranks(options, ranks, refused, tmp_path):
+    if not hasattr(peft, "KasaConfig"):
+        pytest.skip("this version of PEFT has no KaSA")
+    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    lora = {**ATTENTION, "kasa_config": peft.KasaConfig(), "rank_pattern": ranks}
+    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **lora)
+    if refused:
+        with pytest.raises(StructLoRAError, match="kasa_config"):
+            export(read_saved(out), tmp_path / "exported", **options)
+        assert not (tmp_path / "exported").exists()
+    else:
+        export(read_saved(out), tmp_path / "exported", **options)
+        before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
+        assert torch.equal(before, after)
 
 
 def updates(adapter, base) -> dict[str, torch.Tensor]:
