@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
+from ..errors import StructLoRAError
 from .gates import expected_gate, kl_gradient, logit, sample_gates, top_k_mask
 
 
@@ -70,6 +71,12 @@ class InformationBottleneck(Filter):
         learned = (*shape[:-2], 1, shape[-1]) if config.share_gates else shape
         self.logits = nn.Parameter(torch.full(learned, logit(config.gate_init), device=device))  # (L, r) or (1, r)
         self.register_buffer("initial_gate", self._expected(self.logits.detach()))  # m₀
+        if not bool((self.initial_gate > 0).all()):
+            raise StructLoRAError(
+                f"gates that are 0 in fp32 at the start (gate_init={config.gate_init}, temperature={config.temperature})",
+                "a mean gate above 0, which training and evaluation gates are divided by",
+                "raise `temperature` or `gate_init`",
+            )
 
     def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
         return self.gates_of(self.logits, noise)
@@ -114,7 +121,7 @@ class TopKFilter(Filter):
 
     def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
         super().__init__(shape, config, device)
-        self.register_buffer("keep", torch.tensor(max(1, int(config.gate_init * shape[-1]))))
+        self.register_buffer("keep", torch.tensor(max(1, int(config.gate_init * shape[-1] + 1e-6))))
 
     def forward(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
         # Closed directions still learn (straight through), or the first choice would be the last.

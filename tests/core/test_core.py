@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from structlora_trl import StructLoRAConfig
+from structlora_trl import StructLoRAConfig, StructLoRAError
 from structlora_trl.core.coordinator import ACTIVATIONS, COORDINATORS
 from structlora_trl.core.diagnostics import drift_energy, effective_rank
+from structlora_trl.core.filters import InformationBottleneck, TopKFilter
 from structlora_trl.core.gates import (
     expected_gate,
     gate_entropy,
@@ -333,3 +334,17 @@ def test_effective_rank_of_diverged_factors_is_nan_and_no_error(value):
 
 def test_drift_energy():
     assert drift_energy(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]])) == 26
+
+
+@pytest.mark.parametrize(
+    "share, rank, kept", [(0.29, 100, 29), (0.58, 50, 29), (0.5, 4, 2), (0.34, 4, 1), (0.01, 4, 1)]
+)
+def test_top_k_keeps_that_share(share, rank, kept):
+    config = StructLoRAConfig(filter="topk_norm", gate_init=share)
+    assert int(TopKFilter((2, rank), config, torch.device("cpu")).keep) == kept
+
+
+def test_gates_that_underflow_are_refused():
+    config = StructLoRAConfig(gate_init=1e-4, temperature=0.01)
+    with pytest.raises(StructLoRAError, match="gates that are 0 in fp32.*raise `temperature` or `gate_init`"):
+        InformationBottleneck((2, 4), config, torch.device("cpu"))
