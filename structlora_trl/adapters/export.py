@@ -36,6 +36,7 @@ from .scales import with_one_rank
 RANDOM, NO_PROBE = "random", "none"
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens
 _PROBE_SEED = 0
+_PREFIX = "base_model.model."  # of PEFT's names
 # Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep theirs: models of
 # pictures and text have the same task type.)
 _HEADS = {
@@ -143,7 +144,9 @@ def export(
                     lambda model: _probe(model, base_name, revision, probe),
                 )
         if merge:
-            model = PeftModel.from_pretrained(load_base(base_name, saved.lora, saved.tensors, revision), str(after))
+            model = load_base(base_name, saved.lora, saved.tensors, revision)
+            _untie(model, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
+            model = PeftModel.from_pretrained(model, str(after))
             model.merge_and_unload().save_pretrained(out)
         else:
             write_adapter(out, lora, tensors)
@@ -186,6 +189,28 @@ def load_base(
         classes = _class_count(tensors)
         labels = {"num_labels": classes} if classes else {}
         return model_class.from_pretrained(name, dtype="auto", **labels, **_at(revision))
+
+
+def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
+    """Give the head a weight of its own where it shares the embeddings' and LoRA adds to either: merged, they differ."""
+    head = base.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        return
+    embeddings = base.get_input_embeddings()
+    tied = {f"{_PREFIX}{name}" for name, module in base.named_modules() if module is embeddings or module is head}
+    if head.weight is not embeddings.weight or not tied & adapted:
+        return
+    if (
+        base.config.is_encoder_decoder
+    ):  # which have more than two uses of the weight, and T5 scales by whether it is tied
+        raise StructLoRAError(
+            f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
+            "adapted weights that only one module uses",
+            "export without merging",
+        )
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def _at(revision: str | None) -> dict[str, str]:

@@ -291,6 +291,30 @@ def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("tied", ["embed_tokens", "lm_head"])
+def test_a_merged_model_has_a_head_of_its_own_where_tied_weights_are_adapted(tied, tmp_path):
+    out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", tied])
+    export(read_saved(out), tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = logits_of(on_base(out, tmp_path / "base"), "llama")
+    torch.testing.assert_close(logits_of(merged, "llama"), expected, atol=1e-5, rtol=0)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_a_merged_model_stays_tied_where_tied_weights_are_not_adapted(tmp_path):
+    export(read_saved(llama_run(tmp_path, {"tie_word_embeddings": True})), tmp_path / "merged", merge=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.tie_word_embeddings
+
+
+def test_tied_weights_of_an_encoder_and_decoder_are_not_merged(tmp_path):
+    model = as_it_is(t5)(tmp_path / "base")
+    lora = {"target_modules": ["q", "o", "lm_head"], "task_type": "SEQ_2_SEQ_LM"}
+    out = bare_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora)
+    with pytest.raises(StructLoRAError, match="shares with its head"):
+        export(read_saved(out), tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+
+
 def llama_run(folder, config: dict | None = None, **lora):
     """An adapter of a tiny Llama with settings of its own; its folder."""
     torch.manual_seed(0)
