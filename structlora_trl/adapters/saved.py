@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
 from ..core.mapping import Factors, KindMap
-from ..core.nodes import Kind, group
+from ..core.nodes import RESIDUAL_ROLES, Kind, group
 from ..errors import StructLoRAError
 from ..state import STATE_NAME, KindState, read_state
 from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
@@ -30,6 +30,14 @@ from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
 _MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
 _USE_ANOTHER = "use another checkpoint"
+_SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
+# What the state alone does not hold of an adapter.
+_MORE_THAN_FACTORS = (
+    *("use_dora", "lora_bias", "kasa_config"),  # PEFT before 0.21 has no KaSA
+    *("modules_to_save", "trainable_token_indices"),
+)
+# Names of layers that are linear in every model: what else a state names may be an embedding or a convolution.
+_LINEAR = re.compile(rf"(.*\.)?({'|'.join(RESIDUAL_ROLES)}|\w+_proj|lm_head|score)")
 # What the rest of PEFT's configuration is read for, and what it must be.
 _VALUES = {
     "r": lambda v: type(v) is int and v > 0,
@@ -104,7 +112,7 @@ def read_saved(folder: str | Path) -> Saved:
     kinds = [m.kind for m in maps]
     _refuse_difference(kinds, latents, masters, "fp32 masters", home)
     if not _modules(tensors):
-        tensors = _tensors_of(lora, kinds, effective, home)
+        tensors = _tensors_of(lora, kinds, effective, masters, home)
     _refuse_difference(kinds, effective, tensors, "adapter", home)
     return Saved(home, lora, tensors, kinds, effective, maps, latents, state.step)
 
@@ -147,8 +155,8 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.exists():
+    path = next((p for p in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME) if p.exists()), None)
+    if path is None:
         return {}
     tensors = _load(path)
     modules = _modules(tensors)
@@ -235,22 +243,37 @@ def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> Ki
     return m
 
 
-def _tensors_of(lora: LoraConfig, kinds: list[Kind], effective: list[Factors], folder: Path) -> dict[str, Tensor]:
+def _tensors_of(
+    lora: LoraConfig, kinds: list[Kind], effective: list[Factors], masters: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
     """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no adapter)."""
-    others = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if getattr(lora, name)]
+    others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
     others += ["bias"] if lora.bias != "none" else []
     if others:
         raise StructLoRAError(
             f"no adapter weights in {folder}, and an adapter with more than LoRA factors ({', '.join(others)})",
             f"{SAFETENSORS_WEIGHTS_NAME}, where these lie",
-            "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again",
+            _SAVE_AGAIN,
         )
-    return {
-        f"{module}.lora_{side}.weight": value.clone()
-        for kind, factors in zip(kinds, effective, strict=True)
-        for side, stack in zip("AB", factors, strict=True)
-        for module, value in zip(kind.modules, stack, strict=True)
-    }
+    known = {}  # PEFT's name and the shape of each factor, as masters tell them
+    for name, value in masters.items():
+        match = LORA_NAME.match(name)
+        factor = f"{match['module']}.lora_{match['embedding'] or ''}{match['factor']}"
+        known[match["module"], match["factor"]] = factor + ("" if match["embedding"] else ".weight"), value.shape
+    tensors = {}
+    for kind, factors in zip(kinds, effective, strict=True):
+        for index, module in enumerate(kind.modules):
+            if not (known or kind.adapted.parameter or _LINEAR.fullmatch(module)):
+                raise StructLoRAError(
+                    f"no adapter weights in {folder}, and '{module}', which may be an embedding or a convolution",
+                    f"{SAFETENSORS_WEIGHTS_NAME}, or fp32 masters, which tell what it is",
+                    f"run `python zero_to_fp32.py . fp32` in the checkpoint and give its folder fp32; or {_SAVE_AGAIN}",
+                )
+            for side, stack in zip("AB", factors, strict=True):
+                value = stack[index]
+                name, shape = known.get((module, side), (f"{module}.lora_{side}.weight", value.shape))
+                tensors[name] = value.reshape(shape).clone()
+    return tensors
 
 
 def _refuse_difference(

@@ -20,7 +20,9 @@ from ..core.nodes import Adapted
 from ..errors import StructLoRAError
 
 # With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
-LORA_NAME = re.compile(r"^(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$")
+LORA_NAME = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$"
+)
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
 # Initialisations that take part of the base weights out of the model, again on each loading, by the module's rank.

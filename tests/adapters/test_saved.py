@@ -9,18 +9,23 @@ import shutil
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from structlora_trl import attach, save_state
+from structlora_trl.adapters.export import export
 from structlora_trl.adapters.inspecting import log_history, report
 from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS
+from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, as_it_is, bare_run
 from tests.support.launching import launch, one_at_a_time
+from tests.support.tiny import FAMILIES, adamw, base_model
 
 
 def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
@@ -55,6 +60,88 @@ def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
         for name in saved:
             torch.testing.assert_close(exported[name], saved[name], atol=1e-6, rtol=1e-5)
     assert max((masters[n.replace(".weight", ".default.weight")] - saved[n]).abs().max() for n in saved) > 1e-2
+
+
+def test_a_pickled_adapter_is_read_whole(tmp_path):
+    """`save_pretrained(safe_serialization=False)`, with biases that the state does not hold."""
+    out = llama_run(tmp_path, target_modules=["q_proj", "v_proj"], lora_bias=True)
+    tensors = load_file(out / ADAPTER)
+    (out / ADAPTER).unlink()
+    torch.save(tensors, out / "adapter_model.bin")
+    export(read_saved(out), tmp_path / "exported")
+    exported = load_file(tmp_path / "exported" / ADAPTER)
+    assert exported.keys() == tensors.keys() and all(torch.equal(exported[name], tensors[name]) for name in tensors)
+
+
+# What is adapted -> words of the message where only the state is saved
+NOT_IN_THE_STATE = {
+    "biases": ({"lora_bias": True}, "lora_bias"),
+    "KaSA": ({"kasa_config": getattr(peft, "KasaConfig", dict)()}, "kasa_config"),
+    "an embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens', which may be an embedding"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IN_THE_STATE)
+def test_what_the_state_does_not_hold_is_refused(name, tmp_path):
+    lora, words = NOT_IN_THE_STATE[name]
+    if not lora.keys() <= LoraConfig.__dataclass_fields__.keys():
+        pytest.skip("this version of PEFT has none")
+    out = llama_run(tmp_path, **{"target_modules": ["q_proj", "v_proj"], **lora})
+    (out / ADAPTER).unlink()
+    with pytest.raises(StructLoRAError, match=words):
+        read_saved(out)
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, padding=1)}) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["conv"](x)
+        return x
+
+
+def test_masters_tell_embeddings_and_convolutions_apart(tmp_path):
+    """Where only the state is saved: their names and shapes are those of PEFT's file."""
+    runs = {
+        "embedding": (base_model("llama"), FAMILIES["llama"].batch(0), ["q_proj", "embed_tokens"], None),
+        "convolution": (Convolutions(), {"x": torch.randn(2, 4, 6, 6)}, ["conv"], {"conv": "write"}),
+    }
+    for name, (model, inputs, targets, roles) in runs.items():
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        optimizer = adamw(model)
+        runtime = attach(model, optimizer, roles=roles)
+        model.train()
+        output = model(**inputs)
+        (output.square().mean() if name == "convolution" else output.loss).backward()
+        optimizer.step()
+        masters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+        for kind, latent in zip(runtime.kinds, runtime.engine.read_latents(), strict=True):
+            for side, parameters in zip("AB", (kind.A, kind.B), strict=True):
+                for index, parameter in enumerate(parameters):
+                    own = next(n for n, p in model.named_parameters() if p is parameter)
+                    masters[own] = getattr(latent, side)[index].reshape(parameter.shape).clone()
+        runtime.eval()
+        out = tmp_path / name
+        model.save_pretrained(out)
+        save_state(runtime, out)
+        saved = load_file(out / ADAPTER)
+        (out / ADAPTER).unlink()
+        with pytest.raises(StructLoRAError, match="may be an embedding or a convolution"):
+            read_saved(out)
+        (out / "fp32").mkdir()
+        torch.save(masters, out / "fp32" / "pytorch_model.bin")
+        found = read_saved(out / "fp32").tensors
+        assert found.keys() == {n for n in saved if "lora_" in n}
+        for factor, value in found.items():
+            torch.testing.assert_close(value, saved[factor], atol=1e-6, rtol=1e-5)
+
+
+def llama_run(folder, **lora):
+    model = as_it_is(lambda: base_model("llama"))(folder / "base")
+    return bare_run(model, folder / "out", FAMILIES["llama"].batch, **lora)
 
 
 MUTATIONS = 100
