@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -13,7 +15,14 @@ from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
-from .compat import checkpoint_being_saved, refuse_engine_taken_down, run_first, training_trainer, why_quiet
+from .compat import (
+    callback_being_restored,
+    checkpoint_being_saved,
+    refuse_engine_taken_down,
+    run_first,
+    training_trainer,
+    why_quiet,
+)
 
 
 class StructLoRACallback(TrainerCallback, ExportableState):
@@ -46,8 +55,16 @@ class StructLoRACallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: StructLoRAConfig | dict | None = None, parts: Parts = DEFAULT_PARTS, **overrides):
-        self.config, self.parts = StructLoRAConfig.build(config, **overrides), parts
+        restored = callback_being_restored()
+        is_restored = type(restored) is type(self)
+        if is_restored:
+            # One state for both: whoever holds the first one finds the runtime in it, and its parts stay.
+            self.__dict__ = restored.__dict__
+        self.config = StructLoRAConfig.build(config, **overrides)
         self._has_own_options = bool(config or overrides)
+        if is_restored:
+            return
+        self.parts = parts
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
@@ -58,6 +75,18 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         """The runtime of a trainer whose model and optimizer are ready."""
         seed, quiet = trainer.args.seed, why_quiet(trainer)
         return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet)
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if args.restore_callback_states_from_checkpoint:
+            arguments, constructor = self.state()["args"], signature(type(self))
+            try:
+                constructor.bind(**arguments)
+            except TypeError as error:
+                raise StructLoRAError(
+                    f"`restore_callback_states_from_checkpoint` beside {type(self).__name__}, which is built with {constructor}",
+                    f"a callback that takes what a checkpoint has of it: {', '.join(arguments)}",
+                    "leave that argument out (StructLoRA resumes without it), or give the class such a constructor",
+                ) from error
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainer, resumed_from = training_trainer()

@@ -85,6 +85,15 @@ def checkpoint_being_saved() -> Path | None:
     return None if frame is None else Path(frame.f_locals["output_dir"])
 
 
+def callback_being_restored() -> TrainerCallback | None:
+    """The callback that the Trainer is building anew from a checkpoint's arguments right now, or None.
+
+    For `restore_callback_states_from_checkpoint` it puts `type(callback)(**arguments)` in the callback's place (transformers 5).
+    """
+    frame = _trainer_frame(lambda frame: frame.f_code.co_name == "_load_callback_state")
+    return None if frame is None else frame.f_locals.get("callback")
+
+
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
     """Move a callback to the front of a handler, safe while the handler goes through its list.
 

@@ -140,11 +140,12 @@ def test_quantised(bits, place, monkeypatch):
     assert_plain_peft_agrees(trainer, "out")
 
 
-def test_resume_goes_on_where_the_run_ended(place, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["--restore_callback_states_from_checkpoint", "true"]])
+def test_resume_goes_on_where_the_run_ended(more, place, monkeypatch):
     given = config_file(save_strategy="steps", save_steps=2, max_steps=4, lr_scheduler_type="constant")
     trained(monkeypatch, "sft", "--config", given, "--output_dir", "whole")
     trained(monkeypatch, "sft", "--config", given, "--max_steps", "2")
-    trained(monkeypatch, "sft", "--config", given, "--resume_from_checkpoint", "true")
+    trained(monkeypatch, "sft", "--config", given, "--resume_from_checkpoint", "true", *more)
     whole, parts = (load_file(f"{folder}/{STATE_NAME}") for folder in ("whole", "out"))
     assert whole["step"] == 4 and all(torch.equal(whole[name], parts[name]) for name in whole)
 

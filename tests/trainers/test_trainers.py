@@ -147,6 +147,10 @@ def test_training_loop_of_another_name(tmp_path, monkeypatch):
     assert callback.runtime.step == 4 and state_of(tmp_path / "checkpoint-4")[1]["step"] == 4
 
 
+class Silence(LogisticNoise):
+    """Noise of one's own."""
+
+
 def test_callback_state_is_restored_where_asked(tmp_path):
     options = {
         "max_steps": 4,
@@ -154,11 +158,26 @@ def test_callback_state_is_restored_where_asked(tmp_path):
         "save_steps": 2,
         "restore_callback_states_from_checkpoint": True,
     }
-    sft(tmp_path, [StructLoRACallback(prior=0.3), StopAt(2)], **options).train()
-    resumed = sft(tmp_path, [StructLoRACallback()], **options)
+    parts = Parts(noise=Silence)
+    sft(tmp_path, [StructLoRACallback(prior=0.3, parts=parts), StopAt(2)], **options).train()
+    given = StructLoRACallback(parts=parts)
+    resumed = sft(tmp_path, [given], **options)
     resumed.train(resume_from_checkpoint=True)
     (callback,) = [c for c in resumed.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
     assert callback.config == StructLoRAConfig(prior=0.3) and callback.runtime.step == 4
+    assert given.runtime is callback.runtime and isinstance(given.runtime.noise, Silence)
+
+
+def test_a_callback_that_cannot_be_restored_is_refused(tmp_path):
+    class Mine(StructLoRACallback):
+        def __init__(self, prior):
+            super().__init__(prior=prior)
+
+    sft(tmp_path, [Mine(0.3)])
+    with pytest.raises(
+        StructLoRAError, match="Mine, which is built with .prior.*takes what a checkpoint has of it: config"
+    ):
+        sft(tmp_path, [Mine(0.3)], restore_callback_states_from_checkpoint=True)
 
 
 def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
