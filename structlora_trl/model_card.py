@@ -38,10 +38,28 @@ def describe(path: Path, text: str) -> None:
     """
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
+    _put_section(card, text)
+    card.save(path)
+
+
+def undescribe(path: Path) -> None:
+    """Take the tag and the section off a card that an earlier run left, if there is one; all other text is kept.
+
+    Args:
+        path (`Path`): the card, a `README.md`.
+    """
+    if not path.is_file() or HEADING not in path.read_text(encoding="utf-8"):
+        return
+    card = ModelCard.load(path)
+    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != TAG] or None
+    _put_section(card, "")
+    card.save(path)
+
+
+def _put_section(card: ModelCard, text: str) -> None:
     before, _, rest = card.text.partition(HEADING)
     _, _, after = rest.partition("\n## ")
     card.text = "\n\n".join(part for part in (before.rstrip(), text.rstrip(), after and f"## {after}") if part) + "\n"
-    card.save(path)
 
 
 class DescribedCard:

@@ -11,8 +11,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..errors import StructLoRAError
+from ..model_card import CARD_NAME, undescribe
 from ..refusing import refusing
-from ..state import save_state
+from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
 from . import data
@@ -45,12 +46,18 @@ def run(command: str, arguments: list[str]) -> None:
         trainer.accelerator.print("structlora: false, so this run is plain LoRA.")
     trainer.train(resume_from_checkpoint=checkpoint)
 
+    output = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():  # what a run of the other kind left there; before saving, which may push
+        if callback is None:
+            (output / STATE_NAME).unlink(missing_ok=True)
+        if callback is None or given.structlora.is_off:
+            undescribe(output / CARD_NAME)
     trainer.save_model()
     trainer.save_state()
-    output = Path(trainer.args.output_dir)
     if callback is not None and trainer.is_world_process_zero():
         save_state(callback.runtime, output)
-    trainer.accelerator.print(f"Saved to {output}: a plain LoRA adapter. `structlora inspect {output}` looks into it.")
+    hint = "" if callback is None else f" `structlora inspect {output}` looks into it."
+    trainer.accelerator.print(f"Saved to {output}: a plain LoRA adapter.{hint}")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=given.script.dataset_name)
     compat.end_training(trainer)

@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from structlora_trl.cli import main
 from structlora_trl.cli.methods import METHODS
+from structlora_trl.model_card import HEADING, TAG
 from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import (
     SFT,
@@ -69,6 +71,20 @@ def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
     assert not Path("plain", STATE_NAME).exists()
     plain, off = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "off"))
     assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
+
+
+def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys):
+    """Both halves of a comparison in one folder."""
+    given, card = config_file(), Path("out", "README.md")
+    trained(monkeypatch, "sft", "--config", given)
+    assert HEADING in card.read_text() and TAG in ModelCard.load(card).data.tags
+    assert "`structlora inspect out`" in capsys.readouterr().out
+    card.write_text(card.read_text() + "\n## My notes\n\nKeep this.\n")
+    trained(monkeypatch, "sft", "--config", given, "--structlora", "false")
+    assert HEADING not in card.read_text() and TAG not in ModelCard.load(card).data.tags
+    assert card.read_text().count("## My notes\n\nKeep this.") == 1
+    assert not Path("out", STATE_NAME).exists() and "inspect" not in capsys.readouterr().out
+    assert main(["inspect", "out"]) == 0
 
 
 def _one_file(suffix):
