@@ -90,11 +90,10 @@ def read_saved(folder: str | Path) -> Saved:
     given = Path(folder)
     masters = _read_masters(given)
     home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
-    adapter_home = _named_adapter(home) or home
-    lora = _read_config(adapter_home)
-    tensors = _read_adapter(adapter_home, lora)
     state_file = home / STATE_NAME
     if not state_file.is_file():
+        lora = _read_config(home)
+        tensors = _read_adapter(home, lora)
         if not tensors:
             raise StructLoRAError(
                 f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
@@ -110,18 +109,51 @@ def read_saved(folder: str | Path) -> Saved:
     with torch.no_grad():
         effective = [m(latent, None) for m, latent in zip(maps, latents, strict=True)]
     kinds = [m.kind for m in maps]
+    trained = config.adapter_name
+    if masters and trained not in masters:
+        same = (name for name, own in masters.items() if _difference(kinds, latents, own) is None)
+        trained = next(same, next(iter(masters)))
+    masters = masters.get(trained, {})
     _refuse_difference(kinds, latents, masters, "fp32 masters", home)
+    adapter_home = _adapter_home(home, trained, kinds, effective)
+    lora = _read_config(adapter_home)
+    tensors = _read_adapter(adapter_home, lora)
     if not _modules(tensors):
         tensors = _tensors_of(lora, kinds, effective, masters, home)
     _refuse_difference(kinds, effective, tensors, "adapter", home)
     return Saved(home, lora, tensors, kinds, effective, maps, latents, state.step)
 
 
-def _named_adapter(folder: Path) -> Path | None:
-    """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it."""
-    if (folder / "adapter_config.json").is_file() or not (folder / STATE_NAME).is_file():
-        return None
-    return next(iter(sorted(path.parent for path in folder.glob("*/adapter_config.json"))), None)
+def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:
+    """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it.
+
+    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the state's.
+    """
+    folders = {"default": home} if (home / "adapter_config.json").is_file() else {}
+    for path in sorted(home.glob("*/adapter_config.json")):
+        if not (path.parent / STATE_NAME).is_file():  # a checkpoint
+            folders.setdefault(path.parent.name, path.parent)
+    if trained in folders or len(folders) < 2:
+        return folders.get(trained) or next(iter(folders.values()), home)
+    bare = [name for name, folder in folders.items() if _weights_file(folder) is None]
+    for name in [name for name in folders if name not in bare]:
+        try:
+            tensors = _read_adapter(folders[name], _read_config(folders[name]))
+        except StructLoRAError:
+            continue
+        if _difference(kinds, effective, tensors) is None:
+            return folders[name]
+    if len(bare) > 1:
+        raise StructLoRAError(
+            f"several adapters without weights in {home} ({', '.join(bare)})",
+            "one, or the trained one's name in the options of the run",
+            f"set `adapter_name`, or {_SAVE_AGAIN}",
+        )
+    return folders[bare[0]] if bare else next(iter(folders.values()))
+
+
+def _weights_file(folder: Path) -> Path | None:
+    return next((p for p in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME) if p.exists()), None)
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -155,7 +187,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
-    path = next((p for p in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME) if p.exists()), None)
+    path = _weights_file(folder)
     if path is None:
         return {}
     tensors = _load(path)
@@ -167,14 +199,15 @@ def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_masters(folder: Path) -> dict[str, Tensor]:
-    """LoRA factors among whole-model fp32 weights; without a copy of the rest."""
-    found = {}
+def _read_masters(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """LoRA factors among whole-model fp32 weights, by adapter; without a copy of the rest."""
+    found = defaultdict(dict)
     for path in sorted(path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()):
         factors = {name: value for name, value in _load(path).items() if LORA_NAME.match(name)}
         _refuse_odd_numbers(factors, path)
-        found |= factors
-    return found
+        for name, value in factors.items():
+            found[LORA_NAME.match(name)["adapter"]][name] = value
+    return dict(found)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -280,6 +313,19 @@ def _refuse_difference(
     kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor], what: str, folder: Path
 ) -> None:
     """Stop where a file's factors are not those of the state."""
+    different = _difference(kinds, factors, tensors)
+    if different:
+        side, module, difference = different
+        raise StructLoRAError(
+            f"{what} and {STATE_NAME} of different weights in {folder} (lora_{side} of '{module}' differs by "
+            f"{difference:.1e} of its norm)",
+            "both of one moment of one run",
+            f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
+        )
+
+
+def _difference(kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
+    """The first side and module whose factors in a file, if it has any, are others, and by how much of their norm."""
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
     for kind, stacks in zip(kinds, factors, strict=True) if modules else ():
@@ -291,9 +337,5 @@ def _refuse_difference(
                     scale = ours.norm().clamp(min=torch.finfo(ours.dtype).tiny)
                     difference = float((theirs.reshape(ours.shape) - ours).norm() / scale)
                 if not difference <= tolerance:  # NaN is different too
-                    raise StructLoRAError(
-                        f"{what} and {STATE_NAME} of different weights in {folder} (lora_{side} of '{module}' differs by "
-                        f"{difference:.1e} of its norm)",
-                        "both of one moment of one run",
-                        f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
-                    )
+                    return side, module, difference
+    return None

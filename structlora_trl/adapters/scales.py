@@ -21,7 +21,7 @@ from ..errors import StructLoRAError
 
 # With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
 LORA_NAME = re.compile(
-    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?!bias$)[^.]+)?(\.weight)?$"
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 

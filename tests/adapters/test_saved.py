@@ -117,12 +117,7 @@ def test_masters_tell_embeddings_and_convolutions_apart(tmp_path):
         output = model(**inputs)
         (output.square().mean() if name == "convolution" else output.loss).backward()
         optimizer.step()
-        masters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-        for kind, latent in zip(runtime.kinds, runtime.engine.read_latents(), strict=True):
-            for side, parameters in zip("AB", (kind.A, kind.B), strict=True):
-                for index, parameter in enumerate(parameters):
-                    own = next(n for n, p in model.named_parameters() if p is parameter)
-                    masters[own] = getattr(latent, side)[index].reshape(parameter.shape).clone()
+        masters = masters_of(model, runtime)
         runtime.eval()
         out = tmp_path / name
         model.save_pretrained(out)
@@ -137,6 +132,69 @@ def test_masters_tell_embeddings_and_convolutions_apart(tmp_path):
         assert found.keys() == {n for n in saved if "lora_" in n}
         for factor, value in found.items():
             torch.testing.assert_close(value, saved[factor], atol=1e-6, rtol=1e-5)
+
+
+def masters_of(model, runtime):
+    """As `zero_to_fp32.py` collects them: latent factors where an adapter is trained, the others' own."""
+    masters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for kind, latent in zip(runtime.kinds, runtime.engine.read_latents(), strict=True):
+        for side, parameters in zip("AB", (kind.A, kind.B), strict=True):
+            for index, parameter in enumerate(parameters):
+                masters[names[id(parameter)]] = getattr(latent, side)[index].reshape(parameter.shape).clone()
+    return masters
+
+
+def _spoil_nothing(folder):
+    pass
+
+
+def _remove_weights(folder):
+    for path in folder.rglob(ADAPTER):
+        path.unlink()
+
+
+# The frozen adapter -> (options of the run, what is done to the folder, folder to read, words of the message or None)
+BESIDE = {
+    "first of the alphabet": ("frozen_ref", {}, _spoil_nothing, "out", None),
+    "last of the alphabet": ("reference", {}, _spoil_nothing, "out", None),
+    "the default": ("default", {}, _spoil_nothing, "out", None),
+    "masters of both": ("frozen_ref", {}, _spoil_nothing, "out/fp32", None),
+    "masters of both, the frozen one's last": ("reference", {}, _spoil_nothing, "out/fp32", None),
+    "masters alone": ("frozen_ref", {}, _remove_weights, "out/fp32", None),
+    "no weights, and a name": ("frozen_ref", {"adapter_name": "policy"}, _remove_weights, "out", None),
+    "no weights": ("frozen_ref", {}, _remove_weights, "out", "several adapters without weights"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_of_two_adapters_the_trained_one_is_read(name, tmp_path):
+    frozen, options, spoil, given, words = BESIDE[name]
+    out, targets = tmp_path / "out", {"target_modules": ["q_proj", "v_proj"]}
+    model = get_peft_model(base_model("llama"), LoraConfig(r=4, lora_alpha=12, **targets), adapter_name="policy")
+    model.add_adapter(frozen, LoraConfig(r=4, init_lora_weights=False, **targets))
+    model.set_adapter("policy")
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, options)
+    model.train()
+    model(**FAMILIES["llama"].batch(0)).loss.backward()
+    optimizer.step()
+    masters = masters_of(model, runtime)
+    runtime.eval()
+    model.save_pretrained(out)
+    save_state(runtime, out)
+    expected = load_file(out / "policy" / ADAPTER)
+    (out / "fp32").mkdir()
+    torch.save(masters, out / "fp32" / "pytorch_model.bin")
+    spoil(out)
+    if words:
+        with pytest.raises(StructLoRAError, match=words):
+            read_saved(tmp_path / given)
+        return
+    saved = read_saved(tmp_path / given)
+    assert saved.lora.lora_alpha == 12 and saved.tensors.keys() == expected.keys()
+    for factor, value in saved.tensors.items():
+        torch.testing.assert_close(value, expected[factor], atol=1e-6, rtol=1e-5)
 
 
 def llama_run(folder, **lora):
