@@ -14,13 +14,14 @@ _ABOUT_INPUT = (OSError, ValueError, TypeError, KeyError, ImportError, DatasetsE
 
 
 @contextmanager
-def refusing(what: str, expected: str, remedy: str) -> Iterator[None]:
+def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn an error about the user's input into a `StructLoRAError`.
 
     Args:
         what (`str`): what was tried.
         expected (`str`): what it needs.
         remedy (`str`): what the user can do.
+        also (`tuple`, *optional*): further errors that are about the input here.
 
     Raises:
         StructLoRAError: with the other library's message in it.
@@ -29,7 +30,7 @@ def refusing(what: str, expected: str, remedy: str) -> Iterator[None]:
         yield
     except StructLoRAError:
         raise
-    except _ABOUT_INPUT as error:
+    except (*_ABOUT_INPUT, *also) as error:
         cause = error
         while cause.__cause__ is not None:  # the outermost often says only that something failed
             cause = cause.__cause__

@@ -122,11 +122,22 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StructLoRAError(f"{out}, which is not empty", "a new or empty folder", "name another, or empty it")
+    if merge and saved.lora.layer_replication:
+        raise StructLoRAError(
+            "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
+            "adapted weights that only one module uses",
+            "export without merging",
+        )
     base_name, revision = (base, None) if base else (saved.lora.base_model_name_or_path, saved.lora.revision)
     lora, tensors = saved.lora, saved.tensors
     done = Export([], [])
-    with tempfile.TemporaryDirectory() as scratch:
-        before, after = Path(scratch, "before"), Path(scratch, "after")
+    # The result is made beside its place, on the same disk, and moved: an error leaves nothing of it.
+    near = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
+    ):
+        before, after, result = Path(scratch, "before"), Path(scratch, "after"), Path(unfinished, "result")
         if prune_below is not None:
             pruned = prune(saved, prune_below)
             lora, tensors = pruned.lora, pruned.tensors
@@ -146,11 +157,20 @@ def export(
         if merge:
             model = load_base(base_name, saved.lora, saved.tensors, revision)
             _untie(model, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
-            model = PeftModel.from_pretrained(model, str(after))
-            model.merge_and_unload().save_pretrained(out)
+            model = _with_adapter(model, after)
+            with refusing(
+                "merging the adapter",
+                "an update that the base model's weights can hold",
+                "export without merging",
+                (RuntimeError,),
+            ):
+                model.merge_and_unload().save_pretrained(result)
         else:
-            write_adapter(out, lora, tensors)
-    _copy_processor(saved.folder, base_name if merge else None, revision, out)
+            write_adapter(result, lora, tensors)
+        _copy_processor(saved.folder, base_name if merge else None, revision, result)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in result.iterdir():
+            path.rename(out / path.name)
     return done
 
 
@@ -189,6 +209,16 @@ def load_base(
         classes = _class_count(tensors)
         labels = {"num_labels": classes} if classes else {}
         return model_class.from_pretrained(name, dtype="auto", **labels, **_at(revision))
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    with refusing(
+        "loading the adapter onto the base model",
+        "the base model as it was trained on, its vocabulary too",
+        "save the base model after `resize_token_embeddings`, and give `--base MODEL`",
+        (RuntimeError,),
+    ):
+        return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
@@ -238,7 +268,7 @@ def output_change(
             torch.manual_seed(0)  # weights that no file holds are drawn at random: the same ones for both
             base = load()
         probe = probe_of(base)
-        logits.append(_logits(PeftModel.from_pretrained(base, str(folder)).eval().base_model, probe.inputs))
+        logits.append(_logits(_with_adapter(base, folder).base_model, probe.inputs))
         del base
     old, new = (part.log_softmax(-1) for part in logits)
     return Change(

@@ -315,12 +315,59 @@ def test_tied_weights_of_an_encoder_and_decoder_are_not_merged(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def llama_run(folder, config: dict | None = None, **lora):
+def resized(model):
+    model.resize_token_embeddings(VOCABULARY + 3)
+    return model
+
+
+# What cannot be merged -> (LoRA's options, what is done to the model before training, words of the message)
+UNMERGEABLE = {
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 3]]}, None, "`layer_replication`, whose copies"),
+    "lora_bias without a bias": ({"lora_bias": True}, None, "merging the adapter failed.*base layer has no bias"),
+    "a vocabulary resized": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        resized,
+        "loading the adapter onto the base model failed.*size mismatch.*resize_token_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("folder_is_there", [False, True])
+@pytest.mark.parametrize("what", UNMERGEABLE)
+def test_a_merge_that_fails_leaves_nothing(what, folder_is_there, tmp_path):
+    lora, change, words = UNMERGEABLE[what]
+    out = llama_run(tmp_path, change=change, **lora)
+    merged = tmp_path / "merged"
+    if folder_is_there:
+        merged.mkdir()
+    there = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(StructLoRAError, match=words):
+        export(read_saved(out), merged, merge=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    assert not (folder_is_there and any(merged.iterdir()))
+
+
+def test_a_save_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
+    out = llama_run(tmp_path)
+
+    def fail(self, folder, **_):
+        self.config.save_pretrained(folder)
+        raise RuntimeError("shared tensors")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    with pytest.raises(StructLoRAError, match="merging the adapter failed.*shared tensors"):
+        export(read_saved(out), tmp_path / "a" / "merged", merge=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def llama_run(folder, config: dict | None = None, change=None, **lora):
     """An adapter of a tiny Llama with settings of its own; its folder."""
     torch.manual_seed(0)
     settings = LlamaConfig(**{**base_model("llama").config.to_dict(), **(config or {})})
     model = as_it_is(lambda: LlamaForCausalLM(settings))(folder / "base")
-    return bare_run(model, folder / "out", FAMILIES["llama"].batch, **{**ATTENTION, **lora})
+    return bare_run(
+        change(model) if change else model, folder / "out", FAMILIES["llama"].batch, **{**ATTENTION, **lora}
+    )
 
 
 def weights_in(folder) -> dict[str, torch.Tensor]:
