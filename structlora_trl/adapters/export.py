@@ -230,9 +230,7 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
     tied = {f"{_PREFIX}{name}" for name, module in base.named_modules() if module is embeddings or module is head}
     if head.weight is not embeddings.weight or not tied & adapted:
         return
-    if (
-        base.config.is_encoder_decoder
-    ):  # which have more than two uses of the weight, and T5 scales by whether it is tied
+    if base.config.is_encoder_decoder:  # with more than two uses of the weight; T5 scales by whether it is tied
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",
