@@ -229,5 +229,11 @@ def _facts(runtime: Runtime) -> dict:
         "engine": runtime.engine.name,
         "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "structlora-trl": __version__},
-        "latent weights": [float(part.double().sum()) for factors in runtime.engine.read_latents() for part in factors],
+        "latent weights": _sums_of_latents(runtime),
     }
+
+
+def _sums_of_latents(runtime: Runtime) -> list[float]:
+    latents = runtime.engine.read_latents(everything=True)
+    sums = [part.double().sum() for factors in latents for part in factors]
+    return [float(total) for total in runtime.maps[0].width.sums(sums)]

@@ -12,17 +12,20 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .config import StructLoRAConfig
-from .core.diagnostics import neighbour_cosine, structure_metrics
+from .core.diagnostics import structure_metrics
 from .core.inverse import latents_of
-from .core.mapping import DEFAULT_PARTS, Factors, KindMap, Parts
+from .core.mapping import DEFAULT_PARTS, Factors, KindMap, Parts, moved_sides
 from .core.nodes import Kind
+from .core.regularizers import cosines, neighbour_products
 from .core.stopwatch import Stopwatch
+from .core.width import Width
 from .engines import Engine, world_size
 from .engines.schedule import Rate, ScheduleShare
 from .errors import StructLoRAError
@@ -34,6 +37,16 @@ logger = logging.getLogger(__name__)
 DEFAULT_SEED = 42
 # Which weights stand in the model; latent ones do during an optimizer step, and after one that an exception broke off.
 EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
+_NOISY = ("B",)  # the factor that gates act on
+
+
+class _Pulled(NamedTuple):
+    """What the pullback of a kind's gradients gave: of latent factors and of the map's own parameters (this rank's share, where
+    ranks share the width), and the gradients that the graph is to see."""
+
+    factors: Factors
+    own: dict[str, Tensor]
+    seen: Tensor | None
 
 
 def _timed(method: Callable) -> Callable:
@@ -103,14 +116,18 @@ class Runtime:
         self._owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in ours]
         self.is_attached = True
         with ExitStack() as on_error:
-            engine.install(self._before_step, self._after_step)
+            moved = [moved_sides(kind, config, parts) for kind in kinds]
+            engine.install(self._before_step, self._after_step, moved)
             on_error.callback(engine.remove)
             if align:
                 self._align()
             self.maps = [
-                KindMap(kind, config, _origin(latent.A), latent.B.clone() if absorbs_base else None, parts)
-                for kind, latent in zip(kinds, engine.read_latents(), strict=True)
+                KindMap(
+                    kind, config, _origin(latent.A, width), latent.B.clone() if absorbs_base else None, parts, width
+                )
+                for kind, latent, width in zip(kinds, engine.read_latents(everything=True), engine.widths, strict=True)
             ]
+            self._width = engine.widths[0]  # the ranks are the same for every kind
             self._gate_count = sum(m.gate_count for m in self.maps)
             self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
             self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
@@ -160,16 +177,20 @@ class Runtime:
             return
         self._trained = True
         self._adopt()
-        if self.weights == LATENT or self.is_noisy:
+        if self.weights == LATENT:
             self._write(self._noise())
+        elif self.is_noisy:
+            self._write(self._noise(), _NOISY)
         self.weights = TRAINING
 
     def eval(self) -> None:
         """Put the evaluation weights in place. After a step that an exception broke off, those of before that step."""
         if self.weights == EVALUATION or self._adopt():
             return
-        if self.weights == LATENT or self.is_noisy:
+        if self.weights == LATENT:
             self._write(None)
+        elif self.is_noisy:
+            self._write(None, _NOISY)
         self.weights = EVALUATION
 
     def begin_visit(self) -> ExitStack | None:
@@ -206,6 +227,11 @@ class Runtime:
         return [p for kind in self.kinds for p in (*kind.A, *kind.B)]
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether ranks share the map: `state_dict()`, `save_state` and `metrics()` are to be called on every rank then."""
+        return self._width.is_shared
+
+    @property
     def acted_steps(self) -> int:
         """Optimizer steps with gradients of the adapter: taken, or skipped for what was in them."""
         return self.step + self.skipped_steps
@@ -218,18 +244,15 @@ class Runtime:
     def evaluation_values(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each LoRA parameter with its evaluation value, as the model would hold it."""
         self._adopt()
-        for kind, factors in zip(self.kinds, self.evaluation_factors(), strict=True):
-            for parameters, stack in zip((kind.A, kind.B), factors, strict=True):
-                yield from (
-                    (p, self.engine.stored(p, value.detach())) for p, value in zip(parameters, stack, strict=True)
-                )
+        yield from self.engine.stored(self.evaluation_factors())
 
     def evaluation_factors(self) -> list[Factors]:
-        """Effective factors without noise, one per kind, fp32."""
-        return self._effective(None)
+        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards the map."""
+        return self._effective(None, everything=True)
 
     def metrics(self) -> dict[str, float]:
-        """Figures under `structlora/` (see `diagnostics`); averages over the steps since the last call."""
+        """Figures under `structlora/` (see `diagnostics`); averages over the steps since the last call. Under FSDP2 and ZeRO, call
+        it on every rank."""
         self._adopt()
         found = structure_metrics(self.maps, self.evaluation_factors())
         if self._cosine_count:
@@ -241,11 +264,14 @@ class Runtime:
         return {f"structlora/{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as one flat dict."""
+        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as one flat dict.
+
+        Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
+        """
         self._adopt()
         kinds = {
             m.kind.name: KindState.of(m, latent, self._optimizer)
-            for m, latent in zip(self.maps, self.engine.read_latents(), strict=True)
+            for m, latent in zip(self.maps, self.engine.read_latents(everything=True), strict=True)
         }
         return State(self.config.options(), self.seed, self.step, self.skipped_steps, self._schedule, kinds).flatten()
 
@@ -262,14 +288,13 @@ class Runtime:
         """`load_state_dict` of a state that has been read already."""
         state.refuse_other_run(self.config.options(), self.maps)
         kinds = [state.kinds[m.kind.name] for m in self.maps]
-        for m, kind, latent in zip(self.maps, kinds, self.engine.read_latents(), strict=True):
+        for m, kind, latent in zip(self.maps, kinds, self.engine.read_latents(everything=True), strict=True):
             kind.refuse_other_parts(m.kind.name, m, latent, state.step)
         changes = state.changes(self.config.options(), self.seed)
         if changes:
             logger.warning("StructLoRA continues with other options than the state's: %s.", ", ".join(changes))
-        self.engine.write_latents([kind.latent for kind in kinds])
-        for m, kind in zip(self.maps, kinds, strict=True):
-            m.restore(kind.own, kind.graph)
+        latents = [m.restore(kind.latent, kind.own, kind.graph) for m, kind in zip(self.maps, kinds, strict=True)]
+        self.engine.write_latents(latents)
         self._restore_moments(kinds)
         self.step, self.skipped_steps, self._schedule = state.step, state.skipped_steps, copy.copy(state.schedule)
         self._write(None)
@@ -293,7 +318,7 @@ class Runtime:
         self._rate = None
         self.refuse_replaced()
         gradients = self.engine.read_gradients()
-        if gradients is None or (not self._trained and not _any(gradients)):
+        if gradients is None or (not self._trained and self._are_zeros(gradients)):
             # No backward has run: there is nothing to step, with or without us. Zeros are what `zero_grad(set_to_none=False)`
             # leaves, and what torch's distributed checkpoints have an optimizer step with.
             self._refuse_replaced_by_name()
@@ -302,29 +327,54 @@ class Runtime:
             return True
         self._refuse_step()
         self.weights, self._trained = LATENT, False
-        if not self.engine.gradients_are_finite():
+        scale = self.engine.gradient_scale()
+        latents = self.engine.read_latents()
+        pulled = [
+            self._pull(m, latent, gradient, noise, scale)
+            for m, latent, gradient, noise in zip(self.maps, latents, gradients, self._noise(), strict=True)
+        ]
+        bad, own, products = self._summed(pulled)
+        if bad:
             self.skipped_steps += 1
             logger.warning(
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).", self.skipped_steps
             )
             return False
-        scale = self.engine.gradient_scale()
-        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
-        ascends = self.engine.maximizes()
-        pulled = []
-        for m, latent, gradient, noise in zip(
-            self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True
-        ):
-            factors, own = m.pullback(latent, _negative(gradient) if ascends else gradient, noise, scale)
-            if (penalty := m.regularizer_gradient(latent)) is not None:
-                factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
-            pulled.append(_negative(factors) if ascends else factors)
-            for name, value in m.objective_gradients(own, self.config.kl_weight / self._gate_count).items():
+        for m, part, task, product in zip(self.maps, pulled, own, products, strict=True):
+            for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
-            self._observe(m, gradient, scale)
-        self.engine.write_gradients(pulled, fill_missing=self.config.compares_depths)
+            if product is not None:
+                self._cosine_sum += cosines(product).mean().to(self._cosine_sum.device)
+                self._cosine_count += 1
+            if part.seen is not None and m.coordinators and m.graph.follows_gradients:
+                m.graph.observe(part.seen)
+        self.engine.write_gradients([part.factors for part in pulled], fill_missing=self.config.compares_depths)
         self._rate = self.engine.learning_rate()
         return True
+
+    def _pull(self, m: KindMap, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float) -> _Pulled:
+        """One kind's gradients, carried back through its map."""
+        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
+        ascends = self.engine.maximizes()
+        factors, own = m.pullback(latent, _negative(gradient) if ascends else gradient, noise, scale)
+        if (penalty := m.regularizer_gradient(latent)) is not None:
+            factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
+        return _Pulled(_negative(factors) if ascends else factors, own, self._seen(m, gradient, scale))
+
+    def _seen(self, m: KindMap, gradient: Factors, scale: float) -> Tensor | None:
+        """Gradients on the sides that are compared, (L, n): unscaled and clipped, whichever engine."""
+        return m.side_gradients(gradient) / scale if m.sees_gradients else None
+
+    def _summed(self, pulled: list[_Pulled]) -> tuple[bool, list[dict[str, Tensor]], list[Tensor | None]]:
+        """Whether the gradients are bad on some rank, gradients of the maps' parameters, and products of what was seen (see
+        `neighbour_products`): a sum over the slices of all ranks, in one collective."""
+        seen = [None if part.seen is None else neighbour_products(part.seen) for part in pulled]
+        products = [product for product in seen if product is not None]
+        own = [value for part in pulled for value in part.own.values()]
+        bad, *sums = self._width.sums([self.engine.bad_gradients(), *own, *products])
+        sums = iter(sums)
+        summed = [{name: next(sums) for name in part.own} for part in pulled]
+        return bool(bad), summed, [None if product is None else next(sums) for product in seen]
 
     @_timed
     def _after_step(self, stepped: bool) -> None:
@@ -344,7 +394,7 @@ class Runtime:
             if self.step % self.config.semantic_every == 0:
                 for m in self.maps:
                     if m.coordinators:
-                        m.graph.rebuild()
+                        m.graph.rebuild(m.width)
             self._rate = None
         self._write(None)
         self.weights = EVALUATION
@@ -408,18 +458,18 @@ class Runtime:
         if self.weights == LATENT or not self.is_attached or not self.engine.was_written():
             return False
         evaluation = self.evaluation_factors()
-        stood = self._effective(self._noise()) if self.weights == TRAINING else evaluation
+        stood = self._effective(self._noise(), everything=True) if self.weights == TRAINING else evaluation
         found = self.engine.read_working()
         wanted = [
-            Factors(*map(_replaced, *parts))
-            for parts in zip(evaluation, self.engine.rounded(stood), found, strict=True)
+            Factors(*(_replaced(*of_side, m.width) for of_side in zip(*parts, strict=True)))
+            for m, *parts in zip(self.maps, evaluation, self.engine.rounded(stood), found, strict=True)
         ]
         if all(new is old for parts in zip(wanted, evaluation, strict=True) for new, old in zip(*parts, strict=True)):
             self.engine.stamp()  # written, but to the values that stood: an average swapped in and out, say
             return False
         latents = [
             latents_of(m, target, start)
-            for m, target, start in zip(self.maps, wanted, self.engine.read_latents(), strict=True)
+            for m, target, start in zip(self.maps, wanted, self.engine.read_latents(everything=True), strict=True)
         ]
         unreachable = [m.kind.name for m, latent in zip(self.maps, latents, strict=True) if latent is None]
         if unreachable:
@@ -442,21 +492,19 @@ class Runtime:
     def _align(self) -> None:
         aligned = [
             latent
-            if not kind.A[0].requires_grad or latent.B.any()
+            if not kind.A[0].requires_grad or not width.every(~latent.B.any())
             else Factors(latent.A[:1].clone().expand_as(latent.A), latent.B)
-            for kind, latent in zip(self.kinds, self.engine.read_latents(), strict=True)
+            for kind, latent, width in zip(
+                self.kinds, self.engine.read_latents(everything=True), self.engine.widths, strict=True
+            )
         ]
         self.engine.write_latents(aligned)
         self.engine.write_working(aligned)
 
-    def _observe(self, m: KindMap, gradient: Factors, scale: float) -> None:
-        if m.kind.depth_count == 1:
-            return
-        on_sides = m.side_gradients(gradient) / scale  # unscaled and clipped, whichever engine
-        self._cosine_sum += neighbour_cosine(on_sides).to(self._cosine_sum.device)
-        self._cosine_count += 1
-        if m.coordinators and m.graph.follows_gradients:
-            m.graph.observe(on_sides)
+    def _are_zeros(self, gradients: list[Factors]) -> bool:
+        """Whether no entry of any gradient, on any rank, is other than zero."""
+        zeros = [not bool(part.any()) for kind in gradients for part in kind]
+        return bool(self._width.every(torch.tensor(all(zeros), device=self.kinds[0].device)))
 
     def _noise(self) -> list[Tensor | None]:
         """This step's noise, (L, r) per kind; one draw for all kinds, from (seed, step)."""
@@ -466,14 +514,15 @@ class Runtime:
         return [part.to(m.kind.device) for m, part in zip(self.maps, draw, strict=True)]
 
     @torch.no_grad()
-    def _effective(self, noise: Iterable[Tensor | None] | None) -> list[Factors]:
+    def _effective(self, noise: Iterable[Tensor | None] | None, everything: bool = False) -> list[Factors]:
         noise = noise or [None] * len(self.maps)
-        return [m(latent, part) for m, latent, part in zip(self.maps, self.engine.read_latents(), noise, strict=True)]
+        latents = self.engine.read_latents(everything)
+        return [m(latent, part) for m, latent, part in zip(self.maps, latents, noise, strict=True)]
 
     @_timed
     @torch.inference_mode(False)  # a reader may be within it, and what we write must serve training
-    def _write(self, noise: list[Tensor | None] | None) -> None:
-        self.engine.write_working(self._effective(noise))
+    def _write(self, noise: list[Tensor | None] | None, sides: tuple[str, ...] = Factors._fields) -> None:
+        self.engine.write_working(self._effective(noise), sides)
         self.engine.stamp()
 
     def _build_optimizer(self) -> torch.optim.AdamW | None:
@@ -486,21 +535,16 @@ class Runtime:
         return torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
 
 
-def _origin(A: Tensor) -> Tensor:
+def _origin(A: Tensor, width: Width) -> Tensor:
     """Where the depths are equal (an aligned start), one copy serves all."""
-    return A[:1].clone() if bool((A == A[:1]).all()) else A.clone()
-
-
-def _any(factors: list[Factors]) -> bool:
-    """Whether any entry is not zero."""
-    return any(bool(part.any()) for kind in factors for part in kind)
+    return A[:1].clone() if bool(width.every((A == A[:1]).all())) else A.clone()
 
 
 def _negative(factors: Factors) -> Factors:
     return Factors(-factors.A, -factors.B)
 
 
-def _replaced(ours: Tensor, stood: Tensor, found: Tensor) -> Tensor:
-    """Evaluation values (L, ...) with those depths replaced where `found` is not what `stood`."""
-    same = ((found == stood) | (found.isnan() & stood.isnan())).flatten(1).all(1)
+def _replaced(ours: Tensor, stood: Tensor, found: Tensor, width: Width) -> Tensor:
+    """Evaluation values (L, ...) with those depths replaced where `found` is not what `stood`, on any rank."""
+    same = width.every(((found == stood) | (found.isnan() & stood.isnan())).flatten(1).all(1))
     return ours if bool(same.all()) else torch.where(same[:, None, None], ours, found)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -88,15 +89,13 @@ class KindState:
 
     @classmethod
     def of(cls, m: KindMap, latent: Factors, optimizer: torch.optim.Optimizer | None = None) -> KindState:
-        """The present state of a map."""
+        """The present state of a map; a collective where ranks share its factors."""
         modules = [module.replace("_orig_mod.", "") for module in m.kind.modules]  # torch.compile's
         stepped = (
             {name: optimizer.state[p] for name, p in m.named_parameters() if p in optimizer.state} if optimizer else {}
         )
         moments = {name: {key: torch.as_tensor(v) for key, v in moment.items()} for name, moment in stepped.items()}
-        return cls(
-            modules, m.kind.shape, list(m.sides), m.kind.adapted, latent, m.state_dict(), m.graph.state_dict(), moments
-        )
+        return cls(modules, m.kind.shape, list(m.sides), m.kind.adapted, *m.whole_state(latent), moments)
 
     def entries(self) -> dict[str, Tensor]:
         """As part of a flat dict, without the kind's name."""
@@ -312,8 +311,14 @@ class State:
         return [f"{name} ({theirs[name]!r} -> {here[name]!r})" for name in here if theirs[name] != here[name]]
 
 
-def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
+def save_state(runtime: Runtime, directory: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> Path:
     """Write the runtime's state to `directory/structlora.safetensors`, atomically.
+
+    Under FSDP2 and ZeRO, call it on every rank; the first one writes.
+
+    Args:
+        state (`dict[str, Tensor]`, *optional*): what `runtime.state_dict()` returned, where it was asked before. Every rank that
+            calls writes then.
 
     The header holds the configuration, and for each kind its modules, shape [L, rows, k, d], compared sides and what it adapts.
 
@@ -327,7 +332,11 @@ def save_state(runtime: Runtime, directory: str | os.PathLike) -> Path:
     """
     path = Path(directory) / STATE_NAME
     unfinished = path.with_suffix(".unfinished")
-    tensors = {name: value.cpu() for name, value in runtime.state_dict().items()}
+    writes = state is not None or not runtime.is_sharded or dist.get_rank() == 0
+    state = runtime.state_dict() if state is None else state
+    if not writes:
+        return path
+    tensors = {name: value.cpu() for name, value in state.items()}
     metadata = {name: json.dumps(value) for name, value in _decode(tensors).items()}
     del tensors[_HEADER]
     try:

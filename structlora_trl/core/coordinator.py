@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph import DepthGraph
+from .width import WHOLE
 
 ACTIVATIONS = {
     "tanh": torch.tanh,
@@ -28,6 +29,8 @@ class GCN(nn.Module):
         layers (`int`): rounds of message passing.
         activation (`str`): a key of `ACTIVATIONS`.
     """
+
+    width = WHOLE  # of the features that it is given
 
     def __init__(self, rank: int, layers: int, activation: str):
         super().__init__()
@@ -60,7 +63,7 @@ class GAT(GCN):
         self.attention = nn.Parameter(torch.zeros(layers, 2, rank))  # towards target, towards source
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
-        norms = (features.square().mean(-1) + self.norm_floor**2).sqrt()  # (L, r)
+        norms = (self.width.mean(features.square()) + self.norm_floor**2).sqrt()  # (L, r)
         profile = norms / norms.mean((-2, -1), keepdim=True)
         to_target, to_source = (profile @ self.attention[layer].T).unbind(-1)  # (L,) each
         scores = nn.functional.leaky_relu(to_target[..., :, None] + to_source[..., None, :], self.negative_slope)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .gates import gate_entropy, kl_to_prior
 from .mapping import Factors, KindMap
 from .regularizers import laplacian
+from .width import WHOLE, Width
 
 
 def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str, float]:
@@ -30,7 +31,7 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
 
     Args:
         maps (`list[KindMap]`): one per kind.
-        effective (`list[Factors]`): evaluation factors, one per kind.
+        effective (`list[Factors]`): evaluation factors, one per kind; this rank's slices where ranks share the width.
     """
     metrics: dict[str, float] = {}
     gated = [m.filter for m in maps if m.filter.logits is not None]
@@ -41,14 +42,14 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
         metrics["gate_entropy"] = gate_entropy(logits).mean().item()
         metrics["kl"] = kl_to_prior(logits, maps[0].config.prior).mean().item()
     ranks = torch.cat(
-        [effective_rank(*m.split(factors)).flatten().cpu() for m, factors in zip(maps, effective, strict=True)]
+        [effective_rank(*m.split(factors), m.width).flatten().cpu() for m, factors in zip(maps, effective, strict=True)]
     )
     metrics["effective_rank"] = ranks.mean().item()
     metrics["drift_energy"] = sum(
-        drift_energy(u.flatten(-2)) for m, f in zip(maps, effective, strict=True) for u in m.features(f)
+        drift_energy(u.flatten(-2), m.width) for m, f in zip(maps, effective, strict=True) for u in m.features(f)
     )
-    streams = [m.stream_factors(factors) for m, factors in zip(maps, effective, strict=True)]
-    cosines = [stream_cosine(*pair).flatten() for pair in streams if pair is not None]
+    streams = [(m.stream_factors(factors), m.width) for m, factors in zip(maps, effective, strict=True)]
+    cosines = [stream_cosine(*pair, width=width).flatten() for pair, width in streams if pair is not None]
     if cosines:
         mean = torch.cat([part.to(cosines[0].device) for part in cosines]).nanmean().item()
         if not math.isnan(mean):
@@ -60,12 +61,12 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
     return metrics
 
 
-def effective_rank(A: Tensor, B: Tensor) -> Tensor:
+def effective_rank(A: Tensor, B: Tensor, width: Width = WHOLE) -> Tensor:
     """Effective rank of each BA, from r x r Gram matrices alone: (..., r, k), (..., d, r) -> (...).
 
     Zero for BA = 0, NaN where values have diverged so far that no singular values are found.
     """
-    left, right = B.mT @ B, A @ A.mT  # (..., r, r)
+    left, right = width.sums([B.mT @ B, A @ A.mT])  # (..., r, r)
     measurable = (left.isfinite() & right.isfinite()).flatten(-2).all(-1)  # LAPACK raises on NaN and Inf
     left, right = (torch.where(measurable[..., None, None], gram, 0) for gram in (left, right))
     # BA and (BᵀB)^½ (AAᵀ)^½ have the same singular values.
@@ -79,12 +80,12 @@ def effective_rank(A: Tensor, B: Tensor) -> Tensor:
     return torch.where(measurable, rank, torch.nan)
 
 
-def drift_energy(features: Tensor) -> float:
+def drift_energy(features: Tensor, width: Width = WHOLE) -> float:
     """Σ_l ‖u_l+1 − u_l‖² of node features (..., L, n), the paper's measure of incoherence over depth."""
-    return laplacian(features).item()
+    return width.sum(laplacian(features)).item()
 
 
-def stream_cosine(side: Tensor, other: Tensor, apart: int = 1) -> Tensor:
+def stream_cosine(side: Tensor, other: Tensor, apart: int = 1, width: Width = WHOLE) -> Tensor:
     """Cosine of what two depths do in the residual stream, from r x r matrices alone.
 
     A module that writes the stream is compared by M = ΔW ΔWᵀ (d x d), one that reads it by M = ΔWᵀ ΔW (k x k), two of a kind
@@ -100,27 +101,23 @@ def stream_cosine(side: Tensor, other: Tensor, apart: int = 1) -> Tensor:
         side (`Tensor`): the factor on the stream's side less its origin, its rank axis first: (..., L, r, n).
         other (`Tensor`): the factor on the other side, (..., L, r, p).
         apart (`int`, *optional*, defaults to 1): depths between the two that are compared.
+        width (`Width`, *optional*): who has the rest of n and p.
 
     Returns:
         (..., L − apart), NaN where an update is zero or has diverged.
     """
     # Eighth powers follow, and the figure does not depend on the scale.
-    side, other = (factor / factor.abs().amax((-2, -1), keepdim=True) for factor in (side, other))
-    gram = other @ other.mT  # (..., L, r, r)
+    side, other = (factor / width.peak(factor, (-2, -1)) for factor in (side, other))
+    gram = width.sum(other @ other.mT)  # (..., L, r, r)
 
     def product(one: slice, two: slice) -> Tensor:
         """⟨M, M'⟩ = tr(G C G' Cᵀ), with C = side · side'ᵀ."""
-        cross = side[..., one, :, :] @ side[..., two, :, :].mT
+        cross = width.sum(side[..., one, :, :] @ side[..., two, :, :].mT)
         return ((gram[..., one, :, :] @ cross) * (cross @ gram[..., two, :, :])).sum((-2, -1))
 
     later, earlier = slice(apart, None), slice(None, max(side.shape[-3] - apart, 0))
     norm = product(slice(None), slice(None)).sqrt()
     return product(later, earlier) / (norm[..., later] * norm[..., earlier])
-
-
-def neighbour_cosine(features: Tensor) -> Tensor:
-    """Mean cosine of neighbours, (..., L, n) -> scalar tensor."""
-    return torch.nn.functional.cosine_similarity(features[..., 1:, :], features[..., :-1, :], dim=-1).mean()
 
 
 def _square_root(gram: Tensor) -> Tensor:

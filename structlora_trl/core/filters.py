@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
 from .gates import expected_gate, kl_gradient, logit, sample_gates, top_k_mask
+from .width import WHOLE
 
 
 class Filter(nn.Module):
@@ -27,6 +28,7 @@ class Filter(nn.Module):
     """
 
     is_stochastic = False  # whether gates in training differ from those at evaluation
+    width = WHOLE  # of the factors that it is given
 
     def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
         super().__init__()
@@ -129,7 +131,7 @@ class TopKFilter(Filter):
 
     @torch.no_grad()
     def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
-        return top_k_mask(A, B, int(self.keep))
+        return top_k_mask(A, B, int(self.keep), self.width)
 
     def openness(self, A: Tensor, B: Tensor) -> Tensor:
         return self.gates(A, B, None)

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .width import WHOLE, Width
+
 # Seeds of different runs stay apart for as many steps as this prime.
 _STEPS_PER_SEED = 1_000_003
 
@@ -114,15 +116,17 @@ def gate_entropy(logits: Tensor) -> Tensor:
     return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(-logits)
 
 
-def top_k_mask(A: Tensor, B: Tensor, keep: int) -> Tensor:
+def top_k_mask(A: Tensor, B: Tensor, keep: int, width: Width = WHOLE) -> Tensor:
     """1 for the `keep` directions of largest ‖b_j‖‖a_j‖ in each module, 0 for the rest (the paper's Top-k norm filter).
 
     Args:
         A (`Tensor`): (..., r, k).
         B (`Tensor`): (..., d, r).
+        width (`Width`, *optional*): who has the rest of k and d.
 
     Returns:
         `Tensor` of shape (..., r).
     """
-    norms = A.norm(dim=-1) * B.norm(dim=-2)  # (..., r)
+    squares = width.sum(torch.stack([A.square().sum(-1), B.square().sum(-2)]))
+    norms = squares.sqrt().prod(0)  # (..., r)
     return torch.zeros_like(norms).scatter_(-1, norms.topk(keep, dim=-1).indices, 1.0)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..config import StructLoRAConfig
 from .nodes import Kind
+from .width import WHOLE, Width
 
 # On a CPU, deeper graphs than this are multiplied as sparse matrices, so that cost stays linear in depth. GPUs multiply
 # dense: fast enough at any depth, and unlike their sparse kernels bit-reproducible, which replicated weights rely on.
 _DENSE_DEPTH = 64
+_SMALLEST_NORM = 1e-12  # as in `torch.nn.functional.normalize`
 
 
 def adjacency_edges(depth_count: int) -> Tensor:
@@ -24,18 +26,20 @@ def adjacency_edges(depth_count: int) -> Tensor:
     return edges
 
 
-def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tensor) -> Tensor:
+def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tensor, width: Width = WHOLE) -> Tensor:
     """Edges from each node to its `top_k` nearest by cosine, where the cosine is above `threshold`.
 
     Args:
         features (`Tensor`): (..., L, n) running-mean gradients.
         exclude (`Tensor`): (..., L, L) bool, pairs that are joined already.
+        width (`Width`, *optional*): who has the rest of n.
 
     Returns:
         `Tensor` (..., L, L) bool, symmetric: an edge exists if either node selects it.
     """
-    unit = torch.nn.functional.normalize(features, dim=-1)
-    cosine = (unit @ unit.mT).masked_fill_(exclude, -torch.inf)
+    gram = width.sum(features @ features.mT)
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=_SMALLEST_NORM)
+    cosine = (gram / (norms[..., :, None] * norms[..., None, :])).masked_fill_(exclude, -torch.inf)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
     value, neighbour = cosine.topk(min(top_k, cosine.shape[-1] - 1), dim=-1)
     edges = torch.zeros_like(exclude).scatter_(-1, neighbour, value > threshold)
@@ -98,10 +102,10 @@ class DepthGraph:
         else:
             self.features.lerp_(gradients, 1 - self.decay)
 
-    def rebuild(self) -> None:
-        """Rebuild the semantic edges from the running-mean gradients."""
+    def rebuild(self, width: Width = WHOLE) -> None:
+        """Rebuild the semantic edges from the running-mean gradients, whose n ranks may share."""
         if self.features is not None:
-            self.semantic = semantic_edges(self.features, self.top_k, self.threshold, self.fixed)
+            self.semantic = semantic_edges(self.features, self.top_k, self.threshold, self.fixed, width)
             self._refresh()
 
     def propagate(self, features: Tensor) -> Tensor:

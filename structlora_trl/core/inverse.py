@@ -21,12 +21,15 @@ def latents_of(m: KindMap, effective: Factors, start: Factors) -> Factors | None
         effective (`Factors`): A (L, r, k), B (L, d, r), fp32.
         start (`Factors`): latent factors to start from.
     """
-    latent, scales = start, [part.abs().max() for part in effective]
-    if not all(bool(scale.isfinite()) for scale in scales):  # infinity would be within any tolerance of anything
+    # Infinity would be within any tolerance of anything.
+    finite = torch.stack([part.isfinite().all() for part in effective]).all()
+    latent, scales = start, [m.width.peak(part, (0, 1, 2)) for part in effective]
+    if not m.width.every(finite):
         return None
     for _ in range(_ITERATIONS):
         errors = [wanted - found for wanted, found in zip(effective, m(latent, None), strict=True)]
-        if all(bool(error.abs().max() <= _TOLERANCE * scale) for error, scale in zip(errors, scales, strict=True)):
+        within = [(error.abs() <= _TOLERANCE * scale).all() for error, scale in zip(errors, scales, strict=True)]
+        if m.width.every(torch.stack(within).all()):
             return latent
         update = latent.B if m.origin_B is None else latent.B - m.origin_B
         gates = m.filter.gates(latent.A, update, None)

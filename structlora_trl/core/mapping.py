@@ -29,6 +29,7 @@ from .gates import LogisticNoise
 from .graph import DepthGraph
 from .nodes import Kind, discover, matches, residual_side
 from .regularizers import REGULARIZERS
+from .width import WHOLE, Width
 
 
 class Factors(NamedTuple):
@@ -50,6 +51,9 @@ class Parts:
         coordinator (`Callable`, *optional*): (rank, layers, activation) -> `GCN` or its like; by `config.coordinator` where
             omitted.
         noise (`Callable`): (seed) -> an object with the `draw` of `LogisticNoise`.
+
+    Under FSDP2 and ZeRO each rank maps a slice of the width: sums over it are what the part's attribute `width` (`Width`) makes
+    of them.
     """
 
     discover: Callable[[nn.Module, str], list[Kind]] = discover
@@ -71,6 +75,7 @@ class KindMap(nn.Module):
         origin_A (`Tensor`): A₀, (L, r, k) or (1, r, k) where all depths are equal; kept where lora_A is compared.
         origin_B (`Tensor`, *optional*): B₀, (L, d, r); zero where omitted.
         parts (`Parts`, *optional*): what to build it of, where that is not the package's own.
+        width (`Width`, *optional*): who has which slice of the factors, where ranks share them.
     """
 
     def __init__(
@@ -80,20 +85,23 @@ class KindMap(nn.Module):
         origin_A: Tensor,
         origin_B: Tensor | None = None,
         parts: Parts = DEFAULT_PARTS,
+        width: Width = WHOLE,
     ):
         super().__init__()
-        self.kind, self.config = kind, config
-        self.sides = compared_sides(kind, config)
+        self.kind, self.config, self.width = kind, config, width
+        self.sides, self.moved = compared_sides(kind, config), moved_sides(kind, config, parts)
         self.register_buffer("origin_A", origin_A if "A" in self.sides else None)
         self.register_buffer("origin_B", origin_B)
         gates = (kind.depth_count, kind.rank) if kind.experts == 1 else (kind.experts, kind.depth_count, kind.rank)
         self.filter = (parts.filter or FILTERS[config.filter])(gates, config, kind.device)
+        self.filter.width = width
         self.graph = parts.graph(kind, config)
         self.coordinators = nn.ModuleDict()
         if config.coordinator != "none" and kind.depth_count > 1:
             build = parts.coordinator or COORDINATORS[config.coordinator]
             for side in self.sides:
                 coordinator = build(kind.rank, config.coordinator_layers, config.activation)
+                coordinator.width = width
                 self.coordinators[side] = coordinator.to(kind.device)
 
     @property
@@ -167,15 +175,51 @@ class KindMap(nn.Module):
         penalty = REGULARIZERS[self.config.regularizer]
         leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
         with torch.enable_grad():
-            total = self.config.regularizer_weight * sum(penalty(u.flatten(-2)) for u in self.features(leaves))
+            penalties = sum(penalty(u.flatten(-2), self.width) for u in self.features(leaves))
+            total = self.config.regularizer_weight * penalties
         return Factors(*torch.autograd.grad(total, leaves, materialize_grads=True))
 
-    def restore(self, own: dict[str, Tensor], graph: dict[str, Tensor]) -> None:
-        """Take over a saved `state_dict()` and that of the graph."""
+    def whole_state(self, latent: Factors) -> tuple[Factors, dict[str, Tensor], dict[str, Tensor]]:
+        """Latent factors, `state_dict()` and that of the graph, all of them of the whole width; a collective where ranks share
+        it, and on the CPU then: no device need have room for the whole."""
+        latent, own, graph = self._over_width(latent, self.state_dict(), self.graph.state_dict(), self.width.whole)
+        if not self.width.is_shared:
+            return latent, own, graph
+        return Factors(*(f.cpu() for f in latent)), *({n: x.cpu() for n, x in part.items()} for part in (own, graph))
+
+    def restore(self, latent: Factors, own: dict[str, Tensor], graph: dict[str, Tensor]) -> Factors:
+        """Take over what `whole_state` returned. Returns the latent factors of this rank."""
+        latent, own, graph = self._over_width(latent, own, graph, self.width.part)
         if "origin_A" in own:  # (1, r, k) or (L, r, k), as the run started
             self.origin_A = torch.empty_like(own["origin_A"], device=self.kind.device)
         self.load_state_dict(own)
         self.graph.load_state_dict(graph)
+        return latent
+
+    def _over_width(self, latent: Factors, own: dict, graph: dict, change: Callable) -> tuple[Factors, dict, dict]:
+        """A state with `Width.whole` or `Width.part` of all that has a width."""
+        latent = Factors(*(change(getattr(latent, side), side) for side in Factors._fields))
+        own = {n: change(x, n[-1]) if n in ("origin_A", "origin_B") else x for n, x in own.items()}
+        if "features" in graph and self.width.is_shared:
+            pieces = zip(self.sides, self._by_side(graph["features"]), strict=True)
+            graph = {
+                **graph,
+                "features": torch.cat([change(piece, side).flatten(-2) for side, piece in pieces], dim=-1),
+            }
+        return latent, own, graph
+
+    def _by_side(self, flat: Tensor) -> list[Tensor]:
+        """What `side_gradients` flattened, apart again: (L, r, k) and (L, d, r), of the whole width or of this rank's slice."""
+        _, _, *widths = self.kind.shape
+        widths = [dict(zip(Factors._fields, widths, strict=True))[side] for side in self.sides]
+        if flat.shape[-1] != self.kind.rank * sum(widths):
+            widths = [self.width.size(side) for side in self.sides]
+        pieces = flat.split([self.kind.rank * size for size in widths], dim=-1)
+        shapes = [
+            (self.kind.rank, size) if side == "A" else (size, self.kind.rank)
+            for side, size in zip(self.sides, widths, strict=True)
+        ]
+        return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def features(self, factors: Factors) -> list[Tensor]:
         """Node features, the updates on the sides that are comparable across depth: (L, r, n) each."""
@@ -196,6 +240,11 @@ class KindMap(nn.Module):
         """Entries of `side_gradients` at each depth (of each expert)."""
         _, _, columns, rows = self.kind.shape
         return sum(self.kind.rank * {"A": columns, "B": rows}[side] for side in self.sides)
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether gradients of several depths are there on those sides: ranks that share factors move what the map needs alone."""
+        return self.kind.depth_count > 1 and (not self.width.is_shared or set(self.sides) <= set(self.moved))
 
     def side_gradients(self, gradient: Factors) -> Tensor:
         """Gradients on those sides, flattened: (L, n)."""
@@ -254,6 +303,18 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
             f"set `roles={{'{leaf}': 'read'}}` or `'write'`, or choose `side` yourself",
         )
     return (side or "A",)
+
+
+def moved_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PARTS) -> tuple[str, ...]:
+    """The factors of a kind that its map changes, or reads to change others. Ranks that share factors need bring no more."""
+    if parts.filter is not None or parts.coordinator is not None:
+        return ("A", "B")
+    moved = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
+    if config.filter != "none":
+        moved.add("B")
+    if config.filter == "topk_norm":
+        moved.add("A")
+    return tuple(sorted(moved))
 
 
 def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:

@@ -5,19 +5,23 @@
     read_latents      master values, which the optimizer steps
     write_working     effective values, which the model computes with
 
-All speak in stacked factors, one `Factors` per kind, in fp32.
+All speak in stacked factors, one `Factors` per kind, in fp32. An engine that shards parameters speaks of this rank's slices of
+the width (`core/width.py`), and where it may of the moved sides alone, those that the map changes or reads: the others are empty
+then. Its verbs are collectives.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from ..core.mapping import Factors
+from ..core.width import Width
 from .schedule import Rate
 
 
@@ -26,11 +30,14 @@ class Engine(ABC):
 
     name: str
     optimizer: torch.optim.Optimizer
+    widths: list[Width]  # one per kind
 
     @abstractmethod
-    def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
+    def install(
+        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+    ) -> None:
         """Take the parameters' present values as latents; from now on call `before_step` when gradients are complete and
-        `after_step` when the optimizer has stepped.
+        `after_step` when the optimizer has stepped. `moved` are the moved sides of each kind.
 
         Where `before_step` returns False, the optimizer must not change anything in this step. `after_step` is told whether
         it stepped.
@@ -53,16 +60,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def read_latents(self) -> list[Factors]:
-        """The latent factors."""
+    def read_latents(self, everything: bool = False) -> list[Factors]:
+        """The latent factors: of the moved sides, or of `everything`."""
 
     @abstractmethod
     def write_latents(self, latents: list[Factors]) -> None:
-        """Replace the latent factors, on resume."""
+        """Replace the latent factors of all sides. Those of sides that are not moved also stand in the model then."""
 
     @abstractmethod
-    def write_working(self, effective: list[Factors]) -> None:
-        """Put effective values where the model reads them. The latents stay."""
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = Factors._fields) -> None:
+        """Put effective values where the model reads them: of the moved sides, those in `sides`. The latents stay."""
 
     @abstractmethod
     def stamp(self) -> None:
@@ -82,15 +89,16 @@ class Engine(ABC):
 
     @abstractmethod
     def read_working(self) -> list[Factors]:
-        """The values that the model computes with now."""
+        """The values that the model computes with now, of all sides."""
 
     def rounded(self, factors: list[Factors]) -> list[Factors]:
         """Values as they read back once they were written to the model."""
         return factors
 
-    def stored(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """A whole value as the model holds this parameter: its shape, its dtype, and its sharding."""
-        return value.view_as(parameter).to(parameter.dtype)
+    @abstractmethod
+    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its value in given factors (of all sides), as the model holds it: its shape, its dtype, and its
+        sharding. Parameters that the model holds nothing of are left out."""
 
     def keep_versions(self) -> ExitStack:
         """Closing it makes autograd take what stands for what stood: for values that return before a backward reads them."""
@@ -101,11 +109,9 @@ class Engine(ABC):
         return bool(self.optimizer.param_groups[0].get("maximize", False))
 
     @abstractmethod
-    def gradients_are_finite(self) -> bool:
-        """Whether no gradient that the optimizer is about to use, LoRA's or another's, on any rank, holds NaN or Inf.
-
-        Call it after `read_gradients`.
-        """
+    def bad_gradients(self) -> Tensor:
+        """1.0 where a gradient of this rank that the optimizer is about to use, LoRA's or another's, holds NaN or Inf, else 0.0;
+        on the device, without waiting for it."""
 
     @abstractmethod
     def gradient_scale(self) -> float:
@@ -115,3 +121,18 @@ class Engine(ABC):
     @abstractmethod
     def learning_rate(self) -> Rate:
         """The learning rate of the groups that hold LoRA parameters, for the step that is under way."""
+
+
+def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 where some tensor holds NaN or Inf, else 0.0; on `device`, without waiting for it."""
+    # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
+    peaks = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], math.inf)
+    if not peaks:
+        return torch.zeros((), device=device)
+    return 1 - torch.stack([peak.to(device).isfinite() for peak in peaks]).all().float()
+
+
+def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into tensors of as many entries, whatever their shapes and dtypes."""
+    if targets:
+        torch._foreach_copy_(targets, [value.view(t.shape) for t, value in zip(targets, values, strict=True)])

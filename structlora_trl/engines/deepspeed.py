@@ -17,16 +17,17 @@ from torch import nn
 from ..core.mapping import Factors
 from ..core.nodes import Kind, full_shape
 from ..errors import StructLoRAError
-from .base import Engine
-from .packing import Fragment, Packing, holds_nonfinite
+from .base import copy_values, holds_nonfinite
 from .schedule import Rate, rate_of
+from .sharded import ShardedEngine
+from .slicing import SIDES, Exchange
 
 # PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
 # does (LoRA-FA) or without their preconditioner, and say nothing.
 _NEED_PAIRS = ("LoraFAOptimizer", "RiemannianPreconditionedOptimizer")
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(ShardedEngine):
     """Args:
         engine (`deepspeed.DeepSpeedEngine`): as `deepspeed.initialize` returned it.
         kinds (`list[Kind]`): what its optimizer steps.
@@ -41,18 +42,20 @@ class DeepSpeedEngine(Engine):
         self.stage = engine.zero_optimization_stage()
         self.name = f"DeepSpeed ZeRO-{self.stage}"
         self._refuse_unfit()
-        self.packing = Packing(kinds, self.optimizer.dp_process_group)
         parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._frozen = [p for p in parameters if not p.requires_grad]
-        self._latents: list[Factors] = []
-        self._finite = True
+        self._trained_ids = {id(p) for p in self._parameters}
+        self._frozen_ids = {id(p) for p in parameters} - self._trained_ids
+        self._shard(kinds, self.optimizer.dp_process_group, self._span)
         self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
         self._groups = self._groups_of_lora()
 
-    def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
+    def install(
+        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+    ) -> None:
         self._separate_masters()
-        self._latents = self._gather(self._masters())
+        self._move(moved)
+        self._slices = self._moved.to_slices(self._master)
         step = self.engine.step
 
         def step_through_the_map(*args, **kwargs):
@@ -64,7 +67,7 @@ class DeepSpeedEngine(Engine):
                 result = step(*args, **kwargs)
             overflow = bool(self.optimizer.overflow)
             if not overflow:
-                self._latents = self._gather(self._masters())
+                self._slices = self._moved.to_slices(self._master)
             after_step(not overflow)
             return result
 
@@ -72,56 +75,68 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def remove(self) -> None:
+        super().remove()
         del self.engine.step  # the class's own shows again
-        for (_, master), (_, working) in zip(self._masters(), self._working(), strict=True):
-            master.copy_(working)
+        moved = [p for p in self._moved.parameters if id(p) in self._trained_ids]
+        copy_values([self._master(p) for p in moved], [self._working(p) for p in moved])
 
     def read_gradients(self) -> list[Factors] | None:
-        gradients = self._gradients([p for group in self._stepped() for p in group])
-        bad = holds_nonfinite(list(gradients.values()), self.packing.device)
-        gathered, bad = self.packing.gather_with(self._fragments(gradients), bad)
-        self._finite = not bad
-        return gathered
+        return self._moved.to_slices(self._gradient)
 
-    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
-        if self.stage == 3:
-            flat = self.packing.pack(gradients)
-            for parameter in self._parameters:
-                # Zero-padded: `safe_set_full_grad` fails on the last rank where the ranks' shares are uneven.
-                padded = torch.zeros(parameter.ds_tensor.numel(), device=flat.device)
-                start, stop = self._share(parameter)
-                offset = self.packing.offset(parameter)
-                padded[: stop - start] = flat[offset + start : offset + stop]
-                self.optimizer.set_local_grad_for_param(padded, parameter)
-        elif self._keeps_whole_gradients():
-            self.packing.scatter(gradients, self._whole_gradients(fill_missing))
-        else:
-            self.packing.scatter(gradients, self._fragments(self._gradients(self._parameters)))
-
-    def read_latents(self) -> list[Factors]:
-        return self._latents
-
-    def write_latents(self, latents: list[Factors]) -> None:
-        self._latents = [
-            Factors(A.to(k.device).float().clone(), B.to(k.device).float().clone())
-            for k, (A, B) in zip(self.kinds, latents, strict=True)
-        ]
-        self.packing.scatter(self._latents, self._masters())
+    def bad_gradients(self) -> torch.Tensor:
+        gradients = [self._gradient(p) for group in self._stepped() for p in group if self._is_held(p)]
+        return holds_nonfinite(gradients, self.sharding.device)
 
     @torch.no_grad()
-    def write_working(self, effective: list[Factors]) -> None:
-        flat = self.packing.pack(effective)
-        for parameter in self._parameters:
-            offset, shape = self.packing.offset(parameter), full_shape(parameter)
-            whole = flat[offset : offset + shape.numel()]
-            if self.stage == 3:
-                start, stop = self._share(parameter)
-                parameter.ds_tensor.data[: stop - start].copy_(whole[start:stop])
-            if parameter.data.numel() == shape.numel():  # stages 1 and 2, and persistent parameters of stage 3
-                parameter.data.copy_(whole.view(shape))
+    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+        values = [(p, v) for p, v in self._moved.to_fragments(gradients) if id(p) in self._trained_ids]
+        if self.stage == 3:
+            for parameter, value in values:
+                # Zero-padded: `safe_set_full_grad` fails on the last rank where the ranks' shares are uneven.
+                padded = torch.zeros(parameter.ds_tensor.numel(), device=value.device)
+                padded[: len(value)] = value
+                self.optimizer.set_local_grad_for_param(padded, parameter)
+            return
+        if self._keeps_whole_gradients():
+            has_gradient = self._mark_gradients(fill_missing)
+            values = [(p, v) for p, v in values if id(p) in has_gradient]
+        values = [(p, v) for p, v in values if self._is_held(p)]
+        copy_values([self._gradient(p) for p, _ in values], [v for _, v in values])
 
-    def read_working(self) -> list[Factors]:
-        return self._gather(self._working())
+    @torch.no_grad()
+    def write_latents(self, latents: list[Factors]) -> None:
+        values = [(p, v) for p, v in self._everything().to_fragments(latents) if id(p) in self._trained_ids]
+        copy_values([self._master(p) for p, _ in values], [value for _, value in values])
+        self._slices = self._moved.to_slices(self._master)
+        self._put(latents, self._unmoved, Exchange(self.sharding, self._unmoved))
+
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
+        moved = [tuple(side for side in sides if side not in unmoved) for unmoved in self._unmoved]
+        self._put(effective, moved, self._moved, sides)
+
+    @torch.no_grad()
+    def _put(
+        self, values: list[Factors], places: list[tuple[str, ...]], exchange: Exchange, sides: tuple[str, ...] = SIDES
+    ) -> None:
+        """Put values on some sides of the kinds where the model reads them: in shards, and in whole where it holds the whole."""
+        if self.stage == 3:
+            fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
+            copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
+        for kind, width, factors, given in zip(self.kinds, self.widths, values, places, strict=True):
+            for side in given:
+                parameters = getattr(kind, side)
+                # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a kind or none.
+                if self._is_whole(parameters[0]) and id(parameters[0]) in self._trained_ids:
+                    whole = width.whole(getattr(factors, side).to(parameters[0].dtype), side)
+                    copy_values([p.data for p in parameters], list(whole))
+
+    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        for kind, width, given in zip(self.kinds, self.widths, factors, strict=True):
+            for side in SIDES:
+                parameters = getattr(kind, side)
+                if self._is_whole(parameters[0]):  # stage 3 leaves placeholders in the model
+                    whole = width.whole(getattr(given, side).to(parameters[0].dtype), side)
+                    yield from ((p, value.view(p.shape)) for p, value in zip(parameters, whole, strict=True))
 
     def stamp(self) -> None:
         self._stamp = self._norms()
@@ -136,9 +151,6 @@ class DeepSpeedEngine(Engine):
             "load the weights before `deepspeed.initialize`; or load a checkpoint of the engine and, after it, the run's "
             "StructLoRA state (`load_state`)",
         )
-
-    def gradients_are_finite(self) -> bool:
-        return self._finite
 
     def gradient_scale(self) -> float:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
@@ -172,51 +184,49 @@ class DeepSpeedEngine(Engine):
         numel = full_shape(parameter).numel()
         return min(rank * share, numel), min((rank + 1) * share, numel)
 
-    def _held(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those of which this rank has a part."""
-        return [p for p in parameters if self.stage == 3 or p._hp_mapping is not None]
+    def _span(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """The same of any factor. Frozen ones have no masters: they lie in shards at stage 3, and before that whole on every rank,
+        of which the first one is taken."""
+        if self._is_held(parameter):
+            return self._share(parameter)
+        is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
+        return 0, parameter.numel() if id(parameter) in self._frozen_ids and is_first else 0
 
-    def _fragment(self, parameter: nn.Parameter, own: torch.Tensor) -> Fragment:
-        return Fragment(self.packing.offset(parameter) + self._share(parameter)[0], own)
+    def _is_held(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank owns a part of it."""
+        return self.stage == 3 or getattr(parameter, "_hp_mapping", None) is not None
+
+    def _is_whole(self, parameter: nn.Parameter) -> bool:
+        """Whether the model holds the whole parameter on every rank."""
+        return parameter.data.numel() == full_shape(parameter).numel()
 
     def _own_part(self, parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
         """This rank's part, flat, of values that lie as the parameter does: in shards at stage 3, and whole before."""
-        start, stop = self._share(parameter)
+        start, stop = self._span(parameter)
         return values.view(-1)[: stop - start] if self.stage == 3 else values.view(-1)[start:stop]
 
-    def _masters(self) -> list[Fragment]:
+    def _working(self, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's part of what the model computes with."""
+        return self._own_part(parameter, parameter.ds_tensor.data if self.stage == 3 else parameter.data)
+
+    def _master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's part of the fp32 master; of a frozen factor, which has none, of the factor."""
+        if id(parameter) not in self._trained_ids or not self._is_held(parameter):
+            return self._working(parameter)
         if self.stage == 3:
-            masters = {p: self.optimizer._get_fp32_opt_state_partition(p, True)[0] for p in self._parameters}
-            return [self._fragment(p, self._own_part(p, master)) for p, master in masters.items()]
-        return [self._fragment(p, p._hp_mapping.hp_fragment.data) for p in self._held(self._parameters)]
+            return self._own_part(parameter, self.optimizer._get_fp32_opt_state_partition(parameter, True)[0])
+        return parameter._hp_mapping.hp_fragment.data.view(-1)
 
-    def _working(self) -> list[Fragment]:
-        values = {p: p.ds_tensor.data if self.stage == 3 else p.data for p in self._held(self._parameters)}
-        return [self._fragment(p, self._own_part(p, value)) for p, value in values.items()]
-
-    def _gather(self, trained: list[Fragment]) -> list[Factors]:
-        # Frozen factors have no masters: they lie in shards at stage 3, and whole on every rank before.
+    def _gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        """This rank's part of the gradient; zeros of a frozen factor."""
+        if id(parameter) in self._frozen_ids or not self._is_held(parameter):
+            start, stop = self._span(parameter)
+            return torch.zeros(stop - start, device=self.sharding.device)
         if self.stage == 3:
-            frozen = [self._fragment(p, self._own_part(p, p.ds_tensor.data)) for p in self._frozen]
-        elif dist.get_rank(self.optimizer.dp_process_group) == 0:
-            frozen = [Fragment(self.packing.offset(p), p.data.view(-1)) for p in self._frozen]
-        else:
-            frozen = []
-        return self.packing.gather(trained + frozen)
-
-    def _gradients(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
-        """This rank's part, flat, of the gradient of each parameter of which it has one."""
-        if self.stage == 3:
-            return {p: self._own_part(p, self.optimizer.get_local_fp32_grad_for_param(p)) for p in parameters}
-        gradients = {}
-        for p in self._held(parameters):
-            gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
-            is_whole = gradient.numel() != p._hp_mapping.lp_fragment_address.numel
-            gradients[p] = self._own_part(p, gradient) if is_whole else gradient
-        return gradients
-
-    def _fragments(self, gradients: dict[nn.Parameter, torch.Tensor]) -> list[Fragment]:
-        return [self._fragment(p, gradients[p]) for p in self._parameters if p in gradients]
+            return self._own_part(parameter, self.optimizer.get_local_fp32_grad_for_param(parameter))
+        gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        is_whole = gradient.numel() != parameter._hp_mapping.lp_fragment_address.numel
+        return self._own_part(parameter, gradient) if is_whole else gradient
 
     def _stepped(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps, LoRA's or others', by group; by sub-group at stage 3."""
@@ -228,18 +238,16 @@ class DeepSpeedEngine(Engine):
         """BF16_Optimizer: every rank holds whole gradients, and clips by the norm of them."""
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
-    def _whole_gradients(self, fill_missing: bool) -> list[Fragment]:
+    def _mark_gradients(self, fill_missing: bool) -> set[int]:
+        """Of BF16_Optimizer, which LoRA parameters have a gradient; where missing ones are to be filled, all get one."""
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
-        ours = {id(p) for p in self._parameters}
-        fragments = []
-        optimizer = self.optimizer
-        buffers_of, flags_of = optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients
-        for group, buffers, has_gradient in zip(optimizer.bf16_groups, buffers_of, flags_of, strict=True):
+        marked = set()
+        for group, flags in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True):
             for index, parameter in enumerate(group):
-                if id(parameter) in ours and (has_gradient[index] or fill_missing):
-                    has_gradient[index] = True
-                    fragments.append(Fragment(self.packing.offset(parameter), buffers[index].view(-1)))
-        return fragments
+                if id(parameter) in self._trained_ids and (flags[index] or fill_missing):
+                    flags[index] = True
+                    marked.add(id(parameter))
+        return marked
 
     def _separate_masters(self) -> None:
         """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing effective values
@@ -257,18 +265,20 @@ class DeepSpeedEngine(Engine):
         DeepSpeed takes the norm inside its step, after the map, and under optimizer offload partly before it.
         """
         optimizer, limit = self.optimizer, self.engine.gradient_clipping()
-        if not limit:
-            yield
-        elif self._keeps_whole_gradients():
+        if self._keeps_whole_gradients():
+            # Also without a limit: of the pulled gradients, each rank writes its own part alone.
             gradients = optimizer.get_grads_for_norm(for_clipping=True)
             norm = torch.nn.utils.get_total_norm(gradients)
-            torch._foreach_mul_(gradients, float(min(1.0, limit / (norm + 1e-6))))
+            if limit:
+                torch._foreach_mul_(gradients, float(min(1.0, limit / (norm + 1e-6))))
             optimizer.clip_grad = 0.0
             try:
                 yield
             finally:
                 optimizer.clip_grad = limit
             optimizer._global_grad_norm = norm  # what it reports
+        elif not limit:
+            yield
         else:
             method = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
             found = getattr(optimizer, method)()

@@ -1,31 +1,34 @@
 """FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's shards.
 
-As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. On a mesh of two
-dimensions (HSDP) groups of ranks hold replicas of the shards, and FSDP2 reduces gradients over both; the map of each
-replica is then the same.
+As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. The shards of lora_B are
+slices of its width already; those of lora_A hold whole rows, and are moved where the map acts on them. On a mesh of two
+dimensions (HSDP) groups of ranks hold replicas of the shards, and FSDP2 reduces gradients over both; the map of each replica is
+then the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
-from .packing import Fragment, Packing
+from .base import copy_values
+from .sharded import ShardedEngine
+from .slicing import SIDES, Exchange
 from .torch import TorchEngine
 
 _BY_ROWS = ((Shard(0),), (Replicate(), Shard(0)))  # FSDP2's placements, and those of HSDP
 
 
-class FSDP2Engine(TorchEngine):
+class FSDP2Engine(ShardedEngine, TorchEngine):
     """Args:
         model (`nn.Module`): the model that holds the FSDP modules.
         optimizer (`torch.optim.Optimizer`): steps the sharded parameters.
@@ -36,9 +39,9 @@ class FSDP2Engine(TorchEngine):
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
-        super().__init__(optimizer, kinds, "FSDP2")
-        self._parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
-        odd = [p for p in self._parameters if not isinstance(p, DTensor) or tuple(p.placements) not in _BY_ROWS]
+        TorchEngine.__init__(self, optimizer, kinds, "FSDP2")
+        parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        odd = [p for p in parameters if not isinstance(p, DTensor) or tuple(p.placements) not in _BY_ROWS]
         if odd:
             found = odd[0].placements if isinstance(odd[0], DTensor) else "none"
             raise StructLoRAError(
@@ -47,38 +50,49 @@ class FSDP2Engine(TorchEngine):
                 "shard the root module, without tensor parallelism",
             )
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        mesh = self._parameters[0].device_mesh
+        mesh = parameters[0].device_mesh
         if mesh.ndim == 2:
             self.name = "HSDP"
-        self.packing = Packing(kinds, mesh.get_group(mesh.ndim - 1))
-        self._finite = True
+        self._shard(kinds, mesh.get_group(mesh.ndim - 1), _span)
+
+    def install(
+        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+    ) -> None:
+        self._move(moved)
+        super().install(before_step, after_step, moved)
+
+    def remove(self) -> None:
+        ShardedEngine.remove(self)
+        TorchEngine.remove(self)
 
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trained):
             return None
-        gradients, bad = self.packing.gather_with(self._fragments(lambda p: p.grad), self._bad_gradients())
-        self._finite = not bad
-        return gradients
+        return self._moved.to_slices(lambda p: torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad))
 
+    @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
         if fill_missing:
             for parameter in self._trained:
                 if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
-        self.packing.scatter(gradients, self._fragments(lambda p: p.grad))
+        pulled = [(p, value) for p, value in self._moved.to_fragments(gradients) if p.grad is not None]
+        copy_values([_local(p.grad) for p, _ in pulled], [value for _, value in pulled])
 
+    @torch.no_grad()
     def write_latents(self, latents: list[Factors]) -> None:
-        self._latents = [
-            Factors(A.to(k.device).float(), B.to(k.device).float())
-            for k, (A, B) in zip(self.kinds, latents, strict=True)
-        ]
+        self._latents = {p: value.to(p.dtype) for p, value in self._moved.to_fragments(latents)}
+        self._slices = self._moved.to_slices(self._latents.__getitem__)
+        self._put_fragments(Exchange(self.sharding, self._unmoved).to_fragments(latents))
 
-    def read_working(self) -> list[Factors]:
-        return self.packing.gather(self._fragments(lambda p: p.data))
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
+        self._put_fragments(self._moved.to_fragments(effective, sides))
 
-    def stored(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        whole = value.view(parameter.shape).to(parameter.dtype)
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it
+    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for p, value in self._everything().to_fragments(factors):
+            local = value.view(_local(p).shape).to(p.dtype)
+            mesh, placements = p.device_mesh, p.placements
+            yield p, DTensor.from_local(local, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
 
     def keep_versions(self) -> ExitStack:
         return ExitStack()  # a backward reads gathered copies, which we do not write to
@@ -87,29 +101,36 @@ class FSDP2Engine(TorchEngine):
         # Versions alone: every rank sees the same ones, and must, since reading what was written is a collective.
         return [p._version for p in self._trained], torch.zeros(0)
 
-    def gradients_are_finite(self) -> bool:
-        return self._finite
+    def _swap_in_latents(self) -> None:
+        self._put_fragments(list(self._latents.items()))
 
-    def _put(self, values: list[Factors]) -> None:
+    @torch.no_grad()
+    def _take(self) -> None:
+        self._latents = {p: _local(p).clone().view(-1) for p in self._moved.parameters}
+        self._slices = self._moved.to_slices(self._latents.__getitem__)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return _local(parameter)
+
+    def _working(self, parameter: nn.Parameter) -> Tensor:
+        return _local(parameter)
+
+    @torch.no_grad()
+    def _put_fragments(self, fragments: list[tuple[nn.Parameter, Tensor]]) -> None:
         for module in self._sharded_modules:
             module.reshard()  # a forward without backward may have left whole copies, which would go stale
-        self.packing.scatter(values, self._fragments(lambda p: p.data))
+        ours = [(p, value) for p, value in fragments if id(p) in self._trained_ids]
+        copy_values([_local(p) for p, _ in ours], [value for _, value in ours])
 
-    def _take(self) -> None:
-        self._latents = self.read_working()
 
-    def _fragments(self, of: Callable[[nn.Parameter], DTensor | None]) -> list[Fragment]:
-        fragments = []
-        for parameter in self._parameters:
-            tensor = of(parameter)
-            if tensor is not None:
-                start = self._first_row(parameter) * math.prod(parameter.shape[1:])
-                fragments.append(Fragment(self.packing.offset(parameter) + start, tensor.to_local().view(-1)))
-        return fragments
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's shard."""
+    return parameter.data.to_local()
 
-    def _first_row(self, parameter: DTensor) -> int:
-        """Rows that the ranks before this one hold: FSDP2 deals them as `torch.chunk` does."""
-        mesh, rows = parameter.device_mesh, parameter.shape[0]
-        dimension = mesh.ndim - 1
-        share = -(-rows // mesh.size(dimension))
-        return min(mesh.get_local_rank(dimension) * share, rows)
+
+def _span(parameter: DTensor) -> tuple[int, int]:
+    """Where this rank's shard begins and ends in the flat parameter: FSDP2 deals rows as `torch.chunk` does."""
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    dimension, size = mesh.ndim - 1, math.prod(parameter.shape[1:])
+    share, rank = -(-rows // mesh.size(dimension)), mesh.get_local_rank(dimension)
+    return min(rank * share, rows) * size, min((rank + 1) * share, rows) * size

@@ -7,7 +7,7 @@ step hooks every torch optimizer has; the parameters' storage is never replaced.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import torch
@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind
+from ..core.width import WHOLE
 from ..errors import StructLoRAError
 from ..frames import is_running
-from .base import Engine
-from .packing import holds_nonfinite
+from .base import Engine, copy_values, holds_nonfinite
 from .schedule import Rate, rate_of
 
 
@@ -35,6 +35,7 @@ class TorchEngine(Engine):
 
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
         self.optimizer, self.kinds, self.name = optimizer, kinds, name
+        self.widths = [WHOLE] * len(kinds)
         self._handles: list = []
         # Those that train at attach: `requires_grad` may change for a while, as in PEFT's `disable_adapter`.
         self._trained = [p for kind in kinds for p in (*kind.A, *kind.B) if p.requires_grad]
@@ -50,7 +51,9 @@ class TorchEngine(Engine):
             if any(id(p) in self._trained_ids for p in group["params"])
         ]
 
-    def install(self, before_step: Callable[[], bool], after_step: Callable[[bool], None]) -> None:
+    def install(
+        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+    ) -> None:
         stepped = False
 
         def before(optimizer, args, kwargs):
@@ -65,7 +68,7 @@ class TorchEngine(Engine):
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
-            self._put(self._latents)
+            self._swap_in_latents()
             if closure is None:
                 return None
             return tuple(given if a is closure else a for a in args), {
@@ -126,10 +129,10 @@ class TorchEngine(Engine):
                             continue
                         parameter.grad = torch.zeros_like(parameter)
                     targets.append(parameter.grad)
-                    values.append(value.view_as(parameter))
-        torch._foreach_copy_(targets, values)
+                    values.append(value)
+        copy_values(targets, values)
 
-    def read_latents(self) -> list[Factors]:
+    def read_latents(self, everything: bool = False) -> list[Factors]:
         return [Factors(A.float(), B.float()) for A, B in self._latents]
 
     def write_latents(self, latents: list[Factors]) -> None:
@@ -137,14 +140,16 @@ class TorchEngine(Engine):
             own.A.copy_(new.A)
             own.B.copy_(new.B)
 
-    def write_working(self, effective: list[Factors]) -> None:
-        self._put(effective)
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = Factors._fields) -> None:
+        self._put(effective, sides)
 
     def read_working(self) -> list[Factors]:
         return [Factors(_stack(k.A).float(), _stack(k.B).float()) for k in self.kinds]
 
-    def gradients_are_finite(self) -> bool:
-        return not self._bad_gradients()
+    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for kind, stacked in zip(self.kinds, factors, strict=True):
+            for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
+                yield from ((p, v.detach().view_as(p).to(p.dtype)) for p, v in zip(parameters, stack, strict=True))
 
     def gradient_scale(self) -> float:
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -153,8 +158,7 @@ class TorchEngine(Engine):
     def learning_rate(self) -> Rate:
         return rate_of(self.optimizer.param_groups[i] for i in self._groups)
 
-    def _bad_gradients(self) -> Tensor:
-        """1.0 where a gradient of this rank that the optimizer is about to use holds NaN or Inf, else 0.0."""
+    def bad_gradients(self) -> Tensor:
         gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         bad = holds_nonfinite(gradients, self.kinds[0].device)
@@ -197,17 +201,21 @@ class TorchEngine(Engine):
         norms = torch._foreach_norm(self._trained, 2, exact)
         return [p._version for p in self._trained], torch.stack([norm.to(device) for norm in norms])
 
+    def _swap_in_latents(self) -> None:
+        self._put(self._latents)
+
     @torch.no_grad()
-    def _put(self, values: list[Factors]) -> None:
+    def _put(self, values: list[Factors], sides: tuple[str, ...] = Factors._fields) -> None:
         targets, sources = [], []
         for kind, stacked in zip(self.kinds, values, strict=True):
-            for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
+            for side in sides:
+                parameters, stack = getattr(kind, side), getattr(stacked, side)
                 if id(parameters[0]) in self._trained_ids:
                     # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
                     # them, and a backward through weights that are gone must fail.
                     targets += parameters
-                    sources += [value.view_as(p) for p, value in zip(parameters, stack, strict=True)]
-        torch._foreach_copy_(targets, sources)
+                    sources += stack
+        copy_values(targets, sources)
 
     def _take(self) -> None:
         self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in self.kinds]

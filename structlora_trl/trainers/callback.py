@@ -16,6 +16,7 @@ from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
 from .compat import (
+    before_checkpoints,
     callback_being_restored,
     checkpoint_being_saved,
     refuse_engine_taken_down,
@@ -70,6 +71,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
         # State and weights at the end of the last `train()`.
         self._finished: tuple[dict, list[Factors]] | None = None
+        self._state: dict | None = None  # of the checkpoint that is being written, where ranks share the map
 
     def attach(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> Runtime:
         """The runtime of a trainer whose model and optimizer are ready."""
@@ -104,6 +106,8 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         if self.runtime is not None:
             self.runtime.detach()
         self.runtime = self.attach(trainer, optimizer)
+        if self.runtime.is_sharded:
+            before_checkpoints(trainer, self._gather_state)
         if not self.config.is_off:
             describe_trainer(trainer, self.config)
         self._seen_hook_calls = 0
@@ -113,7 +117,7 @@ class StructLoRACallback(TrainerCallback, ExportableState):
             load_state(self.runtime, resumed_from)
         elif self._finished is not None:
             finished_state, weights = self._finished
-            if _equal(weights, self.runtime.engine.read_working()):
+            if _equal(weights, self.runtime):
                 self.runtime.load_state_dict(finished_state)  # another `train()` continues where the last one ended
         self._acted_before = self.runtime.acted_steps
 
@@ -155,8 +159,14 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         """Called by Trainer for each checkpoint, before older ones are deleted: our file is written here."""
         directory = checkpoint_being_saved()
         if directory is not None and self.runtime is not None:
-            save_state(self.runtime, directory)
+            save_state(self.runtime, directory, self._state)
+            self._state = None
         return {"args": {"config": self.config.options()}, "attributes": {}}
+
+    def _gather_state(self) -> None:
+        """At the start of a checkpoint, on every rank; `state` is called on those that write."""
+        if self.runtime.is_attached:
+            self._state = self.runtime.state_dict()
 
     def _take_options(self, arguments) -> None:
         """Those in the training arguments, where they hold any and the callback was given none."""
@@ -178,7 +188,10 @@ class StructLoRACallback(TrainerCallback, ExportableState):
             )
 
 
-def _equal(left: list[Factors], right: list[Factors]) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(a, b) for pair in zip(left, right, strict=True) for a, b in zip(*pair, strict=True)
+def _equal(weights: list[Factors], runtime: Runtime) -> bool:
+    """Whether these weights stand in a runtime's model, on every rank."""
+    now = runtime.engine.read_working()
+    same = len(weights) == len(now) and all(
+        torch.equal(a, b) for pair in zip(weights, now, strict=True) for a, b in zip(*pair, strict=True)
     )
+    return bool(runtime.maps[0].width.every(torch.tensor(same, device=runtime.kinds[0].device)))

@@ -79,6 +79,23 @@ def why_quiet(trainer: Trainer) -> str | None:
     return None
 
 
+def before_checkpoints(trainer: Trainer, call: Callable[[], None]) -> None:
+    """Have every rank call something at the start of each checkpoint: Trainer asks callbacks for their state on one rank alone.
+
+    To ask twice is to ask once.
+    """
+    save = trainer._save_checkpoint
+    if getattr(save, "before", None) == call:
+        return
+
+    def save_after_call(*args, **kwargs):
+        call()
+        return save(*args, **kwargs)
+
+    save_after_call.before = call
+    trainer._save_checkpoint = save_after_call
+
+
 def checkpoint_being_saved() -> Path | None:
     """The directory of the checkpoint the Trainer is writing right now, or None."""
     frame = _trainer_frame(lambda frame: frame.f_code.co_name == "_save_checkpoint")

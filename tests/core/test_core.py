@@ -290,7 +290,7 @@ def test_what_gates_are_divided_by_is_state(name):
     """Another `gate_init` on resume changes no weight, at evaluation or in training."""
     m, latent = kind_map(filter=name)
     other, _ = kind_map(filter=name, gate_init=0.4)
-    other.restore(m.state_dict(), m.graph.state_dict())
+    other.restore(latent, m.state_dict(), m.graph.state_dict())
     for noise in (None, torch.randn(4, 3)):
         for ours, theirs in zip(m(latent, noise), other(latent, noise), strict=True):
             assert torch.equal(ours, theirs)

@@ -57,9 +57,6 @@ def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deep
     facts = launch(tmp_path, engine, world, deepspeed=deepspeed, **options)
     assert facts["step"] == 10 and facts["skipped"] == 0
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
-    if engine != "ddp":
-        # Masters at attach, gradients and masters in each step, and the working weights at the end.
-        assert facts["collectives"] == 2 + 2 * facts["step"]
 
 
 BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]

@@ -24,6 +24,9 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
+from structlora_trl.core import width
+from structlora_trl.engines import slicing
+
 torch.set_num_threads(1)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
@@ -137,6 +140,36 @@ class KillAt(TrainerCallback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Counted:
+    """What the map sends: the collectives of its modules, and the bytes that leave this rank."""
+
+    def __init__(self):
+        self.bytes_sent = self.collectives = 0
+        for module in (slicing, width):
+            module.dist = self
+
+    def __getattr__(self, name):
+        return getattr(dist, name)
+
+    def all_to_all_single(self, output, sent, received_sizes, sent_sizes, group):
+        leaving = sum(sent_sizes) - sent_sizes[dist.get_rank(group)]
+        self._count(leaving * sent.shape[1] * sent.element_size())
+        dist.all_to_all_single(output, sent, received_sizes, sent_sizes, group=group)
+
+    def all_gather_into_tensor(self, output, sent, group):
+        self._count((output.numel() - sent.numel()) * sent.element_size() // dist.get_world_size(group))
+        dist.all_gather_into_tensor(output, sent, group=group)
+
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
+        world = dist.get_world_size(group)
+        self._count(2 * (world - 1) * tensor.numel() * tensor.element_size() // world)
+        dist.all_reduce(tensor, op, group=group)
+
+    def _count(self, leaving: int) -> None:
+        self.collectives += 1
+        self.bytes_sent += leaving
+
+
 class AliasMasters(TrainerCallback):
     """What stage 3 would do in fp32 without its comparison that is never true."""
 
@@ -213,6 +246,7 @@ def main():
     for name, parameter in trainer.model.named_parameters():
         if args.freeze is not None and args.freeze in name:
             parameter.requires_grad_(False)
+    counted = Counted()
     trainer.train(resume_from_checkpoint=args.resume)
     if args.again:
         if args.anew:
@@ -239,13 +273,14 @@ def main():
         runtime = callback.runtime
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
         if is_deepspeed or args.engine in ("fsdp2", "hsdp"):
-            facts["collectives"] = runtime.engine.packing.collectives
+            facts |= {"bytes_sent": counted.bytes_sent, "collectives": counted.collectives}
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():
         dist.barrier()
+    state = None if callback is None else runtime.state_dict()
     if rank == 0:
         if callback is not None:
-            torch.save(runtime.state_dict(), args.output / "state.pt")
+            torch.save(state, args.output / "state.pt")
         print("FACTS " + json.dumps(facts), flush=True)
     if dist.is_initialized():
         dist.barrier()

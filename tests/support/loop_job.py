@@ -141,7 +141,8 @@ def train(
     if poison_at is not None:
         model.get_input_embeddings().weight.requires_grad_(True)
     loop = ENGINES[engine](model, clip, scaled)
-    options = {**SEMANTIC, **(method or {})}
+    method = method or {}
+    options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
     runtime = attach(loop.wrapped, loop.optimizer, options)
     losses, evaluation_losses = [], []
     for step in range(STEPS):
@@ -167,10 +168,19 @@ def train(
         "engine": runtime.engine.name,
         "losses": losses,
         "evaluation_losses": evaluation_losses,
-        "working": [part for factors in runtime.engine.read_working() for part in factors],
+        "working": whole(runtime, runtime.engine.read_working()),
         "state": runtime.state_dict(),
         "skipped": runtime.skipped_steps,
     }
+
+
+def whole(runtime, factors) -> list[torch.Tensor]:
+    """A rank's slices joined with those of the others."""
+    return [
+        m.width.whole(part, side)
+        for m, pair in zip(runtime.maps, factors, strict=True)
+        for side, part in zip("AB", pair, strict=True)
+    ]
 
 
 def _poison(module, inputs, output):
