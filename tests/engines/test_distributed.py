@@ -21,9 +21,10 @@ SEMANTIC = {"method": {"edges": "similarity", "semantic_every": 2, "semantic_thr
 STEADY = {"adam_epsilon": 1e-6}
 
 
-def length(accumulation: int) -> dict:
-    """60 rows are ten micro-batches: with accumulation 3, the last window of an epoch is short."""
-    return {"accumulation": accumulation, "rows": 48 if accumulation == 1 else 60, "steps": 10}
+def length(accumulation: int, micro_batch: int = 6) -> dict:
+    """Ten micro-batches are an epoch where gradients accumulate: of three, so that its last window is short."""
+    rows = (8 if accumulation == 1 else 10) * micro_batch
+    return {"accumulation": accumulation, "rows": rows, "steps": 10, "micro_batch": micro_batch}
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +47,47 @@ MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
 MATRIX += [("hsdp", 6, 1, {}), ("hsdp", 6, 3, {})]  # two replicas of three shards
 MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
+
+
+# Gates alone, or the whole method with an adapter of fewer rows than ranks: clipped, accumulated, on widths that 3 does not divide.
+HALVES = {"gates": {"method": {"coordinator": "none"}}, "whole": {**SEMANTIC, "lora": {"r": 2}}}
+RANKS = [("hsdp", 4), *((engine, world) for engine in ENGINES for world in (2, 3, 4))]
+CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2)]
+
+
+@pytest.mark.parametrize(
+    "half, engine, world",
+    [pytest.param(half, *row, marks=() if (half, *row) in CORE_RANKS else slow) for half in HALVES for row in RANKS],
+)
+def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_process):
+    options = {
+        **length(3, 12),
+        "steps": 6,
+        "trainer": {**STEADY, "max_grad_norm": 0.1, "logging_steps": 6},
+        **HALVES[half],
+    }
+    facts = launch(tmp_path, engine, world, deepspeed=SHARDED if engine == "zero3" else {}, **options)
+    assert facts["step"] == 6 and facts["skipped"] == 0
+    assert min(facts["norms"]) > 0.1  # it does clip
+    assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=slow)])
+def test_gates_alone_send_their_gradients(engine, tmp_path):
+    """FSDP2's shards of lora_B are slices of its width; of ZeRO-3's, rows that are cut go to a neighbour."""
+
+    def sent(steps) -> dict:
+        told = {"method": {"coordinator": "none"}, "trainer": {"logging_steps": 100}, "steps": steps}
+        return launch(tmp_path / str(steps), engine, 2, deepspeed=SHARDED if engine == "zero3" else {}, **told)
+
+    few, more = sent(2), sent(4)
+    logits = sum(value.numel() for name, value in state(tmp_path / "2").items() if name.endswith("/filter.logits"))
+    rows = sum(
+        value.numel() // value.shape[1] for name, value in state(tmp_path / "2").items() if name.endswith("latent_B")
+    )
+    reduced, cut = 4 * (logits + 1), 4 * 4 * rows  # there and back, before the step and after it
+    per_step = (more["bytes_sent"] - few["bytes_sent"]) / 2
+    assert reduced <= per_step <= reduced + (cut if engine == "zero3" else 0)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +132,7 @@ SET_UPS = {
         {"lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]}, "trainer": STEADY},
         ENGINES,
     ),
+    "largest norms": ({"method": {"filter": "topk_norm"}, "trainer": STEADY}, ENGINES),
     "masters that are the working shards": ({"alias_masters": True, "trainer": STEADY}, ["zero3"]),
     "subclass": ({"subclass": True, "trainer": STEADY}, ENGINES),
 }

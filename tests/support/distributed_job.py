@@ -30,7 +30,6 @@ from structlora_trl.engines import slicing
 torch.set_num_threads(1)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
-MICRO_BATCH = 6  # over all ranks, so that 1, 2 and 3 see the same
 
 
 def arguments():
@@ -56,6 +55,7 @@ def arguments():
     parser.add_argument("--halve-between", action="store_true", help="halve lora_B before that")
     parser.add_argument("--stop-at", type=int, default=None)
     parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--micro-batch", type=int, default=6, help="over all ranks, so that 1, 2 and 3 see the same")
     parser.add_argument("--seed-of-rank-1", type=int, default=None)
     parser.add_argument("--poison-at", type=int, default=None, help="step at which the loss is NaN")
     parser.add_argument("--alias-masters", action="store_true", help="make stage 3's masters the working shards")
@@ -195,7 +195,7 @@ def main():
     args = arguments()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     options = {
-        "per_device_train_batch_size": MICRO_BATCH // world,
+        "per_device_train_batch_size": args.micro_batch // world,
         "gradient_accumulation_steps": args.accumulation,
         "max_steps": args.steps,
         "bf16": args.dtype == "bfloat16",
