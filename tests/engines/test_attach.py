@@ -32,7 +32,7 @@ RUNS = {
     "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "without coordinator": ({"method": {"coordinator": "none"}}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
     "cosines over the width": (
-        {"method": {"regularizer": "cosine", "side": "both"}},
+        {"method": {"regularizer": "cosine"}},
         ["fsdp2"],
         ["zero1", "zero2", "zero3"],
     ),

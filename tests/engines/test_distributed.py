@@ -133,6 +133,7 @@ SET_UPS = {
         ENGINES,
     ),
     "largest norms": ({"method": {"filter": "topk_norm"}, "trainer": STEADY}, ENGINES),
+    "both sides": ({"method": {"side": "both"}, "trainer": STEADY}, ENGINES),
     "masters that are the working shards": ({"alias_masters": True, "trainer": STEADY}, ["zero3"]),
     "subclass": ({"subclass": True, "trainer": STEADY}, ENGINES),
 }
