@@ -47,6 +47,8 @@ class DeepSpeedEngine(ShardedEngine):
         self._trained_ids = {id(p) for p in self._parameters}
         self._frozen_ids = {id(p) for p in parameters} - self._trained_ids
         self._shard(kinds, self.optimizer.dp_process_group, self._span)
+        # How effective values reach shards, and of which sides.
+        self._scattered: tuple[list[tuple[str, ...]], Exchange] | None = None
         self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
         self._groups = self._groups_of_lora()
 
@@ -108,27 +110,40 @@ class DeepSpeedEngine(ShardedEngine):
         values = [(p, v) for p, v in self._everything().to_fragments(latents) if id(p) in self._trained_ids]
         copy_values([self._master(p) for p, _ in values], [value for _, value in values])
         self._slices = self._moved.to_slices(self._master)
-        self._put(latents, self._unmoved, Exchange(self.sharding, self._unmoved))
+        self._put(latents, self._unmoved, Exchange(self.sharding, self._in_shards(self._unmoved)))
 
     def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        moved = [tuple(side for side in sides if side not in unmoved) for unmoved in self._unmoved]
-        self._put(effective, moved, self._moved, sides)
+        moved = [tuple(side for side in SIDES if side not in unmoved) for unmoved in self._unmoved]
+        in_shards = self._in_shards(moved)
+        # Persistent parameters of stage 3 are whole from the first forward on.
+        if self._scattered is None or self._scattered[0] != in_shards:
+            self._scattered = in_shards, self._moved if in_shards == moved else Exchange(self.sharding, in_shards)
+        self._put(effective, moved, self._scattered[1], sides)
+
+    def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Of some sides of the kinds, those that the model holds in shards alone: none before stage 3."""
+        return [
+            tuple(side for side in given if not self._is_whole(getattr(kind, side)[0]))
+            for kind, given in zip(self.kinds, places, strict=True)
+        ]
 
     @torch.no_grad()
     def _put(
         self, values: list[Factors], places: list[tuple[str, ...]], exchange: Exchange, sides: tuple[str, ...] = SIDES
     ) -> None:
-        """Put values on some sides of the kinds where the model reads them: in shards, and in whole where it holds the whole."""
-        if self.stage == 3:
-            fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
-            copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
+        """Put values on some sides of the kinds where the model reads them; `exchange` has those that it holds in shards."""
+        fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
+        copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
         for kind, width, factors, given in zip(self.kinds, self.widths, values, places, strict=True):
             for side in given:
                 parameters = getattr(kind, side)
                 # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a kind or none.
-                if self._is_whole(parameters[0]) and id(parameters[0]) in self._trained_ids:
+                if side in sides and self._is_whole(parameters[0]) and id(parameters[0]) in self._trained_ids:
                     whole = width.whole(getattr(factors, side).to(parameters[0].dtype), side)
                     copy_values([p.data for p in parameters], list(whole))
+                    if self.stage == 3:  # persistent parameters have shards too
+                        own = [v.view(-1)[slice(*self._span(p))] for p, v in zip(parameters, whole, strict=True)]
+                        copy_values([self._working(p) for p in parameters], own)
 
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         for kind, width, given in zip(self.kinds, self.widths, factors, strict=True):
