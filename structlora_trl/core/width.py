@@ -6,6 +6,7 @@ is asked for here, so that it is the same on every rank.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -75,16 +76,7 @@ class Width:
 
     def whole(self, x: Tensor, side: str) -> Tensor:
         """All ranks' slices of stacked factors, joined along the width."""
-        if not self.is_shared:
-            return x
-        axis, sizes = AXIS[side], self._sizes(side)
-        mine = x.movedim(axis, 0)
-        filled = mine.new_zeros(max(sizes), *mine.shape[1:])
-        filled[: len(mine)] = mine
-        gathered = filled.new_empty(len(sizes) * len(filled), *mine.shape[1:])
-        dist.all_gather_into_tensor(gathered, filled, group=self.group)
-        pieces = [piece[:size] for piece, size in zip(gathered.split(len(filled)), sizes, strict=True)]
-        return torch.cat(pieces).movedim(0, axis).contiguous()
+        return whole_of([(self, x, side)])[0]
 
     def part(self, x: Tensor, side: str) -> Tensor:
         """This rank's slice of a whole tensor: the inverse of `whole`."""
@@ -102,3 +94,29 @@ class Width:
 
 
 WHOLE = Width()
+
+# Stacked factors of which each rank has a slice: whose width, this rank's slice, which side.
+Piece = tuple[Width, Tensor, str]
+
+
+def whole_of(pieces: list[Piece]) -> list[Tensor]:
+    """`Width.whole` of several stacked factors, of one dtype, in one collective."""
+    if not pieces or not pieces[0][0].is_shared:
+        return [x for _, x, _ in pieces]
+    ranks, group = pieces[0][0].count, pieces[0][0].group
+    sizes = [width._sizes(side) for width, _, side in pieces]
+    ours = [x.movedim(AXIS[side], 0) for _, x, side in pieces]
+    shapes = [(max(given), *x.shape[1:]) for x, given in zip(ours, sizes, strict=True)]  # filled up, alike on all ranks
+    counts = [math.prod(shape) for shape in shapes]
+    sent = ours[0].new_zeros(sum(counts))
+    for x, part, shape in zip(ours, sent.split(counts), shapes, strict=True):
+        part.view(shape)[: len(x)] = x
+    gathered = sent.new_empty(ranks * len(sent))
+    dist.all_gather_into_tensor(gathered, sent, group=group)
+    wholes = []
+    for parts, shape, given, (_, _, side) in zip(
+        gathered.view(ranks, -1).split(counts, dim=1), shapes, sizes, pieces, strict=True
+    ):
+        joined = torch.cat([part.view(shape)[:size] for part, size in zip(parts, given, strict=True)])
+        wholes.append(joined.movedim(0, AXIS[side]).contiguous())
+    return wholes

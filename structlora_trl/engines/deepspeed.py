@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind, full_shape
+from ..core.width import Piece, whole_of
 from ..errors import StructLoRAError
 from .base import copy_values, holds_nonfinite
 from .schedule import Rate, rate_of
@@ -25,6 +26,8 @@ from .slicing import SIDES, Exchange
 # PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
 # does (LoRA-FA) or without their preconditioner, and say nothing.
 _NEED_PAIRS = ("LoraFAOptimizer", "RiemannianPreconditionedOptimizer")
+
+_GATHERED_BYTES = 2**25  # of whole factors, in one collective
 
 
 class DeepSpeedEngine(ShardedEngine):
@@ -134,16 +137,21 @@ class DeepSpeedEngine(ShardedEngine):
         """Put values on some sides of the kinds where the model reads them; `exchange` has those that it holds in shards."""
         fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
-        for kind, width, factors, given in zip(self.kinds, self.widths, values, places, strict=True):
-            for side in given:
-                parameters = getattr(kind, side)
-                # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a kind or none.
-                if side in sides and self._is_whole(parameters[0]) and id(parameters[0]) in self._trained_ids:
-                    whole = width.whole(getattr(factors, side).to(parameters[0].dtype), side)
-                    copy_values([p.data for p in parameters], list(whole))
-                    if self.stage == 3:  # persistent parameters have shards too
-                        own = [v.view(-1)[slice(*self._span(p))] for p, v in zip(parameters, whole, strict=True)]
-                        copy_values([self._working(p) for p in parameters], own)
+        wholes = [
+            (parameters, (width, getattr(factors, side).to(parameters[0].dtype), side))
+            for kind, width, factors, given in zip(self.kinds, self.widths, values, places, strict=True)
+            for side, parameters in zip(SIDES, (kind.A, kind.B), strict=True)
+            # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a kind or none.
+            if side in given and side in sides and self._is_whole(parameters[0])
+            if id(parameters[0]) in self._trained_ids
+        ]
+        for lot in _in_lots(wholes):
+            gathered = whole_of([piece for _, piece in lot])
+            for (parameters, _), whole in zip(lot, gathered, strict=True):
+                copy_values([p.data for p in parameters], list(whole))
+                if self.stage == 3:  # persistent parameters have shards too
+                    own = [v.view(-1)[slice(*self._span(p))] for p, v in zip(parameters, whole, strict=True)]
+                    copy_values([self._working(p) for p in parameters], own)
 
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         for kind, width, given in zip(self.kinds, self.widths, factors, strict=True):
@@ -366,3 +374,17 @@ class DeepSpeedEngine(ShardedEngine):
             )
         if found:
             raise StructLoRAError(found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy)
+
+
+def _in_lots(wholes: list[tuple[list[nn.Parameter], Piece]]) -> Iterator[list[tuple[list[nn.Parameter], Piece]]]:
+    """Which factors share an all-gather: small ones do, to wait once; large ones have one each, to hold less at once."""
+    lot, size = [], 0
+    for parameters, piece in wholes:
+        nbytes = sum(p.data.nbytes for p in parameters)
+        if lot and (size + nbytes > _GATHERED_BYTES or parameters[0].dtype != lot[0][0][0].dtype):
+            yield lot
+            lot, size = [], 0
+        lot.append((parameters, piece))
+        size += nbytes
+    if lot:
+        yield lot
