@@ -31,6 +31,7 @@ class GCN(nn.Module):
     """
 
     width = WHOLE  # of the features that it is given
+    is_columnwise = True  # each entry of the last axis gets its own messages; not inherited (`KindMap.is_columnwise`)
 
     def __init__(self, rank: int, layers: int, activation: str):
         super().__init__()

@@ -29,6 +29,8 @@ class Filter(nn.Module):
 
     is_stochastic = False  # whether gates in training differ from those at evaluation
     width = WHOLE  # of the factors that it is given
+    # `forward` multiplies with `gates`, and these depend on no factor; not inherited (`KindMap.is_columnwise`)
+    is_columnwise = True
 
     def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
         super().__init__()
@@ -67,6 +69,7 @@ class InformationBottleneck(Filter):
     """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, which is E[m] at the start."""
 
     is_stochastic = True
+    is_columnwise = True
 
     def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
         super().__init__(shape, config, device)
@@ -107,6 +110,7 @@ class RandomFilter(Filter):
     """Each direction kept with the same probability, drawn in each step, and divided by it; at evaluation all are kept."""
 
     is_stochastic = True
+    is_columnwise = True
 
     def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
         super().__init__(shape, config, device)

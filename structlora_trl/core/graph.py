@@ -67,6 +67,10 @@ class DepthGraph:
         decay (`float`): decay of the running-mean gradient.
     """
 
+    is_columnwise = (
+        True  # `propagate` maps each entry of the last axis by itself; not inherited (`KindMap.is_columnwise`)
+    )
+
     def __init__(self, fixed: Tensor, follows_gradients: bool, top_k: int, threshold: float, decay: float):
         self.fixed, self.follows_gradients = fixed, follows_gradients
         self.top_k, self.threshold, self.decay = top_k, threshold, decay

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
+from .columns import map_columns, pull_columns
 from .coordinator import COORDINATORS, GCN
 from .filters import FILTERS, Filter
 from .gates import LogisticNoise
@@ -64,6 +66,9 @@ class Parts:
 
 
 DEFAULT_PARTS = Parts()
+
+_SIDES = ("A", "B")
+_COLUMNS = {"A": -1, "B": 1}  # the axis of k in A, of d in B
 
 
 class KindMap(nn.Module):
@@ -109,21 +114,33 @@ class KindMap(nn.Module):
         """Gates that are sampled: one per direction and depth."""
         return math.prod(self.filter.shape)
 
+    @property
+    def is_columnwise(self) -> bool:
+        """Whether each column of a factor (one of k in A, of d in B) is mapped alike and by itself, as the parts say of
+        themselves. Then the map works on blocks of columns."""
+        parts = [self.filter, *self.coordinators.values(), *([self.graph] if self.coordinators else [])]
+        # Not `part.is_columnwise`: what a subclass changes may undo the claim, so that it must make it anew.
+        return all(vars(type(part)).get("is_columnwise", False) for part in parts)
+
     def forward(self, latent: Factors, noise: Tensor | None) -> Factors:
-        """Effective factors of latent ones.
+        """Effective factors of latent ones. A factor that nothing acts on is returned as it is.
 
         Args:
             latent (`Factors`): fp32.
             noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation.
         """
-        filtered = self._filtered(latent, noise)
-        added = {side: c(self._features(filtered, side), self.graph) for side, c in self.coordinators.items()}
-        A, B = filtered
-        if "A" in added:
-            A = A + _joined_A(added["A"])
-        if "B" in added:
-            B = B + _joined_B(added["B"].mT)
-        return Factors(A, B)
+        if torch.is_grad_enabled() or not self.is_columnwise:
+            filtered = self._filtered(latent, noise)
+            return Factors(*(self._coordinated(side, getattr(filtered, side), self._origin(side)) for side in _SIDES))
+        gates = self.filter.gates(*self.split(latent), noise)
+
+        def mapped(side: str) -> Tensor:
+            factor = getattr(latent, side)
+            if not self._acts_on(side, gates):
+                return factor
+            return map_columns(partial(self._mapped, side, gates), factor, self._origin(side), _COLUMNS[side])
+
+        return Factors(*map(mapped, _SIDES))
 
     def split(self, factors: Factors) -> Factors:
         """Factors of one module each: themselves, or with experts (L, E·r, k), (L, d, r·E) -> (E, L, r, k), (E, L, d, r)."""
@@ -151,12 +168,8 @@ class KindMap(nn.Module):
             Gradients of the latent factors (still times `scale`), and a dict from parameter name to gradient (unscaled),
             both of the task loss alone.
         """
-        leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
-        own = dict(self.named_parameters())
-        with torch.enable_grad():
-            effective = self(leaves, noise)
-        pulled = torch.autograd.grad(effective, [*leaves, *own.values()], gradient)
-        return Factors(*pulled[:2]), {name: g / scale for name, g in zip(own, pulled[2:], strict=True)}
+        pulled, own = (self._pulled_columns if self.is_columnwise else self._pulled_whole)(latent, gradient, noise)
+        return pulled, {name: own[parameter] / scale for name, parameter in self.named_parameters()}
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
         """Task gradients of the map's parameters turned into those of L_task + λ(β·KL − γ·I), for the gate logits.
@@ -223,7 +236,7 @@ class KindMap(nn.Module):
 
     def features(self, factors: Factors) -> list[Tensor]:
         """Node features, the updates on the sides that are comparable across depth: (L, r, n) each."""
-        return [self._features(factors, side) for side in self.sides]
+        return [self._features(side, getattr(factors, side), self._origin(side)) for side in self.sides]
 
     def stream_factors(self, factors: Factors) -> Factors | None:
         """The update as the residual stream sees it: the factor on the stream's side with its origin taken out, (L, r, n), and
@@ -233,7 +246,7 @@ class KindMap(nn.Module):
         if side is None or (side == "A" and self.origin_A is None):
             return None
         A, B = self.split(factors)
-        return Factors(self._features(factors, side), A if side == "B" else B.mT)
+        return Factors(self._features(side, getattr(factors, side), self._origin(side)), A if side == "B" else B.mT)
 
     @property
     def gradient_size(self) -> int:
@@ -262,10 +275,69 @@ class KindMap(nn.Module):
     def _update(self, factors: Factors) -> Factors:
         return factors if self.origin_B is None else Factors(factors.A, factors.B - self.origin_B)
 
-    def _features(self, factors: Factors, side: str) -> Tensor:
-        if side == "A":
-            return _split_A(factors.A - self.origin_A, self.kind.experts)
-        return _split_B(self._update(factors).B, self.kind.experts).mT
+    def _pulled_whole(
+        self, latent: Factors, gradient: Factors, noise: Tensor | None
+    ) -> tuple[Factors, dict[nn.Parameter, Tensor]]:
+        leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
+        own = list(self.parameters())
+        with torch.enable_grad():
+            effective = self(leaves, noise)
+        pulled = torch.autograd.grad(effective, [*leaves, *own], gradient)
+        return Factors(*pulled[:2]), dict(zip(own, pulled[2:], strict=True))
+
+    def _pulled_columns(
+        self, latent: Factors, gradient: Factors, noise: Tensor | None
+    ) -> tuple[Factors, dict[nn.Parameter, Tensor]]:
+        own = {}
+        with torch.enable_grad():
+            gates = self.filter.gates(*self.split(latent), noise)
+
+        def pulled(side: str) -> Tensor:
+            arriving = getattr(gradient, side)
+            if not self._acts_on(side, gates):
+                return arriving
+            weights = list(self.coordinators[side].parameters()) if side in self.coordinators else []
+            learns = side == "B" and gates is not None and gates.requires_grad
+            left, sums = pull_columns(
+                partial(self._mapped, side, gates),
+                getattr(latent, side),
+                self._origin(side),
+                arriving,
+                [*weights, gates] if learns else weights,
+                _COLUMNS[side],
+            )
+            own.update(zip(weights, sums, strict=False))
+            if learns:
+                logits = list(self.filter.parameters())
+                own.update(zip(logits, torch.autograd.grad(gates, logits, sums[-1]), strict=True))
+            return left
+
+        return Factors(*map(pulled, _SIDES)), own
+
+    def _acts_on(self, side: str, gates: Tensor | None) -> bool:
+        return side in self.coordinators or (side == "B" and gates is not None)
+
+    def _mapped(self, side: str, gates: Tensor | None, factor: Tensor, origin: Tensor | None) -> Tensor:
+        """One effective factor, or some of its columns with those of its origin."""
+        if side == "B" and gates is not None:
+            update = factor if origin is None else factor - origin
+            filtered = _joined_B(_split_B(update, self.kind.experts) * gates.unsqueeze(-2))
+            factor = filtered if origin is None else origin + filtered
+        return self._coordinated(side, factor, origin)
+
+    def _coordinated(self, side: str, factor: Tensor, origin: Tensor | None) -> Tensor:
+        """A filtered factor with what message passing adds."""
+        if side not in self.coordinators:
+            return factor
+        added = self.coordinators[side](self._features(side, factor, origin), self.graph)
+        return factor + (_joined_A(added) if side == "A" else _joined_B(added.mT))
+
+    def _features(self, side: str, factor: Tensor, origin: Tensor | None) -> Tensor:
+        update = factor if origin is None else factor - origin
+        return _split_A(update, self.kind.experts) if side == "A" else _split_B(update, self.kind.experts).mT
+
+    def _origin(self, side: str) -> Tensor | None:
+        return {"A": self.origin_A, "B": self.origin_B}[side]
 
 
 def _split_A(A: Tensor, experts: int) -> Tensor:
