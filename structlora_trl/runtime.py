@@ -131,6 +131,8 @@ class Runtime:
             self._gate_count = sum(m.gate_count for m in self.maps)
             self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
             self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
+            # A CPU's allocator takes what is large from the system anew each time, page by page: there it is kept.
+            self._kept = {kind.name: {} for kind in kinds if kind.device.type == "cpu"}
             self._optimizer = self._build_optimizer()
             self._rate: Rate | None = None  # set while a step that counts is under way
             self._schedule = ScheduleShare()
@@ -356,7 +358,8 @@ class Runtime:
         """One kind's gradients, carried back through its map."""
         # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
         ascends = self.engine.maximizes()
-        factors, own = m.pullback(latent, _negative(gradient) if ascends else gradient, noise, scale)
+        given, kept = _negative(gradient) if ascends else gradient, self._kept.get(m.kind.name)
+        factors, own = m.pullback(latent, given, noise, scale, kept)
         if (penalty := m.regularizer_gradient(latent)) is not None:
             factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
         return _Pulled(_negative(factors) if ascends else factors, own, self._seen(m, gradient, scale))
@@ -519,10 +522,21 @@ class Runtime:
         latents = self.engine.read_latents(everything)
         return [m(latent, part) for m, latent, part in zip(self.maps, latents, noise, strict=True)]
 
+    @torch.no_grad()
+    def _passing(self, noise: list[Tensor | None] | None, sides: tuple[str, ...]) -> list[Factors]:
+        """`_effective` for the moment, of some sides: the next call, and the next step, write over what it returned."""
+        noise = noise or [None] * len(self.maps)
+        return [
+            m(latent, part, sides, self._kept.get(m.kind.name))
+            for m, latent, part in zip(self.maps, self.engine.read_latents(), noise, strict=True)
+        ]
+
     @_timed
     @torch.inference_mode(False)  # a reader may be within it, and what we write must serve training
     def _write(self, noise: list[Tensor | None] | None, sides: tuple[str, ...] = Factors._fields) -> None:
-        self.engine.write_working(self._effective(noise), sides)
+        if self.step == 0:  # nothing has been written yet, and a part of one's own may change lora_A
+            sides = Factors._fields
+        self.engine.write_working(self._passing(noise, sides), sides)
         self.engine.stamp()
 
     def _build_optimizer(self) -> torch.optim.AdamW | None:

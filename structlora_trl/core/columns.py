@@ -21,7 +21,9 @@ ColumnMap = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @torch.no_grad()
-def map_columns(function: ColumnMap, stack: Tensor, origin: Tensor | None, dim: int) -> Tensor:
+def map_columns(
+    function: ColumnMap, stack: Tensor, origin: Tensor | None, dim: int, into: Tensor | None = None
+) -> Tensor:
     """What a map makes of a stack of factors.
 
     Args:
@@ -29,35 +31,44 @@ def map_columns(function: ColumnMap, stack: Tensor, origin: Tensor | None, dim: 
         stack (`Tensor`): factors of all depths, (L, r, k) or (L, d, r).
         origin (`Tensor`, *optional*): where their updates count from, of the same width.
         dim (`int`): the stack's axis of columns, which the map treats alike.
+        into (`Tensor`, *optional*): of the stack's shape, where to write; a new tensor where omitted.
 
     Returns:
         `Tensor` of the stack's shape.
     """
-    mapped = torch.empty_like(stack)
-    for block, start, into in _blocks(dim, stack, origin, mapped):
-        into.copy_(function(block, start))
+    mapped = torch.empty_like(stack) if into is None else into
+    for block, start, target in _blocks(dim, stack, origin, mapped):
+        target.copy_(function(block, start))
     return mapped
 
 
 def pull_columns(
-    function: ColumnMap, stack: Tensor, origin: Tensor | None, gradient: Tensor, own: list[Tensor], dim: int
+    function: ColumnMap,
+    stack: Tensor,
+    origin: Tensor | None,
+    gradient: Tensor,
+    own: list[Tensor],
+    dim: int,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of what `map_columns` returns, carried back to the stack, and to what else the map depends on.
 
     Args:
         gradient (`Tensor`): of the stack's shape.
         own (`list[Tensor]`): what else the map depends on, such as weights: all of it, each requiring a gradient.
+        into (`Tensor`, *optional*): of the stack's shape, where to write its gradient; a new tensor where omitted.
 
     Returns:
         The stack's gradient, and the gradients of `own`.
     """
-    pulled, sums = torch.empty_like(stack), [torch.zeros_like(part) for part in own]
-    for block, start, arriving, into in _blocks(dim, stack, origin, gradient, pulled):
+    pulled = torch.empty_like(stack) if into is None else into
+    sums = [torch.zeros_like(part) for part in own]
+    for block, start, arriving, target in _blocks(dim, stack, origin, gradient, pulled):
         leaf = block.detach().requires_grad_()
         with torch.enable_grad():
             mapped = function(leaf, start)
         found, *shares = torch.autograd.grad(mapped, [leaf, *own], arriving)
-        into.copy_(found)
+        target.copy_(found)
         if sums:
             torch._foreach_add_(sums, shares)
     return pulled, sums

@@ -46,7 +46,10 @@ class GCN(nn.Module):
         return added
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
-        return theta.T @ graph.propagate(features)
+        messages = graph.propagate(features)
+        # One product for each depth: where gradients are needed, `@` would transpose the messages into one matrix, and back.
+        mixed = torch.bmm(theta.T.expand(messages[..., 0, 0].numel(), -1, -1), messages.flatten(0, -3))
+        return mixed.view_as(messages)
 
 
 class GAT(GCN):

@@ -70,6 +70,9 @@ DEFAULT_PARTS = Parts()
 _SIDES = ("A", "B")
 _COLUMNS = {"A": -1, "B": 1}  # the axis of k in A, of d in B
 
+Kept = dict[str, Tensor]
+"""What a map writes one kind's factors into, by side, for those who need them for a moment only."""
+
 
 class KindMap(nn.Module):
     """The map of one kind: its filter, its graph and its coordinator.
@@ -122,23 +125,34 @@ class KindMap(nn.Module):
         # Not `part.is_columnwise`: what a subclass changes may undo the claim, so that it must make it anew.
         return all(vars(type(part)).get("is_columnwise", False) for part in parts)
 
-    def forward(self, latent: Factors, noise: Tensor | None) -> Factors:
+    def forward(
+        self, latent: Factors, noise: Tensor | None, sides: tuple[str, ...] = _SIDES, kept: Kept | None = None
+    ) -> Factors:
         """Effective factors of latent ones. A factor that nothing acts on is returned as it is.
 
         Args:
             latent (`Factors`): fp32.
-            noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation.
+            noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation. It reaches B alone.
+            sides (`tuple[str, ...]`, *optional*): the factors that are asked for, both by default; None for one that is not.
+            kept (`dict`, *optional*): tensors to write into, empty at first. What was returned before is gone then.
         """
         if torch.is_grad_enabled() or not self.is_columnwise:
             filtered = self._filtered(latent, noise)
-            return Factors(*(self._coordinated(side, getattr(filtered, side), self._origin(side)) for side in _SIDES))
+
+            def coordinated(side: str) -> Tensor | None:
+                return self._coordinated(side, getattr(filtered, side), self._origin(side)) if side in sides else None
+
+            return Factors(*map(coordinated, _SIDES))
         gates = self.filter.gates(*self.split(latent), noise)
 
-        def mapped(side: str) -> Tensor:
+        def mapped(side: str) -> Tensor | None:
             factor = getattr(latent, side)
+            if side not in sides:
+                return None
             if not self._acts_on(side, gates):
                 return factor
-            return map_columns(partial(self._mapped, side, gates), factor, self._origin(side), _COLUMNS[side])
+            function, room = partial(self._mapped, side, gates), _room(kept, side, factor)
+            return map_columns(function, factor, self._origin(side), _COLUMNS[side], room)
 
         return Factors(*map(mapped, _SIDES))
 
@@ -152,7 +166,12 @@ class KindMap(nn.Module):
         return self.filter.openness(*self.split(self._update(latent)))
 
     def pullback(
-        self, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float = 1.0
+        self,
+        latent: Factors,
+        gradient: Factors,
+        noise: Tensor | None,
+        scale: float = 1.0,
+        kept: Kept | None = None,
     ) -> tuple[Factors, dict[str, Tensor]]:
         """The gradient with respect to effective factors, carried to latent factors and to the map's own parameters.
 
@@ -163,12 +182,16 @@ class KindMap(nn.Module):
             gradient (`Factors`): fp32 gradients of the task loss with respect to the effective factors, times `scale`.
             noise (`Tensor`, *optional*): the same noise as in `forward`.
             scale (`float`, *optional*, defaults to 1.0): loss scale of mixed precision.
+            kept (`dict`, *optional*): as in `forward`.
 
         Returns:
             Gradients of the latent factors (still times `scale`), and a dict from parameter name to gradient (unscaled),
             both of the task loss alone.
         """
-        pulled, own = (self._pulled_columns if self.is_columnwise else self._pulled_whole)(latent, gradient, noise)
+        if self.is_columnwise:
+            pulled, own = self._pulled_columns(latent, gradient, noise, kept)
+        else:
+            pulled, own = self._pulled_whole(latent, gradient, noise)
         return pulled, {name: own[parameter] / scale for name, parameter in self.named_parameters()}
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
@@ -262,7 +285,8 @@ class KindMap(nn.Module):
     def side_gradients(self, gradient: Factors) -> Tensor:
         """Gradients on those sides, flattened: (L, n)."""
         parts = self.split(gradient)
-        return torch.cat([getattr(parts, side).flatten(-2) for side in self.sides], dim=-1)
+        flat = [getattr(parts, side).flatten(-2) for side in self.sides]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def _filtered(self, latent: Factors, noise: Tensor | None) -> Factors:
         A, update = self.split(self._update(latent))
@@ -286,7 +310,7 @@ class KindMap(nn.Module):
         return Factors(*pulled[:2]), dict(zip(own, pulled[2:], strict=True))
 
     def _pulled_columns(
-        self, latent: Factors, gradient: Factors, noise: Tensor | None
+        self, latent: Factors, gradient: Factors, noise: Tensor | None, kept: Kept | None
     ) -> tuple[Factors, dict[nn.Parameter, Tensor]]:
         own = {}
         with torch.enable_grad():
@@ -305,6 +329,7 @@ class KindMap(nn.Module):
                 arriving,
                 [*weights, gates] if learns else weights,
                 _COLUMNS[side],
+                _room(kept, side, arriving),
             )
             own.update(zip(weights, sums, strict=False))
             if learns:
@@ -338,6 +363,15 @@ class KindMap(nn.Module):
 
     def _origin(self, side: str) -> Tensor | None:
         return {"A": self.origin_A, "B": self.origin_B}[side]
+
+
+def _room(kept: Kept | None, side: str, like: Tensor) -> Tensor | None:
+    """Where to write a factor, None for a new tensor."""
+    if kept is None:
+        return None
+    if side not in kept:
+        kept[side] = torch.empty_like(like)
+    return kept[side]
 
 
 def _split_A(A: Tensor, experts: int) -> Tensor:

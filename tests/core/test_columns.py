@@ -1,0 +1,136 @@
+"""The map on blocks of columns gives what it gives on whole stacks, and only where its parts allow it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from structlora_trl import StructLoRAConfig
+from structlora_trl.core import columns
+from structlora_trl.core.coordinator import GCN
+from structlora_trl.core.filters import InformationBottleneck
+from structlora_trl.core.graph import DepthGraph
+from structlora_trl.core.mapping import Factors, KindMap, Parts
+from structlora_trl.core.nodes import Adapted, Kind
+
+DEPTHS, RANK, WIDTH_IN, WIDTH_OUT = 4, 3, 11, 7
+
+
+class SameGates(InformationBottleneck):
+    pass
+
+
+class SameGraph(DepthGraph):
+    pass
+
+
+class SameMessages(GCN):
+    pass
+
+
+def kind_map(experts: int = 1, warm: bool = False, parts: Parts = Parts(), **options) -> tuple[KindMap, Factors]:  # noqa: B008
+    torch.manual_seed(0)
+    latent = Factors(torch.randn(DEPTHS, RANK * experts, WIDTH_IN), torch.randn(DEPTHS, WIDTH_OUT, RANK * experts))
+    modules = [f"layers.{depth}.q_proj" for depth in range(DEPTHS)]
+    kind = Kind(
+        "layers.*.q_proj", modules, *([nn.Parameter(f) for f in side] for side in latent), Adapted(experts=experts)
+    )
+    origin_B = torch.randn_like(latent.B) if warm else None
+    m = KindMap(kind, StructLoRAConfig(**options), torch.randn(1, *latent.A.shape[1:]), origin_B, parts)
+    with torch.no_grad():
+        for parameter in m.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return m, latent
+
+
+def blocks_of(monkeypatch, width: int) -> None:
+    monkeypatch.setattr(columns, "_CPU_ENTRIES", 1)
+    monkeypatch.setattr(columns, "_LEAST_WIDTH", width)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("has_noise", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"side": "both"},
+        {"side": "write", "warm": True},
+        {"side": "both", "warm": True, "coordinator_layers": 2},
+        {"side": "both", "experts": 2},
+        {"share_gates": True},
+        {"hard_gates": True, "coordinator": "none"},
+        {"filter": "random", "side": "both"},
+        {"filter": "none", "side": "both"},
+        {"filter": "none", "coordinator": "none"},
+    ],
+    ids=str,
+)
+def test_blocks_give_what_the_whole_gives(monkeypatch, options, has_noise, width):
+    m, latent = kind_map(**options)
+    noise = torch.randn(m.filter.shape) if has_noise else None
+    gradient = Factors(*map(torch.randn_like, latent))
+    assert m.is_columnwise
+    blocks_of(monkeypatch, width)
+    kept = {}
+    with torch.no_grad():
+        found = m(latent, noise)
+        found_kept = [f.clone() for f in m(latent, noise, kept=kept)]
+    pulled, own = m.pullback(latent, gradient, noise, 4.0)
+    pulled_kept = m.pullback(latent, gradient, noise, 4.0, kept)[0]
+    monkeypatch.setattr(KindMap, "is_columnwise", False)
+    with torch.no_grad():
+        expected = m(latent, noise)
+    expected_pulled, expected_own = m.pullback(latent, gradient, noise, 4.0)
+    torch.testing.assert_close([*found, *found_kept], [*expected, *expected])
+    torch.testing.assert_close([*pulled, *pulled_kept], [*expected_pulled, *expected_pulled])
+    torch.testing.assert_close(own, expected_own)
+
+
+@pytest.mark.parametrize("is_columnwise", [True, False])
+def test_a_side_that_is_not_asked_for_is_none(is_columnwise):
+    m, latent = kind_map(filter="ib" if is_columnwise else "topk_norm")
+    assert m.is_columnwise == is_columnwise
+    with torch.no_grad():
+        A, B = m(latent, None, ("B",))
+        torch.testing.assert_close(B, m(latent, None).B)
+    assert A is None
+
+
+def test_a_factor_that_nothing_acts_on_is_not_copied():
+    m, latent = kind_map(coordinator="none")
+    gradient = Factors(*map(torch.randn_like, latent))
+    with torch.no_grad():
+        assert m(latent, None).A is latent.A
+    assert m.pullback(latent, gradient, None)[0].A is gradient.A
+
+
+def test_what_is_kept_is_written_again():
+    m, latent = kind_map(side="both")
+    kept = {}
+    with torch.no_grad():
+        first = m(latent, None, kept=kept)
+        pulled, _ = m.pullback(latent, Factors(*map(torch.randn_like, latent)), None, kept=kept)
+        assert [f.data_ptr() for f in first] == [f.data_ptr() for f in pulled]
+        assert m(latent, None).A.data_ptr() != first.A.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        (Parts(), {"filter": "topk_norm"}),
+        (Parts(), {"coordinator": "gat"}),
+        (Parts(filter=SameGates), {}),
+        (Parts(coordinator=SameMessages), {}),
+        (Parts(graph=SameGraph.over_depth), {}),
+    ],
+)
+def test_parts_that_do_not_claim_to_act_on_columns_are_given_the_whole(monkeypatch, parts, options):
+    """A subclass does not inherit the claim: what it changes may sum over the width."""
+    m, latent = kind_map(parts=parts, **options)
+    assert not m.is_columnwise
+    monkeypatch.setattr(columns, "_blocks", None)
+    with torch.no_grad():
+        m(latent, None)
+    m.pullback(latent, Factors(*map(torch.randn_like, latent)), None)
