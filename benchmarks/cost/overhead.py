@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost.overhead            # all methods on a model of SmolLM2-135M's shape
     python -m benchmarks.cost.overhead --quick    # the same, within 5 minutes
-    python -m benchmarks.cost.overhead --map      # the map: LLaMA-7B, LLaMA-70B and up to 1000 depths
+    python -m benchmarks.cost.overhead --map      # the map: LLaMA-7B, LLaMA-70B and up to 1000 depths, on one core
 
 Each prints one JSON line; progress goes to stderr. How it measures:
 
@@ -14,8 +14,10 @@ Each prints one JSON line; progress goes to stderr. How it measures:
   the second step: exact and repeatable. `peak_rss_ratio` (Linux, on the CPU, not with `--quick`) compares the peak
   resident sets of fresh processes, which also hold the interpreter and its libraries.
 * On a busy machine, `OMP_NUM_THREADS=1` with `--cpu-time` gives steadier figures.
-* glibc hands allocations above 32 MB back to the system each time, so tall stacks on a CPU pay for page faults rather
-  than for the map. `MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000` shows the map's own time.
+* The map runs on one core, with the allocator as it is: `MALLOC_...` variables are refused. glibc takes large tensors from
+  the system anew each time, and `page_faults` counts what that costs (Linux). `linearity` is the exponent e of a fit
+  time = c * depths^e: 1 is linear. Bytes are per byte of latent factors: `held` between steps, `passing` at the
+  most within a step on top of that, gradients and the model's own weights not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ import contextlib
 import gc
 import itertools
 import json
+import math
+import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -133,6 +138,9 @@ def main() -> None:
         if arguments.rss_of:
             report = resident_report(arguments.rss_of, device, clock)
         elif arguments.map:
+            if odd := [name for name in os.environ if name.startswith("MALLOC_")]:
+                parser.error(f"the map is measured with the allocator's defaults: unset {', '.join(odd)}")
+            torch.set_num_threads(1)
             report = map_report(device, clock)
         else:
             report = overhead_report(device, clock, arguments.quick)
@@ -358,6 +366,7 @@ def held_bytes(runtime: Runtime) -> dict[str, int]:
         "their AdamW": [value for kind in kinds for moments in kind.moments.values() for value in moments.values()],
         "graph": [value for kind in kinds for value in kind.graph.values()],
     }
+    parts["outputs"] = [value for kept in runtime._kept.values() for value in kept.values()]
     held = {part: sum(value.nbytes for value in values) for part, values in parts.items()}
     return {"all": sum(held.values()), **held}
 
@@ -370,7 +379,14 @@ def map_report(device: torch.device, clock: Clock) -> dict:
     for stack in STACKS:
         progress(f"map of {stack.name}")
         found[stack.name] = map_cost(stack, device, clock)
-    return {"benchmark": "map", **setting(device, clock), "stacks": found}
+    return {"benchmark": "map", **setting(device, clock), "stacks": found, "linearity": linearity(found)}
+
+
+def linearity(found: dict[str, dict]) -> float:
+    """Exponent of depth in the time of stacks that differ in depth alone, by least squares of the logarithms."""
+    depths = [stack for stack in STACKS if stack.name in found and stack.name == f"{stack.depths} depths"]
+    points = [(math.log(stack.depths), math.log(found[stack.name]["ms_per_step"])) for stack in depths]
+    return round(statistics.linear_regression(*zip(*points, strict=True)).slope, 3)
 
 
 def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
@@ -388,9 +404,10 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
         runtime.train()
         return clock.now() - started + hooks.step()
 
-    def step() -> float:
+    def step() -> tuple[float, int]:
         fill_gradients(kinds)
-        return attached()
+        before = page_faults()
+        return attached(), page_faults() - before
 
     def rebuild() -> float:
         started = clock.now()
@@ -401,20 +418,30 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     for _ in range(MAP_WARM_UP):
         step()
     rebuilding = statistics.median(rebuild() for _ in range(REBUILDS))
-    ordinary = statistics.median(step() for _ in range(MAP_STEPS))
+    times, faults = zip(*(step() for _ in range(MAP_STEPS)), strict=True)
+    ordinary = statistics.median(times)
     amortised = ordinary + rebuilding / StructLoRAConfig().semantic_every
     fill_gradients(kinds)
     passing = peak_allocated_bytes(attached, device)
+    held = held_bytes(runtime)
     return {
         "shape": f"{stack.depths} depths, {len(kinds)} kinds, r={stack.rank}",
         "ms_per_step": milliseconds(amortised),
         "ms_per_step_and_depth": milliseconds(amortised / stack.depths),
         "ms_of_edge_rebuild": milliseconds(rebuilding),
         "semantic_edges": sum(m.graph.semantic_edge_count for m in runtime.maps),
+        "page_faults": statistics.median(faults),
         "lora_bytes": sum(p.nbytes for p in parameters),
-        "held_bytes": held_bytes(runtime),
+        "held_bytes": held,
         "passing_bytes": passing,
+        "held_bytes_per_latent_byte": round(held["all"] / held["latents"], 3),
+        "passing_bytes_per_latent_byte": round(passing / held["latents"], 3),
     }
+
+
+def page_faults() -> int:
+    """Pages that this process has been given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def build_kind(stack: Stack, name: str, device: torch.device) -> Kind:

@@ -1,0 +1,26 @@
+"""The benchmark of the map runs on small stacks, and counts what it says it counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.cost import overhead
+
+
+def test_cost_of_a_small_map():
+    stack = overhead.Stack("tiny", 3, 2, {"q_proj": (8, 16), "o_proj": (16, 8)})
+    cpu = torch.device("cpu")
+    found = overhead.map_cost(stack, cpu, overhead.Clock(cpu, cpu_time=True))
+    latents = 3 * 2 * 4 * (2 * (8 + 16))
+    assert found["lora_bytes"] == found["held_bytes"]["latents"] == latents
+    # lora_A of the reader, and both lora_B: nothing acts on the writer's lora_A
+    assert found["held_bytes"]["outputs"] == latents - 3 * 2 * 4 * 16
+    assert found["held_bytes_per_latent_byte"] == pytest.approx(found["held_bytes"]["all"] / latents, abs=1e-3)
+    assert found["ms_per_step"] > 0
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+def test_linearity_is_the_exponent_of_depth(exponent):
+    found = {stack.name: {"ms_per_step": 3 * stack.depths**exponent} for stack in overhead.STACKS}
+    assert overhead.linearity(found) == exponent
