@@ -137,6 +137,8 @@ class DeepSpeedEngine(ShardedEngine):
         """Put values on some sides of the kinds where the model reads them; `exchange` has those that it holds in shards."""
         fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
+        for parameter, _ in fragments:
+            parameter.ds_secondary_tensor = None  # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew
         wholes = [
             (parameters, (width, getattr(factors, side).to(parameters[0].dtype), side))
             for kind, width, factors, given in zip(self.kinds, self.widths, values, places, strict=True)
@@ -348,12 +350,17 @@ class DeepSpeedEngine(ShardedEngine):
             )
         elif isinstance(self.engine, deepspeed.PipelineEngine):
             found = "DeepSpeed pipeline parallelism"
-        elif zero.zero_hpz_partition_size > 1 or zero.zero_quantized_weights or zero.zero_quantized_gradients:
+        elif zero.zero_quantized_weights or zero.zero_quantized_gradients:
             found, remedy = (
-                "ZeRO++",
-                "remove `zero_hpz_partition_size` and `zero_quantized_*` from the DeepSpeed config",
+                "ZeRO++'s quantized weights or gradients",
+                "remove `zero_quantized_weights` and `zero_quantized_gradients` from the DeepSpeed config",
             )
-        elif type(self.optimizer) not in served:  # MiCS is a subclass
+        elif type(self.optimizer).__name__ == "MiCS_Optimizer":  # up to DeepSpeed 0.19.6
+            found, remedy = (
+                "MiCS, which DeepSpeed 0.19.7 removed",
+                "replace `mics_shard_size` by `zero_hpz_partition_size` in the DeepSpeed config",
+            )
+        elif type(self.optimizer) not in served:
             found = f"DeepSpeed's {type(self.optimizer).__name__}"
         elif getattr(self.optimizer, "swap_optimizer", False) or getattr(
             self.optimizer, "params_in_nvme_and_cpu", False

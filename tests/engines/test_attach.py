@@ -8,26 +8,28 @@ import json
 import pytest
 import torch
 
-from tests.support.launching import ENGINES, ROOT, one_at_a_time, run, torchrun
+from tests.support.launching import ENGINES, NAMES, ROOT, one_at_a_time, run, torchrun
 from tests.support.loop_job import train
 
 pytestmark = one_at_a_time
 
+FOUR_PROCESSES = ("fsdp2 contexts", "hsdp", "zero3 hpz")
+
 RUNS = {
     # name: (what `loop_job.train` is told, engines in the quick suite, engines beside them)
-    "plain": ({}, [*ENGINES, "fsdp2 resharding"], ["fsdp2 layers", "fsdp2 layers resharding"]),
+    "plain": ({}, [*ENGINES, "fsdp2 resharding", *FOUR_PROCESSES], ["fsdp2 layers", "fsdp2 layers resharding"]),
     "clipped": (
         {"clip": 0.1, "method": {"regularizer": "laplacian"}},
         ["zero2"],
-        ["ddp", "fsdp2", "zero1", "zero3"],
+        ["ddp", "fsdp2", "zero1", "zero3", *FOUR_PROCESSES],
     ),
     "scaled": ({"scaled": True}, ["ddp", "zero3"], ["fsdp2", "zero1", "zero2"]),
     "scaled and clipped": ({"scaled": True, "clip": 0.1}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
-    "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "zero1", "zero2"]),
+    "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "zero1", "zero2", *FOUR_PROCESSES]),
     "frozen lora_A": (
         {"freeze": "lora_A", "method": {"side": "write"}},
         [],
-        list(ENGINES),
+        [*ENGINES, *FOUR_PROCESSES],
     ),
     "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "without coordinator": ({"method": {"coordinator": "none"}}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
@@ -46,16 +48,18 @@ SLOW = [(name, engine) for name, (_, _, engines) in RUNS.items() for engine in e
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """What each run ended with. The quick ones share one launch, the slow ones another."""
+    """What each run ended with. Those of one number of processes share a launch, the quick ones and the slow ones apart."""
     found = {}
 
     def result(row):
         if row not in found:
-            rows = [r for r in (QUICK if row in QUICK else SLOW) if is_installed(r[1])]
+            world = processes(row[1])
+            suite = QUICK if row in QUICK else SLOW
+            rows = [r for r in suite if is_installed(r[1]) and processes(r[1]) == world]
             output = tmp_path_factory.mktemp("loops") / "finished.pt"
             told = [{"engine": engine, **RUNS[name][0]} for name, engine in rows]
             job = [str(ROOT / "tests" / "support" / "loop_job.py"), str(output), json.dumps(told)]
-            done = run([*torchrun(2), *job], timeout=600)
+            done = run([*torchrun(world), *job], timeout=600)
             assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
             found.update(zip(rows, torch.load(output), strict=True))
         return found[row]
@@ -76,6 +80,10 @@ def alone():
     return result
 
 
+def processes(engine: str) -> int:
+    return 4 if engine in FOUR_PROCESSES else 2
+
+
 def is_installed(engine: str) -> bool:
     return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
@@ -94,7 +102,7 @@ def test_bare_loop(name, engine, finished, alone):
     if not is_installed(engine):
         pytest.skip("DeepSpeed is not installed")
     many, one = finished((name, engine)), alone(name)
-    assert many["engine"] == ENGINES[engine.split()[0]]
+    assert many["engine"] == NAMES[engine.split()[0]]
     noisy = [abs(a - b) for a, b in zip(many["losses"], many["evaluation_losses"], strict=True)]
     plain_from = RUNS[name][0].get("detach_at", len(noisy)) if name == "detached" else len(noisy)
     assert min(noisy[:plain_from]) > 1e-4  # training weights stood in the training forward

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,10 +62,14 @@ class Loop:
 
 
 class FSDP2(Loop):
-    """`fully_shard` of the whole model, and of each layer where `layers` says so."""
+    """`fully_shard` of the whole model, and of each layer where `layers` says so; over one mesh dimension, or as accelerate
+    does with these sizes."""
 
-    def __init__(self, *args, layers: bool = False, **sharding):
+    def __init__(self, *args, layers: bool = False, sizes: dict | None = None, **sharding):
         self.layers, self.sharding = layers, sharding
+        if sizes is not None:
+            parallelism = ParallelismConfig(**sizes)
+            sharding["mesh"] = parallelism.build_device_mesh("cpu")[tuple(parallelism.fsdp_dim_names)]
         super().__init__(*args)
 
     def wrap(self, model):
@@ -74,9 +79,9 @@ class FSDP2(Loop):
 
 
 class DeepSpeed:
-    """ZeRO at a stage; every parameter is really sharded at stage 3."""
+    """ZeRO at a stage, with more options of ZeRO; every parameter is really sharded at stage 3."""
 
-    def __init__(self, model, clip: float | None, scaled: bool, stage: int):
+    def __init__(self, model, clip: float | None, scaled: bool, stage: int, **zero):
         import deepspeed
 
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
@@ -86,7 +91,7 @@ class DeepSpeed:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": clip or 0.0,
             "fp16": {"enabled": scaled, "initial_scale_power": LOSS_SCALE_POWER},
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         }
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), **ADAMW)
         self.wrapped, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -103,6 +108,10 @@ ENGINES = {
     "fsdp2 layers": partial(FSDP2, layers=True),
     "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
     **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
+    # Of four processes.
+    "fsdp2 contexts": partial(FSDP2, sizes={"dp_shard_size": 2, "cp_size": 2}),
+    "hsdp": partial(FSDP2, sizes={"dp_replicate_size": 2, "dp_shard_size": 2}),
+    "zero3 hpz": partial(DeepSpeed, stage=3, zero_hpz_partition_size=2),
 }
 
 
@@ -188,8 +197,10 @@ def _poison(module, inputs, output):
 
 
 def _share_of_rank(batch: dict) -> dict:
+    """Its rows of a batch; where there are more ranks than rows, several have the same."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    return {name: value[rank::world] for name, value in batch.items()}
+    parts = min(world, len(batch["input_ids"]))
+    return {name: value[rank % parts :: parts] for name, value in batch.items()}
 
 
 def _mean(loss) -> float:

@@ -57,9 +57,9 @@ def pipeline():
     return engine
 
 
-def other_optimizer():
+def other_optimizer(name: str):
     engine = deepspeed_stage(3)
-    engine.optimizer.__class__ = type("MiCS_Optimizer", (type(engine.optimizer),), {})  # as versions with MiCS have it
+    engine.optimizer.__class__ = type(name, (type(engine.optimizer),), {})
     return engine
 
 
@@ -101,7 +101,8 @@ CASES = {
     "ZeRO stage 0": lambda: deepspeed_stage(0),
     "pipeline": pipeline,
     "ZeRO++": lambda: deepspeed_stage(2, zero_quantized_gradients=True),
-    "MiCS": other_optimizer,
+    "MiCS": lambda: other_optimizer("MiCS_Optimizer"),
+    "another optimizer of DeepSpeed's": lambda: other_optimizer("SuperOffloadOptimizer_Stage3"),
     "NVMe": lambda: with_optimizer(swap_optimizer=True),
     "Muon": muon,
     "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
