@@ -46,6 +46,7 @@ CORE = [("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
 MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
 MATRIX += [("hsdp", 6, 1, {}), ("hsdp", 6, 3, {})]  # two replicas of three shards
+MATRIX += [("zero3", 6, 1, {"zero_optimization": {**SHARDED["zero_optimization"], "zero_hpz_partition_size": 2}})]
 MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
 
 
@@ -135,9 +136,20 @@ SET_UPS = {
     "largest norms": ({"method": {"filter": "topk_norm"}, "trainer": STEADY}, ENGINES),
     "both sides": ({"method": {"side": "both"}, "trainer": STEADY}, ENGINES),
     "masters that are the working shards": ({"alias_masters": True, "trainer": STEADY}, ["zero3"]),
+    # Contexts of two ranks. Sequences of 8 tokens deal out evenly.
+    "context parallelism": ({"trainer": {**STEADY, "pad_to_multiple_of": 8}, **SEMANTIC}, ["cp"]),
+    "sequence parallelism": (
+        {"trainer": {**STEADY, "pad_to_multiple_of": 8, "max_grad_norm": 0.1}, "sequence_parallel": 2, **SEMANTIC},
+        ("zero1", "zero2", "zero3"),
+    ),
     "subclass": ({"subclass": True, "trainer": STEADY}, ENGINES),
 }
-CORE_SET_UPS = [("clipping", "zero2_offload"), ("frozen lora_A", "zero3"), ("uneven adapter", "fsdp2")]
+CORE_SET_UPS = [
+    ("context parallelism", "cp"),
+    ("clipping", "zero2_offload"),
+    ("frozen lora_A", "zero3"),
+    ("uneven adapter", "fsdp2"),
+]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +162,12 @@ CORE_SET_UPS = [("clipping", "zero2_offload"), ("frozen lora_A", "zero3"), ("une
 )
 def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_process):
     options = {**SET_UPS[name][0], "steps": 6}
-    facts = launch(tmp_path, engine, 3 if name == "uneven adapter" else 2, **options)
-    alone = one_process(**{key: value for key, value in options.items() if key != "alias_masters"})
+    world = {"uneven adapter": 3, "context parallelism": 4}.get(name, 2)
+    facts = launch(tmp_path, engine, world, **options)
+    alone = one_process(**{k: v for k, v in options.items() if k not in ("alias_masters", "sequence_parallel")})
     assert facts["step"] == 6
+    if name == "context parallelism":
+        assert facts["mesh"] == {"dp_shard_cp": 4}  # parameters are sharded over contexts too
     if name == "clipping":
         assert min(facts["norms"]) > 0.1  # it does clip
     if name == "frozen lora_A":
@@ -266,7 +281,6 @@ def test_ranks_that_differ_stop_with_what_differs(tmp_path):
     "engine, deepspeed, message",
     [
         ("zero2", {"zero_optimization": {"stage": 0}}, "DeepSpeed at ZeRO stage 0"),
-        ("zero3", {"zero_optimization": {"zero_hpz_partition_size": 2}}, "ZeRO++"),
     ],
 )
 def test_unserved_set_ups_are_refused_by_name(engine, deepspeed, message, tmp_path):

@@ -22,6 +22,7 @@ if not ON_GPU:
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig
 from transformers import TrainerCallback
 
 from structlora_trl.core import width
@@ -30,6 +31,11 @@ from structlora_trl.engines import slicing
 torch.set_num_threads(1)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+MESHES = {  # FSDP2's, by the number of processes
+    "fsdp2": lambda world: {},
+    "hsdp": lambda world: {"dp_replicate_size": 2, "dp_shard_size": world // 2},
+    "cp": lambda world: {"dp_shard_size": world // 2, "cp_size": 2},
+}
 
 
 def arguments():
@@ -38,7 +44,8 @@ def arguments():
     parser.add_argument(
         "--engine",
         default="single",
-        help="single, ddp, fsdp2, hsdp (two replicas) or a file of configs/deepspeed; 'launcher': whatever the launcher has set up",
+        help="single, ddp, fsdp2, hsdp (two replicas), cp (contexts of two ranks), a file of configs/deepspeed; 'launcher': "
+        "whatever the launcher has set up",
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -47,6 +54,7 @@ def arguments():
     parser.add_argument("--subclass", action="store_true", help="StructLoRASFTTrainer instead of the callback")
     parser.add_argument("--lora", type=json.loads, default={}, help="more LoraConfig options")
     parser.add_argument("--freeze", default=None, help="freeze parameters whose name holds this")
+    parser.add_argument("--sequence-parallel", type=int, default=1, help="ranks that share a row, under DeepSpeed")
     parser.add_argument("--deepspeed", type=json.loads, default={}, help="merged into the DeepSpeed config")
     parser.add_argument("--trainer", type=json.loads, default={}, help="more training arguments")
     parser.add_argument("--resume", default=None)
@@ -209,16 +217,29 @@ def main():
         from transformers.integrations import HfDeepSpeedConfig  # noqa: F401  (imported before the config is built)
 
         options |= deepspeed_config(args)
+        if args.sequence_parallel > 1:
+            options["parallelism_config"] = ParallelismConfig(
+                sp_size=args.sequence_parallel,
+                sp_handler=DeepSpeedSequenceParallelConfig(sp_attn_implementation="sdpa"),
+            )
+            options["per_device_train_batch_size"] *= args.sequence_parallel
     elif args.group_timeout:
         dist.init_process_group(BACKEND, timeout=datetime.timedelta(seconds=args.group_timeout))
 
-    if args.engine in ("fsdp2", "hsdp"):
+    if args.engine in MESHES:
         if not ON_GPU:
             offer_fsdp2_on_cpu()
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options |= {"use_cpu": False, "fsdp": True, "fsdp_config": {**layers, **args.trainer.get("fsdp_config", {})}}
-        if args.engine == "hsdp":
-            options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=world // 2)
+        mesh = MESHES[args.engine](world)
+        if "cp_size" in mesh and not ON_GPU:
+            from tests.support.ring_on_cpu import offer_ring_attention_on_cpu
+
+            offer_ring_attention_on_cpu()
+        if mesh:
+            options["parallelism_config"] = ParallelismConfig(**mesh)
+            sharers = mesh.get("cp_size", 1)  # of one row
+            options["per_device_train_batch_size"] = MICRO_BATCH * sharers // world
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         offer_fsdp2_on_cpu()
         options["use_cpu"] = False
@@ -272,8 +293,12 @@ def main():
     if callback is not None:
         runtime = callback.runtime
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
-        if is_deepspeed or args.engine in ("fsdp2", "hsdp"):
+        if is_deepspeed or args.engine in MESHES:
             facts |= {"bytes_sent": counted.bytes_sent, "collectives": counted.collectives}
+        if args.engine in MESHES:
+            mesh = runtime.kinds[0].A[0].device_mesh
+            facts["mesh"] = dict(zip(mesh.mesh_dim_names or ["all"], mesh.shape, strict=True))
+            facts["placements"] = [str(placement) for placement in runtime.kinds[0].A[0].placements]
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():
         dist.barrier()

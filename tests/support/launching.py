@@ -25,7 +25,7 @@ ENGINES = {
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
 }
-NAMES = {**ENGINES, "hsdp": "HSDP"}  # HSDP takes four processes or more
+NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2"}  # HSDP takes four processes or more
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes
@@ -70,7 +70,7 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
     assert done.returncode == 0 and facts, (done.stdout + done.stderr)[-4000:]
     if engine != "single":
         name = engine.removesuffix("_offload")
-        wrapped = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel", "hsdp": "FSDPPeftModel"}.get(
+        wrapped = {"ddp": "DistributedDataParallel", **dict.fromkeys(("fsdp2", "hsdp", "cp"), "FSDPPeftModel")}.get(
             engine, "DeepSpeedEngine"
         )
         stage = int(name[-1]) if name.startswith("zero") else None
