@@ -22,7 +22,6 @@ if not ON_GPU:
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
-from accelerate.utils import DeepSpeedSequenceParallelConfig
 from transformers import TrainerCallback
 
 from structlora_trl.core import width
@@ -218,6 +217,8 @@ def main():
 
         options |= deepspeed_config(args)
         if args.sequence_parallel > 1:
+            from accelerate.utils import DeepSpeedSequenceParallelConfig  # from accelerate 1.12 on
+
             options["parallelism_config"] = ParallelismConfig(
                 sp_size=args.sequence_parallel,
                 sp_handler=DeepSpeedSequenceParallelConfig(sp_attn_implementation="sdpa"),
