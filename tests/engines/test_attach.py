@@ -39,6 +39,11 @@ RUNS = {
         ["zero1", "zero2", "zero3"],
     ),
     "norms over the width": ({"method": {"coordinator": "gat"}}, [], ["fsdp2", "zero1", "zero2", "zero3"]),
+    "4-bit base": (
+        {"four_bits": True, "method": {"semantic_threshold": 0.02}},
+        [],
+        [*ENGINES, "fsdp2 layers resharding"],
+    ),
     "detached": ({"detach_at": 3}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "attached again": ({"detach_at": 3, "again_at": 3}, ["zero3"], ["ddp", "fsdp2", "zero1", "zero2"]),
 }

@@ -240,7 +240,7 @@ def main():
         if mesh:
             options["parallelism_config"] = ParallelismConfig(**mesh)
             sharers = mesh.get("cp_size", 1)  # of one row
-            options["per_device_train_batch_size"] = MICRO_BATCH * sharers // world
+            options["per_device_train_batch_size"] = args.micro_batch * sharers // world
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         offer_fsdp2_on_cpu()
         options["use_cpu"] = False

@@ -18,11 +18,12 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, lora_parameters, peft_model
+from tests.support.tiny import FAMILIES, lora_parameters, peft_model, warm_up
 
 STEPS = 6
 TARGETS = ["q_proj", "v_proj", "o_proj"]
@@ -125,6 +126,7 @@ def train(
     again_at: int | None = None,
     freeze: str | None = None,
     as_loaded: bool = False,
+    four_bits: bool = False,
 ) -> dict:
     """One run of a bare loop.
 
@@ -138,12 +140,13 @@ def train(
         again_at: step before which it is attached again.
         freeze: freeze parameters whose name holds this.
         as_loaded: leave the base model in `eval()`, as `from_pretrained` returns it.
+        four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
         `state` and `skipped` of the last runtime.
     """
-    model = peft_model("llama", "warm", targets=TARGETS)
+    model = _quantised() if four_bits else peft_model("llama", "warm", targets=TARGETS)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:
             parameter.requires_grad_(False)
@@ -190,6 +193,14 @@ def whole(runtime, factors) -> list[torch.Tensor]:
         for m, pair in zip(runtime.maps, factors, strict=True)
         for side, part in zip("AB", pair, strict=True)
     ]
+def _quantised():
+    from tests.support.setups import quantised
+
+    base = quantised(4, storage=torch.float32)
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    warm_up(model)
+    return model
 
 
 def _poison(module, inputs, output):

@@ -235,16 +235,25 @@ def second_adapter(model):
     warm_up(model.base_model.model.model.layers[0])
 
 
-def quantised(bits: int, device: str = "cpu"):
-    """A base in 4 bits (NF4, constants quantised too, as in the QLoRA paper) or 8, made ready as PEFT's guide says."""
+def quantised(bits: int, device: str = "cpu", storage: torch.dtype = torch.uint8):
+    """A base in 4 bits (NF4, constants quantised too, as in the QLoRA paper) or 8, made ready as PEFT's guide says.
+
+    `storage`: what 4-bit weights lie in; FSDP shards those that lie in a floating dtype.
+    """
     how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    how["bnb_4bit_quant_storage"] = storage
     how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(how if bits == 4 else {}))
-    with tempfile.TemporaryDirectory() as folder:
-        # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
-        llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4).save_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=how, dtype=torch.float32, device_map=device
-        )
+    # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
+    base = llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    # Not from a folder: with several processes, the first one alone would write it.
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        None,
+        config=base.config,
+        state_dict=base.state_dict(),
+        quantization_config=how,
+        dtype=torch.float32,
+        device_map=device,
+    )
     for module in model.modules():
         # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).
         module.support_avx512bf16_for_cpu = False
