@@ -354,7 +354,7 @@ def test_distributed_launches_are_refused(monkeypatch):
 
 UNSERVED = {
     "FSDP2 of a part": "placements none.*shard the root module",
-    "tensor parallelism": "tensor parallelism.*remove `tp_plan` and `tp_size`",
+    "tensor parallelism": "tensor parallelism with LoRA parameters placed as.*FSDP2 or ZeRO-3",
     "FSDP1": "sharded by FSDP1.*`fsdp_version: 2` in the `fsdp_config`",
     "ZeRO stage 0": "ZeRO stage 0.*to 1, 2 or 3",
     "pipeline": "pipeline parallelism.*ZeRO stage 1, 2 or 3",

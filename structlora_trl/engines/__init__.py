@@ -13,6 +13,7 @@ from ..core.nodes import Kind
 from ..errors import StructLoRAError
 from .base import Engine
 from .fsdp2 import FSDP2Engine
+from .tensor_parallel import TensorParallelEngine
 from .torch import TorchEngine
 
 __all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine", "world_size"]
@@ -35,12 +36,10 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         return DeepSpeedEngine(model, kinds)
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         return FSDP2Engine(model, optimizer, kinds)
-    found, remedy = None, "launch with one of these, and pass the wrapped model"
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        # PEFT trains LoRA under it from 0.21 on (peft pull request 3614); these engines know FSDP2's placements alone.
-        found = "DTensor parameters that FSDP2 does not manage (tensor parallelism)"
-        remedy = "remove `tp_plan` and `tp_size`, and shard with FSDP2 (`dp_shard_size`) or ZeRO-3"
-    elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return TensorParallelEngine(optimizer, kinds)
+    found, remedy = None, "launch with one of these, and pass the wrapped model"
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         found = "parameters sharded by FSDP1"
         remedy = "set `fsdp_version: 2` in the `fsdp_config` of accelerate's file, or `version: 2` in Trainer's `fsdp_config`"
     elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith("deepspeed"):

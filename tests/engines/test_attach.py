@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from tests.support.launching import ENGINES, NAMES, ROOT, one_at_a_time, run, torchrun
 from tests.support.loop_job import train
@@ -17,7 +20,7 @@ FOUR_PROCESSES = ("fsdp2 contexts", "hsdp", "zero3 hpz")
 
 RUNS = {
     # name: (what `loop_job.train` is told, engines in the quick suite, engines beside them)
-    "plain": ({}, [*ENGINES, "fsdp2 resharding", *FOUR_PROCESSES], ["fsdp2 layers", "fsdp2 layers resharding"]),
+    "plain": ({}, [*ENGINES, "fsdp2 resharding", "tp", *FOUR_PROCESSES], ["fsdp2 layers", "fsdp2 layers resharding"]),
     "clipped": (
         {"clip": 0.1, "method": {"regularizer": "laplacian"}},
         ["zero2"],
@@ -29,9 +32,9 @@ RUNS = {
     "frozen lora_A": (
         {"freeze": "lora_A", "method": {"side": "write"}},
         [],
-        [*ENGINES, *FOUR_PROCESSES],
+        [*ENGINES, "tp", *FOUR_PROCESSES],
     ),
-    "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
+    "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "tp", "zero1", "zero3"]),
     "without coordinator": ({"method": {"coordinator": "none"}}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
     "cosines over the width": (
         {"method": {"regularizer": "cosine"}},
@@ -44,7 +47,7 @@ RUNS = {
         [],
         [*ENGINES, "fsdp2 layers resharding"],
     ),
-    "detached": ({"detach_at": 3}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
+    "detached": ({"detach_at": 3}, ["zero2"], ["ddp", "fsdp2", "tp", "zero1", "zero3"]),
     "attached again": ({"detach_at": 3, "again_at": 3}, ["zero3"], ["ddp", "fsdp2", "zero1", "zero2"]),
 }
 QUICK = [(name, engine) for name, (_, engines, _) in RUNS.items() for engine in engines]
@@ -90,6 +93,8 @@ def processes(engine: str) -> int:
 
 
 def is_installed(engine: str) -> bool:
+    if engine == "tp":
+        return Version(transformers.__version__) >= Version("5.17") and Version(peft.__version__) >= Version("0.21")
     return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
 
@@ -105,7 +110,7 @@ def parts(finished: dict, *names: str) -> torch.Tensor:
 @pytest.mark.parametrize("name, engine", [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)])
 def test_bare_loop(name, engine, finished, alone):
     if not is_installed(engine):
-        pytest.skip("DeepSpeed is not installed")
+        pytest.skip(f"what {engine} needs is not installed")
     many, one = finished((name, engine)), alone(name)
     assert many["engine"] == NAMES[engine.split()[0]]
     noisy = [abs(a - b) for a, b in zip(many["losses"], many["evaluation_losses"], strict=True)]

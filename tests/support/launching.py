@@ -25,7 +25,7 @@ ENGINES = {
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
 }
-NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2"}  # HSDP takes four processes or more
+NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2", "tp": "tensor parallelism"}  # HSDP takes four processes or more
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, lora_parameters, peft_model, warm_up
+from tests.support.tiny import FAMILIES, base_model, lora_parameters, peft_model, warm_up
 
 STEPS = 6
 TARGETS = ["q_proj", "v_proj", "o_proj"]
@@ -79,6 +80,21 @@ class FSDP2(Loop):
         return fully_shard(model, **self.sharding)
 
 
+class TensorParallel(Loop):
+    """Transformers' `tp_plan`, over all ranks. They see the same rows."""
+
+    def __init__(self, model, clip: float | None, scaled: bool):
+        super().__init__(model, clip, scaled)
+        # As Trainer does: torch's batched optimizers cannot mix parameters that are sliced with whole ones.
+        of_kind = {}
+        for parameter in lora_parameters(model).values():
+            of_kind.setdefault(type(parameter.data), []).append(parameter)
+        self.optimizer = torch.optim.AdamW([{"params": parameters} for parameters in of_kind.values()], **ADAMW)
+
+    def wrap(self, model):
+        return model
+
+
 class DeepSpeed:
     """ZeRO at a stage, with more options of ZeRO; every parameter is really sharded at stage 3."""
 
@@ -109,6 +125,7 @@ ENGINES = {
     "fsdp2 layers": partial(FSDP2, layers=True),
     "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
     **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
+    "tp": TensorParallel,
     # Of four processes.
     "fsdp2 contexts": partial(FSDP2, sizes={"dp_shard_size": 2, "cp_size": 2}),
     "hsdp": partial(FSDP2, sizes={"dp_replicate_size": 2, "dp_shard_size": 2}),
@@ -146,7 +163,10 @@ def train(
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
         `state` and `skipped` of the last runtime.
     """
-    model = _quantised() if four_bits else peft_model("llama", "warm", targets=TARGETS)
+    if four_bits:
+        model = _quantised()
+    else:
+        model = _sliced() if engine == "tp" else peft_model("llama", "warm", targets=TARGETS)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:
             parameter.requires_grad_(False)
@@ -163,7 +183,9 @@ def train(
             runtime.detach()
         if step == again_at:
             runtime = attach(loop.wrapped, loop.optimizer, options)
-        batch = _share_of_rank(FAMILIES["llama"].batch(step))
+        batch = FAMILIES["llama"].batch(step)
+        if engine != "tp":
+            batch = _share_of_rank(batch)
         loop.wrapped.eval()
         with torch.no_grad():
             evaluation_losses.append(_mean(loop.wrapped(**batch).loss))
@@ -193,6 +215,8 @@ def whole(runtime, factors) -> list[torch.Tensor]:
         for m, pair in zip(runtime.maps, factors, strict=True)
         for side, part in zip("AB", pair, strict=True)
     ]
+
+
 def _quantised():
     from tests.support.setups import quantised
 
@@ -200,6 +224,26 @@ def _quantised():
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
     warm_up(model)
+    return model
+
+
+@torch.no_grad()
+def _sliced():
+    """`peft_model`, cut over the ranks by Transformers and PEFT."""
+    whole = peft_model("llama", "warm", targets=TARGETS)
+    base = base_model("llama")
+    sliced = type(base).from_pretrained(None, config=base.config, state_dict=base.state_dict(), tp_plan="auto")
+    model = get_peft_model(sliced, whole.peft_config["default"], autocast_adapter_dtype=False)
+    values = dict(whole.named_parameters())
+    for name, parameter in lora_parameters(model).items():
+        value = values[name]
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+    for module in model.modules():
+        # Of modules cut by rows, PEFT 0.21 declares the width of a slice, where Transformers 5.24 reads the whole one.
+        if isinstance(module, torch.nn.Linear):
+            module.in_features = module.weight.shape[1]
     return model
 
 

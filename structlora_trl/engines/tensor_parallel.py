@@ -1,0 +1,122 @@
+"""Tensor parallelism of Transformers (`tp_plan`): each rank computes with slices of the base's weights.
+
+PEFT (from 0.21 on) slices what touches the sliced side: `lora_B` of modules cut by columns, `lora_A` of modules cut by rows.
+These are DTensors, the other factor is whole and equal on all ranks, and so are their gradients. A torch optimizer steps
+both, and as with one process, latent values are swapped in for `optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ..core.mapping import Factors
+from ..core.nodes import Kind
+from ..errors import StructLoRAError
+from .slicing import SIDES
+from .torch import TorchEngine
+
+
+class TensorParallelEngine(TorchEngine):
+    """Args:
+        optimizer (`torch.optim.Optimizer`): steps the parameters.
+        kinds (`list[Kind]`): what is trained.
+
+    Raises:
+        StructLoRAError: another parallelism beside it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
+        super().__init__(optimizer, kinds, "tensor parallelism")
+        sliced = [p for kind in kinds for p in (*kind.A, *kind.B) if isinstance(p, DTensor)]
+        odd = [p for p in sliced if len(p.placements) != 1 or not isinstance(p.placements[0], Shard)]
+        if odd or not sliced or sliced[0].device_mesh.size() != dist.get_world_size():
+            raise StructLoRAError(
+                f"tensor parallelism with LoRA parameters placed as {(odd or sliced)[0].placements if sliced else 'none'} on "
+                f"{dist.get_world_size()} processes",
+                "slices of LoRA parameters, one for each process",
+                "use tensor parallelism alone (PEFT >= 0.21, transformers >= 5.17), or shard with FSDP2 or ZeRO-3",
+            )
+        self._group = sliced[0].device_mesh.get_group()
+
+    def read_gradients(self) -> list[Factors] | None:
+        if all(parameter.grad is None for parameter in self._trained):
+            return None
+        return [Factors(*(_whole([_gradient(p) for p in side]) for side in (kind.A, kind.B))) for kind in self.kinds]
+
+    @torch.no_grad()
+    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+        for parameter, value in self._pairs(gradients, SIDES):
+            if parameter.grad is None and fill_missing and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                parameter.grad.copy_(_as_placed(parameter, value))
+
+    def read_working(self) -> list[Factors]:
+        return [Factors(A.float(), B.float()) for A, B in self._stacked()]
+
+    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        yield from ((p, _as_placed(p, value.detach())) for p, value in self._pairs(factors, SIDES, trained=False))
+
+    def bad_gradients(self) -> Tensor:
+        bad = super().bad_gradients()
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._group)
+        return bad
+
+    def _look(self) -> tuple[list[int], Tensor]:
+        # Versions alone: every rank sees the same ones, and must, since reading what was written is a collective.
+        return [p._version for p in self._trained], torch.zeros(0)
+
+    @torch.no_grad()
+    def _put(self, values: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
+        for parameter, value in self._pairs(values, sides):
+            parameter.copy_(_as_placed(parameter, value))
+
+    def _take(self) -> None:
+        self._latents = self._stacked()
+
+    def _stacked(self) -> list[Factors]:
+        return [Factors(_whole(k.A), _whole(k.B)) for k in self.kinds]
+
+    def _pairs(
+        self, values: list[Factors], sides: tuple[str, ...], trained: bool = True
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter on some sides, of those that are trained, with its whole value."""
+        return [
+            (parameter, value)
+            for kind, stacked in zip(self.kinds, values, strict=True)
+            for side in sides
+            for parameter, value in zip(getattr(kind, side), getattr(stacked, side), strict=True)
+            if not trained or id(parameter) in self._trained_ids
+        ]
+
+
+def _as_placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A whole value as the model holds the parameter."""
+    value = value.view(parameter.shape).to(parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).float()
+
+
+@torch.no_grad()
+def _whole(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape, stacked; where they are sliced, all the slices in one collective."""
+    first = tensors[0]
+    if not isinstance(first, DTensor):
+        return torch.stack([t.detach() for t in tensors])
+    stack = torch.stack([t.to_local() for t in tensors])
+    shape = torch.Size([len(tensors), *first.shape])
+    stride = torch.empty(shape, device="meta").stride()
+    placement = Shard(first.placements[0].dim + 1)
+    return DTensor.from_local(
+        stack, first.device_mesh, [placement], run_check=False, shape=shape, stride=stride
+    ).full_tensor()
