@@ -48,6 +48,8 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         found = f"{world_size()} processes and a model that is not wrapped for them"
     if found:
         raise StructLoRAError(
-            found, "one process, DDP, FSDP2 (`fully_shard`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)", remedy
+            found,
+            "one process, DDP, FSDP2 (`fully_shard`), tensor parallelism or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
+            remedy,
         )
     return TorchEngine(optimizer, kinds, "torch" if world_size() == 1 else "DDP")
