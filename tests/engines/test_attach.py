@@ -28,7 +28,7 @@ RUNS = {
     ),
     "scaled": ({"scaled": True}, ["ddp", "zero3"], ["fsdp2", "zero1", "zero2"]),
     "scaled and clipped": ({"scaled": True, "clip": 0.1}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
-    "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "zero1", "zero2", *FOUR_PROCESSES]),
+    "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "tp", "zero1", "zero2", *FOUR_PROCESSES]),
     "frozen lora_A": (
         {"freeze": "lora_A", "method": {"side": "write"}},
         [],
