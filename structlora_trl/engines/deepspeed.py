@@ -350,10 +350,10 @@ class DeepSpeedEngine(ShardedEngine):
             )
         elif isinstance(self.engine, deepspeed.PipelineEngine):
             found = "DeepSpeed pipeline parallelism"
-        elif zero.zero_quantized_weights or zero.zero_quantized_gradients:
+        elif zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
             found, remedy = (
                 "ZeRO++'s quantized weights or gradients",
-                "remove `zero_quantized_weights` and `zero_quantized_gradients` from the DeepSpeed config",
+                "remove `zero_quantized_*` from the DeepSpeed config",
             )
         elif type(self.optimizer).__name__ == "MiCS_Optimizer":  # up to DeepSpeed 0.19.6
             found, remedy = (
