@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
             output = tmp_path_factory.mktemp("loops") / "finished.pt"
             told = [{"engine": engine, **RUNS[name][0]} for name, engine in rows]
             job = [str(ROOT / "tests" / "support" / "loop_job.py"), str(output), json.dumps(told)]
-            done = run([*torchrun(world), *job], timeout=600)
+            done = run([*torchrun(world), *job], timeout=1800)
             assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
             found.update(zip(rows, torch.load(output), strict=True))
         return found[row]
