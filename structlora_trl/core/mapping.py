@@ -226,6 +226,7 @@ class KindMap(nn.Module):
     def restore(self, latent: Factors, own: dict[str, Tensor], graph: dict[str, Tensor]) -> Factors:
         """Take over what `whole_state` returned. Returns the latent factors of this rank."""
         latent, own, graph = self._over_width(latent, own, graph, self.width.part)
+        latent = Factors(*(factor.to(self.kind.device) for factor in latent))
         if "origin_A" in own:  # (1, r, k) or (L, r, k), as the run started
             self.origin_A = torch.empty_like(own["origin_A"], device=self.kind.device)
         self.load_state_dict(own)
