@@ -125,11 +125,12 @@ class Engine(ABC):
 
 def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
     """1.0 where some tensor holds NaN or Inf, else 0.0; on `device`, without waiting for it."""
-    # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
-    peaks = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], math.inf)
-    if not peaks:
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if not tensors:
         return torch.zeros((), device=device)
-    return 1 - torch.stack([peak.to(device).isfinite() for peak in peaks]).all().float()
+    # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
+    peaks = torch._foreach_norm(tensors, math.inf)
+    return 1 - torch.stack([peak.to(device) for peak in peaks]).isfinite().all().float()
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -106,7 +106,9 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
 
     @torch.no_grad()
     def _take(self) -> None:
-        self._latents = {p: _local(p).clone().view(-1) for p in self._moved.parameters}
+        shards = {p: _local(p).view(-1) for p in self._moved.parameters}
+        self._latents = {p: torch.empty_like(shard) for p, shard in shards.items()}
+        copy_values(list(self._latents.values()), list(shards.values()))
         self._slices = self._moved.to_slices(self._latents.__getitem__)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
@@ -123,9 +125,10 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         copy_values([_local(p) for p, _ in ours], [value for _, value in ours])
 
 
-def _local(parameter: Tensor) -> Tensor:
+@torch.no_grad()  # where autograd is on, DTensor makes a new tensor each time, slowly
+def _local(parameter: DTensor) -> Tensor:
     """This rank's shard."""
-    return parameter.data.to_local()
+    return parameter.to_local()
 
 
 def _span(parameter: DTensor) -> tuple[int, int]:

@@ -131,6 +131,7 @@ class _Side:
         self.rows = depths.pop() if alike and len(depths) == 1 else 1
         by_depth = zip(*factors, strict=True) if self.rows > 1 else factors
         self.parameters = [p for parameters in by_depth for p in parameters]
+        self._sizes = [stop - start for start, stop in map(sharding.span, self.parameters)]  # of this rank's fragments
         self._place()
 
     def _place(self) -> None:
@@ -175,8 +176,7 @@ class _Side:
         flat = torch.cat([getattr(slices[i], self.side).reshape(self.rows, -1) for i in self.places], dim=1)
         if not self._is_local:
             flat = self._moved(flat, self._by_source, self._received, self._by_target, self._sent)
-        spans = [self.sharding.span(p) for p in self.parameters]
-        return list(zip(self.parameters, flat.reshape(-1).split([stop - start for start, stop in spans]), strict=True))
+        return list(zip(self.parameters, flat.reshape(-1).split(self._sizes), strict=True))
 
     def _moved(self, flat: Tensor, leaving: Tensor, sent: list[int], arriving: Tensor, received: list[int]) -> Tensor:
         """(rows, mine) -> (rows, mine): each entry to the rank that wants it."""
