@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import pad
 
 from ..core.mapping import Factors
 from ..core.nodes import Kind, full_shape
@@ -49,6 +50,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._parameters = [p for p in parameters if p.requires_grad]
         self._trained_ids = {id(p) for p in self._parameters}
         self._frozen_ids = {id(p) for p in parameters} - self._trained_ids
+        self._spans: dict[nn.Parameter, tuple[int, int]] = {}
         self._shard(kinds, self.optimizer.dp_process_group, self._span)
         # How effective values reach shards, and of which sides.
         self._scattered: tuple[list[tuple[str, ...]], Exchange] | None = None
@@ -98,9 +100,8 @@ class DeepSpeedEngine(ShardedEngine):
         if self.stage == 3:
             for parameter, value in values:
                 # Zero-padded: `safe_set_full_grad` fails on the last rank where the ranks' shares are uneven.
-                padded = torch.zeros(parameter.ds_tensor.numel(), device=value.device)
-                padded[: len(value)] = value
-                self.optimizer.set_local_grad_for_param(padded, parameter)
+                missing = parameter.ds_tensor.numel() - len(value)
+                self.optimizer.set_local_grad_for_param(pad(value, (0, missing)) if missing else value, parameter)
             return
         if self._keeps_whole_gradients():
             has_gradient = self._mark_gradients(fill_missing)
@@ -212,10 +213,11 @@ class DeepSpeedEngine(ShardedEngine):
     def _span(self, parameter: nn.Parameter) -> tuple[int, int]:
         """The same of any factor. Frozen ones have no masters: they lie in shards at stage 3, and before that whole on every rank,
         of which the first one is taken."""
-        if self._is_held(parameter):
-            return self._share(parameter)
-        is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
-        return 0, parameter.numel() if id(parameter) in self._frozen_ids and is_first else 0
+        if parameter not in self._spans:  # which never change
+            is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
+            unheld = 0, parameter.numel() if id(parameter) in self._frozen_ids and is_first else 0
+            self._spans[parameter] = self._share(parameter) if self._is_held(parameter) else unheld
+        return self._spans[parameter]
 
     def _is_held(self, parameter: nn.Parameter) -> bool:
         """Whether this rank owns a part of it."""
