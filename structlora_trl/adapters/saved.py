@@ -272,7 +272,7 @@ def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> Ki
     kind = Kind(name, state.modules, *parameters, state.adapted)
     m = KindMap(kind, config, state.own.get("origin_A"), state.own.get("origin_B"))
     state.refuse_other_parts(name, m, state.latent, step)
-    m.restore(state.own, state.graph)
+    m.restore(state.latent, state.own, state.graph)
     return m
 
 
