@@ -100,6 +100,16 @@ def test_a_large_model_pays_little(estimate):
     assert found["memory_ratio"] <= 1 + scale.MOST_MEMORY_SHARE, name
 
 
+def test_work_is_taken_from_counts_of_both_engines():
+    counted = {"map_passes": 9.0, "passing_bytes": 300, "share_bytes": 100}
+    operations = {"fsdp2": 20, "zero3": 20 + 120}  # 2 kinds, and 120 factors
+    counts = {engine: {m: {**counted, "map_operations": n} for m in OURS} for engine, n in operations.items()}
+    found = scale.work_of(counts)
+    assert found["fsdp2"]["gates"] == scale.Work(9.0, 10, 0, 3.0)
+    assert found["zero3"]["structlora"] == scale.Work(9.0, 10, 1, 3.0)
+    assert scale.work_of({}) == scale.COUNTED
+
+
 def test_counts_that_the_model_does_not_predict_are_told():
     predicted = scale.predicted(SMOLLM2_STACK, "gates", "fsdp2", 2)
     counts = {name: expected for name, (expected, _) in predicted.items()}
