@@ -358,7 +358,7 @@ UNSERVED = {
     "FSDP1": "sharded by FSDP1.*`fsdp_version: 2` in the `fsdp_config`",
     "ZeRO stage 0": "ZeRO stage 0.*to 1, 2 or 3",
     "pipeline": "pipeline parallelism.*ZeRO stage 1, 2 or 3",
-    "ZeRO++": r"ZeRO\+\+'s quantized.*remove `zero_quantized_weights`",
+    "ZeRO++": r"ZeRO\+\+'s quantized.*remove `zero_quantized_",
     "MiCS": "MiCS.*`zero_hpz_partition_size`",
     "another optimizer of DeepSpeed's": "SuperOffloadOptimizer_Stage3.*ZeRO stage 1, 2 or 3",
     "NVMe": "offload to NVMe.*`device: cpu`",

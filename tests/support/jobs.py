@@ -66,7 +66,7 @@ def sft(
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(**LORA, **(lora or {})) if peft else None,
+        peft_config=LoraConfig(**{**LORA, **(lora or {})}) if peft else None,
         callbacks=callbacks,
     )
 
