@@ -9,6 +9,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from structlora_trl.core.nodes import split_depth
+
 from . import methods
 from .store import KEY
 from .tasks import TASKS, Split
@@ -27,7 +29,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     started, cpu_started = time.perf_counter(), time.process_time()
     task, method = TASKS[task_name], methods.find(method_name)
     torch.manual_seed(seed)  # head, adapter and dropout
-    model, optimizer, runtime = method.prepare(task, rank, lr, seed)
+    model, optimizer, runtime = method.prepare(task, rank, examples, lr, seed)
     training = task.training_examples(examples, seed)
     warmup = max(1, round(WARMUP * task.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -59,7 +61,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "trained": trained - head + own,
         "head": head,
         "structlora": method.options(),
-        "diagnostics": _diagnostics(model, start_A, validation, task.targets),
+        "diagnostics": _diagnostics(model, start_A, validation),
         "cpu_seconds": round(training_seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -74,13 +76,43 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
-    """Accuracy in percent and mean negative log-likelihood in nats, as the model stands in evaluation mode."""
+def evaluate(model: nn.Module, split: Split) -> dict[str, float | str]:
+    """`figures` of the model as it stands in evaluation mode."""
     logits = torch.cat(
         [model(**split[part].inputs).logits.float() for part in torch.arange(len(split)).split(EVALUATION_BATCH)]
     )
-    accuracy = 100 * (logits.argmax(1) == split.labels).double().mean().item()
-    return {"accuracy": round(accuracy, 3), "nll": round(cross_entropy(logits, split.labels).item(), 5)}
+    return figures(logits, split.labels)
+
+
+def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str]:
+    """What is kept of an evaluation: accuracy and ECE in percent, NLL in nats, and which examples were right (`unpacked`)."""
+    confidence, answer = logits.softmax(1).max(1)
+    right = answer == labels
+    return {
+        "accuracy": round(100 * right.double().mean().item(), 3),
+        "nll": round(cross_entropy(logits, labels).item(), 5),
+        "ece": round(100 * calibration_error(confidence, right), 3),
+        "right": packed(right.tolist()),
+    }
+
+
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
+    """Expected calibration error: |accuracy − mean confidence| of `bins` equal ranges of confidence, weighted by examples."""
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
+    return (gaps.abs().sum() / len(right)).item()
+
+
+def packed(right: list[bool]) -> str:
+    """Booleans as '<how many>:<bits in hexadecimal, the first one leading>'."""
+    bits = "".join("01"[r] for r in right)
+    return f"{len(bits)}:{int(bits, 2):x}"
+
+
+def unpacked(text: str) -> list[bool]:
+    """What `packed` took."""
+    count, bits = text.split(":")
+    return [bit == "1" for bit in f"{int(bits, 16):0{count}b}"]
 
 
 def _factors(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -93,7 +125,7 @@ def _factors(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch
     return found
 
 
-def _diagnostics(model: PeftModel, start_A: dict, validation: Split, targets: tuple[str, ...]) -> dict[str, float]:
+def _diagnostics(model: PeftModel, start_A: dict, validation: Split) -> dict[str, float]:
     """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
 
     Drift energy Σ‖ΔW_l+1 − ΔW_l‖² over Σ‖ΔW_l‖², adjacent cosines of ΔW, of A − A₀ and of the loss gradient with respect
@@ -113,8 +145,10 @@ def _diagnostics(model: PeftModel, start_A: dict, validation: Split, targets: tu
     for weight in weights.values():
         weight.requires_grad_(False)
     sums: dict[str, float] = {}
-    for target in targets:
-        names = [name for name in A if name.endswith(f".{target}")]
+    kinds: dict[str, list[str]] = {}
+    for name in A:
+        kinds.setdefault(split_depth(name)[0], []).append(name)
+    for names in kinds.values():
         updates = torch.stack([B[name] @ A[name] for name in names])  # (L, d, k)
         singular = torch.linalg.svdvals(updates)
         update = updates.flatten(1)
@@ -128,5 +162,5 @@ def _diagnostics(model: PeftModel, start_A: dict, validation: Split, targets: tu
             "first_singular_share": (singular[:, 0].square() / singular.square().sum(1)).mean(),
         }
         for name, value in figures.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / len(targets)
+            sums[name] = sums.get(name, 0.0) + value.item() / len(kinds)
     return {name: round(value, 4) for name, value in sums.items()}

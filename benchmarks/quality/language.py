@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from structlora_trl import StructLoRACallback
 
 from . import assets, ideas, methods
+from .cell import figures
 from .store import KEY
 
 SPLIT_SEED = 0
@@ -111,8 +112,8 @@ class _BindIdeas(TrainerCallback):
     def __init__(self, found: dict, ours: StructLoRACallback):
         self.ideas, self.ours = found, ours
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        ideas.bind(self.ideas, self.ours.runtime, args.max_steps)
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        ideas.bind(self.ideas, self.ours.runtime, ideas.Length(args.max_steps, len(train_dataloader)))
 
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
@@ -197,17 +198,16 @@ def train(
 
 
 @torch.inference_mode()
-def _likelier(model, tokenizer, examples: list[Example]) -> dict[str, float]:
-    """Accuracy of the likelier of the two answers, and NLL of the right one where both share the probability."""
+def _likelier(model, tokenizer, examples: list[Example]) -> dict[str, float | str]:
+    """`figures` of the two answers where both share the probability."""
     answers = sorted({answer for _, answer in examples})
     ids = [tokenizer(answer).input_ids[0] for answer in answers]
-    correct, nll = 0, 0.0
+    logits, labels = [], []
     for batch in _batches(examples):
-        logits = model(**_left_padded(tokenizer, [p for p, _ in batch]), logits_to_keep=1).logits[:, -1, ids].float()
-        labels = torch.tensor([answers.index(answer) for _, answer in batch])
-        correct += (logits.argmax(1) == labels).sum().item()
-        nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-    return {"accuracy": round(100 * correct / len(examples), 3), "nll": round(nll / len(examples), 5)}
+        found = model(**_left_padded(tokenizer, [p for p, _ in batch]), logits_to_keep=1).logits[:, -1, ids]
+        logits.append(found.float())
+        labels += [answers.index(answer) for _, answer in batch]
+    return figures(torch.cat(logits), torch.tensor(labels))
 
 
 @torch.inference_mode()

@@ -45,7 +45,7 @@ class Method:
     peft: Callable[[int, int, dict], PeftConfig] | None = None
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer] | None = None
 
-    def prepare(self, task: Task, rank: int, lr: float, seed: int):
+    def prepare(self, task: Task, rank: int, examples: int, lr: float, seed: int):
         """The model to train, its optimizer and, for StructLoRA, the runtime."""
         common = {"target_modules": list(task.targets), "modules_to_save": [task.head]}
         if self.peft is None:
@@ -61,7 +61,7 @@ class Method:
         if self.structlora is None:
             return model, optimizer, None
         runtime = attach(model, optimizer, seed=seed, parts=self.parts, **self.given)
-        ideas.bind(self.ideas, runtime, task.steps)
+        ideas.bind(self.ideas, runtime, ideas.Length(task.steps, -(-examples // task.batch)))
         return model, optimizer, runtime
 
     @property

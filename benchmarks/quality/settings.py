@@ -239,3 +239,23 @@ WHERE_IT_GAINS = (SETTINGS[0], *SETTINGS[4:6])
 # Sweeps: the (task, examples) of the one over ranks, the (task, rank) of the one over numbers of examples.
 RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
+
+# Evidence at fixed rates with seeds of its own: nothing is chosen with these runs, so that figures are of all held-out
+# examples, validation and test together.
+EVIDENCE_SEEDS = range(40, 52)
+# All linear modules adapted, as most people do.
+LINEAR_PLACES = (
+    (("digits-all", 4, 100), 5e-3),
+    (("digits-all", 4, 100), 1e-2),
+    (("digits-all", 4, 100), 2e-2),
+    (("fashion-all", 4, 200), 2e-3),
+    (("fashion-all", 4, 200), 5e-3),
+    (("fashion-all", 4, 200), 1e-2),
+    (("movie-all", 4, 200), 2e-3),
+    (("movie-all", 4, 200), 4e-3),
+    (("movie-all", 4, 200), 8e-3),
+)
+# Text in runs that are short: 2.4 passes over 200 examples, one pass over 480.
+SHORT_PLACES = tuple(
+    ((task, 4, examples), lr) for task in ("tweet", "product") for examples in (200, 480) for lr in (4e-3, 8e-3)
+)

@@ -159,8 +159,13 @@ class MiniLM(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def _text(kind: str, summary: str) -> Task:
-    return Task(summary, _sentences(kind), MiniLM, targets=("query", "value"), steps=60, batch=8)
+def _text(kind: str, summary: str, targets: tuple[str, ...] = ("query", "value")) -> Task:
+    return Task(summary, _sentences(kind), MiniLM, targets=targets, steps=60, batch=8)
+
+
+# Every linear module of a block.
+_VIT_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+_MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
 TASKS = {
@@ -176,4 +181,7 @@ TASKS = {
     "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
     "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
+    "digits-all": Task("digits, all linear modules adapted", _digits, _vit, targets=_VIT_LINEAR, steps=200, batch=32),
+    "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, _vit, targets=_VIT_LINEAR),
+    "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }

@@ -18,7 +18,7 @@ from structlora_trl import StructLoRAConfig
 
 LINES = store.read()
 RUNS = selection.test_runs(LINES)
-FIGURES = {"accuracy", "nll"}
+FIGURES, MORE_FIGURES = {"accuracy", "nll"}, {"ece", "right"}  # the first of all lines
 
 
 def test_every_line_is_well_formed_and_its_key_unique():
@@ -26,8 +26,8 @@ def test_every_line_is_well_formed_and_its_key_unique():
     keys = [store.key_of(line) for line in LINES]
     assert len(set(keys)) == len(keys)
     for line in LINES:
-        assert line["validation"].keys() == FIGURES == line["test"].keys(), line
         for split in ("validation", "test"):
+            assert line[split].keys() - MORE_FIGURES == FIGURES, line
             assert 0 <= line[split]["accuracy"] <= 100 and math.isfinite(line[split]["nll"]), line
         assert line["trained"] > 0 and line["cpu_seconds"] > 0 and line["steps"] > 0, line
     for path in store.RESULTS.glob("*.jsonl"):
@@ -168,11 +168,19 @@ def test_every_method_trains_and_is_deterministic(plain, method):
 
 @pytest.mark.parametrize("idea", ideas.IDEAS)
 def test_every_idea_does_something(tiny_task, idea):
-    value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise") else "true"
+    value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise", "x_total_noise") else "true"
     method = "no-align:gate_lr=0.1" if idea == "x_one_A" else "structlora:coordinator_lr=0.1"
     plain, tried = (cell.run("digits", method + given, 4, 20, 1e-2, 3) for given in ("", f",{idea}={value}"))
     assert outcome(plain) != outcome(tried)
     assert tried["structlora"] == {**plain["structlora"], idea: json.loads(value)}
+
+
+def test_right_answers_are_kept_and_calibration_is_measured():
+    logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    found = cell.figures(logits, torch.tensor([0, 1, 1, 1]))
+    assert cell.unpacked(found["right"]) == [True, False, True, False]
+    assert found["accuracy"] == 50 and found["ece"] == pytest.approx(100 * (1 / (1 + math.exp(-2)) - 0.5), abs=1e-2)
+    assert cell.unpacked(cell.packed([False, False, True])) == [False, False, True]
 
 
 def test_without_coordinator_nothing_else_differs(tiny_task):
