@@ -1,6 +1,7 @@
 """Where depth is coherent: what SmolLM2's layers read from the residual stream and write to it, under LoRA and StructLoRA.
 
-    python -m benchmarks.quality.coherence --steps 40
+    python -m benchmarks.quality.coherence --steps 40          print the table
+    python -m benchmarks.quality.coherence --steps 40 --keep   and keep its figures for the report
 
 All linear modules are adapted. The table has a row for each kind and `stream_cosine` of depths that are neighbours, of those
 in the later half of the model, and of depths that are five apart.
@@ -9,21 +10,27 @@ in the later half of the model, and of depths that are five apart.
 from __future__ import annotations
 
 import argparse
+import json
 import random
+from pathlib import Path
 
 from structlora_trl.core.diagnostics import stream_cosine
 
 from . import language
-from .methods import METHODS, Method
-from .tables import markdown
+from .methods import METHODS, Method, find
+from .settings import STREAM_ALL
+from .tables import coherence
 
 MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
 # A map that changes nothing, which keeps A₀: plain LoRA, with what the figure needs.
 COMPARED = {
     "LoRA": Method("LoRA", structlora={"filter": "none", "coordinator": "none"}),
+    "without coordinator": METHODS["no-align"],
     "StructLoRA": METHODS["structlora"],
+    "over the stream": find(STREAM_ALL),
 }
 FAR = 5
+KEPT = Path(__file__).with_suffix(".json")
 
 
 def cosines(runtime) -> dict[str, list[float]]:
@@ -41,18 +48,20 @@ def main() -> None:
     for name, default in {"steps": 40, "examples": 320, "rank": 8, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--keep", action="store_true", help=f"write the figures to {KEPT.name}")
     options = parser.parse_args()
 
     pool, _, _ = language.LANGUAGE_TASKS["smollm-movie"].load()
     training = random.Random(options.seed).sample(pool, options.examples)
     settings = (options.rank, options.lr, options.seed, options.steps)
-    found = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for name, method in COMPARED.items():
         _, _, ours = language.train(method, training, *settings, targets=MODULES)
-        found[name] = cosines(ours.runtime)
-    header = ["kind", *(f"{name}, {pairs}" for name in found for pairs in ("neighbours", "later half", f"{FAR} apart"))]
-    rows = [[kind, *(f"{x:.3f}" for name in found for x in found[name][kind])] for kind in MODULES]
-    print(markdown(header, rows))
+        by_kind = cosines(ours.runtime)
+        found[name] = {kind: [round(x, 4) for x in by_kind[kind]] for kind in MODULES}
+    print(coherence(found))
+    if options.keep:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DEFAULTS = HERE / "defaults.json"
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
+COHERENCE = HERE / "coherence.json"
 PAGES = (HERE / "README.md", ROOT / "README.md")
 
 
 def written(lines: list[dict]) -> dict[Path, str]:
     """What each file should hold: the pages with their tables, and the defaults with what they are worth."""
-    found = tables(lines, json.loads(OVERHEAD.read_text()))
+    found = tables(lines, json.loads(OVERHEAD.read_text()), json.loads(COHERENCE.read_text()))
     return {
         **{page: fill(page.read_text(), found) for page in PAGES},
         DEFAULTS: json.dumps(earned_defaults(lines), indent=2) + "\n",

@@ -1,7 +1,8 @@
 """The tables, as Markdown. Everything but the search is of the test split.
 
-p is of a two-sided paired t-test. q, in brackets after it, is p corrected for the number of p-values in its table by Benjamini
-and Hochberg: of the differences with q < 0.05, at most one in twenty is expected to be chance.
+p is of a two-sided paired t-test. In brackets after it, p corrected for the number of p-values in its table. q is by Benjamini
+and Hochberg: of the differences with q < 0.05, at most one in twenty is expected to be chance. The second is by Holm: of all
+tables of pure noise, one in twenty has a figure below 0.05.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, ttest_1samp
 
-from . import methods
+from . import heldout, methods
 from .selection import BASE, GATES, OURS, Runs, Setting, test_runs
 from .settings import (
     ABLATIONS,
     COMPARED,
     CONTROLS,
     EARLY,
+    EVIDENCE,
     EXAMPLES,
     FINAL_PLACES,
     FINAL_ROUNDS,
@@ -54,12 +56,13 @@ PAPER_COST = {OURS: ("1.06x", "1.04x")}  # LLaMA-7B on a GPU
 Place = tuple[Setting, float]  # a setting and a learning rate
 
 
-def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
+def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> dict[str, str]:
     """Every table, by the name of its marks.
 
     Args:
         lines (`list[dict]`): of the store.
         measured_cost (`dict`): what `benchmarks.cost.overhead` printed.
+        measured_coherence (`dict`): what `benchmarks.quality.coherence` kept.
     """
     runs, every_seed = test_runs(lines), Runs(lines)
     rank_settings = [s for s in runs.settings if (s[0], s[2]) in RANKS]
@@ -82,8 +85,10 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
         "ranks": short(runs, rank_settings, paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
+        **{name: evidence(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
+        "coherence": coherence(measured_coherence),
     }
 
 
@@ -107,7 +112,18 @@ def comparison(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) ->
                 f"{found['trained'].iloc[0]:,}".replace(",", " "),
             ]
         )
-    header = ["task, r, examples", "method", "seeds", "accuracy", "− LoRA", "p (q)", "NLL", "− LoRA", "p (q)", "rate"]
+    header = [
+        "task, r, examples",
+        "method",
+        "seeds",
+        "accuracy",
+        "− LoRA",
+        "p (q, Holm)",
+        "NLL",
+        "− LoRA",
+        "p (q, Holm)",
+        "rate",
+    ]
     return markdown([*header, "mean over rates", "spread", "trained"], rows)
 
 
@@ -124,8 +140,17 @@ def short(runs: Runs, settings: Iterable[Setting], paper: Callable[[Setting], st
         row += _difference(runs, setting, OURS, "nll")
         row += _difference(runs, setting, GATES, "accuracy")
         rows.append([*row, paper(setting)] if paper else row)
-    header = ["task, rank, examples", "seeds", "LoRA", "StructLoRA", "difference", "p (q)", "NLL difference", "p (q)"]
-    header += ["without coordinator", "p (q)"]
+    header = [
+        "task, rank, examples",
+        "seeds",
+        "LoRA",
+        "StructLoRA",
+        "difference",
+        "p (q, Holm)",
+        "NLL difference",
+        "p (q, Holm)",
+    ]
+    header += ["without coordinator", "p (q, Holm)"]
     return markdown([*header, "paper's difference"] if paper else header, rows)
 
 
@@ -150,7 +175,7 @@ def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base:
             ]
         )
     other = "LoRA" if base == BASE else "whole"
-    p = ["p over seeds (q)", "p over settings (q)"]
+    p = ["p over seeds (q, Holm)", "p over settings (q, Holm)"]
     header = ["method", "settings", f"accuracy − {other}", *p, "better on", "worst", f"NLL − {other}", *p]
     return markdown([*header, f"accuracy, mean over rates, − {other}"], rows)
 
@@ -174,7 +199,17 @@ def ablations(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -> 
         for figure in ("accuracy", "nll"):
             row += _difference(runs, setting, name, figure, base=OURS)
         rows.append([*row, f"{runs.rates[(*setting, name)]:g}", PAPER.get(name, "")])
-    header = ["task, r, examples", "method", "seeds", "accuracy", "− whole", "p (q)", "NLL − whole", "p (q)", "rate"]
+    header = [
+        "task, r, examples",
+        "method",
+        "seeds",
+        "accuracy",
+        "− whole",
+        "p (q, Holm)",
+        "NLL − whole",
+        "p (q, Holm)",
+        "rate",
+    ]
     return markdown([*header, "paper, accuracy − whole"], rows)
 
 
@@ -192,8 +227,8 @@ def search(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Seq
                 gaps = (found[name][figure] - found[base][figure]).dropna()
                 row += [f"{_mean(gaps):+.{digits}f}", P.of(gaps)] if len(gaps) and name != base else ["", ""]
         rows.append(row)
-    header = ["setting", "runs", "accuracy", "− LoRA", "p (q)", "− whole", "p (q)"]
-    return markdown([*header, "NLL", "− LoRA", "p (q)", "− whole", "p (q)"], rows)
+    header = ["setting", "runs", "accuracy", "− LoRA", "p (q, Holm)", "− whole", "p (q, Holm)"]
+    return markdown([*header, "NLL", "− LoRA", "p (q, Holm)", "− whole", "p (q, Holm)"], rows)
 
 
 def _at_places(runs: Runs, name: str, places: Sequence[Place], seeds: Sequence[int]) -> pd.DataFrame:
@@ -216,8 +251,76 @@ def by_place(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
             row += [len(gaps), f"{_mean(gaps):+.1f}", P.of(gaps)] if len(gaps) else ["", "", ""]
         rows.append(row)
     labels = [label(name).removeprefix(f"{label(GATES)}, ") for name in names]
-    columns = [column for name in labels for column in ("seeds", f"{name}, − gates", "p (q)")]
+    columns = [column for name in labels for column in ("seeds", f"{name}, − gates", "p (q, Holm)")]
     return markdown(["task, r, examples", "rate", *columns], rows)
+
+
+def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int]) -> str:
+    """At fixed rates and over all held-out examples, each method less LoRA: by place, and last over all places.
+
+    The second p of accuracy is over seeds and examples together.
+    """
+    found = {name: _of_kept(runs, name, places, seeds) for name in (BASE, *names)}
+    rows = []
+    over_all: dict[str, list] = {name: [] for name in names}
+    for number, (setting, lr) in enumerate(places):
+        theirs = found[BASE].get(number)
+        if theirs is None:
+            continue
+        place = [describe(setting), f"{lr:g}"]
+        means = heldout.figures(theirs)
+        rows.append([*place, label(BASE), len(means), *_absolute(means)])
+        for name in names:
+            ours = found[name].get(number)
+            shared = [] if ours is None else ours.index.intersection(theirs.index)
+            if len(shared) < 2:
+                continue
+            ours, base = ours.loc[shared], theirs.loc[shared]
+            gaps = heldout.figures(ours) - heldout.figures(base)
+            draws = heldout.resampled(ours, base, setting[0])
+            over_all[name].append((gaps, draws))
+            rows.append([*place, label(name), len(gaps), *_relative(gaps, draws)])
+    for name, pairs in over_all.items():
+        if len(pairs) == max(map(len, over_all.values())) > 1:
+            by_seed = pd.concat([gaps for gaps, _ in pairs], keys=range(len(pairs))).groupby(level=1)
+            gaps = by_seed.mean()[by_seed.size() == len(pairs)]
+            if len(gaps) > 1:
+                draws = np.mean([draws for _, draws in pairs], axis=0)
+                rows.append([f"all {len(pairs)}", "", label(name), len(gaps), *_relative(gaps, draws)])
+    header = [
+        "task, r, examples",
+        "rate",
+        "method",
+        "seeds",
+        "accuracy",
+        "p (q, Holm)",
+        "p over seeds and examples (q, Holm)",
+    ]
+    return markdown([*header, "NLL", "p (q, Holm)", "ECE"], rows)
+
+
+def _absolute(means: pd.DataFrame) -> list:
+    return [_mean_and_sd(means["accuracy"]), "", "", f"{_mean(means['nll']):.3f}", "", f"{_mean(means['ece']):.1f}"]
+
+
+def _relative(gaps: pd.DataFrame, draws: np.ndarray) -> list:
+    """Mean ± standard error of differences by seed, with their p."""
+    error = gaps.std(ddof=1) / len(gaps) ** 0.5
+    mean = gaps.mean()
+    both = P(heldout.p_of(mean["accuracy"], draws, len(gaps)))
+    accuracy = [f"{mean['accuracy']:+.1f} ± {error['accuracy']:.1f}", P.of(gaps["accuracy"]), both]
+    return [*accuracy, f"{mean['nll']:+.3f}", P.of(gaps["nll"]), f"{mean['ece']:+.1f} ± {error['ece']:.1f}"]
+
+
+def _of_kept(runs: Runs, name: str, places: Sequence[Place], seeds: Sequence[int]) -> dict[int, pd.DataFrame]:
+    """Runs of a method by number of the place, where any kept which examples were right."""
+    found = {}
+    for number, (setting, lr) in enumerate(places):
+        kept = runs.at(setting, name, lr)
+        kept = kept[kept.index.isin(seeds)]
+        if "test.right" in kept and len(kept := kept[kept["test.right"].notna()]):
+            found[number] = kept
+    return found
 
 
 def diagnostics(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -> str:
@@ -246,6 +349,16 @@ def cost(measured: dict) -> str:
     return markdown([*header, "paper, time", "paper, memory"], rows)
 
 
+def coherence(found: dict[str, dict[str, list[float]]]) -> str:
+    """Cosines over depth by kind, as `benchmarks.quality.coherence` measured them: neighbours, later half, five apart."""
+    pairs = ("neighbours", "later half", "5 apart")
+    header = ["kind", *(f"{name}, {which}" for name in found for which in pairs)]
+    kinds = next(iter(found.values()))
+    return markdown(
+        header, [[kind, *(f"{x:.3f}" for by_kind in found.values() for x in by_kind[kind])] for kind in kinds]
+    )
+
+
 class P(float):
     """A cell with the p-value of a paired t-test; NaN where there is none: fewer than two pairs, or all of them alike."""
 
@@ -264,12 +377,22 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def _corrected(found: list[P]) -> Iterator[str]:
-    """'p (q)' for each."""
+    """'p (q, Holm)' for each."""
     p = np.array(found)
-    q = np.full_like(p, np.nan)
-    q[~np.isnan(p)] = false_discovery_control(p[~np.isnan(p)])
-    for pair in zip(p, q, strict=True):
-        yield "–" if np.isnan(pair[0]) else "{} ({})".format(*("<0.001" if x < 0.001 else f"{x:.3f}" for x in pair))
+    q, holm = np.full_like(p, np.nan), np.full_like(p, np.nan)
+    known = ~np.isnan(p)
+    q[known], holm[known] = false_discovery_control(p[known]), _holm(p[known])
+    for figures in zip(p, q, holm, strict=True):
+        shown = ["<0.001" if x < 0.001 else f"{x:.3f}" for x in figures]
+        yield "–" if np.isnan(figures[0]) else "{} ({}, {})".format(*shown)
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    """p corrected by Holm: the smallest times how many there are, the next times one less, and none below a smaller one's."""
+    order = p.argsort()
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(np.minimum(p[order] * np.arange(len(p), 0, -1), 1.0))
+    return corrected
 
 
 def describe(setting: Setting) -> str:

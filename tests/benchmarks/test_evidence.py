@@ -13,7 +13,20 @@ import torch
 from scipy.stats import false_discovery_control
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.quality import assets, cell, ideas, methods, report, run, selection, settings, store, tables, tasks
+from benchmarks.quality import (
+    assets,
+    cell,
+    heldout,
+    ideas,
+    methods,
+    report,
+    run,
+    selection,
+    settings,
+    store,
+    tables,
+    tasks,
+)
 from structlora_trl import StructLoRAConfig
 
 LINES = store.read()
@@ -67,18 +80,43 @@ def test_every_p_is_also_corrected_for_the_number_in_its_table(written):
         for text in re.findall(r"(?:^\|.*\n)+", written[page], re.MULTILINE):
             header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
             columns = [i for i, name in enumerate(header) if re.match(r"p\b", name)]
-            assert all(header[i].endswith(" (q)") for i in columns), header
+            assert all(header[i].endswith(" (q, Holm)") for i in columns), header
             cells = [row[i] for row in rows for i in columns if row[i] not in ("", "–")]
-            assert all(re.fullmatch(r"(\S+) \((\S+)\)", cell) for cell in cells), header
+            assert all(re.fullmatch(r"(\S+) \((\S+), (\S+)\)", cell) for cell in cells), header
             seen += len(cells)
     assert seen > 500
-    found = tables.markdown(["p (q)"], [[tables.P(p)] for p in (0.01, 0.04, 0.03, math.nan, 0.0002)])
+    found = tables.markdown(["p (q, Holm)"], [[tables.P(p)] for p in (0.01, 0.04, 0.03, math.nan, 0.0002)])
     q = false_discovery_control([0.01, 0.04, 0.03, 0.0002])
+    holm = (0.03, 0.06, 0.06)  # 3 x 0.01, then 2 x 0.03 and no less for 0.04
     assert [line.strip("| ") for line in found.splitlines()[2:]] == [
-        *(f"{p} ({corrected:.3f})" for p, corrected in zip(("0.010", "0.040", "0.030"), q[:3], strict=True)),
+        *(f"{p} ({a:.3f}, {b:.3f})" for p, a, b in zip(("0.010", "0.040", "0.030"), q[:3], holm, strict=True)),
         "–",
-        "<0.001 (<0.001)",
+        "<0.001 (<0.001, <0.001)",
     ]
+
+
+def test_a_few_seeds_on_shared_examples_are_less_certain_than_seeds_alone():
+    """The same examples are right in every run: as good as one seed to an error over seeds, not to one over both."""
+    ours, theirs = (
+        pd.DataFrame({f"{split}.right": [cell.packed(right)] * 4 for split in heldout.SPLITS})
+        for right in ([True] * 6 + [False] * 4, [True] * 5 + [False] * 5)
+    )
+    draws = heldout.resampled(ours, theirs, "t")
+    assert draws.mean() == pytest.approx(10, abs=0.5)
+    assert draws.std() == pytest.approx(100 * (0.1 * 0.9 / 20) ** 0.5, rel=0.1)
+    assert heldout.p_of(10.0, draws, 4) == pytest.approx(0.23, abs=0.03)
+    figures = {
+        f"{split}.{name}": [value]
+        for split, value in (("validation", 1.0), ("test", 4.0))
+        for name in ("accuracy", "nll", "ece")
+    }
+    one = pd.DataFrame({**figures, "validation.right": "10:0", "test.right": "20:0"})
+    assert heldout.figures(one)["nll"].tolist() == [3.0]
+
+
+def test_evidence_is_of_seeds_that_chose_nothing():
+    chose = {*settings.SEEDS, *(seed for _, _, seeds in settings.ROUNDS.values() for seed in seeds)}
+    assert not chose & {*settings.EVIDENCE_SEEDS}
 
 
 def test_nothing_is_chosen_on_the_test_split():
