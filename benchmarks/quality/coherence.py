@@ -59,9 +59,9 @@ def main() -> None:
         _, _, ours = language.train(method, training, *settings, targets=MODULES)
         by_kind = cosines(ours.runtime)
         found[name] = {kind: [round(x, 4) for x in by_kind[kind]] for kind in MODULES}
+        if options.keep:  # after each, since a run takes minutes
+            KEPT.write_text(json.dumps(found, indent=1) + "\n")
     print(coherence(found))
-    if options.keep:
-        KEPT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

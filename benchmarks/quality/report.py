@@ -26,7 +26,8 @@ PAGES = (HERE / "README.md", ROOT / "README.md")
 
 def written(lines: list[dict]) -> dict[Path, str]:
     """What each file should hold: the pages with their tables, and the defaults with what they are worth."""
-    found = tables(lines, json.loads(OVERHEAD.read_text()), json.loads(COHERENCE.read_text()))
+    coherence = json.loads(COHERENCE.read_text()) if COHERENCE.exists() else {}
+    found = tables(lines, json.loads(OVERHEAD.read_text()), coherence)
     return {
         **{page: fill(page.read_text(), found) for page in PAGES},
         DEFAULTS: json.dumps(earned_defaults(lines), indent=2) + "\n",

@@ -61,7 +61,8 @@ class Runs:
     def over_rates(self) -> dict[tuple, pd.Series]:
         """(*setting, method) -> mean test accuracy at each rate that all methods ran at, over the seeds of all of these."""
         common = pd.Series(
-            [lr in RATES[task] for task, lr in zip(self.rows["task"], self.rows["lr"], strict=True)], self.rows.index
+            [lr in RATES.get(task, ()) for task, lr in zip(self.rows["task"], self.rows["lr"], strict=True)],
+            self.rows.index,
         )
         only_others = ~common.groupby([self.rows[name] for name in METHOD]).transform("any")
         means = of_shared_seeds(self.rows[common | only_others]).groupby([*METHOD, "lr"])["test.accuracy"].mean()

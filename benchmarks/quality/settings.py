@@ -240,8 +240,8 @@ WHERE_IT_GAINS = (SETTINGS[0], *SETTINGS[4:6])
 RANKS = {("digits", 100): (1, 2, 4, 8, 16)}
 EXAMPLES = {("fashion", 4): (50, 100, 200, 400, 1000)}
 
-# Evidence at fixed rates with seeds of its own: nothing is chosen with these runs, so that figures are of all held-out
-# examples, validation and test together.
+# Evidence at fixed rates with seeds of its own. Nothing of StructLoRA's is chosen with these runs, so that figures are of all
+# held-out examples, validation and test together.
 EVIDENCE_SEEDS = range(40, 52)
 STREAM, STREAM_ALL = (f"structlora:{idea}=true,align_init=false" for idea in ("x_stream", "x_stream_all"))
 # All linear modules adapted, as most people do; at the rate that a look at LoRA's validation accuracy with one seed favours.

@@ -62,7 +62,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
     Args:
         lines (`list[dict]`): of the store.
         measured_cost (`dict`): what `benchmarks.cost.overhead` printed.
-        measured_coherence (`dict`): what `benchmarks.quality.coherence` kept.
+        measured_coherence (`dict`): what `benchmarks.quality.coherence` kept; empty where it has kept nothing.
     """
     runs, every_seed = test_runs(lines), Runs(lines)
     rank_settings = [s for s in runs.settings if (s[0], s[2]) in RANKS]
@@ -351,6 +351,8 @@ def cost(measured: dict) -> str:
 
 def coherence(found: dict[str, dict[str, list[float]]]) -> str:
     """Cosines over depth by kind, as `benchmarks.quality.coherence` measured them: neighbours, later half, five apart."""
+    if not found:
+        return "No figures are kept yet: `python -m benchmarks.quality.coherence --keep`."
     pairs = ("neighbours", "later half", "5 apart")
     header = ["kind", *(f"{name}, {which}" for name in found for which in pairs)]
     kinds = next(iter(found.values()))
