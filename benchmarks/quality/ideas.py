@@ -19,8 +19,9 @@ from structlora_trl.core.coordinator import GCN
 from structlora_trl.core.filters import InformationBottleneck
 from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph, semantic_edges
-from structlora_trl.core.mapping import Parts
+from structlora_trl.core.mapping import Parts, compared_sides
 from structlora_trl.core.nodes import Kind, discover, split_depth
+from structlora_trl.core.width import WHOLE, Width
 
 
 class Length(NamedTuple):
@@ -301,18 +302,21 @@ class StreamGraph(DepthGraph):
     running-mean gradients g (r, n)."""
 
     rank: int
+    side: str
 
     @classmethod
     def over_depth(cls, kind: Kind, config: StructLoRAConfig) -> DepthGraph:
         graph = super().over_depth(kind, config)
-        graph.rank = kind.rank
+        graph.rank, (graph.side,) = kind.rank, compared_sides(kind, config)
         return graph
 
-    def rebuild(self) -> None:
+    def rebuild(self, width: Width = WHOLE) -> None:
         if self.features is None:
             return
-        g = normalize(self.features, dim=1).unflatten(1, (self.rank, -1))
-        product = torch.einsum("arn,bsn->abrs", g, g).square().sum((2, 3))
+        g = normalize(self.features, dim=1)
+        # As `side_gradients` flattens them: (r, k) of lora_A, (d, r) of lora_B.
+        g = g.unflatten(1, (self.rank, -1)) if self.side == "A" else g.unflatten(1, (-1, self.rank)).mT
+        product = width.sum(torch.einsum("arn,bsn->abrs", g, g)).square().sum((2, 3))
         norm = product.diagonal().sqrt()
         # A matrix of cosines is the Gram matrix of the rows of its square root.
         values, vectors = torch.linalg.eigh(product / (norm[:, None] * norm).clamp(min=1e-30))

@@ -5,19 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.quality import ideas, methods
 from benchmarks.quality.ideas import Stream, StreamGraph
+from structlora_trl import attach
 from structlora_trl.core.graph import adjacency_edges
+from tests.support.tiny import adamw, peft_model, train
 
 DEPTHS, RANK, WIDTH = 5, 3, 16
 
 
-@pytest.fixture
-def graph():
+def made(gradients: torch.Tensor, side: str) -> StreamGraph:
+    """A graph that has seen (L, r, n), flattened as the map does: (r, k) of lora_A, (d, r) of lora_B."""
     graph = StreamGraph(adjacency_edges(DEPTHS), True, 2, 0.05, 0.9)
-    graph.rank = RANK
-    graph.observe(torch.randn(DEPTHS, RANK * WIDTH))
+    graph.rank, graph.side = RANK, side
+    graph.observe((gradients if side == "A" else gradients.mT).flatten(1))
     graph.rebuild()
     return graph
+
+
+@pytest.fixture
+def graph():
+    return made(torch.randn(DEPTHS, RANK, WIDTH), "A")
 
 
 def coordinator(theta: float, others: torch.Tensor | None) -> Stream:
@@ -44,13 +52,27 @@ def test_no_message_depends_on_a_rank_basis(graph, joined):
     assert added.abs().max() > 0.01
 
 
-def test_semantic_edges_do_not_depend_on_it_either(graph):
-    g = graph.features.view(DEPTHS, RANK, WIDTH)
-    turned = StreamGraph(adjacency_edges(DEPTHS), True, 2, 0.05, 0.9)
-    turned.rank = RANK
-    turned.observe((rotations(DEPTHS) @ g).flatten(1))
-    turned.rebuild()
-    assert graph.semantic.any() and torch.equal(graph.semantic, turned.semantic)
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_semantic_edges_do_not_depend_on_it_either(side):
+    gradients = torch.randn(DEPTHS, RANK, WIDTH)
+    gradients[4] = gradients[0] + 0.1 * gradients[4]
+    one, turned = made(gradients, side), made(rotations(DEPTHS) @ gradients, side)
+    assert one.semantic[0, 4] and torch.equal(one.semantic, turned.semantic)
+
+
+@pytest.mark.parametrize("idea", ["x_stream", "x_stream_all"])
+def test_graphs_know_their_side_and_are_rebuilt_in_training(idea):
+    """Readers and writers of a model, for longer than semantic edges stand."""
+    model = peft_model(targets=["q_proj", "k_proj", "o_proj", "down_proj"])
+    optimizer = adamw(model)
+    method = methods.find(f"structlora:{idea}=true,align_init=false,semantic_every=2")
+    runtime = attach(model, optimizer, seed=0, parts=method.parts, **method.given)
+    ideas.bind(method.ideas, runtime, ideas.Length(5, 1))
+    sides = {m.kind.name.rsplit(".", 1)[-1]: m.graph.side for m in runtime.maps}
+    assert sides == {"q_proj": "A", "k_proj": "A", "o_proj": "B", "down_proj": "B"}
+    train(model, "llama", optimizer, steps=5)
+    assert all(c.theta.any() for m in runtime.maps for c in m.coordinators.values())
+    runtime.detach()
 
 
 def test_nothing_at_the_start_and_no_larger_learning_rate(graph):
