@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -164,6 +165,9 @@ CORE_SET_UPS = [
     ],
 )
 def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_process):
+    ring = "torch.distributed.tensor.experimental._context_parallel"
+    if name == "context parallelism" and importlib.util.find_spec(ring) is None:
+        pytest.skip(f"torch {torch.__version__} has no place to give its ring attention the CPU's kernel")
     options = {**SET_UPS[name][0], "steps": 6}
     world = {"uneven adapter": 3, "context parallelism": 4}.get(name, 2)
     facts = launch(tmp_path, engine, world, **options)
