@@ -31,7 +31,7 @@ from .gates import LogisticNoise
 from .graph import DepthGraph
 from .nodes import Kind, discover, matches, residual_side
 from .regularizers import REGULARIZERS
-from .width import WHOLE, Width
+from .width import AXIS, WHOLE, Width
 
 
 class Factors(NamedTuple):
@@ -68,7 +68,6 @@ class Parts:
 DEFAULT_PARTS = Parts()
 
 _SIDES = ("A", "B")
-_COLUMNS = {"A": -1, "B": 1}  # the axis of k in A, of d in B
 
 Kept = dict[str, Tensor]
 """What a map writes one kind's factors into, by side, for those who need them for a moment only."""
@@ -152,7 +151,7 @@ class KindMap(nn.Module):
             if not self._acts_on(side, gates):
                 return factor
             function, room = partial(self._mapped, side, gates), _room(kept, side, factor)
-            return map_columns(function, factor, self._origin(side), _COLUMNS[side], room)
+            return map_columns(function, factor, self._origin(side), AXIS[side], room)
 
         return Factors(*map(mapped, _SIDES))
 
@@ -329,7 +328,7 @@ class KindMap(nn.Module):
                 self._origin(side),
                 arriving,
                 [*weights, gates] if learns else weights,
-                _COLUMNS[side],
+                AXIS[side],
                 _room(kept, side, arriving),
             )
             own.update(zip(weights, sums, strict=False))
