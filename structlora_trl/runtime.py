@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.inverse import latents_of
-from .core.mapping import DEFAULT_PARTS, Factors, KindMap, Parts, moved_sides
+from .core.mapping import DEFAULT_PARTS, SIDES, Factors, KindMap, Parts, moved_sides
 from .core.nodes import Kind
 from .core.regularizers import cosines, neighbour_products
 from .core.stopwatch import Stopwatch
@@ -328,14 +328,18 @@ class Runtime:
             self.weights, self._trained = LATENT, False
             return True
         self._refuse_step()
-        self.weights, self._trained = LATENT, False
+        written = self.engine.written() if self.weights == TRAINING else torch.zeros((), device=self.kinds[0].device)
         scale = self.engine.gradient_scale()
         latents = self.engine.read_latents()
         pulled = [
             self._pull(m, latent, gradient, noise, scale)
             for m, latent, gradient, noise in zip(self.maps, latents, gradients, self._noise(), strict=True)
         ]
-        bad, own, products = self._summed(pulled)
+        bad, written, own, products = self._summed(pulled, written)
+        if written:
+            self.engine.was_written()  # some engines refuse it in words of their own
+            self._refuse_written()
+        self.weights, self._trained = LATENT, False
         if bad:
             self.skipped_steps += 1
             logger.warning(
@@ -354,8 +358,11 @@ class Runtime:
         self._rate = self.engine.learning_rate()
         return True
 
-    def _pull(self, m: KindMap, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float) -> _Pulled:
+    def _pull(
+        self, m: KindMap, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float | Tensor
+    ) -> _Pulled:
         """One kind's gradients, carried back through its map."""
+        scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
         # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
         ascends = self.engine.maximizes()
         given, kept = _negative(gradient) if ascends else gradient, self._kept.get(m.kind.name)
@@ -364,20 +371,26 @@ class Runtime:
             factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
         return _Pulled(_negative(factors) if ascends else factors, own, self._seen(m, gradient, scale))
 
-    def _seen(self, m: KindMap, gradient: Factors, scale: float) -> Tensor | None:
+    def _seen(self, m: KindMap, gradient: Factors, scale: float | Tensor) -> Tensor | None:
         """Gradients on the sides that are compared, (L, n): unscaled and clipped, whichever engine."""
         return m.side_gradients(gradient) / scale if m.sees_gradients else None
 
-    def _summed(self, pulled: list[_Pulled]) -> tuple[bool, list[dict[str, Tensor]], list[Tensor | None]]:
-        """Whether the gradients are bad on some rank, gradients of the maps' parameters, and products of what was seen (see
-        `neighbour_products`): a sum over the slices of all ranks, in one collective."""
+    def _summed(
+        self, pulled: list[_Pulled], written: Tensor
+    ) -> tuple[bool, bool, list[dict[str, Tensor]], list[Tensor | None]]:
+        """Whether the gradients are bad and weights `written` on some rank, gradients of the maps' parameters, and products of
+        what was seen (see `neighbour_products`): a sum over the slices of all ranks, in one collective, and the one place
+        where a step waits for the device."""
         seen = [None if part.seen is None else neighbour_products(part.seen) for part in pulled]
         products = [product for product in seen if product is not None]
         own = [value for part in pulled for value in part.own.values()]
-        bad, *sums = self._width.sums([self.engine.bad_gradients(), *own, *products])
+        bad = self.engine.bad_gradients()
+        flags = torch.stack([bad, written.to(bad.device, bad.dtype)])
+        flags, *sums = self._width.sums([flags, *own, *products])
+        bad, is_written = flags.bool().tolist()
         sums = iter(sums)
         summed = [{name: next(sums) for name in part.own} for part in pulled]
-        return bool(bad), summed, [None if product is None else next(sums) for product in seen]
+        return bad, is_written, summed, [None if product is None else next(sums) for product in seen]
 
     @_timed
     def _after_step(self, stepped: bool) -> None:
@@ -411,12 +424,8 @@ class Runtime:
                 "call `model.train()` before the forward (`runtime.train()` where it is not one of the PEFT model or its base "
                 "model); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
             )
-        if self.engine.was_written() if self.weights == TRAINING else self._adopt():
-            raise StructLoRAError(
-                "LoRA weights that were written between a training forward and its optimizer step",
-                "the weights that the gradients were taken at",
-                "write to them after the step, before the next forward",
-            )
+        if self.weights != TRAINING and self._adopt():
+            self._refuse_written()
         moved = {id(p) for p in self._frozen if p.grad is not None}
         if moved and any(id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]):
             raise StructLoRAError(
@@ -424,6 +433,13 @@ class Runtime:
                 "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
                 "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
             )
+
+    def _refuse_written(self) -> NoReturn:
+        raise StructLoRAError(
+            "LoRA weights that were written between a training forward and its optimizer step",
+            "the weights that the gradients were taken at",
+            "write to them after the step, before the next forward",
+        )
 
     def refuse_replaced(self) -> None:
         """Stop where modules of the model hold other LoRA parameters than the optimizer steps.
@@ -533,9 +549,9 @@ class Runtime:
 
     @_timed
     @torch.inference_mode(False)  # a reader may be within it, and what we write must serve training
-    def _write(self, noise: list[Tensor | None] | None, sides: tuple[str, ...] = Factors._fields) -> None:
+    def _write(self, noise: list[Tensor | None] | None, sides: tuple[str, ...] = SIDES) -> None:
         if self.step == 0:  # nothing has been written yet, and a part of one's own may change lora_A
-            sides = Factors._fields
+            sides = SIDES
         self.engine.write_working(self._passing(noise, sides), sides)
         self.engine.stamp()
 

@@ -145,7 +145,8 @@ def is_whole_in_model(side: Side, engine: str) -> bool:
 
 
 def reduced_count(stack: Stack, method: str) -> int:
-    """Numbers of the one all-reduce: gradients of logits and Θ, what the cosines of neighbours are made of, a flag for NaN."""
+    """Numbers of the one all-reduce: gradients of logits and Θ, what the cosines of neighbours are made of, and two
+    flags: for NaN, and for weights written from outside."""
     config = StructLoRAConfig(**OURS[method])
     logits = theta = products = 0
     for side in sides_of(stack, method):
@@ -155,7 +156,7 @@ def reduced_count(stack: Stack, method: str) -> int:
             theta += config.coordinator_layers * side.rank**2
         if side.is_compared and side.is_moved:
             products += 3 * (side.depths - 1)
-    return 1 + logits + theta + products
+    return 2 + logits + theta + products
 
 
 @dataclass(frozen=True)

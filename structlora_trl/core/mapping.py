@@ -67,7 +67,7 @@ class Parts:
 
 DEFAULT_PARTS = Parts()
 
-_SIDES = ("A", "B")
+SIDES = Factors._fields
 
 Kept = dict[str, Tensor]
 """What a map writes one kind's factors into, by side, for those who need them for a moment only."""
@@ -125,7 +125,7 @@ class KindMap(nn.Module):
         return all(vars(type(part)).get("is_columnwise", False) for part in parts)
 
     def forward(
-        self, latent: Factors, noise: Tensor | None, sides: tuple[str, ...] = _SIDES, kept: Kept | None = None
+        self, latent: Factors, noise: Tensor | None, sides: tuple[str, ...] = SIDES, kept: Kept | None = None
     ) -> Factors:
         """Effective factors of latent ones. A factor that nothing acts on is returned as it is.
 
@@ -141,7 +141,7 @@ class KindMap(nn.Module):
             def coordinated(side: str) -> Tensor | None:
                 return self._coordinated(side, getattr(filtered, side), self._origin(side)) if side in sides else None
 
-            return Factors(*map(coordinated, _SIDES))
+            return Factors(*map(coordinated, SIDES))
         gates = self.filter.gates(*self.split(latent), noise)
 
         def mapped(side: str) -> Tensor | None:
@@ -153,7 +153,7 @@ class KindMap(nn.Module):
             function, room = partial(self._mapped, side, gates), _room(kept, side, factor)
             return map_columns(function, factor, self._origin(side), AXIS[side], room)
 
-        return Factors(*map(mapped, _SIDES))
+        return Factors(*map(mapped, SIDES))
 
     def split(self, factors: Factors) -> Factors:
         """Factors of one module each: themselves, or with experts (L, E·r, k), (L, d, r·E) -> (E, L, r, k), (E, L, d, r)."""
@@ -169,7 +169,7 @@ class KindMap(nn.Module):
         latent: Factors,
         gradient: Factors,
         noise: Tensor | None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         kept: Kept | None = None,
     ) -> tuple[Factors, dict[str, Tensor]]:
         """The gradient with respect to effective factors, carried to latent factors and to the map's own parameters.
@@ -180,7 +180,7 @@ class KindMap(nn.Module):
             latent (`Factors`): fp32, as they were when the effective factors were made.
             gradient (`Factors`): fp32 gradients of the task loss with respect to the effective factors, times `scale`.
             noise (`Tensor`, *optional*): the same noise as in `forward`.
-            scale (`float`, *optional*, defaults to 1.0): loss scale of mixed precision.
+            scale (`float` or `Tensor`, *optional*, defaults to 1.0): loss scale of mixed precision.
             kept (`dict`, *optional*): as in `forward`.
 
         Returns:
@@ -337,7 +337,7 @@ class KindMap(nn.Module):
                 own.update(zip(logits, torch.autograd.grad(gates, logits, sums[-1]), strict=True))
             return left
 
-        return Factors(*map(pulled, _SIDES)), own
+        return Factors(*map(pulled, SIDES)), own
 
     def _acts_on(self, side: str, gates: Tensor | None) -> bool:
         return side in self.coordinators or (side == "B" and gates is not None)
@@ -414,7 +414,7 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
 def moved_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PARTS) -> tuple[str, ...]:
     """The factors of a kind that its map changes, or reads to change others. Ranks that share factors need bring no more."""
     if parts.filter is not None or parts.coordinator is not None:
-        return ("A", "B")
+        return SIDES
     moved = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
     if config.filter != "none":
         moved.add("B")

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..core.mapping import Factors
+from ..core.mapping import SIDES, Factors
 from ..core.width import Width
 from .schedule import Rate
 
@@ -68,7 +68,7 @@ class Engine(ABC):
         """Replace the latent factors of all sides. Those of sides that are not moved also stand in the model then."""
 
     @abstractmethod
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = Factors._fields) -> None:
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
         """Put effective values where the model reads them: of the moved sides, those in `sides`. The latents stay."""
 
     @abstractmethod
@@ -76,12 +76,17 @@ class Engine(ABC):
         """Remember what stands in the model as written by us."""
 
     @abstractmethod
+    def written(self) -> Tensor:
+        """1.0 where someone else has written to this rank's LoRA parameters since `stamp`, else 0.0; on the device, without
+        waiting for it."""
+
     def was_written(self) -> bool:
-        """Whether someone else has written to the LoRA parameters since `stamp`.
+        """The same as an answer.
 
         Raises:
             StructLoRAError: someone has, and the engine cannot take over what was written.
         """
+        return bool(self.written())
 
     def was_touched(self) -> bool:
         """The same by what costs nothing to see: False where only the values would tell."""
@@ -114,9 +119,9 @@ class Engine(ABC):
         on the device, without waiting for it."""
 
     @abstractmethod
-    def gradient_scale(self) -> float:
+    def gradient_scale(self) -> float | Tensor:
         """What the engine's step is still to divide the gradients by, 1.0 for nothing: the loss scale of mixed precision, and
-        the norm over the limit where the engine clips inside its step."""
+        the norm over the limit where the engine clips inside its step. A tensor, of no dimension, where the device has it."""
 
     @abstractmethod
     def learning_rate(self) -> Rate:
@@ -131,6 +136,11 @@ def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
     # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
     peaks = torch._foreach_norm(tensors, math.inf)
     return 1 - torch.stack([peak.to(device) for peak in peaks]).isfinite().all().float()
+
+
+def differ(norms: Tensor, known: Tensor) -> Tensor:
+    """1.0 where some norm is not what it was, else 0.0; NaN is what NaN was."""
+    return 1 - ((norms == known) | (norms.isnan() & known.isnan())).all().float()
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import pad
 
-from ..core.mapping import Factors
+from ..core.mapping import SIDES, Factors
 from ..core.nodes import Kind, full_shape
 from ..core.width import Piece, whole_of
 from ..errors import StructLoRAError
-from .base import copy_values, holds_nonfinite
+from .base import copy_values, differ, holds_nonfinite
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
-from .slicing import SIDES, Exchange
+from .slicing import Exchange
 
 # PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
 # does (LoRA-FA) or without their preconditioner, and say nothing.
@@ -117,7 +117,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._put(latents, self._unmoved, Exchange(self.sharding, self._in_shards(self._unmoved)))
 
     def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        moved = [tuple(side for side in SIDES if side not in unmoved) for unmoved in self._unmoved]
+        moved = self._moved.sides
         in_shards = self._in_shards(moved)
         # Persistent parameters of stage 3 are whole from the first forward on.
         if self._scattered is None or self._scattered[0] != in_shards:
@@ -167,9 +167,11 @@ class DeepSpeedEngine(ShardedEngine):
     def stamp(self) -> None:
         self._stamp = self._norms()
 
+    def written(self) -> torch.Tensor:
+        return differ(self._norms(), self._stamp)
+
     def was_written(self) -> bool:
-        norms = self._norms()
-        if bool(((norms == self._stamp) | (norms.isnan() & self._stamp.isnan())).all()):
+        if not super().was_written():
             return False
         raise StructLoRAError(
             f"LoRA weights written from outside under {self.name}",
@@ -178,7 +180,7 @@ class DeepSpeedEngine(ShardedEngine):
             "StructLoRA state (`load_state`)",
         )
 
-    def gradient_scale(self) -> float:
+    def gradient_scale(self) -> float | torch.Tensor:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
         return loss_scale / self._clip_still_to_come
 
@@ -297,7 +299,7 @@ class DeepSpeedEngine(ShardedEngine):
             gradients = optimizer.get_grads_for_norm(for_clipping=True)
             norm = torch.nn.utils.get_total_norm(gradients)
             if limit:
-                torch._foreach_mul_(gradients, float(min(1.0, limit / (norm + 1e-6))))
+                torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
             optimizer.clip_grad = 0.0
             try:
                 yield
@@ -309,9 +311,9 @@ class DeepSpeedEngine(ShardedEngine):
         else:
             method = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
             found = getattr(optimizer, method)()
-            scaled = torch.stack([torch.as_tensor(norm) for norm in found]).norm() if self.stage == 3 else found
+            norms = torch.stack([torch.as_tensor(norm) for norm in (found if self.stage == 3 else [found])])
             scale = float(optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
-            self._clip_still_to_come = 1 / max((float(scaled) / scale + 1e-6) / limit, 1.0)
+            self._clip_still_to_come = 1 / ((norms.norm() / scale + 1e-6) / limit).clamp(min=1.0)
             setattr(optimizer, method, lambda: found)
             try:
                 yield

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..core.mapping import Factors
+from ..core.mapping import SIDES, Factors
 from ..core.nodes import Kind
 from ..errors import StructLoRAError
 from .base import copy_values
 from .sharded import ShardedEngine
-from .slicing import SIDES, Exchange
+from .slicing import Exchange
 from .torch import TorchEngine
 
 _BY_ROWS = ((Shard(0),), (Replicate(), Shard(0)))  # FSDP2's placements, and those of HSDP

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.mapping import Factors
+from ..core.mapping import SIDES, Factors
 from ..core.nodes import Kind
 from .base import Engine
-from .slicing import SIDES, Exchange, Sharding
+from .slicing import Exchange, Sharding
 
 
 class ShardedEngine(Engine):

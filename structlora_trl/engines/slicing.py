@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.mapping import Factors
+from ..core.mapping import SIDES, Factors
 from ..core.nodes import Kind
 from ..core.width import Width
 
-SIDES = ("A", "B")
 Reader = Callable[[nn.Parameter], Tensor]  # a parameter -> the values of this rank's fragment
 
 
@@ -87,19 +86,19 @@ class Exchange:
     """
 
     def __init__(self, sharding: Sharding, sides: list[tuple[str, ...]]):
-        self.sharding = sharding
+        self.sharding, self.sides = sharding, sides
         places = {side: [i for i, given in enumerate(sides) if side in given] for side in SIDES}
-        self._sides = {side: _Side(sharding, side, found) for side, found in places.items() if found}
+        self._each = {side: _Side(sharding, side, found) for side, found in places.items() if found}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Those whose values are moved."""
-        return [p for side in self._sides.values() for p in side.parameters]
+        return [p for side in self._each.values() for p in side.parameters]
 
     @torch.no_grad()
     def to_slices(self, of: Reader) -> list[Factors]:
         """This rank's slices, fp32, of everyone's fragments; empty on the sides that are not moved."""
-        found = {name: side.to_slices(of) for name, side in self._sides.items()}
+        found = {name: side.to_slices(of) for name, side in self._each.items()}
         return [
             Factors(*(found.get(side, {}).get(i, self._empty(i, side)) for side in SIDES))
             for i in range(len(self.sharding.kinds))
@@ -108,7 +107,7 @@ class Exchange:
     @torch.no_grad()
     def to_fragments(self, slices: list[Factors], sides: tuple[str, ...] = SIDES) -> list[tuple[nn.Parameter, Tensor]]:
         """This rank's fragments, flat and fp32, of everyone's slices; of the sides that are moved, those in `sides`."""
-        return [pair for name, side in self._sides.items() if name in sides for pair in side.to_fragments(slices)]
+        return [pair for name, side in self._each.items() if name in sides for pair in side.to_fragments(slices)]
 
     def _empty(self, place: int, side: str) -> Tensor:
         depths, rows, columns = self.sharding.slice_shape(place, side)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..core.mapping import Factors
+from ..core.mapping import SIDES, Factors
 from ..core.nodes import Kind
 from ..core.width import WHOLE
 from ..errors import StructLoRAError
 from ..frames import is_running
-from .base import Engine, copy_values, holds_nonfinite
+from .base import Engine, copy_values, differ, holds_nonfinite
 from .schedule import Rate, rate_of
 
 
@@ -140,7 +140,7 @@ class TorchEngine(Engine):
             own.A.copy_(new.A)
             own.B.copy_(new.B)
 
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = Factors._fields) -> None:
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
         self._put(effective, sides)
 
     def read_working(self) -> list[Factors]:
@@ -151,9 +151,9 @@ class TorchEngine(Engine):
             for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
                 yield from ((p, v.detach().view_as(p).to(p.dtype)) for p, v in zip(parameters, stack, strict=True))
 
-    def gradient_scale(self) -> float:
+    def gradient_scale(self) -> float | Tensor:
         scale = getattr(self.optimizer, "grad_scale", None)
-        return 1.0 if scale is None else float(scale)
+        return 1.0 if scale is None else scale
 
     def learning_rate(self) -> Rate:
         return rate_of(self.optimizer.param_groups[i] for i in self._groups)
@@ -169,11 +169,10 @@ class TorchEngine(Engine):
     def stamp(self) -> None:
         self._stamp = self._look()
 
-    def was_written(self) -> bool:
+    def written(self) -> Tensor:
         versions, norms = self._look()
         known_versions, known_norms = self._stamp
-        same = (norms == known_norms) | (norms.isnan() & known_norms.isnan())
-        return versions != known_versions or not bool(same.all())
+        return differ(norms, known_norms) if versions == known_versions else torch.ones((), device=norms.device)
 
     def was_touched(self) -> bool:
         return [p._version for p in self._trained] != self._stamp[0]
@@ -205,7 +204,7 @@ class TorchEngine(Engine):
         self._put(self._latents)
 
     @torch.no_grad()
-    def _put(self, values: list[Factors], sides: tuple[str, ...] = Factors._fields) -> None:
+    def _put(self, values: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
         targets, sources = [], []
         for kind, stacked in zip(self.kinds, values, strict=True):
             for side in sides:

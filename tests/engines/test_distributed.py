@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and DeepSpeed ZeRO 1 to 3 in real processes over gloo: the latents of the one-process run, few collectives."""
+"""DDP, FSDP2 and DeepSpeed ZeRO 1 to 3 in real processes over gloo: the latents of the one-process run, and what is sent."""
 
 from __future__ import annotations
 
