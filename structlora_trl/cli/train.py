@@ -54,7 +54,7 @@ def run(command: str, arguments: list[str]) -> None:
             undescribe(output / CARD_NAME)
     trainer.save_model()
     trainer.save_state()
-    if callback is not None and trainer.is_world_process_zero():
+    if callback is not None and (callback.runtime.is_sharded or trainer.is_world_process_zero()):
         save_state(callback.runtime, output)
     hint = "" if callback is None else f" `structlora inspect {output}` looks into it."
     trainer.accelerator.print(f"Saved to {output}: a plain LoRA adapter.{hint}")
