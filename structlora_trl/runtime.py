@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.inverse import latents_of
-from .core.mapping import DEFAULT_PARTS, SIDES, Factors, KindMap, Parts, moved_sides
+from .core.mapping import DEFAULT_PARTS, SIDES, Factors, KindMap, Parts, maps_by_row, moved_sides
 from .core.nodes import Kind
 from .core.regularizers import cosines, neighbour_products
 from .core.stopwatch import Stopwatch
@@ -117,7 +117,9 @@ class Runtime:
         self.is_attached = True
         with ExitStack() as on_error:
             moved = [moved_sides(kind, config, parts) for kind in kinds]
-            engine.install(self._before_step, self._after_step, moved)
+            # Not of an adapter that starts with part of the base weights: that part is kept in slices.
+            by_row = [maps_by_row(kind, config, parts) and not absorbs_base for kind in kinds]
+            engine.install(self._before_step, self._after_step, moved, by_row)
             on_error.callback(engine.remove)
             if align:
                 self._align()
@@ -137,8 +139,7 @@ class Runtime:
             self._rate: Rate | None = None  # set while a step that counts is under way
             self._schedule = ScheduleShare()
             self._stopwatch = Stopwatch(kinds[0].device)
-            self._cosine_sum = torch.zeros((), device=kinds[0].device)
-            self._cosine_count = 0
+            self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
             self._metric_steps = 0
             engine.stamp()
             self._watch = Watch(self, watched)
@@ -253,16 +254,16 @@ class Runtime:
         return self._effective(None, everything=True)
 
     def metrics(self) -> dict[str, float]:
-        """Figures under `structlora/` (see `diagnostics`); averages over the steps since the last call. Under FSDP2 and ZeRO, call
-        it on every rank."""
+        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over the steps since the last call. Under FSDP2
+        and ZeRO, call it on every rank."""
         self._adopt()
         found = structure_metrics(self.maps, self.evaluation_factors())
-        if self._cosine_count:
-            found["gradient_cosine"] = self._cosine_sum.item() / self._cosine_count
+        if self._cosine is not None:
+            found["gradient_cosine"] = self._cosine.item()
         found["map_ms"] = self._stopwatch.take() / max(self._metric_steps, 1)
         found["skipped_steps"] = self.skipped_steps
         self._metric_steps = 0
-        self._cosine_sum, self._cosine_count = torch.zeros_like(self._cosine_sum), 0
+        self._cosine = None
         return {f"structlora/{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -332,8 +333,10 @@ class Runtime:
         scale = self.engine.gradient_scale()
         latents = self.engine.read_latents()
         pulled = [
-            self._pull(m, latent, gradient, noise, scale)
-            for m, latent, gradient, noise in zip(self.maps, latents, gradients, self._noise(), strict=True)
+            self._pull(m, latent, gradient, noise, scale, rows)
+            for m, latent, gradient, noise, rows in zip(
+                self.maps, latents, gradients, self._noise(), self.engine.rows, strict=True
+            )
         ]
         bad, written, own, products = self._summed(pulled, written)
         if written:
@@ -346,12 +349,12 @@ class Runtime:
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).", self.skipped_steps
             )
             return False
-        for m, part, task, product in zip(self.maps, pulled, own, products, strict=True):
+        if products:
+            means = [cosines(product).mean().to(products[0].device) for product in products]
+            self._cosine = torch.stack(means).mean()
+        for m, part, task in zip(self.maps, pulled, own, strict=True):
             for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
-            if product is not None:
-                self._cosine_sum += cosines(product).mean().to(self._cosine_sum.device)
-                self._cosine_count += 1
             if part.seen is not None and m.coordinators and m.graph.follows_gradients:
                 m.graph.observe(part.seen)
         self.engine.write_gradients([part.factors for part in pulled], fill_missing=self.config.compares_depths)
@@ -359,38 +362,43 @@ class Runtime:
         return True
 
     def _pull(
-        self, m: KindMap, latent: Factors, gradient: Factors, noise: Tensor | None, scale: float | Tensor
+        self,
+        m: KindMap,
+        latent: Factors,
+        gradient: Factors,
+        noise: Tensor | None,
+        scale: float | Tensor,
+        rows: list[int] | None,
     ) -> _Pulled:
         """One kind's gradients, carried back through its map."""
         scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
         # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
         ascends = self.engine.maximizes()
         given, kept = _negative(gradient) if ascends else gradient, self._kept.get(m.kind.name)
-        factors, own = m.pullback(latent, given, noise, scale, kept)
+        factors, own = m.pullback(latent, given, noise, scale, kept, rows)
         if (penalty := m.regularizer_gradient(latent)) is not None:
             factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
-        return _Pulled(_negative(factors) if ascends else factors, own, self._seen(m, gradient, scale))
-
-    def _seen(self, m: KindMap, gradient: Factors, scale: float | Tensor) -> Tensor | None:
-        """Gradients on the sides that are compared, (L, n): unscaled and clipped, whichever engine."""
-        return m.side_gradients(gradient) / scale if m.sees_gradients else None
+        # Gradients on the sides that are compared, (L, n): unscaled and clipped, whichever engine.
+        wanted = self._cosine is None or (m.coordinators and m.graph.follows_gradients)
+        is_there = m.sees_gradients and (rows is None or "B" not in m.sides)
+        seen = m.side_gradients(gradient) / scale if wanted and is_there else None
+        return _Pulled(_negative(factors) if ascends else factors, own, seen)
 
     def _summed(
         self, pulled: list[_Pulled], written: Tensor
-    ) -> tuple[bool, bool, list[dict[str, Tensor]], list[Tensor | None]]:
-        """Whether the gradients are bad and weights `written` on some rank, gradients of the maps' parameters, and products of
-        what was seen (see `neighbour_products`): a sum over the slices of all ranks, in one collective, and the one place
-        where a step waits for the device."""
-        seen = [None if part.seen is None else neighbour_products(part.seen) for part in pulled]
-        products = [product for product in seen if product is not None]
+    ) -> tuple[bool, bool, list[dict[str, Tensor]], list[Tensor]]:
+        """Whether the gradients are bad and weights `written` on some rank, gradients of the maps' parameters, and, where a metric
+        is to be made of them, products of what was seen (see `neighbour_products`): a sum over the slices of all ranks, in one
+        collective, and the one place where a step waits for the device."""
+        seen = [part.seen for part in pulled if part.seen is not None] if self._cosine is None else []
         own = [value for part in pulled for value in part.own.values()]
         bad = self.engine.bad_gradients()
         flags = torch.stack([bad, written.to(bad.device, bad.dtype)])
-        flags, *sums = self._width.sums([flags, *own, *products])
-        bad, is_written = flags.bool().tolist()
+        flags, *sums = self._width.sums([flags, *own, *map(neighbour_products, seen)])
+        is_bad, is_written = flags.bool().tolist()
         sums = iter(sums)
         summed = [{name: next(sums) for name in part.own} for part in pulled]
-        return bad, is_written, summed, [None if product is None else next(sums) for product in seen]
+        return is_bad, is_written, summed, list(sums)
 
     @_timed
     def _after_step(self, stepped: bool) -> None:
@@ -518,7 +526,7 @@ class Runtime:
             )
         ]
         self.engine.write_latents(aligned)
-        self.engine.write_working(aligned)
+        self.engine.write_working(aligned, ("A",))
 
     def _are_zeros(self, gradients: list[Factors]) -> bool:
         """Whether no entry of any gradient, on any rank, is other than zero."""
@@ -543,8 +551,10 @@ class Runtime:
         """`_effective` for the moment, of some sides: the next call, and the next step, write over what it returned."""
         noise = noise or [None] * len(self.maps)
         return [
-            m(latent, part, sides, self._kept.get(m.kind.name))
-            for m, latent, part in zip(self.maps, self.engine.read_latents(), noise, strict=True)
+            m(latent, part, sides, self._kept.get(m.kind.name), rows)
+            for m, latent, part, rows in zip(
+                self.maps, self.engine.read_latents(), noise, self.engine.rows, strict=True
+            )
         ]
 
     @_timed

@@ -394,6 +394,23 @@ def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
         assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is aligned
 
 
+@pytest.mark.parametrize("options", [{}, {"coordinator": "none"}])
+def test_gradients_are_compared_once_for_each_report(options):
+    def reported(*counts: int) -> list[float]:
+        model, optimizer, runtime = setup(**options)
+        assert "structlora/gradient_cosine" not in runtime.metrics()  # no step yet
+        found, done = [], 0
+        for count in counts:
+            train(model, "llama", optimizer, count, first=done)
+            done += count
+            found.append(runtime.metrics()["structlora/gradient_cosine"])
+        return found
+
+    each = reported(1, 1, 1, 1)
+    assert len(set(each)) == 4
+    assert reported(2, 2) == pytest.approx([each[0], each[2]], rel=1e-4)
+
+
 def test_semantic_edges_come_on_time():
     model, optimizer, runtime = setup(semantic_every=3, semantic_threshold=-0.99, semantic_top_k=1)
     counts = []

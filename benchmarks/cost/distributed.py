@@ -40,6 +40,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from structlora_trl import Runtime, attach
+from structlora_trl.engines.rows import RowExchange
 from structlora_trl.engines.slicing import Exchange
 
 from . import scale
@@ -359,10 +361,10 @@ class MapMemory:
             stopwatch = self._runtime._stopwatch
             self._runtime._stopwatch = self._mode
             self._undo.callback(setattr, self._runtime, "_stopwatch", stopwatch)
-            for name in ("to_slices", "to_fragments"):
-                verb = getattr(Exchange, name)
-                setattr(Exchange, name, self._watched(verb))
-                self._undo.callback(setattr, Exchange, name, verb)
+            for owner, name in product((Exchange, RowExchange), ("to_slices", "to_fragments")):
+                verb = getattr(owner, name)
+                setattr(owner, name, self._watched(verb))
+                self._undo.callback(setattr, owner, name, verb)
         return self
 
     def __exit__(self, *error) -> None:

@@ -4,8 +4,9 @@ Who owns what decides what has to travel. The map wants slices of the width, of 
 
     FSDP2           shards lora_A by rows and lora_B by rows, which are slices of its width: lora_A alone travels
     ZeRO-3          shards each factor flat, by rows again where its rows divide by the ranks
-    ZeRO-1, 2       give each rank whole layers, and every rank the whole working weights: both factors travel, and what the
-                    map makes of them is gathered
+    ZeRO-1, 2       give each rank whole layers, and every rank the whole working weights: what is compared across depth
+                    travels, and of a lora_B on which gates alone act each rank maps the rows that it owns. What the map makes
+                    of either is gathered
 
 A side travels where the map changes it, or reads it to change another: three times in a step (gradients in and out, masters in),
 and where working weights are sharded once more for each time that effective values are written.
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import ceil, log2
 
 import torch
 
 from structlora_trl import StructLoRAConfig
-from structlora_trl.core.mapping import compared_sides, moved_sides
+from structlora_trl.core.mapping import compared_sides, maps_by_row, moved_sides
 
 from .overhead import OURS, SMOLLM2_STACK, STACKS, Stack, build_kind
 
@@ -41,6 +43,7 @@ class Side:
     is_moved: bool  # changed by the map, or read by it to change another
     is_compared: bool  # across depth
     is_noisy: bool  # in training other than at evaluation
+    is_by_row: bool  # lora_B, on which gates alone act
 
     @property
     def numel(self) -> int:
@@ -54,7 +57,9 @@ def sides_of(stack: Stack, method: str) -> Iterator[Side]:
         kind = build_kind(Stack(stack.name, 2, 1, {name: (1, 1)}), name, torch.device("cpu"))
         moved, compared = moved_sides(kind, config), compared_sides(kind, config)
         for side, width in zip("AB", widths, strict=True):
-            yield Side(side, stack.depths, stack.rank, width, side in moved, side in compared, side == "B")
+            is_b = side == "B"
+            by_row = is_b and maps_by_row(kind, config)
+            yield Side(side, stack.depths, stack.rank, width, side in moved, side in compared, is_b, by_row)
 
 
 def parameter_count(stack: Stack) -> int:
@@ -111,6 +116,8 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
         if not side.is_moved:
             continue
         writes = 2 if side.is_noisy else 1  # evaluation weights after a step, and training weights before the next
+        if stays(side, engine):
+            continue
         is_whole = is_whole_in_model(side, engine)
         if is_whole:
             for write in wholes[:writes]:
@@ -123,6 +130,9 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
         holders = row_holders(side.rank, ranks) if engine == "fsdp2" else ranks
         busiest += times * left * FP32 * side.numel / holders
     gathers, gathered = sum(map(lots, wholes)), left * sum(map(sum, wholes))
+    rows = working * most_rows(stack, method, engine, ranks)  # of all ranks, filled up to the most
+    gathers += 2 * ceil(rows / (AT_ONCE // ranks))
+    gathered += 2 * (ranks - 1) * rows
     reduced = FP32 * reduced_count(stack, method)
     return Communication(sum(travelling.values()), gathers, 1, exchanged, gathered, busiest, reduced)
 
@@ -144,19 +154,35 @@ def is_whole_in_model(side: Side, engine: str) -> bool:
     return engine.startswith(("zero1", "zero2"))
 
 
+def stays(side: Side, engine: str) -> bool:
+    """Whether each rank maps the rows that it owns, whichever depths they are of."""
+    return side.is_by_row and engine.startswith(("zero1", "zero2"))
+
+
+def most_rows(stack: Stack, method: str, engine: str, ranks: int) -> int:
+    """Numbers of a lora_B that stays, on the rank with most of them; ranks have equal shares of one vector, layer by layer."""
+    share = ceil(parameter_count(stack) / ranks)
+    owned, position = [0] * ranks, 0
+    for _, side in product(range(stack.depths), list(sides_of(stack, method))):
+        size = side.rank * side.width
+        while size:
+            count = min(size, share - position % share)
+            owned[position // share] += count if stays(side, engine) else 0
+            position, size = position + count, size - count
+    return max(owned)
+
+
 def reduced_count(stack: Stack, method: str) -> int:
-    """Numbers of the one all-reduce: gradients of logits and Θ, what the cosines of neighbours are made of, and two
-    flags: for NaN, and for weights written from outside."""
+    """Numbers of the one all-reduce: gradients of logits and Θ, and two flags: for NaN, and for weights written from outside.
+    The first step after a log has some more, which a metric is made of."""
     config = StructLoRAConfig(**OURS[method])
-    logits = theta = products = 0
+    logits = theta = 0
     for side in sides_of(stack, method):
         if side.name == "B":
             logits += side.depths * side.rank
         if side.is_compared and config.coordinator != "none":
             theta += config.coordinator_layers * side.rank**2
-        if side.is_compared and side.is_moved:
-            products += 3 * (side.depths - 1)
-    return 2 + logits + theta + products
+    return 2 + logits + theta
 
 
 @dataclass(frozen=True)
@@ -167,7 +193,7 @@ class Held:
         latents (`float`): slices of what is moved, and the latent fragments that FSDP2's step swaps in.
         running_mean (`float`): gradients that semantic edges follow.
         origins (`float`): A₀, of one depth where all start from one.
-        places (`float`): where each value goes to and comes from; of one depth where all are owned alike.
+        places (`float`): where each value that travels goes to and comes from; of one depth where all are owned alike.
         small (`int`): gates, Θ, their AdamW, graphs.
         spans (`int`): who owns what, on the host.
     """
@@ -200,12 +226,13 @@ def held(stack: Stack, method: str, engine: str, ranks: int) -> Held:
             origins += side.numel / ranks / (side.depths if coordinated else 1)  # one start for all depths
         if engine == "ddp":
             latents += side.numel
-        elif side.is_moved:
+        elif side.is_moved and not stays(side, engine):
             holders = row_holders(side.rank, ranks) if side.name == "A" else ranks
             latents += side.numel / ranks + (side.numel / holders if engine == "fsdp2" else 0)
             own = side.numel / (holders if engine == "fsdp2" else ranks)
             alike = side.depths if engine.startswith(("fsdp2", "zero3")) else 1
             places += (own + side.numel / ranks) / alike
+    latents += most_rows(stack, method, engine, ranks)
     kinds = len(stack.widths)
     graphs = kinds * stack.depths**2 * (FP32 + 2)  # Â in fp32, two kinds of edges in bool
     norms = 0 if engine == "fsdp2" else FP64 * 2 * kinds * stack.depths
@@ -262,8 +289,8 @@ class Work:
 
 # Where nothing was counted before.
 COUNTED = {
-    "fsdp2": {"structlora": Work(103.6, 140, 0, 5.0), "gates": Work(15.6, 71, 0, 1.3)},
-    "zero3": {"structlora": Work(121.5, 140, 1.2, 7.6), "gates": Work(31.9, 71, 0.6, 3.4)},
+    "fsdp2": {"structlora": Work(79.1, 114.5, 0, 4.0), "gates": Work(19.2, 75.5, 0, 1.3)},
+    "zero3": {"structlora": Work(97.1, 114.5, 1.2, 6.6), "gates": Work(35.5, 75.5, 0.7, 3.0)},
 }
 
 

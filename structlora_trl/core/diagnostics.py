@@ -5,9 +5,10 @@ gate_entropy        mean entropy of the gates, in nats
 kl                  mean KL between gates and prior, in nats
 effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over modules
 drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
-gradient_cosine     mean cosine of neighbouring depths' gradients (of the effective factors, before the pullback:
-                    the pullback itself mixes depths, and would raise the cosine by construction; under FSDP2 and ZeRO
-                    left out where nothing compares depths, since ranks do not move what the map does not need)
+gradient_cosine     mean cosine of neighbouring depths' gradients in the first step since the last report (of the effective
+                    factors, before the pullback: the pullback itself mixes depths, and would raise the cosine by
+                    construction; under FSDP2 and ZeRO left out where nothing compares depths, since ranks do not move what
+                    the map does not need)
 stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it (`stream_cosine`), over
                     the kinds whose role is known; left out where no two neighbours have learned anything
 semantic_edges      number of semantic edges, all kinds

@@ -125,7 +125,12 @@ class KindMap(nn.Module):
         return all(vars(type(part)).get("is_columnwise", False) for part in parts)
 
     def forward(
-        self, latent: Factors, noise: Tensor | None, sides: tuple[str, ...] = SIDES, kept: Kept | None = None
+        self,
+        latent: Factors,
+        noise: Tensor | None,
+        sides: tuple[str, ...] = SIDES,
+        kept: Kept | None = None,
+        rows: list[int] | None = None,
     ) -> Factors:
         """Effective factors of latent ones. A factor that nothing acts on is returned as it is.
 
@@ -134,15 +139,17 @@ class KindMap(nn.Module):
             noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation. It reaches B alone.
             sides (`tuple[str, ...]`, *optional*): the factors that are asked for, both by default; None for one that is not.
             kept (`dict`, *optional*): tensors to write into, empty at first. What was returned before is gone then.
+            rows (`list[int]`, *optional*): where B is not of all depths, (L, d, r), but rows of some, (R, 1, r): how many of
+                each depth. See `maps_by_row`.
         """
         if torch.is_grad_enabled() or not self.is_columnwise:
-            filtered = self._filtered(latent, noise)
+            filtered = self._filtered(latent, noise, rows)
 
             def coordinated(side: str) -> Tensor | None:
                 return self._coordinated(side, getattr(filtered, side), self._origin(side)) if side in sides else None
 
             return Factors(*map(coordinated, SIDES))
-        gates = self.filter.gates(*self.split(latent), noise)
+        gates = self._gates(latent, noise, rows)
 
         def mapped(side: str) -> Tensor | None:
             factor = getattr(latent, side)
@@ -171,6 +178,7 @@ class KindMap(nn.Module):
         noise: Tensor | None,
         scale: float | Tensor = 1.0,
         kept: Kept | None = None,
+        rows: list[int] | None = None,
     ) -> tuple[Factors, dict[str, Tensor]]:
         """The gradient with respect to effective factors, carried to latent factors and to the map's own parameters.
 
@@ -181,16 +189,16 @@ class KindMap(nn.Module):
             gradient (`Factors`): fp32 gradients of the task loss with respect to the effective factors, times `scale`.
             noise (`Tensor`, *optional*): the same noise as in `forward`.
             scale (`float` or `Tensor`, *optional*, defaults to 1.0): loss scale of mixed precision.
-            kept (`dict`, *optional*): as in `forward`.
+            kept, rows (*optional*): as in `forward`.
 
         Returns:
             Gradients of the latent factors (still times `scale`), and a dict from parameter name to gradient (unscaled),
             both of the task loss alone.
         """
         if self.is_columnwise:
-            pulled, own = self._pulled_columns(latent, gradient, noise, kept)
+            pulled, own = self._pulled_columns(latent, gradient, noise, kept, rows)
         else:
-            pulled, own = self._pulled_whole(latent, gradient, noise)
+            pulled, own = self._pulled_whole(latent, gradient, noise, rows)
         return pulled, {name: own[parameter] / scale for name, parameter in self.named_parameters()}
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
@@ -234,7 +242,7 @@ class KindMap(nn.Module):
 
     def _over_width(self, latent: Factors, own: dict, graph: dict, change: Callable) -> tuple[Factors, dict, dict]:
         """A state with `Width.whole` or `Width.part` of all that has a width."""
-        latent = Factors(*(change(getattr(latent, side), side) for side in Factors._fields))
+        latent = Factors(*(change(getattr(latent, side), side) for side in SIDES))
         own = {n: change(x, n[-1]) if n in ("origin_A", "origin_B") else x for n, x in own.items()}
         if "features" in graph and self.width.is_shared:
             pieces = zip(self.sides, self._by_side(graph["features"]), strict=True)
@@ -247,7 +255,7 @@ class KindMap(nn.Module):
     def _by_side(self, flat: Tensor) -> list[Tensor]:
         """What `side_gradients` flattened, apart again: (L, r, k) and (L, d, r), of the whole width or of this rank's slice."""
         _, _, *widths = self.kind.shape
-        widths = [dict(zip(Factors._fields, widths, strict=True))[side] for side in self.sides]
+        widths = [dict(zip(SIDES, widths, strict=True))[side] for side in self.sides]
         if flat.shape[-1] != self.kind.rank * sum(widths):
             widths = [self.width.size(side) for side in self.sides]
         pieces = flat.split([self.kind.rank * size for size in widths], dim=-1)
@@ -288,9 +296,12 @@ class KindMap(nn.Module):
         flat = [getattr(parts, side).flatten(-2) for side in self.sides]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
-    def _filtered(self, latent: Factors, noise: Tensor | None) -> Factors:
+    def _filtered(self, latent: Factors, noise: Tensor | None, rows: list[int] | None) -> Factors:
         A, update = self.split(self._update(latent))
-        filtered = self.filter(A, update, noise)
+        if rows is None:
+            filtered = self.filter(A, update, noise)
+        else:
+            filtered = update * self._gates(latent, noise, rows).unsqueeze(-2)
         if filtered is update:  # nothing is filtered, and B₀ + (B − B₀) would round
             return latent
         B = _joined_B(filtered)
@@ -300,21 +311,21 @@ class KindMap(nn.Module):
         return factors if self.origin_B is None else Factors(factors.A, factors.B - self.origin_B)
 
     def _pulled_whole(
-        self, latent: Factors, gradient: Factors, noise: Tensor | None
+        self, latent: Factors, gradient: Factors, noise: Tensor | None, rows: list[int] | None
     ) -> tuple[Factors, dict[nn.Parameter, Tensor]]:
         leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
         own = list(self.parameters())
         with torch.enable_grad():
-            effective = self(leaves, noise)
+            effective = self(leaves, noise, rows=rows)
         pulled = torch.autograd.grad(effective, [*leaves, *own], gradient)
         return Factors(*pulled[:2]), dict(zip(own, pulled[2:], strict=True))
 
     def _pulled_columns(
-        self, latent: Factors, gradient: Factors, noise: Tensor | None, kept: Kept | None
+        self, latent: Factors, gradient: Factors, noise: Tensor | None, kept: Kept | None, rows: list[int] | None
     ) -> tuple[Factors, dict[nn.Parameter, Tensor]]:
         own = {}
         with torch.enable_grad():
-            gates = self.filter.gates(*self.split(latent), noise)
+            gates = self._gates(latent, noise, rows)
 
         def pulled(side: str) -> Tensor:
             arriving = getattr(gradient, side)
@@ -338,6 +349,17 @@ class KindMap(nn.Module):
             return left
 
         return Factors(*map(pulled, SIDES)), own
+
+    def _gates(self, latent: Factors, noise: Tensor | None, rows: list[int] | None) -> Tensor | None:
+        """Of each depth, (L, r); of each row where B is rows, (R, r)."""
+        gates = self.filter.gates(*self.split(latent), noise)
+        if gates is None or rows is None:
+            return gates
+        # Not `repeat_interleave`, whose gradient is not deterministic on CUDA.
+        of_depths = [
+            gate.expand(*gate.shape[:-2], count, -1) for gate, count in zip(gates.split(1, -2), rows, strict=True)
+        ]
+        return torch.cat(of_depths, dim=-2)
 
     def _acts_on(self, side: str, gates: Tensor | None) -> bool:
         return side in self.coordinators or (side == "B" and gates is not None)
@@ -421,6 +443,14 @@ def moved_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PAR
     if config.filter == "topk_norm":
         moved.add("A")
     return tuple(sorted(moved))
+
+
+def maps_by_row(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PARTS) -> bool:
+    """Whether gates, of no factor, are all that acts on a kind's lora_B: each of its rows is mapped by itself then, and a rank
+    may map whatever rows it owns."""
+    if parts.filter is not None or parts.coordinator is not None or config.filter in ("none", "topk_norm"):
+        return False
+    return not (config.compares_depths and kind.depth_count > 1 and "B" in compared_sides(kind, config))
 
 
 def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:

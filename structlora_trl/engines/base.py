@@ -7,7 +7,7 @@
 
 All speak in stacked factors, one `Factors` per kind, in fp32. An engine that shards parameters speaks of this rank's slices of
 the width (`core/width.py`), and where it may of the moved sides alone, those that the map changes or reads: the others are empty
-then. Its verbs are collectives.
+then. Of a lora_B on which gates alone act it may give the rows that this rank owns (`Engine.rows`). Its verbs are collectives.
 """
 
 from __future__ import annotations
@@ -31,13 +31,21 @@ class Engine(ABC):
     name: str
     optimizer: torch.optim.Optimizer
     widths: list[Width]  # one per kind
+    # One per kind: where B is not of all depths, (L, d, r), but rows of some, (R, 1, r), how many of each depth; else None. What is
+    # read or written of all sides (`everything`, `write_latents`, `read_working`, `stored`) is of all depths.
+    rows: list[list[int] | None]
 
     @abstractmethod
     def install(
-        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+        self,
+        before_step: Callable[[], bool],
+        after_step: Callable[[bool], None],
+        moved: list[tuple[str, ...]],
+        by_row: list[bool],
     ) -> None:
         """Take the parameters' present values as latents; from now on call `before_step` when gradients are complete and
-        `after_step` when the optimizer has stepped. `moved` are the moved sides of each kind.
+        `after_step` when the optimizer has stepped. `moved` are the moved sides of each kind; `by_row` tells the kinds of which the
+        engine may give rows.
 
         Where `before_step` returns False, the optimizer must not change anything in this step. `after_step` is told whether
         it stepped.

@@ -20,6 +20,7 @@ from ..core.nodes import Kind, full_shape
 from ..core.width import Piece, whole_of
 from ..errors import StructLoRAError
 from .base import copy_values, differ, holds_nonfinite
+from .rows import GATHERED_BYTES
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
 from .slicing import Exchange
@@ -27,8 +28,6 @@ from .slicing import Exchange
 # PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
 # does (LoRA-FA) or without their preconditioner, and say nothing.
 _NEED_PAIRS = ("LoraFAOptimizer", "RiemannianPreconditionedOptimizer")
-
-_GATHERED_BYTES = 2**25  # of whole factors, in one collective
 
 
 class DeepSpeedEngine(ShardedEngine):
@@ -58,10 +57,14 @@ class DeepSpeedEngine(ShardedEngine):
         self._groups = self._groups_of_lora()
 
     def install(
-        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+        self,
+        before_step: Callable[[], bool],
+        after_step: Callable[[bool], None],
+        moved: list[tuple[str, ...]],
+        by_row: list[bool],
     ) -> None:
         self._separate_masters()
-        self._move(moved)
+        self._move(moved, [stays and self.stage < 3 for stays in by_row])  # ranks of stage 3 have slices of lora_B
         self._slices = self._moved.to_slices(self._master)
         step = self.engine.step
 
@@ -121,8 +124,11 @@ class DeepSpeedEngine(ShardedEngine):
         in_shards = self._in_shards(moved)
         # Persistent parameters of stage 3 are whole from the first forward on.
         if self._scattered is None or self._scattered[0] != in_shards:
-            self._scattered = in_shards, self._moved if in_shards == moved else Exchange(self.sharding, in_shards)
+            is_same = self.stage == 3 and in_shards == moved
+            self._scattered = in_shards, self._moved if is_same else Exchange(self.sharding, in_shards)
         self._put(effective, moved, self._scattered[1], sides)
+        if "B" in sides and any(self.rows):
+            self._moved.put_rows_everywhere(effective)
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """Of some sides of the kinds, those that the model holds in shards alone: none before stage 3."""
@@ -392,7 +398,7 @@ def _in_lots(wholes: list[tuple[list[nn.Parameter], Piece]]) -> Iterator[list[tu
     lot, size = [], 0
     for parameters, piece in wholes:
         nbytes = sum(p.data.nbytes for p in parameters)
-        if lot and (size + nbytes > _GATHERED_BYTES or parameters[0].dtype != lot[0][0][0].dtype):
+        if lot and (size + nbytes > GATHERED_BYTES or parameters[0].dtype != lot[0][0][0].dtype):
             yield lot
             lot, size = [], 0
         lot.append((parameters, piece))

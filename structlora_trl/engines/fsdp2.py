@@ -56,10 +56,14 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         self._shard(kinds, mesh.get_group(mesh.ndim - 1), _span)
 
     def install(
-        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+        self,
+        before_step: Callable[[], bool],
+        after_step: Callable[[bool], None],
+        moved: list[tuple[str, ...]],
+        by_row: list[bool],
     ) -> None:
-        self._move(moved)
-        super().install(before_step, after_step, moved)
+        self._move(moved, [False] * len(moved))  # shards of lora_B are slices
+        super().install(before_step, after_step, moved, by_row)
 
     def remove(self) -> None:
         ShardedEngine.remove(self)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core.mapping import SIDES, Factors
 from ..core.nodes import Kind
 from .base import Engine
+from .rows import RowExchange
 from .slicing import Exchange, Sharding
 
 
@@ -25,10 +26,11 @@ class ShardedEngine(Engine):
         self._slices: list[Factors] = []  # latent factors of the moved sides
         self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
 
-    def _move(self, moved: list[tuple[str, ...]]) -> None:
+    def _move(self, moved: list[tuple[str, ...]], by_row: list[bool]) -> None:
         """At `install`."""
-        self._unmoved = [tuple(side for side in SIDES if side not in sides) for sides in moved]
-        self._moved, self._last = Exchange(self.sharding, moved), None
+        self._unmoved = _others(moved)
+        self._moved = RowExchange(self.sharding, moved, by_row) if any(by_row) else Exchange(self.sharding, moved)
+        self.rows, self._last = self._moved.rows, None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """This rank's fragment of the latent values, on sides that are not moved."""
@@ -43,10 +45,12 @@ class ShardedEngine(Engine):
             return self._slices
         if self._last is not None:
             return self._last
-        others = Exchange(self.sharding, self._unmoved).to_slices(self._master)
+        rows = dict(self._moved.row_fragments(self._slices)) if any(self.rows) else {}
+        apart = _others(self._moved.sides)
+        others = Exchange(self.sharding, apart).to_slices(lambda p: rows[p] if p in rows else self._master(p))
         return [
             Factors(*(getattr(other if side in sides else own, side) for side in SIDES))
-            for own, other, sides in zip(self._slices, others, self._unmoved, strict=True)
+            for own, other, sides in zip(self._slices, others, apart, strict=True)
         ]
 
     def read_working(self) -> list[Factors]:
@@ -58,3 +62,8 @@ class ShardedEngine(Engine):
 
     def _everything(self) -> Exchange:
         return Exchange(self.sharding, [SIDES] * len(self.sharding.kinds))
+
+
+def _others(given: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The sides that are not given."""
+    return [tuple(side for side in SIDES if side not in sides) for sides in given]

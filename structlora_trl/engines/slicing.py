@@ -83,10 +83,13 @@ class Exchange:
     Args:
         sharding (`Sharding`): who owns what.
         sides (`list[tuple[str, ...]]`): for each kind, the sides to move.
+
+    Attributes:
+        rows (`list[list[int] | None]`): as of `Engine`.
     """
 
     def __init__(self, sharding: Sharding, sides: list[tuple[str, ...]]):
-        self.sharding, self.sides = sharding, sides
+        self.sharding, self.sides, self.rows = sharding, sides, [None] * len(sides)
         places = {side: [i for i, given in enumerate(sides) if side in given] for side in SIDES}
         self._each = {side: _Side(sharding, side, found) for side, found in places.items() if found}
 

@@ -36,6 +36,7 @@ class TorchEngine(Engine):
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
         self.optimizer, self.kinds, self.name = optimizer, kinds, name
         self.widths = [WHOLE] * len(kinds)
+        self.rows = [None] * len(kinds)
         self._handles: list = []
         # Those that train at attach: `requires_grad` may change for a while, as in PEFT's `disable_adapter`.
         self._trained = [p for kind in kinds for p in (*kind.A, *kind.B) if p.requires_grad]
@@ -52,7 +53,11 @@ class TorchEngine(Engine):
         ]
 
     def install(
-        self, before_step: Callable[[], bool], after_step: Callable[[bool], None], moved: list[tuple[str, ...]]
+        self,
+        before_step: Callable[[], bool],
+        after_step: Callable[[bool], None],
+        moved: list[tuple[str, ...]],
+        by_row: list[bool],
     ) -> None:
         stepped = False
 

@@ -18,6 +18,8 @@ pytestmark = one_at_a_time
 
 FOUR_PROCESSES = ("fsdp2 contexts", "hsdp", "zero3 hpz")
 
+GATES = {"coordinator": "none"}
+
 RUNS = {
     # name: (what `loop_job.train` is told, engines in the quick suite, engines beside them)
     "plain": ({}, [*ENGINES, "fsdp2 resharding", "tp", *FOUR_PROCESSES], ["fsdp2 layers", "fsdp2 layers resharding"]),
@@ -35,7 +37,13 @@ RUNS = {
         [*ENGINES, "tp", *FOUR_PROCESSES],
     ),
     "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "tp", "zero1", "zero3"]),
-    "without coordinator": ({"method": {"coordinator": "none"}}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
+    "without coordinator": ({"method": GATES}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
+    "gates of other kinds": (
+        {"clip": 0.1, "detach_at": 3, "again_at": 4, "method": {**GATES, "hard_gates": True, "share_gates": True}},
+        ["zero1"],
+        ["ddp", "fsdp2", "zero2", "zero3"],
+    ),
+    "gates by chance, scaled": ({"scaled": True, "method": {**GATES, "filter": "random"}}, [], ["zero1", "zero2"]),
     "cosines over the width": (
         {"method": {"regularizer": "cosine"}},
         ["fsdp2"],

@@ -25,7 +25,8 @@ from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
 from structlora_trl.core import width
-from structlora_trl.engines import slicing
+from structlora_trl.core.mapping import SIDES
+from structlora_trl.engines import rows, slicing
 
 torch.set_num_threads(1)
 
@@ -152,7 +153,7 @@ class Counted:
 
     def __init__(self):
         self.bytes_sent = self.collectives = 0
-        for module in (slicing, width):
+        for module in (rows, slicing, width):
             module.dist = self
 
     def __getattr__(self, name):
@@ -164,7 +165,7 @@ class Counted:
         dist.all_to_all_single(output, sent, received_sizes, sent_sizes, group=group)
 
     def all_gather_into_tensor(self, output, sent, group):
-        self._count((output.numel() - sent.numel()) * sent.element_size() // dist.get_world_size(group))
+        self._count((output.numel() - sent.numel()) * sent.element_size())
         dist.all_gather_into_tensor(output, sent, group=group)
 
     def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
@@ -194,8 +195,10 @@ class AliasMasters(TrainerCallback):
 def halve(engine) -> None:
     """What another adapter loaded between two runs does: other values, for the model and for the optimizer."""
     halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
+    engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved), [False] * len(halved))
     engine.write_latents(halved)
     engine.write_working(halved)
+    engine.remove()
 
 
 def main():

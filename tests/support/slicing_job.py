@@ -18,6 +18,7 @@ from torch import nn
 from structlora_trl.core.mapping import Factors
 from structlora_trl.core.nodes import Kind
 from structlora_trl.core.width import Width
+from structlora_trl.engines import rows
 from structlora_trl.engines.slicing import SIDES, Exchange, Sharding
 
 # (depths, r, k, d) of each kind. Widths that ranks cannot share evenly, and fewer rows of lora_A than ranks.
@@ -99,6 +100,35 @@ def moved_and_back(shapes, deal, sides) -> dict[str, float]:
     }
 
 
+def rows_and_back(shapes, deal, gathered_bytes) -> dict[str, float]:
+    """lora_A moves, and each depth's rows of lora_B are multiplied with a number of its own, here and, once put, everywhere."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    kinds = kinds_of(shapes)
+    parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+    spans = deal(parameters, rank, world)
+    rows.GATHERED_BYTES = gathered_bytes
+    exchange = rows.RowExchange(
+        Sharding(kinds, dist.group.WORLD, spans.__getitem__), [SIDES] * len(kinds), [True] * len(kinds)
+    )
+    number_of = {p: depth + 2.0 for kind in kinds for depth, p in enumerate(kind.B)}
+    wanted = {p: p.data * number for p, number in number_of.items()}
+
+    def fragment(p):
+        start, stop = spans[p]
+        return p.data.view(-1)[start:stop] * number_of.get(p, 1.0)
+
+    slices = exchange.to_slices(lambda p: fragment(p) / number_of.get(p, 1.0))
+    numbers = [[depth + 2.0 for depth, count in enumerate(counts) for _ in range(count)] for counts in exchange.rows]
+    slices = [
+        part._replace(B=part.B * torch.tensor(own)[:, None, None]) for part, own in zip(slices, numbers, strict=True)
+    ]
+    back = exchange.to_fragments(slices)
+    assert {id(p) for p, _ in back} == {id(p) for p in parameters} and len(back) == len(parameters)
+    here = difference((value, fragment(p)) for p, value in back)
+    exchange.put_rows_everywhere(slices)
+    return {"fragments": here, "everywhere": difference((p.data, value) for p, value in wanted.items())}
+
+
 def over_the_width() -> dict[str, float]:
     """What sums over the width, and its gradient, against the whole."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -128,6 +158,8 @@ def main():
         for deal in (by_rows, by_entries, one_vector):
             for sides in (("A",), ("B",), SIDES, ()):
                 found[f"{name}, {deal.__name__}, {''.join(sides) or 'nothing'}"] = moved_and_back(shapes, deal, sides)
+            for size in (2**20, 80):  # at once, or in several lots
+                found[f"{name}, {deal.__name__}, rows, {size}"] = rows_and_back(shapes, deal, size)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:
