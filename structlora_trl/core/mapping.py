@@ -296,7 +296,7 @@ class KindMap(nn.Module):
         flat = [getattr(parts, side).flatten(-2) for side in self.sides]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
-    def _filtered(self, latent: Factors, noise: Tensor | None, rows: list[int] | None) -> Factors:
+    def _filtered(self, latent: Factors, noise: Tensor | None, rows: list[int] | None = None) -> Factors:
         A, update = self.split(self._update(latent))
         if rows is None:
             filtered = self.filter(A, update, noise)
