@@ -31,9 +31,6 @@ def latents_of(m: KindMap, effective: Factors, start: Factors) -> Factors | None
         within = [(error.abs() <= _TOLERANCE * scale).all() for error, scale in zip(errors, scales, strict=True)]
         if m.width.every(torch.stack(within).all()):
             return latent
-        update = latent.B if m.origin_B is None else latent.B - m.origin_B
-        gates = m.filter.gates(latent.A, update, None)
-        if gates is not None:
-            errors[1] = errors[1] / torch.where(gates > 0, gates, 1).unsqueeze(-2)
+        errors[1] = m.ungated(latent, errors[1])
         latent = Factors(*(part + error for part, error in zip(latent, errors, strict=True)))
     return None

@@ -11,7 +11,7 @@ from structlora_trl.core import columns
 from structlora_trl.core.coordinator import GCN
 from structlora_trl.core.filters import InformationBottleneck
 from structlora_trl.core.graph import DepthGraph
-from structlora_trl.core.mapping import Factors, KindMap, Parts
+from structlora_trl.core.mapping import Factors, KindMap, Parts, maps_by_row
 from structlora_trl.core.nodes import Adapted, Kind
 
 DEPTHS, RANK, WIDTH_IN, WIDTH_OUT = 4, 3, 11, 7
@@ -134,3 +134,43 @@ def test_parts_that_do_not_claim_to_act_on_columns_are_given_the_whole(monkeypat
     with torch.no_grad():
         m(latent, None)
     m.pullback(latent, Factors(*map(torch.randn_like, latent)), None)
+
+
+@pytest.mark.parametrize("has_noise", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"experts": 2},
+        {"coordinator": "none"},
+        {"coordinator": "none", "experts": 2, "share_gates": True, "hard_gates": True},
+        {"coordinator": "gat"},  # which is not mapped by columns
+        {"filter": "random"},
+    ],
+    ids=str,
+)
+def test_rows_give_what_the_stack_gives(options, has_noise):
+    m, latent = kind_map(**options)
+    noise = torch.randn(m.filter.shape) if has_noise else None
+    gradient = Factors(*map(torch.randn_like, latent))
+    counts = [WIDTH_OUT, 2, 0, 1]  # of the depths' rows, as a rank may own them
+
+    def own(factors: Factors) -> Factors:
+        return factors._replace(
+            B=torch.cat([B[:count] for B, count in zip(factors.B, counts, strict=True)]).unsqueeze(1)
+        )
+
+    def others_zero(factors: Factors) -> Factors:
+        B = torch.zeros_like(factors.B)
+        for depth, count in enumerate(counts):
+            B[depth, :count] = factors.B[depth, :count]
+        return factors._replace(B=B)
+
+    assert maps_by_row(m.kind, m.config)
+    with torch.no_grad():
+        expected, found = own(m(latent, noise)), m(own(latent), noise, rows=counts)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    pulled, sums = m.pullback(latent, others_zero(gradient), noise)
+    of_rows, own_sums = m.pullback(own(latent), own(gradient), noise, rows=counts)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own(pulled), of_rows, strict=True))
+    assert all(torch.allclose(sums[name], own_sums[name], atol=1e-5) for name in sums)
