@@ -39,7 +39,7 @@ RUNS = {
     "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "tp", "zero1", "zero3"]),
     "without coordinator": ({"method": GATES}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
     "gates of other kinds": (
-        {"clip": 0.1, "detach_at": 3, "again_at": 4, "method": {**GATES, "hard_gates": True, "share_gates": True}},
+        {"clip": 0.1, "detach_at": 3, "again_at": 3, "method": {**GATES, "hard_gates": True, "share_gates": True}},
         ["zero1"],
         ["ddp", "fsdp2", "zero2", "zero3"],
     ),
