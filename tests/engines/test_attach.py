@@ -44,6 +44,8 @@ RUNS = {
         ["ddp", "fsdp2", "zero2", "zero3"],
     ),
     "gates by chance, scaled": ({"scaled": True, "method": {**GATES, "filter": "random"}}, [], ["zero1", "zero2"]),
+    "experts": ({"experts": True, "method": {"gate_init": 0.5}}, [], ["ddp", "fsdp2", "zero1", "zero2", "zero3"]),
+    "gates of experts": ({"experts": True, "method": {**GATES, "gate_init": 0.5}}, [], ["fsdp2", "zero2"]),
     "cosines over the width": (
         {"method": {"regularizer": "cosine"}},
         ["fsdp2"],

@@ -144,6 +144,7 @@ def train(
     freeze: str | None = None,
     as_loaded: bool = False,
     four_bits: bool = False,
+    experts: bool = False,
 ) -> dict:
     """One run of a bare loop.
 
@@ -158,6 +159,7 @@ def train(
         freeze: freeze parameters whose name holds this.
         as_loaded: leave the base model in `eval()`, as `from_pretrained` returns it.
         four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
+        experts: a mixture, whose layers keep their experts in one parameter each; these are adapted.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
@@ -165,6 +167,8 @@ def train(
     """
     if four_bits:
         model = _quantised()
+    elif experts:
+        model = _mixture()
     else:
         model = _sliced() if engine == "tp" else peft_model("llama", "warm", targets=TARGETS)
     for name, parameter in model.named_parameters():
@@ -223,6 +227,19 @@ def _quantised():
     base = quantised(4, storage=torch.float32)
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    warm_up(model)
+    return model
+
+
+def _mixture():
+    from tests.support.setups import mixtral
+
+    torch.manual_seed(0)
+    base = mixtral()
+    torch.manual_seed(1)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=stacks)
+    model = get_peft_model(base, lora)
     warm_up(model)
     return model
 
