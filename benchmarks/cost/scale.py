@@ -113,11 +113,9 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
     wholes: list[list[int]] = [[], []]  # bytes of the factors that a first write gathers, and a second one
     exchanged = busiest = 0
     for side in sides_of(stack, method):
-        if not side.is_moved:
+        if not side.is_moved or stays(side, engine):
             continue
         writes = 2 if side.is_noisy else 1  # evaluation weights after a step, and training weights before the next
-        if stays(side, engine):
-            continue
         is_whole = is_whole_in_model(side, engine)
         if is_whole:
             for write in wholes[:writes]:

@@ -173,7 +173,7 @@ class KindMap(nn.Module):
 
     def ungated(self, latent: Factors, change: Tensor) -> Tensor:
         """A change of B̃ at evaluation as one of B, both (L, d, r): divided by the gates of `latent`, where these are open."""
-        gates = self.filter.gates(*self.split(self._update(latent)), None)
+        gates = self._gates(self._update(latent), None, None)
         if gates is None:
             return change
         return _joined_B(_split_B(change, self.kind.experts) / torch.where(gates > 0, gates, 1).unsqueeze(-2))

@@ -36,7 +36,7 @@ class RowExchange(Exchange):
 
     Args:
         sharding, sides: as of `Exchange`.
-        by_row (`list[bool]`): the kinds whose lora_B stays.
+        by_row (`list[bool]`): the kinds whose lora_B stays, at least one.
     """
 
     def __init__(self, sharding: Sharding, sides: list[tuple[str, ...]], by_row: list[bool]):
@@ -47,10 +47,8 @@ class RowExchange(Exchange):
         super().__init__(sharding, travelling)
         self._own = {place: _OwnRows(sharding, place) for place, stays in enumerate(by_row) if stays}
         self.rows = [self._own[place].counts if stays else None for place, stays in enumerate(by_row)]
-        spans = [
-            sharding.spans(place, "B") * p.element_size() for place in self._own for p in sharding.kinds[place].B[:1]
-        ]
-        self._step, self._lots = _lots(torch.cat(spans).transpose(0, 1).tolist() if spans else [])
+        in_bytes = [sharding.spans(place, "B") * sharding.kinds[place].B[0].element_size() for place in self._own]
+        self._step, self._lots = _lots(torch.cat(in_bytes).transpose(0, 1).tolist())
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -73,8 +71,6 @@ class RowExchange(Exchange):
     def put_rows_everywhere(self, slices: list[Factors]) -> None:
         """Write everyone's rows into the parameters, which are whole on every rank; a collective. All kinds together, since
         ranks own about the same of all of them, and not of one."""
-        if not self._lots:
-            return
         own = torch.cat([value.to(p.dtype).view(torch.uint8) for p, value in self.row_fragments(slices)])
         whole = [p.data.view(-1).view(torch.uint8) for p in self._row_parameters]
         for lot, (size, pieces) in enumerate(self._lots):
@@ -132,9 +128,7 @@ def _lots(owned: list[list[tuple[int, int]]]) -> tuple[int, list[tuple[int, list
     Returns:
         What a rank sends at most in one collective, and for each of them what it sends and the pieces that arrive.
     """
-    share = max((sum(stop - start for start, stop in of_rank) for of_rank in owned), default=0)
-    if not share:
-        return 0, []
+    share = max(sum(stop - start for start, stop in of_rank) for of_rank in owned)
     step = max(1, min(share, GATHERED_BYTES // len(owned)))
     lots = [(min(step, share - begin), []) for begin in range(0, share, step)]
     for rank, of_rank in enumerate(owned):
