@@ -15,6 +15,7 @@ from torch import nn
 
 from . import __version__
 from .config import StructLoRAConfig
+from .core.heads import heads_of
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
 from .core.nodes import Kind
 from .engines import refuse_disagreement, select_engine
@@ -92,7 +93,11 @@ def build_runtime(
     wrapped, model, optimizer = model, _unwrapped_model(model), _unwrapped_optimizer(optimizer)
     adapter_name, lora = _lora_adapter(model, config)
     kinds = parts.discover(model, adapter_name)
+    if config.head_gates:
+        for kind in kinds:
+            kind.heads = heads_of(model, kind)
     refuse_unmappable(kinds, config)
+    _refuse_without_groups(kinds, config, lora)
     if config.filter == "random" and config.noise == "auto" and quiet is not None:
         raise StructLoRAError(
             f"filter='random' where the noise is off ({quiet})",
@@ -126,6 +131,34 @@ def build_runtime(
     if config.is_off:
         logger.warning("StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA.")
     return runtime
+
+
+def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, lora: LoraConfig) -> None:
+    """Stop where gates of heads or experts are asked for, and there are none to gate."""
+    names = ", ".join(kind.name for kind in kinds)
+    if config.head_gates and not any(kind.heads for kind in kinds):
+        raise StructLoRAError(
+            f"head_gates=True and no attention projection whose heads are known ({names})",
+            "q, k, v or o projections, in attention modules that tell a head's width (`head_dim`)",
+            "adapt attention projections, or remove `head_gates`",
+        )
+    if config.expert_gates and not any(kind.is_expert for kind in kinds):
+        raise StructLoRAError(
+            f"expert_gates=True and no experts among the adapted modules ({names})",
+            "experts of a mixture, as modules of their own or in one parameter (`target_parameters`)",
+            "adapt experts, or remove `expert_gates`",
+        )
+    if (
+        config.head_gates
+        and lora.init_lora_weights not in _FROM_ZERO
+        and any(k.heads and k.heads.side == "A" for k in kinds)
+    ):
+        raise StructLoRAError(
+            f"head_gates=True and init_lora_weights={lora.init_lora_weights!r}, with which an output projection's lora_A holds "
+            "part of the base weights",
+            "an adapter that starts at zero",
+            "choose another initialisation, or adapt no output projection",
+        )
 
 
 def _unwrapped_model(model: nn.Module) -> nn.Module:

@@ -97,6 +97,14 @@ class StructLoRAConfig:
         0.03, "Learning rate of the gate logits at the peak of the trainer's schedule, which it follows."
     )
     share_gates: bool = _option(False, "Learn one gate vector per kind of module instead of one per module.")
+    head_gates: bool = _option(
+        False,
+        "One more learned gate for each attention head of q, k, v and o projections (the paper's future work).",
+    )
+    expert_gates: bool = _option(
+        False,
+        "One more learned gate for each expert of a mixture, in each of its modules (the paper's future work).",
+    )
     coordinator: Literal["none", "gcn", "gat"] = _option(
         "gcn",
         "Graph network that coordinates updates across depth: 'gcn', as in the paper, 'gat' (attention over the same edges) "
@@ -175,6 +183,13 @@ class StructLoRAConfig:
                 "noise, of which the random filter is made",
                 "remove `noise`, or choose filter='ib' or 'none'",
             )
+        for name in ("head_gates", "expert_gates"):
+            if getattr(self, name) and self.filter != "ib":
+                raise StructLoRAError(
+                    f"{name}=True and filter={self.filter!r}",
+                    "learned gates, of which these are more",
+                    f"set `filter='ib'`, or remove `{name}`",
+                )
         idle = {WITH_COORDINATOR} if self.coordinator == "none" else set()
         idle |= set() if self.compares_depths else {WITH_COMPARISON}
         for option in fields(StructLoRAConfig):

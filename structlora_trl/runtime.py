@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_SEED = 42
 # Which weights stand in the model; latent ones do during an optimizer step, and after one that an exception broke off.
 EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
-_NOISY = ("B",)  # the factor that gates act on
 
 
 class _Pulled(NamedTuple):
@@ -131,7 +130,9 @@ class Runtime:
             ]
             self._width = engine.widths[0]  # the ranks are the same for every kind
             self._gate_count = sum(m.gate_count for m in self.maps)
-            self._gate_parameters = [m.filter.logits for m in self.maps if m.filter.logits is not None]
+            self._gate_parameters = [logits for m in self.maps for logits in m.gate_logits.values()]
+            # The factors that gates act on.
+            self._noisy = SIDES if any(m.heads and m.heads.side == "A" for m in self.maps) else ("B",)
             self._coordinator_parameters = [p for m in self.maps for p in m.coordinators.parameters()]
             # A CPU's allocator takes what is large from the system anew each time, page by page: there it is kept.
             self._kept = {kind.name: {} for kind in kinds if kind.device.type == "cpu"}
@@ -183,7 +184,7 @@ class Runtime:
         if self.weights == LATENT:
             self._write(self._noise())
         elif self.is_noisy:
-            self._write(self._noise(), _NOISY)
+            self._write(self._noise(), self._noisy)
         self.weights = TRAINING
 
     def eval(self) -> None:
@@ -193,7 +194,7 @@ class Runtime:
         if self.weights == LATENT:
             self._write(None)
         elif self.is_noisy:
-            self._write(None, _NOISY)
+            self._write(None, self._noisy)
         self.weights = EVALUATION
 
     def begin_visit(self) -> ExitStack | None:
@@ -537,7 +538,7 @@ class Runtime:
         """This step's noise, (L, r) per kind; one draw for all kinds, from (seed, step)."""
         if not self.is_noisy:
             return [None] * len(self.maps)
-        draw = self.noise.draw(self.step, [m.filter.shape for m in self.maps])
+        draw = self.noise.draw(self.step, [m.noise_shape for m in self.maps])
         return [part.to(m.kind.device) for m, part in zip(self.maps, draw, strict=True)]
 
     @torch.no_grad()

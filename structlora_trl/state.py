@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 STATE_NAME = "structlora.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act on nothing.
 # (`side` and `roles` are compared by what they come to.) All others may change on resume, and act from there on.
 SHAPING = (
-    *("filter", "temperature", "hard_gates", "gate_init", "share_gates", "align_init"),
+    *("filter", "temperature", "hard_gates", "gate_init", "share_gates", "head_gates", "expert_gates", "align_init"),
     *("coordinator", "coordinator_layers", "activation", "edges"),
 )
 _START_ANEW = (

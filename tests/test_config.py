@@ -25,6 +25,8 @@ REFUSED = {
     "label_weight": [-1],
     "gate_lr": [-1e-3],
     "share_gates": ["true"],
+    "head_gates": ["all"],
+    "expert_gates": [1],
     "coordinator": ["gnn"],
     "coordinator_layers": [0, 4, 1.0, True],
     "side": ["left"],

@@ -93,6 +93,8 @@ CHANGES = {
     "label_weight": ({"label_weight": 0.0}, {}),
     "gate_lr": ({"gate_lr": 1.0}, {}),
     "share_gates": ({"share_gates": True}, {}),
+    "head_gates": ({"head_gates": True}, {}),
+    "expert_gates": ({"expert_gates": True}, {}),
     "coordinator": ({"coordinator": "gat"}, {}),
     "coordinator_layers": ({"coordinator_layers": 2}, {}),
     "side": ({"side": "write"}, {}),
@@ -115,8 +117,13 @@ REFUSED = {*SHAPING, "side", "roles"}
 @pytest.mark.parametrize("name", [f.name for f in fields(StructLoRAConfig) if f.name != "adapter_name"])
 def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, caplog):
     change, others = CHANGES[name]
-    saved = Loop.start(**others).train().leave(tmp_path)
-    changed = Loop.start(**{**others, **change})
+    family = "qwen3_moe" if name == "expert_gates" else "llama"
+
+    def start(**options):
+        return Loop.start(peft_model(family, targets=FAMILIES[family].linear), **options)
+
+    saved = start(**others).train().leave(tmp_path)
+    changed = start(**{**others, **change})
     if name in REFUSED:
         before = re.escape(repr({**StructLoRAConfig().options(), **OPTIONS}[name]))
         message = "sides .*set `side` and `roles`" if name in ("side", "roles") else f"resume with {name}={before}; or"
@@ -125,7 +132,7 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
     changed.enter(tmp_path, *saved)
     assert f"{name} (" in caplog.text
     assert all(map(torch.equal, saved[0], changed.weights()))
-    going_on = Loop.start(**others).enter(tmp_path, *saved)
+    going_on = start(**others).enter(tmp_path, *saved)
     assert not same(tensors_of(going_on.train().runtime), tensors_of(changed.train().runtime))
 
 

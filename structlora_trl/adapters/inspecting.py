@@ -28,6 +28,7 @@ class DepthReport:
         depth (`int`): its place among the kind's depths, from 0.
         rank (`int`): of its adapter.
         gates (`list[float]`, *optional*): probability that each direction is open; None without gates or state.
+        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without gates of these.
         effective_rank (`float`): exp of the entropy of the update's normalised singular values.
         norm (`float`): Frobenius norm of the update as it is added to the weight.
         coherence (`float`, *optional*): mean similarity with the neighbouring depths.
@@ -40,6 +41,7 @@ class DepthReport:
     depth: int
     rank: int
     gates: list[float] | None
+    groups: list[float] | None
     effective_rank: float
     norm: float
     coherence: float | None
@@ -125,6 +127,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     )
     gates = m.openness(saved.latents[index]) if m else None
     gates = None if gates is None else own(gates)  # (L, r)
+    groups = None if m is None or m.groups is None else own(m.group_openness)  # (L, H) of heads, (L, 1) of an expert
     features = _features(saved, index, Factors(A, B))  # (L, n) with experts (E, L, n), or None where unknown
     pair = _stream_factors(saved, index, Factors(A, B))
     stream = None if pair is None else own(stream_cosine(*pair))  # (L - 1,)
@@ -142,6 +145,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             depth=depth,
             rank=kind.rank,
             gates=None if gates is None else gates[depth].tolist(),
+            groups=None if groups is None else groups[depth].tolist(),
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
             coherence=_coherence(similarity, depth),

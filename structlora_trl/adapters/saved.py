@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
+from ..core.heads import heads_side
 from ..core.mapping import Factors, KindMap
-from ..core.nodes import RESIDUAL_ROLES, Kind, group
+from ..core.nodes import RESIDUAL_ROLES, Heads, Kind, group
 from ..errors import StructLoRAError
 from ..state import STATE_NAME, KindState, read_state
 from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
@@ -270,6 +271,8 @@ def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> Ki
     """The map of a kind as a state has it, over copies of the latent factors."""
     parameters = [[nn.Parameter(part) for part in side] for side in state.latent]
     kind = Kind(name, state.modules, *parameters, state.adapted)
+    if config.head_gates and "groups.logits" in state.own and (side := heads_side(kind)):
+        kind.heads = Heads(side, state.own["groups.logits"].shape[-1])
     m = KindMap(kind, config, state.own.get("origin_A"), state.own.get("origin_B"))
     state.refuse_other_parts(name, m, state.latent, step)
     m.restore(state.latent, state.own, state.graph)

@@ -16,6 +16,7 @@ _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any
 For each kind of module and each depth, named by its layer's number:
   open       directions whose gate is open with probability above one half, of all
   openness   mean probability that a direction is open
+  groups     the same of the attention heads, or of the expert, where `head_gates` or `expert_gates` gave them gates
   eff. rank  exp of the entropy of the normalised singular values of the update BA
   norm       Frobenius norm of the update as it is added to the weight
   coherence  mean cosine with the neighbouring depths' updates, on the side that is comparable across depth
@@ -92,16 +93,17 @@ def table(saved: Saved, kinds: list[KindReport]) -> str:
         role = {"read": "reads", "write": "writes"}.get(kind.role)
         about = f"{role} the residual stream" if role else "unknown role"
         lines += [f"\n{kind.name}  ({depth_count} depths, r {rank}, {k} -> {d}, {about})"]
-        lines += [
-            f"{'layer':>5}  {'open':>7}  {'openness':>8}  {'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}  semantic"
-        ]
+        groups = "groups  " if kind.depths[0].groups is not None else ""
+        figures = f"{'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}"
+        lines += [f"{'layer':>5}  {'open':>7}  {'openness':>8}  {groups}{figures}  semantic"]
         for row in kind.depths:
             open_ = "-" if row.gates is None else f"{sum(gate > 0.5 for gate in row.gates)}/{row.rank}"
             openness_ = "-" if row.gates is None else f"{sum(row.gates) / row.rank:.3f}"
+            groups = f"{sum(row.groups) / len(row.groups):>6.3f}  " if row.groups is not None else ""
             coherence, stream = ("-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream))
             semantic = (
                 "-" if row.semantic is None else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
             )
             figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}  {stream:>6}"
-            lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {figures}  {semantic}")
+            lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {groups}{figures}  {semantic}")
     return "\n".join(lines)

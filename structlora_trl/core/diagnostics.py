@@ -1,8 +1,9 @@
 """What training reports about the structure of an adapter, each figure named as in the paper.
 
 gate_openness       mean probability that a direction is open
-gate_entropy        mean entropy of the gates, in nats
-kl                  mean KL between gates and prior, in nats
+group_openness      mean probability that a head or an expert is open; left out without gates of these
+gate_entropy        mean entropy of the directions' gates, in nats
+kl                  mean KL between gates (of directions) and prior, in nats
 effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over modules
 drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
 gradient_cosine     mean cosine of neighbouring depths' gradients in the first step since the last report (of the effective
@@ -43,6 +44,9 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors]) -> dict[str
         metrics["gate_openness"] = torch.sigmoid(logits).mean().item()
         metrics["gate_entropy"] = gate_entropy(logits).mean().item()
         metrics["kl"] = kl_to_prior(logits, maps[0].config.prior).mean().item()
+    groups = [m.group_openness.flatten().cpu() for m in maps if m.groups is not None]
+    if groups:
+        metrics["group_openness"] = torch.cat(groups).mean().item()
     ranks = torch.cat(
         [effective_rank(*m.split(factors), m.width).flatten().cpu() for m, factors in zip(maps, effective, strict=True)]
     )

@@ -31,6 +31,6 @@ def latents_of(m: KindMap, effective: Factors, start: Factors) -> Factors | None
         within = [(error.abs() <= _TOLERANCE * scale).all() for error, scale in zip(errors, scales, strict=True)]
         if m.width.every(torch.stack(within).all()):
             return latent
-        errors[1] = m.ungated(latent, errors[1])
+        errors = m.ungated(latent, Factors(*errors))
         latent = Factors(*(part + error for part, error in zip(latent, errors, strict=True)))
     return None

@@ -102,6 +102,12 @@ class KindMap(nn.Module):
         gates = (kind.depth_count, kind.rank) if kind.experts == 1 else (kind.experts, kind.depth_count, kind.rank)
         self.filter = (parts.filter or FILTERS[config.filter])(gates, config, kind.device)
         self.filter.width = width
+        self.groups, self.heads = None, kind.heads if config.head_gates else None
+        extra = self.heads.count if self.heads else 1 if config.expert_gates and kind.is_expert else 0
+        if extra:
+            self.groups = FILTERS["ib"]((*gates[:-1], extra), config, kind.device)
+        if self.heads:
+            self.register_buffer("_head_of", self._find_heads(), persistent=False)
         self.graph = parts.graph(kind, config)
         self.coordinators = nn.ModuleDict()
         if config.coordinator != "none" and kind.depth_count > 1:
@@ -113,13 +119,28 @@ class KindMap(nn.Module):
 
     @property
     def gate_count(self) -> int:
-        """Gates that are sampled: one per direction and depth."""
-        return math.prod(self.filter.shape)
+        """Gates that are sampled: one per direction and depth, and those of groups."""
+        return math.prod(self.noise_shape)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of a step's noise, (L, r); with gates of groups (L, r + groups), theirs behind the directions'."""
+        *lead, rank = self.filter.shape
+        return *lead, rank + (self.groups.shape[-1] if self.groups is not None else 0)
+
+    @property
+    def gate_logits(self) -> dict[str, nn.Parameter]:
+        """Logits of all gates that learn, by name."""
+        filters = {"filter": self.filter, "groups": self.groups}
+        logits = {f"{name}.logits": f.logits for name, f in filters.items() if f is not None}
+        return {name: parameter for name, parameter in logits.items() if parameter is not None}
 
     @property
     def is_columnwise(self) -> bool:
         """Whether each column of a factor (one of k in A, of d in B) is mapped alike and by itself, as the parts say of
         themselves. Then the map works on blocks of columns."""
+        if self.heads:
+            return False
         parts = [self.filter, *self.coordinators.values(), *([self.graph] if self.coordinators else [])]
         # Not `part.is_columnwise`: what a subclass changes may undo the claim, so that it must make it anew.
         return all(vars(type(part)).get("is_columnwise", False) for part in parts)
@@ -171,12 +192,22 @@ class KindMap(nn.Module):
         no filter decides."""
         return self.filter.openness(*self.split(self._update(latent)))
 
-    def ungated(self, latent: Factors, change: Tensor) -> Tensor:
-        """A change of B̃ at evaluation as one of B, both (L, d, r): divided by the gates of `latent`, where these are open."""
+    @property
+    def group_openness(self) -> Tensor | None:
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1), (L, 1); None without gates of these."""
+        return None if self.groups is None else self.groups.openness(None, None)
+
+    def ungated(self, latent: Factors, change: Factors) -> Factors:
+        """A change of gated factors at evaluation as one of latent ones: divided by the gates of `latent`, where these are open."""
+        A, B = change
         gates = self._gates(self._update(latent), None, None)
-        if gates is None:
-            return change
-        return _joined_B(_split_B(change, self.kind.experts) / torch.where(gates > 0, gates, 1).unsqueeze(-2))
+        if gates is not None:
+            B = _joined_B(_split_B(B, self.kind.experts) / torch.where(gates > 0, gates, 1).unsqueeze(-2))
+        if self.heads:
+            of_width = self._group_gates(None)[..., self._head_of]
+            of_width = torch.where(of_width > 0, of_width, 1)
+            A, B = (A / of_width.unsqueeze(-2), B) if self.heads.side == "A" else (A, B / of_width.unsqueeze(-1))
+        return Factors(A, B)
 
     def pullback(
         self,
@@ -215,8 +246,8 @@ class KindMap(nn.Module):
             task (`dict`): what `pullback` returned.
             kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of them.
         """
-        name = "filter.logits"
-        return {**task, name: self.filter.objective_gradient(task[name], kl_scale)} if name in task else task
+        filters = {"filter.logits": self.filter, "groups.logits": self.groups}
+        return {n: filters[n].objective_gradient(g, kl_scale) if n in filters else g for n, g in task.items()}
 
     def regularizer_gradient(self, latent: Factors) -> Factors | None:
         """Gradient of `regularizer_weight` times the static regulariser of the latent updates; None where none acts."""
@@ -306,13 +337,18 @@ class KindMap(nn.Module):
     def _filtered(self, latent: Factors, noise: Tensor | None, rows: list[int] | None = None) -> Factors:
         A, update = self.split(self._update(latent))
         if rows is None:
-            filtered = self.filter(A, update, noise)
+            filtered = self.filter(A, update, self._noise_of("directions", noise))
+            if self.groups is not None and not self.heads:
+                filtered = filtered * self._group_gates(noise).unsqueeze(-2)
         else:
             filtered = update * self._gates(latent, noise, rows).unsqueeze(-2)
-        if filtered is update:  # nothing is filtered, and B₀ + (B − B₀) would round
+        if filtered is update and not self.heads:  # nothing is filtered, and B₀ + (B − B₀) would round
             return latent
-        B = _joined_B(filtered)
-        return Factors(latent.A, B if self.origin_B is None else self.origin_B + B)
+        A, B = latent.A, _joined_B(filtered)
+        if self.heads:
+            of_width = self._group_gates(noise)[..., self._head_of]  # (L, n)
+            A, B = (A * of_width.unsqueeze(-2), B) if self.heads.side == "A" else (A, B * of_width.unsqueeze(-1))
+        return Factors(A, B if self.origin_B is None else self.origin_B + B)
 
     def _update(self, factors: Factors) -> Factors:
         return factors if self.origin_B is None else Factors(factors.A, factors.B - self.origin_B)
@@ -351,7 +387,7 @@ class KindMap(nn.Module):
             )
             own.update(zip(weights, sums, strict=False))
             if learns:
-                logits = list(self.filter.parameters())
+                logits = list(self.gate_logits.values())
                 own.update(zip(logits, torch.autograd.grad(gates, logits, sums[-1]), strict=True))
             return left
 
@@ -359,7 +395,10 @@ class KindMap(nn.Module):
 
     def _gates(self, latent: Factors, noise: Tensor | None, rows: list[int] | None) -> Tensor | None:
         """Of each depth, (L, r); of each row where B is rows, (R, r)."""
-        gates = self.filter.gates(*self.split(latent), noise)
+        gates = self.filter.gates(*self.split(latent), self._noise_of("directions", noise))
+        if self.groups is not None and not self.heads:
+            of_experts = self._group_gates(noise)
+            gates = of_experts.expand(self.filter.shape) if gates is None else gates * of_experts
         if gates is None or rows is None:
             return gates
         # Not `repeat_interleave`, whose gradient is not deterministic on CUDA.
@@ -367,6 +406,25 @@ class KindMap(nn.Module):
             gate.expand(*gate.shape[:-2], count, -1) for gate, count in zip(gates.split(1, -2), rows, strict=True)
         ]
         return torch.cat(of_depths, dim=-2)
+
+    def _group_gates(self, noise: Tensor | None) -> Tensor:
+        """Of heads, (L, H); of experts, (E, L, 1), or (L, 1) of modules that are one expert each."""
+        return self.groups.gates(None, None, self._noise_of("groups", noise))
+
+    def _noise_of(self, gates: str, noise: Tensor | None) -> Tensor | None:
+        """The directions' part of a step's noise, or that of groups."""
+        if noise is None or self.groups is None:
+            return noise
+        rank = self.filter.shape[-1]
+        return noise[..., :rank] if gates == "directions" else noise[..., rank:]
+
+    def _find_heads(self) -> Tensor:
+        """For each entry of the width on the heads' side (of this rank's slice), the number of its head: (n,)."""
+        _, _, *widths = self.kind.shape
+        size = dict(zip(SIDES, widths, strict=True))[self.heads.side]
+        numbers = torch.arange(size, device=self.kind.device) // (size // self.heads.count)
+        stacked = numbers[None, None, :] if self.heads.side == "A" else numbers[None, :, None]
+        return self.width.part(stacked, self.heads.side).flatten()
 
     def _acts_on(self, side: str, gates: Tensor | None) -> bool:
         return side in self.coordinators or (side == "B" and gates is not None)
@@ -449,6 +507,8 @@ def moved_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PAR
         moved.add("B")
     if config.filter == "topk_norm":
         moved.add("A")
+    if config.head_gates and kind.heads:
+        moved.add(kind.heads.side)
     return tuple(sorted(moved))
 
 
@@ -456,6 +516,8 @@ def maps_by_row(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PAR
     """Whether gates, of no factor, are all that acts on a kind's lora_B: each of its rows is mapped by itself then, and a rank
     may map whatever rows it owns."""
     if parts.filter is not None or parts.coordinator is not None or config.filter in ("none", "topk_norm"):
+        return False
+    if config.head_gates and kind.heads and kind.heads.side == "B":
         return False
     return not (config.compares_depths and kind.depth_count > 1 and "B" in compared_sides(kind, config))
 
@@ -483,6 +545,8 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
         )
     for kind in kinds:
         mapped = {"B"} if config.filter != "none" else set()
+        if config.head_gates and kind.heads:
+            mapped.add(kind.heads.side)
         if config.compares_depths and kind.depth_count > 1:
             mapped |= set(compared_sides(kind, config))
         for side in sorted(mapped):

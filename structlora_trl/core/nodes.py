@@ -10,6 +10,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -73,6 +74,18 @@ class Adapted:
     input_side: str = "A"
 
 
+class Heads(NamedTuple):
+    """The attention heads of a module (`core/heads.py` finds them).
+
+    Args:
+        side (`str`): 'B' where they are blocks of rows of lora_B, 'A' where they are blocks of columns of lora_A.
+        count (`int`): how many, all of one width.
+    """
+
+    side: str
+    count: int
+
+
 @dataclass
 class Kind:
     """LoRA modules that differ in depth alone, in order of depth.
@@ -83,6 +96,7 @@ class Kind:
         A (`list[nn.Parameter]`): L factors of r x k entries each (convolutions count as r x (k·kernel)), E·r x k with experts.
         B (`list[nn.Parameter]`): L factors of d x r entries each, d x r·E with experts.
         adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
+        heads (`Heads`, *optional*): the attention heads of each, where they are gated.
     """
 
     name: str
@@ -90,6 +104,7 @@ class Kind:
     A: list[nn.Parameter]
     B: list[nn.Parameter]
     adapted: Adapted = Adapted()
+    heads: Heads | None = None
 
     @property
     def depth_count(self) -> int:
@@ -98,6 +113,11 @@ class Kind:
     @property
     def experts(self) -> int:
         return self.adapted.experts
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether its modules are experts of a mixture: one each, or all of a layer's in one parameter."""
+        return self.experts > 1 or _EXPERT.search(self.name) is not None
 
     @property
     def rank(self) -> int:

@@ -4,17 +4,17 @@ from pathlib import Path
 import pytest
 
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import LORA, train
+from tests.support.adapters import RUNS, train
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Runs by LoRA variant, each trained when first asked for."""
+    """Runs by variant, each trained when first asked for."""
     made = {}
 
     def run(variant: str = "plain") -> Path:
         if variant not in made:
-            made[variant] = train(tmp_path_factory.mktemp(variant), **LORA[variant])
+            made[variant] = train(tmp_path_factory.mktemp(variant), **RUNS[variant])
         return made[variant]
 
     return run

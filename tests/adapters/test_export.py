@@ -35,7 +35,7 @@ from tests.support.adapters import (
     DEPTHS,
     EXPERTS,
     KINDS,
-    LORA,
+    RUNS,
     as_it_is,
     bare_run,
     on_base,
@@ -45,7 +45,7 @@ from tests.support.cli_runs import logits_of
 from tests.support.tiny import FAMILIES, VOCABULARY, base_model
 
 
-@pytest.mark.parametrize("variant", LORA)
+@pytest.mark.parametrize("variant", RUNS)
 @pytest.mark.parametrize("source", ["output", "checkpoint"])
 def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
     folder = runs(variant) if source == "output" else runs(variant) / "checkpoint-6"

@@ -25,7 +25,7 @@ def inspected(capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("variant", ["plain", "rslora"])
+@pytest.mark.parametrize("variant", ["plain", "rslora", "heads"])
 def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
     out = runs(variant)
     facts = inspected(capsys, out)
@@ -46,6 +46,11 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
             kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid(), strict=True
         ):
             assert row["gates"] == pytest.approx(gates.tolist())
+            if variant == "heads":
+                heads = state[f"{kind['name']}/groups.logits"][row["depth"]].sigmoid()
+                assert row["groups"] == pytest.approx(heads.tolist())
+            else:
+                assert row["groups"] is None
             assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
             share = torch.linalg.svdvals(update)[:RANK] / torch.linalg.svdvals(update).sum()
             assert row["effective_rank"] == pytest.approx((-torch.xlogy(share, share).sum()).exp().item(), abs=1e-2)
@@ -70,6 +75,9 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
 
 
 def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
+    assert main(["inspect", str(runs("heads"))]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["layer", "open", "openness", "groups"] in [line[:4] for line in lines]
     for folder, open_ in ((runs(), f"/{RANK}"), (runs() / "checkpoint-3", f"/{RANK}"), (plain_adapter, "-")):
         assert main(["inspect", str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ from structlora_trl.core.coordinator import GCN
 from structlora_trl.core.filters import InformationBottleneck
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.mapping import Factors, KindMap, Parts, maps_by_row
-from structlora_trl.core.nodes import Adapted, Kind
+from structlora_trl.core.nodes import Adapted, Heads, Kind
 
 DEPTHS, RANK, WIDTH_IN, WIDTH_OUT = 4, 3, 11, 7
 
@@ -29,12 +29,22 @@ class SameMessages(GCN):
     pass
 
 
-def kind_map(experts: int = 1, warm: bool = False, parts: Parts = Parts(), **options) -> tuple[KindMap, Factors]:  # noqa: B008
+def kind_map(
+    experts: int = 1,
+    warm: bool = False,
+    parts: Parts = Parts(),  # noqa: B008
+    heads: Heads | None = None,
+    **options,
+) -> tuple[KindMap, Factors]:
     torch.manual_seed(0)
     latent = Factors(torch.randn(DEPTHS, RANK * experts, WIDTH_IN), torch.randn(DEPTHS, WIDTH_OUT, RANK * experts))
     modules = [f"layers.{depth}.q_proj" for depth in range(DEPTHS)]
     kind = Kind(
-        "layers.*.q_proj", modules, *([nn.Parameter(f) for f in side] for side in latent), Adapted(experts=experts)
+        "layers.*.q_proj",
+        modules,
+        *([nn.Parameter(f) for f in side] for side in latent),
+        Adapted(experts=experts),
+        heads,
     )
     origin_B = torch.randn_like(latent.B) if warm else None
     m = KindMap(kind, StructLoRAConfig(**options), torch.randn(1, *latent.A.shape[1:]), origin_B, parts)
@@ -59,6 +69,7 @@ def blocks_of(monkeypatch, width: int) -> None:
         {"side": "write", "warm": True},
         {"side": "both", "warm": True, "coordinator_layers": 2},
         {"side": "both", "experts": 2},
+        {"side": "both", "experts": 2, "expert_gates": True},
         {"share_gates": True},
         {"hard_gates": True, "coordinator": "none"},
         {"filter": "random", "side": "both"},
@@ -69,7 +80,7 @@ def blocks_of(monkeypatch, width: int) -> None:
 )
 def test_blocks_give_what_the_whole_gives(monkeypatch, options, has_noise, width):
     m, latent = kind_map(**options)
-    noise = torch.randn(m.filter.shape) if has_noise else None
+    noise = torch.randn(m.noise_shape) if has_noise else None
     gradient = Factors(*map(torch.randn_like, latent))
     assert m.is_columnwise
     blocks_of(monkeypatch, width)
@@ -144,6 +155,8 @@ def test_parts_that_do_not_claim_to_act_on_columns_are_given_the_whole(monkeypat
         {"experts": 2},
         {"coordinator": "none"},
         {"coordinator": "none", "experts": 2, "share_gates": True, "hard_gates": True},
+        {"coordinator": "none", "experts": 2, "expert_gates": True},
+        {"coordinator": "none", "heads": Heads("A", 11), "head_gates": True},
         {"coordinator": "gat"},  # which is not mapped by columns
         {"filter": "random"},
     ],
@@ -151,7 +164,7 @@ def test_parts_that_do_not_claim_to_act_on_columns_are_given_the_whole(monkeypat
 )
 def test_rows_give_what_the_stack_gives(options, has_noise):
     m, latent = kind_map(**options)
-    noise = torch.randn(m.filter.shape) if has_noise else None
+    noise = torch.randn(m.noise_shape) if has_noise else None
     gradient = Factors(*map(torch.randn_like, latent))
     counts = [WIDTH_OUT, 2, 0, 1]  # of the depths' rows, as a rank may own them
 

@@ -78,6 +78,21 @@ def test_chain_rule_of_every_switch(options, family):
     assert_chain_rule(peft_model(family, "warm", targets=FAMILIES[family].linear), family, **options)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"head_gates": True}),
+        ("llama", {"head_gates": True, "side": "both", "coordinator_layers": 2}),
+        ("bert", {"head_gates": True, "coordinator": "none"}),
+        ("vit", {"head_gates": True}),
+        ("qwen3_moe", {"expert_gates": True}),
+        ("qwen3_moe", {"expert_gates": True, "head_gates": True, "coordinator": "none"}),
+    ],
+)
+def test_chain_rule_of_gates_of_groups(family, options):
+    assert_chain_rule(peft_model(family, "warm", targets=FAMILIES[family].linear), family, **options)
+
+
 @pytest.mark.parametrize("regularizer", ["none", "laplacian"])
 def test_chain_rule_with_clipping(regularizer):
     assert_chain_rule(peft_model("llama", "warm"), "llama", clip=0.01, tolerance=2e-5, regularizer=regularizer)

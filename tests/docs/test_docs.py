@@ -41,7 +41,7 @@ def test_picture_is_well_formed():
 def test_every_metric_is_explained():
     model = peft_model(targets=["q_proj", "o_proj"])
     optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, head_gates=True)
     train(model, "llama", optimizer, 2)
     rows = re.search(r"\| metric \|.*?(?=\n\n)", (DOCS / "how-it-works.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     named = {name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}

@@ -45,7 +45,21 @@ RUNS = {
     ),
     "gates by chance, scaled": ({"scaled": True, "method": {**GATES, "filter": "random"}}, [], ["zero1", "zero2"]),
     "experts": ({"experts": True, "method": {"gate_init": 0.5}}, [], ["ddp", "fsdp2", "zero1", "zero2", "zero3"]),
-    "gates of experts": ({"experts": True, "method": {**GATES, "gate_init": 0.5}}, [], ["fsdp2", "zero2"]),
+    "gates of experts": (
+        {"experts": True, "method": {**GATES, "gate_init": 0.7, "expert_gates": True}},
+        [],
+        ["fsdp2", "zero2"],
+    ),
+    "gates of heads": (
+        {"clip": 0.1, "method": {"head_gates": True, "semantic_threshold": -0.5}},
+        ["zero3"],
+        ["ddp", "fsdp2", "zero1", "zero2"],
+    ),
+    "gates of heads alone": (
+        {"method": {**GATES, "head_gates": True}},
+        [],
+        ["ddp", "fsdp2", "zero1", "zero2", "zero3"],
+    ),
     "cosines over the width": (
         {"method": {"regularizer": "cosine"}},
         ["fsdp2"],

@@ -17,7 +17,12 @@ from tests.support.data import save_base, texts, write_rows
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = [f"model.layers.*.self_attn.{leaf}_proj" for leaf in "qvo"]
 DEPTHS, RANK = 3, 4
-LORA = {"plain": {}, "rslora": {"use_rslora": "true"}, "dora": {"use_dora": "true"}}
+RUNS = {
+    "plain": {},
+    "rslora": {"use_rslora": "true"},
+    "dora": {"use_dora": "true"},
+    "heads": {"head_gates": "true"},
+}
 
 
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}

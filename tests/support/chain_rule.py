@@ -38,9 +38,14 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
         gates = None
         if m.filter.logits is not None:
             start = torch.full((1,), config.gate_init).logit()
-            sample = torch.sigmoid((own["filter.logits"] + part) / config.temperature)
-            gates = sample / reference_expected_gate(start, config.temperature).to(sample.device)
+            mean = reference_expected_gate(start, config.temperature).to(part.device)
+            gates = torch.sigmoid((own["filter.logits"] + part[..., : kind.rank]) / config.temperature) / mean
             logits.append(own["filter.logits"].expand(m.filter.shape).flatten())
+            if m.groups is not None:
+                groups = torch.sigmoid((own["groups.logits"] + part[..., kind.rank :]) / config.temperature) / mean
+                logits.append(own["groups.logits"].flatten())
+                if m.heads is None:  # of experts
+                    gates = gates * groups
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
         experts = []
@@ -52,6 +57,13 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
             if config.regularizer != "none":
                 updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0, strict=True)], "B": Be}
                 penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
+            if m.heads is not None:
+                width = len(Be[0]) if m.heads.side == "B" else Ae[0].shape[1]
+                spread = groups.repeat_interleave(width // m.heads.count, 1)
+                if m.heads.side == "A":
+                    Ae = [a * of_width for a, of_width in zip(Ae, spread, strict=True)]
+                else:
+                    Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
             own_gates, edges = (t if t is None or kind.experts == 1 else t[e] for t in (gates, m.graph.edges))
             experts.append(reference_factors(Ae, Be, Ae0, Be0, own_gates, edges, theta, activation))
         A1 = [torch.cat(of_depth) for of_depth in zip(*(A for A, _ in experts), strict=True)]  # rows (expert, r)
@@ -121,7 +133,7 @@ def assert_chain_rule(
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
     draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
     parts = draw.split([m.gate_count for m in runtime.maps])
-    noise = [part.view(m.filter.shape).to(m.kind.device) for m, part in zip(runtime.maps, parts, strict=True)]
+    noise = [part.view(m.noise_shape).to(m.kind.device) for m, part in zip(runtime.maps, parts, strict=True)]
     scale = 1.0 if scaler is None else scaler.get_scale()
     expected = reference_gradients(model, family, runtime, latents, noise, batches, clip, autocast, scale)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut

@@ -391,6 +391,16 @@ ADAPTERS = [
         "MoE experts by target_parameters",
         **other_family(mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     ),
+    Setup(
+        "gates of heads",
+        lora={"target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]},
+        method={**WHOLE, "head_gates": True},
+    ),
+    Setup(
+        "gates of experts",
+        **other_family(mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        method={**WHOLE, "expert_gates": True},
+    ),
     Setup("MoE layers by 'all-linear'", **other_family(qwen3_moe, "all-linear")),
 ]
 

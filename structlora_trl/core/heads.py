@@ -1,0 +1,51 @@
+"""Attention heads: on which side of a module they lie, and how wide one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .nodes import Heads, Kind, matches
+
+# By the end of a module's name (patterns as in `RESIDUAL_ROLES`): heads are rows of lora_B where a module's outputs go to
+# them, columns of lora_A where its inputs come from them. Fused projections hold blocks of a head's width, too.
+_SIDES = {
+    r"[qkv]_proj|qkv_proj|query|key|value|query_proj|key_proj|value_proj|[qkv]_lin|[qkv]|to_[qkv]|add_[qkv]_proj": "B",
+    r"query_key_value|Wqkv|c_attn": "B",
+    r"o_proj|out_proj|attention\.output\.dense|(self_)?attention\.dense|out_lin|o|to_out(\.0)?|to_add_out": "A",
+}
+_NAMES = (
+    "head_dim",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "dim_per_head",
+)  # of a head's width, in attention modules
+
+
+def heads_of(model: nn.Module, kind: Kind) -> Heads | None:
+    """The heads of a kind; None where it is no attention projection, or its attention does not tell a head's width."""
+    side = heads_side(kind)
+    if side is None:
+        return None
+    _, _, columns, rows = kind.shape
+    width = columns if side == "A" else rows
+    size = next(_sizes(model, kind.modules[0]), 0)
+    return Heads(side, width // size) if size and width % size == 0 else None
+
+
+def heads_side(kind: Kind) -> str | None:
+    """The side on which a kind's heads lie, 'A' or 'B'; None where it is no attention projection."""
+    if kind.is_expert:
+        return None
+    return next((side for pattern, side in _SIDES.items() if matches(pattern, kind)), None)
+
+
+def _sizes(model: nn.Module, module: str) -> Iterator[int]:
+    """Head widths that the modules around one tell of: its parent, or a module beside that (BERT's `attention.self`)."""
+    path = module.split(".")
+    for depth in (1, 2):
+        holder = model.get_submodule(".".join(path[:-depth]))
+        for candidate in (holder, *holder.children()):
+            found = (getattr(candidate, name, None) for name in _NAMES)
+            yield from (size for size in found if type(size) is int and size > 0)
