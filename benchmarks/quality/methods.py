@@ -23,8 +23,9 @@ from .tasks import Task
 WEIGHT_DECAY = 0.01
 
 
-# Options that no method of the suite sets: its loops have noise on.
-_NOT_OF_A_METHOD = ("seed", "adapter_name", "roles", "noise")
+# Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
+# experts came later.
+UNSET = {"seed", "adapter_name", "roles", "noise", "head_gates", "expert_gates"}
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Method:
         if self.structlora is None:
             return None
         options = StructLoRAConfig.build(self.given).options() | self.ideas
-        return {name: value for name, value in options.items() if name not in _NOT_OF_A_METHOD}
+        return {name: value for name, value in options.items() if name not in UNSET or name in self.given}
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:
