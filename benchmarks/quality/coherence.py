@@ -21,7 +21,6 @@ from .methods import METHODS, Method, find
 from .settings import STREAM_ALL
 from .tables import coherence
 
-MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
 # A map that changes nothing, which keeps A₀: plain LoRA, with what the figure needs.
 COMPARED = {
     "LoRA": Method("LoRA", structlora={"filter": "none", "coordinator": "none"}),
@@ -56,9 +55,9 @@ def main() -> None:
     settings = (options.rank, options.lr, options.seed, options.steps)
     found: dict[str, dict[str, list[float]]] = {}
     for name, method in COMPARED.items():
-        _, _, ours = language.train(method, training, *settings, targets=MODULES)
+        _, _, ours = language.train(method, training, *settings, targets=language.LINEAR)
         by_kind = cosines(ours.runtime)
-        found[name] = {kind: [round(x, 4) for x in by_kind[kind]] for kind in MODULES}
+        found[name] = {kind: [round(x, 4) for x in by_kind[kind]] for kind in language.LINEAR}
         if options.keep:  # after each, since a run takes minutes
             KEPT.write_text(json.dumps(found, indent=1) + "\n")
     print(coherence(found))

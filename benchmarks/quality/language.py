@@ -5,6 +5,9 @@
 | smollm-movie | a film-review sentence | negative or positive | accuracy of the likelier answer |
 | smollm-numbers | a number below 10 000 in digits | the same in words | exact match of the greedy continuation |
 
+`smollm-movie-few` and `-few-all` are five passes over few film reviews, the second with all linear modules adapted;
+`smollm-movie-long` is three passes. These are also tested on tweets and product reviews, which they never saw.
+
 The NLL is of the answer: between the two answers for `smollm-movie`, per token for `smollm-numbers`.
 """
 
@@ -26,13 +29,16 @@ from trl import SFTConfig, SFTTrainer
 from structlora_trl import StructLoRACallback
 
 from . import assets, ideas, methods
-from .cell import figures
+from .cell import figures, truncated
 from .store import KEY
 
 SPLIT_SEED = 0
 LONGEST = 120  # characters of a sentence
 BATCH = 8
 TARGETS = ("q_proj", "v_proj")
+LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
+OTHERS = ("tweet", "product")
+OTHER_EXAMPLES = 200  # of each
 EVALUATION_BATCH = 25
 
 Example = tuple[str, str]  # prompt, answer
@@ -46,23 +52,37 @@ class LanguageTask:
         summary (`str`): what is learned, for the report.
         load (`Callable`): () -> training pool, validation and test examples.
         generates (`bool`): exact match of what the model writes, else the likelier of two answers.
-        steps (`int`): length of a run.
+        steps (`int`, *optional*), passes (`int`, *optional*): length of a run, in steps or passes over the examples.
+        targets (`tuple[str, ...]`): modules that are adapted.
+        others (`tuple[str, ...]`): sentences of other kinds, to test on besides.
     """
 
     summary: str
     load: Callable[[], tuple[list[Example], list[Example], list[Example]]]
     generates: bool
-    steps: int
+    steps: int | None = None
+    passes: int | None = None
+    targets: tuple[str, ...] = TARGETS
+    others: tuple[str, ...] = ()
+
+    def length(self, examples: int) -> int:
+        """Steps of a run."""
+        return self.steps or self.passes * -(-examples // BATCH)
 
 
 @functools.cache
-def _movie() -> tuple[list[Example], ...]:
+def _rated(kind: str) -> list[Example]:
     found = [
         (f"Review: {sentence}\nSentiment:", " positive" if label else " negative")
-        for sentence, label in assets.sentences("movie")
+        for sentence, label in assets.sentences(kind)
         if len(sentence) <= LONGEST
     ]
     random.Random(SPLIT_SEED).shuffle(found)
+    return found
+
+
+def _movie() -> tuple[list[Example], ...]:
+    found = _rated("movie")
     return found[:1000], found[1000:1100], found[1100:1300]
 
 
@@ -75,6 +95,11 @@ def _numbers() -> tuple[list[Example], ...]:
 
 LANGUAGE_TASKS = {
     "smollm-movie": LanguageTask("sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False, 40),
+    "smollm-movie-few": LanguageTask("the same, five passes", _movie, False, passes=5, others=OTHERS),
+    "smollm-movie-few-all": LanguageTask(
+        "the same, five passes, all linear modules adapted", _movie, False, passes=5, targets=LINEAR, others=OTHERS
+    ),
+    "smollm-movie-long": LanguageTask("the same, three passes", _movie, False, passes=3, others=OTHERS),
     "smollm-numbers": LanguageTask("numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40),
 }
 
@@ -125,15 +150,16 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)
     log = _Losses()
-    model, tokenizer, ours = train(method, training, rank, lr, seed, task.steps, callbacks=[log])
+    steps = task.length(examples)
+    model, tokenizer, ours = train(method, training, rank, lr, seed, steps, task.targets, callbacks=[log])
     seconds = time.process_time() - cpu_started
     score = _exact_match if task.generates else _likelier
     own = sum(p.numel() for m in (ours.runtime.maps if ours else ()) for p in m.parameters())
     line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
-    return line | {
+    line |= {
         "validation": score(model, tokenizer, validation),
         "test": score(model, tokenizer, test),
-        "steps": task.steps,
+        "steps": steps,
         "batch": BATCH,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad) + own,
         "head": 0,
@@ -144,8 +170,11 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
             if name.startswith("structlora/") and name.split("/")[1] not in ("map_ms", "skipped_steps")
         },
         "cpu_seconds": round(seconds, 2),
-        "seconds": round(time.perf_counter() - started, 2),
     }
+    if task.others:
+        line["others"] = {kind: score(model, tokenizer, _rated(kind)[:OTHER_EXAMPLES]) for kind in task.others}
+        line |= truncated(model, rank, lambda: score(model, tokenizer, test))
+    return line | {"seconds": round(time.perf_counter() - started, 2)}
 
 
 def train(

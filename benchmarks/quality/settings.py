@@ -253,22 +253,32 @@ LINEAR_PLACES = (
 LINEAR_METHODS = (
     "structlora",
     "no-align",
+    "structlora:align_init=false",
     STREAM_ALL,
     "no-align:x_total_noise=true",
     "no-align:x_snr=true",
     "no-align:gate_lr=0",
     STREAM,
+    "structlora:head_gates=true",
 )
 # Text in runs that are short: 2.4 passes over 200 examples, and a single pass over 480.
 SHORT_PLACES = tuple(((task, 4, examples), 4e-3) for examples in (200, 480) for task in ("tweet", "product"))
 SHORT_METHODS = (
     "structlora",
     "no-align",
+    "structlora:align_init=false",
     "structlora:x_second_pass=true",
     "no-align:x_second_pass=true",
 )
+# The language model on few examples, and in a longer run.
+FEW_PLACES = tuple(
+    ((task, 4, examples), 2e-3) for task in ("smollm-movie-few", "smollm-movie-few-all") for examples in (64, 128)
+)
+LONG_PLACES = ((("smollm-movie-long", 4, 1000), 2e-3),)
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {
     "linear": (LINEAR_METHODS, LINEAR_PLACES, EVIDENCE_SEEDS),
     "short-runs": (SHORT_METHODS, SHORT_PLACES, EVIDENCE_SEEDS),
+    "few": (MAIN[1:2], FEW_PLACES, EVIDENCE_SEEDS[:8]),
+    "long": (MAIN[1:2], LONG_PLACES, EVIDENCE_SEEDS[:4]),
 }

@@ -53,6 +53,14 @@ PAPER_RANKS = {2: "+2.3", 4: "+2.3", 8: "+2.2", 16: "+1.4", 32: "+0.9"}  # over 
 PAPER_GRADIENT_COSINE = {BASE: "0.27 to 0.41", OURS: "0.55 to 0.69"}
 PAPER_COST = {OURS: ("1.06x", "1.04x")}  # LLaMA-7B on a GPU
 
+# Figures of runs that are neither of validation nor of test examples as trained, by their column.
+ELSEWHERE = {
+    "others.tweet": "tweets",
+    "others.product": "product reviews",
+    "truncated.half": "half the rank",
+    "truncated.quarter": "a quarter of the rank",
+}
+
 Place = tuple[Setting, float]  # a setting and a learning rate
 
 
@@ -86,6 +94,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
         **{name: evidence(every_seed, *given) for name, given in EVIDENCE.items()},
+        **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
         "coherence": coherence(measured_coherence),
@@ -297,6 +306,37 @@ def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
         "p over seeds and examples (q, Holm)",
     ]
     return markdown([*header, "NLL", "p (q, Holm)", "ECE"], rows)
+
+
+def elsewhere(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int]) -> str:
+    """At the same rates, on examples of other kinds and with the adapter cut to a part of its rank: LoRA, and others less LoRA."""
+    found = {
+        (place, name): of_seeds[of_seeds.index.isin(seeds)]
+        for place in places
+        for name in (BASE, *names)
+        if len(of_seeds := runs.at(place[0], name, place[1]))
+    }
+    columns = [c for c in ELSEWHERE if any(f"{c}.nll" in part and part[f"{c}.nll"].any() for part in found.values())]
+    rows = []
+    for (place, name), ours in found.items():
+        theirs = None if name == BASE else found.get((place, BASE), ours.iloc[:0])
+        cells = [cell for column in columns for cell in _elsewhere(ours, theirs, column)]
+        if any(cells):
+            rows.append([describe(place[0]), f"{place[1]:g}", label(name), *cells])
+    header = [x for c in columns for x in ("seeds", f"{ELSEWHERE[c]}, accuracy", "p (q, Holm)", "NLL")]
+    return markdown(["task, r, examples", "rate", "method", *header], rows)
+
+
+def _elsewhere(ours: pd.DataFrame, theirs: pd.DataFrame | None, column: str) -> list:
+    figures = [f"{column}.{figure}" for figure in ("accuracy", "nll")]
+    of_each = (ours[figures] if theirs is None else ours[figures] - theirs[figures]).dropna()
+    if len(of_each) < 2:
+        return [""] * 4
+    accuracy, nll = (of_each[figure] for figure in figures)
+    if theirs is None:
+        return [len(of_each), _mean_and_sd(accuracy), "", f"{_mean(nll):.3f}"]
+    error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
+    return [len(of_each), f"{_mean(accuracy):+.1f} ± {error:.1f}", P.of(accuracy), f"{_mean(nll):+.3f}"]
 
 
 def _absolute(means: pd.DataFrame) -> list:

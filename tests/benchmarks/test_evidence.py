@@ -10,6 +10,7 @@ import re
 import pandas as pd
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from scipy.stats import false_discovery_control
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -28,6 +29,7 @@ from benchmarks.quality import (
     tasks,
 )
 from structlora_trl import StructLoRAConfig
+from tests.support.tiny import peft_model
 
 LINES = store.read()
 RUNS = selection.test_runs(LINES)
@@ -112,6 +114,38 @@ def test_a_few_seeds_on_shared_examples_are_less_certain_than_seeds_alone():
     }
     one = pd.DataFrame({**figures, "validation.right": "10:0", "test.right": "20:0"})
     assert heldout.figures(one)["nll"].tolist() == [3.0]
+
+
+def test_adapters_are_cut_to_their_largest_directions():
+    model = peft_model("llama", "warm", rank=4)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    before = [layer.get_delta_weight("default").detach() for layer in layers]
+    assert cell.truncate(model, 2) == len(layers) > 0
+    for layer, whole in zip(layers, before, strict=True):
+        U, S, V = torch.linalg.svd(whole)
+        best = U[:, :2] * S[:2] @ V[:2]
+        torch.testing.assert_close(layer.get_delta_weight("default"), best, atol=1e-6, rtol=1e-4)
+
+
+def test_figures_elsewhere_are_paired_by_seed():
+    def line(method, seed, tweets, half):
+        figures = {"accuracy": 80.0, "nll": 0.5}
+        found = {"validation": figures, "test": figures, "others": {"tweet": {"accuracy": tweets, "nll": 0.5 + seed}}}
+        if half is not None:
+            found["truncated"] = {"half": {"accuracy": half, "nll": 1.0}}
+        return {"task": "t", "rank": 4, "examples": 9, "method": method, "lr": 0.1, "seed": seed, **found}
+
+    runs = selection.Runs(
+        [
+            *(line("lora", seed, 60 + 3 * seed, 70) for seed in range(3)),
+            *(line("structlora", seed, 62 + 4 * seed, 71 if seed < 2 else None) for seed in (0, 1, 2, 3)),
+        ]
+    )
+    found = tables.elsewhere(runs, ["structlora"], [(("t", 4, 9), 0.1)], range(4))
+    header, _, lora, ours = ([part.strip() for part in row.strip("|").split("|")] for row in found.splitlines())
+    assert [name for name in header if "accuracy" in name] == ["tweets, accuracy", "half the rank, accuracy"]
+    assert lora[3:5] == ["3", "63.0 ± 3.0"] and lora[7:9] == ["3", "70.0 ± 0.0"]
+    assert ours[3:5] == ["3", "+3.0 ± 0.6"] and ours[6] == "+0.000" and ours[7:9] == ["2", "+1.0 ± 0.0"]
 
 
 def test_evidence_is_of_seeds_that_chose_nothing():
