@@ -21,7 +21,16 @@ from torch.distributed.tensor import DTensor
 from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.inverse import latents_of
-from .core.mapping import DEFAULT_PARTS, SIDES, Factors, KindMap, Parts, maps_by_row, moved_sides
+from .core.mapping import (
+    DEFAULT_PARTS,
+    SIDES,
+    Factors,
+    KindMap,
+    Parts,
+    first_everywhere,
+    maps_by_row,
+    moved_sides,
+)
 from .core.nodes import Kind
 from .core.regularizers import cosines, neighbour_products
 from .core.stopwatch import Stopwatch
@@ -521,7 +530,7 @@ class Runtime:
         aligned = [
             latent
             if not kind.A[0].requires_grad or not width.every(~latent.B.any())
-            else Factors(latent.A[:1].clone().expand_as(latent.A), latent.B)
+            else Factors(first_everywhere(latent.A, kind), latent.B)
             for kind, latent, width in zip(
                 self.kinds, self.engine.read_latents(everything=True), self.engine.widths, strict=True
             )

@@ -3,7 +3,7 @@
 `State` holds the parts. It becomes one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the
 adapter, written whole or not at all:
 
-    header                                 JSON: format, seed, options; modules, shape, sides and `Adapted` of each kind
+    header                                 JSON: format, seed, options; of each kind its modules, shape, sides and so on
     step, skipped_steps                    optimizer steps that counted, and those that were skipped
     schedule.largest, schedule.warms_up    where the learning rates' schedule stands (`ScheduleShare`)
     KIND/latent_A, KIND/latent_B           latent factors, fp32
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 STATE_NAME = "structlora.safetensors"
 FORMAT = 3
+_FACTS = ("modules", "shape", "per_depth", "sides")  # of a kind, as the header has them
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act on nothing.
 # (`side` and `roles` are compared by what they come to.) All others may change on resume, and act from there on.
@@ -68,8 +69,9 @@ class KindState:
     """The state of one kind.
 
     Args:
-        modules (`list[str]`): full module names, one per depth.
-        shape (`list[int]`): [L, rows of lora_A, k, d].
+        modules (`list[str]`): full module names, as `Kind` has them.
+        shape (`list[int]`): [modules, rows of lora_A, k, d].
+        per_depth (`int`): modules at each depth.
         sides (`list[str]`): the factors that are compared across depth.
         adapted (`Adapted`): what each module adapts.
         latent (`Factors`): latent factors, fp32.
@@ -80,6 +82,7 @@ class KindState:
 
     modules: list[str]
     shape: list[int]
+    per_depth: int
     sides: list[str]
     adapted: Adapted
     latent: Factors
@@ -95,7 +98,8 @@ class KindState:
             {name: optimizer.state[p] for name, p in m.named_parameters() if p in optimizer.state} if optimizer else {}
         )
         moments = {name: {key: torch.as_tensor(v) for key, v in moment.items()} for name, moment in stepped.items()}
-        return cls(modules, m.kind.shape, list(m.sides), m.kind.adapted, *m.whole_state(latent), moments)
+        kind = m.kind
+        return cls(modules, kind.shape, kind.per_depth, list(m.sides), kind.adapted, *m.whole_state(latent), moments)
 
     def entries(self) -> dict[str, Tensor]:
         """As part of a flat dict, without the kind's name."""
@@ -125,19 +129,18 @@ class KindState:
             raise _Damage(f"no latent factors of '{name}'")
         latent = Factors(own.pop("latent_A"), own.pop("latent_B"))
         adapted = Adapted(**facts["adapted"])
-        found = cls(facts["modules"], facts["shape"], facts["sides"], adapted, latent, own, graph, dict(moments))
+        header = (facts["modules"], facts["shape"], facts["per_depth"], facts["sides"], adapted)
+        found = cls(*header, latent, own, graph, dict(moments))
         found._check(name)
         return found
 
     def _check(self, name: str) -> None:
-        depth_count, rank, columns, rows = self.shape
-        lead = (self.adapted.experts,) if self.adapted.experts > 1 else ()
+        count, rank, columns, rows = self.shape
+        experts = self.adapted.experts * self.per_depth
+        lead = (experts,) if experts > 1 else ()
         nodes = self.graph["semantic"].shape[-1:] if "semantic" in self.graph else ()
-        expected = {"latent_A": [(depth_count, rank, columns)], "latent_B": [(depth_count, rows, rank)]}
-        expected |= {
-            "origin_A": [(d, rank, columns) for d in (1, depth_count)],
-            "origin_B": [(depth_count, rows, rank)],
-        }
+        expected = {"latent_A": [(count, rank, columns)], "latent_B": [(count, rows, rank)]}
+        expected |= {"origin_A": [(n, rank, columns) for n in (1, count)], "origin_B": [(count, rows, rank)]}
         expected |= {"graph.semantic": [(*lead, *nodes, *nodes)]}
         entries = self.entries()
         if ("origin_A" in self.own) != ("A" in self.sides) or set(self.graph) - {"features"} != {"semantic"}:
@@ -164,7 +167,7 @@ class KindState:
             StructLoRAError: what is missing, too much, or of another shape or type.
         """
         own = KindState.of(m, latent)
-        for what in ("modules", "shape", "adapted", "sides"):
+        for what in ("modules", "shape", "per_depth", "adapted", "sides"):
             if getattr(own, what) != getattr(self, what):
                 remedy = "set `side` and `roles` as they were" if what == "sides" else _SAME_RUN
                 raise StructLoRAError(
@@ -222,7 +225,7 @@ class State:
     def flatten(self) -> dict[str, Tensor]:
         """One flat dict of tensors, all of them copies."""
         kinds = {
-            n: {"modules": k.modules, "shape": k.shape, "sides": k.sides, "adapted": asdict(k.adapted)}
+            n: {name: getattr(k, name) for name in _FACTS} | {"adapted": asdict(k.adapted)}
             for n, k in self.kinds.items()
         }
         header = {"format": FORMAT, "seed": self.seed, "config": self.options, "kinds": kinds}
@@ -447,15 +450,18 @@ def _is_adapted(facts, rows: int) -> bool:
 
 
 def _is_kind(facts) -> bool:
-    if not isinstance(facts, dict) or facts.keys() != {"modules", "shape", "sides", "adapted"}:
+    if not isinstance(facts, dict) or facts.keys() != {*_FACTS, "adapted"}:
         return False
-    modules, shape, sides = facts["modules"], facts["shape"], facts["sides"]
+    modules, shape, per_depth, sides = (facts[name] for name in _FACTS)
     return (
         all(isinstance(part, list) for part in (modules, shape, sides))
         and all(isinstance(module, str) for module in modules)
         and len(shape) == 4
         and all(type(size) is int and size > 0 for size in shape)
         and len(modules) == shape[0]
+        and type(per_depth) is int
+        and per_depth > 0
+        and shape[0] % per_depth == 0
         and sides in (["A"], ["B"], ["A", "B"])
         and _is_adapted(facts["adapted"], shape[1])
     )

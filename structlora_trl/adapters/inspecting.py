@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.diagnostics import effective_rank, stream_cosine
-from ..core.mapping import Factors, KindMap
+from ..core.mapping import Factors, KindMap, split
 from ..core.nodes import Kind, residual_role, split_depth
 from ..errors import StructLoRAError
 from .saved import Saved
@@ -73,7 +73,7 @@ class KindReport:
 
 
 def report(saved: Saved) -> list[KindReport]:
-    """The figures of each kind; where experts are one parameter, of each expert."""
+    """The figures of each kind; of a mixture, of each expert."""
     return [_kind(saved, index, expert) for index, kind in enumerate(saved.kinds) for expert in range(kind.experts)]
 
 
@@ -121,19 +121,18 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
         """Of this expert."""
         return values[expert] if kind.experts > 1 else values
 
-    A, B = (factor.double() for factor in saved.effective[index])  # squares of what is finite stay finite
-    factors = Factors(  # PEFT orders an expert's rows of lora_A (expert, r), its columns of lora_B (r, expert)
-        A.unflatten(1, (kind.experts, -1))[:, expert], B.unflatten(2, (-1, kind.experts))[..., expert]
-    )
+    whole = Factors(*(factor.double() for factor in saved.effective[index]))  # squares of what is finite stay finite
+    factors = Factors(*map(own, split(whole, kind)))
+    modules = kind.modules[expert :: kind.per_depth] if kind.per_depth > 1 else kind.modules
     gates = m.openness(saved.latents[index]) if m else None
     gates = None if gates is None else own(gates)  # (L, r)
     groups = None if m is None or m.groups is None else own(m.group_openness)  # (L, H) of heads, (L, 1) of an expert
-    features = _features(saved, index, Factors(A, B))  # (L, n) with experts (E, L, n), or None where unknown
-    pair = _stream_factors(saved, index, Factors(A, B))
+    features = _features(saved, index, whole)  # (L, n) with experts (E, L, n), or None where unknown
+    pair = _stream_factors(saved, index, whole)
     stream = None if pair is None else own(stream_cosine(*pair))  # (L - 1,)
     unit = None if features is None else normalize(own(features), dim=1)
     similarity = None if unit is None else unit @ unit.mT
-    scales = torch.tensor([saved.scale(module) for module in kind.modules]).double()
+    scales = torch.tensor([saved.scale(module) for module in modules]).double()
     singular = scales[:, None] * _singular_values(*factors)  # (L, r)
     energy = singular.square()
     total = energy.sum(1, keepdim=True)
@@ -152,10 +151,10 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             stream=_stream(stream, depth),
             semantic=own(m.graph.semantic)[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
         )
-        for depth, module in enumerate(kind.modules)
+        for depth, module in enumerate(modules)
     ]
     return KindReport(
-        name=f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name,
+        name=_name(kind, expert),
         role=_role(kind, m),
         shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
@@ -163,6 +162,12 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
         singular_values=singular.tolist(),
         coverage=(energy.cumsum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)).tolist(),
     )
+
+
+def _name(kind: Kind, expert: int) -> str:
+    if kind.per_depth > 1:
+        return split_depth(kind.modules[expert])[0].removeprefix("base_model.model.")
+    return f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name
 
 
 def _role(kind: Kind, m: KindMap | None) -> str | None:
@@ -174,8 +179,8 @@ def _features(saved: Saved, index: int, factors: Factors) -> Tensor | None:
     if saved.maps:
         return torch.cat([u.flatten(-2) for u in saved.maps[index].features(factors)], dim=-1)
     kind = saved.kinds[index]
-    # Nor which side of an expert's factors meets its input.
-    return factors.B.flatten(1) if _role(kind, None) == "write" and kind.experts == 1 else None
+    # Nor which side meets the input of experts that are one parameter.
+    return split(factors, kind).B.flatten(-2) if _role(kind, None) == "write" and kind.adapted.experts == 1 else None
 
 
 def _coherence(similarity: Tensor | None, depth: int) -> float | None:
@@ -190,7 +195,8 @@ def _stream_factors(saved: Saved, index: int, factors: Factors) -> Factors | Non
     if saved.maps:
         return saved.maps[index].stream_factors(factors)
     kind = saved.kinds[index]
-    return Factors(factors.B.mT, factors.A) if _role(kind, None) == "write" and kind.experts == 1 else None
+    A, B = split(factors, kind)
+    return Factors(B.mT, A) if _role(kind, None) == "write" and kind.adapted.experts == 1 else None
 
 
 def _stream(cosines: Tensor | None, depth: int) -> float | None:

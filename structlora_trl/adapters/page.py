@@ -23,6 +23,8 @@ _CURVES = {
     "structlora/gradient_cosine": "Cosine of neighbouring gradients",
     "structlora/stream_cosine": "Cosine of neighbours in the residual stream",
 }
+# Titles of the maps of gates, what of a `DepthReport` they show, and what each gate is of.
+_GATES = (("Gates", "gates", "direction"), ("Gates of heads and experts", "groups", "head or expert"))
 _STYLE = """
 :root{--ink:#1f2328;--soft:#59636e;--rule:#d1d9e0;--ground:#fff;--panel:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--rule:#3d444d;--ground:#0d1117;--panel:#151b23}}
@@ -90,7 +92,8 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
         runs (`list[Run]`): one, or two side by side.
     """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
-    parts = [_facts(runs), _gates(runs, names), _similarity(runs, names), _singular_values(runs, names), _curves(runs)]
+    gates = [_gates(runs, names, *kinds) for kinds in _GATES]
+    parts = [_facts(runs), *gates, _similarity(runs, names), _singular_values(runs, names), _curves(runs)]
     body = "\n".join([*filter(None, parts), _table(runs, names)])
     title = " against ".join(escape(run.name) for run in runs)
     path = Path(path)
@@ -113,19 +116,20 @@ def _facts(runs: list[Run]) -> str:
     return f'<table class="facts"><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
 
 
-def _gates(runs: list[Run], names: dict[str, str]) -> str:
-    maps = [
-        _of_kinds(run, lambda kind: None if kind.depths[0].gates is None else [d.gates for d in kind.depths])
-        for run in runs
-    ]
+def _gates(runs: list[Run], names: dict[str, str], title: str, attribute: str, gated: str) -> str:
+    def of_kind(kind: KindReport) -> list | None:
+        rows = [getattr(depth, attribute) for depth in kind.depths]
+        return None if rows[0] is None else rows
+
+    maps = [_of_kinds(run, of_kind) for run in runs]
     values = [gate for run in maps for rows in run.values() for row in rows for gate in row]
     if not values:
         return ""
     scale = Scale(min(values), max(values), VIRIDIS)
     starts = {run.saved.maps[0].config.gate_init for run, gates in zip(runs, maps, strict=True) if gates}
     marks = {f"start {start:g}": start for start in sorted(starts)}
-    text = "Probability that each direction is open, from the least that happened to the most."
-    return _section("Gates", text, legend(scale, marks) + _maps(runs, names, maps, scale, "direction"))
+    text = f"Probability that each {gated} is open, from the least that happened to the most."
+    return _section(title, text, legend(scale, marks) + _maps(runs, names, maps, scale, gated))
 
 
 def _similarity(runs: list[Run], names: dict[str, str]) -> str:
@@ -176,29 +180,35 @@ def _curves(runs: list[Run]) -> str:
 
 
 def _table(runs: list[Run], names: dict[str, str]) -> str:
-    heads = ["kind", "layer"]
-    heads += [head if len(runs) == 1 else f"{head}, {escape(run.name)}" for head in _COLUMNS for run in runs]
     lines, rows = [], {}
     for index, run in enumerate(runs):
         for name in names:
             for depth in run.kinds[name].depths if name in run.kinds else ():
                 rows.setdefault((name, depth.layer), [None] * len(runs))[index] = (run.kinds[name], depth)
+    columns = {head: get for head, get in _COLUMNS.items() if head != "groups" or _grouped(runs)}
+    heads = ["kind", "layer"]
+    heads += [head if len(runs) == 1 else f"{head}, {escape(run.name)}" for head in columns for run in runs]
     for (name, layer), found in rows.items():
         cells = [f'<td title="{escape(name)}">{escape(names[name])}</td>', f"<td>{escape(layer)}</td>"]
-        cells += [_cell(get(*pair) if pair else None) for get in _COLUMNS.values() for pair in found]
+        cells += [_cell(get(*pair) if pair else None) for get in columns.values() for pair in found]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     table = f'<table class="sortable"><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
     text = "Click a column's head to sort by it. Norm: of the update as it is added to the weight."
     return _section("Modules", text, f'<div class="scroll">{table}<tbody>{"".join(lines)}</tbody></table></div>')
 
 
-def _openness(depths) -> float | None:
-    gates = [gate for depth in depths for gate in depth.gates or ()]
+def _openness(depths, attribute: str = "gates") -> float | None:
+    gates = [gate for depth in depths for gate in getattr(depth, attribute) or ()]
     return sum(gates) / len(gates) if gates else None
 
 
 def _depths(run: Run) -> list:
     return [depth for kind in run.kinds.values() for depth in kind.depths]
+
+
+def _grouped(runs: list[Run]) -> bool:
+    """Whether heads or experts have gates in any run."""
+    return any(depth.groups is not None for run in runs for depth in _depths(run))
 
 
 def _option(name: str) -> Callable[[Run], object]:
@@ -218,6 +228,7 @@ _FACTS: dict[str, Callable[[Run], object]] = {
 }
 _COLUMNS: dict[str, Callable] = {
     "openness": lambda kind, depth: _openness([depth]),
+    "groups": lambda kind, depth: _openness([depth], "groups"),
     "eff. rank": lambda kind, depth: depth.effective_rank,
     "norm": lambda kind, depth: depth.norm,
     "coherence": lambda kind, depth: depth.coherence,

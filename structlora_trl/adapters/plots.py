@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,16 @@ def write(folder: Path, kinds: list, history: list[dict]) -> tuple[list[str], li
     """
     folder.mkdir(parents=True, exist_ok=True)
     gated = [kind for kind in kinds if kind.depths[0].gates is not None]
+    grouped = [kind for kind in kinds if kind.depths[0].groups is not None]
     related = [kind for kind in kinds if kind.similarity is not None and len(kind.depths) > 1]
     logged = [entry for entry in history if next(iter(_DRIFT)) in entry]
     figures = {
-        "gates": (_gates, gated, "gate map: the adapter has no learned gates, or no state beside it"),
+        "gates": (
+            partial(_gates, "gates", "direction"),
+            gated,
+            "gate map: the adapter has no learned gates, or no state beside it",
+        ),
+        "groups": (partial(_gates, "groups", "head or expert"), grouped, None),  # an option that few set: not missed
         "similarity": (_similarity, related, "similarity map: it needs StructLoRA's state and two depths"),
         "coverage": (_coverage, kinds, "coverage: no module"),
         "drift": (
@@ -52,7 +59,7 @@ def write(folder: Path, kinds: list, history: list[dict]) -> tuple[list[str], li
     written, lacking = [], []
     for name, (draw, rows, reason) in figures.items():
         if not rows:
-            lacking.append(reason)
+            lacking += [reason] if reason else []
             continue
         figure = draw(rows)
         for suffix in ("png", "pdf"):
@@ -78,11 +85,13 @@ def _titles(kinds) -> list[str]:
     return [*short_names([kind.name for kind in kinds]).values()]
 
 
-def _gates(kinds):
-    gates = [np.array([row.gates for row in kind.depths]) for kind in kinds]  # (L, r) each
+def _gates(attribute: str, across: str, kinds):
+    gates = [
+        np.array([getattr(row, attribute) for row in kind.depths]) for kind in kinds
+    ]  # (L, r), or (L, groups), each
     low, high = min(rows.min() for rows in gates), max(rows.max() for rows in gates)
     scale = {"vmin": low, "vmax": high, "cmap": "viridis", "aspect": "auto"}  # of what happened: gates may move little
-    return _heatmaps(kinds, gates, "direction", "probability that the gate is open", **scale)
+    return _heatmaps(kinds, gates, across, "probability that the gate is open", **scale)
 
 
 def _similarity(kinds):

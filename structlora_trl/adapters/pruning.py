@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from peft import LoraConfig
 from torch import Tensor
 
+from ..core.mapping import by_module
 from ..errors import StructLoRAError
 from .saved import Saved
 from .scales import with_one_scale
@@ -68,8 +69,7 @@ def prune(saved: Saved, threshold: float) -> Pruned:
                 "filter 'ib' or 'topk_norm'",
                 "export without pruning, or train with gates",
             )
-        by_expert = gates if m.kind.experts > 1 else gates[None]  # (E, L, r)
-        for module, rows in zip(m.kind.modules, by_expert.unbind(1), strict=True):
+        for module, rows in zip(m.kind.modules, by_module(gates, m.kind), strict=True):
             kept[module] = [(row >= threshold).nonzero().flatten().tolist() for row in rows]
             if not any(kept[module]):
                 kept[module] = [[int(row.argmax())] for row in rows]

@@ -270,7 +270,7 @@ def _stacked(kind: Kind) -> Factors:
 def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> KindMap:
     """The map of a kind as a state has it, over copies of the latent factors."""
     parameters = [[nn.Parameter(part) for part in side] for side in state.latent]
-    kind = Kind(name, state.modules, *parameters, state.adapted)
+    kind = Kind(name, state.modules, *parameters, state.adapted, per_depth=state.per_depth)
     if config.head_gates and "groups.logits" in state.own and (side := heads_side(kind)):
         kind.heads = Heads(side, state.own["groups.logits"].shape[-1])
     m = KindMap(kind, config, state.own.get("origin_A"), state.own.get("origin_B"))

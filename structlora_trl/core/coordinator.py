@@ -2,7 +2,7 @@
 
 Node features are low-rank factors, (L, r, n) with L depths, r directions and n the width of the shared space. Θ acts on
 the rank axis and is shared by all depths of a kind, so the paper's flattened d·k vectors never exist. Θ starts at zero:
-a new coordinator changes nothing. Experts, a leading axis of the features, share Θ too; messages pass within each.
+a new coordinator changes nothing. Experts, a leading axis of the features, share Θ too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .graph import DepthGraph
+from .graph import DepthGraph, mean_of_others
 from .width import WHOLE
 
 ACTIVATIONS = {
@@ -56,7 +56,8 @@ class GAT(GCN):
     """The same with attention in place of the fixed weights of Â.
 
     A node attends by the profile of its direction norms (r numbers that do not depend on the basis of the shared space).
-    Attention starts uniform over neighbours and self. Its cost grows with the square of depth.
+    Attention starts uniform over neighbours and self; the other experts of a layer are one neighbour, their mean. Its cost
+    grows with the square of depth.
     """
 
     negative_slope = 0.2  # of the LeakyReLU, as in Veličković et al. (2018)
@@ -67,13 +68,24 @@ class GAT(GCN):
         self.attention = nn.Parameter(torch.zeros(layers, 2, rank))  # towards target, towards source
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
-        norms = (self.width.mean(features.square()) + self.norm_floor**2).sqrt()  # (L, r)
-        profile = norms / norms.mean((-2, -1), keepdim=True)
-        to_target, to_source = (profile @ self.attention[layer].T).unbind(-1)  # (L,) each
-        scores = nn.functional.leaky_relu(to_target[..., :, None] + to_source[..., None, :], self.negative_slope)
+        to_target, to_source = (self._profile(features) @ self.attention[layer].T).unbind(-1)  # (L,) each
+        scores = to_target[..., :, None] + to_source[..., None, :]
         joined = graph.edges | torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        weights = scores.masked_fill(~joined, -torch.inf).softmax(-1)  # (L, L)
-        return theta.T @ (weights @ features.flatten(-2)).view_as(features)
+        scores = scores.masked_fill(~joined, -torch.inf)
+        if graph.joins_experts:
+            others = mean_of_others(features)
+            to_others = to_target + self._profile(others) @ self.attention[layer, 1]
+            scores = torch.cat([scores, to_others[..., None]], dim=-1)
+        weights = nn.functional.leaky_relu(scores, self.negative_slope).softmax(-1)  # (L, L), or (E, L, L + 1)
+        mixed = (weights[..., : scores.shape[-2]] @ features.flatten(-2)).view_as(features)
+        if graph.joins_experts:
+            mixed = mixed + weights[..., -1, None, None] * others
+        return theta.T @ mixed
+
+    def _profile(self, features: Tensor) -> Tensor:
+        """Norms of the directions, (L, r), relative to their mean over the graph."""
+        norms = (self.width.mean(features.square()) + self.norm_floor**2).sqrt()
+        return norms / norms.mean((-2, -1), keepdim=True)
 
 
 COORDINATORS = {"gcn": GCN, "gat": GAT}

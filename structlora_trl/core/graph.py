@@ -1,6 +1,10 @@
 """The depth graph (paper, "Graph Neural Network-Style Inter-Layer Update Coordination"): one node per depth of a kind.
 
 Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same way.
+
+Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number at other depths, and
+is joined to the other experts of its layer by one edge in all, shared out among them: with many experts, their mean would
+otherwise drown what comes from other depths. Numbers of experts say nothing across layers; what they learn side by side does.
 """
 
 from __future__ import annotations
@@ -46,18 +50,32 @@ def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tens
     return edges | edges.mT
 
 
-def normalize_edges(edges: Tensor) -> Tensor:
-    """Â = D^-1/2 (S + I) D^-1/2 for (..., L, L) edges S; symmetric, eigenvalues in [-1, 1]."""
+def normalize_edges(edges: Tensor, others: int = 0) -> Tensor:
+    """Â = D^-1/2 (S + I) D^-1/2 for (..., L, L) edges S; symmetric, eigenvalues in [-1, 1].
+
+    Args:
+        others (`int`, *optional*, defaults to 0): what each node's degree counts beside S and itself.
+    """
     with_self = edges.float()
     with_self.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    scale = with_self.sum(-1, keepdim=True).rsqrt()
+    scale = degree_scale(edges, others)
     return scale * with_self * scale.mT
+
+
+def degree_scale(edges: Tensor, others: int = 0) -> Tensor:
+    """The diagonal of D^-1/2, (..., L, 1)."""
+    return (edges.sum(-1, keepdim=True) + 1.0 + others).rsqrt()
+
+
+def mean_of_others(experts: Tensor) -> Tensor:
+    """For each expert, the mean over all others: (E, ...) -> (E, ...)."""
+    return (experts.sum(0) - experts) / (len(experts) - 1)
 
 
 class DepthGraph:
     """The graph of one kind: fixed edges, semantic edges that follow the gradients, and Â of both.
 
-    Experts have a graph each: then every shape below has a leading axis E.
+    With experts, every shape below has a leading axis E.
 
     Args:
         fixed (`Tensor`): (L, L) bool, symmetric, without self-loops: edges that stand whatever is learned.
@@ -65,13 +83,23 @@ class DepthGraph:
         top_k (`int`): semantic edges each node may ask for.
         threshold (`float`): cosine above which a semantic edge is drawn.
         decay (`float`): decay of the running-mean gradient.
+        joins_experts (`bool`, *optional*, defaults to False): whether the experts of a layer are joined, too.
     """
 
     is_columnwise = (
         True  # `propagate` maps each entry of the last axis by itself; not inherited (`KindMap.is_columnwise`)
     )
 
-    def __init__(self, fixed: Tensor, follows_gradients: bool, top_k: int, threshold: float, decay: float):
+    def __init__(
+        self,
+        fixed: Tensor,
+        follows_gradients: bool,
+        top_k: int,
+        threshold: float,
+        decay: float,
+        joins_experts: bool = False,
+    ):
+        self.joins_experts = joins_experts
         self.fixed, self.follows_gradients = fixed, follows_gradients
         self.top_k, self.threshold, self.decay = top_k, threshold, decay
         self.semantic = torch.zeros_like(fixed)  # (L, L)
@@ -86,12 +114,13 @@ class DepthGraph:
             fixed = fixed.expand(kind.experts, -1, -1)
         if config.edges == "similarity":
             fixed = torch.zeros_like(fixed)
-        follows_gradients = config.edges != "adjacency"
-        return cls(fixed, follows_gradients, config.semantic_top_k, config.semantic_threshold, config.semantic_decay)
+        semantic = (config.semantic_top_k, config.semantic_threshold, config.semantic_decay)
+        joins_experts = kind.experts > 1 and config.edges != "similarity"
+        return cls(fixed, config.edges != "adjacency", *semantic, joins_experts)
 
     @property
     def edges(self) -> Tensor:
-        """(L, L) bool: all edges, without self-loops."""
+        """(L, L) bool: all edges over depth, without self-loops."""
         return self.fixed | self.semantic
 
     @property
@@ -114,7 +143,11 @@ class DepthGraph:
 
     def propagate(self, features: Tensor) -> Tensor:
         """Â h for node features h (L, r, n)."""
-        return (self._propagation @ features.flatten(-2)).view_as(features)
+        messages = (self._propagation @ features.flatten(-2)).view_as(features)
+        if not self.joins_experts:
+            return messages
+        scale = self._scale[..., None]
+        return messages + scale * mean_of_others(scale * features)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"semantic": self.semantic}
@@ -128,6 +161,7 @@ class DepthGraph:
         self._refresh()
 
     def _refresh(self) -> None:
-        normalized = normalize_edges(self.edges)
+        others = int(self.joins_experts)
+        normalized, self._scale = normalize_edges(self.edges, others), degree_scale(self.edges, others)
         sparse = normalized.device.type == "cpu" and normalized.dim() == 2 and len(normalized) > _DENSE_DEPTH
         self._propagation = normalized.to_sparse() if sparse else normalized

@@ -3,8 +3,8 @@
     latent (A, B)  --gates-->  (A, B̃ = B·diag(m)/m₀)  --message passing-->  effective (A', B')
 
 The optimizer steps the latent factors; the model computes with the effective ones. All depths of a kind go through the
-map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth. Experts that PEFT adapts with one module are taken
-apart first: A (E, L, r, k), B (E, L, d, r), and whatever follows has that leading axis too.
+map at once: A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth. Experts of a mixture are
+taken apart first: A (E, L, r, k), B (E, L, d, r), and whatever follows has that leading axis too.
 
 Updates count from an origin: A₀ at attach, and B₀ = 0, except for initialisations that move part of the base weights into
 the adapter (PiSSA and the like). There B₀ is B at attach and the gates act on B − B₀: to gate the whole of B would switch the
@@ -35,8 +35,9 @@ from .width import AXIS, WHOLE, Width
 
 
 class Factors(NamedTuple):
-    """Stacked factors of a kind, or anything of their shapes: A (L, r, k), B (L, d, r); with experts, as PEFT keeps them:
-    A (L, E·r, k) with rows in the order (expert, r), B (L, d, r·E) with columns in the order (r, expert)."""
+    """Stacked factors of a kind, or anything of their shapes: A (L, r, k), B (L, d, r). Experts are as PEFT keeps them: those that
+    are one parameter in A (L, E·r, k) with rows in the order (expert, r), B (L, d, r·E) with columns in the order (r, expert);
+    those that are modules in A (L·E, r, k), B (L·E, d, r) in the order (depth, expert)."""
 
     A: Tensor
     B: Tensor
@@ -102,7 +103,7 @@ class KindMap(nn.Module):
         gates = (kind.depth_count, kind.rank) if kind.experts == 1 else (kind.experts, kind.depth_count, kind.rank)
         self.filter = (parts.filter or FILTERS[config.filter])(gates, config, kind.device)
         self.filter.width = width
-        self.groups, self.heads = None, kind.heads if config.head_gates else None
+        self.groups, self.heads = None, kind.heads
         extra = self.heads.count if self.heads else 1 if config.expert_gates and kind.is_expert else 0
         if extra:
             self.groups = FILTERS["ib"]((*gates[:-1], extra), config, kind.device)
@@ -184,8 +185,8 @@ class KindMap(nn.Module):
         return Factors(*map(mapped, SIDES))
 
     def split(self, factors: Factors) -> Factors:
-        """Factors of one module each: themselves, or with experts (L, E·r, k), (L, d, r·E) -> (E, L, r, k), (E, L, d, r)."""
-        return Factors(_split_A(factors.A, self.kind.experts), _split_B(factors.B, self.kind.experts))
+        """Factors of one module each: themselves, or of experts (E, L, r, k), (E, L, d, r)."""
+        return split(factors, self.kind)
 
     def openness(self, latent: Factors) -> Tensor | None:
         """Probability that each direction is open, (L, r), with experts (E, L, r): σ(φ); 0 or 1 for 'topk_norm'; None where
@@ -199,15 +200,10 @@ class KindMap(nn.Module):
 
     def ungated(self, latent: Factors, change: Factors) -> Factors:
         """A change of gated factors at evaluation as one of latent ones: divided by the gates of `latent`, where these are open."""
-        A, B = change
         gates = self._gates(self._update(latent), None, None)
         if gates is not None:
-            B = _joined_B(_split_B(B, self.kind.experts) / torch.where(gates > 0, gates, 1).unsqueeze(-2))
-        if self.heads:
-            of_width = self._group_gates(None)[..., self._head_of]
-            of_width = torch.where(of_width > 0, of_width, 1)
-            A, B = (A / of_width.unsqueeze(-2), B) if self.heads.side == "A" else (A, B / of_width.unsqueeze(-1))
-        return Factors(A, B)
+            change = change._replace(B=self._times(change.B, _inverse(gates)))
+        return self._times_heads(change, _inverse(self._group_gates(None))) if self.heads else change
 
     def pullback(
         self,
@@ -335,20 +331,21 @@ class KindMap(nn.Module):
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def _filtered(self, latent: Factors, noise: Tensor | None, rows: list[int] | None = None) -> Factors:
-        A, update = self.split(self._update(latent))
+        update = self._update(latent)
         if rows is None:
-            filtered = self.filter(A, update, self._noise_of("directions", noise))
+            A, B = self.split(update)
+            filtered = self.filter(A, B, self._noise_of("directions", noise))
             if self.groups is not None and not self.heads:
                 filtered = filtered * self._group_gates(noise).unsqueeze(-2)
+            if filtered is B and not self.heads:  # nothing is filtered, and B₀ + (B − B₀) would round
+                return latent
+            filtered = _joined_B(filtered, self.kind)
         else:
-            filtered = update * self._gates(latent, noise, rows).unsqueeze(-2)
-        if filtered is update and not self.heads:  # nothing is filtered, and B₀ + (B − B₀) would round
-            return latent
-        A, B = latent.A, _joined_B(filtered)
+            filtered = self._times(update.B, self._gates(latent, noise, rows))
+        factors = Factors(latent.A, filtered)
         if self.heads:
-            of_width = self._group_gates(noise)[..., self._head_of]  # (L, n)
-            A, B = (A * of_width.unsqueeze(-2), B) if self.heads.side == "A" else (A, B * of_width.unsqueeze(-1))
-        return Factors(A, B if self.origin_B is None else self.origin_B + B)
+            factors = self._times_heads(factors, self._group_gates(noise))
+        return factors if self.origin_B is None else factors._replace(B=self.origin_B + factors.B)
 
     def _update(self, factors: Factors) -> Factors:
         return factors if self.origin_B is None else Factors(factors.A, factors.B - self.origin_B)
@@ -394,13 +391,17 @@ class KindMap(nn.Module):
         return Factors(*map(pulled, SIDES)), own
 
     def _gates(self, latent: Factors, noise: Tensor | None, rows: list[int] | None) -> Tensor | None:
-        """Of each depth, (L, r); of each row where B is rows, (R, r)."""
-        gates = self.filter.gates(*self.split(latent), self._noise_of("directions", noise))
+        """Of each depth, (L, r), with experts (E, L, r). Where B is rows, of each row, (R, r), or where a module holds all experts
+        of a layer, (E, R, r)."""
+        factors = self.split(latent) if rows is None else latent  # which gates do not depend on where B is rows
+        gates = self.filter.gates(*factors, self._noise_of("directions", noise))
         if self.groups is not None and not self.heads:
             of_experts = self._group_gates(noise)
             gates = of_experts.expand(self.filter.shape) if gates is None else gates * of_experts
         if gates is None or rows is None:
             return gates
+        if self.kind.per_depth > 1:
+            gates = by_module(gates, self.kind).squeeze(1)
         # Not `repeat_interleave`, whose gradient is not deterministic on CUDA.
         of_depths = [
             gate.expand(*gate.shape[:-2], count, -1) for gate, count in zip(gates.split(1, -2), rows, strict=True)
@@ -432,8 +433,7 @@ class KindMap(nn.Module):
     def _mapped(self, side: str, gates: Tensor | None, factor: Tensor, origin: Tensor | None) -> Tensor:
         """One effective factor, or some of its columns with those of its origin."""
         if side == "B" and gates is not None:
-            update = factor if origin is None else factor - origin
-            filtered = _joined_B(_split_B(update, self.kind.experts) * gates.unsqueeze(-2))
+            filtered = self._times(factor if origin is None else factor - origin, gates)
             factor = filtered if origin is None else origin + filtered
         return self._coordinated(side, factor, origin)
 
@@ -442,14 +442,32 @@ class KindMap(nn.Module):
         if side not in self.coordinators:
             return factor
         added = self.coordinators[side](self._features(side, factor, origin), self.graph)
-        return factor + (_joined_A(added) if side == "A" else _joined_B(added.mT))
+        return factor + (_joined_A(added, self.kind) if side == "A" else _joined_B(added.mT, self.kind))
+
+    def _times(self, B: Tensor, gates: Tensor) -> Tensor:
+        """B with the columns of each module, or of each row, times its gates."""
+        if gates.dim() == 2:
+            return B * gates.unsqueeze(-2)
+        return _joined_B(_split_B(B, self.kind) * gates.unsqueeze(-2), self.kind)
+
+    def _times_heads(self, factors: Factors, gates: Tensor) -> Factors:
+        """Factors with the rows of lora_B, or columns of lora_A, that belong to each head times its gate, (L, H)."""
+        of_width = gates[..., self._head_of]  # (L, n)
+        if self.heads.side == "A":
+            return factors._replace(A=factors.A * of_width.unsqueeze(-2))
+        return factors._replace(B=factors.B * of_width.unsqueeze(-1))
 
     def _features(self, side: str, factor: Tensor, origin: Tensor | None) -> Tensor:
         update = factor if origin is None else factor - origin
-        return _split_A(update, self.kind.experts) if side == "A" else _split_B(update, self.kind.experts).mT
+        return _split_A(update, self.kind) if side == "A" else _split_B(update, self.kind).mT
 
     def _origin(self, side: str) -> Tensor | None:
         return {"A": self.origin_A, "B": self.origin_B}[side]
+
+
+def _inverse(gates: Tensor) -> Tensor:
+    """1 / gates, 1 where they are closed."""
+    return torch.where(gates > 0, gates, 1).reciprocal()
 
 
 def _room(kept: Kept | None, side: str, like: Tensor) -> Tensor | None:
@@ -461,20 +479,46 @@ def _room(kept: Kept | None, side: str, like: Tensor) -> Tensor | None:
     return kept[side]
 
 
-def _split_A(A: Tensor, experts: int) -> Tensor:
-    return A if experts == 1 else A.unflatten(1, (experts, -1)).transpose(0, 1)
+def split(factors: Factors, kind: Kind) -> Factors:
+    """Stacked factors as those of one module each: themselves, or of experts (E, L, r, k), (E, L, d, r)."""
+    return Factors(_split_A(factors.A, kind), _split_B(factors.B, kind))
 
 
-def _split_B(B: Tensor, experts: int) -> Tensor:
-    return B if experts == 1 else B.unflatten(2, (-1, experts)).movedim(3, 0)
+def by_module(x: Tensor, kind: Kind) -> Tensor:
+    """Anything of each depth or expert, (L, ...) or (E, L, ...), by module and expert within it: (modules, E or 1, ...)."""
+    if kind.per_depth > 1:
+        return x.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+    return x.unsqueeze(1) if kind.experts == 1 else x.transpose(0, 1)
 
 
-def _joined_A(A: Tensor) -> Tensor:
-    return A if A.dim() == 3 else A.transpose(0, 1).flatten(1, 2)
+def first_everywhere(A: Tensor, kind: Kind) -> Tensor:
+    """Stacked lora_A that are all the first one: of all depths, and of all experts."""
+    first = A[:1, : kind.rank].clone()
+    return first.repeat(1, kind.adapted.experts, 1).expand_as(A)
 
 
-def _joined_B(B: Tensor) -> Tensor:
-    return B if B.dim() == 3 else B.movedim(0, 3).flatten(2)
+def _split_A(A: Tensor, kind: Kind) -> Tensor:
+    if kind.per_depth > 1:
+        return A.unflatten(0, (-1, kind.per_depth)).transpose(0, 1)
+    return A if kind.experts == 1 else A.unflatten(1, (kind.experts, -1)).transpose(0, 1)
+
+
+def _split_B(B: Tensor, kind: Kind) -> Tensor:
+    if kind.per_depth > 1:
+        return B.unflatten(0, (-1, kind.per_depth)).transpose(0, 1)
+    return B if kind.experts == 1 else B.unflatten(2, (-1, kind.experts)).movedim(3, 0)
+
+
+def _joined_A(A: Tensor, kind: Kind) -> Tensor:
+    if kind.per_depth > 1:
+        return A.transpose(0, 1).flatten(0, 1)
+    return A if kind.experts == 1 else A.transpose(0, 1).flatten(1, 2)
+
+
+def _joined_B(B: Tensor, kind: Kind) -> Tensor:
+    if kind.per_depth > 1:
+        return B.transpose(0, 1).flatten(0, 1)
+    return B if kind.experts == 1 else B.movedim(0, 3).flatten(2)
 
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
@@ -507,7 +551,7 @@ def moved_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PAR
         moved.add("B")
     if config.filter == "topk_norm":
         moved.add("A")
-    if config.head_gates and kind.heads:
+    if kind.heads:
         moved.add(kind.heads.side)
     return tuple(sorted(moved))
 
@@ -517,7 +561,7 @@ def maps_by_row(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PAR
     may map whatever rows it owns."""
     if parts.filter is not None or parts.coordinator is not None or config.filter in ("none", "topk_norm"):
         return False
-    if config.head_gates and kind.heads and kind.heads.side == "B":
+    if kind.heads and kind.heads.side == "B":
         return False
     return not (config.compares_depths and kind.depth_count > 1 and "B" in compared_sides(kind, config))
 
@@ -545,7 +589,7 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
         )
     for kind in kinds:
         mapped = {"B"} if config.filter != "none" else set()
-        if config.head_gates and kind.heads:
+        if kind.heads:
             mapped.add(kind.heads.side)
         if config.compares_depths and kind.depth_count > 1:
             mapped |= set(compared_sides(kind, config))

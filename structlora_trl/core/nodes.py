@@ -20,7 +20,7 @@ from ..errors import StructLoRAError
 _LORA_PARAMETER = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.weight)?$"
 )
-# Numbers that tell experts apart are part of a kind's name: experts of one layer are not depths.
+# Numbers that tell experts apart: experts of one layer are not depths.
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
@@ -88,15 +88,18 @@ class Heads(NamedTuple):
 
 @dataclass
 class Kind:
-    """LoRA modules that differ in depth alone, in order of depth.
+    """LoRA modules that differ in depth alone, in order of depth; or experts of a mixture, which are several at each depth.
 
     Args:
-        name (`str`): the modules' name with `*` for the layer's number.
-        modules (`list[str]`): full module names, one per depth.
-        A (`list[nn.Parameter]`): L factors of r x k entries each (convolutions count as r x (k·kernel)), E·r x k with experts.
-        B (`list[nn.Parameter]`): L factors of d x r entries each, d x r·E with experts.
+        name (`str`): the modules' name with `*` for the layer's number, and for the expert's.
+        modules (`list[str]`): full module names, one per depth; experts that are modules of their own are in the order
+            (depth, expert).
+        A (`list[nn.Parameter]`): of each module, r x k entries (convolutions count as r x (k·kernel)); E·r x k where it holds all
+            experts of a layer.
+        B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a layer.
         adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
         heads (`Heads`, *optional*): the attention heads of each, where they are gated.
+        per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of their own.
     """
 
     name: str
@@ -105,30 +108,32 @@ class Kind:
     B: list[nn.Parameter]
     adapted: Adapted = Adapted()
     heads: Heads | None = None
+    per_depth: int = 1
 
     @property
     def depth_count(self) -> int:
-        return len(self.modules)
+        return len(self.modules) // self.per_depth
 
     @property
     def experts(self) -> int:
-        return self.adapted.experts
+        """E, of each depth; 1 for what is no mixture."""
+        return self.adapted.experts * self.per_depth
 
     @property
     def is_expert(self) -> bool:
         """Whether its modules are experts of a mixture: one each, or all of a layer's in one parameter."""
-        return self.experts > 1 or _EXPERT.search(self.name) is not None
+        return self.experts > 1 or _EXPERT.search(self.modules[0]) is not None
 
     @property
     def rank(self) -> int:
         """r, of each expert."""
-        return full_shape(self.A[0])[0] // self.experts
+        return full_shape(self.A[0])[0] // self.adapted.experts
 
     @property
     def shape(self) -> list[int]:
-        """[L, rows of lora_A, k, d]."""
+        """[modules, rows of lora_A, k, d]."""
         rows, *columns = full_shape(self.A[0])
-        return [self.depth_count, rows, math.prod(columns), full_shape(self.B[0])[0]]
+        return [len(self.modules), rows, math.prod(columns), full_shape(self.B[0])[0]]
 
     @property
     def device(self) -> torch.device:
@@ -191,7 +196,8 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
 
 
 def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapted] | None = None) -> list[Kind]:
-    """The kinds of some LoRA modules, in order of appearance.
+    """The kinds of some LoRA modules, in order of appearance. Experts that are modules of their own are one kind where every
+    expert is there at the same depths.
 
     Args:
         modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
@@ -205,14 +211,24 @@ def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapte
         groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad, what].append(
             (depth, module, A, B)
         )
-    patterns = [key[0] for key in groups]
-    kinds = []
-    for (pattern, a_shape, b_shape, _, _, what), nodes in groups.items():
+    for nodes in groups.values():
         nodes.sort(key=lambda node: node[0])
+    mixtures = defaultdict(list)
+    for key in groups:
+        mixtures[(_EXPERT.sub("*", key[0]), *key[1:])].append(key)
+    joined = {}  # key -> the nodes of each expert, or of what is no mixture
+    for key, members in mixtures.items():
+        members.sort(key=lambda member: [int(number) for number in _EXPERT.findall(member[0])])
+        depths = {tuple(depth for depth, *_ in groups[member]) for member in members}
+        joined |= {key: [groups[m] for m in members]} if len(depths) == 1 else {m: [groups[m]] for m in members}
+    patterns = [key[0] for key in joined]
+    kinds = []
+    for (pattern, a_shape, b_shape, _, _, what), experts in joined.items():
+        nodes = [node for of_depth in zip(*experts, strict=True) for node in of_depth]
         _, names, A, B = zip(*nodes, strict=True)
         # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
         shapes = f"[{'x'.join(map(str, (*b_shape, *a_shape[1:])))}]" if patterns.count(pattern) > 1 else ""
-        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B), what))
+        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B), what, per_depth=len(experts)))
     repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
     for kind in kinds:
         if kind.name in repeated:

@@ -44,10 +44,10 @@ class Sharding:
 
     def spans(self, place: int, side: str) -> Tensor:
         """All ranks' fragments of a kind's factors on one side: (L, N, 2)."""
-        before = sum(2 * kind.depth_count for kind in self.kinds[:place])
-        depths = self.kinds[place].depth_count
-        start = before + (depths if side == "B" else 0)
-        return self._spans[:, start : start + depths].transpose(0, 1)
+        before = sum(2 * len(kind.modules) for kind in self.kinds[:place])
+        count = len(self.kinds[place].modules)
+        start = before + (count if side == "B" else 0)
+        return self._spans[:, start : start + count].transpose(0, 1)
 
     def shape(self, place: int, side: str) -> tuple[int, int]:
         """Of one factor: (rows, columns)."""
@@ -59,7 +59,7 @@ class Sharding:
         bounds = self.widths[place].bounds[side]
         size = bounds[self.rank + 1] - bounds[self.rank]
         rows, columns = self.shape(place, side)
-        return (self.kinds[place].depth_count, *((rows, size) if side == "A" else (size, columns)))
+        return (len(self.kinds[place].modules), *((rows, size) if side == "A" else (size, columns)))
 
     def _bounds(self, place: int, side: str) -> list[int]:
         """Shares of the width, as `torch.chunk` deals them; of lora_B the rows that ranks own already, where all depths have
@@ -127,12 +127,15 @@ class _Side:
     def __init__(self, sharding: Sharding, side: str, places: list[int]):
         self.sharding, self.side, self.places = sharding, side, places
         factors = [getattr(sharding.kinds[i], side) for i in places]
-        depths = {len(parameters) for parameters in factors}
         alike = all(bool((s == s[:1]).all()) for s in (sharding.spans(i, side) for i in places))
-        # Where each depth is owned alike, the places of one serve all.
-        self.rows = depths.pop() if alike and len(depths) == 1 else 1
-        by_depth = zip(*factors, strict=True) if self.rows > 1 else factors
-        self.parameters = [p for parameters in by_depth for p in parameters]
+        # Where each depth is owned alike, the places of one serve all; of experts, those of all at one depth.
+        self.rows = math.gcd(*map(len, factors)) if alike else 1
+        self.parameters = [
+            p
+            for row in range(self.rows)
+            for parameters in factors
+            for p in parameters[row * len(parameters) // self.rows : (row + 1) * len(parameters) // self.rows]
+        ]
         self._sizes = [stop - start for start, stop in map(sharding.span, self.parameters)]  # of this rank's fragments
         self._place()
 
@@ -148,7 +151,7 @@ class _Side:
             else:
                 sliced = torch.arange(start * columns, end * columns)
             spans = sharding.spans(place, self.side)
-            for of_depth in spans[:1] if self.rows > 1 else spans:
+            for of_depth in spans[: len(spans) // self.rows]:
                 own = torch.arange(*of_depth[sharding.rank].tolist())
                 along = own % columns if self.side == "A" else own // columns
                 targets.append(torch.searchsorted(bounds[1:], along, right=True))

@@ -9,14 +9,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from structlora_trl.adapters.inspecting import report
+from structlora_trl.adapters.pruning import prune
 from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, on_base
-from tests.support.tiny import FAMILIES, base_model
+from tests.support.tiny import FAMILIES, base_model, logits_of
 
 
 def inspected(capsys, *arguments) -> dict:
@@ -147,3 +149,36 @@ def test_experts_are_told_apart(scales, tmp_path):
                     assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
                     assert row.effective_rank == pytest.approx(entropy.exp().item(), abs=1e-2)
                     assert row.stream is None if folder != out else 0 <= row.stream <= 1 + 1e-6
+
+
+def test_experts_that_are_modules_are_told_apart_and_pruned(tmp_path):
+    lora = {"target_modules": ["q_proj", "up_proj", "down_proj"]}
+    out = bare_run(base_model("mixture"), tmp_path / "out", FAMILIES["mixture"].batch, **lora)
+    (tmp_path / "plain").mkdir()
+    for name in (ADAPTER, CONFIG):
+        shutil.copy(out / name, tmp_path / "plain")
+
+    def loaded(folder):
+        return PeftModel.from_pretrained(base_model("mixture"), folder).eval()
+
+    layers = loaded(out).get_base_model().model.layers
+    for folder in (out, tmp_path / "plain"):
+        kinds = {kind.name: kind for kind in report(read_saved(folder))}
+        experts = [f"mlp.experts.{e}.{leaf}_proj" for e in range(4) for leaf in ("up", "down")]
+        assert kinds.keys() == {f"model.layers.*.{name}" for name in ("self_attn.q_proj", *experts)}
+        for name in experts:
+            kind = kinds[f"model.layers.*.{name}"]
+            assert [row.layer.split(".")[0] for row in kind.depths] == ["0", "1", "2"]
+            for row, layer in zip(kind.depths, layers, strict=True):
+                update = layer.get_submodule(name).get_delta_weight("default")
+                assert row.module == f"model.layers.{row.depth}.{name}" and (row.gates is None) == (folder != out)
+                assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
+    pruned = prune(read_saved(out), 0.5)
+    small = tmp_path / "small"
+    pruned.lora.save_pretrained(small)
+    save_file(pruned.tensors, small / ADAPTER)
+    torch.testing.assert_close(
+        logits_of(loaded(small), "mixture"), logits_of(loaded(out), "mixture"), atol=1e-5, rtol=0
+    )
+    directions = sum(len(rows) for rows, *_ in pruned.kept.values())
+    assert 0.3 < directions / (27 * RANK) < 0.7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -66,6 +67,19 @@ def test_the_page_holds_everything(page):
     assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 6 * 2 for row in rows)
     # kind, layer, openness of either run
     assert all(0 < float(row[2]) < 1 and row[3] == "-" for row in rows)
+
+
+def test_gates_of_heads_have_a_map_and_a_column(runs, tmp_path):
+    plots = importlib.util.find_spec("matplotlib")
+    given = ["--plot", str(tmp_path / "figures")] if plots else []
+    assert main(["inspect", str(runs("heads")), "--html", str(tmp_path / "page.html"), *given]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", text)[:2] == ["Gates", "Gates of heads and experts"]
+    parsed = Page(text)
+    place = next(row for row in parsed.rows if row[0] == "kind").index("groups")
+    rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
+    assert len(rows) == len(KINDS) * DEPTHS and all(0 < float(row[place]) < 1 for row in rows)
+    assert not plots or (tmp_path / "figures" / "groups.png").is_file()
 
 
 def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):

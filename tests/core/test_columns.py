@@ -31,20 +31,23 @@ class SameMessages(GCN):
 
 def kind_map(
     experts: int = 1,
+    apart: bool = False,
     warm: bool = False,
     parts: Parts = Parts(),  # noqa: B008
     heads: Heads | None = None,
     **options,
 ) -> tuple[KindMap, Factors]:
     torch.manual_seed(0)
-    latent = Factors(torch.randn(DEPTHS, RANK * experts, WIDTH_IN), torch.randn(DEPTHS, WIDTH_OUT, RANK * experts))
-    modules = [f"layers.{depth}.q_proj" for depth in range(DEPTHS)]
+    each = experts if apart else 1  # modules of a layer
+    rows = RANK * experts // each
+    latent = Factors(torch.randn(DEPTHS * each, rows, WIDTH_IN), torch.randn(DEPTHS * each, WIDTH_OUT, rows))
     kind = Kind(
         "layers.*.q_proj",
-        modules,
+        [f"layers.{depth}.experts.{expert}.q_proj" for depth in range(DEPTHS) for expert in range(each)],
         *([nn.Parameter(f) for f in side] for side in latent),
-        Adapted(experts=experts),
+        Adapted(experts=experts // each),
         heads,
+        each,
     )
     origin_B = torch.randn_like(latent.B) if warm else None
     m = KindMap(kind, StructLoRAConfig(**options), torch.randn(1, *latent.A.shape[1:]), origin_B, parts)
@@ -70,6 +73,8 @@ def blocks_of(monkeypatch, width: int) -> None:
         {"side": "both", "warm": True, "coordinator_layers": 2},
         {"side": "both", "experts": 2},
         {"side": "both", "experts": 2, "expert_gates": True},
+        {"side": "both", "experts": 3, "apart": True, "warm": True},
+        {"side": "write", "experts": 3, "apart": True, "expert_gates": True, "share_gates": True},
         {"share_gates": True},
         {"hard_gates": True, "coordinator": "none"},
         {"filter": "random", "side": "both"},
@@ -156,6 +161,8 @@ def test_parts_that_do_not_claim_to_act_on_columns_are_given_the_whole(monkeypat
         {"coordinator": "none"},
         {"coordinator": "none", "experts": 2, "share_gates": True, "hard_gates": True},
         {"coordinator": "none", "experts": 2, "expert_gates": True},
+        {"experts": 3, "apart": True, "expert_gates": True},
+        {"coordinator": "none", "experts": 2, "apart": True, "share_gates": True},
         {"coordinator": "none", "heads": Heads("A", 11), "head_gates": True},
         {"coordinator": "gat"},  # which is not mapped by columns
         {"filter": "random"},
@@ -166,7 +173,7 @@ def test_rows_give_what_the_stack_gives(options, has_noise):
     m, latent = kind_map(**options)
     noise = torch.randn(m.noise_shape) if has_noise else None
     gradient = Factors(*map(torch.randn_like, latent))
-    counts = [WIDTH_OUT, 2, 0, 1]  # of the depths' rows, as a rank may own them
+    counts = [WIDTH_OUT, 2, 0, 1] * m.kind.per_depth  # of the modules' rows, as a rank may own them
 
     def own(factors: Factors) -> Factors:
         return factors._replace(

@@ -28,7 +28,7 @@ from structlora_trl.core.gates import (
 from structlora_trl.core.graph import DepthGraph, adjacency_edges, normalize_edges, semantic_edges
 from structlora_trl.core.mapping import Factors, KindMap
 from structlora_trl.core.nodes import Kind
-from tests.support.reference import reference_expected_gate
+from tests.support.reference import reference_expected_gate, reference_weights
 
 settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
@@ -151,6 +151,44 @@ def test_edge_sets(edges, adjacent, semantic):
     assert int(graph.edges.sum()) // 2 == adjacent + semantic
 
 
+def mixture_graph(experts, depths, **options):
+    nodes = [nn.Parameter(torch.zeros(1, 1)) for _ in range(experts * depths)]
+    names = [f"layers.{i}.experts.{j}.w1" for i in range(depths) for j in range(experts)]
+    return DepthGraph.over_depth(
+        Kind("layers.*.experts.*.w1", names, nodes, nodes, per_depth=experts), StructLoRAConfig(**options)
+    )
+
+
+@pytest.mark.parametrize("edges", ["hybrid", "adjacency", "similarity"])
+def test_experts_of_a_layer_are_joined_by_one_edge_shared_out(edges):
+    """Beside the edges over depth of each, as the whole matrix of all nodes has it."""
+    graph = mixture_graph(5, 3, edges=edges, semantic_threshold=0.0)
+    if edges != "adjacency":
+        graph.observe(torch.randn(5, 3, 20, generator=torch.Generator().manual_seed(0)))
+        graph.rebuild()
+        assert graph.semantic_edge_count > 0
+    weights = reference_weights(graph.edges, edges != "similarity")
+    scale = weights.sum(1).rsqrt()
+    features = torch.randn(5, 3, 2, 4)
+    whole = (scale[:, None] * weights * scale) @ features.flatten(0, 1).flatten(1)
+    torch.testing.assert_close(graph.propagate(features), whole.view_as(features))
+    # Whatever the number of experts, what comes from them weighs as much as one neighbour.
+    assert (weights.sum(1) - graph.edges.sum(-1).flatten() - 1 == (edges != "similarity")).all()
+
+
+@pytest.mark.parametrize("name", COORDINATORS)
+def test_coordinator_commutes_with_permutations_of_experts(name):
+    features, order = torch.randn(4, 3, 2, 5), torch.tensor([2, 0, 3, 1])
+    coordinator, graph = build_coordinator(name, 2, 2, "tanh", 0), mixture_graph(4, 3)
+    with torch.no_grad():
+        added = coordinator(features, graph)
+        torch.testing.assert_close(coordinator(features[order], graph), added[order])
+        changed = features.clone()
+        changed[1] += 1
+        moved = (coordinator(changed, graph) - added).abs().amax((1, 2, 3))
+        assert (moved > 1e-3).all()  # each hears each
+
+
 def test_running_mean_decays():
     graph = graph_over(2, semantic_decay=0.75)
     graph.observe(torch.tensor([[1.0], [2.0]]))
@@ -211,6 +249,9 @@ def test_new_coordinator_changes_nothing_and_can_learn(name):
 def test_gat_starts_as_the_mean_over_neighbours():
     coordinator = COORDINATORS["gat"](2, 1, "identity")
     coordinator.theta.data[0] = torch.eye(2)
+    experts = torch.randn(3, 2, 2, 4)
+    near = [experts[0, 0], experts[0, 1], experts[1:, 0].mean(0)]
+    torch.testing.assert_close(coordinator(experts, mixture_graph(3, 2))[0, 0], torch.stack(near).mean(0))
     features = torch.randn(3, 2, 4)
     added = coordinator(features, graph_of(adjacency_edges(3)))
     torch.testing.assert_close(added[0], features[:2].mean(0))

@@ -11,7 +11,7 @@ from structlora_trl.core.nodes import Heads
 from tests.core.test_columns import kind_map
 
 
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize(("experts", "apart"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -28,10 +28,10 @@ from tests.core.test_columns import kind_map
     ],
     ids=str,
 )
-def test_latents_of_what_was_written_give_it_again(options, experts):
+def test_latents_of_what_was_written_give_it_again(options, experts, apart):
     if experts > 1 and "heads" in options:
         pytest.skip("experts have no heads")
-    m, latent = kind_map(experts=experts, **options)
+    m, latent = kind_map(experts=experts, apart=apart, **options)
     with torch.no_grad():
         for coordinator in m.coordinators.values():
             coordinator.theta.mul_(0.1)  # messages are small beside what they are added to

@@ -56,6 +56,14 @@ _MOE = {
     "mlp.experts.gate_up_proj": READ,
     "mlp.experts.down_proj": WRITE,
 }
+_MIXTURE = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.o_proj": WRITE,
+    "mlp.router": READ,
+    "mlp.experts.*.gate_proj": READ,
+    "mlp.experts.*.up_proj": READ,
+    "mlp.experts.*.down_proj": WRITE,
+}
 _BERT = {
     **{f"attention.self.{n}": READ for n in ("query", "key", "value")},
     "attention.output.dense": WRITE,
@@ -71,7 +79,7 @@ def test_families_are_known_by_name(family):
     deep = {name: kind for name, kind in kinds.items() if kind.depth_count > 1}
     assert all(kind.depth_count == LAYERS for kind in deep.values())
     roles = {name.split("*.", 1)[1]: residual_role(kind, None) for name, kind in deep.items() if "vision" not in name}
-    expected = {"bert": _BERT, "mixtral": _MOE, "qwen3_moe": _MOE}.get(family, _DECODER)
+    expected = {"bert": _BERT, "mixtral": _MOE, "qwen3_moe": _MOE, "mixture": _MIXTURE}.get(family, _DECODER)
     if family == "vit":
         assert list(roles.values()).count(WRITE) == 2 and list(roles.values()).count(READ) == 4
     else:
@@ -100,7 +108,11 @@ def test_depth_is_numeric_order_and_experts_are_not_depths():
     (kind,) = discover(Adapted({f"layers.{i}.q": same for i in (10, 9, 2)}), "default")
     assert kind.modules == ["layers.2.q", "layers.9.q", "layers.10.q"]
     experts = {f"layers.{i}.mlp.experts.{j}.w1": same for i in range(2) for j in range(2)}
-    assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 2}
+    (kind,) = discover(Adapted(experts), "default")
+    assert kind.name == "layers.*.mlp.experts.*.w1" and (kind.depth_count, kind.experts) == (2, 2) and kind.is_expert
+    assert kind.modules == [f"layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(2)]
+    del experts["layers.1.mlp.experts.1.w1"]
+    assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 1}
     staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
     assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}
 

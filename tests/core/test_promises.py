@@ -72,7 +72,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mixture"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_chain_rule_of_every_switch(options, family):
     assert_chain_rule(peft_model(family, "warm", targets=FAMILIES[family].linear), family, **options)
@@ -86,6 +86,7 @@ def test_chain_rule_of_every_switch(options, family):
         ("bert", {"head_gates": True, "coordinator": "none"}),
         ("vit", {"head_gates": True}),
         ("qwen3_moe", {"expert_gates": True}),
+        ("mixture", {"expert_gates": True, "share_gates": True}),
         ("qwen3_moe", {"expert_gates": True, "head_gates": True, "coordinator": "none"}),
     ],
 )

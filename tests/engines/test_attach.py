@@ -44,9 +44,23 @@ RUNS = {
         ["ddp", "fsdp2", "zero2", "zero3"],
     ),
     "gates by chance, scaled": ({"scaled": True, "method": {**GATES, "filter": "random"}}, [], ["zero1", "zero2"]),
-    "experts": ({"experts": True, "method": {"gate_init": 0.5}}, [], ["ddp", "fsdp2", "zero1", "zero2", "zero3"]),
+    "experts": (
+        {"experts": "stacked", "method": {"edges": "hybrid", "gate_init": 0.7}},
+        [],
+        ["ddp", "fsdp2", "zero1", "zero2", "zero3"],
+    ),
+    "experts apart": (
+        {"experts": "apart", "method": {"edges": "hybrid"}},
+        ["zero3"],
+        ["ddp", "fsdp2", "fsdp2 layers", "zero1", "zero2"],
+    ),
+    "gates of experts apart": (
+        {"experts": "apart", "clip": 0.1, "method": {**GATES, "expert_gates": True}},
+        [],
+        ["fsdp2", "zero1", "zero2"],
+    ),
     "gates of experts": (
-        {"experts": True, "method": {**GATES, "gate_init": 0.7, "expert_gates": True}},
+        {"experts": "stacked", "method": {**GATES, "gate_init": 0.7, "expert_gates": True}},
         [],
         ["fsdp2", "zero2"],
     ),

@@ -7,7 +7,13 @@ from torch.func import functional_call
 
 from structlora_trl import attach
 from structlora_trl.core.gates import logistic_noise
-from tests.support.reference import reference_expected_gate, reference_factors, reference_kl, reference_regularizer
+from tests.support.reference import (
+    reference_expected_gate,
+    reference_factors,
+    reference_kl,
+    reference_regularizer,
+    reference_weights,
+)
 from tests.support.tiny import adamw, batch_of, casting, loss_of, step_with, train
 
 
@@ -34,7 +40,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
         own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
         A = [a.detach().clone().requires_grad_() for a in stacked.A]
         B = [b.detach().clone().requires_grad_() for b in stacked.B]
-        A0 = None if m.origin_A is None else m.origin_A.expand(kind.depth_count, -1, -1)
+        A0 = None if m.origin_A is None else m.origin_A.expand(len(kind.modules), -1, -1)
         gates = None
         if m.filter.logits is not None:
             start = torch.full((1,), config.gate_init).logit()
@@ -43,17 +49,20 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
             logits.append(own["filter.logits"].expand(m.filter.shape).flatten())
             if m.groups is not None:
                 groups = torch.sigmoid((own["groups.logits"] + part[..., kind.rank :]) / config.temperature) / mean
-                logits.append(own["groups.logits"].flatten())
+                logits.append(own["groups.logits"].expand(m.groups.shape).flatten())
                 if m.heads is None:  # of experts
                     gates = gates * groups
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
-        experts = []
+        factors = []  # of each expert and depth: A, B, A0, B0
         for e in range(kind.experts):
-            rows, columns = slice(e * kind.rank, (e + 1) * kind.rank), slice(e, None, kind.experts)
-            Ae, Be = [a[rows] for a in A], [b[:, columns] for b in B]
-            Ae0 = None if A0 is None else A0[:, rows]
-            Be0 = None if m.origin_B is None else m.origin_B[:, :, columns]
+            if kind.per_depth > 1:  # modules in the order (depth, expert)
+                Ae, Be = A[e :: kind.per_depth], B[e :: kind.per_depth]
+                Ae0, Be0 = (t if t is None else t[e :: kind.per_depth] for t in (A0, m.origin_B))
+            else:
+                rows, columns = slice(e * kind.rank, (e + 1) * kind.rank), slice(e, None, kind.experts)
+                Ae, Be = [a[rows] for a in A], [b[:, columns] for b in B]
+                Ae0, Be0 = A0 if A0 is None else A0[:, rows], None if m.origin_B is None else m.origin_B[:, :, columns]
             if config.regularizer != "none":
                 updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0, strict=True)], "B": Be}
                 penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
@@ -64,12 +73,21 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
                     Ae = [a * of_width for a, of_width in zip(Ae, spread, strict=True)]
                 else:
                     Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
-            own_gates, edges = (t if t is None or kind.experts == 1 else t[e] for t in (gates, m.graph.edges))
-            experts.append(reference_factors(Ae, Be, Ae0, Be0, own_gates, edges, theta, activation))
-        A1 = [torch.cat(of_depth) for of_depth in zip(*(A for A, _ in experts), strict=True)]  # rows (expert, r)
-        B1 = [
-            torch.stack(of_depth, -1).flatten(1) for of_depth in zip(*(B for _, B in experts), strict=True)
-        ]  # columns (r, expert)
+            factors.append((Ae, Be, Ae0, Be0))
+        Ae, Be, Ae0, Be0 = (
+            None if parts[0] is None else [x for part in parts for x in part] for parts in zip(*factors, strict=True)
+        )
+        edges = m.graph.edges if kind.experts > 1 else m.graph.edges[None]
+        weights = reference_weights(edges, kind.experts > 1 and config.edges != "similarity")
+        A1, B1 = reference_factors(
+            Ae, Be, Ae0, Be0, None if gates is None else gates.flatten(0, -2), weights, theta, activation
+        )
+        A1, B1 = ([nodes[depth :: kind.depth_count] for depth in range(kind.depth_count)] for nodes in (A1, B1))
+        if kind.per_depth > 1:
+            A1, B1 = ([node for of_depth in nodes for node in of_depth] for nodes in (A1, B1))
+        else:
+            A1 = [torch.cat(of_depth) for of_depth in A1]  # rows (expert, r)
+            B1 = [torch.stack(of_depth, -1).flatten(1) for of_depth in B1]  # columns (r, expert)
         for parameters, values in ((kind.A, A1), (kind.B, B1)):
             for p, value in zip(parameters, values, strict=True):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)

@@ -144,7 +144,7 @@ def train(
     freeze: str | None = None,
     as_loaded: bool = False,
     four_bits: bool = False,
-    experts: bool = False,
+    experts: str | None = None,
 ) -> dict:
     """One run of a bare loop.
 
@@ -159,7 +159,7 @@ def train(
         freeze: freeze parameters whose name holds this.
         as_loaded: leave the base model in `eval()`, as `from_pretrained` returns it.
         four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
-        experts: a mixture, whose layers keep their experts in one parameter each; these are adapted.
+        experts: a mixture, whose experts are adapted: 'stacked' in one parameter of each layer, or modules 'apart'.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
@@ -167,8 +167,10 @@ def train(
     """
     if four_bits:
         model = _quantised()
-    elif experts:
+    elif experts == "stacked":
         model = _mixture()
+    elif experts == "apart":
+        model = peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
     else:
         model = _sliced() if engine == "tp" else peft_model("llama", "warm", targets=TARGETS)
     for name, parameter in model.named_parameters():

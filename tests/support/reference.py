@@ -14,16 +14,16 @@ def reference_factors(
     A0: list[Tensor],
     B0: list[Tensor] | None,
     gates: list[Tensor] | None,
-    edges: Tensor,
+    weights: Tensor,
     theta: dict[str, Tensor],
     activation,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Effective factors of one kind.
+    """Effective factors of one kind, whose nodes are depths, or experts of each depth.
 
     Args:
         A0, B0: where the update starts from; B0 is None for zero.
-        gates: per depth, what each direction is multiplied with, or None.
-        edges: (L, L) bool without self-loops.
+        gates: per node, what each direction is multiplied with, or None.
+        weights: (N, N) of edges, symmetric, with self-loops.
         theta: 'A' and/or 'B' -> (T, r, r) weights of message passing on that side.
     """
     B0 = [torch.zeros_like(b) for b in B] if B0 is None else B0
@@ -32,20 +32,37 @@ def reference_factors(
         for i, (b, b0) in enumerate(zip(B, B0, strict=True))
     ]
     if "A" in theta:
-        A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0, strict=True)], edges, theta["A"], activation)
+        A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0, strict=True)], weights, theta["A"], activation)
     if "B" in theta:
         features = [(b - b0).T for b, b0 in zip(B, B0, strict=True)]
-        B = [b.T for b in _message_passing([b.T for b in B], features, edges, theta["B"], activation)]
+        B = [b.T for b in _message_passing([b.T for b in B], features, weights, theta["B"], activation)]
     return A, B
 
 
-def _message_passing(values, features, edges, thetas, activation):
-    neighbours = [[*(j for j in range(len(features)) if edges[i, j]), i] for i in range(len(features))]
-    degree = [len(n) for n in neighbours]
+def reference_weights(edges: Tensor, joins_experts: bool) -> Tensor:
+    """Weights of edges (N, N) between nodes in the order (expert, depth), from those over depth, (E, L, L) bool without
+    self-loops; experts of a layer share an edge among all others of it where they are joined."""
+    E, L, _ = edges.shape
+    weights = torch.zeros(E, L, E, L)
+    for e in range(E):
+        weights[e, :, e] = edges[e].float() + torch.eye(L)
+        for other in range(E):
+            if other != e and joins_experts:
+                weights[e, :, other] += torch.eye(L) / (E - 1)
+    return weights.view(E * L, E * L)
+
+
+def _message_passing(values, features, weights, thetas, activation):
+    degree = weights.sum(1)
     h = list(features)
     for theta in thetas:
         messages = [
-            sum((degree[i] * degree[j]) ** -0.5 * (theta.T @ h[j]) for j in neighbours[i]) for i in range(len(h))
+            sum(
+                (degree[i] * degree[j]) ** -0.5 * weights[i, j] * (theta.T @ h[j])
+                for j in range(len(h))
+                if weights[i, j]
+            )
+            for i in range(len(h))
         ]
         h = [own + activation(message) for own, message in zip(h, messages, strict=True)]
     return [value + new - old for value, new, old in zip(values, h, features, strict=True)]

@@ -401,6 +401,11 @@ ADAPTERS = [
         **other_family(mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
         method={**WHOLE, "expert_gates": True},
     ),
+    Setup(
+        "MoE experts that are modules",
+        **other_family(FAMILIES["mixture"].build, ["q_proj", "up_proj", "down_proj"]),
+        method={**WHOLE, "expert_gates": True},
+    ),
     Setup("MoE layers by 'all-linear'", **other_family(qwen3_moe, "all-linear")),
 ]
 

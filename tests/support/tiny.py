@@ -31,6 +31,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 WORDS = 60
 VOCABULARY = WORDS + 4  # and four special tokens
@@ -93,6 +94,27 @@ def _llava() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
+class _Mixture(torch.nn.Module):
+    """Experts that are modules of their own, as transformers before 5 and models with code of their own have them; all of them
+    take part, as the router weighs them."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.router = torch.nn.Linear(config.hidden_size, EXPERTS, bias=False)
+        self.experts = torch.nn.ModuleList(LlamaMLP(config) for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.router(x).softmax(-1).unbind(-1)
+        return sum(w[..., None] * expert(x) for w, expert in zip(weights, self.experts, strict=True))
+
+
+def _mixture() -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig(**_DECODER))
+    for layer in model.model.layers:
+        layer.mlp = _Mixture(model.config)
+    return model
+
+
 @dataclass
 class Family:
     """How to build a family's tiny model and feed it."""
@@ -135,6 +157,12 @@ FAMILIES = {
         ["q_proj"],
         [*_ATTENTION_MODULES, "mlp.gate"],
         _EXPERT_PARAMETERS,
+    ),
+    "mixture": Family(
+        _mixture,
+        _text_batch,
+        ["q_proj", "up_proj"],
+        [*_DECODER_MODULES, "router"],
     ),
     "llava": Family(
         _llava,
