@@ -19,6 +19,8 @@ pytestmark = one_at_a_time
 FOUR_PROCESSES = ("fsdp2 contexts", "hsdp", "zero3 hpz")
 
 GATES = {"coordinator": "none"}
+# Edges of both sorts: -0.5, too, is far from every cosine, and joins all depths that are no neighbours.
+HYBRID = {"edges": "hybrid", "semantic_threshold": -0.5, "gate_init": 0.5}
 
 RUNS = {
     # name: (what `loop_job.train` is told, engines in the quick suite, engines beside them)
@@ -45,12 +47,12 @@ RUNS = {
     ),
     "gates by chance, scaled": ({"scaled": True, "method": {**GATES, "filter": "random"}}, [], ["zero1", "zero2"]),
     "experts": (
-        {"experts": "stacked", "method": {"edges": "hybrid", "gate_init": 0.7}},
+        {"experts": "stacked", "method": HYBRID},
         [],
         ["ddp", "fsdp2", "zero1", "zero2", "zero3"],
     ),
     "experts apart": (
-        {"experts": "apart", "method": {"edges": "hybrid"}},
+        {"experts": "apart", "method": HYBRID},
         ["zero3"],
         ["ddp", "fsdp2", "fsdp2 layers", "zero1", "zero2"],
     ),
