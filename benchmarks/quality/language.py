@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from structlora_trl import StructLoRACallback
 
 from . import assets, ideas, methods
-from .cell import figures, truncated
+from .cell import figures, packed, truncated
 from .store import KEY
 
 SPLIT_SEED = 0
@@ -240,20 +240,24 @@ def _likelier(model, tokenizer, examples: list[Example]) -> dict[str, float | st
 
 
 @torch.inference_mode()
-def _exact_match(model, tokenizer, examples: list[Example]) -> dict[str, float]:
+def _exact_match(model, tokenizer, examples: list[Example]) -> dict[str, float | str]:
     """Share of prompts whose greedy continuation, up to the end token, is the answer; NLL per answer token."""
-    correct, nll, tokens = 0, 0.0, 0
+    right, nll, tokens = [], 0.0, 0
     for batch in _batches(examples):
         prompts = _left_padded(tokenizer, [p for p, _ in batch])
         written = model.generate(**prompts, do_sample=False, max_new_tokens=20, pad_token_id=tokenizer.pad_token_id)
         texts = tokenizer.batch_decode(written[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        correct += sum(text.strip() == answer.strip() for text, (_, answer) in zip(texts, batch, strict=True))
+        right += [text.strip() == answer.strip() for text, (_, answer) in zip(texts, batch, strict=True)]
         for prompt, answer in batch:
             start, whole = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
             logits = model(input_ids=torch.tensor([whole])).logits[0, len(start) - 1 : -1].float()
             nll += torch.nn.functional.cross_entropy(logits, torch.tensor(whole[len(start) :]), reduction="sum").item()
             tokens += len(whole) - len(start)
-    return {"accuracy": round(100 * correct / len(examples), 3), "nll": round(nll / tokens, 5)}
+    return {
+        "accuracy": round(100 * sum(right) / len(examples), 3),
+        "nll": round(nll / tokens, 5),
+        "right": packed(right),
+    }
 
 
 def _batches(examples: list[Example]) -> list[list[Example]]:

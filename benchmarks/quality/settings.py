@@ -250,15 +250,13 @@ LINEAR_PLACES = (
     (("fashion-all", 4, 200), 2e-3),
     (("movie-all", 4, 200), 4e-3),
 )
-LINEAR_METHODS = (
-    "structlora",
-    "no-align",
-    "structlora:align_init=false",
+LINEAR_METHODS = ("structlora", "no-align", "structlora:align_init=false")
+LINEAR_IDEAS = (
     STREAM_ALL,
+    STREAM,
     "no-align:x_total_noise=true",
     "no-align:x_snr=true",
     "no-align:gate_lr=0",
-    STREAM,
     "structlora:head_gates=true",
 )
 # Text in runs that are short: 2.4 passes over 200 examples, and a single pass over 480.
@@ -270,15 +268,28 @@ SHORT_METHODS = (
     "structlora:x_second_pass=true",
     "no-align:x_second_pass=true",
 )
+# The language model in a single pass, where StructLoRA lost most.
+ONE_PASS_PLACES = ((LANGUAGE[1], 8e-3),)
+ONE_PASS_METHODS = ("structlora", "no-align", "structlora:x_second_pass=true")
 # The language model on few examples, and in a longer run.
 FEW_PLACES = tuple(
     ((task, 4, examples), 2e-3) for task in ("smollm-movie-few", "smollm-movie-few-all") for examples in (64, 128)
 )
 LONG_PLACES = ((("smollm-movie-long", 4, 1000), 2e-3),)
+# What StructLoRA is for, and where it must do no harm: name -> settings, each method at its own rate, and places.
+_FEW, _MORE = [s for s in SETTINGS if s[2] <= 200], [s for s in SETTINGS if s[2] > 200]
+AIMS = {
+    "at most 200 examples": (_FEW, (*LINEAR_PLACES, *FEW_PLACES)),
+    "of these, q and v": (_FEW, FEW_PLACES[:2]),
+    "of these, all linear modules": ((), (*LINEAR_PLACES, *FEW_PLACES[2:])),
+    "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *LONG_PLACES)),
+}
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {
     "linear": (LINEAR_METHODS, LINEAR_PLACES, EVIDENCE_SEEDS),
+    "linear-ideas": (LINEAR_IDEAS, LINEAR_PLACES, EVIDENCE_SEEDS[:6]),
     "short-runs": (SHORT_METHODS, SHORT_PLACES, EVIDENCE_SEEDS),
+    "one-pass": (ONE_PASS_METHODS, ONE_PASS_PLACES, EVIDENCE_SEEDS[:8]),
     "few": (MAIN[1:2], FEW_PLACES, EVIDENCE_SEEDS[:8]),
     "long": (MAIN[1:2], LONG_PLACES, EVIDENCE_SEEDS[:4]),
 }

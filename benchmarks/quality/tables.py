@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, ttest_1samp
+from scipy.stats import t as student
 
 from . import heldout, methods
 from .selection import BASE, GATES, OURS, Runs, Setting, test_runs
 from .settings import (
     ABLATIONS,
+    AIMS,
     COMPARED,
     CONTROLS,
     EARLY,
     EVIDENCE,
+    EVIDENCE_SEEDS,
     EXAMPLES,
     FINAL_PLACES,
     FINAL_ROUNDS,
@@ -94,6 +97,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
         **{name: evidence(every_seed, *given) for name, given in EVIDENCE.items()},
+        "aims": aims(runs, every_seed),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -308,6 +312,77 @@ def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
     return markdown([*header, "NLL", "p (q, Holm)", "ECE"], rows)
 
 
+def aims(tuned: Runs, fixed: Runs) -> str:
+    """StructLoRA less LoRA over groups of settings: averages, and the worst of them.
+
+    Args:
+        tuned (`Runs`): of which settings have test figures at each method's own rate.
+        fixed (`Runs`): of which places have figures of all held-out examples at one rate.
+    """
+    rows = []
+    for name, (settings, places) in AIMS.items():
+        found = {setting: _gaps_tuned(tuned, setting) for setting in settings}
+        found |= {place: _gaps_fixed(fixed, *place) for place in places}
+        found = {key: pair for key, pair in found.items() if len(pair[0]) > 1}
+        if len(found) < 2:
+            continue
+        gaps = pd.DataFrame({key: of_seeds.mean() for key, (of_seeds, _) in found.items()}).T.reset_index(drop=True)
+        relative = 100 * gaps["nll"] / [base for _, base in found.values()]  # percent
+        worst, worst_nll = gaps["accuracy"].idxmin(), relative.idxmax()
+        names = [describe(key if isinstance(key[0], str) else key[0]) for key in found]
+        rows.append(
+            [
+                name,
+                len(found),
+                f"{gaps['accuracy'].mean():+.1f}",
+                _p_over_seeds([of_seeds["accuracy"] for of_seeds, _ in found.values()]),
+                P.of(gaps["accuracy"]),
+                f"{(gaps['accuracy'] > 0).sum()} of {len(gaps)}",
+                f"{gaps['accuracy'][worst]:+.1f} ({names[worst]})",
+                f"{relative.mean():+.1f} %",
+                P.of(relative),
+                f"{relative[worst_nll]:+.1f} % ({names[worst_nll]})",
+                f"{gaps['ece'].mean():+.1f} ({gaps['ece'].count()})" if gaps["ece"].any() else "",
+            ]
+        )
+    header = [
+        "settings",
+        "number",
+        "accuracy − LoRA",
+        "p over seeds (q, Holm)",
+        "p over settings (q, Holm)",
+        "better on",
+    ]
+    header += ["worst", "NLL − LoRA", "p over settings (q, Holm)", "worst", "ECE − LoRA (where kept)"]
+    return markdown(header, rows)
+
+
+def _gaps_tuned(runs: Runs, setting: Setting) -> tuple[pd.DataFrame, float]:
+    """Differences of test figures by seed, and LoRA's NLL."""
+    gaps = pd.DataFrame({figure: runs.differences(setting, OURS, figure) for figure in ("accuracy", "nll")})
+    base = runs.best(setting, BASE)["test.nll"]
+    return gaps.assign(ece=np.nan), _mean(base[base.index.isin(gaps.index)]) if len(gaps) else np.nan
+
+
+def _gaps_fixed(runs: Runs, setting: Setting, lr: float) -> tuple[pd.DataFrame, float]:
+    """The same over all held-out examples."""
+    ours, theirs = (_of_kept(runs, name, [(setting, lr)], EVIDENCE_SEEDS).get(0) for name in (OURS, BASE))
+    if ours is None or theirs is None:
+        return pd.DataFrame(), np.nan
+    shared = ours.index.intersection(theirs.index)
+    base = heldout.figures(theirs.loc[shared])
+    return heldout.figures(ours.loc[shared]) - base, base["nll"].mean()
+
+
+def _p_over_seeds(gaps: Sequence[pd.Series]) -> P:
+    """Of the average over settings that have seeds of their own, by Welch and Satterthwaite."""
+    counts = np.array([len(of_seeds) for of_seeds in gaps])
+    variances = np.array([of_seeds.var(ddof=1) for of_seeds in gaps]) / counts
+    freedom = variances.sum() ** 2 / (variances**2 / (counts - 1)).sum()
+    mean = np.mean([of_seeds.mean() for of_seeds in gaps])
+    return P(2 * student.sf(abs(mean) * len(gaps) / variances.sum() ** 0.5, freedom))
+
+
 def elsewhere(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int]) -> str:
     """At the same rates, on examples of other kinds and with the adapter cut to a part of its rank: LoRA, and others less LoRA."""
     found = {
@@ -340,7 +415,8 @@ def _elsewhere(ours: pd.DataFrame, theirs: pd.DataFrame | None, column: str) -> 
 
 
 def _absolute(means: pd.DataFrame) -> list:
-    return [_mean_and_sd(means["accuracy"]), "", "", f"{_mean(means['nll']):.3f}", "", f"{_mean(means['ece']):.1f}"]
+    ece = "" if means["ece"].isna().all() else f"{_mean(means['ece']):.1f}"  # there is none of a text that is written
+    return [_mean_and_sd(means["accuracy"]), "", "", f"{_mean(means['nll']):.3f}", "", ece]
 
 
 def _relative(gaps: pd.DataFrame, draws: np.ndarray) -> list:
@@ -349,7 +425,8 @@ def _relative(gaps: pd.DataFrame, draws: np.ndarray) -> list:
     mean = gaps.mean()
     both = P(heldout.p_of(mean["accuracy"], draws, len(gaps)))
     accuracy = [f"{mean['accuracy']:+.1f} ± {error['accuracy']:.1f}", P.of(gaps["accuracy"]), both]
-    return [*accuracy, f"{mean['nll']:+.3f}", P.of(gaps["nll"]), f"{mean['ece']:+.1f} ± {error['ece']:.1f}"]
+    ece = "" if gaps["ece"].isna().all() else f"{mean['ece']:+.1f} ± {error['ece']:.1f}"
+    return [*accuracy, f"{mean['nll']:+.3f}", P.of(gaps["nll"]), ece]
 
 
 def _of_kept(runs: Runs, name: str, places: Sequence[Place], seeds: Sequence[int]) -> dict[int, pd.DataFrame]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from scipy.stats import false_discovery_control
+from scipy.stats import t as student
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.quality import (
@@ -146,6 +147,31 @@ def test_figures_elsewhere_are_paired_by_seed():
     assert [name for name in header if "accuracy" in name] == ["tweets, accuracy", "half the rank, accuracy"]
     assert lora[3:5] == ["3", "63.0 ± 3.0"] and lora[7:9] == ["3", "70.0 ± 0.0"]
     assert ours[3:5] == ["3", "+3.0 ± 0.6"] and ours[6] == "+0.000" and ours[7:9] == ["2", "+1.0 ± 0.0"]
+
+
+def test_aims_average_over_settings_each_with_its_own_seeds(monkeypatch):
+    """One setting at tuned rates, one place over validation and test examples: their means weigh alike."""
+
+    def line(task, method, lr, seed, accuracy, nll):
+        figures = {"accuracy": accuracy, "nll": nll, "ece": 5.0 + (method == "structlora"), "right": "4:0"}
+        keys = {"task": task, "rank": 4, "examples": 9, "method": method, "lr": lr, "seed": seed}
+        return {**keys, "validation": figures, "test": figures}
+
+    lines = [line("a", "lora", 0.1, seed, 60.0 + seed, 0.5) for seed in range(3)]
+    lines += [line("a", "structlora", 0.1, seed, 61.0 + 2 * seed, 0.49) for seed in range(3)]
+    kept = [40, 41]
+    lines += [line("b", "lora", 0.2, seed, 70.0, 1.0) for seed in kept]
+    lines += [line("b", "structlora", 0.2, seed, 69.5 + seed % 2, 1.03) for seed in kept]
+    aims = {"all": ([("a", 4, 9)], [(("b", 4, 9), 0.2)]), "never run": ([("a", 4, 9)], [])}
+    monkeypatch.setattr(tables, "AIMS", aims)
+    rows = tables.aims(selection.Runs(lines), selection.Runs(lines)).splitlines()
+    assert len(rows) == 3
+    cells = [cell.strip() for cell in rows[2].strip("|").split("|")]
+    assert cells[:3] == ["all", "2", "+1.0"] and cells[5:8] == ["1 of 2", "+0.0 (b, 4, 9)", "+0.5 %"]
+    assert cells[9:] == ["+3.0 % (b, 4, 9)", "+1.0 (1)"]
+    errors = (1 / 3 + 0.5 / 2) ** 0.5 / 2  # of +1, +2, +3 and -0.5, +0.5
+    freedom = (1 / 3 + 0.5 / 2) ** 2 / ((1 / 3) ** 2 / 2 + (0.5 / 2) ** 2)
+    assert cells[3].startswith(f"{2 * student.sf(1.0 / errors, freedom):.3f} ")
 
 
 def test_evidence_is_of_seeds_that_chose_nothing():
