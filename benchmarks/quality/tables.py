@@ -97,6 +97,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
         **{name: evidence(every_seed, *given) for name, given in EVIDENCE.items()},
+        "linear-ideas": evidence(every_seed, *EVIDENCE["linear-ideas"], base=OURS),
         "aims": aims(runs, every_seed),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
@@ -268,29 +269,29 @@ def by_place(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
     return markdown(["task, r, examples", "rate", *columns], rows)
 
 
-def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int]) -> str:
-    """At fixed rates and over all held-out examples, each method less LoRA: by place, and last over all places.
+def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int], base: str = BASE) -> str:
+    """At fixed rates and over all held-out examples, each method less `base`: by place, and last over all places.
 
     The second p of accuracy is over seeds and examples together.
     """
-    found = {name: _of_kept(runs, name, places, seeds) for name in (BASE, *names)}
+    found = {name: _of_kept(runs, name, places, seeds) for name in (base, *names)}
     rows = []
     over_all: dict[str, list] = {name: [] for name in names}
     for number, (setting, lr) in enumerate(places):
-        theirs = found[BASE].get(number)
+        theirs = found[base].get(number)
         if theirs is None:
             continue
         place = [describe(setting), f"{lr:g}"]
         means = heldout.figures(theirs)
-        rows.append([*place, label(BASE), len(means), *_absolute(means)])
+        rows.append([*place, label(base), len(means), *_absolute(means)])
         for name in names:
             ours = found[name].get(number)
             shared = [] if ours is None else ours.index.intersection(theirs.index)
             if len(shared) < 2:
                 continue
-            ours, base = ours.loc[shared], theirs.loc[shared]
-            gaps = heldout.figures(ours) - heldout.figures(base)
-            draws = heldout.resampled(ours, base, setting[0])
+            pair = ours.loc[shared], theirs.loc[shared]
+            gaps = heldout.figures(pair[0]) - heldout.figures(pair[1])
+            draws = heldout.resampled(*pair, setting[0])
             over_all[name].append((gaps, draws))
             rows.append([*place, label(name), len(gaps), *_relative(gaps, draws)])
     for name, pairs in over_all.items():
