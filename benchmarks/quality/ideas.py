@@ -112,6 +112,14 @@ def _share_noise_out(runtime: Runtime, kinds: float, length: Length) -> None:
         m.filter.share_sampled = lambda: share
 
 
+def _bound_noise(runtime: Runtime, modules: float, length: Length) -> None:
+    """Noise of no more variance in all than that many gated modules have together (True: 24, q and v of 12 layers)."""
+    count = sum(m.kind.depth_count * m.kind.experts for m in runtime.maps)
+    share = ((24 if modules is True else modules) / count) ** 0.5
+    for m in runtime.maps:
+        m.filter.share_sampled = lambda: share
+
+
 class SignalToNoise(InformationBottleneck):
     """Logits in closed form in the place of learned ones: σ(φ) = s/(s + c), as a Wiener filter or a Gaussian information
     bottleneck weighs a channel, with s the signal-to-noise ratio of the direction's gradient.
@@ -421,6 +429,7 @@ IDEAS = {
     "x_share_noise": Idea({"noise": NoiseOfAllDepths}),
     "x_second_pass": Idea({"filter": BlendedGates}, _still_at_first),
     "x_total_noise": Idea({"filter": BlendedGates}, _share_noise_out),
+    "x_bounded_noise": Idea({"filter": BlendedGates}, _bound_noise),
     "x_snr": Idea({"filter": SignalToNoise}, _introduce_kinds),
     "x_snr_still": Idea({"filter": StillSignalToNoise}, _introduce_kinds),
     "x_stream": Idea({"coordinator": Stream, "graph": StreamGraph.over_depth}, _start_stream),

@@ -266,7 +266,7 @@ def test_every_method_trains_and_is_deterministic(plain, method):
 
 @pytest.mark.parametrize("idea", ideas.IDEAS)
 def test_every_idea_does_something(tiny_task, idea):
-    value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise", "x_total_noise") else "true"
+    value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise", "x_total_noise", "x_bounded_noise") else "true"
     method = "no-align:gate_lr=0.1" if idea == "x_one_A" else "structlora:coordinator_lr=0.1"
     plain, tried = (cell.run("digits", method + given, 4, 20, 1e-2, 3) for given in ("", f",{idea}={value}"))
     assert outcome(plain) != outcome(tried)
