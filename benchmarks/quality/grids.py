@@ -94,7 +94,6 @@ GRIDS = {
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
-    "language-more": lambda: _at_chosen_rates(LANGUAGE[1:], MAIN[:2], range(20, 26)),
 }
 
 

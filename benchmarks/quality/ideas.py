@@ -107,15 +107,16 @@ def _still_at_first(runtime: Runtime, passes: float, length: Length) -> None:
 
 def _share_noise_out(runtime: Runtime, kinds: float, length: Length) -> None:
     """Noise of as much variance in all as `kinds` gated kinds have together (True: two, as q and v), however many there are."""
-    share = ((2 if kinds is True else kinds) / len(runtime.maps)) ** 0.5
-    for m in runtime.maps:
-        m.filter.share_sampled = lambda: share
+    _scale_noise(runtime, ((2 if kinds is True else kinds) / len(runtime.maps)) ** 0.5)
 
 
 def _bound_noise(runtime: Runtime, modules: float, length: Length) -> None:
     """Noise of no more variance in all than that many gated modules have together (True: 24, q and v of 12 layers)."""
     count = sum(m.kind.depth_count * m.kind.experts for m in runtime.maps)
-    share = ((24 if modules is True else modules) / count) ** 0.5
+    _scale_noise(runtime, ((24 if modules is True else modules) / count) ** 0.5)
+
+
+def _scale_noise(runtime: Runtime, share: float) -> None:
     for m in runtime.maps:
         m.filter.share_sampled = lambda: share
 

@@ -18,6 +18,7 @@ from . import heldout, methods
 from .selection import BASE, GATES, OURS, Runs, Setting, test_runs
 from .settings import (
     ABLATIONS,
+    AGAINST,
     AIMS,
     COMPARED,
     CONTROLS,
@@ -96,8 +97,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "ranks": short(runs, rank_settings, paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
-        **{name: evidence(every_seed, *given) for name, given in EVIDENCE.items()},
-        "linear-ideas": evidence(every_seed, *EVIDENCE["linear-ideas"], base=OURS),
+        **{name: evidence(every_seed, *given, base=AGAINST.get(name, BASE)) for name, given in EVIDENCE.items()},
         "aims": aims(runs, every_seed),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
