@@ -339,7 +339,7 @@ class KindMap(nn.Module):
                 filtered = filtered * self._group_gates(noise).unsqueeze(-2)
             if filtered is B and not self.heads:  # nothing is filtered, and B₀ + (B − B₀) would round
                 return latent
-            filtered = _joined_B(filtered, self.kind)
+            filtered = _joined(filtered, "B", self.kind)
         else:
             filtered = self._times(update.B, self._gates(latent, noise, rows))
         factors = Factors(latent.A, filtered)
@@ -442,13 +442,13 @@ class KindMap(nn.Module):
         if side not in self.coordinators:
             return factor
         added = self.coordinators[side](self._features(side, factor, origin), self.graph)
-        return factor + (_joined_A(added, self.kind) if side == "A" else _joined_B(added.mT, self.kind))
+        return factor + _joined(added if side == "A" else added.mT, side, self.kind)
 
     def _times(self, B: Tensor, gates: Tensor) -> Tensor:
         """B with the columns of each module, or of each row, times its gates."""
         if gates.dim() == 2:
             return B * gates.unsqueeze(-2)
-        return _joined_B(_split_B(B, self.kind) * gates.unsqueeze(-2), self.kind)
+        return _joined(_split(B, "B", self.kind) * gates.unsqueeze(-2), "B", self.kind)
 
     def _times_heads(self, factors: Factors, gates: Tensor) -> Factors:
         """Factors with the rows of lora_B, or columns of lora_A, that belong to each head times its gate, (L, H)."""
@@ -459,7 +459,8 @@ class KindMap(nn.Module):
 
     def _features(self, side: str, factor: Tensor, origin: Tensor | None) -> Tensor:
         update = factor if origin is None else factor - origin
-        return _split_A(update, self.kind) if side == "A" else _split_B(update, self.kind).mT
+        parts = _split(update, side, self.kind)
+        return parts if side == "A" else parts.mT
 
     def _origin(self, side: str) -> Tensor | None:
         return {"A": self.origin_A, "B": self.origin_B}[side]
@@ -481,7 +482,7 @@ def _room(kept: Kept | None, side: str, like: Tensor) -> Tensor | None:
 
 def split(factors: Factors, kind: Kind) -> Factors:
     """Stacked factors as those of one module each: themselves, or of experts (E, L, r, k), (E, L, d, r)."""
-    return Factors(_split_A(factors.A, kind), _split_B(factors.B, kind))
+    return Factors(*(_split(getattr(factors, side), side, kind) for side in SIDES))
 
 
 def by_module(x: Tensor, kind: Kind) -> Tensor:
@@ -497,28 +498,24 @@ def first_everywhere(A: Tensor, kind: Kind) -> Tensor:
     return first.repeat(1, kind.adapted.experts, 1).expand_as(A)
 
 
-def _split_A(A: Tensor, kind: Kind) -> Tensor:
+def _split(factor: Tensor, side: str, kind: Kind) -> Tensor:
+    """One stacked factor as that of one module each: itself, or of experts (E, L, r, k), (E, L, d, r)."""
     if kind.per_depth > 1:
-        return A.unflatten(0, (-1, kind.per_depth)).transpose(0, 1)
-    return A if kind.experts == 1 else A.unflatten(1, (kind.experts, -1)).transpose(0, 1)
+        return factor.unflatten(0, (-1, kind.per_depth)).transpose(0, 1)
+    if kind.experts == 1:
+        return factor
+    if side == "A":
+        return factor.unflatten(1, (kind.experts, -1)).transpose(0, 1)
+    return factor.unflatten(2, (-1, kind.experts)).movedim(3, 0)
 
 
-def _split_B(B: Tensor, kind: Kind) -> Tensor:
+def _joined(factor: Tensor, side: str, kind: Kind) -> Tensor:
+    """What `_split` took apart, as it was."""
     if kind.per_depth > 1:
-        return B.unflatten(0, (-1, kind.per_depth)).transpose(0, 1)
-    return B if kind.experts == 1 else B.unflatten(2, (-1, kind.experts)).movedim(3, 0)
-
-
-def _joined_A(A: Tensor, kind: Kind) -> Tensor:
-    if kind.per_depth > 1:
-        return A.transpose(0, 1).flatten(0, 1)
-    return A if kind.experts == 1 else A.transpose(0, 1).flatten(1, 2)
-
-
-def _joined_B(B: Tensor, kind: Kind) -> Tensor:
-    if kind.per_depth > 1:
-        return B.transpose(0, 1).flatten(0, 1)
-    return B if kind.experts == 1 else B.movedim(0, 3).flatten(2)
+        return factor.transpose(0, 1).flatten(0, 1)
+    if kind.experts == 1:
+        return factor
+    return factor.transpose(0, 1).flatten(1, 2) if side == "A" else factor.movedim(0, 3).flatten(2)
 
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
