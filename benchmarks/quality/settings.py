@@ -292,6 +292,8 @@ AIMS = {
     "at most 200 examples": (_FEW, (*LINEAR_PLACES, *FEW_PLACES, *FEW_LOW_PLACES)),
     "of these, q and v": (_FEW, (*FEW_PLACES[:2], *FEW_LOW_PLACES[:2])),
     "of these, all linear modules": ((), (*LINEAR_PLACES, *FEW_PLACES[2:], *FEW_LOW_PLACES[2:])),
+    "of these, small models": (_FEW, LINEAR_PLACES),
+    "of these, SmolLM2": ((), (*FEW_PLACES, *FEW_LOW_PLACES)),
     "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *ONE_PASS_PLACES, *LONG_PLACES)),
 }
 # name -> methods beside LoRA, places, seeds
