@@ -285,6 +285,7 @@ ONE_PASS_METHODS = (
 _FEW_RUNS = [(task, 4, examples) for task in ("smollm-movie-few", "smollm-movie-few-all") for examples in (64, 128)]
 FEW_PLACES, FEW_LOW_PLACES = (tuple((setting, lr) for setting in _FEW_RUNS) for lr in (4e-3, 2e-3))
 LONG_PLACES = ((("smollm-movie-long", 4, 1000), 2e-3),)
+FEW_IDEAS = ("structlora", "structlora:x_bounded_noise=true")  # where StructLoRA does worst on few examples: less noise
 AGAINST = {"linear-ideas": "structlora"}  # what the table of a grid compares with, where that is not LoRA
 # What StructLoRA is for, and where it must do no harm: name -> settings, each method at its own rate, and places.
 _FEW, _MORE = [s for s in SETTINGS if s[2] <= 200], [s for s in SETTINGS if s[2] > 200]
@@ -303,6 +304,7 @@ EVIDENCE = {
     "short-runs": (SHORT_METHODS, SHORT_PLACES, EVIDENCE_SEEDS),
     "one-pass": (ONE_PASS_METHODS, ONE_PASS_PLACES, EVIDENCE_SEEDS[:8]),
     "few": (MAIN[1:2], FEW_PLACES, EVIDENCE_SEEDS[:4]),
+    "few-ideas": (FEW_IDEAS, FEW_PLACES[3:], EVIDENCE_SEEDS[:4]),
     "few-low": (MAIN[1:2], FEW_LOW_PLACES, EVIDENCE_SEEDS[4:8]),
     "long": (MAIN[1:2], LONG_PLACES, EVIDENCE_SEEDS[:4]),
 }
