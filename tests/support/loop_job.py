@@ -28,8 +28,9 @@ from tests.support.tiny import FAMILIES, base_model, lora_parameters, peft_model
 
 STEPS = 6
 TARGETS = ["q_proj", "v_proj", "o_proj"]
+RATE = 1e-2
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
-ADAMW = {"lr": 1e-2, "eps": 1e-6}
+EPSILON = 1e-6
 LOSS_SCALE_POWER = 10
 # Far from every cosine that these runs come to: rounding changes no edge.
 SEMANTIC = {"edges": "similarity", "semantic_every": 2, "semantic_threshold": 0.2}
@@ -41,13 +42,14 @@ class Loop:
     Args:
         clip: the largest norm of gradients.
         scaled: scale the loss, and leave it to the optimizer to unscale the gradients.
+        adamw: options of AdamW.
     """
 
-    def __init__(self, model, clip: float | None, scaled: bool):
+    def __init__(self, model, clip: float | None, scaled: bool, adamw: dict):
         self.clip = clip
         self.wrapped = self.wrap(model)
         # Of the optimizers of torch, the fused ones unscale in their step.
-        self.optimizer = torch.optim.AdamW(lora_parameters(model).values(), **ADAMW, fused=scaled)
+        self.optimizer = torch.optim.AdamW(lora_parameters(model).values(), **adamw, fused=scaled)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**LOSS_SCALE_POWER, enabled=scaled)
 
     def wrap(self, model):
@@ -83,13 +85,13 @@ class FSDP2(Loop):
 class TensorParallel(Loop):
     """Transformers' `tp_plan`, over all ranks. They see the same rows."""
 
-    def __init__(self, model, clip: float | None, scaled: bool):
-        super().__init__(model, clip, scaled)
+    def __init__(self, model, clip: float | None, scaled: bool, adamw: dict):
+        super().__init__(model, clip, scaled, adamw)
         # As Trainer does: torch's batched optimizers cannot mix parameters that are sliced with whole ones.
         of_kind = {}
         for parameter in lora_parameters(model).values():
             of_kind.setdefault(type(parameter.data), []).append(parameter)
-        self.optimizer = torch.optim.AdamW([{"params": parameters} for parameters in of_kind.values()], **ADAMW)
+        self.optimizer = torch.optim.AdamW([{"params": parameters} for parameters in of_kind.values()], **adamw)
 
     def wrap(self, model):
         return model
@@ -98,7 +100,7 @@ class TensorParallel(Loop):
 class DeepSpeed:
     """ZeRO at a stage, with more options of ZeRO; every parameter is really sharded at stage 3."""
 
-    def __init__(self, model, clip: float | None, scaled: bool, stage: int, **zero):
+    def __init__(self, model, clip: float | None, scaled: bool, adamw: dict, stage: int, **zero):
         import deepspeed
 
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
@@ -110,7 +112,7 @@ class DeepSpeed:
             "fp16": {"enabled": scaled, "initial_scale_power": LOSS_SCALE_POWER},
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         }
-        optimizer = torch.optim.AdamW(lora_parameters(model).values(), **ADAMW)
+        optimizer = torch.optim.AdamW(lora_parameters(model).values(), **adamw)
         self.wrapped, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def step(self, loss) -> None:
@@ -145,6 +147,7 @@ def train(
     as_loaded: bool = False,
     four_bits: bool = False,
     experts: str | None = None,
+    epsilon: float = EPSILON,
 ) -> dict:
     """One run of a bare loop.
 
@@ -160,6 +163,7 @@ def train(
         as_loaded: leave the base model in `eval()`, as `from_pretrained` returns it.
         four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
         experts: a mixture, whose experts are adapted: 'stacked' in one parameter of each layer, or modules 'apart'.
+        epsilon: AdamW's.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
@@ -178,7 +182,7 @@ def train(
             parameter.requires_grad_(False)
     if poison_at is not None:
         model.get_input_embeddings().weight.requires_grad_(True)
-    loop = ENGINES[engine](model, clip, scaled)
+    loop = ENGINES[engine](model, clip, scaled, {"lr": RATE, "eps": epsilon})
     method = method or {}
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
     runtime = attach(loop.wrapped, loop.optimizer, options)
