@@ -17,10 +17,11 @@ from . import __version__
 from .config import StructLoRAConfig
 from .core.heads import heads_of
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
-from .core.nodes import Kind
-from .engines import refuse_disagreement, select_engine
+from .core.kinds import Kind
+from .engines import select_engine
 from .errors import StructLoRAError
 from .model_card import describe_adapter
+from .rank_check import refuse_disagreement, world_size
 from .runtime import DEFAULT_SEED, Runtime
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def build_runtime(
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
 ) -> Runtime:
-    """The same with a configuration that is built, and the trainer's seed.
+    """Attach with a configuration that is built, and the trainer's seed; see `attach`.
 
     `quiet` says why `noise='auto'` is off; where omitted, it is on.
     """
@@ -115,15 +116,16 @@ def build_runtime(
         align=config.align_init and config.compares_depths and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
         parts=parts,
-        quiet=quiet,
+        noise_off=quiet,
         frozen=_frozen_factors(model, adapter_name),
-        watched=(model, model.base_model, model.base_model.model),
+        readers=(model, model.base_model, model.base_model.model),
     )
-    try:
-        refuse_disagreement(_facts(runtime), kinds[0].device)
-    except StructLoRAError:
-        runtime.detach()
-        raise
+    if world_size() > 1:
+        try:
+            refuse_disagreement(_facts(runtime), kinds[0].device)
+        except StructLoRAError:
+            runtime.detach()
+            raise
     _attached.add(runtime)
     if not config.is_off:
         describe_adapter(model, config)
@@ -268,5 +270,5 @@ def _facts(runtime: Runtime) -> dict:
 
 def _sums_of_latents(runtime: Runtime) -> list[float]:
     latents = runtime.engine.read_latents(everything=True)
-    sums = [part.double().sum() for factors in latents for part in factors]
-    return [float(total) for total in runtime.maps[0].width.sums(sums)]
+    sums = [part.sum() for factors in latents for part in factors]
+    return [float(total) for total in runtime.engine.slices[0].sums(sums)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .nodes import Heads, Kind, matches
+from .kinds import Heads, Kind, matches
 
 # By the end of a module's name (patterns as in `RESIDUAL_ROLES`): heads are rows of lora_B where a module's outputs go to
 # them, columns of lora_A where its inputs come from them. Fused projections hold blocks of a head's width, too.

@@ -10,7 +10,8 @@ from transformers.trainer_callback import ExportableState
 
 from ..attachment import build_runtime
 from ..config import StructLoRAConfig
-from ..core.mapping import DEFAULT_PARTS, Factors, Parts
+from ..core.kinds import Factors
+from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
@@ -194,4 +195,4 @@ def _equal(weights: list[Factors], runtime: Runtime) -> bool:
     same = len(weights) == len(now) and all(
         torch.equal(a, b) for pair in zip(weights, now, strict=True) for a, b in zip(*pair, strict=True)
     )
-    return bool(runtime.maps[0].width.every(torch.tensor(same, device=runtime.kinds[0].device)))
+    return bool(runtime.engine.slices[0].every(torch.tensor(same, device=runtime.kinds[0].device)))

@@ -1,7 +1,7 @@
-"""Finding the nodes: LoRA modules of a model, grouped into kinds and ordered by depth.
+"""Kinds: the LoRA modules of a model, grouped by what is comparable across depth and ordered by depth.
 
-A kind is a set of modules that are comparable across depth: the same name except for the layer's number, the same tower,
-the same shapes. Modules are found by the names PEFT gives its parameters, so this file needs torch alone.
+A kind is a set of modules with the same name except for the layer's number, the same tower, the same shapes. Modules are
+found by the names PEFT gives its parameters, so this file needs torch alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import StructLoRAError
+from .residual_roles import RESIDUAL_ROLES
 
 _LORA_PARAMETER = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.weight)?$"
@@ -24,31 +25,18 @@ _LORA_PARAMETER = re.compile(
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
-# Which side of a module is the residual stream, by the end of its name (patterns as in PEFT's `rank_pattern`).
-# Only the residual stream is one space at all depths: readers share their input side, writers their output side.
-RESIDUAL_ROLES = {
-    # LLaMA, Mistral, Qwen, Gemma, Phi, CLIP, SigLIP, ViT
-    r"q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|fc1": "read",
-    r"o_proj|out_proj|down_proj|fc2": "write",
-    # BERT, RoBERTa, ViT before transformers 5
-    r"query|key|value|intermediate\.dense": "read",
-    r"output\.dense": "write",
-    # DeBERTa, DistilBERT
-    r"query_proj|key_proj|value_proj|q_lin|k_lin|v_lin|lin1": "read",
-    r"out_lin|lin2": "write",
-    # Falcon, BLOOM, GPT-NeoX, MPT, GPT-2
-    r"query_key_value|dense_h_to_4h|Wqkv|c_attn|c_fc": "read",
-    r"dense_4h_to_h|(self_)?attention\.dense|c_proj": "write",
-    # T5, Mixtral, DeepSeek
-    r"q|k|v|wi|wi_0|wi_1|w1|w3|q_a_proj|kv_a_proj_with_mqa": "read",
-    r"o|wo|w2": "write",
-    # FLUX.2 and other diffusion transformers of diffusers
-    r"to_[qkv]|add_[qkv]_proj|to_qkv_mlp_proj|linear_in|ff\.net\.0\.proj": "read",
-    r"to_out(\.0)?|to_add_out|linear_out|ff\.net\.2": "write",
-    # Routers of mixtures of experts
-    r"(mlp|moe|block_sparse_moe|feed_forward)\.(gate|router)|shared_expert_gate": "read",
-}
 
+class Factors(NamedTuple):
+    """Stacked factors of a kind's nodes, or anything of their shapes: A (N, r, k), B (N, d, r), and ΔW = s·B·A of each.
+
+    A node is a module, or one expert of a mixture: N = L·E nodes in the order (depth, expert).
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+SIDES = Factors._fields
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
@@ -123,6 +111,11 @@ class Kind:
     def is_expert(self) -> bool:
         """Whether its modules are experts of a mixture: one each, or all of a layer's in one parameter."""
         return self.experts > 1 or _EXPERT.search(self.modules[0]) is not None
+
+    @property
+    def node_count(self) -> int:
+        """N = L·E: its modules, or all experts of all of them."""
+        return self.depth_count * self.experts
 
     @property
     def rank(self) -> int:
@@ -283,12 +276,19 @@ def _target(module: str, adapted: Adapted = Adapted()) -> str:
 
 
 def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
-    """'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,))."""
-    experts = {match.start() for match in _EXPERT.finditer(module)}
+    """A module's name with `*` for the layer's number, and that number.
+
+    'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,)). Where names have several numbers, one at the end
+    is a place inside the layer (`nn.Sequential`) and no depth: 'blocks.3.ff.0' -> ('blocks.*.ff.0', (3,)).
+    """
+    others = {match.start() for match in _EXPERT.finditer(module)}
     depth = []
+    numbers = [match for match in _NUMBER.finditer(module) if match.start() not in others]
+    if len(numbers) > 1 and numbers[-1].end() == len(module):
+        others.add(numbers[-1].start())
 
     def star(match: re.Match) -> str:
-        if match.start() in experts:
+        if match.start() in others:
             return match[0]
         depth.append(int(match[0]))
         return "*"
