@@ -16,8 +16,8 @@ from torch import nn
 from . import __version__
 from .config import StructLoRAConfig
 from .core.heads import heads_of
-from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
 from .core.kinds import Kind
+from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
 from .engines import select_engine
 from .errors import StructLoRAError
 from .model_card import describe_adapter

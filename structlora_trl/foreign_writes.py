@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

@@ -40,7 +40,7 @@ def _from_3(header: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, T
 
 
 def _kind_from_3(own: dict[str, Tensor], facts: dict) -> dict[str, Tensor]:
-    modules, rows, k, d = facts["shape"]
+    _, rows, k, d = facts["shape"]
     stacked = facts["adapted"]["experts"]  # experts in one parameter
     experts, rank = stacked * facts["per_depth"], rows // stacked
     new = {}

@@ -123,12 +123,9 @@ class Runtime:
         """Build maps and optimizer from the factors that stand, and align those factors where asked."""
         latents = self.engine.read_latents(everything=True)
         aligned = [align and self._is_fresh(*pair) for pair in zip(self.kinds, latents, strict=True)]
-        starts = [
-            Factors(first_everywhere(f.A), f.B) if same else f for f, same in zip(latents, aligned, strict=True)
-        ]
+        starts = [Factors(first_everywhere(f.A), f.B) if same else f for f, same in zip(latents, aligned, strict=True)]
         self.maps = [
-            self._map(kind, start, same)
-            for kind, start, same in zip(self.kinds, starts, aligned, strict=True)
+            self._map(kind, start, same) for kind, start, same in zip(self.kinds, starts, aligned, strict=True)
         ]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._optimizer = _small_optimizer(self.maps, self.config)
@@ -230,7 +227,9 @@ class Runtime:
         self.eval()
         try:
             with ExitStack() as stack:
-                if torch.is_grad_enabled():  # a backward of what is computed here would meet the step's training weights
+                if (
+                    torch.is_grad_enabled()
+                ):  # a backward of what is computed here would meet the step's training weights
                     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._refuse_backward_of_reader)
                     stack.enter_context(hooks)
                 yield
@@ -394,9 +393,7 @@ class Runtime:
         self._rate = self.engine.learning_rate()
         return True
 
-    def _pull(
-        self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor
-    ) -> _Pulled:
+    def _pull(self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor) -> _Pulled:
         """One kind's gradients, carried back through its map. `scale` is the loss scale of mixed precision."""
         scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
         # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.

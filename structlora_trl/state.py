@@ -158,7 +158,9 @@ class State:
         found = header.get("format") if isinstance(header, dict) else None
         if found not in range(3, FORMAT + 1):
             raise StructLoRAError(
-                f"{where} in format {found}", f"format {FORMAT} or older", "use the version of structlora-trl that wrote it"
+                f"{where} in format {found}",
+                f"format {FORMAT} or older",
+                "use the version of structlora-trl that wrote it",
             )
         for name, x in tensors.items():
             if not isinstance(x, Tensor) or not bool(x.isfinite().all()):
@@ -202,10 +204,11 @@ class State:
                 remedy = "set `side` and `roles` as they were" if fact == "sides" else None
                 raise _misfit(f"a state with {fact} {found[fact]} of '{name}'", f"{own[fact]}, as in this run", remedy)
         shapes = {}
-        for m, latent, slices in kinds:
+        for m, *_ in kinds:
             shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m, self.step).items()}
-        unknown, missing = sorted(self.tensors.keys() - shapes), sorted(
-            name for name, (allowed, _) in shapes.items() if None not in allowed and name not in self.tensors
+        unknown, missing = (
+            sorted(self.tensors.keys() - shapes),
+            sorted(name for name, (allowed, _) in shapes.items() if None not in allowed and name not in self.tensors),
         )
         if unknown or missing:
             raise _misfit(

@@ -48,7 +48,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
-from structlora_trl.core.nodes import Kind
+from structlora_trl.core.kinds import Kind
 from structlora_trl.engines import TorchEngine
 from structlora_trl.state import State
 

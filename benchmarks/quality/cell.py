@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from structlora_trl.core.nodes import split_depth
+from structlora_trl.core.kinds import split_depth
 
 from . import methods
 from .store import KEY

@@ -20,7 +20,7 @@ from structlora_trl.core.filters import InformationBottleneck
 from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph, semantic_edges
 from structlora_trl.core.mapping import Parts, compared_sides
-from structlora_trl.core.nodes import Kind, discover, split_depth
+from structlora_trl.core.kinds import Kind, discover, split_depth
 from structlora_trl.core.width import WHOLE, Width
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.diagnostics import effective_rank, stream_cosine
+from ..core.kinds import Kind, residual_role, split_depth
 from ..core.mapping import Factors, KindMap, split
-from ..core.nodes import Kind, residual_role, split_depth
 from ..errors import StructLoRAError
 from .saved import Saved
 

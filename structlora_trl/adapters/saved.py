@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
 from ..core.heads import heads_side
+from ..core.kinds import RESIDUAL_ROLES, Heads, Kind, group
 from ..core.mapping import Factors, KindMap
-from ..core.nodes import RESIDUAL_ROLES, Heads, Kind, group
 from ..errors import StructLoRAError
 from ..state import STATE_NAME, KindState, read_state
 from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of

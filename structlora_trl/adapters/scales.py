@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ..core.nodes import Adapted
+from ..core.kinds import Adapted
 from ..errors import StructLoRAError
 
 # With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.

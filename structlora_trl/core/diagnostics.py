@@ -59,13 +59,13 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums 
         metrics["group_openness"] = torch.sigmoid(groups[0]).mean().item()
     ranks = [effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT])) for f in effective]
     metrics["effective_rank"] = torch.cat([rank.cpu() for rank in ranks]).mean().item()
-    updates = [m.graph.by_expert(u).flatten(2) for m, f in zip(maps, effective, strict=True) for u in m.features(f).values()]
+    of_kinds = list(zip(maps, effective, strict=True))
+    updates = [m.graph.by_expert(u).flatten(2) for m, f in of_kinds for u in m.features(f).values()]
     metrics["drift_energy"] = sum(energy.item() for energy in sums([laplacian(u) for u in updates]))
-    streams = [(m, m.stream_factors(factors)) for m, factors in zip(maps, effective, strict=True)]
-    products = [
-        sums(stream_products(*(m.graph.by_expert(part) for part in pair))) for m, pair in streams if pair is not None
-    ]
-    cosines = torch.cat([stream_cosine(*of_kind).flatten().cpu() for of_kind in products] or [torch.zeros(0, dtype=torch.float32, device="cpu")])
+    streams = [(m.graph, m.stream_factors(factors)) for m, factors in of_kinds]
+    products = [stream_products(*map(graph.by_expert, pair)) for graph, pair in streams if pair is not None]
+    cosines = [stream_cosine(*sums(of_kind)).flatten().cpu() for of_kind in products]
+    cosines = torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *cosines])
     mean = cosines.nanmean().item()
     if not math.isnan(mean):
         metrics["stream_cosine"] = mean

@@ -38,6 +38,7 @@ class Factors(NamedTuple):
 
 SIDES = Factors._fields
 
+
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
     return getattr(parameter, "ds_shape", parameter.shape)

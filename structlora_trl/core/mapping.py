@@ -113,9 +113,7 @@ class KindMap(nn.Module):
         filtered = self._filtered(latent, noise)
         return Factors(*(self._coordinated(side, factor) for side, factor in zip(SIDES, filtered, strict=True)))
 
-    def pullback(
-        self, latent: Factors, gradient: Factors, noise: Noise | None
-    ) -> tuple[Factors, dict[str, Tensor]]:
+    def pullback(self, latent: Factors, gradient: Factors, noise: Noise | None) -> tuple[Factors, dict[str, Tensor]]:
         """The gradient with respect to effective factors, carried to latent factors and to the map's own parameters.
 
         One vector-Jacobian product; by the chain rule this is training through the map.
@@ -187,6 +185,11 @@ class KindMap(nn.Module):
         return [gate.openness(update) for gate in self.filters]
 
     @property
+    def filter(self) -> Filter:
+        """The filter of the directions, which the gates of experts and heads follow."""
+        return self.filters[0]
+
+    @property
     def gate_logits(self) -> dict[str, nn.Parameter]:
         """Logits of all gates that learn, by parameter name."""
         found = {f"filters.{i}.logits": gate.logits for i, gate in enumerate(self.filters)}
@@ -222,7 +225,9 @@ class KindMap(nn.Module):
         return update if side == "A" else update.mT
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if f"{prefix}origin_A" in state_dict and self.origin_A is not None:  # (1, r, k) or (N, r, k), as the run started
+        if (
+            f"{prefix}origin_A" in state_dict and self.origin_A is not None
+        ):  # (1, r, k) or (N, r, k), as the run started
             self.origin_A = torch.empty_like(state_dict[f"{prefix}origin_A"], device=self.kind.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -77,9 +77,7 @@ class TensorParallelEngine(TorchEngine):
             parameter.copy_(_as_placed(parameter, value))
 
     def _standing(self) -> list[Factors]:
-        return [
-            Factors(*(to_nodes(_whole(getattr(kind, side)), side, kind) for side in SIDES)) for kind in self.kinds
-        ]
+        return [Factors(*(to_nodes(_whole(getattr(kind, side)), side, kind) for side in SIDES)) for kind in self.kinds]
 
 
 def _as_placed(parameter: nn.Parameter, value: Tensor) -> Tensor:

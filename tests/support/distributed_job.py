@@ -24,9 +24,9 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
-from structlora_trl.core import width
-from structlora_trl.core.mapping import SIDES
-from structlora_trl.engines import rows, slicing
+XX
+from structlora_trl.core.kinds import SIDES
+from structlora_trl.engines import slices, slicing
 
 torch.set_num_threads(1)
 
@@ -153,7 +153,7 @@ class Counted:
 
     def __init__(self):
         self.bytes_sent = self.collectives = 0
-        for module in (rows, slicing, width):
+        for module in (slicing, slices):
             module.dist = self
 
     def __getattr__(self, name):
@@ -195,9 +195,9 @@ class AliasMasters(TrainerCallback):
 def halve(engine) -> None:
     """What another adapter loaded between two runs does: other values, for the model and for the optimizer."""
     halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
-    engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved), [False] * len(halved))
+    engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved))
     engine.write_latents(halved)
-    engine.write_working(halved)
+    engine.write_working(halved, SIDES)
     engine.remove()
 
 

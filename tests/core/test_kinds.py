@@ -8,8 +8,9 @@ from peft import LoHaConfig, LoraConfig, PeftMixedModel
 from torch import nn
 
 from structlora_trl import StructLoRAConfig
-from structlora_trl.core.mapping import Factors, KindMap
-from structlora_trl.core.nodes import discover, residual_role
+from structlora_trl.core.expert_storage import to_nodes, to_storage
+from structlora_trl.core.kinds import discover, residual_role
+from structlora_trl.core.mapping import compared_sides
 from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, base_model, peft_model
 
 
@@ -113,6 +114,8 @@ def test_depth_is_numeric_order_and_experts_are_not_depths():
     assert kind.modules == [f"layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(2)]
     del experts["layers.1.mlp.experts.1.w1"]
     assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 1}
+    places = {f"blocks.{i}.ff.{j}": same for i in range(3) for j in (0, 2)}  # a reader and a writer of each block
+    assert names(Adapted(places)) == {"blocks.*.ff.0": 3, "blocks.*.ff.2": 3}
     staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
     assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}
 
@@ -125,8 +128,10 @@ def test_directions_of_an_expert_are_its_own(family):
     assert [kind.experts for kind in kinds] == [EXPERTS, EXPERTS]
     for kind in kinds:
         assert (kind.depth_count, kind.rank) == (LAYERS, 2)
-        m = KindMap(kind, StructLoRAConfig(), torch.stack(list(kind.A)).detach())
-        A, B = m.split(Factors(torch.stack(list(kind.A)), torch.stack(list(kind.B))))
+        stored = {side: torch.stack(list(getattr(kind, side))) for side in "AB"}
+        nodes = {side: to_nodes(factors, side, kind) for side, factors in stored.items()}
+        assert all(torch.equal(to_storage(nodes[side], side, kind), stored[side]) for side in "AB")
+        A, B = (nodes[side].unflatten(0, (LAYERS, EXPERTS)).transpose(0, 1) for side in "AB")
         for depth, name in enumerate(kind.modules):
             module = model.get_submodule(name)
             ours = module.scaling["default"] * B[:, depth] @ A[:, depth]
@@ -135,7 +140,7 @@ def test_directions_of_an_expert_are_its_own(family):
                 ours = ours.mT
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
             # The side that is compared across depth lies in the residual stream.
-            stream = A.shape[-1] if m.sides == ("A",) else B.shape[-2]
+            stream = A.shape[-1] if compared_sides(kind, StructLoRAConfig()) == ("A",) else B.shape[-2]
             assert stream == model.config.hidden_size
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from structlora_trl.core.stopwatch import Stopwatch
+from structlora_trl.stopwatch import Stopwatch
 
 
 def test_blocks_add_up_and_a_block_inside_another_counts_once():
