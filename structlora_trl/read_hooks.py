@@ -49,7 +49,8 @@ class ReadHooks:
     Args:
         runtime (`Runtime`, *optional*): whose weights stand; a copied or unpickled one has none, and does nothing.
         model (`nn.Module`, *optional*): hooks go on it and on every module within that contains adapted layers.
-        readers (`tuple[nn.Module]`, *optional*): modules whose methods of `_READERS` run at evaluation weights.
+        readers (`tuple[nn.Module]`, *optional*): modules whose methods of `_READERS` run at evaluation weights: a PEFT model,
+            its tuner and the base model.
     """
 
     def __init__(self, runtime=None, model: nn.Module | None = None, readers: tuple[nn.Module, ...] = ()):
@@ -61,7 +62,9 @@ class ReadHooks:
         self._depth = 0  # of calls of that module within each other
         self._visit: ExitStack | None = None  # what ends the visit that this forward is
         self._handles = []
-        self._outer, inner = _modules_around(model, runtime.lora_parameters()) if runtime else ([], [])
+        around = _modules_around(model, runtime.lora_parameters()) if runtime else []
+        self._outer = [model, *(module for module in readers if module is not model)] if runtime else []
+        inner = [module for module in around if not any(module is outer for outer in self._outer)]
         self._hooked = {id(module) for module in (*self._outer, *inner)}
         for module in self._outer:
             # Before hooks that gather sharded parameters: what they gather must be what we put there.
@@ -218,23 +221,15 @@ class _Reader:
         return _itself, (self._covered,)
 
 
-def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The modules that contain adapted layers, from the outside in: those above the repeated blocks, and the rest.
-
-    An adapted layer itself, and what is within it, is left out.
-    """
-    ours = {id(p) for p in parameters}
-    outer, inner = {"": model}, {}
+def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Module]:
+    """The modules of a model that contain adapted layers, from the outside in. An adapted layer itself is left out."""
+    ours, around = {id(p) for p in parameters}, {}
     for path, module in model.named_modules():
-        if not any(id(p) in ours for p in module._parameters.values()):
-            continue
-        names = path.split(".")
-        names = names[: next(i for i, name in enumerate(names) if name.startswith("lora_")) - 1]
-        for end in range(1, len(names) + 1):
-            around = ".".join(names[:end])
-            is_repeated = any(name.isdigit() for name in names[:end])
-            (inner if is_repeated else outer)[around] = model.get_submodule(around)
-    return list(outer.values()), list(inner.values())
+        if any(id(p) in ours for p in module._parameters.values()):
+            names = path.split(".")
+            layer = next(i for i, name in enumerate(names) if name.startswith("lora_")) - 1
+            around |= {".".join(names[:end]): None for end in range(1, layer + 1)}
+    return [model.get_submodule(path) for path in around]
 
 
 def _own(module: nn.Module, name: str):

@@ -463,7 +463,7 @@ class Runtime:
         """Stop where the gradients are not of what the maps made, or would move what no map has."""
         if not self._trained_forward:
             foreign_writes.refuse_step_without_training_forward()
-        if self._mixed_gradients or (self.weights != TRAINING and self.is_noisy):
+        if self._mixed_gradients:
             foreign_writes.refuse_mixed_gradients()
         moved = {id(p) for p in self._frozen if p.grad is not None}
         if moved and any(id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]):

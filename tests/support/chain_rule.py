@@ -80,9 +80,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
             else:
                 Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
         weights = reference_weights(m.graph.edges, kind.experts > 1 and config.edges != "similarity")
-        A1, B1 = reference_factors(
-            Ae, Be, A0, B0, None if gates is None else gates[order], weights, theta, activation
-        )
+        A1, B1 = reference_factors(Ae, Be, A0, B0, None if gates is None else gates[order], weights, theta, activation)
         back = torch.tensor(order).argsort().tolist()
         A1, B1 = ([nodes[n] for n in back] for nodes in (A1, B1))
         E = kind.adapted.experts

@@ -24,7 +24,6 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
-XX
 from structlora_trl.core.kinds import SIDES
 from structlora_trl.engines import slices, slicing
 
