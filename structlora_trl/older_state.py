@@ -46,7 +46,9 @@ def _kind_from_3(own: dict[str, Tensor], facts: dict) -> dict[str, Tensor]:
     new = {}
     for key, x in own.items():
         if key in ("latent_A", "origin_A") and stacked > 1:
+            is_aligned = len(x) == 1  # of one depth for all; then of one expert for all, too
             x = x.unflatten(1, (stacked, -1)).flatten(0, 1)
+            x = x[:1] if key == "origin_A" and is_aligned else x
         elif key in ("latent_B", "origin_B") and stacked > 1:
             x = x.unflatten(2, (-1, stacked)).movedim(3, 1).flatten(0, 1)
         elif experts > 1 and ("logits" in key or "initial_gate" in key) and not key.endswith(".step"):

@@ -144,7 +144,7 @@ class State:
         tensors = dict(flat)
         try:
             header = json.loads(tensors.pop(_HEADER).cpu().numpy().tobytes())
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
+        except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
             raise damaged("a state", "no header") from error
         return cls.checked(header, tensors, "a state")
 
@@ -169,6 +169,9 @@ class State:
             header, tensors = upgrade(header, tensors)
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
+            counts = [header[name] for name in ("seed", "step", "skipped_steps")]
+            if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not header["kinds"]:
+                raise ValueError(f"counts {counts}, {len(header['kinds'])} kinds")
             for facts in header["kinds"].values():
                 _check_facts(**facts)
         except StructLoRAError as error:
@@ -375,7 +378,7 @@ def read_state(path: Path) -> State:
         with safe_open(path, "pt", device="cpu") as file:
             header = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "digest"}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise damaged(str(path), str(error)) from error
     return State.checked(header, tensors, str(path))
 

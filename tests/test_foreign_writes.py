@@ -84,7 +84,7 @@ def test_other_weights_are_shown_refused_and_reloaded(writer):
 
 def test_reload_is_attaching_anew():
     """Gates, coordinator, their optimizer and the schedule's peak start again."""
-    model, optimizer, runtime = trained()
+    model, _, runtime = trained()
     by_load_state_dict(model, other_weights(model))
     twin = copy.deepcopy(model)
     fresh = adamw(twin)
@@ -151,7 +151,7 @@ def test_a_backward_at_other_weights_than_its_forward_is_refused():
 
 
 def test_forwards_of_both_modes_in_one_loss_are_refused_by_name():
-    model, optimizer, _ = trained()
+    model, _, _ = trained()
     model.train()
     first = loss_of(model, "llama", 7)
     model.eval()
