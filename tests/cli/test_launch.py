@@ -64,7 +64,7 @@ LAUNCHES = {
     # name: (arguments of the launcher, in the file; on the command line; what runs)
     "one": ({}, ["--accelerate_config", "single_gpu"], "torch, 1 process"),
     "file": (
-        {"accelerate_config": "multi_gpu", "num_processes": 4, "debug": True},
+        {"accelerate_config": "multi_gpu", "num_processes": 4, "quiet": True},
         ["--num_processes=2"],
         "DDP, 2 processes",
     ),
