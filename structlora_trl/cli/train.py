@@ -6,24 +6,21 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
-from ..errors import StructLoRAError, refusing
+from ..errors import refusing
 from ..model_card import CARD_NAME, undescribe
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
+from .checks import check_arguments, last_checkpoint, whole_checkpoints
 from .launch import is_started, launch
 from .main import INTERRUPTED
-
-_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 class _Around(TrainerCallback):
@@ -79,8 +76,8 @@ def run(command: str, arguments: list[str]) -> None:
     given = parse(command, script, arguments)
     if given.launcher and not is_started():
         return launch(given.launcher, [command, *arguments])
-    checkpoint = given.training.resume_from_checkpoint = _checkpoint(given)
-    _check(given)
+    checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
+    check_arguments(given)
     data.as_mixture(given.script, given.mixture)
     data.check(command, given.script, given.mixture, given.training)
     set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
@@ -110,95 +107,9 @@ def run(command: str, arguments: list[str]) -> None:
         print("The adapter is plain LoRA." + (f" `{hint}` looks into it." if callback else ""))
 
 
-def _check(given: Arguments) -> None:
-    """Stop at what a script would meet late, or would put in words of its own."""
-    model, training, output = given.model, given.training, Path(given.training.output_dir)
-    if not model.model_name_or_path:
-        raise StructLoRAError(
-            "no `model_name_or_path`", "a model to adapt", "set it to a folder or to a model of the hub"
-        )
-    path = os.path.expanduser(model.model_name_or_path)
-    if path.startswith((".", "/")):
-        if not os.path.isdir(path):
-            raise StructLoRAError(f"no folder {path}", "a model to adapt", "correct `model_name_or_path`")
-        model.model_name_or_path = path
-    if not model.use_peft:
-        raise StructLoRAError(
-            "use_peft=False in the arguments",
-            "LoRA, which StructLoRA trains (and plain LoRA with `structlora: false`)",
-            "remove `use_peft`",
-        )
-    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
-        # TRL makes a list of one name a string, which PEFT takes as a pattern.
-        model.lora_target_modules = [model.lora_target_modules]
-    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
-        raise StructLoRAError(
-            f"load_in_{4 if model.load_in_4bit else 8}bit without the package bitsandbytes",
-            "bitsandbytes, which quantises the base model",
-            "`pip install bitsandbytes`",
-        )
-    for name in _BATCHES:
-        if getattr(training, name) < 1:
-            raise StructLoRAError(f"{name}={getattr(training, name)}", "1 or more", f"correct `{name}`")
-    if "reward_funcs" in vars(given.script) and not (
-        given.script.reward_funcs or given.script.reward_model_name_or_path
-    ):
-        raise StructLoRAError(
-            "neither `reward_funcs` nor `reward_model_name_or_path`",
-            "something that judges completions",
-            "set `reward_funcs` to names or import paths of functions, or `reward_model_name_or_path` to a model",
-        )
-    if output.exists() and not output.is_dir():
-        raise StructLoRAError(f"output_dir={output}, which is a file", "a folder to write to", "correct `output_dir`")
-    if (output / CONFIG_NAME).exists() and not given.overwrite and not training.resume_from_checkpoint:
-        raise StructLoRAError(
-            f"a finished adapter in output_dir={output}",
-            "a new folder, so that nothing is lost",
-            "choose another `output_dir`, or give `--overwrite`; `--resume_from_checkpoint true` continues a run",
-        )
-
-
-def _checkpoints(output: str) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
-    found = [path for path in Path(output).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_STATE_NAME).is_file()  # which Trainer writes last
-
-
-def _checkpoint(given: Arguments) -> str | None:
-    """The checkpoint to resume from: a path, or with 'true' the last one of `output_dir`."""
-    asked, output = str(given.training.resume_from_checkpoint), given.training.output_dir
-    if asked.lower() in ("false", "none", ""):
-        return None
-    found = _checkpoints(output)
-    if asked.lower() == "true" and not found:
-        raise StructLoRAError(
-            f"no checkpoint in {output}",
-            "one to resume from",
-            "remove `resume_from_checkpoint` to start over, or correct `output_dir`",
-        )
-    checkpoint = found[-1] if asked.lower() == "true" else Path(asked)
-    if not checkpoint.is_dir():
-        raise StructLoRAError(
-            f"no folder {asked}", "a checkpoint to resume from", "correct `resume_from_checkpoint`, or set it to `true`"
-        )
-    if not _is_whole(checkpoint):
-        whole = [path for path in _checkpoints(str(checkpoint.parent)) if _is_whole(path)]
-        remedy = f"set `resume_from_checkpoint: {whole[-1]}`" if whole else "remove `resume_from_checkpoint`"
-        raise StructLoRAError(
-            f"no {TRAINER_STATE_NAME} in {checkpoint}, so that its writing was cut short",
-            "a whole checkpoint",
-            f"{remedy}, and delete that folder",
-        )
-    return str(checkpoint)
-
-
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:
     again = ["structlora", command, *arguments]
-    whole = [path for path in _checkpoints(output) if _is_whole(path)]
+    whole = whole_checkpoints(Path(output))
     if not whole:
         return "\nInterrupted before the first checkpoint (`save_steps` says when it comes).\nStart over with: " + (
             shlex.join(again)
