@@ -13,15 +13,15 @@ from trl.scripts.utils import DatasetConfig
 from ..errors import StructLoRAError, refusing
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_PAIRS = ({"chosen", "rejected"},)
-# Script -> sets of columns, one of which the rows need. A script that is not here is not checked.
+_PAIRS = (("chosen", "rejected"),)
+# Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
 _COLUMNS = {
-    "sft": ({"messages"}, {"prompt", "completion"}, {"conversations"}),
+    "sft": (("messages",), ("prompt", "completion"), ("conversations",)),
     "dpo": _PAIRS,
     "reward": _PAIRS,
-    "kto": ({"prompt", "completion", "label"}, *_PAIRS),
-    "grpo": ({"prompt"},),
-    "rloo": ({"prompt"},),
+    "kto": (("prompt", "completion", "label"), *_PAIRS),
+    "grpo": (("prompt",),),
+    "rloo": (("prompt",),),
 }
 
 
@@ -80,12 +80,12 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
         _split(splits, script.dataset_test_split, "dataset_test_split")
     found, accepted = rows.column_names, _COLUMNS.get(name, ())
     if name == "sft":
-        accepted = (*accepted, {training.dataset_text_field})
+        accepted = (*accepted, (training.dataset_text_field,))
     is_tokenized = any(column.endswith("_ids") for column in found or ())
-    if found and accepted and not is_tokenized and not any(columns <= {*found} for columns in accepted):
+    if found and accepted and not is_tokenized and not any({*columns} <= {*found} for columns in accepted):
         raise StructLoRAError(
             f"the columns {', '.join(found)} in the data",
-            "the columns " + "; or ".join(", ".join(sorted(columns)) for columns in accepted),
+            "the columns " + "; or ".join(", ".join(columns) for columns in accepted),
             "rename the columns, or choose the command for data of this form",
         )
 

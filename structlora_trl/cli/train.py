@@ -29,7 +29,7 @@ class _Around(TrainerCallback):
     Args:
         given (`Arguments`): the command's arguments.
         callback (`StructLoRACallback` or None): the trainer's; None in a run of plain LoRA.
-        setting_up (`ExitStack`): left when training begins.
+        setting_up (`ExitStack`): turns other libraries' errors into ours; emptied when training begins.
     """
 
     def __init__(self, given: Arguments, callback: StructLoRACallback | None, setting_up: ExitStack):

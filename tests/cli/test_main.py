@@ -105,7 +105,7 @@ MISTAKES = [
     (
         [*RUN, "--dataset_name", "other.csv"],
         1,
-        "a, b in the data. Expected the columns messages; or completion, prompt",
+        "a, b in the data. Expected the columns messages; or prompt, completion",
     ),
     ([*RUN, "--dataset_train_split", "trian"], 1, "trian"),
     ([*RUN, "--eval_strategy", "steps"], 1, "test_split_size"),
