@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, TrlParser
 
 from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError, StructLoRASFTConfig
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 
 REFUSED = {
     "filter": ["ibb", None, ""],

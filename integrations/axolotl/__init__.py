@@ -17,7 +17,7 @@ from pydantic import BaseModel, field_validator
 
 from structlora_trl.config import StructLoRAConfig
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 
 NAME = "structlora"
 CARRIERS = ("lora", "qlora")  # Axolotl's adapters that are PEFT's LoRA

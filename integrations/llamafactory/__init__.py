@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 
 USAGE = """\
 usage: structlora-llamafactory train CONFIG.yaml [KEY=VALUE ...]

@@ -12,7 +12,7 @@ import yaml
 from swift.callbacks import callbacks_map
 
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 from structlora_trl.trainers.callback import StructLoRACallback
 
 

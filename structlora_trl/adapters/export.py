@@ -27,8 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..errors import StructLoRAError
-from ..refusing import refusing
+from ..errors import StructLoRAError, refusing
 from .pruning import Pruned, prune
 from .saved import LORA_NAME, Saved
 from .scales import with_one_rank

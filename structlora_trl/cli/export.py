@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..adapters.export import RANDOM, Export, export
-from ..adapters.saved import read_saved
-from .parser import parser_of
+from .arguments import parser_of
+
+if TYPE_CHECKING:
+    from ..adapters.export import Export
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP, FSDP2 or DeepSpeed ZeRO,
 and of what DeepSpeed's zero_to_fp32.py made inside a checkpoint (its fp32 masters are latent factors: the map is applied).
@@ -50,6 +52,9 @@ def run(command: str, arguments: list[str]) -> None:
         parser.error("--probe needs --prune, whose cost it measures")
     if given.one_rank and given.merge:
         parser.error("--one-rank is of the adapter, and --merge writes none; give one of them")
+    from ..adapters.export import RANDOM, export  # they load torch and PEFT, which --help has no need of
+    from ..adapters.saved import read_saved
+
     done = export(
         read_saved(given.checkpoint),
         given.out,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..adapters.inspecting import KindReport, log_history, report
-from ..adapters.page import Run, write_page
-from ..adapters.saved import Saved, read_saved
-from .parser import parser_of
+from .arguments import parser_of
+
+if TYPE_CHECKING:
+    from ..adapters.inspecting import KindReport
+    from ..adapters.saved import Saved
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
@@ -48,6 +50,9 @@ def run(command: str, arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.against and not given.html:
         parser.error("--against needs --html")
+    from ..adapters.inspecting import log_history, report  # they load torch and PEFT, which --help has no need of
+    from ..adapters.saved import read_saved
+
     if given.plot:
         from ..adapters import plots  # before the work, so that a missing matplotlib is told at once
     saved = read_saved(given.adapter)
@@ -65,6 +70,8 @@ def run(command: str, arguments: list[str]) -> None:
             for reason in lacking:
                 print(f"No {reason}.")
     if given.html:
+        from ..adapters.page import Run, write_page
+
         folders = [given.adapter, *([given.against] if given.against else [])]
         found = [saved, *map(read_saved, folders[1:])]
         write_page(given.html, [Run.of(*pair) for pair in zip(_run_names(folders), found, strict=True)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 import transformers
 from packaging.version import Version
@@ -120,32 +122,38 @@ def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
     handler.callbacks.insert(0, callback)
 
 
-def from_trl(name: str):
-    """A class of TRL.
+def trl_script(name: str) -> ModuleType:
+    """The module `trl.scripts.<name>`.
 
     Raises:
-        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError; its
-            KTOTrainer can be imported, and fails when it is built.
+        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError;
+            its KTOTrainer can be imported, and fails when it is built.
     """
     import trl
 
-    if name == "KTOTrainer" and Version(trl.__version__) < Version("1.0"):
+    if name == "kto" and Version(trl.__version__) < Version("1.0"):
         raise ImportError(f"TRL {trl.__version__}'s KTOTrainer sets `warnings_issued`, which transformers 5 dropped")
     try:
-        return getattr(trl, name)
+        return import_module(f"trl.scripts.{name}")
     except RuntimeError as error:
-        raise ImportError(f"TRL {trl.__version__} beside transformers {transformers.__version__}: {error}") from error
+        versions = f"TRL {trl.__version__} beside transformers {transformers.__version__}"
+        raise ImportError(f"{versions}: {error}") from error
 
 
-def trusts_remote_code(training, model) -> bool:
-    """The flag `trust_remote_code`, which TRL moved from `ModelConfig` to the trainers' configurations."""
-    holder = next(given for given in (training, model) if "trust_remote_code" in {f.name for f in fields(given)})
-    return holder.trust_remote_code
+@contextmanager
+def resuming(checkpoint: str | None) -> Iterator[None]:
+    """Have `Trainer.train()` resume from a checkpoint where its caller says nothing.
 
+    TRL's scripts hand `resume_from_checkpoint` to the trainer since TRL 1.15; before, they ignored it.
+    """
+    import trl
 
-def end_training(trainer: Trainer) -> None:
-    """Close trackers and the process group; before transformers 5.18 the Trainer leaves that to Accelerate."""
-    if Version(transformers.__version__) >= Version("5.18.0"):
-        trainer.end()
-    else:
-        trainer.accelerator.end_training()
+    if checkpoint is None or Version(trl.__version__) >= Version("1.15"):
+        yield
+        return
+    train = Trainer.train
+    Trainer.train = partialmethod(train, resume_from_checkpoint=checkpoint)
+    try:
+        yield
+    finally:
+        Trainer.train = train

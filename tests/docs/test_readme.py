@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from structlora_trl import StructLoRAConfig
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 from tests.support.launching import ROOT
 from tests.support.readme import readme_block
 

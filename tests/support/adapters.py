@@ -21,7 +21,7 @@ RUNS = {
     "plain": {},
     "rslora": {"use_rslora": "true"},
     "dora": {"use_dora": "true"},
-    "heads": {"head_gates": "true"},
+    "heads": {"structlora.head_gates": "true"},
 }
 
 
@@ -38,7 +38,7 @@ def train(folder: Path, **options) -> Path:
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 3,
-        "gate_lr": 2.0,
+        "structlora.gate_lr": 2.0,
     }
     assert main(["sft", *command_line({**SFT, **paths, **settings, **options})]) == 0
     return folder / "out"

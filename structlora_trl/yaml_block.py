@@ -1,4 +1,4 @@
-"""The `structlora:` key of a YAML file, read the same way by every front door."""
+"""The `structlora:` key of a YAML file, read alike by the command line and by every integration."""
 
 from __future__ import annotations
 
