@@ -227,7 +227,7 @@ def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn
     for path, module in model.named_modules():
         if any(id(p) in ours for p in module._parameters.values()):
             names = path.split(".")
-            layer = next(i for i, name in enumerate(names) if name.startswith("lora_")) - 1
+            layer = next((i for i, name in enumerate(names) if name.startswith("lora_")), 0) - 1
             around |= {".".join(names[:end]): None for end in range(1, layer + 1)}
     return [model.get_submodule(path) for path in around]
 

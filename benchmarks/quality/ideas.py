@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from structlora_trl.core.width import WHOLE, Width
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -19,9 +20,8 @@ from structlora_trl.core.coordinator import GCN
 from structlora_trl.core.filters import InformationBottleneck
 from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph, semantic_edges
-from structlora_trl.core.mapping import Parts, compared_sides
 from structlora_trl.core.kinds import Kind, discover, split_depth
-from structlora_trl.core.width import WHOLE, Width
+from structlora_trl.core.mapping import Parts, compared_sides
 
 
 class Length(NamedTuple):
