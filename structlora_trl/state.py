@@ -278,7 +278,7 @@ def _check_facts(modules: list[str], shape: list[int], per_depth: int, adapted: 
 
 
 def _shapes(m: KindMap, step: int) -> dict[str, tuple[list[tuple[int, ...] | None], torch.dtype]]:
-    """Of each tensor that a state has of a kind: the shapes that it may have, None where it may be missing; its dtype."""
+    """Shapes that each tensor of a kind's state may have, with None where it may be missing, and its dtype."""
     kind = m.kind
     _, _, k, d = kind.shape
     factors = {"A": (kind.node_count, kind.rank, k), "B": (kind.node_count, d, kind.rank)}

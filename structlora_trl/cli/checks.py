@@ -79,7 +79,7 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def whole_checkpoints(output: Path) -> list[Path]:
-    """Those that were written to their end, the oldest first."""
+    """The checkpoints of a folder that were written to their end, the oldest first."""
     return [path for path in _checkpoints(output) if _is_whole(path)]
 
 

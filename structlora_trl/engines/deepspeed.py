@@ -129,7 +129,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._put(effective, mapped, self._scattered[1], sides)
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """Of some sides of the kinds, those that the model holds in shards alone: none before stage 3."""
+        """Keep, of some sides of each kind, those that the model holds in shards alone: none before stage 3."""
         return [
             tuple(side for side in chosen if not self._is_whole(getattr(kind, side)[0]))
             for kind, chosen in zip(self.kinds, places, strict=True)
@@ -192,7 +192,7 @@ class DeepSpeedEngine(ShardedEngine):
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
 
     def _norms(self) -> torch.Tensor:
-        """Of what this rank has of each parameter. DeepSpeed writes through `.data`, which versions do not see."""
+        """Norms of this rank's part of each parameter. DeepSpeed writes through `.data`, which versions do not see."""
         working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
         return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
@@ -208,8 +208,8 @@ class DeepSpeedEngine(ShardedEngine):
         return min(rank * share, numel), min((rank + 1) * share, numel)
 
     def _span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """The same of any factor. Frozen ones have no masters: they lie in shards at stage 3, and before that whole on every rank,
-        of which the first one is taken."""
+        """Where this rank's part of a trained or frozen factor begins and ends. Frozen ones have no masters: they lie in shards
+        at stage 3, and before that whole on every rank, of which the first one is taken."""
         if parameter not in self._spans:  # which never change
             is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
             unheld = 0, parameter.numel() if id(parameter) in self._frozen_ids and is_first else 0
@@ -263,7 +263,7 @@ class DeepSpeedEngine(ShardedEngine):
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
     def _mark_gradients(self, fill_missing: bool) -> set[int]:
-        """Of BF16_Optimizer, which LoRA parameters have a gradient; where missing ones are to be filled, all get one."""
+        """Tell which LoRA parameters of a BF16_Optimizer have a gradient; where missing ones are to be filled, all get one."""
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
         marked = set()
         for group, flags in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True):

@@ -52,7 +52,7 @@ class Sharding:
         return self._spans[:, start : start + count].transpose(0, 1)
 
     def shape(self, place: int, side: str) -> tuple[int, int]:
-        """Of one factor: (rows, columns)."""
+        """Shape of one stored factor: (rows, columns)."""
         _, rank, k, d = self.kinds[place].shape
         return (rank, k) if side == "A" else (d, rank)
 
@@ -95,7 +95,7 @@ class Exchange:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those whose values are moved."""
+        """The parameters whose values are moved."""
         return [p for side in self._each.values() for p in side.parameters]
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class _Side:
         self._is_local = not bool(leaving)  # fragments are slices already
 
     def to_slices(self, of: Reader) -> dict[int, Tensor]:
-        """By place of the kind."""
+        """This rank's slices, as PEFT stores them, by place of the kind."""
         device = self.sharding.device
         flat = torch.cat([of(p).reshape(-1).to(device, torch.float32) for p in self.parameters]).view(self.rows, -1)
         if not self._is_local:
