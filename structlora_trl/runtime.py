@@ -72,7 +72,7 @@ class Runtime:
     """StructLoRA on one adapter and one optimizer.
 
     Args:
-        model (`nn.Module`): the model whose parameters the kinds hold.
+        model (`nn.Module`): the model whose parameters the kinds hold; None once detached.
         kinds (`list[Kind]`): what is trained.
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
@@ -123,6 +123,7 @@ class Runtime:
         self._names = {name: p for name, p in model.named_parameters() if id(p) in ours}
         self._owners = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if id(p) in ours]
         self.is_attached = True
+        self.on_detach: list[Callable[[], None]] = []  # called when `detach()` is done
         with ExitStack() as on_error:
             moved = [moved_sides(kind, config, parts) for kind in kinds]
             # Not of an adapter that starts with part of the base weights: that part is kept in slices.
@@ -147,7 +148,7 @@ class Runtime:
             self._kept = {kind.name: {} for kind in kinds if kind.device.type == "cpu"}
             self._optimizer = self._build_optimizer()
             self._rate: Rate | None = None  # set while a step that counts is under way
-            self._schedule = ScheduleShare()
+            self.schedule = ScheduleShare()
             self._stopwatch = Stopwatch(kinds[0].device)
             self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
             self._metric_steps = 0
@@ -234,6 +235,10 @@ class Runtime:
         self.engine.remove()
         self._watch.remove()
         self.is_attached = False
+        # Whoever keeps the runtime for its state or figures does not keep the model.
+        self.model, self._owners = None, []
+        for call in self.on_detach:
+            call()
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The model's LoRA parameters that the maps have; the maps' own are `parameters()` of each in `maps`."""
@@ -286,7 +291,7 @@ class Runtime:
             m.kind.name: KindState.of(m, latent, self._optimizer)
             for m, latent in zip(self.maps, self.engine.read_latents(everything=True), strict=True)
         }
-        return State(self.config.options(), self.seed, self.step, self.skipped_steps, self._schedule, kinds).flatten()
+        return State(self.config.options(), self.seed, self.step, self.skipped_steps, self.schedule, kinds).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict()`: afterwards the model holds that state's evaluation weights.
@@ -309,7 +314,7 @@ class Runtime:
         latents = [m.restore(kind.latent, kind.own, kind.graph) for m, kind in zip(self.maps, kinds, strict=True)]
         self.engine.write_latents(latents)
         self._restore_moments(kinds)
-        self.step, self.skipped_steps, self._schedule = state.step, state.skipped_steps, copy.copy(state.schedule)
+        self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, copy.copy(state.schedule)
         self._write(None)
         self.weights, self._trained = EVALUATION, False
 
@@ -417,7 +422,7 @@ class Runtime:
             self.skipped_steps += 1
             self._rate = None
         if self._rate is not None:
-            share = self._schedule.advance(self._rate)
+            share = self.schedule.advance(self._rate)
             if self._optimizer:
                 for group in self._optimizer.param_groups:
                     group["lr"] = group["base_lr"] * share

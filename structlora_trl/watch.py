@@ -76,7 +76,7 @@ class Watch:
             handle.remove()
         for reader in self._readers:
             reader.unmount()
-        self._runtime = None
+        self._runtime, self._modules, self._readers = None, (), []
 
     @contextmanager
     def reading(self) -> Iterator[None]:
