@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -84,6 +85,22 @@ class StructLoRACallback(TrainerCallback):
         """
         seed, quiet = trainer.args.seed, why_quiet(trainer)
         return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet)
+
+    def start_over(self, trainer: Trainer, optimizer: torch.optim.Optimizer, reset: Callable[[], None]) -> None:
+        """Train on with a fresh adapter within one run, as ReLoRA does. To be called between two optimizer steps.
+
+        Gates and coordinator start over: what they learned was about directions that are part of the base by then. Counts
+        of steps, and the peak that the learning rate is a share of, go on.
+
+        Args:
+            reset: merges the adapter, whose evaluation weights stand then, and makes it a fresh one.
+        """
+        earlier = self.runtime
+        earlier.detach()
+        reset()
+        self.runtime = self.attach(trainer, optimizer)
+        for name in ("step", "skipped_steps", "hook_calls", "schedule"):
+            setattr(self.runtime, name, getattr(earlier, name))
 
     def on_init_end(self, args, state, control, **kwargs):
         # Attaching may change lora_A: callbacks that copy weights in `on_train_begin` are to come after.

@@ -41,16 +41,21 @@ def calling_trainer() -> tuple[Trainer, str | None]:
     Raises:
         StructLoRAError: no Trainer is calling.
     """
-    frame = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+    trainer, frame = None, sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if trainer is None and isinstance(caller, Trainer):
+            trainer = caller
+        if caller is trainer is not None and "resume_from_checkpoint" in frame.f_locals:
+            return trainer, frame.f_locals["resume_from_checkpoint"]
         frame = frame.f_back
-    if frame is None:
+    if trainer is None:
         raise StructLoRAError(
             "the callback used outside a `transformers.Trainer`",
             "a Trainer or a TRL trainer in training",
             "use `structlora_trl.attach(model, optimizer)` in custom loops",
         )
-    return frame.f_locals["self"], frame.f_locals.get("resume_from_checkpoint")
+    return trainer, None
 
 
 def refuse_engine_taken_down(trainer: Trainer) -> None:

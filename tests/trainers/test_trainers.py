@@ -818,3 +818,24 @@ def test_a_second_train_has_a_schedule_of_its_own(tmp_path):
         )
 
     assert moved(1e-2) > 0.3 * moved(1e-4)
+
+
+def test_a_fresh_adapter_within_a_run_keeps_the_schedule(tmp_path):
+    """Half way down a linear schedule, new gates learn at half their rate, and not as at a peak."""
+
+    class Restarts(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 3:
+                callback.start_over(trainer, optimizer, trainer.model.base_model.model.zero_grad)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            start = torch.tensor(callback.config.gate_init).logit()
+            moved.append(max((m.filter.logits - start).abs().max().item() for m in callback.runtime.maps))
+
+    moved, callback = [], StructLoRACallback()
+    trainer = sft(tmp_path, [callback, Restarts()], max_steps=6, lr_scheduler_type="linear")
+    trainer.train()
+    assert callback.runtime.step == 6
+    # AdamW's first step is its rate.
+    assert moved[0] == pytest.approx(callback.config.gate_lr, rel=0.02)
+    assert moved[3] == pytest.approx(callback.config.gate_lr / 2, rel=0.02)
