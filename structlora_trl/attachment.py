@@ -187,7 +187,10 @@ def _refuse_ambient_state() -> None:
 
 
 def _warn_of_moved_base(adapter_name: str, lora: LoraConfig) -> None:
-    """Say what the saved adapter goes with, where its start was taken out of the base weights."""
+    """Say what the saved adapter goes with, where its start was taken out of the base weights.
+
+    PEFT does not, and loads it onto the original base (0.21; `upstream/peft-lora-ga-on-load.md`).
+    """
     start = str(lora.init_lora_weights).lower()
     if not start.startswith(_MOVES_BASE):
         return

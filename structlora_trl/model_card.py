@@ -97,7 +97,8 @@ class Description:
 class DescribedSave:
     """Replaces `save_pretrained` of one model, so that cards have the section where they go with a described adapter.
 
-    It can be copied with the model; in a pickle there is the method that it replaced.
+    It can be copied with the model; in a pickle there is the method that it replaced. PEFT has no public way to add to a
+    card (0.21; `upstream/peft-save-hook.md`).
 
     Args:
         model (`PeftModel`): whose `save_pretrained` writes the card.

@@ -235,7 +235,7 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder of the checkpoint that a Trainer has just written.
 
     Trials of a hyperparameter search have folders of their own, whose names only `hp_name` makes public; the newest
-    checkpoint of this step is meant otherwise.
+    checkpoint of this step is meant otherwise (transformers 5.24; `upstream/transformers-save-event-before-rotation.md`).
     """
     output, name = Path(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if state.trial_name is not None:

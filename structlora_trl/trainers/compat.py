@@ -62,7 +62,7 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
     """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues without one.
 
     `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped already
-    (transformers 5.6 to 5.24). A plain LoRA run fails in its first backward.
+    (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA run fails in its first backward.
 
     Raises:
         StructLoRAError: there is no engine.
@@ -88,7 +88,8 @@ def why_quiet(trainer: Trainer) -> str | None:
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
     """Move a callback to the front of a handler, safe while the handler goes through its list.
 
-    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and trackio.
+    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and trackio
+    (transformers 5.24; `upstream/transformers-callback-order.md`).
     """
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
