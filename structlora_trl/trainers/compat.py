@@ -62,7 +62,8 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
     """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues without one.
 
     `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped already
-    (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA run fails in its first backward.
+    (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA run fails in its first
+    backward.
 
     Raises:
         StructLoRAError: there is no engine.

@@ -572,6 +572,7 @@ LOOPS = [
     Setup("gradient checkpointing", loop=loops.Checkpointing, lora={"lora_dropout": 0.1}),
     Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
     Setup("torch.compile", loop=loops.Compiled, slow=True),
+    Setup("SAM by torch.func.functional_call", loop=loops.SharpnessAware),
     Setup("moving averages of the weights", loop=loops.Averaging),
     Setup("NEFTune", loop=loops.NoisyEmbeddings),
     Setup("interrupted steps", loop=loops.Interrupted),
