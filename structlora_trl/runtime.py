@@ -9,7 +9,7 @@ training forward, or that forward stops the run (`Runtime.reload` starts from th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Runtime:
     """StructLoRA on one adapter and one optimizer.
 
     Args:
-        model (`nn.Module`): the model whose parameters the kinds hold.
+        model (`nn.Module`): the model whose parameters the kinds hold; None once detached.
         kinds (`list[Kind]`): what is trained.
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
@@ -105,6 +105,7 @@ class Runtime:
         self._rate: Rate | None = None  # of the step under way, where it counts
         self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
         self._metric_steps = 0
+        self.on_detach: list[Callable[[], None]] = []  # called when `detach()` is done
         with ExitStack() as on_error:
             engine.install(self._before_step, self._after_step, [mapped_sides(k, config, parts) for k in kinds])
             on_error.callback(engine.remove)
@@ -254,6 +255,10 @@ class Runtime:
         self.eval()
         self.is_attached = False
         self._remove_hooks()
+        # Whoever keeps the runtime for its state or figures does not keep the model.
+        self.model, self.owners = None, []
+        for call in self.on_detach:
+            call()
 
     def reload(self) -> None:
         """Start again from the LoRA weights that stand in the model, which other code has written.

@@ -308,10 +308,14 @@ def _part(x: Tensor, name: str, slices: Slices) -> Tensor:
     return slices.part(x, name[-1]) if name[-2:] in ("_A", "_B") else x
 
 
-def save_state(runtime: Resumable, directory: str | os.PathLike) -> Path:
+def save_state(runtime: Resumable, directory: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> Path:
     """Write the runtime's state to `directory/structlora.safetensors`, atomically.
 
     Under FSDP2 and ZeRO, call it on every rank; the first one writes.
+
+    Args:
+        state (`dict[str, Tensor]`, *optional*): what `runtime.state_dict()` returned, where it was asked before. Every rank
+            that calls writes then.
 
     Returns:
         `Path` of the file.
@@ -325,14 +329,15 @@ def save_state(runtime: Resumable, directory: str | os.PathLike) -> Path:
         'structlora.safetensors'
     """
     path = Path(directory) / STATE_NAME
-    state = State.parse(runtime.state_dict())
-    if runtime.is_sharded and dist.get_rank() != 0:
+    writes = state is not None or not runtime.is_sharded or dist.get_rank() == 0
+    written = State.parse(runtime.state_dict() if state is None else state)
+    if not writes:
         return path
-    tensors = {name: x.cpu() for name, x in state.tensors.items()}
+    tensors = {name: x.cpu() for name, x in written.tensors.items()}
     unfinished = path.with_suffix(".unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {name: json.dumps(value) for name, value in state.header.items()})
+        save_file(tensors, unfinished, {name: json.dumps(value) for name, value in written.header.items()})
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -181,9 +181,9 @@ class AliasMasters(TrainerCallback):
     """What stage 3 would do in fp32 without its comparison that is never true."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        from structlora_trl.trainers.compat import training_trainer
+        from structlora_trl.trainers.compat import calling_trainer
 
-        optimizer = training_trainer()[0].model_wrapped.optimizer
+        optimizer = calling_trainer()[0].model_wrapped.optimizer
         for master, working in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
         ):
@@ -258,13 +258,17 @@ def main():
         args.kill is not None and rank == args.kill["rank"] and KillAt(args.kill),
     ]
     callbacks = [c for c in others if c]
-    if args.alias_masters:
-        callbacks.insert(0, AliasMasters())
     if args.seed_of_rank_1 is not None and rank == 1:
         callback.config.seed = args.seed_of_rank_1
     if args.subclass:
-        options |= {"trainer_class": StructLoRASFTTrainer, "config_class": StructLoRASFTConfig, **args.method}
+        options |= {
+            "trainer_class": StructLoRASFTTrainer,
+            "config_class": StructLoRASFTConfig,
+            "structlora": args.method,
+        }
     trainer = sft(args.output, callbacks, row_count=args.rows, **options)
+    if args.alias_masters:
+        trainer.callback_handler.callbacks.insert(0, AliasMasters())
     if args.subclass:
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback))
     for name, parameter in trainer.model.named_parameters():

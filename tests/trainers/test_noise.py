@@ -127,7 +127,6 @@ TRL = {
     "SDFTTrainer": SAMPLES,
     "SDPOTrainer": SAMPLES,
     "SFTTrainer": None,
-    "SSDTrainer": SAMPLES,
     "ServerDistillationTrainer": SAMPLES,
     "TPOTrainer": DROPOUT,
     "XPOTrainer": SAMPLES,
@@ -156,7 +155,7 @@ def trainers_of_trl() -> dict[str, tuple[list[str], bool]]:
     return {
         name: (bases_of(node), disables(name.replace("Trainer", "Config")))
         for name, node in classes.items()
-        if name.endswith("Trainer") and not name.startswith("_") and "Trainer" in lineage(classes, name)
+        if name.endswith("Trainer") and not name.startswith(("_", "Base")) and "Trainer" in lineage(classes, name)
     }
 
 
