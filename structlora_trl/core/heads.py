@@ -12,8 +12,9 @@ from .kinds import Heads, Kind, matches
 # them, columns of lora_A where its inputs come from them. Fused projections hold blocks of a head's width, too.
 _SIDES = {
     r"[qkv]_proj|qkv_proj|query|key|value|query_proj|key_proj|value_proj|[qkv]_lin|[qkv]|to_[qkv]|add_[qkv]_proj": "B",
-    r"query_key_value|Wqkv|c_attn": "B",
+    r"query_key_value|Wqkv|c_attn|q_attn|(self_)?attn\.qkv|linear_[qkv]|self\.in_proj": "B",
     r"o_proj|out_proj|attention\.output\.dense|(self_)?attention\.dense|out_lin|o|to_out(\.0)?|to_add_out": "A",
+    r"attn\.proj|attn\.Wo|self_attn\.dense|attention\.projection_layer|self_attn\.projection": "A",
 }
 _NAMES = (
     "head_dim",

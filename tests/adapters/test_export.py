@@ -60,7 +60,7 @@ def close_directions(state: dict, adapter: dict, threshold: float) -> int:
     """Zero the closed columns of lora_B; how many."""
     closed = 0
     for kind in KINDS:
-        for depth, gates in enumerate(state[f"{kind}/filter.logits"].sigmoid()):
+        for depth, gates in enumerate(state[f"{kind}/filters.0.logits"].sigmoid()):
             weight = adapter[f"base_model.model.{kind.replace('*', str(depth))}.lora_B.weight"]
             weight[:, gates < threshold] = 0
             closed += int((gates < threshold).sum())
@@ -71,7 +71,7 @@ def close_directions(state: dict, adapter: dict, threshold: float) -> int:
 def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path, capsys):
     out = runs(variant)
     base, state = out.parent / "base", load_file(out / STATE_NAME)
-    gates = torch.cat([state[f"{kind}/filter.logits"].sigmoid() for kind in KINDS])
+    gates = torch.cat([state[f"{kind}/filters.0.logits"].sigmoid() for kind in KINDS])
     # As large as leaves every module a direction, and between two gates.
     below = gates[gates < gates.amax(1).min()].max()
     threshold = float((below + gates.amax(1).min()) / 2)
@@ -107,7 +107,7 @@ def test_prune_measures_on_a_text_and_spares_one_direction(runs, tmp_path, capsy
     weights = load_file(tmp_path / "one" / ADAPTER)
     assert {len(value) for name, value in weights.items() if "lora_A" in name} == {1}
     state = load_file(runs() / STATE_NAME)
-    kept = int(state[f"{KINDS[0]}/filter.logits"][0].argmax())
+    kept = int(state[f"{KINDS[0]}/filters.0.logits"][0].argmax())
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert torch.equal(weights[name][0], load_file(runs() / ADAPTER)[name][kept])
 

@@ -45,11 +45,11 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
         assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
         for row, update, gates in zip(
-            kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid(), strict=True
+            kind["depths"], updates, state[f"{kind['name']}/filters.0.logits"].sigmoid(), strict=True
         ):
             assert row["gates"] == pytest.approx(gates.tolist())
             if variant == "heads":
-                heads = state[f"{kind['name']}/groups.logits"][row["depth"]].sigmoid()
+                heads = state[f"{kind['name']}/filters.1.logits"][row["depth"]].sigmoid()
                 assert row["groups"] == pytest.approx(heads.tolist())
             else:
                 assert row["groups"] is None

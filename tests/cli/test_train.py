@@ -83,13 +83,13 @@ def test_any_other_script_of_trl(place, monkeypatch):
     write_rows(place / "data.jsonl", prompts())
     here = {**SETTINGS, "dataset_name": "data.jsonl", "teacher_model_name_or_path": "base", "max_completion_length": 6}
     trained(monkeypatch, "distillation", *command_line(here), "--lora_target_modules", "q_proj")
-    assert state_of("out")[1]["step"] == 3
+    assert state_of("out")[0]["step"] == 3
 
 
 def test_sft_from_a_file_and_the_command_line(place, monkeypatch):
     given = config_file(structlora={"gate_init": 0.6})
     trainer = trained(monkeypatch, "sft", "--config", given, "--structlora.gate_lr", "0.05")
-    options, _ = state_of("out")
+    options = state_of("out")[0]["options"]
     assert options["gate_init"] == 0.6 and options["gate_lr"] == 0.05 and trainer.args.learning_rate == 1e-2
     assert_acted("out")
     assert_plain_peft_agrees(trainer, "out")

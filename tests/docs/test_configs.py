@@ -52,9 +52,9 @@ def test_trl_config(name, tmp_path, monkeypatch):
     output = config["output_dir"]
     assert_acted(output, steps=5)  # warm-up, lora_B, lora_A, and then Θ: each moves from the step before's
     assert_plain_peft_agrees(trainer, output, family)
-    options, state = state_of(output)
-    assert options == read_switch(config["structlora"]).options()
-    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/filter.logits" in name}
+    header, state = state_of(output)
+    assert header["options"] == read_switch(config["structlora"]).options()
+    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/filters.0.logits" in name}
     assert adapted == set(config["lora_target_modules"])
     if family == "llava":
         assert any("vision_tower" in name for name in state)

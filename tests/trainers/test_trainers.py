@@ -149,7 +149,7 @@ def test_training_loop_of_another_name(tmp_path, monkeypatch):
     sft(tmp_path, [StructLoRACallback(), StopAt(2)], **options).train()
     callback = StructLoRACallback()
     sft(tmp_path, [callback], **options).train(resume_from_checkpoint=True)
-    assert callback.runtime.step == 4 and state_of(tmp_path / "checkpoint-4")[1]["step"] == 4
+    assert callback.runtime.step == 4 and state_of(tmp_path / "checkpoint-4")[0]["step"] == 4
 
 
 class Silence(LogisticNoise):
@@ -211,7 +211,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
     assert all(torch.equal(best[name], names[name]) for name in best)
     assert callback.runtime.step == 2
     trainer.train()
-    assert state_of(tmp_path / "checkpoint-6")[1]["step"] == 8
+    assert state_of(tmp_path / "checkpoint-6")[0]["step"] == 8
 
 
 def test_second_train_goes_on(tmp_path):
@@ -441,12 +441,14 @@ METRICS = {
     "theta_norm",
     "map_ms",
     "skipped_steps",
+    "peak_lr",
 }
 
 
 def check_metrics(found: dict, prefix: str):
     values = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     assert values.keys() == METRICS
+    assert values["peak_lr"] > 0
     assert 0 < values["gate_openness"] < 1 and values["map_ms"] > 0 and 1 <= values["effective_rank"] <= 4
     assert 0 <= values["stream_cosine"] <= 1 + 1e-5
 
@@ -462,7 +464,9 @@ def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
     accumulator.Reload()
     scalars = {tag: [e.value for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
     check_metrics({tag: values[-1] for tag, values in scalars.items()}, "train/structlora/")
-    assert all(len(values) == 3 for tag, values in scalars.items() if "structlora" in tag)
+    counts = {tag: len(values) for tag, values in scalars.items() if "structlora" in tag}
+    assert counts.pop("train/structlora/gradient_cosine") == 2  # the first step has none
+    assert set(counts.values()) == {3}
     check_metrics(trainer.state.log_history[2], "structlora/")
     assert not any(
         "structlora" in key for entry in trainer.state.log_history if "train_runtime" in entry for key in entry
@@ -477,7 +481,7 @@ def test_metrics_reach_wandb(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb.Run, "log", lambda run, logs, *args, **kwargs: seen.append(logs))
     sft(tmp_path, [StructLoRACallback()], report_to="wandb").train()
     wandb.finish()
-    check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
+    check_metrics([logs for logs in seen if "train/loss" in logs][-1], "train/structlora/")
 
 
 def test_metrics_reach_trackio(tmp_path, monkeypatch):
@@ -488,21 +492,21 @@ def test_metrics_reach_trackio(tmp_path, monkeypatch):
     monkeypatch.setattr(trackio, "finish", lambda: None)
     monkeypatch.setattr(trackio, "log", lambda logs, *args, **kwargs: seen.append(logs))
     sft(tmp_path, [StructLoRACallback()], report_to="trackio").train()
-    check_metrics(next(logs for logs in seen if "train/loss" in logs), "train/structlora/")
+    check_metrics([logs for logs in seen if "train/loss" in logs][-1], "train/structlora/")
 
 
 def test_state_file_describes_itself(tmp_path):
     sft(tmp_path, [StructLoRACallback(prior=0.4)], save_strategy="steps", save_steps=3).train()
     with safe_open(tmp_path / "checkpoint-3" / STATE, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
-    assert json.loads(metadata["config"])["prior"] == 0.4 and metadata["seed"] == "5"
+    assert json.loads(metadata["options"])["prior"] == 0.4 and metadata["seed"] == "5"
     kinds = json.loads(metadata["kinds"])
     assert kinds["model.layers.*.self_attn.q_proj"]["shape"] == [3, 4, 32, 32]
     for kind in kinds:
         parts = {name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")}
-        assert {"latent_A", "latent_B", "filter.logits", "graph.semantic", "graph.features"} <= parts
-        assert {f"optimizer.filter.logits.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")} <= parts
-    assert {"step", "skipped_steps"} <= names
+        assert {"latent_A", "latent_B", "filters.0.logits", "graph.semantic"} <= parts
+        assert {f"optimizer.filters.0.logits.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")} <= parts
+    assert {"step", "skipped_steps", "schedule"} <= metadata.keys()
 
 
 KILLED = """
@@ -556,7 +560,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(StructLoRAError, match="No space left"):
         sft(tmp_path, [StructLoRACallback()], **options).train()
     assert not list((tmp_path / "checkpoint-4").glob("structlora*"))
-    assert state_of(tmp_path / "checkpoint-2")[1]["step"] == 2
+    assert state_of(tmp_path / "checkpoint-2")[0]["step"] == 2
 
 
 def saves_itself(asks: bool):
