@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from structlora_trl.adapters import page
-from structlora_trl.adapters.saved import read_saved
+from structlora_trl.adapters.load_adapter import read_saved
 
 NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
 COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}

@@ -29,9 +29,9 @@ from transformers import (
 
 from ..errors import StructLoRAError
 from ..refusing import refusing
+from .load_adapter import LORA_NAME, Saved
+from .peft_scaling import with_one_rank
 from .pruning import Pruned, prune
-from .saved import LORA_NAME, Saved
-from .scales import with_one_rank
 
 RANDOM, NO_PROBE = "random", "none"
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens

@@ -15,7 +15,7 @@ from ..core.diagnostics import effective_rank, stream_cosine
 from ..core.mapping import Factors, KindMap, split
 from ..core.nodes import Kind, residual_role, split_depth
 from ..errors import StructLoRAError
-from .saved import Saved
+from .load_adapter import Saved
 
 
 @dataclass

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from .inspecting import KindReport, log_history, report, short_names
-from .saved import Saved
+from .load_adapter import Saved
 from .svg import RED_BLUE, VIRIDIS, Line, Scale, chart, heat_map, legend
 
 _RUN_COLOURS = ("#c2410c", "#1d4ed8")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core.mapping import by_module
 from ..errors import StructLoRAError
-from .saved import Saved
-from .scales import with_one_scale
+from .load_adapter import Saved
+from .peft_scaling import with_one_scale
 
 
 @dataclass

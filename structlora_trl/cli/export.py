@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapters.export import RANDOM, Export, export
-from ..adapters.saved import read_saved
+from ..adapters.load_adapter import read_saved
 from .parser import parser_of
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP, FSDP2 or DeepSpeed ZeRO,

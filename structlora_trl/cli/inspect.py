@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..adapters.inspecting import KindReport, log_history, report
+from ..adapters.load_adapter import Saved, read_saved
 from ..adapters.page import Run, write_page
-from ..adapters.saved import Saved, read_saved
 from .parser import parser_of
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from structlora_trl.adapters.inspecting import report
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.pruning import prune
-from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, on_base

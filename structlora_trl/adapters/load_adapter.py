@@ -26,7 +26,7 @@ from ..core.mapping import Factors, KindMap
 from ..core.nodes import RESIDUAL_ROLES, Heads, Kind, group
 from ..errors import StructLoRAError
 from ..state import STATE_NAME, KindState, read_state
-from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
+from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
 
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
 _MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")

@@ -19,7 +19,7 @@ from torch import nn
 from structlora_trl import attach, save_state
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.inspecting import log_history, report
-from structlora_trl.adapters.saved import read_saved
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
