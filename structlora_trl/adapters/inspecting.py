@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.diagnostics import effective_rank, stream_cosine
-from ..core.mapping import Factors, KindMap, split
-from ..core.nodes import Kind, residual_role, split_depth
+from ..core.diagnostics import effective_rank
+from ..core.nodes import Kind, split_depth
 from ..errors import StructLoRAError
-from .load_adapter import Saved
+from .load_adapter import LOG_NAME, Saved
+from .peft_scaling import singular_directions
 
 
 @dataclass
@@ -92,12 +92,15 @@ def _own_end(name: str, others: list[str]) -> list[str]:
 
 
 def log_history(folder: Path) -> list[dict]:
-    """The Trainer's log, where `trainer_state.json` lies beside the adapter; else nothing.
+    """The Trainer's log, where `trainer_state.json` lies in a folder; else nothing.
+
+    Args:
+        folder (`Path`): of an adapter that was read, `Saved.run_folder`.
 
     Raises:
         StructLoRAError: the file is damaged.
     """
-    path = folder / "trainer_state.json"
+    path = folder / LOG_NAME
     if not path.is_file():
         return []
     try:
@@ -115,25 +118,23 @@ def log_history(folder: Path) -> list[dict]:
 
 def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     kind = saved.kinds[index]
-    m = saved.maps[index] if saved.maps else None
 
-    def own(values: Tensor) -> Tensor:
+    def own(values: Tensor | None) -> Tensor | None:
         """Of this expert."""
-        return values[expert] if kind.experts > 1 else values
+        return values[expert] if kind.experts > 1 and values is not None else values
 
-    whole = Factors(*(factor.double() for factor in saved.effective[index]))  # squares of what is finite stay finite
-    factors = Factors(*map(own, split(whole, kind)))
+    factors = saved.factors(index)
+    factors = type(factors)(*map(own, factors))
     modules = kind.modules[expert :: kind.per_depth] if kind.per_depth > 1 else kind.modules
-    gates = m.openness(saved.latents[index]) if m else None
-    gates = None if gates is None else own(gates)  # (L, r)
-    groups = None if m is None or m.groups is None else own(m.group_openness)  # (L, H) of heads, (L, 1) of an expert
-    features = _features(saved, index, whole)  # (L, n) with experts (E, L, n), or None where unknown
-    pair = _stream_factors(saved, index, whole)
-    stream = None if pair is None else own(stream_cosine(*pair))  # (L - 1,)
-    unit = None if features is None else normalize(own(features), dim=1)
+    gates = own(saved.gates(index))  # (L, r)
+    groups = own(saved.group_gates(index))  # (L, H) of heads, (L, 1) of an expert
+    stream = own(saved.stream_cosines(index))  # (L - 1,)
+    semantic = own(saved.semantic_edges(index))  # (L, L)
+    features = own(saved.features(index))  # (L, n)
+    unit = None if features is None else normalize(features, dim=1)
     similarity = None if unit is None else unit @ unit.mT
     scales = torch.tensor([saved.scale(module) for module in modules]).double()
-    singular = scales[:, None] * _singular_values(*factors)  # (L, r)
+    singular = scales[:, None] * singular_directions(*factors).sigma  # (L, r)
     energy = singular.square()
     total = energy.sum(1, keepdim=True)
     ranks = effective_rank(*factors)
@@ -149,13 +150,13 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             norm=float(total[depth].sqrt()),
             coherence=_coherence(similarity, depth),
             stream=_stream(stream, depth),
-            semantic=own(m.graph.semantic)[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
+            semantic=None if semantic is None else semantic[depth].nonzero().flatten().tolist(),
         )
         for depth, module in enumerate(modules)
     ]
     return KindReport(
         name=_name(kind, expert),
-        role=_role(kind, m),
+        role=saved.role(index),
         shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
         similarity=None if similarity is None else similarity.tolist(),
@@ -170,19 +171,6 @@ def _name(kind: Kind, expert: int) -> str:
     return f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name
 
 
-def _role(kind: Kind, m: KindMap | None) -> str | None:
-    return residual_role(kind, m.config.roles if m else None)
-
-
-def _features(saved: Saved, index: int, factors: Factors) -> Tensor | None:
-    """Updates on the sides that are comparable across depth, flattened. A plain adapter does not tell where A began."""
-    if saved.maps:
-        return torch.cat([u.flatten(-2) for u in saved.maps[index].features(factors)], dim=-1)
-    kind = saved.kinds[index]
-    # Nor which side meets the input of experts that are one parameter.
-    return split(factors, kind).B.flatten(-2) if _role(kind, None) == "write" and kind.adapted.experts == 1 else None
-
-
 def _coherence(similarity: Tensor | None, depth: int) -> float | None:
     if similarity is None or len(similarity) == 1:
         return None
@@ -190,21 +178,6 @@ def _coherence(similarity: Tensor | None, depth: int) -> float | None:
     return float(similarity[depth, neighbours].mean())
 
 
-def _stream_factors(saved: Saved, index: int, factors: Factors) -> Factors | None:
-    """What `stream_cosine` compares. Of a plain adapter, for the reasons above, the writers alone."""
-    if saved.maps:
-        return saved.maps[index].stream_factors(factors)
-    kind = saved.kinds[index]
-    A, B = split(factors, kind)
-    return Factors(B.mT, A) if _role(kind, None) == "write" and kind.adapted.experts == 1 else None
-
-
 def _stream(cosines: Tensor | None, depth: int) -> float | None:
     mean = math.nan if cosines is None else float(cosines[max(depth - 1, 0) : depth + 1].nanmean())
     return None if math.isnan(mean) else mean
-
-
-def _singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Of each BA, (L, r), without forming it."""
-    left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.mT).R  # (L, r, r)
-    return torch.linalg.svdvals(left @ right.mT)

@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
+from ..core.diagnostics import stream_cosine
 from ..core.heads import heads_side
-from ..core.mapping import Factors, KindMap
-from ..core.nodes import RESIDUAL_ROLES, Heads, Kind, group
+from ..core.mapping import Factors, KindMap, by_module, split
+from ..core.nodes import RESIDUAL_ROLES, Heads, Kind, group, residual_role
 from ..errors import StructLoRAError
 from ..state import STATE_NAME, KindState, read_state
 from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
 
+LOG_NAME = "trainer_state.json"
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
 _MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
 _USE_ANOTHER = "use another checkpoint"
@@ -66,6 +68,8 @@ class Saved:
         maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
         latents (`list[Factors]`, *optional*): one per kind, or None.
         step (`int`, *optional*): optimizer steps trained, or None.
+        run_folder (`Path`, *optional*): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the newest
+            checkpoint near it that holds the same adapter.
     """
 
     folder: Path
@@ -76,14 +80,77 @@ class Saved:
     maps: list[KindMap] | None = None
     latents: list[Factors] | None = None
     step: int | None = None
+    run_folder: Path | None = None
 
     def scale(self, module: str) -> float:
         """s of a module's ΔW = s·B·A."""
         return scale_of(self.lora, module)
 
+    @property
+    def config(self) -> StructLoRAConfig | None:
+        """StructLoRA's options in the run; None where no state was found."""
+        return self.maps[0].config if self.maps else None
+
+    @property
+    def holds_base_weights(self) -> bool:
+        """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
+        return any(m.origin_B is not None for m in self.maps or ())
+
+    def gates(self, index: int) -> Tensor | None:
+        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without state or gates."""
+        return self.maps[index].openness(self.latents[index]) if self.maps else None
+
+    def group_gates(self, index: int) -> Tensor | None:
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of these."""
+        return self.maps[index].group_openness if self.maps else None
+
+    def factors(self, index: int) -> Factors:
+        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
+        # Squares of what is finite in fp32 stay finite.
+        return split(Factors(*(factor.double() for factor in self.effective[index])), self.kinds[index])
+
+    def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
+        """Module -> (E or 1, ...) of values that are (L, ...), or with experts (E, L, ...)."""
+        kind = self.kinds[index]
+        return dict(zip(kind.modules, by_module(values, kind), strict=True))
+
+    def role(self, index: int) -> str | None:
+        """`"read"` or `"write"`: what a kind does with the residual stream; None where unknown."""
+        return residual_role(self.kinds[index], self.config.roles if self.maps else None)
+
+    def features(self, index: int) -> Tensor | None:
+        """Updates on the sides that are comparable across depth, flattened: (L, n), with experts (E, L, n).
+
+        None where unknown: a plain adapter does not tell where lora_A began, nor which side of experts that are one
+        parameter meets the input.
+        """
+        whole = Factors(*(factor.double() for factor in self.effective[index]))
+        if self.maps:
+            return torch.cat([u.flatten(-2) for u in self.maps[index].features(whole)], dim=-1)
+        return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
+
+    def stream_cosines(self, index: int) -> Tensor | None:
+        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as for `features`."""
+        if self.maps:
+            pair = self.maps[index].stream_factors(Factors(*(factor.double() for factor in self.effective[index])))
+        else:
+            A, B = self.factors(index)
+            pair = Factors(B.mT, A) if self._is_plain_writer(index) else None
+        return None if pair is None else stream_cosine(*pair)
+
+    def semantic_edges(self, index: int) -> Tensor | None:
+        """Which depths a semantic edge joins, (L, L), with experts (E, L, L); None without a coordinator."""
+        return self.maps[index].graph.semantic if self.maps and self.maps[index].coordinators else None
+
+    def _is_plain_writer(self, index: int) -> bool:
+        return self.role(index) == "write" and self.kinds[index].adapted.experts == 1
+
 
 def read_saved(folder: str | Path) -> Saved:
     """Read a saved adapter, a checkpoint of any engine, or what `zero_to_fp32.py` made inside one.
+
+    Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log are those of the
+    newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder beside it.
 
     Raises:
         StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong together.
@@ -91,24 +158,27 @@ def read_saved(folder: str | Path) -> Saved:
     given = Path(folder)
     masters = _read_masters(given)
     home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
-    state_file = home / STATE_NAME
-    if not state_file.is_file():
-        lora = _read_config(home)
-        tensors = _read_adapter(home, lora)
-        if not tensors:
-            raise StructLoRAError(
-                f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
-                "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
-                "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
-            )
-        modules = _modules(tensors)
-        kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
-        return Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds])
-    state = read_state(state_file)
-    config, latents = StructLoRAConfig.build(state.options), [kind.latent for kind in state.kinds.values()]
-    maps = [_map(name, kind, config, state.step) for name, kind in state.kinds.items()]
-    with torch.no_grad():
-        effective = [m(latent, None) for m, latent in zip(maps, latents, strict=True)]
+    if (home / STATE_NAME).is_file():
+        return _read_with_state(home, masters)
+    lora = _read_config(home)
+    tensors = _read_adapter(home, lora)
+    if not tensors:
+        raise StructLoRAError(
+            f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
+            "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
+            "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
+        )
+    modules = _modules(tensors)
+    kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
+    saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], run_folder=home)
+    runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
+    has_log = (home / LOG_NAME).is_file()
+    return next((run for run in runs if run is not None and (run.maps or not has_log)), saved)
+
+
+def _read_with_state(home: Path, masters: dict[str, dict[str, Tensor]]) -> Saved:
+    config, step, maps, latents = _read_state(home)
+    effective = _effective(maps, latents)
     kinds = [m.kind for m in maps]
     trained = config.adapter_name
     if masters and trained not in masters:
@@ -122,7 +192,53 @@ def read_saved(folder: str | Path) -> Saved:
     if not _modules(tensors):
         tensors = _tensors_of(lora, kinds, effective, masters, home)
     _refuse_difference(kinds, effective, tensors, "adapter", home)
-    return Saved(home, lora, tensors, kinds, effective, maps, latents, state.step)
+    return Saved(home, lora, tensors, kinds, effective, maps, latents, step, run_folder=home)
+
+
+def _read_state(home: Path) -> tuple[StructLoRAConfig, int, list[KindMap], list[Factors]]:
+    state = read_state(home / STATE_NAME)
+    config = StructLoRAConfig.build(state.options)
+    maps = [_map(name, kind, config, state.step) for name, kind in state.kinds.items()]
+    return config, state.step, maps, [kind.latent for kind in state.kinds.values()]
+
+
+@torch.no_grad()
+def _effective(maps: list[KindMap], latents: list[Factors]) -> list[Factors]:
+    return [m(latent, None) for m, latent in zip(maps, latents, strict=True)]
+
+
+def _checkpoints_near(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, beside it, and in folders beside it; the newest first."""
+    around = folder.absolute().parent
+    found = {*folder.absolute().glob("checkpoint-*"), *around.glob("checkpoint-*"), *around.glob("*/checkpoint-*")}
+    found = [path for path in found if path.is_dir() and path != folder.absolute()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, str(path)), reverse=True)
+
+
+def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
+    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is damaged."""
+    path = _weights_file(checkpoint)
+    try:
+        if path and not _equal(path, saved):
+            return None
+        if not (checkpoint / STATE_NAME).is_file():
+            return replace(saved, run_folder=checkpoint) if path else None
+        _, step, maps, latents = _read_state(checkpoint)
+    except StructLoRAError:
+        return None
+    effective = _effective(maps, latents)
+    kinds = [m.kind for m in maps]
+    if _difference(kinds, effective, saved.tensors) is not None:
+        return None
+    return Saved(saved.folder, saved.lora, saved.tensors, kinds, effective, maps, latents, step, run_folder=checkpoint)
+
+
+def _equal(path: Path, saved: Saved) -> bool:
+    own = _weights_file(saved.folder)
+    if path.suffix != own.suffix or path.stat().st_size != own.stat().st_size:  # without reading it
+        return False
+    tensors = _load(path)
+    return tensors.keys() == saved.tensors.keys() and all(torch.equal(x, saved.tensors[n]) for n, x in tensors.items())
 
 
 def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapters.export import RANDOM, Export, export
+from ..adapters.export import Export, export
+from ..adapters.measuring import RANDOM
 from ..adapters.load_adapter import read_saved
 from .parser import parser_of
 
@@ -69,9 +70,9 @@ def table(done: Export) -> str:
     width = max(len(size.what) for size in done.sizes)
     lines = [f"{'':{width}}  {'before':>12}  {'after':>12}  {'kept':>7}"]
     lines += [f"{what:{width}}  {old:>12,}  {new:>12,}  {new / old:>7.1%}" for what, old, new in done.sizes]
-    if done.spared:
+    if done.pruned and done.pruned.spared:
         lines.append(
-            f"{len(done.spared)} modules are wholly closed; each keeps its most open direction (PEFT knows no rank 0)."
+            f"{len(done.pruned.spared)} modules are wholly closed; each keeps its most open direction (PEFT knows no rank 0)."
         )
     if done.change:
         lines.append(

@@ -24,7 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from structlora_trl.adapters.export import export, load_base
+from structlora_trl.adapters.export import export
+from structlora_trl.adapters.measuring import load_base
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
