@@ -146,7 +146,7 @@ def export(
         write_adapter(after, lora, tensors)
         if done.pruned:
             write_adapter(before, saved.lora, saved.tensors)
-            done.sizes = _sizes(saved, done.pruned, before, after)
+            done.sizes = _sizes(saved, done.pruned, tensors, before, after)
             if keep is not None and rows:
                 on = _held_out(rows)
                 done.change = output_change(load, before, after, lambda _: on)
@@ -277,11 +277,11 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
         config.tie_word_embeddings = False
 
 
-def _sizes(saved: Saved, pruned: Pruned, before: Path, after: Path) -> list[Size]:
+def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor], before: Path, after: Path) -> list[Size]:
     """Directions, parameters and bytes; then the directions of each kind."""
     counts = [
         sum(value.numel() for name, value in tensors.items() if LORA_NAME.match(name))
-        for tensors in (saved.tensors, pruned.tensors)
+        for tensors in (saved.tensors, written)
     ]
     kinds = [
         Size(

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import metadata_load
 from torch import Tensor
 from torch.nn.functional import normalize
+from yaml import YAMLError
 
 from ..core.diagnostics import effective_rank
 from ..core.nodes import Kind, split_depth
@@ -114,6 +116,25 @@ def log_history(folder: Path) -> list[dict]:
             "remove the file, or use another checkpoint",
         ) from error
     return history
+
+
+def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
+    """The last training loss and the last held-out loss of a Trainer's log; None where it has none."""
+    last = [[e[name] for e in history if isinstance(e.get(name), (int, float))][-1:] for name in ("loss", "eval_loss")]
+    return tuple(values[0] if values else None for values in last)
+
+
+def training_data(saved: Saved) -> str | None:
+    """Names of the data sets in the model card beside the adapter, or beside its run; None where there is none."""
+    for folder in (saved.folder, saved.run_folder):
+        try:
+            card = metadata_load(folder / "README.md") or {}
+        except (OSError, ValueError, YAMLError):
+            continue
+        names = card.get("datasets") or []
+        if names:
+            return names if isinstance(names, str) else ", ".join(map(str, names))
+    return None
 
 
 def _kind(saved: Saved, index: int, expert: int) -> KindReport:

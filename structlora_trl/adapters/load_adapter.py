@@ -65,11 +65,11 @@ class Saved:
         tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's names.
         kinds (`list[Kind]`): its LoRA modules, grouped.
         effective (`list[Factors]`): fp32, one per kind.
+        run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the newest checkpoint near it
+            that holds the same adapter.
         maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
         latents (`list[Factors]`, *optional*): one per kind, or None.
         step (`int`, *optional*): optimizer steps trained, or None.
-        run_folder (`Path`, *optional*): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the newest
-            checkpoint near it that holds the same adapter.
     """
 
     folder: Path
@@ -77,10 +77,10 @@ class Saved:
     tensors: dict[str, Tensor]
     kinds: list[Kind]
     effective: list[Factors]
+    run_folder: Path
     maps: list[KindMap] | None = None
     latents: list[Factors] | None = None
     step: int | None = None
-    run_folder: Path | None = None
 
     def scale(self, module: str) -> float:
         """s of a module's ΔW = s·B·A."""
@@ -170,7 +170,7 @@ def read_saved(folder: str | Path) -> Saved:
         )
     modules = _modules(tensors)
     kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
-    saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], run_folder=home)
+    saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
     runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
     has_log = (home / LOG_NAME).is_file()
     return next((run for run in runs if run is not None and (run.maps or not has_log)), saved)
@@ -192,7 +192,7 @@ def _read_with_state(home: Path, masters: dict[str, dict[str, Tensor]]) -> Saved
     if not _modules(tensors):
         tensors = _tensors_of(lora, kinds, effective, masters, home)
     _refuse_difference(kinds, effective, tensors, "adapter", home)
-    return Saved(home, lora, tensors, kinds, effective, maps, latents, step, run_folder=home)
+    return Saved(home, lora, tensors, kinds, effective, home, maps, latents, step)
 
 
 def _read_state(home: Path) -> tuple[StructLoRAConfig, int, list[KindMap], list[Factors]]:
@@ -230,7 +230,7 @@ def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
     kinds = [m.kind for m in maps]
     if _difference(kinds, effective, saved.tensors) is not None:
         return None
-    return Saved(saved.folder, saved.lora, saved.tensors, kinds, effective, maps, latents, step, run_folder=checkpoint)
+    return Saved(saved.folder, saved.lora, saved.tensors, kinds, effective, checkpoint, maps, latents, step)
 
 
 def _equal(path: Path, saved: Saved) -> bool:

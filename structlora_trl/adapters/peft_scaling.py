@@ -26,6 +26,8 @@ from ..errors import StructLoRAError
 LORA_NAME = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )
+# What draws MonteCLoRA's noise in training, of the module's rank.
+_SAMPLER = ".lora_monteclora_sampler."
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
 # Initialisations that take part of the base weights out of the model by the module's rank.
@@ -105,7 +107,8 @@ def base_is_moved_for_good(lora: LoraConfig) -> bool:
 
 def modules_with_more(tensors: dict[str, Tensor]) -> set[str]:
     """Modules of which an adapter file holds more than two factors (DoRA's magnitude, a bias)."""
-    return {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name and not LORA_NAME.match(name)}
+    more = (name for name in tensors if ".lora_" in name and not LORA_NAME.match(name) and _SAMPLER not in name)
+    return {name.rpartition(".lora_")[0] for name in more}
 
 
 def scale_of(lora: LoraConfig, module: str) -> float:
@@ -177,10 +180,11 @@ def with_one_scale(
         ):  # a pattern names parameters, and the file does not say which is which
             ranks[module] = rank
     _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
+    resized = any(own != rank_of(lora, module) for module, own in ranks.items())
     written = {}
     for name, value in tensors.items():
         match, bias = LORA_NAME.match(name), _BIAS.match(name)
-        if match and not ranks[match["module"]]:
+        if (match and not ranks[match["module"]]) or (resized and _SAMPLER in name):
             continue
         if match:
             module = match["module"]
@@ -189,7 +193,12 @@ def with_one_scale(
             share = scales[(match or bias)["module"]] / scale
             value = value if share == 1 else (value.float() * share).to(value.dtype)
         written[name] = value
-    return _configured(lora, ranks, rank, scale), written
+    smaller = _configured(lora, ranks, rank, scale)
+    if resized:  # how training began, and its noise, ask for ranks of their own (`orthogonal` for even ones)
+        smaller.init_lora_weights = True
+        if getattr(lora, "monteclora_config", None):  # PEFT before 0.21 has none
+            smaller.monteclora_config = None
+    return smaller, written
 
 
 def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:

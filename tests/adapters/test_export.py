@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from structlora_trl.adapters.export import export
-from structlora_trl.adapters.measuring import load_base
 from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.adapters.measuring import load_base
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
