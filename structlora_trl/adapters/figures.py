@@ -181,7 +181,7 @@ def write(folder: Path, drawn: list[Chart]) -> list[str]:
             axes = figure.subplots(rows, columns, squeeze=False).flatten()
             for axis, panel in zip(axes, chart.panels, strict=False):
                 panel.draw(axis)
-                axis.set_title(" · ".join(filter(None, (panel.title, panel.run))), fontsize=8)
+                axis.set_title(_plain(" · ".join(filter(None, (panel.title, panel.run)))), fontsize=8)
             for axis in axes[len(chart.panels) :]:
                 axis.set_axis_off()
             if chart.scale:
@@ -358,7 +358,12 @@ def _size_lines(value: str, lines: list[tuple]) -> Callable[[Axes], None]:
         for label, points, colour, line in lines:
             marker = "o" if len(points) < 12 else None
             axis.plot(
-                *zip(*points, strict=True), color=colour, linestyle=line, label=label, marker=marker, markersize=3
+                *zip(*points, strict=True),
+                color=colour,
+                linestyle=line,
+                label=_plain(label),
+                marker=marker,
+                markersize=3,
             )
         axis.set(xlabel="share of the directions kept", xlim=(0, 1.02))
         if value.startswith("share"):
@@ -374,7 +379,12 @@ def _step_lines(lines: list[tuple]) -> Callable[[Axes], None]:
         for label, points, colour, line in lines:
             marker = "o" if len(points) < 12 else None
             axis.plot(
-                *zip(*points, strict=True), color=colour, linestyle=line, label=label, marker=marker, markersize=3
+                *zip(*points, strict=True),
+                color=colour,
+                linestyle=line,
+                label=_plain(label),
+                marker=marker,
+                markersize=3,
             )
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(axis="y")
@@ -390,6 +400,11 @@ def _having(runs: list[Run], name: str) -> list[Run]:
 def _name(runs: list[Run], run: Run) -> str:
     """A run's name where there are two."""
     return run.name if len(runs) > 1 else ""
+
+
+def _plain(label: str) -> str:
+    """As it is: matplotlib reads $ as mathematics, and hides what begins with _."""
+    return f" {label}".replace("$", r"\$")
 
 
 def _of(runs: list[Run], run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -39,7 +40,11 @@ def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: s
             f"no data file {file}", f"a file that ends in {', '.join(_BUILDERS)}", "correct the path given as `--data`"
         )
     with refusing(f"reading {file}", f"rows with {_FORMATS}", "correct the file"):
-        rows = [*load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True).take(count)]
+        try:
+            data = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        except StopIteration:  # `datasets` 5 on an empty file of JSON
+            data = []
+        rows = [*islice(data, count)]
     with refusing("loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"):
         here = (saved.folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(saved.folder if here else base_name, **({} if here else at(revision)))
