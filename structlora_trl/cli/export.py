@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..adapters.export import Export, export
-from ..adapters.load_adapter import Saved, read_saved
-from ..adapters.measuring import RANDOM
-from ..adapters.pruning import openness
 from .parser import parser_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..adapters.export import Export
+    from ..adapters.load_adapter import Saved
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP, FSDP2 or DeepSpeed ZeRO,
 and of what DeepSpeed's zero_to_fp32.py made inside a checkpoint (its fp32 masters are latent factors: the map is applied).
@@ -73,6 +74,12 @@ def run(command: str, arguments: list[str]) -> None:
         parser.error("--probe needs --keep or --prune, whose cost it measures; with --data the rows are measured on")
     if given.one_rank and given.merge:
         parser.error("--one-rank is of the adapter, and --merge writes none; give one of them")
+    # After the arguments: these load torch and PEFT.
+    from ..adapters.export import export
+    from ..adapters.load_adapter import read_saved
+    from ..adapters.measuring import RANDOM
+    from ..adapters.pruning import openness
+
     saved = read_saved(given.checkpoint)
     done = export(
         saved,
@@ -90,7 +97,7 @@ def run(command: str, arguments: list[str]) -> None:
     if done.pruned:
         print(table(saved, done))
         if given.prune is not None and done.sizes[0].before == done.sizes[0].after:
-            print(thresholds(saved, given.prune))
+            print(thresholds(openness(saved), given.prune))
         if given.keep is not None:
             told = "the information in the rows of --data" if given.data else "the squared singular values"
             print(f"The directions kept carry {done.pruned.share:.1%} of {told}.")
@@ -127,17 +134,18 @@ def table(saved: Saved, done: Export) -> str:
     return "\n".join(lines)
 
 
-def thresholds(saved: Saved, asked: float) -> str:
-    """Why a threshold drops nothing, and what others would drop."""
-    gates = openness(saved)
-    values = torch.cat([part.flatten() for part in gates.values()]).sort().values
+def thresholds(gates: dict[str, Tensor], asked: float) -> str:
+    """Why a threshold drops nothing, and what others would drop; `gates` as `openness` gives them."""
+    values = sorted(gate for part in gates.values() for gate in part.flatten().tolist())
     least = min(gates, key=lambda module: float(gates[module].min()))
     lines = [
-        f"No gate is below {asked:g}, so nothing was dropped: the least open one is at {float(values[0]):.3f} "
+        f"No gate is below {asked:g}, so nothing was dropped: the least open one is at {values[0]:.3f} "
         f"({least.removeprefix('base_model.model.')})."
     ]
     for share in _SHARES:
-        threshold = float(f"{float(values[round(share * (len(values) - 1))]) + 5e-4:.3f}")
-        lines.append(f"  --prune {threshold:g} is above {int((values < threshold).sum()):,} of {len(values):,} gates")
+        threshold = min(1, round(values[round(share * (len(values) - 1))] + 5e-4, 3))
+        lines.append(
+            f"  --prune {threshold:g} is above {sum(v < threshold for v in values):,} of {len(values):,} gates"
+        )
     lines.append("Or choose by what a task needs: `--keep 0.25 --data ROWS`.")
     return "\n".join(lines)

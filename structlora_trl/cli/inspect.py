@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..adapters.export import information_curves
-from ..adapters.inspecting import KindReport, final_losses, log_history, report
-from ..adapters.load_adapter import Saved, read_saved
 from .parser import parser_of
+
+if TYPE_CHECKING:
+    from ..adapters.inspecting import KindReport
+    from ..adapters.load_adapter import Saved
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
@@ -63,7 +65,12 @@ def run(command: str, arguments: list[str]) -> None:
             parser.error(f"--{name} needs --html or --plot")
     if given.base and not given.data:
         parser.error("--base needs --data")
-    if is_drawn:  # before the work, so that a missing library is told at once
+    # After the arguments: these load torch and PEFT. Before the work: a missing matplotlib or jinja2 is told at once.
+    from ..adapters.export import information_curves
+    from ..adapters.inspecting import final_losses, log_history, report
+    from ..adapters.load_adapter import read_saved
+
+    if is_drawn:
         from ..adapters import figures
     if given.html:
         from ..adapters.page import write_page
@@ -74,7 +81,7 @@ def run(command: str, arguments: list[str]) -> None:
         facts["options"] = saved.config.options() if saved.config else None
         print(json.dumps({**facts, "kinds": [asdict(kind) for kind in kinds]}, indent=2))
     else:
-        print(f"{summary(saved, kinds)}\n{table(kinds)}")
+        print(f"{summary(saved, kinds, final_losses(log_history(saved.run_folder)))}\n{table(kinds)}")
     if not is_drawn:
         return
     folders = [given.adapter, *([given.against] if given.against else [])]
@@ -108,8 +115,8 @@ def _run_names(folders: list[Path]) -> list[str]:
     return names if len({*names}) == len(names) else [str(folder) for folder in folders]
 
 
-def summary(saved: Saved, kinds: list[KindReport]) -> str:
-    """What matters most, in a few lines: what the adapter is, its gates, its losses."""
+def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, float | None]) -> str:
+    """What matters most, in a few lines: what the adapter is, its gates, its last training loss and held-out loss."""
     if saved.config:
         config = saved.config
         lines = [
@@ -131,9 +138,8 @@ def summary(saved: Saved, kinds: list[KindReport]) -> str:
             f"; gates: mean openness {sum(gates) / len(gates):.3f}, the least {min(gates):.3f}, "
             f"{sum(gate <= 0.5 for gate in gates):,} more shut than open"
         )
-    train, held_out = final_losses(log_history(saved.run_folder))
-    line += "" if train is None else f"; training loss {train:.4g}"
-    line += "" if held_out is None else f"; held-out loss {held_out:.4g}"
+    for name, loss in zip(("training", "held-out"), losses, strict=True):
+        line += "" if loss is None else f"; {name} loss {loss:.4g}"
     return "\n".join([*lines, line + "."])
 
 
