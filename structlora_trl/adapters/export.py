@@ -35,12 +35,12 @@ from .measuring import (
     text_probe,
 )
 from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_rank, with_singular_directions
-from .pruning import Pruned, prune, select
+from .pruning import Pruned, nothing_to_keep, prune, select
 from .rows import read_rows
 
 _PREFIX = "base_model.model."  # of PEFT's names
 _ROWS = 64  # rows of the data that the information is of, and as many again for the loss
-_SHARES = [2.0**-i for i in range(7)]  # sizes at which the loss is measured
+_SHARES = [2.0**-i for i in reversed(range(7))]  # sizes at which the loss is measured
 
 
 class Size(NamedTuple):
@@ -197,30 +197,25 @@ def information_curves(saved: Saved, data: str | Path | Sequence[Row], base: str
     with tempfile.TemporaryDirectory() as scratch:
         write_adapter(Path(scratch, "singular"), saved.lora, tensors)
         model = on_base(_loading(saved, base_name, revision)(), Path(scratch, "singular"))
-    worth = {"most information": gate_information(model, rows[:_ROWS])}
-    worth["largest singular values"] = {module: values.square() for module, values in sigma.items()}
-    flat = {name: torch.cat([values[module].flatten() for module in sigma]) for name, values in worth.items()}
-    known = flat["most information"].double()
-    held_out = _held_out(rows).rows
-    carried, losses = {}, {}
+    information = gate_information(model, rows[:_ROWS])
+    worth = {"most information": information, "largest singular values": sigma}
+    known = torch.cat([information[module].flatten() for module in sigma]).double()
+    if not known.sum() > 0:
+        raise nothing_to_keep("the loss on these rows")
     weights = {LORA_NAME.match(name)["module"]: B for name, B in model.named_parameters() if B.requires_grad}
     whole = {module: B.detach().clone() for module, B in weights.items()}
-    for name, values in flat.items():
-        order = values.argsort(descending=True, stable=True)
-        carried[name] = [(0.0, 0.0)] + [
-            (share, float(known[order[: max(1, round(share * len(order)))]].sum() / known.sum()))
-            for share in _SHARES[::-1]
-        ]
-        losses[name] = []
-        for share in _SHARES[::-1]:
-            mask = torch.zeros(len(order))
-            mask[order[: max(1, round(share * len(order)))]] = 1
-            parts = mask.split([values.numel() for values in sigma.values()])
-            for (module, values), part in zip(sigma.items(), parts, strict=True):
+    carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
+    for name, values in worth.items():
+        order = torch.cat([values[module].flatten() for module in sigma]).argsort(descending=True, stable=True)
+        for share in _SHARES:
+            best = order[: max(1, round(share * len(order)))]
+            is_kept = torch.zeros(len(order)).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
+            for (module, x), part in zip(sigma.items(), is_kept, strict=True):
                 # lora_B's columns are in the order (r, expert).
-                is_kept = part.view_as(values).T.reshape(1, -1, *[1] * (weights[module].ndim - 2))
-                weights[module].data.copy_(whole[module] * is_kept.to(whole[module]))
-            losses[name].append((share, mean_loss(model, held_out)))
+                columns = part.view_as(x).T.reshape(1, -1, *[1] * (weights[module].ndim - 2))
+                weights[module].data.copy_(whole[module] * columns.to(whole[module]))
+            carried[name].append((share, float(known[best].sum() / known.sum())))
+            losses[name].append((share, mean_loss(model, _held_out(rows).rows)))
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses)]
 
 

@@ -118,7 +118,10 @@ def table(saved: Saved, done: Export) -> str:
         counts = "".join(f" {count}" for count in by_layer.get(what, ()))
         lines.append(f"{what:{width}}  {old:>12,}  {new:>12,}  {new / old:>7.1%} {counts}".rstrip())
     if done.pruned.spared:
-        lines.append(f"{len(done.pruned.spared)} modules would be wholly closed; each keeps its best direction.")
+        count = len(done.pruned.spared)
+        lines.append(
+            f"{count} modules would keep no direction; each keeps its best one, for PEFT knows no rank 0 there."
+        )
     if done.pruned.left_out:
         lines.append(f"{len(done.pruned.left_out)} modules keep no direction and are left out (`exclude_modules`).")
     if done.change:

@@ -109,7 +109,7 @@ def test_prune_measures_on_a_text_and_spares_one_direction(runs, tmp_path, capsy
     given = [str(runs()), str(tmp_path / "one"), "--prune", "1", "--probe", str(tmp_path / "probe.txt")]
     assert main(["export", *given]) == 0
     printed = capsys.readouterr().out
-    assert "1 x 5 tokens" in printed and f"{len(KINDS) * DEPTHS} modules are wholly closed" in printed
+    assert "1 x 5 tokens" in printed and f"{len(KINDS) * DEPTHS} modules would keep no direction" in printed
     weights = load_file(tmp_path / "one" / ADAPTER)
     assert {len(value) for name, value in weights.items() if "lora_A" in name} == {1}
     state = load_file(runs() / STATE_NAME)

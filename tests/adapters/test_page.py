@@ -18,6 +18,7 @@ from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import DEPTHS, KINDS, RANK, on_base
+from tests.support.data import texts, write_rows
 from tests.support.tiny import FAMILIES
 
 pytest.importorskip("matplotlib")
@@ -105,7 +106,8 @@ def test_which_run_did_better(runs, tmp_path):
 
 
 def test_gates_are_on_one_scale_whatever_happened(runs):
-    (chart, *_) = charts([Run.of("run", read_saved(runs()))])
+    chart, *others = charts([Run.of("run", read_saved(runs()))])
+    assert all(other.told for other in others)  # what each says of the run
     assert chart.key == "gates" and (chart.scale.low, chart.scale.high) == (0, 1) and chart.scale.marks == (0.9,)
     gates = [gate for kind in report(read_saved(runs())) for depth in kind.depths for gate in depth.gates]
     assert f"from {min(gates):.2f} to {max(gates):.2f}" in chart.told[0]
@@ -146,6 +148,20 @@ def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
         "loss",
         "share of the squared norm",
     ]
+
+
+def test_the_page_shows_sizes_on_the_rows_of_a_file(plain_adapter, runs, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", texts())
+    given = ["--data", str(tmp_path / "rows.jsonl"), "--base", str(runs().parent / "base")]
+    assert main(["inspect", str(plain_adapter), "--html", str(tmp_path / "page.html"), *given]) == 0
+    assert {"share of the information", "loss"} <= {
+        *re.findall("<figcaption.*?>(.*?)<", (tmp_path / "page.html").read_text())
+    }
+
+
+@pytest.mark.parametrize("option", [["--data", "rows.jsonl"], ["--html", "page.html", "--base", "model"]])
+def test_an_option_without_effect_is_refused(option, runs):
+    assert main(["inspect", str(runs()), *option]) == 2
 
 
 def test_another_run_needs_a_page(runs, capsys):
