@@ -25,7 +25,6 @@ from .measuring import (
     Change,
     Probe,
     Row,
-    at,
     base_of,
     gate_information,
     load_base,
@@ -35,7 +34,7 @@ from .measuring import (
     text_probe,
 )
 from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_rank, with_singular_directions
-from .pruning import Pruned, nothing_to_keep, prune, select
+from .pruning import Pruned, prune, select
 from .rows import read_rows
 
 _PREFIX = "base_model.model."  # of PEFT's names
@@ -199,9 +198,8 @@ def information_curves(saved: Saved, data: str | Path | Sequence[Row], base: str
         model = on_base(_loading(saved, base_name, revision)(), Path(scratch, "singular"))
     information = gate_information(model, rows[:_ROWS])
     worth = {"most information": information, "largest singular values": sigma}
+    select(saved, 1.0, information)  # which stops where no direction is worth anything
     known = torch.cat([information[module].flatten() for module in sigma]).double()
-    if not known.sum() > 0:
-        raise nothing_to_keep("the loss on these rows")
     weights = {LORA_NAME.match(name)["module"]: B for name, B in model.named_parameters() if B.requires_grad}
     whole = {module: B.detach().clone() for module, B in weights.items()}
     carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
@@ -299,7 +297,7 @@ def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor], before: Pat
 
 def _copy_processor(folder: Path, base_name: str | None, revision: str | None, out: Path) -> None:
     """The run's own tokenizer or processor, or else the base's where one is named."""
-    sources = [(str(folder), {}), *([(base_name, at(revision))] if base_name else [])]
+    sources = [(str(folder), {}), *([(base_name, {"revision": revision} if revision else {})] if base_name else [])]
     for source, options in sources:
         for kind in (AutoProcessor, AutoTokenizer):
             try:

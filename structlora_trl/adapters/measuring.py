@@ -84,13 +84,13 @@ def load_base(
     if not name:
         raise StructLoRAError("no base model named in adapter_config.json", "its name or path", "give `--base MODEL`")
     with refusing(f"loading the base model {name}", "the model that the adapter was trained on", "give `--base MODEL`"):
-        config = AutoConfig.from_pretrained(name, **at(revision))
+        config = AutoConfig.from_pretrained(name, **_at(revision))
         named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
         model_class = _HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
         classes = _class_count(tensors)
         labels = {"num_labels": classes} if classes else {}
         place = {"device_map": device_map} if device_map else {}
-        return model_class.from_pretrained(name, dtype="auto", **labels, **place, **at(revision))
+        return model_class.from_pretrained(name, dtype="auto", **labels, **place, **_at(revision))
 
 
 def base_of(saved: Saved, base: str | None) -> tuple[str | None, str | None]:
@@ -132,7 +132,7 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def at(revision: str | None) -> dict[str, str]:
+def _at(revision: str | None) -> dict[str, str]:
     return {"revision": revision} if revision else {}
 
 
@@ -244,7 +244,7 @@ def text_probe(base: PreTrainedModel, base_name: str, revision: str | None, give
     if given == RANDOM:
         return _random_probe(base)
     with refusing("reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"):
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **at(revision))
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **_at(revision))
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
     if not ids:
         raise StructLoRAError(f"no text in {given}", "a text of some words", "correct `--probe`")

@@ -118,7 +118,11 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
     flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
     order, total = flat.argsort(descending=True, stable=True), flat.sum()
     if not total > 0:
-        raise nothing_to_keep("the loss on these rows" if information else "the model")
+        raise StructLoRAError(
+            "an adapter none of whose directions changes " + ("the loss on these rows" if information else "the model"),
+            "a trained adapter",
+            "give a checkpoint of a later step, or other rows",
+        )
     count = count_of(flat[order].cumsum(0) / total)
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[order[:count]] = True
@@ -134,15 +138,6 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
                 left_out.append(module)
     lora, tensors = with_one_scale(saved.lora, tensors, kept)
     return Pruned(lora, tensors, kept, spared, left_out, float(flat[mask].sum() / total))
-
-
-def nothing_to_keep(what: str) -> StructLoRAError:
-    """The error of an adapter whose directions are all worth nothing."""
-    return StructLoRAError(
-        f"an adapter none of whose directions changes {what}",
-        "a trained adapter",
-        "give a checkpoint of a later step, or other rows",
-    )
 
 
 def _counting(keep: float | str):

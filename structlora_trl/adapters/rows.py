@@ -13,7 +13,7 @@ from trl import apply_chat_template, is_conversational
 from ..errors import StructLoRAError
 from ..refusing import refusing
 from .load_adapter import Saved
-from .measuring import Row, at
+from .measuring import Row
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _LENGTH = 1024  # tokens of a row that are read, TRL's default `max_length`
@@ -46,8 +46,9 @@ def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: s
             data = []
         rows = [*islice(data, count)]
     with refusing("loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"):
-        here = (saved.folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(saved.folder if here else base_name, **({} if here else at(revision)))
+        if (saved.folder / "tokenizer_config.json").is_file():
+            base_name, revision = saved.folder, None
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **({"revision": revision} if revision else {}))
     with refusing(f"tokenizing the rows of {file}", f"rows with {_FORMATS}", "correct the file"):
         found = [_tokenized(row, tokenizer, file) for row in rows]
     found = [row for row in found if (row["labels"][:, 1:] != _IGNORED).any()]
