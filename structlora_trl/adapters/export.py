@@ -114,11 +114,7 @@ def export(
             "adapted weights that only one module uses",
             "export without merging",
         )
-    base_name, revision = base_of(saved, base)
-    if base_is_moved_for_good(saved.lora):  # `base` is as training left it: nothing more is to be taken out of it
-        moved = deepcopy(saved.lora)
-        moved.init_lora_weights, moved.base_model_name_or_path, moved.revision = True, base_name, revision
-        saved = replace(saved, lora=moved)
+    saved, base_name, revision = _with_base(saved, base)
     lora, tensors = saved.lora, saved.tensors
     done = Export([])
     # The result is made beside its place, on the same disk, and moved: an error leaves nothing of it.
@@ -190,7 +186,7 @@ def information_curves(saved: Saved, data: str | Path | Sequence[Row], base: str
     Raises:
         StructLoRAError: as for `export`.
     """
-    base_name, revision = base_of(saved, base)
+    saved, base_name, revision = _with_base(saved, base)
     rows = _rows(data, saved, base_name, revision)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,6 +211,18 @@ def information_curves(saved: Saved, data: str | Path | Sequence[Row], base: str
             carried[name].append((share, float(known[best].sum() / known.sum())))
             losses[name].append((share, mean_loss(model, _held_out(rows).rows)))
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses)]
+
+
+def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
+    """The adapter as it loads onto its base model, and that model's name and revision."""
+    name, revision = base_of(saved, base)
+    if base_is_moved_for_good(
+        saved.lora
+    ):  # the one given is as training left it: nothing more is to be taken out of it
+        lora = deepcopy(saved.lora)
+        lora.init_lora_weights, lora.base_model_name_or_path, lora.revision = True, name, revision
+        saved = replace(saved, lora=lora)
+    return saved, name, revision
 
 
 def _loading(saved: Saved, base_name: str | None, revision: str | None):

@@ -131,7 +131,7 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
     for (module, values), part in zip(sigma.items(), parts, strict=True):
         kept[module] = [row.nonzero().flatten().tolist() for row in part.view_as(values)]
         if not any(kept[module]):
-            if module in with_more or holds_experts(saved.lora, module):
+            if module in with_more or holds_experts(saved.lora, module) or saved.lora.bias != "none":
                 kept[module][0] = [int(worth[module][0].argmax())]
                 spared.append(module)
             else:

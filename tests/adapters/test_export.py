@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from structlora_trl.adapters.export import export
+from structlora_trl.adapters.export import export, information_curves
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import load_base
 from structlora_trl.cli import main
@@ -215,6 +215,10 @@ def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_
     model.unload().save_pretrained(tmp_path / "moved")
     moved = str(tmp_path / "moved")
     torch.testing.assert_close(merged("of the moved base", "out", base=moved), trained, atol=1e-5, rtol=0)
+    rows = [{"input_ids": ids[None], "labels": ids[None]} for ids in FAMILIES["llama"].batch(9)["input_ids"]]
+    *_, losses = information_curves(read_saved(tmp_path / "out"), rows, base=moved)
+    expected = sum(float(on_base(tmp_path / "converted", tmp_path / "base")(**row).loss) for row in rows) / len(rows)
+    assert losses.orders["most information"][-1] == (1, pytest.approx(expected, abs=1e-5))
     export(read_saved(tmp_path / "out"), tmp_path / "adapter", base=moved)
     torch.testing.assert_close(logits_of(on_base(tmp_path / "adapter", moved), "llama"), trained, atol=1e-5, rtol=0)
 

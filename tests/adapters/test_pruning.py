@@ -45,6 +45,10 @@ ADAPTERS = {
     "two ranks": ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}),
     "dora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
     "biases": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "biases of the model": (
+        "bert",
+        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
+    ),
     "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "orthogonal": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "orthogonal"}),
     "a rank above the width": ("llama", {"target_modules": ["q_proj", "v_proj"], "r": 24}),
