@@ -88,7 +88,7 @@ def export(
         data (`str`, `Path` or list of rows, *optional*): examples that tell which directions to keep (`gate_information`), and
             what the loss becomes: a file that `read_rows` reads, or inputs of the model with `labels`, one example each. The
             first 64 tell; the loss is of the next 64 where there are more. Without it the largest singular values are kept,
-            which serves the task less well.
+            usually the worse choice, for they do not know the task.
         one_rank (`bool`, *optional*, defaults to False): fill all modules up to one rank with zeros, so that `lora_alpha / r` is
             every module's scale.
         merge (`bool`, *optional*, defaults to False): write the base model with the adapter merged into it.

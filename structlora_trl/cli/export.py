@@ -21,7 +21,7 @@ The result loads in PEFT, and needs nothing of this package.
 that carry 99 % of the information, chosen over the whole model among the singular directions of each module's update. With --data,
 a direction is worth what the rows tell about a gate on it, E[(m dL/dm)^2]: give some tens of rows that were not trained on, with
 the columns that `structlora sft` reads (messages, prompt and completion, or text). Without --data the largest singular values
-stay, which serves the task less well. Modules that keep no direction are left out.
+stay, usually the worse choice, for they do not know the task. Modules that keep no direction are left out.
 
 --prune T drops each direction whose gate is open with probability below T: row j of lora_A and column j of lora_B. It is for runs
 whose gates did close (a lower `prior`, a higher `kl_weight`).
@@ -102,7 +102,9 @@ def run(command: str, arguments: list[str]) -> None:
             told = "the information in the rows of --data" if given.data else "the squared singular values"
             print(f"The directions kept carry {done.pruned.share:.1%} of {told}.")
             if not given.data:
-                print("Singular values do not know the task: with --data ROWS the same size costs it less.")
+                print(
+                    "Singular values do not know the task, and are usually the worse choice: give examples with --data ROWS."
+                )
     print(f"Wrote {'the merged model' if given.merge else 'a plain LoRA adapter'} to {given.out}.")
 
 

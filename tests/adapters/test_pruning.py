@@ -93,7 +93,7 @@ def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapt
     saved, family = adapter(name)
     before = answers(saved, tmp_path / "out", family)
     sizes = {}
-    for keep in (1.0, 0.5, 0.1):
+    for keep in (1.0, 0.3):
         done = export(saved, tmp_path / f"{keep}", keep=keep, data=rows_of(family))
         after = answers(saved, tmp_path / f"{keep}", family)
         if keep == 1:
@@ -104,9 +104,7 @@ def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapt
         assert done.change.losses == pytest.approx(expected, abs=1e-5)
         sizes[keep] = done.sizes[0].after
         assert sizes[keep] == sum(len(expert) for rows in done.pruned.kept.values() for expert in rows)
-    assert sizes[1.0] > sizes[0.5] > sizes[0.1]
-    spared = len(done.pruned.spared)
-    assert sizes[0.5] <= round(0.5 * sizes[1.0]) + spared and sizes[0.1] <= round(0.1 * sizes[1.0]) + spared
+    assert 0 <= sizes[0.3] - round(0.3 * sizes[1.0]) <= len(done.pruned.spared)
 
 
 def row_losses(saved, folder, rows) -> float:
@@ -184,7 +182,8 @@ def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted
     # One direction of four in each of three modules, on 24 rows that tell and are measured.
     line = next(line.split() for line in printed.splitlines() if line.startswith("directions of"))
     assert line[3:5] == ["12", "3"] and line[6:] == ["1", "1", "1"]
-    assert re.search(r"Loss on the same 24 rows: (\S+) before, \1 after", printed) and "100.0% of the inf" in printed
+    losses = re.search(r"Loss on the same 24 rows: (\S+) before, (\S+) after", printed).groups()
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-3) and "100.0% of the information" in printed
 
 
 def test_a_share_of_the_information_is_carried_by_the_fewest(adapter):
