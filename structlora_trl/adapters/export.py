@@ -1,4 +1,5 @@
-"""Writing a finished adapter: a plain LoRA adapter, smaller if asked, or the base model with it merged; and what that costs."""
+"""Writing a finished adapter: a plain LoRA adapter, smaller if asked, or the base model with it merged; and
+what that costs."""
 
 from __future__ import annotations
 
@@ -83,25 +84,28 @@ def export(
         saved (`Saved`): what `read_saved` found: of StructLoRA, or any LoRA adapter of PEFT.
         out (`str` or `Path`): folder to write, new or empty.
         prune_below (`float`, *optional*): drop directions that are open with a probability below it.
-        keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a share of the information
-            ("99%"); see `select`.
-        data (`str`, `Path` or list of rows, *optional*): examples that tell which directions to keep (`gate_information`), and
-            what the loss becomes: a file that `read_rows` reads, or inputs of the model with `labels`, one example each. The
-            first 64 tell; the loss is of the next 64 where there are more. Without it the largest singular values are kept,
-            usually the worse choice, for they do not know the task.
-        one_rank (`bool`, *optional*, defaults to False): fill all modules up to one rank with zeros, so that `lora_alpha / r` is
-            every module's scale.
+        keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a
+            share of the information ("99%"); see `select`.
+        data (`str`, `Path` or list of rows, *optional*): examples that tell which directions to keep
+            (`gate_information`), and what the loss becomes: a file that `read_rows` reads, or inputs of the
+            model with `labels`, one example each. The first 64 tell; the loss is of the next 64 where there
+            are more. Without it the largest singular values are kept, usually the worse choice, for they do
+            not know the task.
+        one_rank (`bool`, *optional*, defaults to False): fill all modules up to one rank with zeros, so that
+            `lora_alpha / r` is every module's scale.
         merge (`bool`, *optional*, defaults to False): write the base model with the adapter merged into it.
-        base (`str`, *optional*): the base model; the one that the adapter's configuration names where omitted.
-        probe (`str`, *optional*, defaults to `"random"`): what the change of the output is measured on where there is no `data`:
-            random inputs, a text file, or `"none"`.
+        base (`str`, *optional*): the base model; the one that the adapter's configuration names where
+            omitted.
+        probe (`str`, *optional*, defaults to `"random"`): what the change of the output is measured on where
+            there is no `data`: random inputs, a text file, or `"none"`.
 
     Returns:
         `Export`.
 
     Raises:
-        StructLoRAError: a folder that is not empty, an adapter that cannot be made smaller, a base model that cannot be loaded or
-            probed, or one that training changed in a way that PEFT does not repeat. Nothing is written then.
+        StructLoRAError: a folder that is not empty, an adapter that cannot be made smaller, a base model that
+            cannot be loaded or probed, or one that training changed in a way that PEFT does not repeat.
+            Nothing is written then.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -170,7 +174,8 @@ def export(
 
 
 class SizeCurve(NamedTuple):
-    """What a smaller adapter keeps of one thing: points (share of the directions, value) of each `order` of the directions."""
+    """What a smaller adapter keeps of one thing: points (share of the directions, value) of each `order` of
+    the directions."""
 
     value: str
     orders: dict[str, list[tuple[float, float]]]
@@ -259,7 +264,8 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
 
 
 def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
-    """Give the head a weight of its own where it shares the embeddings' and LoRA adds to either: merged, they differ."""
+    """Give the head a weight of its own where it shares the embeddings' and LoRA adds to either: merged, they
+    differ."""
     head = base.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         return

@@ -29,8 +29,10 @@ class DepthReport:
         layer (`str`): the layer's number in its name.
         depth (`int`): its place among the kind's depths, from 0.
         rank (`int`): of its adapter.
-        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or state.
-        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without gates of these.
+        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or
+            state.
+        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without
+            gates of these.
         effective_rank (`float`): exp of the entropy of the update's normalised singular values.
         norm (`float`): Frobenius norm of the update as it is added to the weight.
         coherence (`float`, *optional*): mean similarity with the neighbouring depths.
@@ -53,11 +55,13 @@ class DepthReport:
 
 @dataclass
 class KindReport:
-    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures show.
+    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures
+    show.
 
     Args:
         name (`str`): of the kind.
-        role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None where unknown.
+        role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None
+            where unknown.
         shape (`list[int]`): [L, r, k, d].
         depths (`list[DepthReport]`): its modules, by depth.
         similarity (`list[list[float]]`, *optional*): (L, L) cosines.
@@ -80,7 +84,8 @@ def report(saved: Saved) -> list[KindReport]:
 
 
 def short_names(names: list[str]) -> dict[str, str]:
-    """Each name's shortest end that no other name shares; of a long end, its first and last part where these tell it apart."""
+    """Each name's shortest end that no other name shares; of a long end, its first and last part where these
+    tell it apart."""
     ends = {name: _own_end(name, [other for other in names if other != name]) for name in names}
     brief = {name: ".".join(end) if len(end) < 3 else f"{end[0]}…{end[-1]}" for name, end in ends.items()}
     taken = [*brief.values()]
@@ -125,7 +130,8 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
 
 
 def training_data(saved: Saved) -> str | None:
-    """Names of the data sets in the model card beside the adapter, or beside its run; None where there is none."""
+    """Names of the data sets in the model card beside the adapter, or beside its run; None where there is
+    none."""
     for folder in (saved.folder, saved.run_folder):
         try:
             card = metadata_load(folder / "README.md") or {}

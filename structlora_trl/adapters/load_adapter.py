@@ -1,7 +1,7 @@
 """What a run left behind: a LoRA adapter, and where StructLoRA's state lies beside it, the map that made it.
 
-Wherever a file holds latent factors (the state itself, and the fp32 masters that DeepSpeed's `zero_to_fp32.py` collects), the
-map is applied; `adapter_model.safetensors` holds effective factors already.
+Wherever a file holds latent factors (the state itself, and the fp32 masters that DeepSpeed's
+`zero_to_fp32.py` collects), the map is applied; `adapter_model.safetensors` holds effective factors already.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ class Saved:
     Args:
         folder (`Path`): where its configuration lies.
         lora (`LoraConfig`): PEFT's configuration.
-        tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's names.
+        tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's
+            names.
         kinds (`list[Kind]`): its LoRA modules, grouped.
         effective (`list[Factors]`): fp32, one per kind.
-        run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the newest checkpoint near it
-            that holds the same adapter.
+        run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the
+            newest checkpoint near it that holds the same adapter.
         maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
         latents (`list[Factors]`, *optional*): one per kind, or None.
         step (`int`, *optional*): optimizer steps trained, or None.
@@ -97,15 +98,18 @@ class Saved:
         return any(m.origin_B is not None for m in self.maps or ())
 
     def gates(self, index: int) -> Tensor | None:
-        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without state or gates."""
+        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without
+        state or gates."""
         return self.maps[index].openness(self.latents[index]) if self.maps else None
 
     def group_gates(self, index: int) -> Tensor | None:
-        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of these."""
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of
+        these."""
         return self.maps[index].group_openness if self.maps else None
 
     def factors(self, index: int) -> Factors:
-        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
+        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E,
+        L, ...)."""
         # Squares of what is finite in fp32 stay finite.
         return split(Factors(*(factor.double() for factor in self.effective[index])), self.kinds[index])
 
@@ -121,8 +125,8 @@ class Saved:
     def features(self, index: int) -> Tensor | None:
         """Updates on the sides that are comparable across depth, flattened: (L, n), with experts (E, L, n).
 
-        None where unknown: a plain adapter does not tell where lora_A began, nor which side of experts that are one
-        parameter meets the input.
+        None where unknown: a plain adapter does not tell where lora_A began, nor which side of experts that
+        are one parameter meets the input.
         """
         whole = Factors(*(factor.double() for factor in self.effective[index]))
         if self.maps:
@@ -130,7 +134,8 @@ class Saved:
         return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
 
     def stream_cosines(self, index: int) -> Tensor | None:
-        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as for `features`."""
+        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as
+        for `features`."""
         if self.maps:
             pair = self.maps[index].stream_factors(Factors(*(factor.double() for factor in self.effective[index])))
         else:
@@ -149,11 +154,13 @@ class Saved:
 def read_saved(folder: str | Path) -> Saved:
     """Read a saved adapter, a checkpoint of any engine, or what `zero_to_fp32.py` made inside one.
 
-    Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log are those of the
-    newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder beside it.
+    Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
+    are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
+    beside it.
 
     Raises:
-        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong together.
+        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong
+            together.
     """
     given = Path(folder)
     masters = _read_masters(given)
@@ -216,7 +223,8 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
-    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is damaged."""
+    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is
+    damaged."""
     path = _weights_file(checkpoint)
     try:
         if path and not _equal(path, saved):
@@ -244,7 +252,8 @@ def _equal(path: Path, saved: Saved) -> bool:
 def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:
     """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it.
 
-    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the state's.
+    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the
+    state's.
     """
     folders = {"default": home} if (home / "adapter_config.json").is_file() else {}
     for path in sorted(home.glob("*/adapter_config.json")):
@@ -398,7 +407,8 @@ def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> Ki
 def _tensors_of(
     lora: LoraConfig, kinds: list[Kind], effective: list[Factors], masters: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no adapter)."""
+    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no
+    adapter)."""
     others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
     others += ["bias"] if lora.bias != "none" else []
     if others:
@@ -444,7 +454,8 @@ def _refuse_difference(
 
 
 def _difference(kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
-    """The first side and module whose factors in a file, if it has any, are others, and by how much of their norm."""
+    """The first side and module whose factors in a file, if it has any, are others, and by how much of their
+    norm."""
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
     for kind, stacks in zip(kinds, factors, strict=True) if modules else ():

@@ -1,4 +1,5 @@
-"""A finished adapter on its base model: what two adapters of one model change in its output, and how informative a gate is."""
+"""A finished adapter on its base model: what two adapters of one model change in its output, and how
+informative a gate is."""
 
 from __future__ import annotations
 
@@ -50,9 +51,9 @@ class Probe(NamedTuple):
 class Change(NamedTuple):
     """What a smaller adapter does to the output, on the inputs that `probe` names.
 
-    `largest` is the largest difference of a logit, `divergence` the mean KL divergence of the predicted distributions in nats,
-    and `agreement` the share of equal predictions, all on the first 256 positions; `losses` are the mean losses of all rows
-    before and after, None where the rows have no labels.
+    `largest` is the largest difference of a logit, `divergence` the mean KL divergence of the predicted
+    distributions in nats, and `agreement` the share of equal predictions, all on the first 256 positions;
+    `losses` are the mean losses of all rows before and after, None where the rows have no labels.
     """
 
     probe: str
@@ -69,14 +70,17 @@ def load_base(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The base model an adapter was trained on, with the head that it was trained with, in the model's own precision.
+    """The base model an adapter was trained on, with the head that it was trained with, in the model's own
+    precision.
 
     Args:
         name (`str`, *optional*): name or path.
         lora (`LoraConfig`): names the head, by its task or the model's class.
-        tensors (`dict[str, Tensor]`): of the adapter; where they hold the head, they say how many classes it has.
+        tensors (`dict[str, Tensor]`): of the adapter; where they hold the head, they say how many classes it
+            has.
         revision (`str`, *optional*): branch, tag or commit of the model; the main branch where omitted.
-        device_map (`str`, *optional*): where to load it, as `from_pretrained` takes it; the CPU where omitted.
+        device_map (`str`, *optional*): where to load it, as `from_pretrained` takes it; the CPU where
+            omitted.
 
     Raises:
         StructLoRAError: it cannot be loaded.
@@ -101,7 +105,8 @@ def base_of(saved: Saved, base: str | None) -> tuple[str | None, str | None]:
         base (`str`, *optional*): the one to take in place of the one that the adapter's configuration names.
 
     Raises:
-        StructLoRAError: the run changed the base model when it began, PEFT does not repeat this, and `base` is not given.
+        StructLoRAError: the run changed the base model when it began, PEFT does not repeat this, and `base`
+            is not given.
     """
     lora = saved.lora
     if base_is_moved_for_good(lora) and base in (None, lora.base_model_name_or_path):
@@ -142,8 +147,8 @@ def output_change(
     """Compare two adapters of one model in plain PEFT.
 
     Args:
-        load (callable): gives the model. It is asked anew for each adapter, since some change the model itself
-            (`layer_replication`, `bias`).
+        load (callable): gives the model. It is asked anew for each adapter, since some change the model
+            itself (`layer_replication`, `bias`).
         before, after (`Path`): folders of the adapters.
         probe_of (callable): model -> what to run it on.
 
@@ -171,8 +176,8 @@ def output_change(
 
 @torch.no_grad()
 def _outputs(model: torch.nn.Module, rows: list[Row]) -> tuple[Tensor, float | None]:
-    """Logits (n, classes) of the first positions, and the mean loss. Row by row: some classifiers take a batch only where a
-    padding token is known."""
+    """Logits (n, classes) of the first positions, and the mean loss. Row by row: some classifiers take a
+    batch only where a padding token is known."""
     found, room, losses = [], _PROBE_ROWS * _PROBE_LENGTH, []
     for row in rows:
         output = model(**_moved(row, model))
@@ -198,11 +203,11 @@ def mean_loss(model: torch.nn.Module, rows: list[Row]) -> float:
 
 
 def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
-    """What the labels tell about a gate m_j on each direction: its Fisher information I_j = E[(m_j ∂L/∂m_j)²] at m_j = 1, the mean
-    over rows of ⟨∂L/∂B_j, B_j⟩².
+    """What the labels tell about a gate m_j on each direction: its Fisher information I_j = E[(m_j ∂L/∂m_j)²]
+    at m_j = 1, the mean over rows of ⟨∂L/∂B_j, B_j⟩².
 
-    It belongs to the directions as they stand in lora_A and lora_B: load an adapter `with_singular_directions` for those that
-    `select` chooses from.
+    It belongs to the directions as they stand in lora_A and lora_B: load an adapter
+    `with_singular_directions` for those that `select` chooses from.
 
     Args:
         model (`PeftModel`): with one adapter; it is left in evaluation mode, its gradients cleared.

@@ -1,8 +1,9 @@
-"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the same.
+"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the
+same.
 
-A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`; vLLM and SGLang
-take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by each module's own rank. What they
-do not read goes into lora_B.
+A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`;
+vLLM and SGLang take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by
+each module's own rank. What they do not read goes into lora_B.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _MOVING_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 class Directions(NamedTuple):
-    """A module's update as a sum of rank-one parts, the largest first: A (..., r, k), B (..., d, r), and the singular values
-    `sigma` (..., r) of BA. The singular values are shared equally between A and B."""
+    """A module's update as a sum of rank-one parts, the largest first: A (..., r, k), B (..., d, r), and the
+    singular values `sigma` (..., r) of BA. The singular values are shared equally between A and B."""
 
     A: Tensor
     B: Tensor
@@ -71,7 +72,8 @@ def with_singular_directions(
         tensors (`dict[str, Tensor]`): of its file.
 
     Returns:
-        Tensors of the new adapter's file, and module -> (E or 1, r) singular values of its update as it is added to the weight.
+        Tensors of the new adapter's file, and module -> (E or 1, r) singular values of its update as it is
+        added to the weight.
     """
     names = {}
     for name in tensors:
@@ -97,10 +99,11 @@ def by_expert(B: Tensor, experts: int) -> Tensor:
 
 
 def base_is_moved_for_good(lora: LoraConfig) -> bool:
-    """Whether the run changed base weights when it began in a way that PEFT cannot repeat when it loads the adapter.
+    """Whether the run changed base weights when it began in a way that PEFT cannot repeat when it loads the
+    adapter.
 
-    LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a random start.
-    (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
+    LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a
+    random start. (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
     """
     return str(lora.init_lora_weights).lower().startswith(("lora_ga", "corda", "pissa_niter"))
 
@@ -154,13 +157,14 @@ def with_one_scale(
     Args:
         lora (`LoraConfig`): of the adapter.
         tensors (`dict[str, Tensor]`): of its file.
-        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions to keep; other
-            modules keep all. A module that keeps none is left out of the adapter (`exclude_modules`).
+        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions
+            to keep; other modules keep all. A module that keeps none is left out of the adapter
+            (`exclude_modules`).
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank with zeros.
 
     Returns:
-        `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in `alpha_pattern` what keeps the
-        scale in PEFT; nothing is rank-stabilised.
+        `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in
+        `alpha_pattern` what keeps the scale in PEFT; nothing is rank-stabilised.
 
     Raises:
         StructLoRAError: PEFT would take another part of the base weights out of the model.
@@ -211,7 +215,8 @@ def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraCon
 
 
 def _refuse_other_base(lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]) -> None:
-    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in training."""
+    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
+    training."""
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]

@@ -1,12 +1,13 @@
 """Dropping directions of a finished adapter: a smaller plain LoRA adapter.
 
-Removing row j of a module's lora_A and column j of its lora_B takes exactly that rank-one part out of its update. Which go:
+Removing row j of a module's lora_A and column j of its lora_B takes exactly that rank-one part out of its
+update. Which go:
 
-* `prune`: those whose gate is closed, that is open with a probability σ(φ_j) below a threshold ('topk_norm': where the filter
-  has it closed). The gate has made the part small, but where lora_B is coordinated (modules that write the residual stream)
-  other directions' messages are in it too: measure what it costs.
-* `select`: of any adapter, those that matter least to a task, among the singular directions of each module's update: directions
-  depend on the basis, and the update does not.
+* `prune`: those whose gate is closed, that is open with a probability σ(φ_j) below a threshold ('topk_norm':
+  where the filter has it closed). The gate has made the part small, but where lora_B is coordinated (modules
+  that write the residual stream) other directions' messages are in it too: measure what it costs.
+* `select`: of any adapter, those that matter least to a task, among the singular directions of each module's
+  update: directions depend on the basis, and the update does not.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class Pruned:
         lora (`LoraConfig`): with the new ranks in `rank_pattern`; every module's scale is `lora_alpha / r`.
         tensors (`dict[str, Tensor]`): of its adapter file.
         kept (`dict[str, list[list[int]]]`): module -> directions kept, of each of its experts or of itself.
-        spared (`list[str]`): modules none of whose directions would stay, and that keep their best one: `prune` spares all of
-            them, `select` those that PEFT cannot leave out (experts in one parameter, DoRA, biases).
+        spared (`list[str]`): modules none of whose directions would stay, and that keep their best one:
+            `prune` spares all of them, `select` those that PEFT cannot leave out (experts in one parameter,
+            DoRA, biases).
         left_out (`list[str]`): modules without any direction, which the new adapter does not adapt.
-        share (`float`, *optional*): of the information, or of the squared singular values, that the directions kept carry.
+        share (`float`, *optional*): of the information, or of the squared singular values, that the
+            directions kept carry.
     """
 
     lora: LoraConfig
@@ -103,14 +106,15 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
 
     Args:
         saved (`Saved`): any adapter.
-        keep (`float` or `str`): a share of all directions, above 0 and at most 1; or, as `"99%"`, the fewest that together carry
-            this share of the information.
-        information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the same adapter in its
-            singular directions; where omitted, the squared singular values take its place.
+        keep (`float` or `str`): a share of all directions, above 0 and at most 1; or, as `"99%"`, the fewest
+            that together carry this share of the information.
+        information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
+            same adapter in its singular directions; where omitted, the squared singular values take its
+            place.
 
     Raises:
-        StructLoRAError: a share out of range, an adapter that adds nothing, or one whose ranks PEFT needs as they are (PiSSA,
-            OLoRA, LoftQ, KaSA).
+        StructLoRAError: a share out of range, an adapter that adds nothing, or one whose ranks PEFT needs as
+            they are (PiSSA, OLoRA, LoftQ, KaSA).
     """
     count_of = _counting(keep)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
@@ -157,8 +161,9 @@ def _counting(keep: float | str):
 
 
 def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:
-    """What a smaller adapter keeps of the update: order of the directions -> points (share of the directions, share of the squared
-    norm of the update that is left), for the largest singular values, and for the most open gates where these are known."""
+    """What a smaller adapter keeps of the update: order of the directions -> points (share of the directions,
+    share of the squared norm of the update that is left), for the largest singular values, and for the most
+    open gates where these are known."""
     _, sigma = with_singular_directions(saved.lora, saved.tensors)
     energy = torch.cat([values.flatten() for values in sigma.values()]).square().sort(descending=True).values
     total = energy.sum()

@@ -22,12 +22,14 @@ _FORMATS = "`messages`, `prompt` and `completion`, or `text`"
 
 
 def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: str | None, count: int) -> list[Row]:
-    """Read the first rows of a file, with labels: the completion's tokens where there is a prompt, else all of them.
+    """Read the first rows of a file, with labels: the completion's tokens where there is a prompt, else all
+    of them.
 
     Args:
-        file (`str` or `Path`): .json, .jsonl, .csv or .parquet; columns `messages`, `prompt` and `completion` (texts or messages),
-            or `text`.
-        saved (`Saved`): the adapter, whose own tokenizer is used where it lies beside it, as trainers save it.
+        file (`str` or `Path`): .json, .jsonl, .csv or .parquet; columns `messages`, `prompt` and `completion`
+            (texts or messages), or `text`.
+        saved (`Saved`): the adapter, whose own tokenizer is used where it lies beside it, as trainers save
+            it.
         base_name, revision (`str`, *optional*): of the base model, whose tokenizer is used otherwise.
         count (`int`): most rows to read.
 

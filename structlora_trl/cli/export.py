@@ -13,25 +13,27 @@ if TYPE_CHECKING:
     from ..adapters.export import Export
     from ..adapters.load_adapter import Saved
 
-_DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP, FSDP2 or DeepSpeed ZeRO,
-and of what DeepSpeed's zero_to_fp32.py made inside a checkpoint (its fp32 masters are latent factors: the map is applied).
-The result loads in PEFT, and needs nothing of this package.
+_DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP,
+FSDP2 or DeepSpeed ZeRO, and of what DeepSpeed's zero_to_fp32.py made inside a checkpoint (its fp32 masters
+are latent factors: the map is applied). The result loads in PEFT, and needs nothing of this package.
 
---keep SHARE makes any LoRA adapter smaller, of StructLoRA or not: it keeps 0.25 of all directions, or with --keep 99% the fewest
-that carry 99 % of the information, chosen over the whole model among the singular directions of each module's update. With --data,
-a direction is worth what the rows tell about a gate on it, E[(m dL/dm)^2]: give some tens of rows that were not trained on, with
-the columns that `structlora sft` reads (messages, prompt and completion, or text). Without --data the largest singular values
-stay, usually the worse choice, for they do not know the task. Modules that keep no direction are left out.
+--keep SHARE makes any LoRA adapter smaller, of StructLoRA or not: it keeps 0.25 of all directions, or with
+--keep 99% the fewest that carry 99 % of the information, chosen over the whole model among the singular
+directions of each module's update. With --data, a direction is worth what the rows tell about a gate on it,
+E[(m dL/dm)^2]: give some tens of rows that were not trained on, with the columns that `structlora sft` reads
+(messages, prompt and completion, or text). Without --data the largest singular values stay, usually the worse
+choice, for they do not know the task. Modules that keep no direction are left out.
 
---prune T drops each direction whose gate is open with probability below T: row j of lora_A and column j of lora_B. It is for runs
-whose gates did close (a lower `prior`, a higher `kl_weight`).
+--prune T drops each direction whose gate is open with probability below T: row j of lora_A and column j of
+lora_B. It is for runs whose gates did close (a lower `prior`, a higher `kl_weight`).
 
-Ranks then differ by module; `rank_pattern` and `alpha_pattern` of the result say so to PEFT. All modules have one scale,
-`lora_alpha / r`, which is what vLLM and SGLang read (differences between scales are in lora_B). What it costs is measured: the
-base model with the adapter before and after, on the rows of --data, or on random tokens or pictures, or on a text with --probe.
+Ranks then differ by module; `rank_pattern` and `alpha_pattern` of the result say so to PEFT. All modules have
+one scale, `lora_alpha / r`, which is what vLLM and SGLang read (differences between scales are in lora_B).
+What it costs is measured: the base model with the adapter before and after, on the rows of --data, or on
+random tokens or pictures, or on a text with --probe.
 
---one-rank fills modules of a smaller rank with zeros, and writes no patterns and no rank stabilisation. Use it for llama.cpp
-(convert_lora_to_gguf.py), which divides one alpha by each module's own rank.
+--one-rank fills modules of a smaller rank with zeros, and writes no patterns and no rank stabilisation. Use
+it for llama.cpp (convert_lora_to_gguf.py), which divides one alpha by each module's own rank.
 
 --merge writes the base model with the adapter merged into it, in the base model's own precision.
 """
@@ -49,8 +51,8 @@ def run(command: str, arguments: list[str]) -> None:
     """Write the adapter or the merged model, and print what was done.
 
     Raises:
-        StructLoRAError: no adapter to read, one that cannot be made smaller, a base model that cannot be loaded, or an output
-            folder that is not empty.
+        StructLoRAError: no adapter to read, one that cannot be made smaller, a base model that cannot be
+            loaded, or an output folder that is not empty.
         SystemExit: `--help`, an unknown argument, or one that has no effect beside the others.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)

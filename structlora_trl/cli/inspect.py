@@ -25,11 +25,11 @@ For each kind of module and each depth, named by its layer's number:
   stream     the same for what the update reads from the residual stream, or writes to it, as a subspace: from 0 to 1, and
              whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
-What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter lies alone, the
-state is that of the newest checkpoint near it that holds the same adapter.
+What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter
+lies alone, the state is that of the newest checkpoint near it that holds the same adapter.
 
---html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the information that the
-rows hold about each direction, and the loss at each size (see `structlora export --keep`).
+--html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
+information that the rows hold about each direction, and the loss at each size (`structlora export --keep`).
 """
 _EXAMPLES = """examples:
   structlora inspect out
@@ -65,7 +65,7 @@ def run(command: str, arguments: list[str]) -> None:
             parser.error(f"--{name} needs --html or --plot")
     if given.base and not given.data:
         parser.error("--base needs --data")
-    # After the arguments: these load torch and PEFT. Before the work: a missing matplotlib or jinja2 is told at once.
+    # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
     from ..adapters.export import information_curves
     from ..adapters.inspecting import final_losses, log_history, report
     from ..adapters.load_adapter import read_saved
@@ -116,7 +116,7 @@ def _run_names(folders: list[Path]) -> list[str]:
 
 
 def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, float | None]) -> str:
-    """What matters most, in a few lines: what the adapter is, its gates, its last training loss and held-out loss."""
+    """What matters most, in a few lines: what the adapter is, its gates, its last losses."""
     if saved.config:
         config = saved.config
         lines = [
