@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import foreign_writes
 from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
+from .core.heads import head_numbers
 from .core.kinds import SIDES, Factors, Kind
 from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, first_everywhere, mapped_sides
 from .core.regularizers import cosines, neighbour_products
@@ -137,13 +138,8 @@ class Runtime:
 
     def _map(self, kind: Kind, start: Factors, aligned: bool) -> KindMap:
         slices = self.engine.slices[self.kinds.index(kind)]
-        head_of = None
-        if kind.heads:
-            _, _, *widths = kind.shape
-            width = widths[SIDES.index(kind.heads.side)]
-            numbers = torch.arange(width, dtype=torch.int64, device=kind.device) // (width // kind.heads.count)
-            stacked = numbers[None, None, :] if kind.heads.side == "A" else numbers[None, :, None]
-            head_of = slices.part(stacked, kind.heads.side).flatten()
+        side = kind.heads.side if kind.heads else None
+        head_of = slices.part(head_numbers(kind), side).flatten() if side else None
         A = start.A[:1] if aligned else start.A
         B = start.B.clone() if self._absorbs_base else None
         m = KindMap(kind, self.config, A.clone(), B, self._parts, head_of)

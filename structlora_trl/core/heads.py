@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .kinds import Heads, Kind, matches
 
@@ -40,6 +41,14 @@ def heads_side(kind: Kind) -> str | None:
     if kind.is_expert:
         return None
     return next((side for pattern, side in _SIDES.items() if matches(pattern, kind)), None)
+
+
+def head_numbers(kind: Kind) -> Tensor:
+    """The head of each row of stacked lora_B, (1, d, 1), or of each column of stacked lora_A, (1, 1, k)."""
+    _, _, columns, rows = kind.shape
+    width = columns if kind.heads.side == "A" else rows
+    numbers = torch.arange(width, dtype=torch.int64, device=kind.device) // (width // kind.heads.count)
+    return numbers[None, None, :] if kind.heads.side == "A" else numbers[None, :, None]
 
 
 def _sizes(model: nn.Module, module: str) -> Iterator[int]:

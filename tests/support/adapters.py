@@ -48,6 +48,20 @@ def on_base(adapter: Path, base: Path):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
 
 
+def peft_run(model: PreTrainedModel, out: Path, batch, steps: int = 3, **lora) -> Path:
+    """An adapter that PEFT alone has trained; its folder."""
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
+    tiny.warm_up(model)
+    optimizer = tiny.adamw(model)
+    for step in range(steps):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(out)
+    return out
+
+
 def as_it_is(build):
     """How to load a model that is saved as it was built."""
 

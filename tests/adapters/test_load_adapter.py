@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -12,18 +13,21 @@ import sys
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from trl import SFTConfig, SFTTrainer
 
-from structlora_trl import attach, save_state
+from structlora_trl import StructLoRACallback, attach, save_state
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.inspecting import log_history, report
-from structlora_trl.adapters.saved import read_saved
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, as_it_is, bare_run
+from tests.support.data import save_base, texts
 from tests.support.launching import launch, one_at_a_time
 from tests.support.tiny import FAMILIES, adamw, base_model
 
@@ -36,6 +40,83 @@ def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
     saved = read_saved(tmp_path / "out")
     assert saved.maps is not None
     assert all(torch.equal(value, saved.tensors[name]) for name, value in load_file(runs() / ADAPTER).items())
+
+
+def _only_adapter(run, folder):
+    folder.mkdir(parents=True)
+    for name in (ADAPTER, CONFIG):
+        shutil.copy(run / name, folder)
+
+
+# Where an adapter lies alone -> its folder; the run's output, with its checkpoints, is "out".
+ALONE = {"in the output folder": "out/final", "as the output folder": "out", "beside it": "adapter"}
+
+
+@pytest.mark.parametrize("place", ALONE)
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(place, is_pruned, runs, tmp_path, capsys):
+    out, folder = tmp_path / "out", tmp_path / ALONE[place]
+    shutil.copytree(runs(), out, ignore=shutil.ignore_patterns(*([STATE_NAME, ADAPTER] if folder == out else [])))
+    if folder == out:  # the patterns left the checkpoints' files out too
+        for step in (3, 6):
+            shutil.copytree(runs() / f"checkpoint-{step}", out / f"checkpoint-{step}", dirs_exist_ok=True)
+        shutil.copy(runs() / ADAPTER, out)
+        (out / "trainer_state.json").unlink()
+    else:
+        _only_adapter(runs(), folder)
+    os.utime(out / "checkpoint-3")  # the newest one holds another adapter
+    if is_pruned:
+        (out / "checkpoint-6" / ADAPTER).unlink()  # as ZeRO-3 leaves it; the state still fits
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert str(out / "checkpoint-6") in printed
+    openness = [float(line.split()[2]) for line in printed.splitlines() if line[:5].strip().isdigit()]
+    state = load_file(runs() / STATE_NAME)
+    expected = [row.sigmoid().mean() for kind in KINDS for row in state[f"{kind}/filter.logits"]]
+    assert openness == pytest.approx([float(value) for value in expected], abs=6e-4)
+    saved = read_saved(folder)
+    assert saved.step == 6 and saved.folder == folder and [e["step"] for e in log_history(saved.run_folder)][-1] == 6
+    assert main(["export", str(folder), str(tmp_path / "small"), "--prune", "0.4", "--probe", "none"]) == 0
+    assert str(out / "checkpoint-6") in capsys.readouterr().out
+
+
+def test_an_adapter_alone_has_no_gates_of_another_one(runs, tmp_path):
+    """Neither of a run with other weights beside it, nor of a damaged checkpoint."""
+    _only_adapter(runs(), tmp_path / "adapter")
+    shutil.copytree(runs() / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    shutil.copytree(runs() / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "checkpoint-6" / STATE_NAME).write_bytes(b"damaged")
+    saved = read_saved(tmp_path / "adapter")
+    assert saved.maps is None and saved.run_folder == saved.folder and saved.gates(0) is None
+
+
+def test_a_plain_run_has_the_log_of_its_checkpoint(runs, tmp_path):
+    _only_adapter(runs(), tmp_path / "adapter")
+    shutil.copytree(runs() / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "checkpoint-6" / STATE_NAME).unlink()
+    saved = read_saved(tmp_path / "adapter")
+    assert saved.maps is None and log_history(saved.run_folder)[-1]["step"] == 6
+
+
+def test_save_model_in_a_script(tmp_path, monkeypatch, capsys):
+    """The README's script: `trainer.save_model("adapter")`, with the checkpoints elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    trainer = SFTTrainer(
+        model=save_base(tmp_path / "base"),
+        args=SFTConfig(
+            output_dir="trainer_output", max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False, report_to="none"
+        ),
+        train_dataset=Dataset.from_list(texts()),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        callbacks=[StructLoRACallback(gate_lr=1.0)],
+    )
+    trainer.train()
+    trainer.save_model("adapter")
+    capsys.readouterr()
+    assert main(["inspect", "adapter"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+    assert len(rows) == 2 * DEPTHS and all(0 < float(row[2]) < 0.9 for row in rows)
 
 
 def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):

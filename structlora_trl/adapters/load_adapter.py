@@ -1,7 +1,7 @@
 """What a run left behind: a LoRA adapter, and where StructLoRA's state lies beside it, the map that made it.
 
-Wherever a file holds latent factors (the state itself, and the fp32 masters that DeepSpeed's `zero_to_fp32.py` collects), the
-map is applied; `adapter_model.safetensors` holds effective factors already.
+Wherever a file holds latent factors (the state itself, and the fp32 masters that DeepSpeed's
+`zero_to_fp32.py` collects), the map is applied; `adapter_model.safetensors` holds effective factors already.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
-from ..core.heads import heads_side
-from ..core.kinds import RESIDUAL_ROLES, Heads, Kind, group
-from ..core.mapping import Factors, KindMap
+from ..core.diagnostics import stream_cosine, stream_products
+from ..core.expert_storage import to_nodes, to_storage
+from ..core.heads import head_numbers, heads_side
+from ..core.kinds import SIDES, Adapted, Factors, Heads, Kind, group, residual_role
+from ..core.mapping import KindMap
+from ..core.residual_roles import RESIDUAL_ROLES
+from ..engines.slices import WHOLE
 from ..errors import StructLoRAError
-from ..state import STATE_NAME, KindState, read_state
-from .scales import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
+from ..state import STATE_NAME, State, damaged, read_state
+from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
 
+LOG_NAME = "trainer_state.json"
 # As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
 _MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
 _USE_ANOTHER = "use another checkpoint"
@@ -60,11 +65,14 @@ class Saved:
     Args:
         folder (`Path`): where its configuration lies.
         lora (`LoraConfig`): PEFT's configuration.
-        tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's names.
+        tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's
+            names.
         kinds (`list[Kind]`): its LoRA modules, grouped.
-        effective (`list[Factors]`): fp32, one per kind.
+        effective (`list[Factors]`): fp32, one per kind, stacked as PEFT stores them.
+        run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the
+            newest checkpoint near it that holds the same adapter.
         maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
-        latents (`list[Factors]`, *optional*): one per kind, or None.
+        latents (`list[Factors]`, *optional*): of nodes, one per kind, or None.
         step (`int`, *optional*): optimizer steps trained, or None.
     """
 
@@ -73,6 +81,7 @@ class Saved:
     tensors: dict[str, Tensor]
     kinds: list[Kind]
     effective: list[Factors]
+    run_folder: Path
     maps: list[KindMap] | None = None
     latents: list[Factors] | None = None
     step: int | None = None
@@ -81,54 +90,196 @@ class Saved:
         """s of a module's ΔW = s·B·A."""
         return scale_of(self.lora, module)
 
+    @property
+    def config(self) -> StructLoRAConfig | None:
+        """StructLoRA's options in the run; None where no state was found."""
+        return self.maps[0].config if self.maps else None
+
+    @property
+    def holds_base_weights(self) -> bool:
+        """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
+        return any(m.origin_B is not None for m in self.maps or ())
+
+    def gates(self, index: int) -> Tensor | None:
+        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without
+        state or gates."""
+        return self._by_expert(index, self._openness(index)[0]) if self.maps else None
+
+    def group_gates(self, index: int) -> Tensor | None:
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of
+        these."""
+        groups = self._openness(index)[1:] if self.maps else []
+        return self._by_expert(index, groups[0]) if groups else None
+
+    def factors(self, index: int) -> Factors:
+        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E,
+        L, ...)."""
+        return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
+
+    def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
+        """Module -> (E or 1, ...) of values that are (L, ...), or with experts (E, L, ...)."""
+        kind = self.kinds[index]
+        nodes = values if kind.experts == 1 else values.transpose(0, 1).flatten(0, 1)
+        return dict(zip(kind.modules, nodes.unflatten(0, (len(kind.modules), -1)), strict=True))
+
+    def _openness(self, index: int) -> list[Tensor | None]:
+        with torch.no_grad():
+            return self.maps[index].openness(self.latents[index])
+
+    def _nodes(self, index: int) -> Factors:
+        """Effective factors of a kind's nodes in fp64: squares of what is finite in fp32 stay finite."""
+        kind, stored = self.kinds[index], self.effective[index]
+        return Factors(*(to_nodes(x.double(), side, kind) for side, x in zip(SIDES, stored, strict=True)))
+
+    def _by_expert(self, index: int, nodes: Tensor | None) -> Tensor | None:
+        """Anything of nodes, (N, ...), as (L, ...), with experts (E, L, ...)."""
+        experts = self.kinds[index].experts
+        return nodes if nodes is None or experts == 1 else nodes.unflatten(0, (-1, experts)).transpose(0, 1)
+
+    def role(self, index: int) -> str | None:
+        """`"read"` or `"write"`: what a kind does with the residual stream; None where unknown."""
+        return residual_role(self.kinds[index], self.config.roles if self.maps else None)
+
+    def features(self, index: int) -> Tensor | None:
+        """Updates on the sides that are comparable across depth, flattened: (L, n), with experts (E, L, n).
+
+        None where unknown: a plain adapter does not tell where lora_A began, nor which side of experts that
+        are one parameter meets the input.
+        """
+        if self.maps:
+            updates = self.maps[index].features(self._nodes(index)).values()
+            return self._by_expert(index, torch.cat([u.flatten(1) for u in updates], dim=-1)) if updates else None
+        return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
+
+    def stream_cosines(self, index: int) -> Tensor | None:
+        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as
+        for `features`."""
+        A, B = self._nodes(index)
+        if self.maps:
+            pair = self.maps[index].stream_factors(Factors(A, B))
+        else:
+            pair = (B.mT, A) if self._is_plain_writer(index) else None
+        return None if pair is None else stream_cosine(*stream_products(*(self._by_expert(index, x) for x in pair)))
+
+    def semantic_edges(self, index: int) -> Tensor | None:
+        """Which depths a semantic edge joins, (L, L), with experts (E, L, L); None without a coordinator."""
+        if not self.maps or not self.maps[index].coordinators:
+            return None
+        semantic = self.maps[index].graph.semantic
+        return semantic if self.kinds[index].experts > 1 else semantic[0]
+
+    def _is_plain_writer(self, index: int) -> bool:
+        return self.role(index) == "write" and self.kinds[index].adapted.experts == 1
+
 
 def read_saved(folder: str | Path) -> Saved:
     """Read a saved adapter, a checkpoint of any engine, or what `zero_to_fp32.py` made inside one.
 
+    Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
+    are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
+    beside it.
+
     Raises:
-        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong together.
+        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong
+            together.
     """
     given = Path(folder)
     masters = _read_masters(given)
     home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
-    state_file = home / STATE_NAME
-    if not state_file.is_file():
-        lora = _read_config(home)
-        tensors = _read_adapter(home, lora)
-        if not tensors:
-            raise StructLoRAError(
-                f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
-                "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
-                "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
-            )
-        modules = _modules(tensors)
-        kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
-        return Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds])
-    state = read_state(state_file)
-    config, latents = StructLoRAConfig.build(state.options), [kind.latent for kind in state.kinds.values()]
-    maps = [_map(name, kind, config, state.step) for name, kind in state.kinds.items()]
-    with torch.no_grad():
-        effective = [m(latent, None) for m, latent in zip(maps, latents, strict=True)]
+    if (home / STATE_NAME).is_file():
+        return _read_with_state(home, masters)
+    lora = _read_config(home)
+    tensors = _read_adapter(home, lora)
+    if not tensors:
+        raise StructLoRAError(
+            f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
+            "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
+            "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
+        )
+    modules = _modules(tensors)
+    kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
+    saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
+    runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
+    has_log = (home / LOG_NAME).is_file()
+    return next((run for run in runs if run is not None and (run.maps or not has_log)), saved)
+
+
+def _read_with_state(home: Path, masters: dict[str, dict[str, Tensor]]) -> Saved:
+    config, step, maps, latents = _read_state(home)
+    effective = _effective(maps, latents)
     kinds = [m.kind for m in maps]
+    stored = [_stored(latent, kind) for latent, kind in zip(latents, kinds, strict=True)]
     trained = config.adapter_name
     if masters and trained not in masters:
-        same = (name for name, own in masters.items() if _difference(kinds, latents, own) is None)
+        same = (name for name, own in masters.items() if _difference(kinds, stored, own) is None)
         trained = next(same, next(iter(masters)))
     masters = masters.get(trained, {})
-    _refuse_difference(kinds, latents, masters, "fp32 masters", home)
+    _refuse_difference(kinds, stored, masters, "fp32 masters", home)
     adapter_home = _adapter_home(home, trained, kinds, effective)
     lora = _read_config(adapter_home)
     tensors = _read_adapter(adapter_home, lora)
     if not _modules(tensors):
         tensors = _tensors_of(lora, kinds, effective, masters, home)
     _refuse_difference(kinds, effective, tensors, "adapter", home)
-    return Saved(home, lora, tensors, kinds, effective, maps, latents, state.step)
+    return Saved(home, lora, tensors, kinds, effective, home, maps, latents, step)
+
+
+def _read_state(home: Path) -> tuple[StructLoRAConfig, int, list[KindMap], list[Factors]]:
+    state = read_state(home / STATE_NAME)
+    maps = [_map(name, state, home / STATE_NAME) for name in state.header["kinds"]]
+    state.refuse_other_run(state.config, [(m, None, WHOLE) for m in maps])
+    return state.config, state.step, maps, [state.load_into(m, WHOLE, None) for m in maps]
+
+
+@torch.no_grad()
+def _effective(maps: list[KindMap], latents: list[Factors]) -> list[Factors]:
+    return [_stored(m(latent), m.kind) for m, latent in zip(maps, latents, strict=True)]
+
+
+def _stored(nodes: Factors, kind: Kind) -> Factors:
+    return Factors(*(to_storage(x, side, kind) for side, x in zip(SIDES, nodes, strict=True)))
+
+
+def _checkpoints_near(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, beside it, and in folders beside it; the newest first."""
+    around = folder.absolute().parent
+    found = {*folder.absolute().glob("checkpoint-*"), *around.glob("checkpoint-*"), *around.glob("*/checkpoint-*")}
+    found = [path for path in found if path.is_dir() and path != folder.absolute()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, str(path)), reverse=True)
+
+
+def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
+    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is
+    damaged."""
+    path = _weights_file(checkpoint)
+    try:
+        if path and not _equal(path, saved):
+            return None
+        if not (checkpoint / STATE_NAME).is_file():
+            return replace(saved, run_folder=checkpoint) if path else None
+        _, step, maps, latents = _read_state(checkpoint)
+    except StructLoRAError:
+        return None
+    effective = _effective(maps, latents)
+    kinds = [m.kind for m in maps]
+    if _difference(kinds, effective, saved.tensors) is not None:
+        return None
+    return Saved(saved.folder, saved.lora, saved.tensors, kinds, effective, checkpoint, maps, latents, step)
+
+
+def _equal(path: Path, saved: Saved) -> bool:
+    own = _weights_file(saved.folder)
+    if path.suffix != own.suffix or path.stat().st_size != own.stat().st_size:  # without reading it
+        return False
+    tensors = _load(path)
+    return tensors.keys() == saved.tensors.keys() and all(torch.equal(x, saved.tensors[n]) for n, x in tensors.items())
 
 
 def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:
     """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it.
 
-    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the state's.
+    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the
+    state's.
     """
     folders = {"default": home} if (home / "adapter_config.json").is_file() else {}
     for path in sorted(home.glob("*/adapter_config.json")):
@@ -267,22 +418,25 @@ def _stacked(kind: Kind) -> Factors:
     return Factors(*(torch.stack([p.detach().flatten(1) for p in side]) for side in (kind.A, kind.B)))
 
 
-def _map(name: str, state: KindState, config: StructLoRAConfig, step: int) -> KindMap:
-    """The map of a kind as a state has it, over copies of the latent factors."""
-    parameters = [[nn.Parameter(part) for part in side] for side in state.latent]
-    kind = Kind(name, state.modules, *parameters, state.adapted, per_depth=state.per_depth)
-    if config.head_gates and "groups.logits" in state.own and (side := heads_side(kind)):
-        kind.heads = Heads(side, state.own["groups.logits"].shape[-1])
-    m = KindMap(kind, config, state.own.get("origin_A"), state.own.get("origin_B"))
-    state.refuse_other_parts(name, m, state.latent, step)
-    m.restore(state.latent, state.own, state.graph)
-    return m
+def _map(name: str, state: State, path: Path) -> KindMap:
+    """The map of a kind as a state has it, over the latent factors, before its parts are loaded."""
+    facts, own, config = state.header["kinds"][name], state.of_kind(name), state.config
+    if not {"latent_A", "latent_B"} <= own.keys() or min(own[f"latent_{side}"].dim() for side in SIDES) != 3:
+        raise damaged(str(path), f"no latent factors of '{name}'")
+    kind = Kind(name, facts["modules"], [], [], Adapted(**facts["adapted"]), per_depth=facts["per_depth"])
+    stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
+    kind.A, kind.B = ([nn.Parameter(factor) for factor in side] for side in stored)
+    if config.head_gates and "filters.1.logits" in own and (side := heads_side(kind)):
+        kind.heads = Heads(side, own["filters.1.logits"].shape[-1])
+    numbers = head_numbers(kind).flatten() if kind.heads else None
+    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"), head_of=numbers)
 
 
 def _tensors_of(
     lora: LoraConfig, kinds: list[Kind], effective: list[Factors], masters: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no adapter)."""
+    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no
+    adapter)."""
     others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
     others += ["bias"] if lora.bias != "none" else []
     if others:
@@ -328,7 +482,8 @@ def _refuse_difference(
 
 
 def _difference(kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
-    """The first side and module whose factors in a file, if it has any, are others, and by how much of their norm."""
+    """The first side and module whose factors in a file, if it has any, are others, and by how much of their
+    norm."""
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
     for kind, stacks in zip(kinds, factors, strict=True) if modules else ():

@@ -1,8 +1,9 @@
-"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the same.
+"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the
+same.
 
-A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`; vLLM and SGLang
-take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by each module's own rank. What they
-do not read goes into lora_B.
+A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`;
+vLLM and SGLang take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by
+each module's own rank. What they do not read goes into lora_B.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import math
 import re
 from collections.abc import Iterable
 from copy import deepcopy
+from typing import NamedTuple
 
+import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.kinds import Adapted
 from ..errors import StructLoRAError
@@ -23,10 +27,91 @@ from ..errors import StructLoRAError
 LORA_NAME = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )
+# What draws MonteCLoRA's noise in training, of the module's rank.
+_SAMPLER = ".lora_monteclora_sampler."
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
-# Initialisations that take part of the base weights out of the model, again on each loading, by the module's rank.
+# Initialisations that take part of the base weights out of the model by the module's rank.
 _MOVING_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+class Directions(NamedTuple):
+    """A module's update as a sum of rank-one parts, the largest first: A (..., r, k), B (..., d, r), and the
+    singular values `sigma` (..., r) of BA. The singular values are shared equally between A and B."""
+
+    A: Tensor
+    B: Tensor
+    sigma: Tensor
+
+
+def singular_directions(A: Tensor, B: Tensor) -> Directions:
+    """Factors of the same product BA whose directions are its singular ones; the product is not formed.
+
+    Args:
+        A (`Tensor`): (..., r, k).
+        B (`Tensor`): (..., d, r).
+    """
+    rank = A.shape[-2]
+    left, right = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    U, sigma, V = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    root, lacking = sigma.sqrt(), rank - sigma.shape[-1]  # a module narrower than r has fewer
+    return Directions(
+        pad(root[..., None] * (V @ right.Q.mT), (0, 0, 0, lacking)),
+        pad((left.Q @ U) * root[..., None, :], (0, lacking)),
+        pad(sigma, (0, lacking)),
+    )
+
+
+def with_singular_directions(
+    lora: LoraConfig, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same adapter with each module's directions replaced by the singular ones of its update.
+
+    Args:
+        lora (`LoraConfig`): of the adapter.
+        tensors (`dict[str, Tensor]`): of its file.
+
+    Returns:
+        Tensors of the new adapter's file, and module -> (E or 1, r) singular values of its update as it is
+        added to the weight.
+    """
+    names = {}
+    for name in tensors:
+        if match := LORA_NAME.match(name):
+            names.setdefault(match["module"], {})[match["factor"]] = name
+    written, values = dict(tensors), {}
+    for module, sides in names.items():
+        A, B = tensors[sides["A"]], tensors[sides["B"]]
+        experts = len(A) // rank_of(lora, module)
+        parts = singular_directions(
+            A.double().unflatten(0, (experts, -1)).flatten(2),
+            by_expert(B.double().flatten(1), experts),  # lora_B of a convolution is 1 x 1
+        )
+        written[sides["A"]] = parts.A.reshape(A.shape).to(A.dtype)
+        written[sides["B"]] = parts.B.movedim(0, 2).reshape(B.shape).to(B.dtype)
+        values[module] = scale_of(lora, module) * parts.sigma
+    return written, values
+
+
+def by_expert(B: Tensor, experts: int) -> Tensor:
+    """lora_B of a module, (d, r·E, ...), as that of each of its experts, (E, d, r, ...)."""
+    return B.unflatten(1, (-1, experts)).movedim(2, 0)
+
+
+def base_is_moved_for_good(lora: LoraConfig) -> bool:
+    """Whether the run changed base weights when it began in a way that PEFT cannot repeat when it loads the
+    adapter.
+
+    LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a
+    random start. (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
+    """
+    return str(lora.init_lora_weights).lower().startswith(("lora_ga", "corda", "pissa_niter"))
+
+
+def modules_with_more(tensors: dict[str, Tensor]) -> set[str]:
+    """Modules of which an adapter file holds more than two factors (DoRA's magnitude, a bias)."""
+    more = (name for name in tensors if ".lora_" in name and not LORA_NAME.match(name) and _SAMPLER not in name)
+    return {name.rpartition(".lora_")[0] for name in more}
 
 
 def scale_of(lora: LoraConfig, module: str) -> float:
@@ -72,13 +157,14 @@ def with_one_scale(
     Args:
         lora (`LoraConfig`): of the adapter.
         tensors (`dict[str, Tensor]`): of its file.
-        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions to keep; other
-            modules keep all.
+        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions
+            to keep; other modules keep all. A module that keeps none is left out of the adapter
+            (`exclude_modules`).
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank with zeros.
 
     Returns:
-        `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in `alpha_pattern` what keeps the
-        scale in PEFT; nothing is rank-stabilised.
+        `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in
+        `alpha_pattern` what keeps the scale in PEFT; nothing is rank-stabilised.
 
     Raises:
         StructLoRAError: PEFT would take another part of the base weights out of the model.
@@ -98,9 +184,12 @@ def with_one_scale(
         ):  # a pattern names parameters, and the file does not say which is which
             ranks[module] = rank
     _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
+    resized = any(own != rank_of(lora, module) for module, own in ranks.items())
     written = {}
     for name, value in tensors.items():
         match, bias = LORA_NAME.match(name), _BIAS.match(name)
+        if (match and not ranks[match["module"]]) or (resized and _SAMPLER in name):
+            continue
         if match:
             module = match["module"]
             value = _chosen(value, match["factor"], chosen[module], ranks[module])
@@ -108,7 +197,12 @@ def with_one_scale(
             share = scales[(match or bias)["module"]] / scale
             value = value if share == 1 else (value.float() * share).to(value.dtype)
         written[name] = value
-    return _configured(lora, ranks, rank, scale), written
+    smaller = _configured(lora, ranks, rank, scale)
+    if resized:  # how training began, and its noise, ask for ranks of their own (`orthogonal` for even ones)
+        smaller.init_lora_weights = True
+        if getattr(lora, "monteclora_config", None):  # PEFT before 0.21 has none
+            smaller.monteclora_config = None
+    return smaller, written
 
 
 def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -121,7 +215,8 @@ def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraCon
 
 
 def _refuse_other_base(lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]) -> None:
-    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in training."""
+    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
+    training."""
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
@@ -145,12 +240,22 @@ def _configured(lora: LoraConfig, ranks: dict[str, int], rank: int, scale: float
     """Each module of another rank gets an entry of its own, so that no other pattern can match first."""
     lora = deepcopy(lora)
     lora.r, lora.lora_alpha, lora.use_rslora = rank, _number(scale * rank), False
-    lora.rank_pattern, lora.alpha_pattern = {}, {}
+    lora.rank_pattern, lora.alpha_pattern, left_out = {}, {}, []
     for module, own in ranks.items():
-        if own != rank:
-            name = "^" + module.removeprefix("base_model.model.")
-            lora.rank_pattern[name], lora.alpha_pattern[name] = own, _number(scale * own)
+        name = module.removeprefix("base_model.model.")
+        if not own:
+            left_out.append(re.escape(name))
+        elif own != rank:
+            lora.rank_pattern[f"^{name}"], lora.alpha_pattern[f"^{name}"] = own, _number(scale * own)
+    if left_out:
+        lora.exclude_modules = "|".join([*_excluded(lora), *left_out])
     return lora
+
+
+def _excluded(lora: LoraConfig) -> list[str]:
+    """`exclude_modules` as patterns of whole names."""
+    excluded = lora.exclude_modules or []
+    return [excluded] if isinstance(excluded, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in excluded]
 
 
 def _number(value: float) -> int | float:
@@ -166,11 +271,11 @@ def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> T
         for expert, directions in enumerate(chosen):
             kept[expert, : len(directions)] = parts[expert, directions]
         return kept.flatten(0, 1)
-    parts = value.unflatten(1, (-1, experts))  # (d, r, E, ...)
-    kept = parts.new_zeros(len(value), rank, *parts.shape[2:])
+    parts = by_expert(value, experts)  # (E, d, r, ...)
+    kept = parts.new_zeros(experts, len(value), rank, *parts.shape[3:])
     for expert, directions in enumerate(chosen):
-        kept[:, : len(directions), expert] = parts[:, directions, expert]
-    return kept.flatten(1, 2)
+        kept[expert, :, : len(directions)] = parts[expert, :, directions]
+    return kept.movedim(0, 2).flatten(1, 2)
 
 
 def _parameters(lora: LoraConfig, module: str) -> list[str]:
