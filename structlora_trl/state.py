@@ -381,11 +381,19 @@ def read_state(path: Path) -> State:
     """
     try:
         with safe_open(path, "pt", device="cpu") as file:
-            header = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name != "digest"}
+            header = {name: _json(text) for name, text in (file.metadata() or {}).items() if name != "digest"}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise damaged(str(path), str(error)) from error
     return State.checked(header, tensors, str(path))
+
+
+def _json(text: str):
+    """What a header's entry says; the text itself where it is no JSON, as in other files of safetensors."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def damaged(where: str, why: str) -> StructLoRAError:

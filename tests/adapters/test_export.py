@@ -267,8 +267,11 @@ def test_an_output_folder_that_is_not_empty(runs, capsys):
 @pytest.mark.parametrize(
     "option, words",
     [
-        ({"filter": "random"}, "learns no gates"),
-        ({"filter": "topk_norm", "gate_init": 0.5, "coordinator": "none"}, None),
+        ({"structlora.filter": "random"}, "learns no gates"),
+        (
+            {"structlora.filter": "topk_norm", "structlora.gate_init": 0.5, "structlora.coordinator": "none"},
+            None,
+        ),
     ],
 )
 def test_prune_goes_by_the_filter(option, words, tmp_path, capsys):

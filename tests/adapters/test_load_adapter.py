@@ -73,7 +73,7 @@ def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(place, is
     assert str(out / "checkpoint-6") in printed
     openness = [float(line.split()[2]) for line in printed.splitlines() if line[:5].strip().isdigit()]
     state = load_file(runs() / STATE_NAME)
-    expected = [row.sigmoid().mean() for kind in KINDS for row in state[f"{kind}/filter.logits"]]
+    expected = [row.sigmoid().mean() for kind in KINDS for row in state[f"{kind}/filters.0.logits"]]
     assert openness == pytest.approx([float(value) for value in expected], abs=6e-4)
     saved = read_saved(folder)
     assert saved.step == 6 and saved.folder == folder and [e["step"] for e in log_history(saved.run_folder)][-1] == 6
