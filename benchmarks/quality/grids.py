@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 
 from . import store
-from .selection import OURS, test_runs
+from .selection import BASE, OURS, test_runs
 from .settings import (
     ABLATIONS,
     COMPARED,
     CONTROLS,
     EARLY,
+    EQUAL_PLACES,
+    EQUAL_RULES,
+    EQUAL_SEEDS,
     EVIDENCE,
     EXAMPLES,
     FIRST,
@@ -77,6 +80,28 @@ def _swept() -> list[tuple]:
     return [*ranks, *counts]
 
 
+def selected(rule: str, keep: float) -> str:
+    """The method that selects a share `keep` of the directions in training by a rule."""
+    return f"select:rule={rule},keep={keep:g}"
+
+
+def _equal_size(setting: tuple) -> list[tuple]:
+    """Of one setting, seed by seed: chance and the rules, LoRA at the small rank at two rates, LoRA at the full rank."""
+    task, rank, examples = setting
+    lr, keep = EQUAL_PLACES[setting]
+    small = round(rank * keep)
+    chance, *rules = (selected(rule, keep) for rule in EQUAL_RULES)
+    early = [(name, rank, lr) for name in (chance, *rules[:3])] + [(BASE, small, lr), (BASE, rank, lr)]
+    late = [(name, rank, lr) for name in rules[3:]] + [(BASE, small, 2 * lr)]
+    return [
+        (task, name, r, examples, at, seed)
+        for seeds in (EQUAL_SEEDS[:3], EQUAL_SEEDS[3:6], EQUAL_SEEDS[6:])
+        for methods in (early, late)
+        for seed in seeds
+        for name, r, at in methods
+    ]
+
+
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
@@ -92,6 +117,7 @@ GRIDS = {
     "parts": lambda: _at_chosen_rates(WHERE_IT_GAINS, PARTS, SEEDS, OURS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
+    **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

@@ -29,14 +29,12 @@ from trl import SFTConfig, SFTTrainer
 from structlora_trl import StructLoRACallback
 
 from . import assets, ideas, methods
-from .cell import figures, packed, truncated
-from .store import KEY
+from .measures import figures, truncated
+from .store import KEY, packed
+from .tasks import CHAT_LINEAR, SPLIT_SEED, rated_prompts
 
-SPLIT_SEED = 0
-LONGEST = 120  # characters of a sentence
 BATCH = 8
 TARGETS = ("q_proj", "v_proj")
-LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
 OTHERS = ("tweet", "product")
 OTHER_EXAMPLES = 200  # of each
 EVALUATION_BATCH = 25
@@ -70,19 +68,8 @@ class LanguageTask:
         return self.steps or self.passes * -(-examples // BATCH)
 
 
-@functools.cache
-def _rated(kind: str) -> list[Example]:
-    found = [
-        (f"Review: {sentence}\nSentiment:", " positive" if label else " negative")
-        for sentence, label in assets.sentences(kind)
-        if len(sentence) <= LONGEST
-    ]
-    random.Random(SPLIT_SEED).shuffle(found)
-    return found
-
-
 def _movie() -> tuple[list[Example], ...]:
-    found = _rated("movie")
+    found = rated_prompts("movie")
     return found[:1000], found[1000:1100], found[1100:1300]
 
 
@@ -97,7 +84,7 @@ LANGUAGE_TASKS = {
     "smollm-movie": LanguageTask("sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False, 40),
     "smollm-movie-few": LanguageTask("the same, five passes", _movie, False, passes=5, others=OTHERS),
     "smollm-movie-few-all": LanguageTask(
-        "the same, five passes, all linear modules adapted", _movie, False, passes=5, targets=LINEAR, others=OTHERS
+        "the same, five passes, all linear modules adapted", _movie, False, passes=5, targets=CHAT_LINEAR, others=OTHERS
     ),
     "smollm-movie-long": LanguageTask("the same, three passes", _movie, False, passes=3, others=OTHERS),
     "smollm-numbers": LanguageTask("numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40),
@@ -172,7 +159,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "cpu_seconds": round(seconds, 2),
     }
     if task.others:
-        line["others"] = {kind: score(model, tokenizer, _rated(kind)[:OTHER_EXAMPLES]) for kind in task.others}
+        line["others"] = {kind: score(model, tokenizer, rated_prompts(kind)[:OTHER_EXAMPLES]) for kind in task.others}
         line |= truncated(model, rank, lambda: score(model, tokenizer, test))
     return line | {"seconds": round(time.perf_counter() - started, 2)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
@@ -18,7 +18,8 @@ from structlora_trl import StructLoRAConfig, attach
 from structlora_trl.core.mapping import Parts
 
 from . import ideas
-from .tasks import Task
+from .directions import Cut, Selection
+from .tasks import Split, Task
 
 WEIGHT_DECAY = 0.01
 
@@ -38,6 +39,9 @@ class Method:
         structlora (`dict`, *optional*): options of StructLoRA that differ from its defaults; None trains without it.
         peft (`Callable`, *optional*): (rank, steps, common arguments) -> another PEFT configuration.
         optimizer (`Callable`, *optional*): (model, rank, lr) -> another optimizer than AdamW.
+        weight_decay (`float`): of AdamW.
+        cut (`dict`, *optional*): arguments of `directions.Cut`: directions are selected in training.
+        tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
     """
 
     summary: str
@@ -45,10 +49,13 @@ class Method:
     structlora: dict | None = None
     peft: Callable[[int, int, dict], PeftConfig] | None = None
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer] | None = None
+    weight_decay: float = WEIGHT_DECAY
+    cut: dict | None = None
+    tail_average: bool = False
 
     def prepare(self, task: Task, rank: int, examples: int, lr: float, seed: int):
         """The model to train, its optimizer and, for StructLoRA, the runtime."""
-        common = {"target_modules": list(task.targets), "modules_to_save": [task.head]}
+        common = {"target_modules": list(task.targets), "modules_to_save": [task.head] if task.head else None}
         if self.peft is None:
             config = LoraConfig(r=rank, lora_alpha=2 * rank, **self.lora, **common)
         else:
@@ -56,7 +63,7 @@ class Method:
         model = get_peft_model(task.build(), config)
         if self.optimizer is None:
             trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY)
+            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.weight_decay)
         else:
             optimizer = self.optimizer(model, rank, lr)
         if self.structlora is None:
@@ -64,6 +71,12 @@ class Method:
         runtime = attach(model, optimizer, seed=seed, parts=self.parts, **self.given)
         ideas.bind(self.ideas, runtime, ideas.Length(task.steps, -(-examples // task.batch)))
         return model, optimizer, runtime
+
+    def selection(self, model, optimizer, training: Split, task: Task, seed: int) -> Selection | None:
+        """What chooses directions in training, where the method does."""
+        if self.cut is None:
+            return None
+        return Selection(Cut(**self.cut), model, optimizer, training, task.steps, task.batch, seed)
 
     @property
     def given(self) -> dict:
@@ -129,6 +142,9 @@ METHODS = {
     "lora": Method("LoRA"),
     "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
+    "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
+    "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
+    "select": Method("LoRA, directions selected in training", cut={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "gates": _gates("StructLoRA without coordinator"),
     "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
@@ -156,15 +172,19 @@ METHODS = {
 
 
 def find(name: str) -> Method:
-    """The method of that name; `structlora:temperature=0.2,edges=adjacency` is StructLoRA with options of one's own."""
+    """The method of that name, with options of one's own after a colon.
+
+    `structlora:temperature=0.2,edges=adjacency` is StructLoRA with these options; `select:rule=fisher,keep=0.25` selects a
+    quarter of the directions by that rule.
+    """
     base, _, given = name.partition(":")
+    method = METHODS[base]
     if not given:
-        return METHODS[base]
-    options = dict(METHODS[base].structlora)
-    for part in given.split(","):
-        option, _, value = part.partition("=")
-        options[option] = _parse(value)
-    return Method(f"{METHODS[base].summary}, {given}", structlora=options)
+        return method
+    options = dict(part.split("=") for part in given.split(","))
+    options = {option: _parse(value) for option, value in options.items()}
+    changed = "cut" if method.cut is not None else "structlora"
+    return replace(method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}})
 
 
 def _parse(value: str):

@@ -308,3 +308,18 @@ EVIDENCE = {
     "few-low": (MAIN[1:2], FEW_LOW_PLACES, EVIDENCE_SEEDS[4:8]),
     "long": (MAIN[1:2], LONG_PLACES, EVIDENCE_SEEDS[:4]),
 }
+
+# Directions of LoRA at rank 8 selected in training, at equal size: by every rule, against chance and against LoRA that is trained
+# at that rank. Where it is, setting -> learning rate, share of directions that is kept.
+EQUAL_SEEDS = range(60, 72)
+EQUAL_PLACES = {
+    ("digits-all", 8, 100): (5e-3, 0.25),
+    ("movie-all", 8, 200): (4e-3, 0.25),
+    ("smollm-reviews", 8, 64): (2e-3, 0.125),
+    ("fashion-all", 8, 200): (5e-3, 0.25),
+    ("digits", 8, 100): (1e-2, 0.25),
+    ("movie", 8, 200): (4e-3, 0.25),
+}
+CHANCE = "random"
+# The rules that may choose better than chance come first, then those that look at the factors alone.
+EQUAL_RULES = (CHANCE, "held-back", "snr", "true", "fisher", "gain", "relative", "singular", "uniform", "norm")

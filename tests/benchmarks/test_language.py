@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 
-from benchmarks.quality import assets, cell, coherence, language
+from benchmarks.quality import assets, cell, coherence, language, tasks
 from tests.support.data import save_base
 from tests.support.tiny import LAYERS
 
@@ -20,7 +20,7 @@ def test_the_table_has_a_row_for_each_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["coherence", "--steps", "3", "--examples", "16", "--rank", "2"])
     coherence.main()
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "_proj |" in line]
-    assert [row[0].strip() for row in rows] == [*language.LINEAR]
+    assert [row[0].strip() for row in rows] == [*tasks.CHAT_LINEAR]
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row[1:])
 
 
@@ -32,7 +32,7 @@ def test_a_run_on_few_examples_is_tested_elsewhere_and_cut(tmp_path, monkeypatch
         language.LANGUAGE_TASKS["smollm-movie-few-all"], load=lambda: (examples, examples[:20], examples[20:])
     )
     monkeypatch.setitem(language.LANGUAGE_TASKS, "smollm-movie-few-all", task)
-    monkeypatch.setattr(language, "_rated", lambda kind: examples[:10])
+    monkeypatch.setattr(language, "rated_prompts", lambda kind: examples[:10])
     line = cell.run("smollm-movie-few-all", "structlora", 4, 8, 1e-2, 0)
     assert line["steps"] == 5 and line["others"].keys() == {"tweet", "product"}
     assert line["truncated"].keys() == {"half", "quarter"}
