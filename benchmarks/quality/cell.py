@@ -12,6 +12,7 @@ from .measures import diagnostics, evaluate, factors, scaled, truncated
 from .store import KEY
 from .tasks import TASKS
 
+SCALED_RANK = 8  # of LoRA, at which a scalar on the update is tried
 WARMUP = 0.06  # of the steps, as in the paper
 
 
@@ -31,30 +32,34 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
     )
     start_A = factors(model)[0]
+    batches = task.batches(examples, seed)
     selection = method.selection(model, optimizer, training, task, seed)
     average = AveragedModel(model) if method.tail_average else None
     model.train()
-    for step, chosen in enumerate(task.batches(examples, seed)):
-        if selection:
-            chosen = selection.examples(step, chosen)
-        batch = training[chosen]
-        loss = model(**batch.inputs, labels=batch.labels).loss
-        loss.backward()
-        if selection:
-            selection.before_step(step, batch)
-        optimizer.step()
-        if selection:
-            selection.after_step(step)
-        if average and 2 * step >= task.steps:
-            average.update_parameters(model)
-        schedule.step()
-        if hasattr(model.base_model, "update_and_allocate"):
-            model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
-        optimizer.zero_grad()
+
+    def train(first: int, last: int) -> None:
+        for step in range(first, last):
+            batch = training[selection.examples(step, batches[step]) if selection else batches[step]]
+            loss = model(**batch.inputs, labels=batch.labels).loss
+            loss.backward()
+            if selection:
+                selection.gather(step, batch)
+            optimizer.step()
+            if average and 2 * step >= task.steps:
+                average.update_parameters(model)
+            schedule.step()
+            if hasattr(model.base_model, "update_and_allocate"):
+                model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
+            optimizer.zero_grad()
+
+    if selection:
+        selection.until_cut(train, schedule, (task_name, rank, examples, lr, seed))
+        selection.cut_now()
+    train(selection.end if selection else 0, task.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and f".{task.head}." in name)
     own = sum(p.numel() for m in runtime.maps for p in m.parameters()) if runtime else 0
-    training_seconds = time.process_time() - cpu_started
+    training_seconds = time.process_time() - cpu_started + (selection.cpu_seconds if selection else 0)
     _, validation, test = task.load()
     model = (average.module if average else model).eval()
     line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
@@ -79,6 +84,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         runtime.detach()
     if selection:
         return line | {"selection": selection.summary()}
-    if method_name == "lora":
-        line["scaled"] = scaled(model, lambda: evaluate(model, validation), lambda: evaluate(model, test))
+    if method_name == "lora" and rank == SCALED_RANK:
+        figures = scaled(model, line["validation"], lambda: evaluate(model, validation), lambda: evaluate(model, test))
+        line["scaled"] = figures or {"scale": 1.0, **line["test"]}
     return line | truncated(model, rank, lambda: evaluate(model, test))

@@ -21,7 +21,10 @@ they stay exact zeros, and the others train on.
 
 from __future__ import annotations
 
+import copy
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +36,8 @@ RULES = ("fisher", "held-back", "gain", "true", "snr", "relative", "norm", "rand
 HOLD_BACK = ("held-back", "gain")
 HELD_BACK_SHARE = 0.25  # of the training examples
 SINGULAR = ("singular", "uniform")
+
+_REACHED: dict[tuple, tuple] = {}  # runs at the step of their cut: weights, states, gates' gradients, CPU seconds
 
 
 @dataclass(frozen=True)
@@ -68,37 +73,68 @@ class Selection:
         self.modules = lora_factors(model)
         self.end = round(cut.at * steps)
         self.begin = self.end // 2
-        self.trained_on = len(training) - round(HELD_BACK_SHARE * len(training)) * (cut.rule in HOLD_BACK)
+        self.holds_back = cut.rule in HOLD_BACK
+        self.trained_on = len(training) - round(HELD_BACK_SHARE * len(training)) * self.holds_back
         self.generator = torch.Generator().manual_seed(seed + 2_000_000)
-        self.gradients: list[Tensor] = []  # (M, r) of each step that is looked at; M: modules
+        self.gradients: dict[str, list[Tensor]] = {}  # by where labels are from, (M, r) of each step; M: modules
         self.kept: Tensor | None = None  # (M, r), once the cut was made
+        self.cpu_seconds = 0.0  # of the part before the cut, where another run made it
 
     def examples(self, step: int, chosen: Tensor) -> Tensor:
         """The step's examples: others in the place of those that are held back until the cut."""
         return chosen % self.trained_on if step < self.end else chosen
 
-    def before_step(self, step: int, batch: Split) -> None:
+    def until_cut(self, train: Callable[[int, int], None], schedule, key: tuple) -> None:
+        """Bring the run to the step of the cut: by training, or from the last run that was equal so far.
+
+        Args:
+            train (`Callable`): (first step, last step) -> None.
+            schedule: of the learning rate.
+            key (`tuple`): what the run's course depends on.
+        """
+        key = (*key, self.end, self.holds_back)
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if key not in _REACHED:
+            started = time.process_time()
+            train(0, self.end)
+            while len(_REACHED) > 1:  # one that holds back, one that does not
+                del _REACHED[next(iter(_REACHED))]
+            states = self.optimizer.state_dict(), schedule.state_dict()
+            reached = [w.detach() for w in weights], states, self.gradients, time.process_time() - started
+            _REACHED[key] = copy.deepcopy(reached)
+        else:
+            values, states, self.gradients, self.cpu_seconds = copy.deepcopy(_REACHED[key])
+            for weight, value in zip(weights, values, strict=True):
+                weight.data.copy_(value)
+            self.optimizer.load_state_dict(states[0])
+            schedule.load_state_dict(states[1])
+
+    def gather(self, step: int, batch: Split) -> None:
         """Call with the step's gradients in place, before the optimizer's step."""
-        if not self.begin <= step < self.end or self.cut.rule in ("norm", "random", *SINGULAR):
+        if not self.begin <= step < self.end:
             return
         Bs = [B for _, B in self.modules.values()]
-        gradients = [B.grad for B in Bs]
-        if self.cut.rule == "true":
-            with torch.no_grad():
-                shares = self.model(**batch.inputs).logits.softmax(1)
-            labels = torch.multinomial(shares, 1, generator=self.generator)[:, 0]
-            gradients = torch.autograd.grad(self.model(**batch.inputs, labels=labels).loss, Bs)
-        elif self.cut.rule in HOLD_BACK:
+
+        def keep(source: str, gradients) -> None:
+            d = torch.stack([(g * B.detach()).sum(0) for g, B in zip(gradients, Bs, strict=True)])
+            self.gradients.setdefault(source, []).append(d)
+
+        def of(batch: Split, labels: Tensor):
+            return torch.autograd.grad(self.model(**batch.inputs, labels=labels).loss, Bs)
+
+        if self.holds_back:
             held_back = torch.arange(self.trained_on, len(self.training)).roll(-(step - self.begin) * self.batch)
             batch = self.training[held_back[: self.batch]]
-            gradients = torch.autograd.grad(self.model(**batch.inputs, labels=batch.labels).loss, Bs)
-        self.gradients.append(torch.stack([(g * B.detach()).sum(0) for g, B in zip(gradients, Bs, strict=True)]))
+            keep("held back", of(batch, batch.labels))
+        else:
+            keep("training", [B.grad for B in Bs])
+            with torch.no_grad():
+                shares = self.model(**batch.inputs).logits.softmax(1)
+            keep("drawn", of(batch, torch.multinomial(shares, 1, generator=self.generator)[:, 0]))
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Call after the optimizer's step: makes the cut when it is due."""
-        if step + 1 != self.end:
-            return
+    def cut_now(self) -> None:
+        """Keep the directions that the rule prefers and set the others to zero."""
         if self.cut.rule in SINGULAR:
             for A, B in self.modules.values():
                 to_singular_basis(A, B, self.optimizer)
@@ -118,12 +154,13 @@ class Selection:
         rule = self.cut.rule
         sizes = torch.stack([A.norm(dim=1) * B.norm(dim=0) for A, B in self.modules.values()])
         if rule == "random":
-            return torch.rand(sizes.shape, generator=self.generator)
+            return torch.rand(sizes.shape, generator=self.generator.manual_seed(self.generator.initial_seed()))
         if rule == "uniform":  # the singular values of a module are in order: its first ones before all second ones
             return -torch.arange(sizes.shape[1]).expand_as(sizes).float()
         if rule in ("norm", "singular"):
             return sizes
-        d = torch.stack(self.gradients)  # (steps, M, r)
+        source = "held back" if self.holds_back else "drawn" if rule == "true" else "training"
+        d = torch.stack(self.gradients[source])  # (steps, M, r)
         return {
             "snr": lambda: d.mean(0).square() / d.var(0),
             "relative": lambda: d.square().mean(0) / sizes.square(),

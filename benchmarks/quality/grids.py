@@ -91,8 +91,8 @@ def _equal_size(setting: tuple) -> list[tuple]:
     lr, keep = EQUAL_PLACES[setting]
     small = round(rank * keep)
     chance, *rules = (selected(rule, keep) for rule in EQUAL_RULES)
-    early = [(name, rank, lr) for name in (chance, *rules[:3])] + [(BASE, small, lr), (BASE, rank, lr)]
-    late = [(name, rank, lr) for name in rules[3:]] + [(BASE, small, 2 * lr)]
+    early = [(name, rank, lr) for name in (chance, *rules[:5])] + [(BASE, small, lr), (BASE, rank, lr)]
+    late = [(name, rank, lr) for name in rules[5:]] + [(BASE, small, 2 * lr)]
     return [
         (task, name, r, examples, at, seed)
         for seeds in (EQUAL_SEEDS[:3], EQUAL_SEEDS[3:6], EQUAL_SEEDS[6:])

@@ -40,25 +40,34 @@ def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str
     }
 
 
-SCALES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.15)
+SCALES = (0.3, 0.5, 0.7, 0.85)
 
 
 @torch.no_grad()
-def scaled(model: nn.Module, validation: Callable[[], dict], test: Callable[[], dict]) -> dict[str, float | str]:
-    """Test figures with every update ΔW times the scalar of `SCALES` that has the lowest NLL on validation examples.
+def scaled(model: nn.Module, whole: dict, validation: Callable[[], dict], test: Callable[[], dict]) -> dict | None:
+    """Test figures with every update ΔW times that scalar of `SCALES` whose NLL on validation examples is lowest.
 
     The control for methods that lower the NLL by making an update smaller. The adapter is left as it was.
+
+    Args:
+        model (`nn.Module`): a PEFT model with LoRA adapters.
+        whole (`dict`): validation figures of the model as it is.
+        validation, test (`Callable`): () -> figures of the model as it stands then.
+
+    Returns:
+        `dict`, *optional*: `scale` and the figures; None where no scalar is better than 1.
     """
     Bs = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
-    before = [B.clone() for B in Bs]
+    trained = [B.clone() for B in Bs]
 
     def at(scale: float, figures: Callable[[], dict]) -> dict:
-        for B, whole in zip(Bs, before, strict=True):
-            B.copy_(whole * scale)
+        for B, value in zip(Bs, trained, strict=True):
+            B.copy_(value * scale)
         return figures()
 
-    best = min(SCALES, key=lambda scale: at(scale, validation)["nll"])
-    found = {"scale": best, **at(best, test)}
+    nlls = {scale: at(scale, validation)["nll"] for scale in SCALES}
+    best = min(nlls, key=nlls.get)
+    found = {"scale": best, **at(best, test)} if nlls[best] < whole["nll"] else None
     at(1.0, dict)
     return found
 

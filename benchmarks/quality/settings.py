@@ -321,5 +321,5 @@ EQUAL_PLACES = {
     ("movie", 8, 200): (4e-3, 0.25),
 }
 CHANCE = "random"
-# The rules that may choose better than chance come first, then those that look at the factors alone.
-EQUAL_RULES = (CHANCE, "held-back", "snr", "true", "fisher", "gain", "relative", "singular", "uniform", "norm")
+# First those that look at what a gate does to the loss, then those that look at the factors alone.
+EQUAL_RULES = (CHANCE, "snr", "true", "fisher", "held-back", "gain", "relative", "singular", "uniform", "norm")

@@ -183,12 +183,12 @@ def rated_prompts(kind: str) -> list[tuple[str, str]]:
 
 @functools.cache
 def _reviews() -> tuple[Split, Split, Split]:
-    found = rated_prompts("movie")[:1500]
+    found = rated_prompts("movie")[:1450]
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm(), padding_side="left")
     encoded = tokenizer([prompt for prompt, _ in found], padding=True, return_tensors="pt")
     labels = torch.tensor([ANSWERS.index(answer) for _, answer in found])
     whole = Split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels)
-    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 100, 400])]
+    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, 400])]
     # Held-out sentences by length: less padding to compute.
     return (parts[0], *(part[part.inputs["attention_mask"].sum(1).argsort(stable=True)] for part in parts[1:]))
 
