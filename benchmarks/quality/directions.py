@@ -10,7 +10,7 @@ they stay exact zeros, and the others train on.
 | fisher | largest E[d²] on the training batches: the (empirical) Fisher information of the gate |
 | held-back | largest E[d²] on a quarter of the examples, which are not trained on before the cut |
 | gain | smallest E[d] on these held-back examples: to first order, closing a gate changes the loss by -d |
-| true | largest E[d²] with labels drawn from the model: the true Fisher information |
+| true-fisher | largest E[d²] with labels drawn from the model: the true Fisher information |
 | snr | largest E[d]² / Var[d] on the training batches: signal against noise |
 | relative | largest E[d²] / (‖A[j, :]‖² ‖B[:, j]‖²): information relative to the size of the update |
 | norm | largest ‖A[j, :]‖ ‖B[:, j]‖ (top-k norm) |
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .tasks import Split
 
-RULES = ("fisher", "held-back", "gain", "true", "snr", "relative", "norm", "random", "singular", "uniform")
+RULES = ("fisher", "held-back", "gain", "true-fisher", "snr", "relative", "norm", "random", "singular", "uniform")
 HOLD_BACK = ("held-back", "gain")
 HELD_BACK_SHARE = 0.25  # of the training examples
 SINGULAR = ("singular", "uniform")
@@ -69,6 +69,8 @@ class Selection:
     """
 
     def __init__(self, cut: Cut, model: nn.Module, optimizer, training: Split, steps: int, batch: int, seed: int):
+        if cut.rule not in RULES:
+            raise SystemExit(f"found the rule {cut.rule}, expected one of {', '.join(RULES)}")
         self.cut, self.model, self.optimizer, self.training, self.batch = cut, model, optimizer, training, batch
         self.modules = lora_factors(model)
         self.end = round(cut.at * steps)
@@ -159,7 +161,7 @@ class Selection:
             return -torch.arange(sizes.shape[1]).expand_as(sizes).float()
         if rule in ("norm", "singular"):
             return sizes
-        source = "held back" if self.holds_back else "drawn" if rule == "true" else "training"
+        source = "held back" if self.holds_back else "drawn" if rule == "true-fisher" else "training"
         d = torch.stack(self.gradients[source])  # (steps, M, r)
         return {
             "snr": lambda: d.mean(0).square() / d.var(0),

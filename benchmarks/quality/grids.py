@@ -32,6 +32,7 @@ from .settings import (
     SEEDS,
     SETTINGS,
     WHERE_IT_GAINS,
+    selected,
 )
 
 
@@ -80,19 +81,15 @@ def _swept() -> list[tuple]:
     return [*ranks, *counts]
 
 
-def selected(rule: str, keep: float) -> str:
-    """The method that selects a share `keep` of the directions in training by a rule."""
-    return f"select:rule={rule},keep={keep:g}"
-
-
 def _equal_size(setting: tuple) -> list[tuple]:
-    """Of one setting, seed by seed: chance and the rules, LoRA at the small rank at two rates, LoRA at the full rank."""
+    """Of one setting: chance and the rules, LoRA at the small rank at two rates and at the full rank."""
     task, rank, examples = setting
     lr, keep = EQUAL_PLACES[setting]
     small = round(rank * keep)
-    chance, *rules = (selected(rule, keep) for rule in EQUAL_RULES)
-    early = [(name, rank, lr) for name in (chance, *rules[:5])] + [(BASE, small, lr), (BASE, rank, lr)]
-    late = [(name, rank, lr) for name in rules[5:]] + [(BASE, small, 2 * lr)]
+    rules = [(selected(rule, keep), rank, lr) for rule in EQUAL_RULES]
+    # Chance, the rules of gradients and LoRA come first, three seeds at a time, so that few runs give paired comparisons.
+    early = [*rules[:6], (BASE, small, lr), (BASE, rank, lr)]
+    late = [*rules[6:], (BASE, small, 2 * lr)]
     return [
         (task, name, r, examples, at, seed)
         for seeds in (EQUAL_SEEDS[:3], EQUAL_SEEDS[3:6], EQUAL_SEEDS[6:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
 FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
 MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for the methods and settings of the main table
-SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of the tables of test figures
+SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of these grids; tables of test figures have every stored seed at the chosen rates
 
 # Learning rates by task.
 RATES = {
@@ -70,7 +70,7 @@ MAIN = ("lora", "structlora", "gates")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
 # The search, on validation data alone, each round at fixed settings and learning rates. Rounds after the first have seeds
-# that no table of test figures has.
+# that choose no learning rate.
 EARLY_PLACES = (
     (("digits-early", 4, 100), 1e-2),
     (("digits-early", 4, 100), 2e-2),
@@ -322,4 +322,9 @@ EQUAL_PLACES = {
 }
 CHANCE = "random"
 # First those that look at what a gate does to the loss, then those that look at the factors alone.
-EQUAL_RULES = (CHANCE, "snr", "true", "fisher", "held-back", "gain", "relative", "singular", "uniform", "norm")
+EQUAL_RULES = (CHANCE, "snr", "true-fisher", "fisher", "held-back", "gain", "relative", "singular", "uniform", "norm")
+
+
+def selected(rule: str, keep: float) -> str:
+    """The method that selects a share `keep` of the directions in training by a rule."""
+    return f"select:rule={rule},keep={keep:g}"

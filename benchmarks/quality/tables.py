@@ -7,7 +7,7 @@ tables of pure noise, one in twenty has a figure below 0.05.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,12 @@ from .settings import (
     ABLATIONS,
     AGAINST,
     AIMS,
+    CHANCE,
     COMPARED,
     CONTROLS,
     EARLY,
+    EQUAL_PLACES,
+    EQUAL_RULES,
     EVIDENCE,
     EVIDENCE_SEEDS,
     EXAMPLES,
@@ -37,6 +40,7 @@ from .settings import (
     ROUNDS,
     SETTINGS,
     WHERE_IT_GAINS,
+    selected,
 )
 
 # What the paper reports (arXiv 2603.14228) of the whole method: BoolQ with LLaMA at rank 8 where nothing else is said.
@@ -63,6 +67,20 @@ ELSEWHERE = {
     "others.product": "product reviews",
     "truncated.half": "half the rank",
     "truncated.quarter": "a quarter of the rank",
+}
+
+PARTS_OF_RANK = {"half": 1 / 2, "quarter": 1 / 4, "eighth": 1 / 8}
+RULE_LABELS = {
+    "random": "random",
+    "snr": "signal to noise of the gate's gradient",
+    "true-fisher": "Fisher, labels drawn from the model",
+    "fisher": "Fisher, training examples",
+    "held-back": "Fisher, held-back examples",
+    "gain": "mean gradient of the gate, held-back examples",
+    "relative": "Fisher relative to the size of the update",
+    "singular": "largest singular values",
+    "uniform": "uniform SVD",
+    "norm": "top-k norm",
 }
 
 Place = tuple[Setting, float]  # a setting and a learning rate
@@ -99,6 +117,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "language": short(runs, LANGUAGE),
         **{name: evidence(every_seed, *given, base=AGAINST.get(name, BASE)) for name, given in EVIDENCE.items()},
         "aims": aims(runs, every_seed),
+        **{f"equal-{setting[0]}": equal_size(every_seed, setting) for setting in EQUAL_PLACES},
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -169,22 +188,27 @@ def short(runs: Runs, settings: Iterable[Setting], paper: Callable[[Setting], st
 
 
 def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base: str = BASE) -> str:
-    """Averages over settings: mean difference, p over seeds (of the average over settings) and p over settings."""
+    """Averages over settings, with and without digits: mean difference, p over seeds and p over settings.
+
+    The p over seeds is of the average over settings, each with its own seeds (`_p_over_seeds`).
+    """
+    settings = list(settings)
+    others = [setting for setting in settings if not setting[0].startswith("digits")]
     rows = []
-    for name in names:
-        accuracy, nll = (_gaps_by_setting(runs, settings, name, figure, base) for figure in ("accuracy", "nll"))
-        if accuracy.empty:
+    for name, group in [(name, group) for name in names for group in (settings, others)]:
+        accuracy, nll = (_gaps_by_setting(runs, group, name, figure, base) for figure in ("accuracy", "nll"))
+        if not accuracy or (group is others and len(others) in (0, len(settings))):
             continue
-        by_setting = accuracy.mean()
+        by_setting = np.array([gaps.mean() for gaps in accuracy.values()])
         over_rates = [_mean(runs.over_rates[(*s, name)]) - _mean(runs.over_rates[(*s, base)]) for s in accuracy]
         rows.append(
             [
                 label(name),
-                len(by_setting),
-                *_overall_difference(accuracy, 1),
+                f"{len(by_setting)} without digits" if group is others else len(by_setting),
+                *_overall_difference(accuracy.values(), 1),
                 f"{(by_setting > 0).sum()} of {len(by_setting)}",
                 f"{by_setting.min():+.1f}",
-                *_overall_difference(nll, 3),
+                *_overall_difference(nll.values(), 3),
                 f"{_mean(over_rates):+.1f}",
             ]
         )
@@ -194,15 +218,18 @@ def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base:
     return markdown([*header, f"accuracy, mean over rates, − {other}"], rows)
 
 
-def _gaps_by_setting(runs: Runs, settings: Iterable[Setting], name: str, figure: str, base: str) -> pd.DataFrame:
-    """Differences by seed (rows) and setting (columns), of settings with more than one."""
+def _gaps_by_setting(
+    runs: Runs, settings: Iterable[Setting], name: str, figure: str, base: str
+) -> dict[Setting, pd.Series]:
+    """Differences by seed, of settings with more than one."""
     gaps = {setting: runs.differences(setting, name, figure, base) for setting in settings}
-    return pd.DataFrame({setting: d for setting, d in gaps.items() if len(d) > 1})
+    return {setting: of_seeds for setting, of_seeds in gaps.items() if len(of_seeds) > 1}
 
 
-def _overall_difference(gaps: pd.DataFrame, digits: int) -> list:
-    by_setting, by_seed = gaps.mean(), gaps.dropna().mean(axis=1)
-    return [f"{_mean(by_setting):+.{digits}f}", P.of(by_seed), P.of(by_setting)]
+def _overall_difference(gaps: Collection[pd.Series], digits: int) -> list:
+    """Mean over settings, between which seeds differ, and its p over seeds and over settings."""
+    by_setting = [of_seeds.mean() for of_seeds in gaps]
+    return [f"{_mean(by_setting):+.{digits}f}", _p_over_seeds(list(gaps)), P.of(by_setting)]
 
 
 def ablations(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -> str:
@@ -311,6 +338,61 @@ def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
         "p over seeds and examples (q, Holm)",
     ]
     return markdown([*header, "NLL", "p (q, Holm)", "ECE"], rows)
+
+
+def equal_size(runs: Runs, setting: Setting) -> str:
+    """Directions selected in training by each rule, beside LoRA: test figures, less chance and less LoRA at that rank.
+
+    The rate of LoRA at the small rank is the better of two by its validation accuracy.
+    """
+    task, rank, examples = setting
+    lr, keep = EQUAL_PLACES[setting]
+    small = (task, round(rank * keep), examples)
+    rules = {name: runs.at(setting, selected(name, keep), lr) for name in EQUAL_RULES}
+    whole = runs.at(setting, BASE, lr)
+    part = next(name for name, share in PARTS_OF_RANK.items() if share == keep)
+    rows = [(f"selected in training: {RULE_LABELS[name]}", found, "test") for name, found in rules.items()]
+    small_runs = runs.at(small, BASE, runs.rates.get((*small, BASE)))
+    rows += [
+        (f"LoRA, r {small[1]}", small_runs, "test"),
+        (f"LoRA, r {rank}", whole, "test"),
+        (
+            f"LoRA, r {rank}, each module cut to its first {small[1]} singular directions after training",
+            whole,
+            f"truncated.{part}",
+        ),
+        (f"LoRA, r {rank}, update times a scalar chosen on validation", whole, "scaled"),
+    ]
+    cells = []
+    for name, found, column in rows:
+        figures = _test_figures(found, column)
+        if figures.empty:
+            continue
+        row = [name, len(figures), _mean_and_sd(figures["accuracy"]), f"{_mean(figures['nll']):.3f}"]
+        for other in (rules[CHANCE], small_runs):
+            gaps = (figures - _test_figures(other, "test")).dropna()
+            if found is other or gaps.empty:
+                row += [""] * 4
+                continue
+            error = gaps["accuracy"].std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else np.nan
+            row += [f"{_mean(gaps['accuracy']):+.1f} ± {error:.1f} ({len(gaps)})", P.of(gaps["accuracy"])]
+            row += [f"{_mean(gaps['nll']):+.3f}", P.of(gaps["nll"])]
+        cells.append(row)
+    if not cells:
+        return "No runs are kept yet."
+    p = "p (q, Holm)"
+    header = ["method", "seeds", "accuracy", "NLL", "− chance (pairs)", p, "NLL − chance", p]
+    small_rank = f"LoRA r {small[1]}"
+    return markdown([*header, f"− {small_rank} (pairs)", p, f"NLL − {small_rank}", p], cells)
+
+
+def _test_figures(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+    """'accuracy' and 'nll' by seed, of the columns of that name; none where they were not kept."""
+    names = ["accuracy", "nll"]
+    columns = [f"{column}.{name}" for name in names]
+    if not {*columns} <= {*runs.columns}:
+        return pd.DataFrame(columns=names, dtype=float)
+    return runs[columns].dropna().set_axis(names, axis=1)
 
 
 def aims(tuned: Runs, fixed: Runs) -> str:
