@@ -16,6 +16,7 @@ from .settings import (
     EQUAL_SEEDS,
     EVIDENCE,
     EXAMPLES,
+    FAIR,
     FIRST,
     FURTHER_RATES,
     FURTHER_SEEDS,
@@ -109,6 +110,7 @@ GRIDS = {
     "early-finish": lambda: _at_chosen_rates(EARLY, MAIN),
     "main-finish": lambda: _at_chosen_rates(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
     "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
+    "fair": lambda: _at_chosen_rates(SETTINGS, FAIR, SEEDS, BASE),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
     "ablations": lambda: _at_chosen_rates(COMPARED, ABLATIONS, RATE_SEEDS, OURS),
     "parts": lambda: _at_chosen_rates(WHERE_IT_GAINS, PARTS, SEEDS, OURS),

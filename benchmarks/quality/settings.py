@@ -228,6 +228,8 @@ NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table o
 
 CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
 COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
+# What else regularises LoRA for nothing, at LoRA's own rate: does one of these do what gates do?
+FAIR = ("lora-dropout-0.1", "lora-decay-0.1", "lora-average")
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
     *("structlora:gate_lr=0", "no-gates", "gates", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
