@@ -226,10 +226,10 @@ ROUNDS = {
 FINAL_ROUNDS = ("search-final", "search-confirm")
 NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table of those rounds by place
 
-CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
-COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
 # What else regularises LoRA for nothing, at LoRA's own rate: does one of these do what gates do?
 FAIR = ("lora-dropout-0.1", "lora-decay-0.1", "lora-average")
+CONTROLS = (*FAIR, "lora-dropout-0.05", "frozen-logits")
+COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
     *("structlora:gate_lr=0", "no-gates", "gates", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
@@ -297,7 +297,7 @@ AIMS = {
     "of these, all linear modules": ((), (*LINEAR_PLACES, *FEW_PLACES[2:], *FEW_LOW_PLACES[2:])),
     "of these, small models": (_FEW, LINEAR_PLACES),
     "of these, SmolLM2": ((), (*FEW_PLACES, *FEW_LOW_PLACES)),
-    "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *ONE_PASS_PLACES, *LONG_PLACES)),
+    "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *LONG_PLACES)),
 }
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {

@@ -26,10 +26,10 @@ from .settings import (
     EARLY,
     EQUAL_PLACES,
     EQUAL_RULES,
+    EQUAL_SEEDS,
     EVIDENCE,
     EVIDENCE_SEEDS,
     EXAMPLES,
-    FAIR,
     FINAL_PLACES,
     FINAL_ROUNDS,
     LANGUAGE,
@@ -70,7 +70,7 @@ ELSEWHERE = {
     "truncated.quarter": "a quarter of the rank",
 }
 
-PARTS_OF_RANK = {"half": 1 / 2, "quarter": 1 / 4, "eighth": 1 / 8}
+NAMES_OF_SHARES = {1 / 2: "half", 1 / 4: "quarter", 1 / 8: "eighth"}
 RULE_LABELS = {
     "random": "random",
     "snr": "signal to noise of the gate's gradient",
@@ -108,8 +108,6 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "overall": overall(runs, SETTINGS, [OURS, GATES, *CONTROLS]),
         "short": short(runs, [*SETTINGS, *LANGUAGE]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
-        "fair": comparison(runs, SETTINGS, [BASE, OURS, *FAIR]),
-        "fair-overall": overall(runs, SETTINGS, [OURS, *FAIR]),
         "others": comparison(runs, [*COMPARED, EARLY[1]], [BASE, OURS, *OTHERS]),
         "others-overall": overall(runs, COMPARED, [OURS, *OTHERS]),
         "parts": ablations(runs, WHERE_IT_GAINS, [OURS, BASE, *PARTS]),
@@ -120,7 +118,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "language": short(runs, LANGUAGE),
         **{name: evidence(every_seed, *given, base=AGAINST.get(name, BASE)) for name, given in EVIDENCE.items()},
         "aims": aims(runs, every_seed),
-        **{f"equal-{setting[0]}": equal_size(every_seed, setting) for setting in EQUAL_PLACES},
+        "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -343,53 +341,57 @@ def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
     return markdown([*header, "NLL", "p (q, Holm)", "ECE"], rows)
 
 
-def equal_size(runs: Runs, setting: Setting) -> str:
-    """Directions selected in training by each rule, beside LoRA: test figures, less chance and less LoRA at that rank.
+def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
+    """Directions selected in training by each rule, and LoRA: test figures, less chance and less LoRA at the small rank.
 
     The rate of LoRA at the small rank is the better of two by its validation accuracy.
+
+    Args:
+        runs (`Runs`): all that is stored.
+        places (`dict`): setting -> learning rate, share of directions that is kept.
     """
-    task, rank, examples = setting
-    lr, keep = EQUAL_PLACES[setting]
-    small = (task, round(rank * keep), examples)
-    rules = {name: runs.at(setting, selected(name, keep), lr) for name in EQUAL_RULES}
-    whole = runs.at(setting, BASE, lr)
-    part = next(name for name, share in PARTS_OF_RANK.items() if share == keep)
-    rows = [(f"selected in training: {RULE_LABELS[name]}", found, "test") for name, found in rules.items()]
-    small_runs = runs.at(small, BASE, runs.rates.get((*small, BASE)))
-    rows += [
-        (f"LoRA, r {small[1]}", small_runs, "test"),
-        (f"LoRA, r {rank}", whole, "test"),
-        (
-            f"LoRA, r {rank}, each module cut to its first {small[1]} singular directions after training",
-            whole,
-            f"truncated.{part}",
-        ),
-        (f"LoRA, r {rank}, update times a scalar chosen on validation", whole, "scaled"),
-    ]
-    cells = []
-    for name, found, column in rows:
-        figures = _test_figures(found, column)
-        if figures.empty:
-            continue
-        row = [name, len(figures), _mean_and_sd(figures["accuracy"]), f"{_mean(figures['nll']):.3f}"]
-        for other in (rules[CHANCE], small_runs):
-            gaps = (figures - _test_figures(other, "test")).dropna()
-            if found is other or gaps.empty:
-                row += [""] * 4
-                continue
-            error = gaps["accuracy"].std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else np.nan
-            row += [f"{_mean(gaps['accuracy']):+.1f} ± {error:.1f} ({len(gaps)})", P.of(gaps["accuracy"])]
-            row += [f"{_mean(gaps['nll']):+.3f}", P.of(gaps["nll"])]
-        cells.append(row)
-    if not cells:
-        return "No runs are kept yet."
+    rows = []
+    for setting, (lr, keep) in places.items():
+        task, rank, examples = setting
+        kept = round(rank * keep)
+        of_rules = {rule: runs.at(setting, selected(rule, keep), lr) for rule in EQUAL_RULES}
+        whole, small = runs.at(setting, BASE, lr), runs.best((task, kept, examples), BASE)
+        found = {f"selected: {RULE_LABELS[rule]}": _test_figures(of_rule) for rule, of_rule in of_rules.items()}
+        bases = (found[f"selected: {RULE_LABELS[CHANCE]}"], _test_figures(small))
+        found |= {
+            f"LoRA, r {kept}": bases[1],
+            f"LoRA, r {rank}": _test_figures(whole),
+            f"LoRA, r {rank}, each module cut to r {kept} by SVD after training": _test_figures(
+                whole, f"truncated.{NAMES_OF_SHARES[keep]}"
+            ),
+            f"LoRA, r {rank}, update times a scalar": _test_figures(whole, "scaled"),
+        }
+        for name, figures in found.items():
+            if len(figures):
+                row = [describe(setting), name, len(figures), _mean_and_sd(figures["accuracy"])]
+                row += [f"{_mean(figures['nll']):.3f}", *_less(figures, bases[0]), *_less(figures, bases[1])]
+                rows.append(row)
     p = "p (q, Holm)"
-    header = ["method", "seeds", "accuracy", "NLL", "− chance (pairs)", p, "NLL − chance", p]
-    small_rank = f"LoRA r {small[1]}"
-    return markdown([*header, f"− {small_rank} (pairs)", p, f"NLL − {small_rank}", p], cells)
+    header = ["task, r, examples", "method", "seeds", "accuracy", "NLL"]
+    of_bases = [
+        title
+        for base in ("chance", "LoRA at the small rank")
+        for title in (f"accuracy − {base} (pairs)", p, f"NLL − {base}", p)
+    ]
+    return markdown([*header, *of_bases], rows) if rows else "No runs are kept yet."
 
 
-def _test_figures(runs: pd.DataFrame, column: str) -> pd.DataFrame:
+def _less(figures: pd.DataFrame, base: pd.DataFrame) -> list:
+    """Mean differences of accuracy and NLL, paired by seed, each with its p; the first ± its standard error."""
+    gaps = (figures - base).dropna()
+    if figures is base or gaps.empty:
+        return [""] * 4
+    error = f" ± {gaps['accuracy'].std(ddof=1) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+    accuracy = f"{_mean(gaps['accuracy']):+.1f}{error} ({len(gaps)})"
+    return [accuracy, P.of(gaps["accuracy"]), f"{_mean(gaps['nll']):+.3f}", P.of(gaps["nll"])]
+
+
+def _test_figures(runs: pd.DataFrame, column: str = "test") -> pd.DataFrame:
     """'accuracy' and 'nll' by seed, of the columns of that name; none where they were not kept."""
     names = ["accuracy", "nll"]
     columns = [f"{column}.{name}" for name in names]
