@@ -17,8 +17,7 @@ from pathlib import Path
 from structlora_trl.core.diagnostics import stream_cosine
 
 from . import language
-from .methods import METHODS, Method, find
-from .settings import STREAM_ALL
+from .methods import METHODS, Method
 from .tables import coherence
 from .tasks import CHAT_LINEAR
 
@@ -27,7 +26,6 @@ COMPARED = {
     "LoRA": Method("LoRA", structlora={"filter": "none", "coordinator": "none"}),
     "without coordinator": METHODS["no-align"],
     "StructLoRA": METHODS["structlora"],
-    "over the stream": find(STREAM_ALL),
 }
 FAR = 5
 KEPT = Path(__file__).with_suffix(".json")

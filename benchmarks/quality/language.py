@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from structlora_trl import StructLoRACallback
 
-from . import assets, ideas, methods
+from . import assets, methods
 from .measures import figures, truncated
 from .store import KEY, packed
 from .tasks import CHAT_LINEAR, SPLIT_SEED, rated_prompts
@@ -118,14 +118,14 @@ class _Losses(TrainerCallback):
             self.last = dict(logs)
 
 
-class _BindIdeas(TrainerCallback):
-    """Binds ideas to StructLoRA's runtime once it is attached: after StructLoRA's own callback, which comes first."""
+class _Start(TrainerCallback):
+    """Changes the model as the method asks, before StructLoRA's own callback, which comes after this one."""
 
-    def __init__(self, found: dict, ours: StructLoRACallback):
-        self.ideas, self.ours = found, ours
+    def __init__(self, method: methods.Method):
+        self.method = method
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        ideas.bind(self.ideas, self.ours.runtime, ideas.Length(args.max_steps, len(train_dataloader)))
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.method.start(model)
 
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
@@ -178,8 +178,7 @@ def train(
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
-    ours = [] if method.structlora is None else [StructLoRACallback(seed=seed, parts=method.parts, **method.given)]
-    binding = [_BindIdeas(method.ideas, callback) for callback in ours]
+    ours = [] if method.structlora is None else [_Start(method), StructLoRACallback(seed=seed, **method.given)]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
@@ -206,11 +205,11 @@ def train(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            callbacks=[*(callbacks or []), *ours, *binding],
+            callbacks=[*(callbacks or []), *ours],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval(), tokenizer, ours[0] if ours else None
+    return trainer.model.eval(), tokenizer, ours[-1] if ours else None
 
 
 @torch.inference_mode()

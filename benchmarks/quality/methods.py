@@ -6,19 +6,18 @@ Each takes the same frozen backbone and head, learning rate, schedule, steps and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 
 from structlora_trl import StructLoRAConfig, attach
-from structlora_trl.core.mapping import Parts
 
-from . import ideas
-from .directions import Cut, Selection
+from .directions import Cut, Selection, lora_factors
 from .tasks import Split, Task
 
 WEIGHT_DECAY = 0.01
@@ -27,6 +26,8 @@ WEIGHT_DECAY = 0.01
 # Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
 # experts came later.
 UNSET = {"seed", "adapter_name", "roles", "noise", "head_gates", "expert_gates"}
+
+ONE_A = "x_one_A"  # an option of the suite: all depths of a kind start from one lora_A, though nothing compares them
 
 
 @dataclass
@@ -68,9 +69,21 @@ class Method:
             optimizer = self.optimizer(model, rank, lr)
         if self.structlora is None:
             return model, optimizer, None
-        runtime = attach(model, optimizer, seed=seed, parts=self.parts, **self.given)
-        ideas.bind(self.ideas, runtime, ideas.Length(task.steps, -(-examples // task.batch)))
-        return model, optimizer, runtime
+        self.start(model)
+        return model, optimizer, attach(model, optimizer, seed=seed, **self.given)
+
+    def start(self, model: nn.Module) -> None:
+        """What the method changes before StructLoRA is attached.
+
+        Raises:
+            SystemExit: the method is an idea of the search, whose code is not kept.
+        """
+        if unknown := self.ideas.keys() - {ONE_A}:
+            raise SystemExit(
+                f"{', '.join(unknown)}: ideas of the search, whose runs are in the store but whose code is not kept"
+            )
+        if self.ideas:
+            start_from_one_A(model)
 
     def selection(self, model, optimizer, training: Split, task: Task, seed: int) -> Selection | None:
         """What chooses directions in training, where the method does."""
@@ -81,17 +94,12 @@ class Method:
     @property
     def given(self) -> dict:
         """The options of `StructLoRAConfig` among `structlora`."""
-        return {name: value for name, value in self.structlora.items() if name not in ideas.IDEAS}
+        return {name: value for name, value in self.structlora.items() if not name.startswith("x_")}
 
     @property
     def ideas(self) -> dict:
-        """The rest of `structlora`: ideas that the package does not have."""
-        return {name: value for name, value in self.structlora.items() if name in ideas.IDEAS}
-
-    @property
-    def parts(self) -> Parts:
-        """What to attach with: the package's parts, or those of the ideas."""
-        return ideas.parts_of(self.ideas, StructLoRAConfig.build(self.given))
+        """The rest of `structlora`: what the package does not have."""
+        return {name: value for name, value in self.structlora.items() if name.startswith("x_")}
 
     def options(self) -> dict | None:
         """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""
@@ -99,6 +107,14 @@ class Method:
             return None
         options = StructLoRAConfig.build(self.given).options() | self.ideas
         return {name: value for name, value in options.items() if name not in UNSET or name in self.given}
+
+
+@torch.no_grad()
+def start_from_one_A(model: nn.Module) -> None:
+    """Give all modules that differ only in depth, and have equal shapes, the lora_A of the first."""
+    first: dict[tuple, Tensor] = {}
+    for name, (A, B) in lora_factors(model).items():
+        A.copy_(first.setdefault((re.sub(r"\.\d+\.", ".", name), A.shape, B.shape), A))
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:
@@ -135,7 +151,7 @@ def _ours(summary: str, **options) -> Method:
 
 def _gates(summary: str, **options) -> Method:
     """Without the coordinator, and started as with it: so that the coordinator alone is what differs."""
-    return _ours(summary, coordinator="none", x_one_A=True, **options)
+    return _ours(summary, coordinator="none", **{ONE_A: True}, **options)
 
 
 METHODS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,6 @@ from benchmarks.quality import (
     assets,
     cell,
     heldout,
-    ideas,
     measures,
     methods,
     report,
@@ -242,8 +242,9 @@ def outcome(line):
 def test_every_method_trains_and_no_two_are_alike(tiny_task):
     lines = {name: cell.run("digits", name, 4, 20, 1e-2, 3) for name in methods.METHODS if name != "select"}
     assert all(math.isfinite(line["test"]["nll"]) for line in lines.values())
-    found = [(line["trained"], *outcome(line)) for line in lines.values()]
-    assert all(one not in found[:i] for i, one in enumerate(found))
+    found = {name: (line["trained"], *outcome(line)) for name, line in lines.items()}
+    alike = [pair for pair in itertools.combinations(found, 2) if found[pair[0]] == found[pair[1]]]
+    assert alike == [("structlora", "adjacency")]  # a run of eight steps ends before the first semantic edges
 
 
 def test_a_run_is_deterministic(tiny_task):
@@ -251,15 +252,6 @@ def test_a_run_is_deterministic(tiny_task):
         {**cell.run("digits", "structlora", 4, 20, 1e-2, 3), "cpu_seconds": 0, "seconds": 0} for _ in range(2)
     )
     assert one == again
-
-
-@pytest.mark.parametrize("idea", ideas.IDEAS)
-def test_every_idea_does_something(tiny_task, idea):
-    value = "0.5" if idea in ("x_theta", "x_fade_noise", "x_warm_noise", "x_total_noise", "x_bounded_noise") else "true"
-    method = "no-align:gate_lr=0.1" if idea == "x_one_A" else "structlora:coordinator_lr=0.1"
-    plain, tried = (cell.run("digits", method + given, 4, 20, 1e-2, 3) for given in ("", f",{idea}={value}"))
-    assert outcome(plain) != outcome(tried)
-    assert tried["structlora"] == {**plain["structlora"], idea: json.loads(value)}
 
 
 def test_right_answers_are_kept_and_calibration_is_measured():
@@ -277,23 +269,12 @@ def test_without_coordinator_nothing_else_differs(tiny_task):
         assert gates[split] == pytest.approx(whole[split], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, part",
-    [
-        ("structlora:x_sign=true,x_diagonal=true", "x_diagonal"),
-        ("gates:x_sign=true", "coordinator=gcn"),
-        ("random-filter:x_warm_noise=0.5", "filter=ib"),
-    ],
-)
-def test_ideas_without_a_place_are_refused(name, part):
-    with pytest.raises(SystemExit, match=part):
-        _ = methods.find(name).parts
-
-
-def test_options_and_ideas_in_a_methods_name():
+def test_an_idea_whose_code_is_not_kept_has_a_name_and_cannot_run(tiny_task):
     method = methods.find("gat:edges=adjacency,temperature=0.2,x_theta=0.5")
     assert method.structlora == {"coordinator": "gat", "edges": "adjacency", "temperature": 0.2, "x_theta": 0.5}
     assert method.options()["temperature"] == 0.2 and method.options()["x_theta"] == 0.5
+    with pytest.raises(SystemExit, match="x_theta"):
+        cell.run("digits", "gat:x_theta=0.5", 4, 20, 1e-2, 3)
 
 
 def test_a_grid_goes_on_where_it_stopped(tiny_task, tmp_path, monkeypatch, capsys):
