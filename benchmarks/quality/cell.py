@@ -8,7 +8,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from . import methods
-from .measures import diagnostics, evaluate, factors, scaled, truncated
+from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .store import KEY
 from .tasks import TASKS
 
@@ -31,7 +31,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
     )
-    start_A = factors(model)[0]
+    start_A = {name: A.detach().clone() for name, (A, _) in lora_factors(model).items()}
     batches = task.batches(examples, seed)
     selection = method.selection(model, optimizer, training, task, seed)
     average = AveragedModel(model) if method.tail_average else None

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .measures import lora_factors
 from .tasks import Split
 
 RULES = ("fisher", "held-back", "gain", "true-fisher", "snr", "relative", "norm", "random", "singular", "uniform")
@@ -187,13 +188,6 @@ class Selection:
         """Parameters of the directions that were kept."""
         sizes = [A.shape[1] + B.shape[0] for A, B in self.modules.values()]
         return sum(size * int(kept.sum()) for size, kept in zip(sizes, self.kept, strict=True))
-
-
-def lora_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """By module name, lora_A (r, k) and lora_B (d, r) themselves."""
-    found = dict(model.named_parameters())
-    names = [name.removesuffix(".lora_A.default.weight") for name in found if name.endswith(".lora_A.default.weight")]
-    return {n: (found[f"{n}.lora_A.default.weight"], found[f"{n}.lora_B.default.weight"]) for n in names}
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:

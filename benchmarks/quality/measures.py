@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -113,25 +112,23 @@ def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int =
     return (gaps.abs().sum() / len(right)).item()
 
 
-def factors(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Copies of the LoRA factors, by module name."""
-    found: tuple[dict, dict] = {}, {}
-    for name, parameter in model.named_parameters():
-        for factor, marker in zip(found, (".lora_A.default", ".lora_B.default"), strict=True):
-            if marker in name:
-                factor[name.split(marker)[0]] = parameter.detach().clone()
-    return found
+def lora_factors(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By module name, lora_A (r, k) and lora_B (d, r) themselves; empty where the adapter has other factors."""
+    found = dict(model.named_parameters())
+    names = [name.removesuffix(".lora_A.default.weight") for name in found if name.endswith(".lora_A.default.weight")]
+    return {n: (found[f"{n}.lora_A.default.weight"], found[f"{n}.lora_B.default.weight"]) for n in names}
 
 
-def diagnostics(model: PeftModel, start_A: dict, validation: Split) -> dict[str, float]:
+def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str, float]:
     """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
 
     Drift energy Σ‖ΔW_l+1 − ΔW_l‖² over Σ‖ΔW_l‖², adjacent cosines of ΔW, of A − A₀ and of the loss gradient with respect
     to W (on validation examples), and the share of ΔW's energy in its first singular direction.
     """
-    A, B = factors(model)
-    if not A or A.keys() != B.keys():
-        return {}  # not made of LoRA factors
+    found = lora_factors(model)
+    if not found:
+        return {}
+    A, B = ({name: pair[i].detach() for name, pair in found.items()} for i in range(2))
     weights = {name: dict(model.named_modules())[name].base_layer.weight for name in A}
     for weight in weights.values():
         weight.requires_grad_(True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from structlora_trl import StructLoRAConfig, attach
 
-from .directions import Cut, Selection, lora_factors
+from .directions import Cut, Selection
+from .measures import lora_factors
 from .tasks import Split, Task
 
 WEIGHT_DECAY = 0.01

@@ -77,7 +77,7 @@ def test_runs_that_share_what_came_before_the_cut_are_as_if_alone(tiny_task):  #
 
 def test_the_singular_basis_changes_neither_the_update_nor_its_gradient(trained):
     model, optimizer = trained
-    for A, B in directions.lora_factors(model).values():
+    for A, B in measures.lora_factors(model).values():
         update, pull = (B @ A).detach(), torch.randn(B.shape[0], A.shape[1])  # pull: ∂L/∂(BA)
         for factor, gradient in ((A, B.T @ pull), (B, pull @ A.T)):
             directions.moments(optimizer, factor)[0].copy_(gradient)
@@ -101,7 +101,7 @@ def test_an_unknown_rule_is_refused(trained):
 
 def test_the_scalar_is_chosen_on_validation_and_the_adapter_left_as_it_was(trained):
     model, _ = trained
-    (_, B), *_ = directions.lora_factors(model).values()
+    (_, B), *_ = measures.lora_factors(model).values()
     before = B.detach().clone()
 
     def figures(of_scale):
