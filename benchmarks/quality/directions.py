@@ -22,7 +22,6 @@ they stay exact zeros, and the others train on.
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .measures import lora_factors
+from .measures import kind_of, lora_factors
 from .tasks import Split
 
 RULES = ("fisher", "held-back", "gain", "true-fisher", "snr", "relative", "norm", "random", "singular", "uniform")
@@ -174,7 +173,7 @@ class Selection:
         """For the store: how many directions were kept, by the module's name within its layer, and how many are not zero now."""
         kept: dict[str, int] = {}
         for name, of_module in zip(self.modules, self.kept, strict=True):
-            kind = re.split(r"\.\d+\.", name)[-1]
+            kind = kind_of(name).rpartition(".*.")[2]
             kept[kind] = kept.get(kind, 0) + int(of_module.sum())
         not_zero = sum(int(((A != 0).any(1) & (B != 0).any(0)).sum()) for A, B in self.modules.values())
         return {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
-
-from structlora_trl.core.nodes import split_depth
 
 from .store import packed
 from .tasks import Split
@@ -119,6 +118,11 @@ def lora_factors(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor
     return {n: (found[f"{n}.lora_A.default.weight"], found[f"{n}.lora_B.default.weight"]) for n in names}
 
 
+def kind_of(module: str) -> str:
+    """A module's name without its depth: equal for modules that differ only in depth."""
+    return re.sub(r"\.\d+\.", ".*.", module)
+
+
 def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str, float]:
     """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
 
@@ -142,7 +146,7 @@ def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str,
     sums: dict[str, float] = {}
     kinds: dict[str, list[str]] = {}
     for name in A:
-        kinds.setdefault(split_depth(name)[0], []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     for names in kinds.values():
         updates = torch.stack([B[name] @ A[name] for name in names])  # (L, d, k)
         singular = torch.linalg.svdvals(updates)

@@ -6,7 +6,6 @@ Each takes the same frozen backbone and head, learning rate, schedule, steps and
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from structlora_trl import StructLoRAConfig, attach
 
 from .directions import Cut, Selection
-from .measures import lora_factors
+from .measures import kind_of, lora_factors
 from .tasks import Split, Task
 
 WEIGHT_DECAY = 0.01
@@ -115,7 +114,7 @@ def start_from_one_A(model: nn.Module) -> None:
     """Give all modules that differ only in depth, and have equal shapes, the lora_A of the first."""
     first: dict[tuple, Tensor] = {}
     for name, (A, B) in lora_factors(model).items():
-        A.copy_(first.setdefault((re.sub(r"\.\d+\.", ".", name), A.shape, B.shape), A))
+        A.copy_(first.setdefault((kind_of(name), A.shape, B.shape), A))
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:

@@ -6,6 +6,9 @@ import dataclasses
 import math
 import sys
 
+import pytest
+import torch
+
 from benchmarks.quality import assets, cell, coherence, language, tasks
 from tests.support.data import save_base
 from tests.support.tiny import LAYERS
@@ -38,3 +41,11 @@ def test_a_run_on_few_examples_is_tested_elsewhere_and_cut(tmp_path, monkeypatch
     assert line["truncated"].keys() == {"half", "quarter"}
     parts = (line["validation"], line["test"], *line["others"].values(), *line["truncated"].values())
     assert all(math.isfinite(part["nll"]) and 0 <= part["accuracy"] <= 100 for part in parts)
+
+
+def test_the_cosine_over_the_stream_is_that_of_whole_matrices_in_any_rank_basis():
+    side, other, turn = torch.randn(4, 16, 3), torch.randn(4, 3, 5), torch.linalg.qr(torch.randn(4, 3, 3))[0]
+    whole = [(update @ update.T).flatten() for update in side @ other]
+    expected = [torch.cosine_similarity(whole[i + 2], whole[i], dim=0).item() for i in range(2)]
+    assert coherence.stream_cosine(side, other, 2).tolist() == pytest.approx(expected, rel=1e-4)
+    assert coherence.stream_cosine(side @ turn, turn.mT @ other, 2).tolist() == pytest.approx(expected, rel=1e-4)
