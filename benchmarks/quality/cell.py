@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import nn
-from torch.nn.functional import cosine_similarity, cross_entropy
-
-from structlora_trl.core.kinds import split_depth
+from torch.optim.swa_utils import AveragedModel
 
 from . import methods
+from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .store import KEY
-from .tasks import TASKS, Split
+from .tasks import TASKS
 
+SCALED_RANK = 8  # of LoRA, at which a scalar on the update is tried
 WARMUP = 0.06  # of the steps, as in the paper
-EVALUATION_BATCH = 100
-GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
@@ -37,33 +31,47 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (task.steps - step) / (task.steps - warmup))
     )
-    start_A = _factors(model)[0]
+    start_A = {name: A.detach().clone() for name, (A, _) in lora_factors(model).items()}
+    batches = task.batches(examples, seed)
+    selection = method.selection(model, optimizer, training, task, seed)
+    average = AveragedModel(model) if method.tail_average else None
     model.train()
-    for step, chosen in enumerate(task.batches(examples, seed)):
-        batch = training[chosen]
-        loss = model(**batch.inputs, labels=batch.labels).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if hasattr(model.base_model, "update_and_allocate"):
-            model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
-        optimizer.zero_grad()
+
+    def train(first: int, last: int) -> None:
+        for step in range(first, last):
+            batch = training[selection.examples(step, batches[step]) if selection else batches[step]]
+            loss = model(**batch.inputs, labels=batch.labels).loss
+            loss.backward()
+            if selection:
+                selection.gather(step, batch)
+            optimizer.step()
+            if average and 2 * step >= task.steps:
+                average.update_parameters(model)
+            schedule.step()
+            if hasattr(model.base_model, "update_and_allocate"):
+                model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
+            optimizer.zero_grad()
+
+    if selection:
+        selection.until_cut(train, schedule, (task_name, rank, examples, lr, seed))
+        selection.cut_now()
+    train(selection.end if selection else 0, task.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and f".{task.head}." in name)
     own = sum(p.numel() for m in runtime.maps for p in m.parameters()) if runtime else 0
-    training_seconds = time.process_time() - cpu_started
+    training_seconds = time.process_time() - cpu_started + (selection.cpu_seconds if selection else 0)
     _, validation, test = task.load()
-    model.eval()
+    model = (average.module if average else model).eval()
     line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
     line |= {
         "validation": evaluate(model, validation),
         "test": evaluate(model, test),
         "steps": task.steps,
         "batch": task.batch,
-        "trained": trained - head + own,
+        "trained": selection.parameters() if selection else trained - head + own,
         "head": head,
         "structlora": method.options(),
-        "diagnostics": _diagnostics(model, start_A, validation),
+        "diagnostics": diagnostics(model, start_A, validation) if task.diagnosed and not selection else {},
         "cpu_seconds": round(training_seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -74,127 +82,9 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
             if name.split("/")[1] in ("gate_openness", "kl", "semantic_edges", "theta_norm")
         }
         runtime.detach()
+    if selection:
+        return line | {"selection": selection.summary()}
+    if method_name == "lora" and rank == SCALED_RANK:
+        figures = scaled(model, line["validation"], lambda: evaluate(model, validation), lambda: evaluate(model, test))
+        line["scaled"] = figures or {"scale": 1.0, **line["test"]}
     return line | truncated(model, rank, lambda: evaluate(model, test))
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, split: Split) -> dict[str, float | str]:
-    """`figures` of the model as it stands in evaluation mode."""
-    logits = torch.cat(
-        [model(**split[part].inputs).logits.float() for part in torch.arange(len(split)).split(EVALUATION_BATCH)]
-    )
-    return figures(logits, split.labels)
-
-
-def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str]:
-    """What is kept of an evaluation: accuracy and ECE in percent, NLL in nats, and which examples were right (`unpacked`)."""
-    confidence, answer = logits.softmax(1).max(1)
-    right = answer == labels
-    return {
-        "accuracy": round(100 * right.double().mean().item(), 3),
-        "nll": round(cross_entropy(logits, labels).item(), 5),
-        "ece": round(100 * calibration_error(confidence, right), 3),
-        "right": packed(right.tolist()),
-    }
-
-
-def truncated(model: nn.Module, rank: int, test: Callable[[], dict]) -> dict[str, dict]:
-    """Figures of a trained plain adapter after each update is cut to the largest half and quarter of its singular directions.
-
-    The adapter is left as cut.
-    """
-    shares = {"half": rank // 2, "quarter": rank // 4}
-    found = {}
-    for name, kept in shares.items():
-        if kept and truncate(model, kept):
-            found[name] = test()
-    return {"truncated": found} if found else {}
-
-
-@torch.no_grad()
-def truncate(model: nn.Module, rank: int) -> int:
-    """Leave the `rank` largest singular directions of each adapter's BA, in place. Returns how many adapters there were."""
-    count = 0
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-            continue
-        for name in layer.lora_A:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-            left, left_triangle = torch.linalg.qr(B)
-            right, right_triangle = torch.linalg.qr(A.T)
-            U, S, V = torch.linalg.svd(left_triangle @ right_triangle.T)
-            S[rank:] = 0
-            B.copy_(left @ U * S)
-            A.copy_(V @ right.T)
-            count += 1
-    return count
-
-
-def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
-    """Expected calibration error: |accuracy − mean confidence| of `bins` equal ranges of confidence, weighted by examples."""
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
-    return (gaps.abs().sum() / len(right)).item()
-
-
-def packed(right: list[bool]) -> str:
-    """Booleans as '<how many>:<bits in hexadecimal, the first one leading>'."""
-    bits = "".join("01"[r] for r in right)
-    return f"{len(bits)}:{int(bits, 2):x}"
-
-
-def unpacked(text: str) -> list[bool]:
-    """What `packed` took."""
-    count, bits = text.split(":")
-    return [bit == "1" for bit in f"{int(bits, 16):0{count}b}"]
-
-
-def _factors(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Copies of the LoRA factors, by module name."""
-    found: tuple[dict, dict] = {}, {}
-    for name, parameter in model.named_parameters():
-        for factor, marker in zip(found, (".lora_A.default", ".lora_B.default"), strict=True):
-            if marker in name:
-                factor[name.split(marker)[0]] = parameter.detach().clone()
-    return found
-
-
-def _diagnostics(model: PeftModel, start_A: dict, validation: Split) -> dict[str, float]:
-    """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
-
-    Drift energy Σ‖ΔW_l+1 − ΔW_l‖² over Σ‖ΔW_l‖², adjacent cosines of ΔW, of A − A₀ and of the loss gradient with respect
-    to W (on validation examples), and the share of ΔW's energy in its first singular direction.
-    """
-    A, B = _factors(model)
-    if not A or A.keys() != B.keys():
-        return {}  # not made of LoRA factors
-    weights = {name: dict(model.named_modules())[name].base_layer.weight for name in A}
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    batch = validation[torch.arange(GRADIENT_EXAMPLES)]
-    logits = model(**batch.inputs).logits
-    gradients = dict(
-        zip(weights, torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values())), strict=True)
-    )
-    for weight in weights.values():
-        weight.requires_grad_(False)
-    sums: dict[str, float] = {}
-    kinds: dict[str, list[str]] = {}
-    for name in A:
-        kinds.setdefault(split_depth(name)[0], []).append(name)
-    for names in kinds.values():
-        updates = torch.stack([B[name] @ A[name] for name in names])  # (L, d, k)
-        singular = torch.linalg.svdvals(updates)
-        update = updates.flatten(1)
-        moved = torch.stack([A[name] - start_A[name] for name in names]).flatten(1)
-        gradient = torch.stack([gradients[name] for name in names]).flatten(1)
-        figures = {
-            "relative_drift": (update[1:] - update[:-1]).square().sum() / update.square().sum(),
-            "update_cosine": cosine_similarity(update[1:], update[:-1]).mean(),
-            "moved_A_cosine": cosine_similarity(moved[1:], moved[:-1]).mean(),
-            "gradient_cosine": cosine_similarity(gradient[1:], gradient[:-1]).mean(),
-            "first_singular_share": (singular[:, 0].square() / singular.square().sum(1)).mean(),
-        }
-        for name, value in figures.items():
-            sums[name] = sums.get(name, 0.0) + value.item() / len(kinds)
-    return {name: round(value, 4) for name, value in sums.items()}

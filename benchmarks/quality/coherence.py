@@ -14,31 +14,70 @@ import json
 import random
 from pathlib import Path
 
-from structlora_trl.core.diagnostics import stream_cosine
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
 
 from . import language
-from .methods import METHODS, Method, find
-from .settings import STREAM_ALL
+from .measures import kind_of, lora_factors
+from .methods import METHODS
 from .tables import coherence
+from .tasks import CHAT_LINEAR
 
-# A map that changes nothing, which keeps A₀: plain LoRA, with what the figure needs.
 COMPARED = {
-    "LoRA": Method("LoRA", structlora={"filter": "none", "coordinator": "none"}),
+    "LoRA": METHODS["lora"],
     "without coordinator": METHODS["no-align"],
     "StructLoRA": METHODS["structlora"],
-    "over the stream": find(STREAM_ALL),
 }
+WRITERS = ("o_proj", "down_proj")  # of the residual stream; the others read it
 FAR = 5
 KEPT = Path(__file__).with_suffix(".json")
 
 
-def cosines(runtime) -> dict[str, list[float]]:
-    """Of each kind by its last name: neighbours, neighbours in the later half, depths `FAR` apart."""
+class Start(TrainerCallback):
+    """Keeps lora_A as it was before the first step, by module name."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.A = {name: A.detach().clone() for name, (A, _) in lora_factors(model).items()}
+
+
+def stream_cosine(side: Tensor, other: Tensor, apart: int = 1) -> Tensor:
+    """Cosine of what two depths do in the residual stream, (L - apart): 1 where they are alike, near 0 for random updates.
+
+    A module that writes the stream is compared by M = ΔW ΔWᵀ, one that reads it by M = ΔWᵀ ΔW, as ⟨M, M'⟩ / ‖M‖‖M'‖. This
+    does not depend on the basis of the rank axis, as a cosine of lora_A or lora_B does.
+
+    Args:
+        side (`Tensor`): the update's factor on the side of the stream, (L, n, r).
+        other (`Tensor`): its factor on the side of the module's own space, (L, r, p).
+    """
+    side, gram = side.double(), other.double() @ other.double().mT
+
+    def product(one: slice, two: slice) -> Tensor:
+        cross = side[one].mT @ side[two]
+        return ((gram[one] @ cross) * (cross @ gram[two])).sum((1, 2))
+
+    every, later, earlier = slice(None), slice(apart, None), slice(0, len(side) - apart)
+    norm = product(every, every).sqrt()
+    return product(later, earlier) / (norm[later] * norm[earlier])
+
+
+def cosines(model, start_A: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Of each kind by its last name: neighbours, neighbours in the later half, depths `FAR` apart.
+
+    The update is what training has added: BA for a writer, B(A - A₀) for a reader, whose random A₀ would outweigh the rest.
+    """
+    kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, (A, B) in lora_factors(model).items():
+        leaf = kind_of(name).rsplit(".", 1)[-1]
+        pair = (B, A) if leaf in WRITERS else ((A - start_A[name]).mT, B.mT)
+        kinds.setdefault(leaf, []).append(tuple(factor.detach() for factor in pair))
     found = {}
-    for m, factors in zip(runtime.maps, runtime.evaluation_factors(), strict=True):
-        pair = m.stream_factors(factors)
-        near, far = stream_cosine(*pair), stream_cosine(*pair, apart=FAR)
-        found[m.kind.name.rsplit(".", 1)[-1]] = [x.nanmean().item() for x in (near, near[len(near) // 2 :], far)]
+    for leaf, pairs in kinds.items():
+        side, other = (torch.stack(factors) for factors in zip(*pairs, strict=True))
+        near, far = stream_cosine(side, other), stream_cosine(side, other, FAR)
+        found[leaf] = [x.nanmean().item() for x in (near, near[len(near) // 2 :], far)]
     return found
 
 
@@ -55,9 +94,10 @@ def main() -> None:
     settings = (options.rank, options.lr, options.seed, options.steps)
     found: dict[str, dict[str, list[float]]] = {}
     for name, method in COMPARED.items():
-        _, _, ours = language.train(method, training, *settings, targets=language.LINEAR)
-        by_kind = cosines(ours.runtime)
-        found[name] = {kind: [round(x, 4) for x in by_kind[kind]] for kind in language.LINEAR}
+        start = Start()
+        model, _, _ = language.train(method, training, *settings, targets=CHAT_LINEAR, callbacks=[start])
+        by_kind = cosines(model, start.A)
+        found[name] = {kind: [round(x, 4) for x in by_kind[kind]] for kind in CHAT_LINEAR}
         if options.keep:  # after each, since a run takes minutes
             KEPT.write_text(json.dumps(found, indent=1) + "\n")
     print(coherence(found))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 
 from . import store
-from .selection import OURS, test_runs
+from .selection import BASE, OURS, test_runs
 from .settings import (
     ABLATIONS,
     COMPARED,
     CONTROLS,
     EARLY,
+    EQUAL_PLACES,
+    EQUAL_RULES,
+    EQUAL_SEEDS,
     EVIDENCE,
     EXAMPLES,
+    FAIR,
     FIRST,
     FURTHER_RATES,
     FURTHER_SEEDS,
@@ -29,6 +33,7 @@ from .settings import (
     SEEDS,
     SETTINGS,
     WHERE_IT_GAINS,
+    selected,
 )
 
 
@@ -77,6 +82,24 @@ def _swept() -> list[tuple]:
     return [*ranks, *counts]
 
 
+def _equal_size(setting: tuple) -> list[tuple]:
+    """Of one setting: chance and the rules, LoRA at the small rank at two rates and at the full rank."""
+    task, rank, examples = setting
+    lr, keep = EQUAL_PLACES[setting]
+    small = round(rank * keep)
+    rules = [(selected(rule, keep), rank, lr) for rule in EQUAL_RULES]
+    # Chance, the rules of gradients and LoRA come first, three seeds at a time, so that few runs give paired comparisons.
+    early = [*rules[:6], (BASE, small, lr), (BASE, rank, lr)]
+    late = [*rules[6:], (BASE, small, 2 * lr)]
+    return [
+        (task, name, r, examples, at, seed)
+        for seeds in (EQUAL_SEEDS[:3], EQUAL_SEEDS[3:6], EQUAL_SEEDS[6:])
+        for methods in (early, late)
+        for seed in seeds
+        for name, r, at in methods
+    ]
+
+
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
@@ -87,11 +110,13 @@ GRIDS = {
     "early-finish": lambda: _at_chosen_rates(EARLY, MAIN),
     "main-finish": lambda: _at_chosen_rates(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
     "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
+    "fair": lambda: _at_chosen_rates(SETTINGS, FAIR, SEEDS, BASE),
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
     "ablations": lambda: _at_chosen_rates(COMPARED, ABLATIONS, RATE_SEEDS, OURS),
     "parts": lambda: _at_chosen_rates(WHERE_IT_GAINS, PARTS, SEEDS, OURS),
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
+    **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from .store import unpacked
+
 SPLITS = ("validation", "test")
 DRAWS = 4000
 
@@ -59,6 +61,4 @@ def _rows(runs: pd.DataFrame):
 
 
 def _right(texts: tuple[str, ...]) -> np.ndarray:
-    from .cell import unpacked  # torch, which the rest does without
-
     return np.concatenate([np.array(unpacked(text), dtype=float) for text in texts])

@@ -28,15 +28,13 @@ from trl import SFTConfig, SFTTrainer
 
 from structlora_trl import StructLoRACallback
 
-from . import assets, ideas, methods
-from .cell import figures, packed, truncated
-from .store import KEY
+from . import assets, methods
+from .measures import figures, truncated
+from .store import KEY, packed
+from .tasks import CHAT_LINEAR, SPLIT_SEED, rated_prompts
 
-SPLIT_SEED = 0
-LONGEST = 120  # characters of a sentence
 BATCH = 8
 TARGETS = ("q_proj", "v_proj")
-LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
 OTHERS = ("tweet", "product")
 OTHER_EXAMPLES = 200  # of each
 EVALUATION_BATCH = 25
@@ -70,19 +68,8 @@ class LanguageTask:
         return self.steps or self.passes * -(-examples // BATCH)
 
 
-@functools.cache
-def _rated(kind: str) -> list[Example]:
-    found = [
-        (f"Review: {sentence}\nSentiment:", " positive" if label else " negative")
-        for sentence, label in assets.sentences(kind)
-        if len(sentence) <= LONGEST
-    ]
-    random.Random(SPLIT_SEED).shuffle(found)
-    return found
-
-
 def _movie() -> tuple[list[Example], ...]:
-    found = _rated("movie")
+    found = rated_prompts("movie")
     return found[:1000], found[1000:1100], found[1100:1300]
 
 
@@ -97,7 +84,7 @@ LANGUAGE_TASKS = {
     "smollm-movie": LanguageTask("sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False, 40),
     "smollm-movie-few": LanguageTask("the same, five passes", _movie, False, passes=5, others=OTHERS),
     "smollm-movie-few-all": LanguageTask(
-        "the same, five passes, all linear modules adapted", _movie, False, passes=5, targets=LINEAR, others=OTHERS
+        "the same, five passes, all linear modules adapted", _movie, False, passes=5, targets=CHAT_LINEAR, others=OTHERS
     ),
     "smollm-movie-long": LanguageTask("the same, three passes", _movie, False, passes=3, others=OTHERS),
     "smollm-numbers": LanguageTask("numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40),
@@ -131,14 +118,14 @@ class _Losses(TrainerCallback):
             self.last = dict(logs)
 
 
-class _BindIdeas(TrainerCallback):
-    """Binds ideas to StructLoRA's runtime once it is attached: after StructLoRA's own callback, which comes first."""
+class _Start(TrainerCallback):
+    """Changes the model as the method asks, before StructLoRA's own callback, which comes after this one."""
 
-    def __init__(self, found: dict, ours: StructLoRACallback):
-        self.ideas, self.ours = found, ours
+    def __init__(self, method: methods.Method):
+        self.method = method
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        ideas.bind(self.ideas, self.ours.runtime, ideas.Length(args.max_steps, len(train_dataloader)))
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.method.start(model)
 
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
@@ -172,7 +159,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "cpu_seconds": round(seconds, 2),
     }
     if task.others:
-        line["others"] = {kind: score(model, tokenizer, _rated(kind)[:OTHER_EXAMPLES]) for kind in task.others}
+        line["others"] = {kind: score(model, tokenizer, rated_prompts(kind)[:OTHER_EXAMPLES]) for kind in task.others}
         line |= truncated(model, rank, lambda: score(model, tokenizer, test))
     return line | {"seconds": round(time.perf_counter() - started, 2)}
 
@@ -191,8 +178,7 @@ def train(
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
-    ours = [] if method.structlora is None else [StructLoRACallback(seed=seed, parts=method.parts, **method.given)]
-    binding = [_BindIdeas(method.ideas, callback) for callback in ours]
+    ours = [] if method.structlora is None else [_Start(method), StructLoRACallback(seed=seed, **method.given)]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
@@ -219,11 +205,11 @@ def train(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            callbacks=[*(callbacks or []), *ours, *binding],
+            callbacks=[*(callbacks or []), *ours],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval(), tokenizer, ours[0] if ours else None
+    return trainer.model.eval(), tokenizer, ours[-1] if ours else None
 
 
 @torch.inference_mode()

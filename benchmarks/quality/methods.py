@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 
 from structlora_trl import StructLoRAConfig, attach
-from structlora_trl.core.mapping import Parts
 
-from . import ideas
-from .tasks import Task
+from .directions import Cut, Selection
+from .measures import kind_of, lora_factors
+from .tasks import Split, Task
 
 WEIGHT_DECAY = 0.01
 
@@ -26,6 +26,8 @@ WEIGHT_DECAY = 0.01
 # Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
 # experts came later.
 UNSET = {"seed", "adapter_name", "roles", "noise", "head_gates", "expert_gates"}
+
+ONE_A = "x_one_A"  # an option of the suite: all depths of a kind start from one lora_A, though nothing compares them
 
 
 @dataclass
@@ -38,6 +40,9 @@ class Method:
         structlora (`dict`, *optional*): options of StructLoRA that differ from its defaults; None trains without it.
         peft (`Callable`, *optional*): (rank, steps, common arguments) -> another PEFT configuration.
         optimizer (`Callable`, *optional*): (model, rank, lr) -> another optimizer than AdamW.
+        weight_decay (`float`): of AdamW.
+        cut (`dict`, *optional*): arguments of `directions.Cut`: directions are selected in training.
+        tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
     """
 
     summary: str
@@ -45,10 +50,13 @@ class Method:
     structlora: dict | None = None
     peft: Callable[[int, int, dict], PeftConfig] | None = None
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer] | None = None
+    weight_decay: float = WEIGHT_DECAY
+    cut: dict | None = None
+    tail_average: bool = False
 
     def prepare(self, task: Task, rank: int, examples: int, lr: float, seed: int):
         """The model to train, its optimizer and, for StructLoRA, the runtime."""
-        common = {"target_modules": list(task.targets), "modules_to_save": [task.head]}
+        common = {"target_modules": list(task.targets), "modules_to_save": [task.head] if task.head else None}
         if self.peft is None:
             config = LoraConfig(r=rank, lora_alpha=2 * rank, **self.lora, **common)
         else:
@@ -56,29 +64,42 @@ class Method:
         model = get_peft_model(task.build(), config)
         if self.optimizer is None:
             trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=WEIGHT_DECAY)
+            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.weight_decay)
         else:
             optimizer = self.optimizer(model, rank, lr)
         if self.structlora is None:
             return model, optimizer, None
-        runtime = attach(model, optimizer, seed=seed, parts=self.parts, **self.given)
-        ideas.bind(self.ideas, runtime, ideas.Length(task.steps, -(-examples // task.batch)))
-        return model, optimizer, runtime
+        self.start(model)
+        return model, optimizer, attach(model, optimizer, seed=seed, **self.given)
+
+    def start(self, model: nn.Module) -> None:
+        """What the method changes before StructLoRA is attached.
+
+        Raises:
+            SystemExit: the method is an idea of the search, whose code is not kept.
+        """
+        if unknown := self.ideas.keys() - {ONE_A}:
+            raise SystemExit(
+                f"{', '.join(unknown)}: ideas of the search, whose runs are in the store but whose code is not kept"
+            )
+        if self.ideas:
+            start_from_one_A(model)
+
+    def selection(self, model, optimizer, training: Split, task: Task, seed: int) -> Selection | None:
+        """What chooses directions in training, where the method does."""
+        if self.cut is None:
+            return None
+        return Selection(Cut(**self.cut), model, optimizer, training, task.steps, task.batch, seed)
 
     @property
     def given(self) -> dict:
         """The options of `StructLoRAConfig` among `structlora`."""
-        return {name: value for name, value in self.structlora.items() if name not in ideas.IDEAS}
+        return {name: value for name, value in self.structlora.items() if not name.startswith("x_")}
 
     @property
     def ideas(self) -> dict:
-        """The rest of `structlora`: ideas that the package does not have."""
-        return {name: value for name, value in self.structlora.items() if name in ideas.IDEAS}
-
-    @property
-    def parts(self) -> Parts:
-        """What to attach with: the package's parts, or those of the ideas."""
-        return ideas.parts_of(self.ideas, StructLoRAConfig.build(self.given))
+        """The rest of `structlora`: what the package does not have."""
+        return {name: value for name, value in self.structlora.items() if name.startswith("x_")}
 
     def options(self) -> dict | None:
         """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""
@@ -86,6 +107,14 @@ class Method:
             return None
         options = StructLoRAConfig.build(self.given).options() | self.ideas
         return {name: value for name, value in options.items() if name not in UNSET or name in self.given}
+
+
+@torch.no_grad()
+def start_from_one_A(model: nn.Module) -> None:
+    """Give all modules that differ only in depth, and have equal shapes, the lora_A of the first."""
+    first: dict[tuple, Tensor] = {}
+    for name, (A, B) in lora_factors(model).items():
+        A.copy_(first.setdefault((kind_of(name), A.shape, B.shape), A))
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:
@@ -122,13 +151,16 @@ def _ours(summary: str, **options) -> Method:
 
 def _gates(summary: str, **options) -> Method:
     """Without the coordinator, and started as with it: so that the coordinator alone is what differs."""
-    return _ours(summary, coordinator="none", x_one_A=True, **options)
+    return _ours(summary, coordinator="none", **{ONE_A: True}, **options)
 
 
 METHODS = {
     "lora": Method("LoRA"),
     "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
+    "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
+    "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
+    "select": Method("LoRA, directions selected in training", cut={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "gates": _gates("StructLoRA without coordinator"),
     "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
@@ -156,15 +188,19 @@ METHODS = {
 
 
 def find(name: str) -> Method:
-    """The method of that name; `structlora:temperature=0.2,edges=adjacency` is StructLoRA with options of one's own."""
+    """The method of that name, with options of one's own after a colon.
+
+    `structlora:temperature=0.2,edges=adjacency` is StructLoRA with these options; `select:rule=fisher,keep=0.25` selects a
+    quarter of the directions by that rule.
+    """
     base, _, given = name.partition(":")
+    method = METHODS[base]
     if not given:
-        return METHODS[base]
-    options = dict(METHODS[base].structlora)
-    for part in given.split(","):
-        option, _, value = part.partition("=")
-        options[option] = _parse(value)
-    return Method(f"{METHODS[base].summary}, {given}", structlora=options)
+        return method
+    options = dict(part.split("=") for part in given.split(","))
+    options = {option: _parse(value) for option, value in options.items()}
+    changed = "cut" if method.cut is not None else "structlora"
+    return replace(method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}})
 
 
 def _parse(value: str):

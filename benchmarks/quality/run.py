@@ -30,7 +30,7 @@ def work(cells: list[tuple], results: Path) -> None:
     from . import cell  # torch, PEFT and the rest, once there is work to do
 
     for i, key in enumerate(cells):
-        with _claim(key) as ours:
+        with claim(key) as ours:
             if not ours or key in {store.key_of(line) for line in store.read(results)}:
                 continue
             line = cell.run(*key)
@@ -39,8 +39,8 @@ def work(cells: list[tuple], results: Path) -> None:
 
 
 @contextlib.contextmanager
-def _claim(key: tuple):
-    """Whether the cell is ours to run; the claim ends with the process, however it ends."""
+def claim(key: tuple):
+    """Whether the cell is ours to run: true for one process at a time; the claim ends with it, however it ends."""
     folder = assets.CACHE / "claims"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / hashlib.sha256(repr(key).encode()).hexdigest()[:16]

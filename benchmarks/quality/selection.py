@@ -1,12 +1,13 @@
 """Which runs a figure is of: each method's learning rate, chosen on validation data, and runs paired by seed.
 
 A method's learning rate is the one of best mean validation accuracy over the seeds that all rates were run with, for each
-task, rank and number of examples by itself; further seeds are run at that rate alone. Differences are paired by seed: the
+task, rank and number of examples by itself; figures are of every stored seed at that rate. Differences are paired by seed: the
 same examples, the same batches, the same start of head and adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 
 import pandas as pd
@@ -29,12 +30,14 @@ class Runs:
 
     Args:
         lines (`list[dict]`): of the store, in any order.
+        choosing (`Collection[int]`, *optional*): seeds whose validation figures choose the rates; default: all.
     """
 
-    def __init__(self, lines: list[dict]):
+    def __init__(self, lines: list[dict], choosing: Collection[int] | None = None):
         rows = pd.json_normalize([{**line, "structlora": None} for line in lines])
         self.rows = rows.sort_values(list(store.KEY))  # so that no sum depends on which run ended first
-        self.rates: dict[tuple, float] = choose_rates(self.rows).to_dict()  # (*setting, method) -> learning rate
+        self.choosing = self.rows if choosing is None else self.rows[self.rows["seed"].isin(choosing)]
+        self.rates: dict[tuple, float] = choose_rates(self.choosing).to_dict()  # (*setting, method) -> learning rate
         self.by_rate: dict[tuple, pd.DataFrame] = {
             key: found.set_index("seed") for key, found in self.rows.groupby([*METHOD, "lr"])
         }
@@ -60,18 +63,18 @@ class Runs:
     @cached_property
     def over_rates(self) -> dict[tuple, pd.Series]:
         """(*setting, method) -> mean test accuracy at each rate that all methods ran at, over the seeds of all of these."""
+        rows = self.choosing
         common = pd.Series(
-            [lr in RATES.get(task, ()) for task, lr in zip(self.rows["task"], self.rows["lr"], strict=True)],
-            self.rows.index,
+            [lr in RATES.get(task, ()) for task, lr in zip(rows["task"], rows["lr"], strict=True)], rows.index
         )
-        only_others = ~common.groupby([self.rows[name] for name in METHOD]).transform("any")
-        means = of_shared_seeds(self.rows[common | only_others]).groupby([*METHOD, "lr"])["test.accuracy"].mean()
+        only_others = ~common.groupby([rows[name] for name in METHOD]).transform("any")
+        means = of_shared_seeds(rows[common | only_others]).groupby([*METHOD, "lr"])["test.accuracy"].mean()
         return {key: found.droplevel(METHOD) for key, found in means.groupby(METHOD)}
 
 
 def test_runs(lines: list[dict]) -> Runs:
-    """The runs that test figures are of: without the seeds that served the search alone."""
-    return Runs([line for line in lines if line["seed"] in SEEDS])
+    """The runs that test figures are of: all seeds, at the rates that `SEEDS` choose."""
+    return Runs(lines, SEEDS)
 
 
 def choose_rates(rows: pd.DataFrame) -> pd.Series:

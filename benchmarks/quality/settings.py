@@ -5,7 +5,7 @@ from __future__ import annotations
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
 FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
 MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for the methods and settings of the main table
-SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of the tables of test figures
+SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of these grids; tables of test figures have every stored seed at the chosen rates
 
 # Learning rates by task.
 RATES = {
@@ -70,7 +70,7 @@ MAIN = ("lora", "structlora", "gates")
 LANGUAGE = (("smollm-movie", 4, 320), ("smollm-numbers", 4, 320))
 
 # The search, on validation data alone, each round at fixed settings and learning rates. Rounds after the first have seeds
-# that no table of test figures has.
+# that choose no learning rate.
 EARLY_PLACES = (
     (("digits-early", 4, 100), 1e-2),
     (("digits-early", 4, 100), 2e-2),
@@ -226,7 +226,9 @@ ROUNDS = {
 FINAL_ROUNDS = ("search-final", "search-confirm")
 NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table of those rounds by place
 
-CONTROLS = ("lora-dropout-0.1", "lora-dropout-0.05", "frozen-logits")
+# What else regularises LoRA for nothing, at LoRA's own rate: does one of these do what gates do?
+FAIR = ("lora-dropout-0.1", "lora-decay-0.1", "lora-average")
+CONTROLS = (*FAIR, "lora-dropout-0.05", "frozen-logits")
 COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
@@ -295,7 +297,7 @@ AIMS = {
     "of these, all linear modules": ((), (*LINEAR_PLACES, *FEW_PLACES[2:], *FEW_LOW_PLACES[2:])),
     "of these, small models": (_FEW, LINEAR_PLACES),
     "of these, SmolLM2": ((), (*FEW_PLACES, *FEW_LOW_PLACES)),
-    "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *ONE_PASS_PLACES, *LONG_PLACES)),
+    "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *LONG_PLACES)),
 }
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {
@@ -308,3 +310,23 @@ EVIDENCE = {
     "few-low": (MAIN[1:2], FEW_LOW_PLACES, EVIDENCE_SEEDS[4:8]),
     "long": (MAIN[1:2], LONG_PLACES, EVIDENCE_SEEDS[:4]),
 }
+
+# Directions of LoRA at rank 8 selected in training, at equal size: by every rule, against chance and against LoRA that is trained
+# at that rank. Where it is, setting -> learning rate, share of directions that is kept.
+EQUAL_SEEDS = range(60, 72)
+EQUAL_PLACES = {
+    ("digits-all", 8, 100): (5e-3, 0.25),
+    ("movie-all", 8, 200): (4e-3, 0.25),
+    ("smollm-reviews", 8, 64): (2e-3, 0.125),
+    ("fashion-all", 8, 200): (5e-3, 0.25),
+    ("digits", 8, 100): (1e-2, 0.25),
+    ("movie", 8, 200): (4e-3, 0.25),
+}
+CHANCE = "random"
+# First those that look at what a gate does to the loss, then those that look at the factors alone.
+EQUAL_RULES = (CHANCE, "snr", "true-fisher", "fisher", "held-back", "gain", "relative", "singular", "uniform", "norm")
+
+
+def selected(rule: str, keep: float) -> str:
+    """The method that selects a share `keep` of the directions in training by a rule."""
+    return f"select:rule={rule},keep={keep:g}"

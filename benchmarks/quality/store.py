@@ -28,3 +28,15 @@ def append(line: dict, results: Path = RESULTS) -> None:
     with open(results / f"{line['task']}.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(line) + "\n")
+
+
+def packed(right: list[bool]) -> str:
+    """Booleans as '<how many>:<bits in hexadecimal, the first one leading>'."""
+    bits = "".join("01"[r] for r in right)
+    return f"{len(bits)}:{int(bits, 2):x}"
+
+
+def unpacked(text: str) -> list[bool]:
+    """What `packed` took."""
+    count, bits = text.split(":")
+    return [bit == "1" for bit in f"{int(bits, 16):0{count}b}"]

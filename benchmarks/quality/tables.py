@@ -7,7 +7,7 @@ tables of pure noise, one in twenty has a figure below 0.05.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,13 @@ from .settings import (
     ABLATIONS,
     AGAINST,
     AIMS,
+    CHANCE,
     COMPARED,
     CONTROLS,
     EARLY,
+    EQUAL_PLACES,
+    EQUAL_RULES,
+    EQUAL_SEEDS,
     EVIDENCE,
     EVIDENCE_SEEDS,
     EXAMPLES,
@@ -37,6 +41,7 @@ from .settings import (
     ROUNDS,
     SETTINGS,
     WHERE_IT_GAINS,
+    selected,
 )
 
 # What the paper reports (arXiv 2603.14228) of the whole method: BoolQ with LLaMA at rank 8 where nothing else is said.
@@ -63,6 +68,20 @@ ELSEWHERE = {
     "others.product": "product reviews",
     "truncated.half": "half the rank",
     "truncated.quarter": "a quarter of the rank",
+}
+
+NAMES_OF_SHARES = {1 / 2: "half", 1 / 4: "quarter", 1 / 8: "eighth"}
+RULE_LABELS = {
+    "random": "random",
+    "snr": "signal to noise of the gate's gradient",
+    "true-fisher": "Fisher, labels drawn from the model",
+    "fisher": "Fisher, training examples",
+    "held-back": "Fisher, held-back examples",
+    "gain": "mean gradient of the gate, held-back examples",
+    "relative": "Fisher relative to the size of the update",
+    "singular": "largest singular values",
+    "uniform": "uniform SVD",
+    "norm": "top-k norm",
 }
 
 Place = tuple[Setting, float]  # a setting and a learning rate
@@ -99,6 +118,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "language": short(runs, LANGUAGE),
         **{name: evidence(every_seed, *given, base=AGAINST.get(name, BASE)) for name, given in EVIDENCE.items()},
         "aims": aims(runs, every_seed),
+        "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -169,22 +189,27 @@ def short(runs: Runs, settings: Iterable[Setting], paper: Callable[[Setting], st
 
 
 def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base: str = BASE) -> str:
-    """Averages over settings: mean difference, p over seeds (of the average over settings) and p over settings."""
+    """Averages over settings, with and without digits: mean difference, p over seeds and p over settings.
+
+    The p over seeds is of the average over settings, each with its own seeds (`_p_over_seeds`).
+    """
+    settings = list(settings)
+    others = [setting for setting in settings if not setting[0].startswith("digits")]
     rows = []
-    for name in names:
-        accuracy, nll = (_gaps_by_setting(runs, settings, name, figure, base) for figure in ("accuracy", "nll"))
-        if accuracy.empty:
+    for name, group in [(name, group) for name in names for group in (settings, others)]:
+        accuracy, nll = (_gaps_by_setting(runs, group, name, figure, base) for figure in ("accuracy", "nll"))
+        if not accuracy or (group is others and len(others) in (0, len(settings))):
             continue
-        by_setting = accuracy.mean()
+        by_setting = np.array([gaps.mean() for gaps in accuracy.values()])
         over_rates = [_mean(runs.over_rates[(*s, name)]) - _mean(runs.over_rates[(*s, base)]) for s in accuracy]
         rows.append(
             [
                 label(name),
-                len(by_setting),
-                *_overall_difference(accuracy, 1),
+                f"{len(by_setting)} without digits" if group is others else len(by_setting),
+                *_overall_difference(accuracy.values(), 1),
                 f"{(by_setting > 0).sum()} of {len(by_setting)}",
                 f"{by_setting.min():+.1f}",
-                *_overall_difference(nll, 3),
+                *_overall_difference(nll.values(), 3),
                 f"{_mean(over_rates):+.1f}",
             ]
         )
@@ -194,15 +219,18 @@ def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base:
     return markdown([*header, f"accuracy, mean over rates, − {other}"], rows)
 
 
-def _gaps_by_setting(runs: Runs, settings: Iterable[Setting], name: str, figure: str, base: str) -> pd.DataFrame:
-    """Differences by seed (rows) and setting (columns), of settings with more than one."""
+def _gaps_by_setting(
+    runs: Runs, settings: Iterable[Setting], name: str, figure: str, base: str
+) -> dict[Setting, pd.Series]:
+    """Differences by seed, of settings with more than one."""
     gaps = {setting: runs.differences(setting, name, figure, base) for setting in settings}
-    return pd.DataFrame({setting: d for setting, d in gaps.items() if len(d) > 1})
+    return {setting: of_seeds for setting, of_seeds in gaps.items() if len(of_seeds) > 1}
 
 
-def _overall_difference(gaps: pd.DataFrame, digits: int) -> list:
-    by_setting, by_seed = gaps.mean(), gaps.dropna().mean(axis=1)
-    return [f"{_mean(by_setting):+.{digits}f}", P.of(by_seed), P.of(by_setting)]
+def _overall_difference(gaps: Collection[pd.Series], digits: int) -> list:
+    """Mean over settings, between which seeds differ, and its p over seeds and over settings."""
+    by_setting = [of_seeds.mean() for of_seeds in gaps]
+    return [f"{_mean(by_setting):+.{digits}f}", _p_over_seeds(list(gaps)), P.of(by_setting)]
 
 
 def ablations(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -> str:
@@ -311,6 +339,65 @@ def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
         "p over seeds and examples (q, Holm)",
     ]
     return markdown([*header, "NLL", "p (q, Holm)", "ECE"], rows)
+
+
+def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
+    """Directions selected in training by each rule, and LoRA: test figures, less chance and less LoRA at the small rank.
+
+    The rate of LoRA at the small rank is the better of two by its validation accuracy.
+
+    Args:
+        runs (`Runs`): all that is stored.
+        places (`dict`): setting -> learning rate, share of directions that is kept.
+    """
+    rows = []
+    for setting, (lr, keep) in places.items():
+        task, rank, examples = setting
+        kept = round(rank * keep)
+        of_rules = {rule: runs.at(setting, selected(rule, keep), lr) for rule in EQUAL_RULES}
+        whole, small = runs.at(setting, BASE, lr), runs.best((task, kept, examples), BASE)
+        found = {f"selected: {RULE_LABELS[rule]}": _test_figures(of_rule) for rule, of_rule in of_rules.items()}
+        bases = (found[f"selected: {RULE_LABELS[CHANCE]}"], _test_figures(small))
+        found |= {
+            f"LoRA, r {kept}": bases[1],
+            f"LoRA, r {rank}": _test_figures(whole),
+            f"LoRA, r {rank}, each module cut to r {kept} by SVD after training": _test_figures(
+                whole, f"truncated.{NAMES_OF_SHARES[keep]}"
+            ),
+            f"LoRA, r {rank}, update times a scalar": _test_figures(whole, "scaled"),
+        }
+        for name, figures in found.items():
+            if len(figures):
+                row = [describe(setting), name, len(figures), _mean_and_sd(figures["accuracy"])]
+                row += [f"{_mean(figures['nll']):.3f}", *_less(figures, bases[0]), *_less(figures, bases[1])]
+                rows.append(row)
+    p = "p (q, Holm)"
+    header = ["task, r, examples", "method", "seeds", "accuracy", "NLL"]
+    of_bases = [
+        title
+        for base in ("chance", "LoRA at the small rank")
+        for title in (f"accuracy − {base} (pairs)", p, f"NLL − {base}", p)
+    ]
+    return markdown([*header, *of_bases], rows) if rows else "No runs are kept yet."
+
+
+def _less(figures: pd.DataFrame, base: pd.DataFrame) -> list:
+    """Mean differences of accuracy and NLL, paired by seed, each with its p; the first ± its standard error."""
+    gaps = (figures - base).dropna()
+    if figures is base or gaps.empty:
+        return [""] * 4
+    error = f" ± {gaps['accuracy'].std(ddof=1) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+    accuracy = f"{_mean(gaps['accuracy']):+.1f}{error} ({len(gaps)})"
+    return [accuracy, P.of(gaps["accuracy"]), f"{_mean(gaps['nll']):+.3f}", P.of(gaps["nll"])]
+
+
+def _test_figures(runs: pd.DataFrame, column: str = "test") -> pd.DataFrame:
+    """'accuracy' and 'nll' by seed, of the columns of that name; none where they were not kept."""
+    names = ["accuracy", "nll"]
+    columns = [f"{column}.{name}" for name in names]
+    if not {*columns} <= {*runs.columns}:
+        return pd.DataFrame(columns=names, dtype=float)
+    return runs[columns].dropna().set_axis(names, axis=1)
 
 
 def aims(tuned: Runs, fixed: Runs) -> str:

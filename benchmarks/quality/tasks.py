@@ -8,6 +8,7 @@ clean everywhere.
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import assets, pretrain
@@ -45,21 +46,23 @@ class Task:
         summary (`str`): what is learned, for the report.
         load (`Callable`): () -> training pool, validation and test `Split`.
         build (`Callable`): () -> the frozen backbone with a new head, drawn from torch's global generator.
-        head (`str`): name of the head, trained in full.
+        head (`str`, *optional*): name of the head, trained in full; None where the backbone's own answers.
         targets (`tuple[str, ...]`): modules that are adapted.
         steps (`int`), batch (`int`): length of a run: where twice as long no longer raises LoRA's validation accuracy by more
             than noise.
         noise (`float`): share of training labels replaced by random ones.
+        diagnosed (`bool`): whether the figures of structure are kept (minutes, on a large model).
     """
 
     summary: str
     load: Callable[[], tuple[Split, Split, Split]]
     build: Callable[[], nn.Module]
-    head: str = "classifier"
+    head: str | None = "classifier"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     steps: int = 150
     batch: int = 16
     noise: float = 0.0
+    diagnosed: bool = True
 
     def training_examples(self, count: int, seed: int) -> Split:
         """`count` examples of the pool, as many of each class as can be, with this task's share of random labels."""
@@ -72,8 +75,8 @@ class Task:
         place = one_hot.cumsum(0).gather(1, labels[:, None])[:, 0]
         chosen = pool[order[place.argsort(stable=True)[:count]]]
         noisy = torch.rand(count, generator=generator) < self.noise
-        random = torch.randint(int(pool.labels.max()) + 1, (count,), generator=generator)
-        chosen.labels = torch.where(noisy, random, chosen.labels)
+        other = torch.randint(int(pool.labels.max()) + 1, (count,), generator=generator)
+        chosen.labels = torch.where(noisy, other, chosen.labels)
         return chosen
 
     def batches(self, count: int, seed: int) -> list[Tensor]:
@@ -163,8 +166,58 @@ def _text(kind: str, summary: str, targets: tuple[str, ...] = ("query", "value")
     return Task(summary, _sentences(kind), MiniLM, targets=targets, steps=60, batch=8)
 
 
+LONGEST = 120  # characters of a sentence that the chat model reads
+
+
+@functools.cache
+def rated_prompts(kind: str) -> list[tuple[str, str]]:
+    """Prompts that ask the chat model for the sentiment of a sentence, with the answer, in an order drawn once."""
+    found = [
+        (f"Review: {sentence}\nSentiment:", " positive" if label else " negative")
+        for sentence, label in assets.sentences(kind)
+        if len(sentence) <= LONGEST
+    ]
+    random.Random(SPLIT_SEED).shuffle(found)
+    return found
+
+
+@functools.cache
+def _reviews() -> tuple[Split, Split, Split]:
+    found = rated_prompts("movie")[:1450]
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm(), padding_side="left")
+    encoded = tokenizer([prompt for prompt, _ in found], padding=True, return_tensors="pt")
+    labels = torch.tensor([ANSWERS.index(answer) for _, answer in found])
+    whole = Split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels)
+    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, 400])]
+    # Held-out sentences by length: less padding to compute.
+    return (parts[0], *(part[part.inputs["attention_mask"].sum(1).argsort(stable=True)] for part in parts[1:]))
+
+
+ANSWERS = (" negative", " positive")  # by label
+
+
+class SmolLM(nn.Module):
+    """SmolLM2-135M-Instruct that answers with one of two words. The loss is of this word among all words."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
+        self.register_buffer("answers", torch.tensor([tokenizer(answer).input_ids[0] for answer in ANSWERS]))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None):
+        longest = int(attention_mask.sum(1).max())  # padded on the left
+        input_ids, attention_mask = input_ids[:, -longest:], attention_mask[:, -longest:]
+        logits = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1, use_cache=False
+        ).logits[:, -1]
+        loss = None if labels is None else cross_entropy(logits, self.answers[labels])
+        return SequenceClassifierOutput(loss=loss, logits=logits[:, self.answers])
+
+
 # Every linear module of a block.
 _VIT_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+CHAT_LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
 _MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
@@ -183,5 +236,15 @@ TASKS = {
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
     "digits-all": Task("digits, all linear modules adapted", _digits, _vit, targets=_VIT_LINEAR, steps=200, batch=32),
     "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, _vit, targets=_VIT_LINEAR),
+    "smollm-reviews": Task(
+        "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",
+        _reviews,
+        SmolLM,
+        head=None,
+        targets=CHAT_LINEAR,
+        steps=40,
+        batch=8,
+        diagnosed=False,
+    ),
     "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }

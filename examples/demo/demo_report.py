@@ -25,9 +25,9 @@ LOSS_PLOT, GATE_PLOT, REPORT, PAGE = "loss.png", "gates.png", "report.md", "repo
 
 def table(results: dict[str, dict]) -> str:
     """A Markdown table that also reads well on a terminal."""
-    rows = [("", "accuracy", "NLL (nats)", "s per step", "peak memory")]
+    rows = [("", "accuracy", "NLL (nats)", "CPU s per step", "peak memory")]
     for method, result in results.items():
-        speed = f"{result['seconds_per_step']:.2f}" if "seconds_per_step" in result else "–"
+        speed = f"{result['cpu_seconds_per_step']:.2f}" if "cpu_seconds_per_step" in result else "–"
         memory = f"{result['peak_memory'] / 1e9:.2f} GB"
         rows.append((NAMES[method], f"{100 * result['accuracy']:.2f} %", f"{result['nll']:.3f}", speed, memory))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -81,8 +81,8 @@ Both runs have the same arguments; StructLoRA adds `callbacks=[StructLoRACallbac
 
 The table is of {held_out} other sentences. Accuracy: how often the right one of the two answers is the likelier.
 NLL: mean negative log-likelihood of the right answer, where the probabilities of the two answers are scaled to sum to
-one. Seconds per step: the median, on the clock; whatever else the machine was doing is in it. Peak memory: of each
-row's own process."""
+one. CPU seconds per step: the median, over all cores; on two idle cores a step takes about half as long. Peak memory: of
+each row's own process."""
 
 
 def _comparison(results: dict[str, dict]) -> str:

@@ -6,7 +6,10 @@ import dataclasses
 import math
 import sys
 
-from benchmarks.quality import assets, cell, coherence, language
+import pytest
+import torch
+
+from benchmarks.quality import assets, cell, coherence, language, tasks
 from tests.support.data import save_base
 from tests.support.tiny import LAYERS
 
@@ -20,7 +23,7 @@ def test_the_table_has_a_row_for_each_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["coherence", "--steps", "3", "--examples", "16", "--rank", "2"])
     coherence.main()
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "_proj |" in line]
-    assert [row[0].strip() for row in rows] == [*language.LINEAR]
+    assert [row[0].strip() for row in rows] == [*tasks.CHAT_LINEAR]
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row[1:])
 
 
@@ -32,9 +35,17 @@ def test_a_run_on_few_examples_is_tested_elsewhere_and_cut(tmp_path, monkeypatch
         language.LANGUAGE_TASKS["smollm-movie-few-all"], load=lambda: (examples, examples[:20], examples[20:])
     )
     monkeypatch.setitem(language.LANGUAGE_TASKS, "smollm-movie-few-all", task)
-    monkeypatch.setattr(language, "_rated", lambda kind: examples[:10])
+    monkeypatch.setattr(language, "rated_prompts", lambda kind: examples[:10])
     line = cell.run("smollm-movie-few-all", "structlora", 4, 8, 1e-2, 0)
     assert line["steps"] == 5 and line["others"].keys() == {"tweet", "product"}
     assert line["truncated"].keys() == {"half", "quarter"}
     parts = (line["validation"], line["test"], *line["others"].values(), *line["truncated"].values())
     assert all(math.isfinite(part["nll"]) and 0 <= part["accuracy"] <= 100 for part in parts)
+
+
+def test_the_cosine_over_the_stream_is_that_of_whole_matrices_in_any_rank_basis():
+    side, other, turn = torch.randn(4, 16, 3), torch.randn(4, 3, 5), torch.linalg.qr(torch.randn(4, 3, 3))[0]
+    whole = [(update @ update.T).flatten() for update in side @ other]
+    expected = [torch.cosine_similarity(whole[i + 2], whole[i], dim=0).item() for i in range(2)]
+    assert coherence.stream_cosine(side, other, 2).tolist() == pytest.approx(expected, rel=1e-4)
+    assert coherence.stream_cosine(side @ turn, turn.mT @ other, 2).tolist() == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,165 @@
+"""What is measured of a trained model: accuracy, NLL and calibration, what a smaller adapter keeps, figures of structure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from .store import packed
+from .tasks import Split
+
+EVALUATION_BATCH = 100
+GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split) -> dict[str, float | str]:
+    """`figures` of the model as it stands in evaluation mode."""
+    logits = torch.cat(
+        [model(**split[part].inputs).logits.float() for part in torch.arange(len(split)).split(EVALUATION_BATCH)]
+    )
+    return figures(logits, split.labels)
+
+
+def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str]:
+    """What is kept of an evaluation: accuracy and ECE in percent, NLL in nats, and which examples were right (`unpacked`)."""
+    confidence, answer = logits.softmax(1).max(1)
+    right = answer == labels
+    return {
+        "accuracy": round(100 * right.double().mean().item(), 3),
+        "nll": round(cross_entropy(logits, labels).item(), 5),
+        "ece": round(100 * calibration_error(confidence, right), 3),
+        "right": packed(right.tolist()),
+    }
+
+
+SCALES = (0.3, 0.5, 0.7, 0.85)
+
+
+@torch.no_grad()
+def scaled(model: nn.Module, whole: dict, validation: Callable[[], dict], test: Callable[[], dict]) -> dict | None:
+    """Test figures with every update ΔW times that scalar of `SCALES` whose NLL on validation examples is lowest.
+
+    The control for methods that lower the NLL by making an update smaller. The adapter is left as it was.
+
+    Args:
+        model (`nn.Module`): a PEFT model with LoRA adapters.
+        whole (`dict`): validation figures of the model as it is.
+        validation, test (`Callable`): () -> figures of the model as it stands then.
+
+    Returns:
+        `dict`, *optional*: `scale` and the figures; None where no scalar is better than 1.
+    """
+    Bs = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+    trained = [B.clone() for B in Bs]
+
+    def at(scale: float, figures: Callable[[], dict]) -> dict:
+        for B, value in zip(Bs, trained, strict=True):
+            B.copy_(value * scale)
+        return figures()
+
+    nlls = {scale: at(scale, validation)["nll"] for scale in SCALES}
+    best = min(nlls, key=nlls.get)
+    found = {"scale": best, **at(best, test)} if nlls[best] < whole["nll"] else None
+    at(1.0, dict)
+    return found
+
+
+def truncated(model: nn.Module, rank: int, test: Callable[[], dict]) -> dict[str, dict]:
+    """Figures of a trained plain adapter after each update is cut to its largest singular directions: shares of its rank.
+
+    The adapter is left as cut.
+    """
+    shares = {"half": rank // 2, "quarter": rank // 4}
+    if rank >= 8:
+        shares["eighth"] = rank // 8
+    found = {}
+    for name, kept in shares.items():
+        if kept and truncate(model, kept):
+            found[name] = test()
+    return {"truncated": found} if found else {}
+
+
+@torch.no_grad()
+def truncate(model: nn.Module, rank: int) -> int:
+    """Leave the `rank` largest singular directions of each adapter's BA, in place. Returns how many adapters there were."""
+    count = 0
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+            continue
+        for name in layer.lora_A:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            left, left_triangle = torch.linalg.qr(B)
+            right, right_triangle = torch.linalg.qr(A.T)
+            U, S, V = torch.linalg.svd(left_triangle @ right_triangle.T)
+            S[rank:] = 0
+            B.copy_(left @ U * S)
+            A.copy_(V @ right.T)
+            count += 1
+    return count
+
+
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
+    """Expected calibration error: |accuracy − mean confidence| of `bins` equal ranges of confidence, weighted by examples."""
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
+    return (gaps.abs().sum() / len(right)).item()
+
+
+def lora_factors(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By module name, lora_A (r, k) and lora_B (d, r) themselves; empty where the adapter has other factors."""
+    found = dict(model.named_parameters())
+    names = [name.removesuffix(".lora_A.default.weight") for name in found if name.endswith(".lora_A.default.weight")]
+    return {n: (found[f"{n}.lora_A.default.weight"], found[f"{n}.lora_B.default.weight"]) for n in names}
+
+
+def kind_of(module: str) -> str:
+    """A module's name without its depth: equal for modules that differ only in depth."""
+    return re.sub(r"\.\d+\.", ".*.", module)
+
+
+def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str, float]:
+    """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
+
+    Drift energy Σ‖ΔW_l+1 − ΔW_l‖² over Σ‖ΔW_l‖², adjacent cosines of ΔW, of A − A₀ and of the loss gradient with respect
+    to W (on validation examples), and the share of ΔW's energy in its first singular direction.
+    """
+    found = lora_factors(model)
+    if not found:
+        return {}
+    A, B = ({name: pair[i].detach() for name, pair in found.items()} for i in range(2))
+    weights = {name: dict(model.named_modules())[name].base_layer.weight for name in A}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    batch = validation[torch.arange(GRADIENT_EXAMPLES)]
+    logits = model(**batch.inputs).logits
+    gradients = dict(
+        zip(weights, torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values())), strict=True)
+    )
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    sums: dict[str, float] = {}
+    kinds: dict[str, list[str]] = {}
+    for name in A:
+        kinds.setdefault(kind_of(name), []).append(name)
+    for names in kinds.values():
+        updates = torch.stack([B[name] @ A[name] for name in names])  # (L, d, k)
+        singular = torch.linalg.svdvals(updates)
+        update = updates.flatten(1)
+        moved = torch.stack([A[name] - start_A[name] for name in names]).flatten(1)
+        gradient = torch.stack([gradients[name] for name in names]).flatten(1)
+        figures = {
+            "relative_drift": (update[1:] - update[:-1]).square().sum() / update.square().sum(),
+            "update_cosine": cosine_similarity(update[1:], update[:-1]).mean(),
+            "moved_A_cosine": cosine_similarity(moved[1:], moved[:-1]).mean(),
+            "gradient_cosine": cosine_similarity(gradient[1:], gradient[:-1]).mean(),
+            "first_singular_share": (singular[:, 0].square() / singular.square().sum(1)).mean(),
+        }
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0.0) + value.item() / len(kinds)
+    return {name: round(value, 4) for name, value in sums.items()}
