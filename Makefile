@@ -71,7 +71,7 @@ bench-quick: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.run --results bench-output grid quick --workers 2
 	$(RUN) -m benchmarks.quality.report --results bench-output
 
-# Tables and plots from the committed results, into the READMEs.
+# Tables and plots from the committed results, into benchmarks/quality/README.md and docs/benchmarks.md.
 bench-report: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.report
 
