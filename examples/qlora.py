@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl", "bitsandbytes"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """QLoRA: a base model in 4 bit (bitsandbytes), a StructLoRA adapter on top."""
 
 import torch
