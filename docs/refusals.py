@@ -22,8 +22,9 @@ StructLoRA never falls back to plain LoRA in silence. Where it cannot act as ask
 
     StructLoRA found <what it met>. Expected <what it needs>. Fix: <what to do>.
 
-All of them stand here, in the order of the first words after "StructLoRA found". `<...>` is filled in when it happens, `[...]` is not in
-every message, and `one / other` is either of two. The page is made from the source by `python docs/refusals.py`.
+All of them stand here, in the order of the first words after "StructLoRA found". `<...>` is filled in when it
+happens, `[...]` is not in every message, and `one / other` is either of two. The page is made from the source by
+`python docs/refusals.py`.
 """
 VALUE_FIRST = "Messages that begin with a name or a value"
 
