@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["structlora-trl", "gradio"]
+# dependencies = ["structlora-trl[plot]", "gradio"]
 # [tool.uv.sources]
 # structlora-trl = { path = "..", editable = true }
 # ///

@@ -114,7 +114,7 @@ def test_script_names_the_packages_that_it_imports(path):
     """Its inline metadata (PEP 723), which `uv run` installs; the rest comes with structlora-trl."""
     text = path.read_text(encoding="utf-8")
     block = re.match(r"# /// script\n((?:#.*\n)+)# ///\n", text)[1]
-    named = set(re.findall(r'"([\w-]+)"', re.search(r"dependencies = \[.*\]", block)[0]))
+    named = set(re.findall(r'"([\w-]+)(?:\[\w+\])?"', re.search(r"dependencies = \[.*\]", block)[0]))
     ours = {re.match(r"[\w-]+", line)[0] for line in requires("structlora-trl") if "extra ==" not in line}
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) - sys.stdlib_module_names
     assert "structlora-trl" in named and not imported - ours - named - {"structlora_trl"}
