@@ -1,6 +1,6 @@
 """Set-ups that people train LoRA in, one a row: what StructLoRA must serve, and what it must refuse by name.
 
-`tests/test_setups.py` runs each row; the README's "What runs" is made from the names (`python docs/what_runs.py`). A new
+`tests/test_setups.py` runs each row; docs/what-runs.md is made from the names (`python docs/what_runs.py`). A new
 set-up is a new row. A row names what it does otherwise than the first: a tiny LLaMA, LoRA on three modules, AdamW, no
 schedule, a bare loop.
 """
@@ -36,7 +36,7 @@ class Setup:
     """One row.
 
     Args:
-        name (`str`): what the README calls it.
+        name (`str`): what docs/what-runs.md calls it.
         base (`callable`): makes the base model, the same one each time.
         batch (`callable`): a batch, from its number.
         lora (`dict`): options of `LoraConfig` beside rank, alpha and targets.
