@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """Asynchronous GRPO with TRL: a vLLM server samples while the adapter trains, and gets each new adapter alone.
 
 Start the server first, on a GPU of its own, where it can read this script's output folder:
@@ -20,9 +26,7 @@ if __name__ == "__main__":  # the process that collects samples imports this fil
         reward_funcs=accuracy_reward,
         args=AsyncGRPOConfig("qwen3-async-grpo", vllm_server_base_url="http://localhost:8000", learning_rate=1e-5),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
-        peft_config=LoraConfig(
-            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-        ),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[StructLoRACallback()],
     )
     trainer.train()

@@ -133,11 +133,8 @@ def test_resume_is_bit_for_bit_after_a_plateau(tmp_path):
     sft(tmp_path, [StructLoRACallback(), StopAt(3)], **options).train()
     resumed = sft(tmp_path, [StructLoRACallback()], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    ours, theirs = state_of(tmp_path / "checkpoint-6")[1], state_of(tmp_path / "whole" / "checkpoint-6")[1]
-    assert (
-        resumed.optimizer.param_groups[0]["lr"]
-        < 0.5 * state_of(tmp_path / "whole" / "checkpoint-6")[0]["schedule"]["largest"]
-    )  # it was reduced
+    (_, ours), (header, theirs) = state_of(tmp_path / "checkpoint-6"), state_of(tmp_path / "whole" / "checkpoint-6")
+    assert resumed.optimizer.param_groups[0]["lr"] < 0.5 * header["schedule"]["largest"]  # it was reduced
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
 
