@@ -56,6 +56,7 @@ docs: $(VENV)/.dev
 	$(RUN) docs/refusals.py
 	$(RUN) docs/what_runs.py
 	$(RUN) docs/draw_map.py
+	$(RUN) docs/draw_imports.py
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 bench-overhead: $(VENV)/.dev

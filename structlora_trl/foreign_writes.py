@@ -92,7 +92,8 @@ def refuse_write_before_step(optimizer: str) -> NoReturn:
         f"LoRA weights that were written between a training forward and the step of {optimizer}",
         f"the weights that the gradients are taken at, which {optimizer}.step replaces",
         "write to them after the step, before the next forward, and call `runtime.reload()`; or attach to the optimizer "
-        "whose `step` is called",
+        "whose `step` is called. An optimizer that takes gradients at perturbed weights (SAM) needs the perturbed loss from "
+        "`torch.func.functional_call`",
     )
 
 

@@ -1,16 +1,13 @@
-"""One optimizer step: noise, the pullback, the optimizer of gates and Θ, and which weights stand in the model.
+"""One optimizer step: the pullback, the optimizer's own step on latent factors, the small optimizer of gates and Θ.
 
-Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. A training forward
-puts the noisy training weights of the coming step in place; the step refuses gradients of any others. Code that reads the
-model in between sees evaluation weights (`read_hooks.py`). Weights that other code writes must be back at the next
-training forward, or that forward stops the run (`Runtime.reload` starts from them).
+What stands in the model before and after it, and who may change that, is told by `standing_weights.py`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -20,23 +17,21 @@ from . import foreign_writes
 from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.heads import head_numbers
-from .core.kinds import SIDES, Factors, Kind
+from .core.kinds import Factors, Kind
 from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, first_everywhere, mapped_sides
 from .core.regularizers import cosines, neighbour_products
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
-from .engines.slices import Slices
 from .map_context import in_map_context
 from .rank_check import world_size
 from .read_hooks import ReadHooks
+from .standing_weights import EVALUATION, LATENT, TRAINING, StandingWeights
 from .state import State
 from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 42
-# Which weights stand in the model; latent ones during an optimizer step, and after one that an exception broke off.
-EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
 
 
 class _Pulled(NamedTuple):
@@ -48,7 +43,7 @@ class _Pulled(NamedTuple):
     features: dict[str, Tensor]
 
 
-class Runtime:
+class Runtime(StandingWeights):
     """StructLoRA on one adapter and one optimizer.
 
     Args:
@@ -65,7 +60,7 @@ class Runtime:
         readers (`tuple[nn.Module]`, *optional*): modules whose methods (`generate`, `merge_and_unload`) read the weights.
 
     Attributes:
-        weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer step, 'latent'.
+        weights (`str`): which weights stand in the model, see `StandingWeights`.
         step (`int`): optimizer steps that counted.
         skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
         schedule (`ScheduleShare`): where the learning rates' schedule stands.
@@ -97,12 +92,8 @@ class Runtime:
         self.noise_off = {"on": None, "off": "as configured", "auto": noise_off}[config.noise]
         self.step = self.skipped_steps = self.hook_calls = 0
         self.schedule = ScheduleShare()
-        self.weights = EVALUATION
-        self.is_attached = True
         self.device, self.stopwatch = kinds[0].device, Stopwatch(kinds[0].device)
         self._parts, self._absorbs_base, self._frozen = parts, absorbs_base, frozen or []
-        self._trained_forward = False  # whether training weights have stood since the last step
-        self._mixed_gradients = False  # whether a gradient since then arrived while others stood
         self._rate: Rate | None = None  # of the step under way, where it counts
         self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
         self._metric_steps = 0
@@ -172,75 +163,6 @@ class Runtime:
             f"coordinator {config.coordinator}{graph}{left_out}, seed {self.seed}"
         )
 
-    @property
-    def is_noisy(self) -> bool:
-        """Whether training weights differ from evaluation weights."""
-        return self.noise_off is None and any(gate.is_stochastic for m in self.maps for gate in m.filters)
-
-    @in_map_context
-    def train(self) -> None:
-        """Put the training weights of the coming step in place (the same ones until the step is done).
-
-        Raises:
-            StructLoRAError: other code has written to the LoRA weights since StructLoRA did.
-        """
-        if self.weights == TRAINING:
-            if self.engine.was_touched() and self._were_changed():
-                foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
-        elif self.weights == EVALUATION:
-            if self._were_changed():
-                foreign_writes.refuse_changed()
-            if self.is_noisy:
-                self._write(self._noise(), self._noisy_sides())
-        else:
-            self._write(self._noise())
-        self.weights, self._trained_forward = TRAINING, True
-
-    @in_map_context
-    def eval(self) -> None:
-        """Put the evaluation weights in place. After a step that an exception broke off, those of before that step.
-
-        Raises:
-            StructLoRAError: other code has written to training weights.
-        """
-        if self.weights == TRAINING:
-            if self._were_changed():
-                foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
-            if self.is_noisy:
-                self._write(None, self._noisy_sides())
-        elif self.weights == LATENT:
-            self._write(None)
-        self.weights = EVALUATION
-
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Evaluation weights for a reader. Training weights that a backward may still need stand again afterwards."""
-        if self.weights != TRAINING or not self.is_noisy:
-            if self.weights == LATENT:
-                self.eval()
-            yield
-            return
-        versions = self.engine.keep_versions()
-        self.eval()
-        try:
-            with ExitStack() as stack:
-                if (
-                    torch.is_grad_enabled()
-                ):  # a backward of what is computed here would meet the step's training weights
-                    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._refuse_backward_of_reader)
-                    stack.enter_context(hooks)
-                yield
-        finally:
-            if self.weights == EVALUATION and self.is_attached and not self._were_changed():
-                self.train()
-                versions.close()
-                self.engine.stamp()
-
-    def _refuse_backward_of_reader(self, saved: Tensor) -> Tensor:
-        if self.weights != EVALUATION:
-            foreign_writes.refuse_backward_of_evaluation()
-        return saved
-
     def detach(self) -> None:
         """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
 
@@ -272,10 +194,6 @@ class Runtime:
         self.schedule = ScheduleShare()
         self.weights, self._trained_forward = EVALUATION, False
 
-    def lora_parameters(self) -> list[nn.Parameter]:
-        """The model's LoRA parameters that the maps have; the maps' own are `parameters()` of each in `maps`."""
-        return [p for kind in self.kinds for p in (*kind.A, *kind.B)]
-
     @property
     def is_sharded(self) -> bool:
         """Whether ranks have slices: `state_dict()`, `save_state` and `metrics()` are to be called on every rank then."""
@@ -285,21 +203,6 @@ class Runtime:
     def acted_steps(self) -> int:
         """Optimizer steps with gradients of the adapter: taken, or skipped for what was in them."""
         return self.step + self.skipped_steps
-
-    @property
-    def shows_evaluation_weights(self) -> bool:
-        """Whether what stands in the model is what a reader should see."""
-        return self.weights == EVALUATION or (self.weights == TRAINING and not self.is_noisy)
-
-    @in_map_context
-    def evaluation_values(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each LoRA parameter with its evaluation value, as the model would hold it."""
-        return list(self.engine.stored(self._effective(None)))
-
-    @in_map_context
-    def evaluation_factors(self) -> list[Factors]:
-        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
-        return self._effective(None)
 
     @in_map_context
     @torch.no_grad()
@@ -470,57 +373,10 @@ class Runtime:
         if moved and any(id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]):
             foreign_writes.refuse_unfrozen(len(moved))
 
-    def _check_standing_weights(self, parameter: nn.Parameter) -> None:
-        """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
-        if self._trained_forward and self.weights != TRAINING and self.is_noisy:
-            self._mixed_gradients = True
-
-    def _were_changed(self) -> bool:
-        """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in and out, are fine."""
-        if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
-            return False
-        expected = self._effective(self._noise() if self.weights == TRAINING else None)
-        same = [
-            foreign_writes.is_same(value.to(parameters[0].dtype).float(), stands)
-            for kind, factors, standing in zip(self.kinds, expected, self.engine.read_working(), strict=True)
-            for parameters, value, stands in zip((kind.A, kind.B), factors, standing, strict=True)
-        ]
-        if not bool(self._slices.every(torch.stack(same).all())):
-            return True
-        self.engine.stamp()
-        return False
-
-    @property
-    def _slices(self) -> Slices:
-        return self.engine.slices[0]  # the ranks are the same for every kind
-
     def _are_zeros(self, gradients: list[Factors]) -> bool:
         """Whether no entry of any gradient, on any rank, is other than zero."""
         zeros = [not bool(part.any()) for kind in gradients for part in kind]
         return bool(self._slices.every(torch.tensor(all(zeros), dtype=torch.bool, device=self.device)))
-
-    def _noise(self) -> list[Noise | None]:
-        """This step's noise of each kind; one draw for all, from (seed, step)."""
-        if not self.is_noisy:
-            return [None] * len(self.maps)
-        drawn = iter(self.noise.draw(self.step, [gate.shape for m in self.maps for gate in m.filters]))
-        return [[next(drawn).to(m.kind.device) for _ in m.filters] for m in self.maps]
-
-    def _noisy_sides(self) -> tuple[str, ...]:
-        """The factors that noise reaches; both in the first step, in which nothing has been written yet."""
-        on_A = self.step == 0 or any(m.kind.heads and m.kind.heads.side == "A" for m in self.maps)
-        return SIDES if on_A else ("B",)
-
-    @torch.no_grad()
-    def _effective(self, noise: list[Noise | None] | None, everything: bool = True) -> list[Factors]:
-        noise = noise or [None] * len(self.maps)
-        latents = self.engine.read_latents(everything)
-        return [m(latent, part) for m, latent, part in zip(self.maps, latents, noise, strict=True)]
-
-    @torch.no_grad()
-    def _write(self, noise: list[Noise | None] | None, sides: tuple[str, ...] = SIDES) -> None:
-        self.engine.write_working(self._effective(noise, everything=False), sides)
-        self.engine.stamp()
 
 
 def _small_optimizer(maps: list[KindMap], config: StructLoRAConfig) -> torch.optim.AdamW | None:

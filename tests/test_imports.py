@@ -80,6 +80,7 @@ LAYERS = [
     "structlora_trl.model_card",
     "structlora_trl.runtime",
     "structlora_trl.read_hooks",
+    "structlora_trl.standing_weights",
     "structlora_trl.foreign_writes",
     "structlora_trl.state",
     "structlora_trl.older_state",

@@ -21,7 +21,12 @@ REFUSALS = runpy.run_path(str(DOCS / "refusals.py"))
 
 
 @pytest.mark.parametrize(
-    "file, script, make", [("when-refused.md", "refusals", "page"), ("map.svg", "draw_map", "picture")]
+    "file, script, make",
+    [
+        ("when-refused.md", "refusals", "page"),
+        ("map.svg", "draw_map", "picture"),
+        ("imports.svg", "draw_imports", "picture"),
+    ],
 )
 def test_generated_files_are_current(file, script, make):
     made = runpy.run_path(str(DOCS / f"{script}.py"))[make]()

@@ -1,4 +1,4 @@
-"""Write state files of this version, for the tests of later ones: `python -m tests.golden.write 0.1.0`.
+"""Write state files of the present format, for the tests of later versions: `python -m tests.golden.write format-4`.
 
 Each run leaves its state after three steps, and its evaluation weights beside it.
 """
