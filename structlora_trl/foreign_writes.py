@@ -82,7 +82,8 @@ def refuse_reload() -> NoReturn:
     raise StructLoRAError(
         "`reload()` between a training forward and its optimizer step, when noisy training weights stand",
         "evaluation weights to start from",
-        "call `runtime.eval()` before the weights are written, then `reload()`; or do both between two steps",
+        "write the weights and call `reload()` between two steps; or drop what was written to training weights, by "
+        "`runtime.load_state_dict(runtime.state_dict())`",
     )
 
 
@@ -92,8 +93,8 @@ def refuse_write_before_step(optimizer: str) -> NoReturn:
         f"LoRA weights that were written between a training forward and the step of {optimizer}",
         f"the weights that the gradients are taken at, which {optimizer}.step replaces",
         "write to them after the step, before the next forward, and call `runtime.reload()`; or attach to the optimizer "
-        "whose `step` is called. An optimizer that takes gradients at perturbed weights (SAM) needs the perturbed loss from "
-        "`torch.func.functional_call`",
+        "whose `step` is called (SAM, which takes gradients at perturbed weights, needs the perturbed loss from "
+        "`torch.func.functional_call`); to drop what was written, `runtime.load_state_dict(runtime.state_dict())`",
     )
 
 

@@ -170,6 +170,9 @@ class Runtime(StandingWeights):
         """
         if not self.is_attached:
             return
+        if self.weights == TRAINING and self._were_changed():
+            logger.warning("What other code wrote to training weights is dropped: the model keeps evaluation weights.")
+            self.weights = LATENT
         self.eval()
         self.is_attached = False
         self._remove_hooks()

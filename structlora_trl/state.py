@@ -47,6 +47,7 @@ _START_ANEW = (
     "to start StructLoRA from this adapter's weights, load it with `PeftModel.from_pretrained(..., is_trainable=True)` and "
     "train without `resume_from_checkpoint`"
 )
+_SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER = "header"
 _FACTS = ("format", "seed", "step", "skipped_steps", "schedule", "options", "kinds")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
@@ -204,8 +205,11 @@ class State:
             differing = [fact for fact in own if own[fact] != found[fact]]
             if differing:
                 fact = differing[0]
-                remedy = "set `side` and `roles` as they were" if fact == "sides" else None
-                raise _misfit(f"a state with {fact} {found[fact]} of '{name}'", f"{own[fact]}, as in this run", remedy)
+                raise StructLoRAError(
+                    f"a state with {fact} {found[fact]} of '{name}'",
+                    f"{own[fact]}, as in this run",
+                    "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
+                )
         shapes = {}
         for m, *_ in kinds:
             shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m, self.step).items()}
@@ -403,7 +407,5 @@ def damaged(where: str, why: str) -> StructLoRAError:
     )
 
 
-def _misfit(found: str, expected: str, remedy: str | None = None) -> StructLoRAError:
-    return StructLoRAError(
-        found, expected, remedy or "resume with the configuration and the LoraConfig of the run that wrote it"
-    )
+def _misfit(found: str, expected: str) -> StructLoRAError:
+    return StructLoRAError(found, expected, _SAME_RUN)

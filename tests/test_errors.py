@@ -118,11 +118,6 @@ CASES = {
     "lora_A frozen": (lambda: frozen("lora_A"), {}, "lora_A of .*q_proj' frozen.*side='write'"),
     "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj' frozen.*filter='none'"),
     "in modules_to_save": (all_saved_in_full, {}, "inside `modules_to_save`.*out of `modules_to_save`"),
-    "unknown role": (
-        lambda: lora(Odd(), target_modules=["mix"]),
-        {},
-        r"module 'blocks.0.mix', whose role is unknown.*roles=\{'mix': 'read'\}",
-    ),
     "role of nothing": (
         lambda: lora(Odd(), target_modules=["mix"]),
         {"roles": {"mx": "read"}},
@@ -280,11 +275,17 @@ def test_weights_that_move_without_the_optimizer(move):
     model.train()
     loss_of(model, "llama", 0).backward()
     move(model, optimizer)
-    with pytest.raises(StructLoRAError, match="changed since the last training forward.*AdamW.*`runtime.eval.."):
-        loss_of(model, "llama", 1)
-    runtime.eval()  # what stands is adopted, as the error says
+    for read in (lambda: loss_of(model, "llama", 1), runtime.eval, runtime.reload):
+        with pytest.raises(StructLoRAError, match="AdamW.*functional_call|reload"):
+            read()
+    runtime.load_state_dict(runtime.state_dict())  # drops what was written, as the error says
     train(model, "llama", optimizer, 1)
     assert runtime.step == 1
+    model.train()
+    loss_of(model, "llama", 0).backward()
+    move(model, optimizer)
+    runtime.detach()  # leaves a plain adapter in any case
+    assert not runtime.is_attached
 
 
 def test_schedule_free_optimizers():
@@ -366,10 +367,7 @@ UNSERVED = {
     "torch_autocast": "`torch_autocast` with a gradient scaler.*`bf16` or `fp16`",
     "LoRA-FA's optimizer": "LoraFAOptimizer under DeepSpeed.*launch with DDP",
     "Riemannian optimizer": "RiemannianPreconditionedOptimizer under DeepSpeed.*launch with DDP",
-    **{
-        f"written under ZeRO-{n}": f"written from outside under DeepSpeed.*{n}.*before `deepspeed.init"
-        for n in (1, 2, 3)
-    },
+    **{f"written under ZeRO-{n}": "other code has written.*reload" for n in (1, 2, 3)},
     "engine withheld": "without the engine.*pass the wrapped model",
 }
 

@@ -68,7 +68,7 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         expected = [cosines[0], sum(cosines) / 2, cosines[1]]
         assert stream == pytest.approx([float(value) for value in expected], abs=1e-4)
         assert [row["semantic"] for row in kind["depths"]] == [
-            joined.nonzero().flatten().tolist() for joined in state[f"{kind['name']}/graph.semantic"]
+            joined.nonzero().flatten().tolist() for joined in state[f"{kind['name']}/graph.semantic"][0]
         ]
         values = [torch.linalg.svdvals(update)[:RANK] for update in updates]
         assert kind["singular_values"][2] == pytest.approx(values[2].tolist(), abs=1e-5)

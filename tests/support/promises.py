@@ -8,6 +8,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from structlora_trl.core.expert_storage import to_storage
 from tests.support.loops import HALF, STEPS, trainable
 from tests.support.setups import Setup
 
@@ -58,7 +59,8 @@ class Evaluation:
         difference = (logits - plain).abs().max()
         assert difference <= self.row.tolerance, f"moment {self.moments}: evaluation is not the saved adapter's"
         for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors(), strict=True):
-            for own, values in zip((kind.A, kind.B), factors, strict=True):
+            for side, values in zip("AB", factors, strict=True):
+                own, values = getattr(kind, side), to_storage(values, side, kind)
                 for name, value in (
                     (names[id(p)], v.to(p.dtype)) for p, v in zip(own, values, strict=True) if p.requires_grad
                 ):

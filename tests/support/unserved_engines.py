@@ -109,7 +109,7 @@ CASES = {
     "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lora_fa),
     "engine withheld": engine_withheld,
 }
-# Served, except for writes to the model's weights, which DeepSpeed overwrites with its masters.
+# Served, and writes to the model's weights are seen, though DeepSpeed writes them through `.data` itself.
 WRITTEN = {f"written under ZeRO-{stage}": stage for stage in (1, 2, 3)}
 CASES |= {name: partial(deepspeed_stage, stage) for name, stage in WRITTEN.items()}
 if hasattr(peft.optimizers, "create_riemannian_optimizer"):
@@ -126,9 +126,10 @@ def main():
             runtime = attach(model, getattr(model, "optimizer", None) or adamw(model), side="write")
             said[name] = "nothing"
             if name in WRITTEN:
-                runtime.metrics()  # nothing was written yet
+                runtime.train()  # nothing was written yet
+                runtime.eval()
                 double(runtime.kinds[0].A[0])
-                runtime.metrics()
+                runtime.train()
         except StructLoRAError as error:
             said[name] = str(error)
         print(f"{name}: {said[name]}", file=sys.stderr)
