@@ -13,6 +13,7 @@ from ..errors import StructLoRAError
 from ..rank_check import world_size
 from .base import Engine
 from .fsdp2 import FSDP2Engine
+from .replicated import ReplicatedEngine
 from .tensor_parallel import TensorParallelEngine
 from .torch import TorchEngine
 
@@ -34,9 +35,12 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         from .deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, kinds)
+    is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if is_sharded and world_size() > 1 and not any(isinstance(p, DTensor) for k in kinds for p in (*k.A, *k.B)):
+        return ReplicatedEngine(model, optimizer, kinds)
     if any(isinstance(m, FSDPModule) for m in model.modules()):
         return FSDP2Engine(model, optimizer, kinds)
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if is_sharded:
         return TensorParallelEngine(optimizer, kinds)
     found, remedy = None, "launch with one of these, and pass the wrapped model"
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
