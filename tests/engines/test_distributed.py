@@ -147,6 +147,17 @@ def test_a_base_that_transformers_shards_as_it_loads(engine, world, more, other,
     assert largest_difference(trained(expected), trained(tmp_path / "loaded")) <= 1e-5
 
 
+@slow
+def test_resume_beside_a_base_that_transformers_shards(tmp_path):
+    """Trainer writes no optimizer's state there, and begins it anew, as the one process does here. Ours goes on."""
+    told = {**SAVING, "trainer": {**SAVING["trainer"], "save_only_model": True, "adam_epsilon": 1e-4}}
+    for engine in ("single", "loaded_fsdp2"):
+        launch(tmp_path / engine, engine, stop_at=3, **told)
+        facts = launch(tmp_path / engine, engine, resume=str(tmp_path / engine / "checkpoint-3"), **told)
+        assert facts["step"] == 6
+    assert largest_difference(trained(tmp_path / "single"), trained(tmp_path / "loaded_fsdp2")) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "engine, world, more, found",
     [
@@ -173,6 +184,7 @@ def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found
 BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
 BF16 += [("hsdp", 6, 1, {}), ("zero3", 2, 3, SHARDED), ("zero2_offload", 2, 3, {}), ("zero3_offload", 2, 3, {})]
+BF16 += [("loaded_fsdp2", 2, 3, {})]
 
 
 @slow
@@ -260,7 +272,7 @@ def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
 AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2", pytest.param("loaded_fsdp2", marks=slow)])
 @pytest.mark.parametrize("halve", [{}, pytest.param({"halve_between": True}, marks=slow)])
 def test_a_second_train_goes_on(engine, halve, tmp_path, one_process):
     """From the first one's latents, gates and Θ, unless the weights have changed in between."""
