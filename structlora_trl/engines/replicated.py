@@ -71,12 +71,14 @@ def _refuse_narrow(model: nn.Module) -> None:
     """Stop where PEFT has taken a shard of a weight for the whole, as PEFT 0.21 does where replicas share the shards (HSDP)."""
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
-        for factor in getattr(module, "lora_B", {}).values():
-            if isinstance(base, nn.Linear) and factor.weight.shape[0] != base.out_features:
+        if not isinstance(base, nn.Linear):
+            continue
+        for rows in (factor.weight.shape[0] for factor in getattr(module, "lora_B", {}).values()):
+            if rows != base.out_features:
                 raise StructLoRAError(
-                    f"a lora_B of {factor.weight.shape[0]} rows on a module of {base.out_features} outputs ({name}), since PEFT "
-                    "took a shard of its weight for the whole",
+                    f"a lora_B of {rows} rows on a module of {base.out_features} outputs ({name}), since PEFT took a shard of its "
+                    "weight for the whole",
                     "an adapter as wide as its base; without it, plain LoRA's forward fails too",
-                    "with PEFT >= 0.21, load the model with `dp_replicate_size=1`, or have accelerate shard it (`fsdp_version: 2`, and "
-                    "`ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)` for HSDP)",
+                    "with PEFT >= 0.21, load the model with `dp_replicate_size=1`; or have accelerate shard it, with replicas too "
+                    "(`fsdp_version: 2`, and `ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)`)",
                 )
