@@ -13,6 +13,7 @@ from ..errors import StructLoRAError
 from ..rank_check import world_size
 from .base import Engine
 from .fsdp2 import FSDP2Engine
+from .replicated import ReplicatedEngine
 from .tensor_parallel import TensorParallelEngine
 from .torch import TorchEngine
 
@@ -34,7 +35,10 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         from .deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, kinds)
+    _refuse_divided_experts(model, kinds)
     if any(isinstance(m, FSDPModule) for m in model.modules()):
+        if not any(isinstance(p, DTensor) for kind in kinds for p in (*kind.A, *kind.B)):
+            return ReplicatedEngine(model, optimizer, kinds)
         return FSDP2Engine(model, optimizer, kinds)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return TensorParallelEngine(optimizer, kinds)
@@ -53,3 +57,15 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
             remedy,
         )
     return TorchEngine(optimizer, kinds, "torch" if world_size() == 1 else "DDP")
+
+
+def _refuse_divided_experts(model: nn.Module, kinds: list[Kind]) -> None:
+    """Stop where each rank holds other experts than the adapter has (expert parallelism of Transformers)."""
+    stacks = [kind.name for kind in kinds if kind.adapted.experts > 1]
+    meshes = (p.device_mesh.mesh_dim_names or () for p in model.parameters() if isinstance(p, DTensor))
+    if stacks and any("ep" in names for names in meshes):
+        raise StructLoRAError(
+            f"expert parallelism, with LoRA on the experts that it divides over ranks ({', '.join(stacks)})",
+            "LoRA on modules of which every rank has all, which PEFT's forward needs too",
+            "leave the experts out of `target_parameters`, or load the model with `ep_size=1`",
+        )

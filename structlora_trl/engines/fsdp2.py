@@ -46,7 +46,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
             raise StructLoRAError(
                 f"LoRA parameters with placements {found}",
                 "FSDP2 sharding of all of them by rows, over a mesh of one dimension, or two (HSDP)",
-                "shard the root module, without tensor parallelism",
+                "shard the root module, without tensor parallelism (`tp_size=1`)",
             )
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         mesh = parameters[0].device_mesh

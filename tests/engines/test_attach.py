@@ -26,15 +26,23 @@ EXPERTS = {"epsilon": 1e-4}
 
 RUNS = {
     # name: (what `loop_job.train` is told, engines in the quick suite, engines beside them)
-    "plain": ({}, [*ENGINES, "fsdp2 resharding", "tp", *FOUR_PROCESSES], ["fsdp2 layers", "fsdp2 layers resharding"]),
+    "plain": (
+        {},
+        [*ENGINES, "fsdp2 resharding", "tp", "loaded", *FOUR_PROCESSES],
+        ["fsdp2 layers", "fsdp2 layers resharding"],
+    ),
     "clipped": (
         {"clip": 0.1, "method": {"regularizer": "laplacian"}},
         ["zero2"],
-        ["ddp", "fsdp2", "zero1", "zero3", *FOUR_PROCESSES],
+        ["ddp", "fsdp2", "loaded", "zero1", "zero3", *FOUR_PROCESSES],
     ),
     "scaled": ({"scaled": True}, ["ddp", "zero3"], ["fsdp2", "zero1", "zero2"]),
     "scaled and clipped": ({"scaled": True, "clip": 0.1}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
-    "NaN beside LoRA": ({"poison_at": 3}, ["fsdp2", "zero3"], ["ddp", "tp", "zero1", "zero2", *FOUR_PROCESSES]),
+    "NaN beside LoRA": (
+        {"poison_at": 3},
+        ["fsdp2", "zero3"],
+        ["ddp", "tp", "loaded", "zero1", "zero2", *FOUR_PROCESSES],
+    ),
     "frozen lora_A": (
         {"freeze": "lora_A", "method": {"side": "write"}},
         [],
@@ -137,6 +145,8 @@ def processes(engine: str) -> int:
 def is_installed(engine: str) -> bool:
     if engine == "tp":
         return Version(transformers.__version__) >= Version("5.17") and Version(peft.__version__) >= Version("0.21")
+    if engine == "loaded":
+        return Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) >= Version("0.21")
     return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
 

@@ -115,9 +115,76 @@ def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deep
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
 
 
+LOADED = [
+    # engine, processes, more options of the job, the engine of the same run, placements of the base
+    ("loaded_fsdp2", 2, {}, "single", ["S(0)"]),
+    ("loaded_fsdp2", 3, {}, "single", ["S(0)"]),
+    ("loaded_fsdp2", 2, {"freeze": "lora_A", "method": {"side": "write"}}, "single", ["S(0)"]),
+    ("loaded_replicas", 2, {}, "single", ["R", "S(0)"]),
+    ("loaded_hsdp", 4, {"whole_widths": True}, "single", ["R", "S(0)"]),
+    # Losses that balance experts are of a rank's own rows, so that DDP's run is the same one.
+    ("loaded_experts", 2, {"family": "mixtral", "lora": {"target_modules": ["q_proj", "v_proj"]}}, "ddp", ["S(0)"]),
+]
+
+
+@pytest.mark.parametrize(
+    "engine, world, more, other, placements",
+    [row if i == 0 else pytest.param(*row, marks=slow) for i, row in enumerate(LOADED)],
+)
+def test_a_base_that_transformers_shards_as_it_loads(engine, world, more, other, placements, tmp_path, one_process):
+    """The adapter is whole on each rank, and Trainer averages its gradients: clipped and accumulated here."""
+    options = {**length(3, 12), "steps": 6, "trainer": {**STEADY, "max_grad_norm": 0.1}, **SEMANTIC, **more}
+    facts = launch(tmp_path / "loaded", engine, world, **options)
+    assert facts["step"] == 6 and facts["skipped"] == 0
+    assert facts["base"] == placements and facts["adapter"] == ["Tensor"]
+    assert min(facts["norms"]) > 0.1 or "family" in more  # it does clip
+    same = {k: v for k, v in options.items() if k != "whole_widths"}
+    if other == "single":
+        expected = one_process(**same)
+    else:
+        expected = tmp_path / other
+        launch(expected, other, world, **same)
+    assert largest_difference(trained(expected), trained(tmp_path / "loaded")) <= 1e-5
+
+
+@slow
+def test_resume_beside_a_base_that_transformers_shards(tmp_path):
+    """Trainer writes no optimizer's state there, and begins it anew, as the one process does here. Ours goes on."""
+    told = {**SAVING, "trainer": {**SAVING["trainer"], "save_only_model": True, "adam_epsilon": 1e-4}}
+    for engine in ("single", "loaded_fsdp2"):
+        launch(tmp_path / engine, engine, stop_at=3, **told)
+        facts = launch(tmp_path / engine, engine, resume=str(tmp_path / engine / "checkpoint-3"), **told)
+        assert facts["step"] == 6
+    assert largest_difference(trained(tmp_path / "single"), trained(tmp_path / "loaded_fsdp2")) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "engine, world, more, found",
+    [
+        ("loaded_fsdp2", 2, {"never_average": True}, "LoRA gradients that differ between ranks"),
+        pytest.param("loaded_hsdp", 4, {}, "a lora_B of 16 rows on a module of 32 outputs", marks=slow),
+        pytest.param(
+            "loaded_experts",
+            2,
+            {
+                "family": "mixtral",
+                "lora": {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+            },
+            "expert parallelism, with LoRA on the experts",
+            marks=slow,
+        ),
+    ],
+)
+def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found, tmp_path):
+    output = launch(tmp_path, engine, world, check=False, micro_batch=12, steps=2, **more)
+    for rank in range(world):
+        assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError: StructLoRA found {found}" in output
+
+
 BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
 BF16 += [("hsdp", 6, 1, {}), ("zero3", 2, 3, SHARDED), ("zero2_offload", 2, 3, {}), ("zero3_offload", 2, 3, {})]
+BF16 += [("loaded_fsdp2", 2, 3, {})]
 
 
 @slow
@@ -205,7 +272,7 @@ def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
 AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2", pytest.param("loaded_fsdp2", marks=slow)])
 @pytest.mark.parametrize("halve", [{}, pytest.param({"halve_between": True}, marks=slow)])
 def test_a_second_train_goes_on(engine, halve, tmp_path, one_process):
     """From the first one's latents, gates and Θ, unless the weights have changed in between."""

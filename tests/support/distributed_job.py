@@ -35,6 +35,12 @@ MESHES = {  # FSDP2's, by the number of processes
     "hsdp": lambda world: {"dp_replicate_size": 2, "dp_shard_size": world // 2},
     "cp": lambda world: {"dp_shard_size": world // 2, "cp_size": 2},
 }
+LOADED = {  # sharded by Transformers itself, as the base is loaded: its `DistributedConfig`, by the number of processes
+    "loaded_fsdp2": lambda world: {"fsdp_size": world},
+    "loaded_hsdp": lambda world: {"dp_replicate_size": 2, "fsdp_size": world // 2},
+    "loaded_replicas": lambda world: {"dp_replicate_size": world},
+    "loaded_experts": lambda world: {"fsdp_size": world, "ep_size": world},
+}
 
 
 def arguments():
@@ -43,9 +49,12 @@ def arguments():
     parser.add_argument(
         "--engine",
         default="single",
-        help="single, ddp, fsdp2, hsdp (two replicas), cp (contexts of two ranks), a file of configs/deepspeed; 'launcher': "
-        "whatever the launcher has set up",
+        help="single, ddp, fsdp2, hsdp (two replicas), cp (contexts of two ranks), a name of `LOADED`, a file of "
+        "configs/deepspeed; 'launcher': whatever the launcher has set up",
     )
+    parser.add_argument("--family", default="llama", help="a model of `tiny.FAMILIES`")
+    parser.add_argument("--whole-widths", action="store_true", help="have PEFT make adapters as wide as their base")
+    parser.add_argument("--never-average", action="store_true", help="keep Trainer from averaging a replicated adapter")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -106,6 +115,15 @@ def offer_fsdp2_on_cpu() -> None:
 
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+
+
+def load_sharded(base, distributed: dict):
+    """The base as `from_pretrained(distributed_config=...)` returns it."""
+    from transformers.distributed import DistributedConfig
+
+    return type(base).from_pretrained(
+        None, config=base.config, state_dict=base.state_dict(), distributed_config=DistributedConfig(**distributed)
+    )
 
 
 class PoisonAt(TrainerCallback):
@@ -249,6 +267,7 @@ def main():
 
     from structlora_trl import StructLoRACallback, StructLoRASFTConfig, StructLoRASFTTrainer
     from tests.support.jobs import StopAt, sft
+    from tests.support.tiny import base_model
 
     callback = StructLoRACallback(args.method) if args.method is not None and not args.subclass else None
     others = [
@@ -266,7 +285,17 @@ def main():
             "config_class": StructLoRASFTConfig,
             "structlora": args.method,
         }
-    trainer = sft(args.output, callbacks, row_count=args.rows, **options)
+    base = base_model(args.family)
+    if args.engine in LOADED:
+        base = load_sharded(base, LOADED[args.engine](world))
+    if args.whole_widths:
+        # Else PEFT 0.21 makes them as wide as a shard, under HSDP.
+        import peft.tuners.tuners_utils
+
+        peft.tuners.tuners_utils._torch_supports_distributed = False
+    trainer = sft(args.output, callbacks, model=base, row_count=args.rows, **options)
+    if args.never_average:
+        trainer._sync_replicated_trainable_parameters = lambda model: None
     if args.alias_masters:
         trainer.callback_handler.callbacks.insert(0, AliasMasters())
     if args.subclass:
@@ -302,6 +331,9 @@ def main():
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
         if is_deepspeed or args.engine in MESHES:
             facts |= {"bytes_sent": counted.bytes_sent, "collectives": counted.collectives}
+        if args.engine in LOADED:
+            facts["base"] = [str(p) for p in trainer.model.get_input_embeddings().weight.placements]
+            facts["adapter"] = sorted({type(p.data).__name__ for p in runtime.lora_parameters()})
         if args.engine in MESHES:
             mesh = runtime.kinds[0].A[0].device_mesh
             facts["mesh"] = dict(zip(mesh.mesh_dim_names or ["all"], mesh.shape, strict=True))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.support.device import ON_GPU
@@ -25,7 +27,8 @@ ENGINES = {
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",
 }
-NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2", "tp": "tensor parallelism"}  # HSDP takes four processes or more
+# HSDP takes four processes or more.
+NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2", "tp": "tensor parallelism", "loaded": "FSDP2 (replicated adapter)"}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes
@@ -51,6 +54,8 @@ def job_arguments(output, engine: str, options: dict) -> list[str]:
     """The job's command line; an option that is True is a flag."""
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
+    if engine.startswith("loaded_") and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip(f"Trainer of transformers {transformers.__version__} does not average a replicated adapter")
     arguments = [str(JOB), str(output), "--engine", engine]
     for name, value in options.items():
         arguments.append(f"--{name.replace('_', '-')}")
@@ -69,10 +74,12 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
     facts = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FACTS ")]
     assert done.returncode == 0 and facts, (done.stdout + done.stderr)[-4000:]
     if engine != "single":
-        name = engine.removesuffix("_offload")
-        wrapped = {"ddp": "DistributedDataParallel", **dict.fromkeys(("fsdp2", "hsdp", "cp"), "FSDPPeftModel")}.get(
-            engine, "DeepSpeedEngine"
-        )
+        name = "loaded" if engine.startswith("loaded_") else engine.removesuffix("_offload")
+        wrapped = {
+            "ddp": "DistributedDataParallel",
+            "loaded": "PeftModel",
+            **dict.fromkeys(("fsdp2", "hsdp", "cp"), "FSDPPeftModel"),
+        }.get(name, "DeepSpeedEngine")
         stage = int(name[-1]) if name.startswith("zero") else None
         assert (facts[0]["wrapped"], facts[0]["stage"], facts[0]["world"]) == (wrapped, stage, world)
         assert facts[0]["offload"] == engine.endswith("_offload")

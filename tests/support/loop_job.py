@@ -97,6 +97,20 @@ class TensorParallel(Loop):
         return model
 
 
+class Loaded(TensorParallel):
+    """A base that Transformers shards (FSDP2) as it loads it, and an adapter of which every rank has all, averaged here."""
+
+    def step(self, loss) -> None:
+        loss.backward()
+        for parameter in lora_parameters(self.wrapped).values():
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+                dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(lora_parameters(self.wrapped).values(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 class DeepSpeed:
     """ZeRO at a stage, with more options of ZeRO; every parameter is really sharded at stage 3."""
 
@@ -128,6 +142,7 @@ ENGINES = {
     "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
     **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
     "tp": TensorParallel,
+    "loaded": Loaded,
     # Of four processes.
     "fsdp2 contexts": partial(FSDP2, sizes={"dp_shard_size": 2, "cp_size": 2}),
     "hsdp": partial(FSDP2, sizes={"dp_replicate_size": 2, "dp_shard_size": 2}),
@@ -176,7 +191,8 @@ def train(
     elif experts == "apart":
         model = peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
     else:
-        model = _sliced() if engine == "tp" else peft_model("llama", "warm", targets=TARGETS)
+        distributed = {"tp": {"tp_plan": "auto"}, "loaded": {"distributed_config": {"fsdp_size": 2}}}.get(engine)
+        model = _sliced(**distributed) if distributed else peft_model("llama", "warm", targets=TARGETS)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:
             parameter.requires_grad_(False)
@@ -251,11 +267,11 @@ def _mixture():
 
 
 @torch.no_grad()
-def _sliced():
-    """`peft_model`, cut over the ranks by Transformers and PEFT."""
+def _sliced(**distributed):
+    """`peft_model`, cut over the ranks by Transformers and PEFT: `distributed` are options of `from_pretrained`."""
     whole = peft_model("llama", "warm", targets=TARGETS)
     base = base_model("llama")
-    sliced = type(base).from_pretrained(None, config=base.config, state_dict=base.state_dict(), tp_plan="auto")
+    sliced = type(base).from_pretrained(None, config=base.config, state_dict=base.state_dict(), **distributed)
     model = get_peft_model(sliced, whole.peft_config["default"], autocast_adapter_dtype=False)
     values = dict(whole.named_parameters())
     for name, parameter in lora_parameters(model).items():
@@ -263,7 +279,7 @@ def _sliced():
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(value)
-    for module in model.modules():
+    for module in model.modules() if "tp_plan" in distributed else ():
         # Of modules cut by rows, PEFT 0.21 declares the width of a slice, where Transformers 5.24 reads the whole one.
         if isinstance(module, torch.nn.Linear):
             module.in_features = module.weight.shape[1]
