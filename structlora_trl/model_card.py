@@ -127,7 +127,7 @@ class DescribedSave:
         return next((d.text for name, d in self.descriptions.items() if name in names and d.holds), None)
 
     def __deepcopy__(self, memo: dict) -> DescribedSave:
-        twin = copy.copy(self)
+        twin = object.__new__(DescribedSave)  # not `copy.copy`, which goes by `__reduce__`
         memo[id(self)] = twin
         twin.model, twin._save, twin._covered, twin.descriptions = (
             copy.deepcopy(part, memo) for part in (self.model, self._save, self._covered, self.descriptions)
