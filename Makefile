@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 RUN := $(VENV)/bin/python
 # Two workers on two cores; torch keeps to one thread in each.
 PYTEST := -m pytest -q -n 2 --dist loadgroup
@@ -13,7 +14,7 @@ PINNED_axolotl := axolotl==0.21.0
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
-.PHONY: demo test test-all test-oldest test-portable $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
+.PHONY: demo test test-all test-oldest test-newest test-portable $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -34,6 +35,10 @@ test-portable: $(VENV)/.dev
 test-oldest: $(OLDEST)/.dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow"
 
+# The same tests on the newest of everything, above pyproject.toml's ranges too. What pip says of those ranges is not an error.
+test-newest: $(NEWEST)/.dev
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "not slow"
+
 # `make test-axolotl`, `make test-llamafactory`, `make test-ms-swift`: the real trainers.
 $(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q integrations/$(subst -,_,$*)/tests
@@ -50,8 +55,8 @@ format: $(VENV)/.ruff
 docs: $(VENV)/.dev
 	$(RUN) docs/refusals.py
 	$(RUN) docs/what_runs.py
-	$(RUN) docs/front_doors.py
 	$(RUN) docs/draw_map.py
+	$(RUN) docs/draw_imports.py
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 bench-overhead: $(VENV)/.dev
@@ -71,7 +76,7 @@ bench-quick: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.run --results bench-output grid quick --workers 2
 	$(RUN) -m benchmarks.quality.report --results bench-output
 
-# Tables and plots from the committed results, into the READMEs.
+# Tables and plots from the committed results, into benchmarks/quality/README.md and docs/benchmarks.md.
 bench-report: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.report
 
@@ -110,6 +115,14 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint tests/requirements-oldest.txt
 	touch $@
 
+# Renewed at each `make test-newest`. A test environment, so the ranges of pyproject.toml are lifted after they were met.
+.PHONY: $(NEWEST)/.dev
+$(NEWEST)/.dev:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --ignore-requires-python --editable ".[demo,dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch torchvision transformers trl peft accelerate datasets deepspeed
+	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|trl|peft|accelerate|datasets|deepspeed|numpy) '
+
 .venv-%/.dev: pyproject.toml
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet torch --requirement integrations/$(subst -,_,$*)/requirements.txt
@@ -118,4 +131,4 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	touch $@
 
 clean:
-	rm -rf docs/_build $(VENV) $(OLDEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output gpu-output build dist *.egg-info
+	rm -rf docs/_build $(VENV) $(OLDEST) $(NEWEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output gpu-output build dist *.egg-info

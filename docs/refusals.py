@@ -9,34 +9,36 @@ parameters, at its callers (a row for each).
 from __future__ import annotations
 
 import ast
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 HOMES = [ROOT / "structlora_trl", ROOT / "integrations"]
 PAGE = ROOT / "docs" / "when-refused.md"
-INTRODUCTION = """# When something is refused
+INTRODUCTION = """# Error messages
 
 StructLoRA never falls back to plain LoRA in silence. Where it cannot act as asked it stops with a `StructLoRAError`:
 
     StructLoRA found <what it met>. Expected <what it needs>. Fix: <what to do>.
 
-This page lists them all by the module that raises them; `<...>` is filled in when it happens, `[...]` is not in every message.
-It is made from the source by `python docs/refusals.py`, and a test holds the two together.
+All of them stand here, in the order of the first words after "StructLoRA found". `<...>` is filled in when it
+happens, `[...]` is not in every message, and `one / other` is either of two. The page is made from the source by
+`python docs/refusals.py`.
 """
+VALUE_FIRST = "Messages that begin with a name or a value"
 
 
 class Refusal(NamedTuple):
-    """One row: the three parts of an error, and the module that raises it."""
+    """One row: the three parts of an error."""
 
-    module: str
     found: str
     expected: str
     remedy: str
 
 
 def refusals() -> list[Refusal]:
-    """Every error of the package, by module and line.
+    """Every error of the package, in the order of its first words; those that begin with a value come last.
 
     Raises:
         ValueError: a call that does not name all three parts.
@@ -48,28 +50,35 @@ def refusals() -> list[Refusal]:
     }
     rows: dict[Refusal, None] = {}  # no row twice, in order
     for path, module in modules.items():
-        name, known = path.relative_to(ROOT).as_posix(), {**constants, **_texts(module.body, {})}
+        known = {**constants, **_texts(module.body, {})}
         for function, call in _calls(module, "StructLoRAError"):
             parts = _arguments(call, ("found", "expected", "remedy"))
             if len(parts) != 3:
                 raise ValueError(f"{path}:{call.lineno}: cannot tell found, expected and remedy apart")
             for parameters in _bindings(function, module, modules.values()):
                 for names in _branches(function, parts.values(), {**known, **parameters}):
-                    rows[Refusal(name, *(_text(part, names) for part in parts.values()))] = None
-    return list(rows)
+                    rows[Refusal(*(_text(part, names) for part in parts.values()))] = None
+    return sorted(rows, key=lambda row: (_letter(row) == VALUE_FIRST, [_plain(part) for part in row]))
 
 
 def page() -> str:
-    """The whole page, Markdown."""
-    lines, module = [INTRODUCTION.rstrip()], None
-    for row in refusals():
-        if row.module != module:
-            module = row.module
-            docstring = ast.get_docstring(ast.parse((ROOT / module).read_text(encoding="utf-8"))) or ""
-            purpose = docstring.partition("\n")[0]
-            lines += [f"\n## `{module}`\n\n{_escape(purpose)}\n", "| found | expected | fix |", "|---|---|---|"]
-        lines.append(f"| {' | '.join(map(_escape, row[1:]))} |")
+    """The whole page, Markdown: a table for each first letter."""
+    lines = [INTRODUCTION.rstrip()]
+    for letter, rows in groupby(refusals(), _letter):
+        lines += [f"\n## {letter}\n", "| found | expected | fix |", "|---|---|---|"]
+        lines += [f"| {' | '.join(map(_escape, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _letter(row: Refusal) -> str:
+    """The heading that an error stands under."""
+    first = _plain(row.found)[:1]
+    return first.upper() if first.isalpha() else VALUE_FIRST
+
+
+def _plain(text: str) -> str:
+    """A message as it is looked up: without marks of code, in small letters."""
+    return text.lstrip("`-[ ").lower()
 
 
 def _calls(module: ast.Module, name: str) -> list[tuple[ast.FunctionDef | None, ast.Call]]:

@@ -1,4 +1,4 @@
-"""Write the README's list of what runs, from the rows of tests/support/setups.py (`python docs/what_runs.py`)."""
+"""Write the lists of what-runs.md, from the rows of tests/support/setups.py (`python docs/what_runs.py`)."""
 
 from __future__ import annotations
 
@@ -7,34 +7,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- set-ups, by docs/what_runs.py -->", "<!-- end of set-ups -->"
-WIDTH = 132
-
-
-def section() -> str:
-    """The list between the two marks, Markdown: a point for each group of rows."""
-    sys.path.insert(0, str(ROOT))
-    from tests.support.setups import SETUPS
-
-    return "\n".join(_point(group, [row.name for row in rows]) for group, rows in SETUPS.items())
+PAGE = ROOT / "docs" / "what-runs.md"
+BEGIN, END = "<!-- set-ups, by what_runs.py -->", "<!-- end of set-ups -->"
 
 
 def page() -> str:
-    """The whole README."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n\n{section()}\n\n{END}{rest.split(END)[1]}"
+    """The whole page: its text, and between the two marks a section for each group of rows."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support.setups import SETUPS
 
-
-def _point(group: str, names: list[str]) -> str:
-    words = f"* **{group}**: {', '.join(map(_marked, names))}.".split(" ")
-    lines = [words[0]]
-    for word in words[1:]:
-        if len(f"{lines[-1]} {word}") > WIDTH:
-            lines.append(f"  {word}")
-        else:
-            lines[-1] += f" {word}"
-    return "\n".join(lines)
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    sections = (
+        f"## {group}\n\n" + "\n".join(f"* {_marked(row.name)}" for row in rows) for group, rows in SETUPS.items()
+    )
+    return f"{before}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{rest.split(END)[1]}"
 
 
 def _marked(name: str) -> str:
@@ -43,5 +29,5 @@ def _marked(name: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(page(), encoding="utf-8")
-    print(f"{README}: what runs")
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"{PAGE}: set-ups")

@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl", "pillow", "torchvision"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """Visual instruction tuning of LLaVA with TRL: adapters in the language model and in the vision tower.
 
 Depths are compared within each tower. `max_length=None` keeps every image token.

@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """A bare PyTorch loop: one line attaches StructLoRA, the loop stays as it is."""
 
 import torch
@@ -22,8 +28,8 @@ def collate(rows):
 
 loader = DataLoader(load_dataset("Abirate/english_quotes", split="train"), 8, shuffle=True, collate_fn=collate)
 base = AutoModelForCausalLM.from_pretrained(MODEL).to(device)
-model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
+model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 scheduler = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
 runtime = attach(model, optimizer)  # <- this line, once the optimizer is built
 

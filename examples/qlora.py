@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl", "bitsandbytes"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """QLoRA: a base model in 4 bit (bitsandbytes), a StructLoRA adapter on top."""
 
 import torch
@@ -19,7 +25,7 @@ trainer = SFTTrainer(
     model=model,
     args=SFTConfig("qwen3-qlora", learning_rate=2e-4, per_device_train_batch_size=4, num_train_epochs=1),
     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
-    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[StructLoRACallback()],
 )
 trainer.train()

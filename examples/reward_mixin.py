@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """The mixin makes a StructLoRA trainer of any Trainer class; here a reward model with TRL."""
 
 from datasets import load_dataset
@@ -16,7 +22,7 @@ trainer = StructLoRARewardTrainer(
     args=RewardConfig("qwen3-reward", learning_rate=1e-4, per_device_train_batch_size=4, num_train_epochs=1),
     train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
     peft_config=LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["score"], task_type="SEQ_CLS"
+        r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS"
     ),
     structlora_config=StructLoRAConfig(prior=0.7),
 )

@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """Text classification with BERT and `transformers.Trainer`; the new classifier is trained whole, beside the adapter."""
 
 from datasets import load_dataset

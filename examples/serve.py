@@ -1,3 +1,9 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
 """Serve what sft_callback.py saved, with plain PEFT: nothing of StructLoRA is needed any more.
 
 vLLM:       vllm serve Qwen/Qwen3-0.6B --enable-lora --lora-modules structlora=qwen3-sft --max-lora-rank 8

@@ -1,4 +1,10 @@
-"""Supervised fine-tuning with the callback built in: StructLoRA's options stand beside TRL's own in the arguments."""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["structlora-trl"]
+# [tool.uv.sources]
+# structlora-trl = { path = "..", editable = true }
+# ///
+"""Supervised fine-tuning with the callback built in: StructLoRA's options stand in the arguments, under `structlora`."""
 
 from datasets import load_dataset
 from peft import LoraConfig
@@ -12,9 +18,7 @@ trainer = StructLoRASFTTrainer(
         learning_rate=2e-4,
         per_device_train_batch_size=4,
         num_train_epochs=1,
-        gate_init=0.8,  # from here on StructLoRA's own
-        edges="adjacency",
-        coordinator="gat",
+        structlora={"gate_init": 0.8, "coordinator": "gat", "edges": "adjacency"},
     ),
     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),

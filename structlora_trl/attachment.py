@@ -16,19 +16,23 @@ from torch import nn
 from . import __version__
 from .config import StructLoRAConfig
 from .core.heads import heads_of
+from .core.kinds import Kind
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
-from .core.nodes import Kind
-from .engines import refuse_disagreement, select_engine
+from .engines import select_engine
 from .errors import StructLoRAError
 from .model_card import describe_adapter
+from .rank_check import refuse_disagreement, world_size
 from .runtime import DEFAULT_SEED, Runtime
 
 logger = logging.getLogger(__name__)
 
 # LoRA initialisations that draw lora_A from one distribution at every depth. Others (EVA, say) put data into it.
 _IDENTICALLY_DISTRIBUTED = (True, "gaussian")
-# Those that start at ΔW = 0 because lora_B is zero. The rest (PiSSA, OLoRA, CorDA, LoftQ) move base weights into the adapter.
+# Those that start at ΔW = 0 because lora_B is zero.
 _FROM_ZERO = (True, False, "gaussian", "eva")
+# How the names begin of those that move base weights into the adapter. PEFT repeats some of them when it loads the adapter.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REPEATED = ("pissa", "olora", "loftq")
 
 _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -51,7 +55,8 @@ def attach(
     forward under `model.eval()` or any saving sees evaluation weights, a plain LoRA adapter.
 
     Args:
-        model (`PeftModel`): a model with a trainable LoRA adapter.
+        model (`PeftModel`): a model with a trainable LoRA adapter, or a module that holds one such model (`peft_module` names
+            it where there are several).
         optimizer (`torch.optim.Optimizer`): owns all trainable LoRA parameters; Accelerate's wrapper is seen through.
         config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
@@ -86,11 +91,13 @@ def build_runtime(
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
 ) -> Runtime:
-    """The same with a configuration that is built, and the trainer's seed.
+    """Attach with a configuration that is built, and the trainer's seed; see `attach`.
 
-    `quiet` says why `noise='auto'` is off; where omitted, it is on.
+    Args:
+        quiet (`str`, *optional*): why `noise='auto'` is off; where omitted, it is on.
     """
-    wrapped, model, optimizer = model, _unwrapped_model(model), _unwrapped_optimizer(optimizer)
+    _refuse_ambient_state()
+    wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
     adapter_name, lora = _lora_adapter(model, config)
     kinds = parts.discover(model, adapter_name)
     if config.head_gates:
@@ -115,18 +122,21 @@ def build_runtime(
         align=config.align_init and config.compares_depths and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
         parts=parts,
-        quiet=quiet,
+        noise_off=quiet,
         frozen=_frozen_factors(model, adapter_name),
-        watched=(model, model.base_model, model.base_model.model),
+        readers=(model, model.base_model, model.base_model.model),
     )
-    try:
-        refuse_disagreement(_facts(runtime), kinds[0].device)
-    except StructLoRAError:
-        runtime.detach()
-        raise
+    if world_size() > 1:
+        try:
+            refuse_disagreement(_facts(runtime), kinds[0].device)
+        except StructLoRAError:
+            runtime.detach()
+            raise
     _attached.add(runtime)
     if not config.is_off:
-        describe_adapter(model, config)
+        description = describe_adapter(model, adapter_name, config, runtime.lora_parameters())
+        runtime.on_detach.append(description.end)
+    _warn_of_moved_base(adapter_name, lora)
     logger.info("%r", runtime)
     if config.is_off:
         logger.warning("StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA.")
@@ -161,8 +171,84 @@ def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, lora: Lo
         )
 
 
+def _refuse_ambient_state() -> None:
+    """Stop where tensors that are made now could not be trained, or hold nothing."""
+    if torch.is_inference_mode_enabled():
+        raise StructLoRAError(
+            "`attach` under `torch.inference_mode()`, whose tensors autograd cannot use",
+            "latents and gates that can be trained",
+            "attach outside of it",
+        )
+    device = torch.get_default_device()
+    if device.type == "meta":
+        raise StructLoRAError(
+            "`attach` under `torch.device('meta')`, where tensors hold no values",
+            "latents and gates that can be trained",
+            "attach outside of it, to a model with its weights loaded",
+        )
+
+
+def _warn_of_moved_base(adapter_name: str, lora: LoraConfig) -> None:
+    """Say what the saved adapter goes with, where its start was taken out of the base weights.
+
+    PEFT does not, and loads it onto the original base (0.21; `upstream/peft-lora-ga-on-load.md`).
+    """
+    start = str(lora.init_lora_weights).lower()
+    if not start.startswith(_MOVES_BASE):
+        return
+    repeated = start.startswith(_REPEATED) and not start.startswith("pissa_niter")  # which draws random numbers
+    convert = (
+        f"before training, set `model.peft_config[{adapter_name!r}].init_lora_weights = True` and save the adapter to START; "
+        "afterwards `model.save_pretrained(..., path_initial_model_for_weight_conversion=START)` writes a LoRA adapter for the "
+        "original base"
+    )
+    save_base = "save the base too, as `model.unload()` leaves it"
+    logger.warning(
+        "init_lora_weights=%r moved part of the base weights into the adapter: what is saved belongs on the base as it is now, "
+        "not on the original one (%s). To use it elsewhere: %s.",
+        lora.init_lora_weights,
+        "PEFT repeats the move when it loads the adapter, vLLM does not"
+        if repeated
+        else "PEFT does not repeat the move",
+        save_base if start == "loftq" else convert,
+    )
+
+
+def find_peft_model(model: nn.Module, config: StructLoRAConfig) -> tuple[str, PeftModel | PeftMixedModel]:
+    """The PEFT model that is trained, with its name in the model inside the wrappers of Accelerate, Fabric, DDP, DeepSpeed
+    and `torch.compile`: "" where it is that model itself.
+
+    Raises:
+        StructLoRAError: there is none, or several and `peft_module` names none of them.
+    """
+    model = _unwrapped_model(model)
+    found = {name: m for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))}
+    if config.peft_module is not None:
+        found = {name: m for name, m in found.items() if name == config.peft_module}
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if config.peft_module is not None:
+        inside = [name for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))]
+        raise StructLoRAError(
+            f"peft_module={config.peft_module!r} and a model without a PEFT model of that name",
+            f"one of {', '.join(map(repr, inside))}" if inside else "a PEFT model inside the model",
+            "correct `peft_module`",
+        )
+    if found:
+        raise StructLoRAError(
+            f"a {type(model).__name__} with {len(found)} PEFT models inside ({', '.join(found)})",
+            "one to train",
+            f"name it with `peft_module`, as in peft_module={next(iter(found))!r}",
+        )
+    raise StructLoRAError(
+        f"a model of type {type(model).__name__}",
+        "a PEFT model with a LoRA adapter, or a module that holds one",
+        "pass `peft_config=LoraConfig(...)` to the TRL trainer, or wrap the model with `peft.get_peft_model`",
+    )
+
+
 def _unwrapped_model(model: nn.Module) -> nn.Module:
-    """The PEFT model inside the wrappers of Accelerate, Fabric, DDP, DeepSpeed and `torch.compile`."""
+    """The model inside the wrappers of Accelerate, Fabric, DDP, DeepSpeed and `torch.compile`."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     return _unwrapped_model(inner.module) if _is_of_lightning(inner) else inner
 
@@ -187,12 +273,6 @@ def _frozen_factors(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
 
 
 def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, LoraConfig]:
-    if not isinstance(model, (PeftModel, PeftMixedModel)):
-        raise StructLoRAError(
-            f"a model of type {type(model).__name__}",
-            "a PEFT model with a LoRA adapter",
-            "pass `peft_config=LoraConfig(...)` to the TRL trainer, or wrap the model with `peft.get_peft_model`",
-        )
     if any(c.peft_type == PeftType.XLORA for c in model.peft_config.values()):
         raise StructLoRAError(
             "an X-LoRA model, which trains the mixture of finished LoRA adapters and not their factors",
@@ -268,5 +348,5 @@ def _facts(runtime: Runtime) -> dict:
 
 def _sums_of_latents(runtime: Runtime) -> list[float]:
     latents = runtime.engine.read_latents(everything=True)
-    sums = [part.double().sum() for factors in latents for part in factors]
-    return [float(total) for total in runtime.maps[0].width.sums(sums)]
+    sums = [part.sum() for factors in latents for part in factors]
+    return [float(total) for total in runtime.engine.slices[0].sums(sums)]

@@ -39,6 +39,7 @@ COSINE = _number(lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1")
 DECAY = _number(lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 SEED = Allowed(lambda v: v is None or (type(v) is int and v >= 0), "a whole number of 0 or more, or None")
 ADAPTER = Allowed(lambda v: v is None or isinstance(v, str), "the name of an adapter, or None")
+MODULE = Allowed(lambda v: v is None or isinstance(v, str), "the name of a module, or None")
 ROLE_OF_PATTERN = Allowed(
     lambda v: v is None or (isinstance(v, dict) and all(role in ROLES for role in v.values())),
     "a mapping from module pattern to 'read' or 'write'",
@@ -160,8 +161,17 @@ class StructLoRAConfig:
         None, "Seed of the gate noise. None: the trainer's seed, or 42 in a custom loop."
     )
     adapter_name: Annotated[str | None, ADAPTER] = _option(None, "Adapter to train. None: the active one.")
+    peft_module: Annotated[str | None, MODULE] = _option(
+        None,
+        "Name of the submodule that is the PEFT model to train, in a model that holds several (towers of a bi-encoder, say). "
+        "None: the model itself, or the only PEFT model inside it.",
+    )
 
     def __post_init__(self):
+        for option in fields(StructLoRAConfig):
+            value = getattr(self, option.name)
+            if getattr(value, "ndim", None) == 0:  # a scalar of numpy or torch
+                setattr(self, option.name, value.item())
         if isinstance(self.noise, bool):  # YAML 1.1, which PyYAML follows, reads `on` and `off` as these
             self.noise = "on" if self.noise else "off"
         if isinstance(self.roles, str):
@@ -233,8 +243,12 @@ class StructLoRAConfig:
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
 
     def options(self) -> dict:
-        """Name and value of each option; of a subclass too, only these (`to_dict` is TrainingArguments' own name)."""
+        """Name and value of each option."""
         return {f.name: getattr(self, f.name) for f in fields(StructLoRAConfig)}
+
+    def changed_options(self) -> dict:
+        """Name and value of each option that is not at its default."""
+        return {f.name: getattr(self, f.name) for f in fields(StructLoRAConfig) if getattr(self, f.name) != f.default}
 
     @property
     def is_off(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import copy
+import inspect
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch import nn
 
 from .config import StructLoRAConfig
 
@@ -17,8 +19,7 @@ CARD_NAME = "README.md"
 
 def section(config: StructLoRAConfig) -> str:
     """The section of a model card, Markdown."""
-    given = {f.name: getattr(config, f.name) for f in fields(StructLoRAConfig)}
-    changed = [f"`{name}={given[name]!r}`" for name in given if given[name] != getattr(StructLoRAConfig(), name)]
+    changed = [f"`{name}={value!r}`" for name, value in config.changed_options().items()]
     return f"""{HEADING}
 
 This adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): LoRA whose rank-one directions pass an
@@ -62,35 +63,102 @@ def _put_section(card: ModelCard, text: str) -> None:
     card.text = "\n\n".join(part for part in (before.rstrip(), text.rstrip(), after and f"## {after}") if part) + "\n"
 
 
-class DescribedCard:
-    """Replaces `PeftModel.create_or_update_model_card` on one model, and can be copied and pickled with it.
+class Description:
+    """The section on one adapter, for as long as its weights are those that StructLoRA trained.
 
     Args:
-        model (`PeftModel`): the model whose `save_pretrained` writes the card.
-        text (`str`): the section.
+        config (`StructLoRAConfig`): how it was trained.
+        weights (`list[nn.Parameter]`): the adapter's.
     """
 
-    def __init__(self, model: PeftModel, text: str):
-        self.model, self.text = model, text
+    def __init__(self, config: StructLoRAConfig, weights: list[nn.Parameter]):
+        self.text, self._weights = section(config), weights
+        self._left: list[int] | None = None  # versions of the weights when training ended
 
-    def __call__(self, output_dir: str) -> None:
-        type(self.model).create_or_update_model_card(self.model, output_dir)
-        describe(Path(output_dir) / CARD_NAME, self.text)
+    def end(self) -> None:
+        """Training with StructLoRA is over: once anything else writes the weights, the section says nothing about them."""
+        self._left = self._versions()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the adapter's weights are those that StructLoRA trained."""
+        return self._left is None or self._left == self._versions()
+
+    def _versions(self) -> list[int]:
+        return [weight._version for weight in self._weights]
+
+    def __deepcopy__(self, memo: dict) -> Description:
+        twin = copy.copy(self)
+        twin._weights = copy.deepcopy(self._weights, memo)
+        twin._left = twin._versions() if self.holds else []
+        return twin
 
 
-def describe_adapter(model: PeftModel, config: StructLoRAConfig) -> None:
-    """From now on the cards that `model.save_pretrained` writes have tag and section."""
-    model.create_or_update_model_card = DescribedCard(model, section(config))
+class DescribedSave:
+    """Replaces `save_pretrained` of one model, so that cards have the section where they go with a described adapter.
+
+    It can be copied with the model; in a pickle there is the method that it replaced. PEFT has no public way to add to a
+    card (0.21; `upstream/peft-save-hook.md`).
+
+    Args:
+        model (`PeftModel`): whose `save_pretrained` writes the card.
+    """
+
+    def __init__(self, model: PeftModel):
+        self.model, self._save = model, model.save_pretrained
+        self._covered = vars(model).get("save_pretrained")  # set on the instance by someone before us
+        self.descriptions: dict[str, Description] = {}
+
+    def __call__(self, save_directory: str, *args, **kwargs) -> None:
+        self._save(save_directory, *args, **kwargs)
+        given = inspect.signature(type(self.model).save_pretrained).bind(self.model, save_directory, *args, **kwargs)
+        path = Path(save_directory) / CARD_NAME
+        if not given.arguments.get("is_main_process", True) or not path.is_file():
+            return
+        text = self.text(given.arguments.get("selected_adapters"))
+        if text is None:
+            undescribe(path)
+        else:
+            describe(path, text)
+
+    def text(self, adapters: list[str] | None = None) -> str | None:
+        """The section that holds for some adapters, all of the model's by default; None where there is none."""
+        names = self.model.peft_config if adapters is None else adapters
+        return next((d.text for name, d in self.descriptions.items() if name in names and d.holds), None)
+
+    def __deepcopy__(self, memo: dict) -> DescribedSave:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.model, twin._save, twin._covered, twin.descriptions = (
+            copy.deepcopy(part, memo) for part in (self.model, self._save, self._covered, self.descriptions)
+        )
+        return twin
+
+    def __reduce__(self):
+        if self._covered is None:
+            return getattr, (self.model, "save_pretrained")
+        return copy.copy, (self._covered,)
 
 
-def describe_trainer(trainer, config: StructLoRAConfig) -> None:
+def describe_adapter(
+    model: PeftModel, adapter_name: str, config: StructLoRAConfig, weights: list[nn.Parameter]
+) -> Description:
+    """From now on the cards that `model.save_pretrained` writes with this adapter have tag and section."""
+    save = vars(model).get("save_pretrained")
+    if not isinstance(save, DescribedSave):
+        save = model.save_pretrained = DescribedSave(model)
+    save.descriptions[adapter_name] = Description(config, weights)
+    return save.descriptions[adapter_name]
+
+
+def describe_trainer(trainer, save: DescribedSave) -> None:
     """From now on the cards that `trainer.create_model_card` writes, on `push_to_hub` too, have tag and section."""
     create = type(trainer).create_model_card
 
     def create_model_card(*args, **kwargs):
         create(trainer, *args, **kwargs)
-        path = Path(trainer.args.output_dir) / CARD_NAME
-        if trainer.is_world_process_zero() and path.is_file():
-            describe(path, section(config))
+        path, text = Path(trainer.args.output_dir) / CARD_NAME, save.text()
+        if trainer.is_world_process_zero() and path.is_file() and text is not None:
+            describe(path, text)
 
     trainer.create_model_card = create_model_card

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import HfArgumentParser
-from trl import SFTConfig, TrlParser
+from trl import GRPOConfig, SFTConfig, TrlParser
 
 from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError, StructLoRASFTConfig
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 
 REFUSED = {
     "filter": ["ibb", None, ""],
@@ -43,6 +45,7 @@ REFUSED = {
     "roles": [{"q": "input"}, "{", ["q_proj"]],
     "seed": [-1, 1.5],
     "adapter_name": [3],
+    "peft_module": [3],
 }
 
 
@@ -88,33 +91,141 @@ def test_overrides_win_and_the_original_stays():
     assert StructLoRACallback({"prior": 0.3}).config == config
 
 
-def _flat_key(folder, word):
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("coordinator_layers", np.int64(2), 2),
+        ("gate_init", np.float64(0.8), 0.8),
+        ("gate_init", np.float32(0.5), 0.5),
+        ("share_gates", np.bool_(True), True),
+        ("seed", np.int64(3), 3),
+        ("seed", torch.tensor(3), 3),
+        ("filter", np.str_("random"), "random"),
+        ("gate_init", np.array(0.75), 0.75),
+    ],
+)
+def test_scalars_of_arrays_are_their_values(name, value, expected):
+    """As a search over numpy arrays or rows of a data frame hands them over."""
+    found = getattr(StructLoRAConfig(**{name: value}), name)
+    assert found == expected and type(found) is type(expected)
+
+
+YAML = "output_dir: {}\nuse_cpu: true\nbf16: false\nstructlora: {}\n"
+
+
+def _yaml_file(folder, block):
     path = folder / "run.yaml"
-    path.write_text(f"output_dir: {folder}\nuse_cpu: true\nbf16: false\nnoise: {word}\n")
+    path.write_text(YAML.format(folder, block))
     return TrlParser(StructLoRASFTConfig).parse_args_and_config(["--config", str(path)])[0]
 
 
-def _json_file(folder, word):
+def _json_file(folder, block):
     path = folder / "run.json"
-    path.write_text(json.dumps({"output_dir": str(folder), "use_cpu": True, "bf16": False, "noise": word == "on"}))
+    arguments = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "structlora": yaml.safe_load(block)}
+    path.write_text(json.dumps(arguments))
     return HfArgumentParser(StructLoRASFTConfig).parse_json_file(str(path))[0]
+
+
+def _command_line(folder, block):
+    arguments = ["--output_dir", str(folder), "--use_cpu", "true", "--bf16", "false", "--structlora", block]
+    return HfArgumentParser(StructLoRASFTConfig).parse_args_into_dataclasses(arguments)[0]
+
+
+def _named_file(folder, block):
+    (folder / "run.yaml").write_text(f"structlora: {block}\n")
+    return _command_line(folder, str(folder / "run.yaml"))
+
+
+def _python(folder, block):
+    return StructLoRASFTConfig(str(folder), use_cpu=True, bf16=False, structlora=yaml.safe_load(block))
+
+
+def _object(folder, block):
+    return StructLoRASFTConfig(
+        str(folder), use_cpu=True, bf16=False, structlora=read_switch(yaml.safe_load(block)) or False
+    )
+
+
+@pytest.mark.parametrize(
+    "block, expected",
+    [
+        ("true", {}),
+        ("false", False),
+        ('{"gate_init": 0.8, "temperature": 0.5}', {"gate_init": 0.8, "temperature": 0.5}),
+        (
+            "{roles: {my_proj: read}, gate_lr: 1e-2, noise: off}",
+            {"roles": {"my_proj": "read"}, "gate_lr": 0.01, "noise": "off"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("read", [_python, _object, _yaml_file, _json_file, _command_line, _named_file])
+def test_training_arguments_have_one_field(read, block, expected, tmp_path):
+    arguments = read(tmp_path, block)
+    assert arguments.structlora == expected
+    assert json.loads(arguments.to_json_string())["structlora"] == expected  # what trackers are given
+
+
+@pytest.mark.parametrize("read", [_python, _yaml_file, _json_file, _command_line, _named_file])
+@pytest.mark.parametrize("block, name", [("{gate_init: 2}", "gate_init"), ("{gates: 2}", "gates"), ("gcn", "gcn")])
+def test_training_arguments_refuse_other_options(read, block, name, tmp_path):
+    with pytest.raises(StructLoRAError, match=name):
+        read(tmp_path, block)
+
+
+def test_arguments_share_no_name_with_us(tmp_path):
+    """GRPO samples at `temperature`: a class of both keeps the two apart."""
+
+    @dataclass
+    class Both(StructLoRASFTConfig, GRPOConfig):
+        pass
+
+    both = Both(str(tmp_path), use_cpu=True, bf16=False, structlora={"temperature": 0.5})
+    assert both.temperature == GRPOConfig(str(tmp_path), use_cpu=True, bf16=False).temperature
+    assert both.structlora == {"temperature": 0.5}
+    with pytest.raises(TypeError, match="gate_init"):
+        StructLoRASFTConfig(str(tmp_path), gate_init=0.8, use_cpu=True, bf16=False)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
+def test_callback_reads_a_file(suffix, tmp_path):
+    path = tmp_path / f"run.{suffix}"
+    path.write_text('{"model_name_or_path": "x", "structlora": {"gate_init": 0.8}}')
+    for given in (path, str(path)):
+        assert StructLoRACallback(given, prior=0.3).config == StructLoRAConfig(gate_init=0.8, prior=0.3)
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ("nowhere.yaml", "nowhere.yaml"),
+        ("gate_init", "gate_init"),
+        ("{", "JSON"),
+        ("plain.yaml", "structlora: true"),
+        ("off.yaml", "leave the callback out"),
+    ],
+)
+def test_callback_says_what_it_takes(given, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.yaml").write_text("learning_rate: 1e-4\n")
+    (tmp_path / "off.yaml").write_text("structlora: false\n")
+    with pytest.raises(StructLoRAError, match=named):
+        StructLoRACallback(given)
 
 
 @pytest.mark.parametrize("word", ["on", "off"])
 @pytest.mark.parametrize(
     "read",
     [
-        lambda folder, word: StructLoRAConfig(noise=word == "on"),
-        lambda folder, word: StructLoRACallback(noise=word == "on").config,
-        lambda folder, word: read_switch(yaml.safe_load(f"noise: {word}")),
-        _flat_key,
-        _json_file,
+        lambda word: StructLoRAConfig(noise=word == "on"),
+        lambda word: StructLoRACallback(noise=word == "on").config,
+        lambda word: read_switch(yaml.safe_load(f"noise: {word}")),
+        lambda word: read_switch(f"{{noise: {word}}}"),
     ],
-    ids=["Python", "callback", "YAML block", "flat key", "JSON"],
+    ids=["Python", "callback", "YAML block", "text"],
 )
-def test_on_and_off_may_come_as_booleans(read, word, tmp_path):
+def test_on_and_off_may_come_as_booleans(read, word):
     """YAML 1.1 reads the documented values of `noise` as booleans."""
-    assert read(tmp_path, word).options()["noise"] == word
+    assert read(word).options()["noise"] == word
 
 
 def test_every_field_has_help():
@@ -122,23 +233,12 @@ def test_every_field_has_help():
         assert len(f.metadata["help"]) > 20, f.name
 
 
-def test_command_line_has_the_same_names(tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--filter", "random", "--gate_lr", "0.5", "--share_gates", "true"]
-    arguments += ["--roles", '{"my_proj": "read"}', "--seed", "7", "--use_cpu", "true", "--bf16", "false"]
-    (args,) = HfArgumentParser(StructLoRASFTConfig).parse_args_into_dataclasses(arguments)
-    assert isinstance(args, SFTConfig)
-    config = StructLoRAConfig.build(args)
-    assert config == StructLoRAConfig(filter="random", gate_lr=0.5, share_gates=True, roles={"my_proj": "read"}, seed=7)
-    with pytest.raises(StructLoRAError, match="gate_lr"):
-        StructLoRASFTConfig(str(tmp_path), gate_lr=-1.0, use_cpu=True, bf16=False)
-
-
 def test_sft_config_keeps_its_own_fields(tmp_path):
     ours = StructLoRASFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     plain = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    assert ours.output_dir == str(tmp_path)
-    known = {f.name for f in fields(StructLoRAConfig)} - {"seed"}
-    assert known.isdisjoint(f.name for f in fields(SFTConfig))
+    assert isinstance(ours, SFTConfig) and {f.name for f in fields(ours)} - {f.name for f in fields(plain)} == {
+        "structlora"
+    }
     for f in fields(SFTConfig):
         if f.name not in ("logging_dir", "run_name"):
             assert getattr(ours, f.name) == getattr(plain, f.name), f.name

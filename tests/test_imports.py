@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,38 +66,40 @@ def test_no_circle_of_imports_in_the_repository():
     list(TopologicalSorter(graph).static_order())  # CycleError where there is one
 
 
-def rooms() -> list[list[str]]:
-    """What each row of CONTRIBUTING.md's table names: a folder ("core/"), a file, and files of that folder."""
-    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("|---|---|\n")[2].partition("\n\n")[0]
-    return [re.findall(r"`([\w./]+)`", row.split("|")[1]) for row in table.splitlines()]
+# Imports point down this list. A name stands for a module, or for a package and all that is in it.
+LAYERS = [
+    "docs",
+    "tests",
+    "benchmarks",
+    "examples",
+    "structlora_trl.cli",
+    "structlora_trl.integrations",
+    "structlora_trl.adapters",
+    "structlora_trl.trainers",
+    "structlora_trl.attachment",
+    "structlora_trl.model_card",
+    "structlora_trl.runtime",
+    "structlora_trl.read_hooks",
+    "structlora_trl.standing_weights",
+    "structlora_trl.foreign_writes",
+    "structlora_trl.state",
+    "structlora_trl.older_state",
+    "structlora_trl.engines",
+    "structlora_trl.core",
+    "structlora_trl.yaml_block",
+    "structlora_trl.config",
+    "structlora_trl",  # what else stands at its root
+]
 
 
-def test_imports_point_down_the_table_of_contributing():
-    places = {}
-    for row, names in enumerate(rooms()):
-        folder = Path(names[0]).parent  # of the files named after the first
-        for name in names:
-            place = Path(name) if Path(name).parts[0] in FOLDERS or "/" in name else folder / name
-            assert (ROOT / place).exists(), name
-            places[place] = row
-
-    def row_of(path: Path) -> int:
-        inside = path.relative_to(ROOT)
-        if inside.parts[0] == "integrations" and "tests" in inside.parts:
-            return places[Path("tests")]
-        return next(places[place] for place in (inside, *inside.parents) if place in places)
-
+def test_imports_point_down():
     modules = {module_name(path): path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     del modules["structlora_trl"]  # names what others import, and loads it on first use
-    for path in modules.values():
-        up = [name for name in imports(path, modules) if row_of(modules[name]) < row_of(path)]
+
+    def layer(name: str) -> int:
+        name = "tests" if name.startswith("structlora_trl.integrations.") and ".tests" in name else name
+        return next(i for i, above in enumerate(LAYERS) if name == above or name.startswith(f"{above}."))
+
+    for name, path in modules.items():
+        up = [other for other in imports(path, modules) if layer(other) < layer(name)]
         assert not up, f"{path.relative_to(ROOT)} imports {up}"
-
-
-def test_table_of_contributing_names_every_file_of_the_core_and_of_the_engines():
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rows = {names[0]: row for names, row in zip(rooms(), page.partition("|---|---|\n")[2].splitlines(), strict=False)}
-    for path in (ROOT / "structlora_trl" / "core").glob("[a-z]*.py"):
-        assert f"`{path.name}`" in rows["structlora_trl/core/"], path.name
-    folders = {f"{path.name}/" for path in ROOT.iterdir() if (path / "__init__.py").exists() or path.name in FOLDERS}
-    assert folders - {"structlora_trl/"} <= rows.keys()

@@ -33,7 +33,8 @@ def weights_of(model):
 
 
 def snapshot(runtime):
-    return runtime.state_dict()
+    """The state's tensors; counts stand in its header."""
+    return {name: value for name, value in runtime.state_dict().items() if name != "header"}
 
 
 def assert_same(left: dict, right: dict):
@@ -135,10 +136,11 @@ def test_a_closure_is_evaluated_before_the_step():
             else:
                 loss = closure(seed)
                 optimizer.step()
+        assert runtime.step == 3
         return loss.detach(), snapshot(runtime)
 
     (loss, state), (expected_loss, expected) = run(True), run(False)
-    assert torch.equal(loss, expected_loss) and state["step"] == 3
+    assert torch.equal(loss, expected_loss)
     assert_same(state, expected)
 
 
@@ -191,7 +193,7 @@ def test_maximize_is_minimizing_the_negative():
 
     up, down = run(True), run(False)
     for name in down:
-        if name.endswith("graph.features"):
+        if "graph.mean" in name:
             continue  # directions, compared by their cosines alone
         torch.testing.assert_close(up[name], down[name], rtol=1e-4, atol=1e-6)
 
@@ -303,9 +305,8 @@ def test_bad_gradients_skip_the_step_and_are_counted(poison):
     next(p for n, p in lora_parameters(model).items() if "v_proj" in n).grad[0, 0] = poison
     optimizer.step()
     optimizer.zero_grad()
-    after = snapshot(runtime)
-    assert after.pop("skipped_steps") == before.pop("skipped_steps") + 1 == 1
-    assert_same(before, after)
+    assert runtime.skipped_steps == 1
+    assert_same(before, snapshot(runtime))
     assert all(map(torch.equal, weights, weights_of(model)))
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
@@ -342,10 +343,7 @@ def test_grad_scaler(fused):
 
     runtime, states = run(scaled=True)
     assert runtime.step == 2
-    skipped = [states[1][0], dict(states[0][0])]
-    for state in skipped:
-        state.pop("skipped_steps")
-    assert_same(*skipped)
+    assert_same(states[1][0], states[0][0])
     assert all(map(torch.equal, states[0][1], states[1][1]))
     _, plain = run(scaled=False)
     final, expected = states[-1][0], plain[-1][0]
@@ -361,10 +359,13 @@ def test_maps_learning_rates_follow_the_schedule():
         before = snapshot(runtime)
         train(model, "llama", optimizer, 1, first=seed)
         schedule.step() if seed < 2 else None
-        assert [g["lr"] for g in runtime._optimizer.param_groups] == [0.5 * share, 0.25 * share]
+        after = snapshot(runtime)
+        moved = max((after[n] - before[n]).abs().max().item() for n in before if n.endswith("filters.0.logits"))
         if share == 0:
-            after = snapshot(runtime)
-            assert all(torch.equal(before[n], after[n]) for n in before if n.endswith(("latent_A", "logits")))
+            assert all(torch.equal(before[n], after[n]) for n in before if n.endswith(("latent_A", "logits", "theta")))
+        else:  # AdamW's steps are about its rate
+            assert moved == pytest.approx(0.5 * share, rel=0.3)
+        assert runtime.metrics()["structlora/peak_lr"] == optimizer.param_groups[0]["initial_lr"]
 
 
 def test_noise_and_alignment_are_told_by_the_seed():
@@ -406,9 +407,9 @@ def test_gradients_are_compared_once_for_each_report(options):
             found.append(runtime.metrics()["structlora/gradient_cosine"])
         return found
 
-    each = reported(1, 1, 1, 1)
-    assert len(set(each)) == 4
-    assert reported(2, 2) == pytest.approx([each[0], each[2]], rel=1e-4)
+    each = reported(2, 1, 1, 1)  # the first step's gradients of lora_A are zero
+    assert len(set(each)) == 4 and all(each)
+    assert reported(2, 2) == pytest.approx([each[0], each[1]], rel=1e-4)
 
 
 def test_semantic_edges_come_on_time():

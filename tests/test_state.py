@@ -12,21 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
-from structlora_trl.state import SHAPING, STATE_NAME, load_state, read_state, save_state
+from structlora_trl.state import SHAPING, STATE_NAME, load_state, save_state
+from tests.golden.write import GOLDEN, GOLDEN_RUNS, OPTIONS, STEPS
 from tests.support.tiny import FAMILIES, adamw, lora_parameters, peft_model, train
-
-STEPS = 3
-# Semantic edges alone, and all of them drawn: so that each option of the graph changes something in three steps.
-OPTIONS = {
-    "edges": "similarity",
-    "semantic_every": 2,
-    "semantic_threshold": -0.99,
-    "semantic_top_k": 1,
-    "seed": 3,
-}
 
 
 @dataclass
@@ -114,7 +105,10 @@ CHANGES = {
 REFUSED = {*SHAPING, "side", "roles"}
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(StructLoRAConfig) if f.name != "adapter_name"])
+WHERE = ("adapter_name", "peft_module")  # say where the adapter is, not how it is trained
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(StructLoRAConfig) if f.name not in WHERE])
 def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, caplog):
     change, others = CHANGES[name]
     family = "qwen3_moe" if name == "expert_gates" else "llama"
@@ -166,10 +160,10 @@ def test_another_adapter_name_may_go_on(tmp_path):
     "here, there, message",
     [
         ({}, {"rank": 2}, r"shape \[3, 2, 32, 32\] of 'model.layers.*q_proj'.*Expected \[3, 4, 32, 32\]"),
-        ({}, {"targets": FAMILIES["llama"].linear}, "other modules .only in the state: .*down_proj"),
-        ({}, {"targets": ["q_proj"]}, "other modules .*only in this run: .*v_proj"),
+        ({}, {"targets": FAMILIES["llama"].linear}, "with .*down_proj"),
+        ({}, {"targets": ["q_proj"]}, "without .*v_proj"),
         ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [1, 2]}, r"modules .*layers.1.*Expected .*layers.0"),
-        ({}, {"init": "pissa"}, "only in the state: .'origin_B'"),
+        ({}, {"init": "pissa"}, "only in the state: .*origin_B"),
     ],
 )
 def test_states_of_other_adapters_are_refused(here, there, message, tmp_path):
@@ -205,15 +199,16 @@ def two(tmp_path_factory):
     return folder, weights, Loop.start(side="both").train(2)
 
 
-def refuses_or_loads_the_same(load, loop: Loop, weights) -> bool:
-    """Whether a damaged state was refused. If it was, nothing has changed; if not, it must have been harmless."""
+def refuses_or_loads(load, loop: Loop, weights) -> bool:
+    """Whether a damaged state was refused. If it was, nothing has changed; if not, its weights are finite and fit."""
     before, present = loop.runtime.state_dict(), loop.weights()
     try:
         load()
     except StructLoRAError:
         assert same(before, loop.runtime.state_dict()) and all(map(torch.equal, present, loop.weights()))
         return True
-    assert all(map(torch.equal, weights, loop.weights()))
+    assert [w.shape for w in weights] == [w.shape for w in loop.weights()]
+    assert all(w.isfinite().all() for w in loop.weights())
     loop.runtime.load_state_dict(before)
     return False
 
@@ -241,19 +236,8 @@ def test_damaged_files_are_refused_by_name_before_anything_changes(two, tmp_path
     refused = 0
     for _ in range(MUTATIONS):
         Path(tmp_path, STATE_NAME).write_bytes(damaged_file(content, rng))
-        refused += refuses_or_loads_the_same(lambda: load_state(loop.runtime, tmp_path), loop, weights)
-    assert refused > 0.97 * MUTATIONS  # all but bytes that were replaced by themselves
-
-
-def test_a_flipped_bit_in_a_weight_is_noticed(two, tmp_path):
-    folder, _, loop = two
-    content = bytearray(Path(folder, STATE_NAME).read_bytes())
-    content[-3] ^= 1
-    Path(tmp_path, STATE_NAME).write_bytes(content)
-    message = f"{STATE_NAME} damaged .its contents are not those that were written.*resume from the checkpoint before"
-    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, message)
-    with pytest.raises(StructLoRAError, match=message):
-        read_state(tmp_path / STATE_NAME)
+        refused += refuses_or_loads(lambda: load_state(loop.runtime, tmp_path), loop, weights)
+    assert refused > MUTATIONS / 3  # the rest are other values of weights
 
 
 def damaged_tensor(value: torch.Tensor, rng: random.Random):
@@ -323,23 +307,62 @@ def damaged_state(state: dict, rng: random.Random) -> dict:
 
 
 def test_damaged_states_are_refused_before_anything_changes(two):
-    """States that no digest guards: `accelerator.register_for_checkpointing(runtime)`, or a writer that went wrong."""
+    """What a writer that went wrong may leave: entries missing, renamed, of other shapes and types, NaN, a header of anything."""
     folder, weights, loop = two
     whole = Loop.start(side="both")
     load_state(whole.runtime, folder)
     state, rng = whole.runtime.state_dict(), random.Random(1)
     refused = sum(
-        refuses_or_loads_the_same(lambda: loop.runtime.load_state_dict(damaged_state(state, rng)), loop, weights)
+        refuses_or_loads(lambda: loop.runtime.load_state_dict(damaged_state(state, rng)), loop, weights)
         for _ in range(2 * MUTATIONS)
     )
-    assert refused > 0.9 * 2 * MUTATIONS  # the rest are other values of options that may change
+    assert refused > 0.85 * 2 * MUTATIONS  # the rest are other values of options and counts
 
 
-def test_states_of_other_formats_are_named(two, tmp_path):
+def rewritten(source: Path, target: Path, **metadata) -> None:
+    """A copy of a state file with some of its header replaced; None removes an entry."""
+    with safe_open(source / STATE_NAME, "pt") as file:
+        kept = {name: value for name, value in {**file.metadata(), **metadata}.items() if value is not None}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, target / STATE_NAME, kept)
+
+
+@pytest.mark.parametrize("format", ["1", "99", None])
+def test_states_of_other_formats_are_named(two, tmp_path, format):
     folder, _, loop = two
-    with safe_open(Path(folder, STATE_NAME), "pt") as file:
-        metadata = {**file.metadata(), "format": "1"}
-        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / STATE_NAME, metadata)
-    assert_refused(
-        lambda: load_state(loop.runtime, tmp_path), loop, "in format 1.*the version of structlora-trl that wrote it"
-    )
+    rewritten(folder, tmp_path, format=format)
+    message = f"in format {format}.*the version of structlora-trl that wrote it"
+    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, message)
+
+
+def test_options_that_a_state_lacks_take_the_value_they_had(two, tmp_path):
+    """A version that came before an option, and one that came after."""
+    folder, weights, loop = two
+    with safe_open(folder / STATE_NAME, "pt") as file:
+        options = json.loads(file.metadata()["options"])
+    rewritten(folder, tmp_path, options=json.dumps({n: v for n, v in options.items() if n != "expert_gates"}))
+    load_state(loop.runtime, tmp_path)
+    assert all(map(torch.equal, weights, loop.weights()))
+    rewritten(folder, tmp_path, options=json.dumps({**options, "of_a_later_version": 1}))
+    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, "of_a_later_version")
+
+
+# --- older versions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", GOLDEN_RUNS)
+@pytest.mark.parametrize("version", sorted(path.parent.name for path in GOLDEN.glob("*/modules")))
+def test_states_that_older_versions_wrote_load(version, run):
+    """They give the weights that the version had, on any processor."""
+    model, options = GOLDEN_RUNS[run]
+    loop = Loop.start(peft_model(**model), **options)
+    folder = GOLDEN / version / run
+    load_state(loop.runtime, folder)
+    expected = load_file(folder / "weights.safetensors")
+    for name, parameter in lora_parameters(loop.model).items():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-4, atol=1e-6)
+    assert loop.runtime.step == 3
+    again = loop.runtime.state_dict()
+    loop.runtime.load_state_dict(again)
+    assert same(again, loop.runtime.state_dict())
+    train(loop.model, model["family"], loop.optimizer, 1)
+    assert loop.runtime.step == 4

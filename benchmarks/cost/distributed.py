@@ -40,7 +40,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -57,7 +56,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from structlora_trl import Runtime, attach
-from structlora_trl.engines.rows import RowExchange
 from structlora_trl.engines.slicing import Exchange
 
 from . import scale
@@ -358,13 +356,13 @@ class MapMemory:
         self._undo = ExitStack()
         if self._runtime is not None:
             # All that the runtime does in a step, and what its engine reads when the optimizer has stepped.
-            stopwatch = self._runtime._stopwatch
-            self._runtime._stopwatch = self._mode
-            self._undo.callback(setattr, self._runtime, "_stopwatch", stopwatch)
-            for owner, name in product((Exchange, RowExchange), ("to_slices", "to_fragments")):
-                verb = getattr(owner, name)
-                setattr(owner, name, self._watched(verb))
-                self._undo.callback(setattr, owner, name, verb)
+            stopwatch = self._runtime.stopwatch
+            self._runtime.stopwatch = self._mode
+            self._undo.callback(setattr, self._runtime, "stopwatch", stopwatch)
+            for name in ("to_slices", "to_fragments"):
+                verb = getattr(Exchange, name)
+                setattr(Exchange, name, self._watched(verb))
+                self._undo.callback(setattr, Exchange, name, verb)
         return self
 
     def __exit__(self, *error) -> None:

@@ -48,7 +48,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
-from structlora_trl.core.nodes import Kind
+from structlora_trl.core.kinds import Kind
 from structlora_trl.engines import TorchEngine
 from structlora_trl.state import State
 
@@ -357,18 +357,16 @@ def ratios_to_lora(values: dict[str, float]) -> dict[str, float]:
 
 def held_bytes(runtime: Runtime) -> dict[str, int]:
     """Bytes that StructLoRA keeps between steps, by what they are."""
-    kinds = State.parse(runtime.state_dict()).kinds.values()
-    origins = {"origin_A", "origin_B"}
-    parts = {
-        "latents": [part for kind in kinds for part in kind.latent],
-        "origins": [value for kind in kinds for name, value in kind.own.items() if name in origins],
-        "gates, coordinators": [value for kind in kinds for name, value in kind.own.items() if name not in origins],
-        "their AdamW": [value for kind in kinds for moments in kind.moments.values() for value in moments.values()],
-        "graph": [value for kind in kinds for value in kind.graph.values()],
-    }
-    parts["outputs"] = [value for kept in runtime._kept.values() for value in kept.values()]
-    held = {part: sum(value.nbytes for value in values) for part, values in parts.items()}
+    held = dict.fromkeys(("latents", "origins", "gates, coordinators", "their AdamW", "graph"), 0)
+    for name, value in State.parse(runtime.state_dict()).tensors.items():
+        held[part_of(name.rpartition("/")[2])] += value.nbytes
     return {"all": sum(held.values()), **held}
+
+
+def part_of(name: str) -> str:
+    """What an entry of a state is, by its name within its kind."""
+    starts = {"latent_": "latents", "origin_": "origins", "optimizer.": "their AdamW", "graph.": "graph"}
+    return next((part for start, part in starts.items() if name.startswith(start)), "gates, coordinators")
 
 
 # --- the map alone -------------------------------------------------------------------------------------------------
@@ -412,7 +410,7 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     def rebuild() -> float:
         started = clock.now()
         for m in runtime.maps:
-            m.graph.rebuild()
+            m.graph.rebuild(m.graph.gradient_products())
         return clock.now() - started
 
     for _ in range(MAP_WARM_UP):

@@ -4,9 +4,8 @@ Who owns what decides what has to travel. The map wants slices of the width, of 
 
     FSDP2           shards lora_A by rows and lora_B by rows, which are slices of its width: lora_A alone travels
     ZeRO-3          shards each factor flat, by rows again where its rows divide by the ranks
-    ZeRO-1, 2       give each rank whole layers, and every rank the whole working weights: what is compared across depth
-                    travels, and of a lora_B on which gates alone act each rank maps the rows that it owns. What the map makes
-                    of either is gathered
+    ZeRO-1, 2       give each rank whole layers, and every rank the whole working weights: both sides travel, and what the map
+                    makes of them is gathered
 
 A side travels where the map changes it, or reads it to change another: three times in a step (gradients in and out, masters in),
 and where working weights are sharded once more for each time that effective values are written.
@@ -16,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
 from math import ceil, log2
 
 import torch
 
 from structlora_trl import StructLoRAConfig
-from structlora_trl.core.mapping import compared_sides, maps_by_row, moved_sides
+from structlora_trl.core.mapping import compared_sides, mapped_sides
 
 from .overhead import OURS, SMOLLM2_STACK, STACKS, Stack, build_kind
 
@@ -43,7 +41,6 @@ class Side:
     is_moved: bool  # changed by the map, or read by it to change another
     is_compared: bool  # across depth
     is_noisy: bool  # in training other than at evaluation
-    is_by_row: bool  # lora_B, on which gates alone act
 
     @property
     def numel(self) -> int:
@@ -55,11 +52,9 @@ def sides_of(stack: Stack, method: str) -> Iterator[Side]:
     config = StructLoRAConfig(**OURS[method])
     for name, widths in stack.widths.items():
         kind = build_kind(Stack(stack.name, 2, 1, {name: (1, 1)}), name, torch.device("cpu"))
-        moved, compared = moved_sides(kind, config), compared_sides(kind, config)
+        moved, compared = mapped_sides(kind, config), compared_sides(kind, config)
         for side, width in zip("AB", widths, strict=True):
-            is_b = side == "B"
-            by_row = is_b and maps_by_row(kind, config)
-            yield Side(side, stack.depths, stack.rank, width, side in moved, side in compared, is_b, by_row)
+            yield Side(side, stack.depths, stack.rank, width, side in moved, side in compared, side == "B")
 
 
 def parameter_count(stack: Stack) -> int:
@@ -113,7 +108,7 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
     wholes: list[list[int]] = [[], []]  # bytes of the factors that a first write gathers, and a second one
     exchanged = busiest = 0
     for side in sides_of(stack, method):
-        if not side.is_moved or stays(side, engine):
+        if not side.is_moved:
             continue
         writes = 2 if side.is_noisy else 1  # evaluation weights after a step, and training weights before the next
         is_whole = is_whole_in_model(side, engine)
@@ -128,9 +123,6 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
         holders = row_holders(side.rank, ranks) if engine == "fsdp2" else ranks
         busiest += times * left * FP32 * side.numel / holders
     gathers, gathered = sum(map(lots, wholes)), left * sum(map(sum, wholes))
-    rows = working * most_rows(stack, method, engine, ranks)  # of all ranks, filled up to the most
-    gathers += 2 * ceil(rows / (AT_ONCE // ranks))
-    gathered += 2 * (ranks - 1) * rows
     reduced = FP32 * reduced_count(stack, method)
     return Communication(sum(travelling.values()), gathers, 1, exchanged, gathered, busiest, reduced)
 
@@ -150,24 +142,6 @@ def is_whole_in_model(side: Side, engine: str) -> bool:
     if engine.startswith("zero3"):
         return side.rank * side.width <= PERSISTENT
     return engine.startswith(("zero1", "zero2"))
-
-
-def stays(side: Side, engine: str) -> bool:
-    """Whether each rank maps the rows that it owns, whichever depths they are of."""
-    return side.is_by_row and engine.startswith(("zero1", "zero2"))
-
-
-def most_rows(stack: Stack, method: str, engine: str, ranks: int) -> int:
-    """Numbers of a lora_B that stays, on the rank with most of them; ranks have equal shares of one vector, layer by layer."""
-    share = ceil(parameter_count(stack) / ranks)
-    owned, position = [0] * ranks, 0
-    for _, side in product(range(stack.depths), list(sides_of(stack, method))):
-        size = side.rank * side.width
-        while size:
-            count = min(size, share - position % share)
-            owned[position // share] += count if stays(side, engine) else 0
-            position, size = position + count, size - count
-    return max(owned)
 
 
 def reduced_count(stack: Stack, method: str) -> int:
@@ -224,13 +198,12 @@ def held(stack: Stack, method: str, engine: str, ranks: int) -> Held:
             origins += side.numel / ranks / (side.depths if coordinated else 1)  # one start for all depths
         if engine == "ddp":
             latents += side.numel
-        elif side.is_moved and not stays(side, engine):
+        elif side.is_moved:
             holders = row_holders(side.rank, ranks) if side.name == "A" else ranks
             latents += side.numel / ranks + (side.numel / holders if engine == "fsdp2" else 0)
             own = side.numel / (holders if engine == "fsdp2" else ranks)
             alike = side.depths if engine.startswith(("fsdp2", "zero3")) else 1
             places += (own + side.numel / ranks) / alike
-    latents += most_rows(stack, method, engine, ranks)
     kinds = len(stack.widths)
     graphs = kinds * stack.depths**2 * (FP32 + 2)  # Â in fp32, two kinds of edges in bool
     norms = 0 if engine == "fsdp2" else FP64 * 2 * kinds * stack.depths

@@ -1,4 +1,4 @@
-"""Tables and plots from the store, written into the READMEs between their marks.
+"""Tables and plots from the store, written into README.md here and docs/benchmarks.md, between their marks.
 
 python -m benchmarks.quality.report                    write them
 python -m benchmarks.quality.report --check            fail where they are not what the store gives
@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 DEFAULTS = HERE / "defaults.json"
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
 COHERENCE = HERE / "coherence.json"
-PAGES = (HERE / "README.md", ROOT / "README.md")
+PAGES = (HERE / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
 def written(lines: list[dict]) -> dict[Path, str]:

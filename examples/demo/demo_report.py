@@ -11,8 +11,9 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from structlora_trl.adapters import page
-from structlora_trl.adapters.saved import read_saved
+from structlora_trl.adapters.figures import Run
+from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.adapters.page import write_page as write_runs
 
 NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
 COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}
@@ -52,9 +53,8 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
 
 def write_page(directory: Path) -> None:
     """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
-    page.write_page(
-        directory / PAGE, [page.Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
-    )
+    runs = [Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
+    write_runs(directory / PAGE, runs)
 
 
 def append_check(trained: dict, loaded: dict, same: int, directory: Path) -> None:

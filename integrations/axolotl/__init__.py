@@ -17,7 +17,7 @@ from pydantic import BaseModel, field_validator
 
 from structlora_trl.config import StructLoRAConfig
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 
 NAME = "structlora"
 CARRIERS = ("lora", "qlora")  # Axolotl's adapters that are PEFT's LoRA
@@ -97,11 +97,7 @@ class StructLoRAPlugin(BasePlugin):
 
 
 def _follow_restarts(callback, trainer) -> None:
-    """ReLoRA merges the adapter into the base model and resets it: StructLoRA starts over on the fresh adapter.
-
-    Evaluation weights are merged. Gates and coordinator also start over: what they learned was about directions
-    that are part of the base by then.
-    """
+    """ReLoRA merges the adapter into the base model and resets it: StructLoRA starts over on the fresh adapter."""
     from axolotl.monkeypatch.relora import ReLoRACallback
 
     relora = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ReLoRACallback)), None)
@@ -111,13 +107,9 @@ def _follow_restarts(callback, trainer) -> None:
 
     def on_step_begin(args, state, control, optimizer=None, **kwargs):
         if state.global_step > 0 and state.global_step % relora.jagged_restart_steps == 0:
-            old = callback.runtime
-            old.detach()  # leaves evaluation weights
-            restart(args, state, control, optimizer=optimizer, **kwargs)
-            new = callback.attach(trainer, optimizer)
-            new.step, new.skipped_steps, new.hook_calls = old.step, old.skipped_steps, old.hook_calls
-            new.train()
-            callback.runtime = new
+            callback.start_over(
+                trainer, optimizer, lambda: restart(args, state, control, optimizer=optimizer, **kwargs)
+            )
         return control
 
     relora.on_step_begin = on_step_begin

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 
 USAGE = """\
 usage: structlora-llamafactory train CONFIG.yaml [KEY=VALUE ...]
@@ -109,7 +109,7 @@ def _ray() -> bool:
 
 
 def _wants_torchrun() -> bool:
-    """As llamafactory-cli decides, unless torchrun has started this process already."""
+    """Whether to start processes with torchrun, as llamafactory-cli decides; not within one that torchrun started."""
     from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt
 
     if "LOCAL_RANK" in os.environ:

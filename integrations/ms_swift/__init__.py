@@ -12,8 +12,8 @@ import yaml
 from swift.callbacks import callbacks_map
 
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.options import read_switch
 from structlora_trl.trainers.callback import StructLoRACallback
+from structlora_trl.yaml_block import read_switch
 
 
 class SwiftCallback(StructLoRACallback):

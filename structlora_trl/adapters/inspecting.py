@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import metadata_load
 from torch import Tensor
 from torch.nn.functional import normalize
+from yaml import YAMLError
 
-from ..core.diagnostics import effective_rank, stream_cosine
-from ..core.mapping import Factors, KindMap, split
-from ..core.nodes import Kind, residual_role, split_depth
+from ..core.diagnostics import effective_rank
+from ..core.kinds import Kind, split_depth
 from ..errors import StructLoRAError
-from .saved import Saved
+from .load_adapter import LOG_NAME, Saved
+from .peft_scaling import singular_directions
 
 
 @dataclass
@@ -27,8 +29,10 @@ class DepthReport:
         layer (`str`): the layer's number in its name.
         depth (`int`): its place among the kind's depths, from 0.
         rank (`int`): of its adapter.
-        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or state.
-        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without gates of these.
+        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or
+            state.
+        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without
+            gates of these.
         effective_rank (`float`): exp of the entropy of the update's normalised singular values.
         norm (`float`): Frobenius norm of the update as it is added to the weight.
         coherence (`float`, *optional*): mean similarity with the neighbouring depths.
@@ -51,11 +55,13 @@ class DepthReport:
 
 @dataclass
 class KindReport:
-    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures show.
+    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures
+    show.
 
     Args:
         name (`str`): of the kind.
-        role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None where unknown.
+        role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None
+            where unknown.
         shape (`list[int]`): [L, r, k, d].
         depths (`list[DepthReport]`): its modules, by depth.
         similarity (`list[list[float]]`, *optional*): (L, L) cosines.
@@ -78,7 +84,8 @@ def report(saved: Saved) -> list[KindReport]:
 
 
 def short_names(names: list[str]) -> dict[str, str]:
-    """Each name's shortest end that no other name shares; of a long end, its first and last part where these tell it apart."""
+    """Each name's shortest end that no other name shares; of a long end, its first and last part where these
+    tell it apart."""
     ends = {name: _own_end(name, [other for other in names if other != name]) for name in names}
     brief = {name: ".".join(end) if len(end) < 3 else f"{end[0]}…{end[-1]}" for name, end in ends.items()}
     taken = [*brief.values()]
@@ -92,12 +99,15 @@ def _own_end(name: str, others: list[str]) -> list[str]:
 
 
 def log_history(folder: Path) -> list[dict]:
-    """The Trainer's log, where `trainer_state.json` lies beside the adapter; else nothing.
+    """The Trainer's log, where `trainer_state.json` lies in a folder; else nothing.
+
+    Args:
+        folder (`Path`): of an adapter that was read, `Saved.run_folder`.
 
     Raises:
         StructLoRAError: the file is damaged.
     """
-    path = folder / "trainer_state.json"
+    path = folder / LOG_NAME
     if not path.is_file():
         return []
     try:
@@ -113,30 +123,48 @@ def log_history(folder: Path) -> list[dict]:
     return history
 
 
+def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
+    """The last training loss and the last held-out loss of a Trainer's log; None where it has none."""
+    last = [[e[name] for e in history if isinstance(e.get(name), (int, float))][-1:] for name in ("loss", "eval_loss")]
+    return tuple(values[0] if values else None for values in last)
+
+
+def training_data(saved: Saved) -> str | None:
+    """Names of the data sets in the model card beside the adapter, or beside its run; None where there is
+    none."""
+    for folder in (saved.folder, saved.run_folder):
+        try:
+            card = metadata_load(folder / "README.md") or {}
+        except (OSError, ValueError, YAMLError):
+            continue
+        names = card.get("datasets") or []
+        if names:
+            return names if isinstance(names, str) else ", ".join(map(str, names))
+    return None
+
+
 def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     kind = saved.kinds[index]
-    m = saved.maps[index] if saved.maps else None
 
-    def own(values: Tensor) -> Tensor:
+    def own(values: Tensor | None) -> Tensor | None:
         """Of this expert."""
-        return values[expert] if kind.experts > 1 else values
+        return values[expert] if kind.experts > 1 and values is not None else values
 
-    whole = Factors(*(factor.double() for factor in saved.effective[index]))  # squares of what is finite stay finite
-    factors = Factors(*map(own, split(whole, kind)))
+    factors = saved.factors(index)
+    factors = type(factors)(*map(own, factors))
     modules = kind.modules[expert :: kind.per_depth] if kind.per_depth > 1 else kind.modules
-    gates = m.openness(saved.latents[index]) if m else None
-    gates = None if gates is None else own(gates)  # (L, r)
-    groups = None if m is None or m.groups is None else own(m.group_openness)  # (L, H) of heads, (L, 1) of an expert
-    features = _features(saved, index, whole)  # (L, n) with experts (E, L, n), or None where unknown
-    pair = _stream_factors(saved, index, whole)
-    stream = None if pair is None else own(stream_cosine(*pair))  # (L - 1,)
-    unit = None if features is None else normalize(own(features), dim=1)
+    gates = own(saved.gates(index))  # (L, r)
+    groups = own(saved.group_gates(index))  # (L, H) of heads, (L, 1) of an expert
+    stream = own(saved.stream_cosines(index))  # (L - 1,)
+    semantic = own(saved.semantic_edges(index))  # (L, L)
+    features = own(saved.features(index))  # (L, n)
+    unit = None if features is None else normalize(features, dim=1)
     similarity = None if unit is None else unit @ unit.mT
     scales = torch.tensor([saved.scale(module) for module in modules]).double()
-    singular = scales[:, None] * _singular_values(*factors)  # (L, r)
+    singular = scales[:, None] * singular_directions(*factors).sigma  # (L, r)
     energy = singular.square()
     total = energy.sum(1, keepdim=True)
-    ranks = effective_rank(*factors)
+    ranks = effective_rank(factors.B.mT @ factors.B, factors.A @ factors.A.mT)
     depths = [
         DepthReport(
             module=module.removeprefix("base_model.model."),
@@ -149,13 +177,13 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             norm=float(total[depth].sqrt()),
             coherence=_coherence(similarity, depth),
             stream=_stream(stream, depth),
-            semantic=own(m.graph.semantic)[depth].nonzero().flatten().tolist() if m and m.coordinators else None,
+            semantic=None if semantic is None else semantic[depth].nonzero().flatten().tolist(),
         )
         for depth, module in enumerate(modules)
     ]
     return KindReport(
         name=_name(kind, expert),
-        role=_role(kind, m),
+        role=saved.role(index),
         shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
         similarity=None if similarity is None else similarity.tolist(),
@@ -170,19 +198,6 @@ def _name(kind: Kind, expert: int) -> str:
     return f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name
 
 
-def _role(kind: Kind, m: KindMap | None) -> str | None:
-    return residual_role(kind, m.config.roles if m else None)
-
-
-def _features(saved: Saved, index: int, factors: Factors) -> Tensor | None:
-    """Updates on the sides that are comparable across depth, flattened. A plain adapter does not tell where A began."""
-    if saved.maps:
-        return torch.cat([u.flatten(-2) for u in saved.maps[index].features(factors)], dim=-1)
-    kind = saved.kinds[index]
-    # Nor which side meets the input of experts that are one parameter.
-    return split(factors, kind).B.flatten(-2) if _role(kind, None) == "write" and kind.adapted.experts == 1 else None
-
-
 def _coherence(similarity: Tensor | None, depth: int) -> float | None:
     if similarity is None or len(similarity) == 1:
         return None
@@ -190,21 +205,6 @@ def _coherence(similarity: Tensor | None, depth: int) -> float | None:
     return float(similarity[depth, neighbours].mean())
 
 
-def _stream_factors(saved: Saved, index: int, factors: Factors) -> Factors | None:
-    """What `stream_cosine` compares. Of a plain adapter, for the reasons above, the writers alone."""
-    if saved.maps:
-        return saved.maps[index].stream_factors(factors)
-    kind = saved.kinds[index]
-    A, B = split(factors, kind)
-    return Factors(B.mT, A) if _role(kind, None) == "write" and kind.adapted.experts == 1 else None
-
-
 def _stream(cosines: Tensor | None, depth: int) -> float | None:
     mean = math.nan if cosines is None else float(cosines[max(depth - 1, 0) : depth + 1].nanmean())
     return None if math.isnan(mean) else mean
-
-
-def _singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Of each BA, (L, r), without forming it."""
-    left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.mT).R  # (L, r, r)
-    return torch.linalg.svdvals(left @ right.mT)

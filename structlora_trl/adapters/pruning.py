@@ -1,39 +1,82 @@
-"""Dropping closed directions of a trained adapter: a smaller plain LoRA adapter.
+"""Dropping directions of a finished adapter: a smaller plain LoRA adapter.
 
-A direction j of a module is closed where its gate is open with probability σ(φ_j) below a threshold ('topk_norm': where the
-filter has it closed). Dropping it removes row j of the effective lora_A and column j of the effective lora_B; nothing else
-changes, so the update loses exactly that rank-one part. The gate has made it small, but where lora_B is coordinated (modules
-that write the residual stream) other directions' messages are in it too: measure what it costs.
+Removing row j of a module's lora_A and column j of its lora_B takes exactly that rank-one part out of its
+update. Which go:
+
+* `prune`: those whose gate is closed, that is open with a probability σ(φ_j) below a threshold ('topk_norm':
+  where the filter has it closed). The gate has made the part small, but where lora_B is coordinated (modules
+  that write the residual stream) other directions' messages are in it too: measure what it costs.
+* `select`: of any adapter, those that matter least to a task, among the singular directions of each module's
+  update: directions depend on the basis, and the update does not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
+import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from ..core.mapping import by_module
 from ..errors import StructLoRAError
-from .saved import Saved
-from .scales import with_one_scale
+from .load_adapter import Saved
+from .peft_scaling import holds_experts, modules_with_more, with_one_scale, with_singular_directions
 
 
 @dataclass
 class Pruned:
-    """A pruned adapter.
+    """A smaller adapter.
 
     Args:
         lora (`LoraConfig`): with the new ranks in `rank_pattern`; every module's scale is `lora_alpha / r`.
         tensors (`dict[str, Tensor]`): of its adapter file.
         kept (`dict[str, list[list[int]]]`): module -> directions kept, of each of its experts or of itself.
-        spared (`list[str]`): modules whose directions are all closed: the most open one stays, since PEFT knows no rank 0.
+        spared (`list[str]`): modules none of whose directions would stay, and that keep their best one:
+            `prune` spares all of them, `select` those that PEFT cannot leave out (experts in one parameter,
+            DoRA, biases).
+        left_out (`list[str]`): modules without any direction, which the new adapter does not adapt.
+        share (`float`, *optional*): of the information, or of the squared singular values, that the
+            directions kept carry.
     """
 
     lora: LoraConfig
     tensors: dict[str, Tensor]
     kept: dict[str, list[list[int]]]
     spared: list[str]
+    left_out: list[str] = field(default_factory=list)
+    share: float | None = None
+
+
+def openness(saved: Saved) -> dict[str, Tensor]:
+    """Module -> (E or 1, r), the probability that each of its directions is open.
+
+    Raises:
+        StructLoRAError: no state, no learned gates, or an adapter that holds base weights (PiSSA, KaSA).
+    """
+    if saved.maps is None:
+        raise StructLoRAError(
+            f"no StructLoRA state beside the adapter in {saved.folder}, so that its gates are unknown",
+            "structlora.safetensors, which each checkpoint and each output folder of `structlora sft` holds",
+            "give a checkpoint of the run that made the adapter, or select with `--keep`, which needs no gates",
+        )
+    if saved.holds_base_weights:
+        raise StructLoRAError(
+            "an adapter whose directions began as part of the base weights",
+            "directions that start at zero",
+            "export without pruning",
+        )
+    found = {}
+    for index in range(len(saved.kinds)):
+        gates = saved.gates(index)
+        if gates is None:
+            raise StructLoRAError(
+                f"filter='{saved.config.filter}', which learns no gates",
+                "filter 'ib' or 'topk_norm'",
+                "select with `--keep`, which needs no gates, or train with gates",
+            )
+        found |= saved.by_module(index, gates)
+    return found
 
 
 def prune(saved: Saved, threshold: float) -> Pruned:
@@ -44,35 +87,113 @@ def prune(saved: Saved, threshold: float) -> Pruned:
         threshold (`float`): above 0, at most 1.
 
     Raises:
-        StructLoRAError: a threshold out of range; no state, no learned gates, or an adapter that holds base weights (PiSSA, KaSA).
+        StructLoRAError: a threshold out of range, or as `openness`.
     """
     if not 0 < threshold <= 1:
         raise StructLoRAError(f"a threshold of {threshold}", "a probability above 0, at most 1", "try 0.05")
-    if saved.maps is None:
-        raise StructLoRAError(
-            f"no StructLoRA state beside the adapter in {saved.folder}, so that its gates are unknown",
-            "structlora.safetensors, which each checkpoint and each output folder of `structlora sft` holds",
-            "give a checkpoint of the run that made the adapter, or export without pruning",
-        )
-    if any(m.origin_B is not None for m in saved.maps):
-        raise StructLoRAError(
-            f"an adapter initialised with '{saved.lora.init_lora_weights}', whose directions hold part of the base weights",
-            "directions that start at zero",
-            "export without pruning",
-        )
     kept, spared = {}, []
-    for m, latent in zip(saved.maps, saved.latents, strict=True):
-        gates = m.openness(latent)
-        if gates is None:
-            raise StructLoRAError(
-                f"filter='{m.config.filter}', which learns no gates",
-                "filter 'ib' or 'topk_norm'",
-                "export without pruning, or train with gates",
-            )
-        for module, rows in zip(m.kind.modules, by_module(gates, m.kind), strict=True):
-            kept[module] = [(row >= threshold).nonzero().flatten().tolist() for row in rows]
-            if not any(kept[module]):
-                kept[module] = [[int(row.argmax())] for row in rows]
-                spared.append(module)
+    for module, gates in openness(saved).items():
+        kept[module] = [(row >= threshold).nonzero().flatten().tolist() for row in gates]
+        if not any(kept[module]):
+            kept[module] = [[int(row.argmax())] for row in gates]
+            spared.append(module)
     lora, tensors = with_one_scale(saved.lora, saved.tensors, kept)
     return Pruned(lora, tensors, kept, spared)
+
+
+def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | None = None) -> Pruned:
+    """Keep the singular directions that matter most, over the whole model: ranks differ by module.
+
+    Args:
+        saved (`Saved`): any adapter.
+        keep (`float` or `str`): a share of all directions, above 0 and at most 1; or, as `"99%"`, the fewest
+            that together carry this share of the information.
+        information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
+            same adapter in its singular directions; where omitted, the squared singular values take its
+            place.
+
+    Raises:
+        StructLoRAError: a share out of range, an adapter that adds nothing, or one whose ranks PEFT needs as
+            they are (PiSSA, OLoRA, LoftQ, KaSA).
+    """
+    count_of = _counting(keep)
+    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
+    worth = information or {module: values.square() for module, values in sigma.items()}
+    flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
+    order, total = flat.argsort(descending=True, stable=True), flat.sum()
+    if not total > 0:
+        raise StructLoRAError(
+            "an adapter none of whose directions changes " + ("the loss on these rows" if information else "the model"),
+            "a trained adapter",
+            "give a checkpoint of a later step, or other rows",
+        )
+    count = count_of(flat[order].cumsum(0) / total)
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[order[:count]] = True
+    parts = mask.split([worth[module].numel() for module in sigma])
+    kept, spared, left_out, with_more = {}, [], [], modules_with_more(saved.tensors)
+    for (module, values), part in zip(sigma.items(), parts, strict=True):
+        kept[module] = [row.nonzero().flatten().tolist() for row in part.view_as(values)]
+        if not any(kept[module]):
+            if module in with_more or holds_experts(saved.lora, module) or saved.lora.bias != "none":
+                kept[module][0] = [int(worth[module][0].argmax())]
+                spared.append(module)
+            else:
+                left_out.append(module)
+    lora, tensors = with_one_scale(saved.lora, tensors, kept)
+    return Pruned(lora, tensors, kept, spared, left_out, float(flat[mask].sum() / total))
+
+
+def _counting(keep: float | str):
+    """How many directions to keep, from the shares (n,) that the best 1, 2, ... carry."""
+    text = str(keep).strip()
+    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text)
+    value = float(number[1]) / (100 if number[2] else 1) if number else 0.0
+    if not 0 < value <= 1:
+        raise StructLoRAError(
+            f"`keep` {text}",
+            "a share of the directions above 0 and at most 1, or of the information as 99%",
+            "try 0.25",
+        )
+    if number[2]:
+        return lambda carried: min(int((carried < value - 1e-12).sum()) + 1, len(carried))
+    return lambda carried: max(1, round(value * len(carried)))
+
+
+def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:
+    """What a smaller adapter keeps of the update: order of the directions -> points (share of the directions,
+    share of the squared norm of the update that is left), for the largest singular values, and for the most
+    open gates where these are known."""
+    _, sigma = with_singular_directions(saved.lora, saved.tensors)
+    energy = torch.cat([values.flatten() for values in sigma.values()]).square().sort(descending=True).values
+    total = energy.sum()
+    if not total > 0:
+        return {}
+    curves = {"largest singular values": _sampled(energy.cumsum(0) / total)}
+    if saved.maps is None or saved.holds_base_weights or saved.gates(0) is None:
+        return curves
+    pieces = []  # (openness, module) of each direction, and the Gram matrix of each module's directions
+    for index, kind in enumerate(saved.kinds):
+        A, B = saved.factors(index)
+        gram = (B.mT @ B) * (A @ A.mT)  # (..., L, r, r)
+        scales = torch.tensor([saved.scale(module) for module in kind.modules], dtype=gram.dtype).square()
+        gram = torch.stack([*saved.by_module(index, gram).values()]) * scales[:, None, None, None]
+        gates = torch.stack([*saved.by_module(index, saved.gates(index)).values()])
+        pieces.append((gates.flatten(0, 1), gram.flatten(0, 1)))  # (n, r), (n, r, r)
+    ranked = torch.cat([gates.flatten() for gates, _ in pieces]).sort(descending=True).values
+    points = []
+    for share, _ in curves["largest singular values"]:
+        least = ranked[round(share * len(ranked)) - 1]
+        lost = kept = 0.0
+        for gates, gram in pieces:
+            closed = (gates < least).to(gram.dtype)
+            kept += float((gates >= least).sum())
+            lost += float(torch.einsum("ni,nij,nj->", closed, gram, closed))
+        points.append((kept / len(ranked), max(0.0, 1 - lost / float(total))))
+    return {**curves, "most open gates": points}
+
+
+def _sampled(carried: Tensor, count: int = 64) -> list[tuple[float, float]]:
+    """Points (share, value) of a curve over all directions, evenly spread and with its end."""
+    places = torch.linspace(1, len(carried), min(count, len(carried))).round().long()
+    return [(int(place) / len(carried), float(carried[place - 1])) for place in places]

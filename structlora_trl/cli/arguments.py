@@ -1,166 +1,205 @@
-"""The arguments of a training command: TRL's own, from a YAML file and the command line, and StructLoRA's beside them."""
+"""Arguments of the commands; those of a training command are TRL's own, from a YAML file and the command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import field, fields, make_dataclass
+import os
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..config import StructLoRAConfig
-from ..errors import StructLoRAError
-from ..options import read_options, read_switch
-from ..refusing import refusing
-from .launch import LaunchArguments
-from .methods import Method
+from ..errors import StructLoRAError, refusing
+from ..yaml_block import read_switch
 
-_DESCRIPTION = """{what}, training a LoRA adapter with StructLoRA.
+_DESCRIPTION = """Run TRL's script `{name}` with StructLoRA on its LoRA adapter.
 
-Takes the arguments of `trl {method}`, in a YAML file (--config), on the command line, or both; the command line wins.
-StructLoRA's options go under the key `structlora:` of the file, as in Axolotl and LLaMA-Factory (`structlora: false` is plain
-LoRA). Those whose name no argument of `trl {method}` has may also be keys of their own, and arguments of the command line: all
-but {taken}. They are the last group below. LoRA is always on (lora_r, lora_alpha, lora_target_modules, ...).
-dataset_name may be a .json, .jsonl, .csv or .parquet file, a folder of them, or a data set of the hub.
+Takes the arguments of `trl {name}`, in a YAML file (--config), on the command line, or both; the command line wins.
+StructLoRA's options stand under the key `structlora:` of the file, and are --structlora.NAME on the command line: the last
+group below. `structlora: false` is plain LoRA. LoRA is always on (lora_r, lora_alpha, lora_target_modules, ...).
+dataset_name may be a .json, .jsonl, .csv or .parquet file, a folder of them, or a data set of the hub; test_split_size sets
+rows of it apart for evaluation. Pictures: a folder with a metadata.jsonl, whose `file_names` become the column `images`.
 
 Arguments of `accelerate launch` (--num_processes, ...) start processes, and so does --accelerate_config with a file that
-`accelerate config` writes or one of TRL's names (multi_gpu, zero1, zero2, zero3, fsdp2). Each may be a key of the file too.
+`accelerate config` writes or a name that TRL has (multi_gpu, zero1, zero2, zero3, fsdp2). Each may be a key of the file.
 """
 _EXAMPLES = """examples:
-  structlora init {method} > run.yaml     # a file to start from
-  structlora {method} --config run.yaml
-  structlora {method} --config run.yaml --gate_init 0.8 --learning_rate 1e-4
-  structlora {method} --config run.yaml --structlora false          # plain LoRA, all else equal
-  structlora {method} --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out --load_in_4bit
-  structlora {method} --config run.yaml --accelerate_config zero2 --num_processes 4
-  torchrun --nproc_per_node 8 -m structlora_trl.cli {method} --config run.yaml
+  structlora init {name} > run.yaml     # a file to start from
+  structlora {name} --config run.yaml
+  structlora {name} --config run.yaml --structlora.gate_init 0.8 --learning_rate 1e-4
+  structlora {name} --config run.yaml --structlora false --output_dir lora     # plain LoRA, all else equal
+  structlora {name} --config run.yaml --resume_from_checkpoint true
+  structlora {name} --config run.yaml --accelerate_config zero2 --num_processes 4
+  torchrun --nproc_per_node 8 -m structlora_trl.cli {name} --config run.yaml
 """
+_PREFIX = "structlora."
 
 
 class Arguments(NamedTuple):
     """What a training command was given."""
 
     structlora: StructLoRAConfig | None  # None: plain LoRA
-    script: ScriptArguments
+    overwrite: bool
+    script: Any  # trl.ScriptArguments
     training: Any  # SFTConfig, DPOConfig, ...
-    model: ModelConfig
-    mixture: DatasetMixtureConfig
+    model: Any  # trl.ModelConfig
+    mixture: Any  # trl.DatasetMixtureConfig
     launcher: list[str]  # what is for `accelerate launch`
-    without_launcher: list[str]  # the rest of the command line
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def parse(method: Method, classes: tuple[type, ...], arguments: list[str]) -> Arguments:
+def parser_of(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help shows description and examples line by line."""
+    return argparse.ArgumentParser(
+        f"structlora {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     """Read a training command's arguments.
 
     Args:
-        method (`Method`): the command.
-        classes (`tuple` of types): the dataclasses that its arguments are of.
+        name (`str`): the command.
+        script (module): TRL's script of that name.
         arguments (`list[str]`): the command line after the command.
 
     Raises:
         StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is refused.
         SystemExit: `--help`, or an unknown argument on the command line.
     """
-    taken = {f.name for f in fields(StructLoRAConfig)} & {f.name for c in classes for f in fields(c)}
-    parser = TrlParser(
-        (_beside(taken), *classes),
-        prog=f"structlora {method.name}",
-        usage=f"structlora {method.name} --config run.yaml [--any_argument value]",
-        description=_DESCRIPTION.format(
-            method=method.name, what=method.what, taken=", ".join(f"`{name}`" for name in sorted(taken))
-        ),
-        epilog=_EXAMPLES.format(method=method.name),
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
+    from .launch import launch_parser, words_of
+
+    parser, launcher = _training_parser(name, script), launch_parser()
+    own = _names(parser)
+    launchers = _names(launcher) - own
+    known = own | launchers
+    words = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    path = None
+    if "--config" in words:
+        at = words.index("--config")
+        path = next(iter(words[at + 1 : at + 2]), None) or parser.error("--config needs a file")
+        del words[at : at + 2]
+    for word in words:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag[2:] not in known:
+            parser.error(f"unknown argument {flag}{_hint(flag[2:], known)}")
+    file = {} if path is None else _read_file(path, known | {"env"})
+    os.environ.update({variable: str(value) for variable, value in (file.pop("env", None) or {}).items()})
+    parser.set_defaults_with_config(**file)
+    with refusing("reading the arguments", f"values that `trl {name}` accepts", "correct the argument it names"):
+        try:
+            *theirs, ours, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        except ValueError as error:
+            _refuse_without_gpu(error)
+            raise
+    for_launcher = [*words_of({key: file[key] for key in launchers & file.keys()}, launcher), *rest]
+    if for_launcher:
+        stray = launcher.parse_args([*for_launcher, "."]).training_script
+        if stray != ".":
+            parser.error(f"unexpected {stray!r}; each value follows the --name of its argument")
+    options = {key.removeprefix(_PREFIX): value for key, value in vars(ours).items() if key.startswith(_PREFIX)}
+    return Arguments(_config(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
+
+
+def _training_parser(name: str, script: ModuleType):
+    """TRL's parser, with ours in a group of their own, and LoRA on."""
+    parser = script.make_parser()
+    parser.prog, parser.usage = f"structlora {name}", f"structlora {name} --config run.yaml [--any_argument value]"
+    parser.description, parser.epilog = _DESCRIPTION.format(name=name), _EXAMPLES.format(name=name)
+    parser.formatter_class, parser.allow_abbrev = _HelpFormatter, False
     parser.set_defaults(use_peft=True)
-    parser.set_defaults(lora_task_type=method.lora_task_type)
-    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    launch_arguments = LaunchArguments({flag for action in parser._actions for flag in action.option_strings})
-    arguments, launcher = launch_arguments.split(arguments)
-    _refuse_unknown_flags(parser, launch_arguments.names, arguments)
-    file = _read_file(parser, launch_arguments.names, arguments)
-    block = read_options(file["structlora"]) if isinstance(file.get("structlora"), dict) else {}
-    beside = {name: value for name, value in block.items() if name not in taken}
-    _refuse_options_given_twice(beside, file)
-    parser.set_defaults(**beside)
-    with refusing("reading the arguments", f"values that `trl {method.name}` accepts", "correct the argument it names"):
-        ours, *theirs, surplus = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    surplus = surplus[2 * len(launch_arguments.names & file.keys()) :]  # the file's come first, name and value
-    if surplus:
-        parser.error(f"unexpected {', '.join(map(repr, surplus))}; each value follows the --name of its argument")
-    # A block is a yes; what stands in it has been read.
-    is_on = isinstance(ours.structlora, dict) or read_switch(ours.structlora) is not None
-    options = {**ours.options(), **{name: block[name] for name in taken & block.keys()}}
-    config = StructLoRAConfig.build(options) if is_on else None
-    return Arguments(config, *theirs, [*launch_arguments.of_file(file), *launcher], arguments)
+    if name == "reward":
+        parser.set_defaults(lora_task_type="SEQ_CLS")  # TRL leaves it to the user
+    output = "Replace a finished adapter that `output_dir` holds."
+    parser.add_argument("--overwrite", nargs="?", type=_yaml_value, const=True, default=False, help=output)
+    group = parser.add_argument_group("StructLoRA")
+    switch = "Train StructLoRA. 'false' trains plain LoRA, with all else equal."
+    group.add_argument("--structlora", nargs="?", type=_yaml_value, const=True, default=True, help=switch)
+    for option in fields(StructLoRAConfig):
+        text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
+        flag = f"--{_PREFIX}{option.name}"
+        group.add_argument(flag, type=_yaml_value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    return parser
 
 
-def _beside(taken: set[str]) -> type:
-    """`StructLoRAConfig` for a parser that has a trainer's arguments too, without the names that are taken."""
-    types = get_type_hints(StructLoRAConfig)
-    without = [
-        (f.name, types[f.name], field(default=f.default, init=False))
-        for f in fields(StructLoRAConfig)
-        if f.name in taken
-    ]
-    switch = field(default=True, metadata={"help": "Train StructLoRA. 'false' trains plain LoRA, with all else equal."})
-    return make_dataclass(
-        "StructLoRAArguments",
-        [*without, ("structlora", bool, switch)],
-        bases=(StructLoRAConfig,),
-        namespace={"_argument_group_name": "StructLoRA"},
-    )
+def _yaml_value(text: str) -> Any:
+    """A value as the YAML file would have it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
 
 
-def _refuse_unknown_flags(parser: TrlParser, of_launcher: set[str], arguments: list[str]) -> None:
-    known = {flag for action in parser._actions for flag in action.option_strings}
-    known |= {f"--{name}" for name in of_launcher}
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if name.startswith("--") and name not in known | {"--config"}:
-            near = difflib.get_close_matches(name, sorted(known), 1)
-            parser.error(f"unknown argument {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-
-
-def _refuse_options_given_twice(block: dict, file: dict) -> None:
-    for name in block.keys() & file.keys():
+def _config(block: Any, options: dict) -> StructLoRAConfig | None:
+    """What stands under `structlora:`, with the options of the command line over it."""
+    if options and block is False:
         raise StructLoRAError(
-            f"`{name}` under `structlora:` and beside it", "each option once", "keep the one under `structlora:`"
+            f"structlora=false and {', '.join(f'{_PREFIX}{name}' for name in options)}",
+            "options for a run that trains StructLoRA",
+            "remove the options for plain LoRA, or `structlora=false`",
         )
+    if options:
+        block = {**(block if isinstance(block, dict) else {}), **options}
+    return read_switch(block)
 
 
-def _read_file(parser: TrlParser, of_launcher: set[str], arguments: list[str]) -> dict:
-    """The keys and values of the YAML file, every key known; empty where none is named."""
-    if "--config" not in arguments:
-        return {}
-    path = "".join(arguments[arguments.index("--config") + 1 :][:1])
+def _names(parser: argparse.ArgumentParser) -> set[str]:
+    """What may stand after `--`, and as a key of the YAML file."""
+    return {flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, in words. Options of ours without their prefix count as misspelt."""
+    names = {**{option.name: _PREFIX + option.name for option in fields(StructLoRAConfig)}, **{n: n for n in known}}
+    begun = [n for n in names if name.startswith(n) and 2 * len(n) > len(name)]  # lora_rank is lora_r, not local_rank
+    near = difflib.get_close_matches(name, names, 1, 0.9) or sorted(begun, key=len)[-1:]
+    near = near or difflib.get_close_matches(name, names, 1)
+    return f" (did you mean `{names[near[0]]}`?)" if near else ""
+
+
+def _read_file(path: str, known: set[str]) -> dict:
+    """The keys and values of the YAML file, every key known."""
     if not Path(path).is_file():
-        parser.error("--config needs a file") if not path else None
         raise StructLoRAError(f"no file {path}", "a YAML file of arguments", "correct the path after `--config`")
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StructLoRAError(
-            f"{path} unreadable ({' '.join(str(error).split())})", "YAML", "fix the file where the message points"
-        ) from error
+        message = " ".join(str(error).split())
+        raise StructLoRAError(f"{path} unreadable ({message})", "YAML", "fix the file where it points") from error
     if not isinstance(options, dict):
         raise StructLoRAError(f"{path} without keys", "lines of `key: value`", "write one argument a line")
-    known = {action.dest for action in parser._actions if action.dest != "help"} | {"env"} | of_launcher
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), sorted(known), 1)
-            hint = f" (did you mean `{near[0]}`?)" if near else ""
             raise StructLoRAError(
-                f"an unknown key `{name}` in {path}{hint}",
+                f"an unknown key `{name}` in {path}{_hint(str(name), known)}",
                 "arguments that `--help` lists",
                 "correct or remove it",
             )
+    if not isinstance(options.get("env") or {}, dict):
+        raise StructLoRAError(f"env={options['env']!r} in {path}", "`NAME: value` lines under `env:`", "indent them")
     return options
+
+
+def _refuse_without_gpu(error: ValueError) -> None:
+    """What transformers says of bf16, TRL's default, where there is no GPU or one without bf16."""
+    import torch
+
+    if "bf16/gpu" not in str(error):
+        return
+    if torch.cuda.is_available():
+        found, remedy = "bf16 on a GPU that does not have it", "set `bf16: false` and `fp16: true`"
+    else:
+        found, remedy = "no GPU", "set `use_cpu: true` to train on the CPU (slow: for tiny models and trials)"
+    raise StructLoRAError(found, "a GPU, on which TRL trains in bf16 by default", remedy) from error

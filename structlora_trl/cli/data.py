@@ -1,76 +1,109 @@
-"""Data for the training commands: local files and folders, the hub's data sets, and TRL's mixtures."""
+"""Local data in the form that TRL's scripts load, and checks of it before the model is loaded."""
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
 import datasets
+from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl.scripts.utils import DatasetConfig
 
-from ..errors import StructLoRAError
-from ..refusing import refusing
+from ..errors import StructLoRAError, refusing
 
-_log = logging.getLogger(__name__)
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_PICTURES = ("images", "image")
+_PAIRS = (("chosen", "rejected"),)
+# Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
+_COLUMNS = {
+    "sft": (("messages",), ("prompt", "completion"), ("conversations",)),
+    "dpo": _PAIRS,
+    "reward": _PAIRS,
+    "kto": (("prompt", "completion", "label"), *_PAIRS),
+    "grpo": (("prompt",),),
+    "rloo": (("prompt",),),
+}
 
 
-def load(
-    script: ScriptArguments, mixture: DatasetMixtureConfig, evaluate: bool, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The training rows, and the evaluation rows where they are asked for.
-
-    Where a `dataset_name` is local, paths of pictures (columns `images` or `image`) count from its folder.
-
-    Args:
-        script (`ScriptArguments`): a data set by name or path, and its splits.
-        mixture (`DatasetMixtureConfig`): or several; `test_split_size` splits either.
-        evaluate (`bool`): whether evaluation rows are needed.
-        seed (`int`): of the split by `test_split_size`.
+def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
+    """Write local files, and a data set that `test_split_size` splits, as the mixtures that TRL's scripts load.
 
     Raises:
-        StructLoRAError: no data, a path that does not exist, files that cannot be read, or a missing split.
+        StructLoRAError: no data, a path that does not exist, or an empty file.
     """
-    if not script.dataset_name and not mixture.datasets:
+    if mixture.datasets:
+        for part in mixture.datasets:
+            part.path, part.data_files = _builder(part.path, part.data_files)
+        return
+    if not script.dataset_name:
         raise StructLoRAError(
             "neither `dataset_name` nor `datasets`",
             "one of them",
             "set `dataset_name` to a file, a folder or a data set of the hub, or list several under `datasets`",
         )
-    if script.dataset_name and mixture.datasets:
-        _log.warning("Both `datasets` and `dataset_name` are given; `dataset_name` is ignored, as TRL's scripts do.")
+    path, files = _builder(script.dataset_name, None)
+    if files is None and mixture.test_split_size is None:
+        script.dataset_name = path
+        return
+    part = DatasetConfig(path, script.dataset_config, data_files=files, split=script.dataset_train_split)
+    mixture.datasets, mixture.streaming = [part], script.dataset_streaming
+    script.dataset_name, script.dataset_train_split = None, "train"  # as a mixture names its rows
+    if mixture.test_split_size is not None:
+        script.dataset_test_split = "test"
+
+
+def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> None:
+    """Load the data as the script will (the second time comes from the cache), and look at splits and columns.
+
+    Args:
+        name (`str`): the script.
+        script (`ScriptArguments`), mixture (`DatasetMixtureConfig`): the data, as `as_mixture` left them.
+        training (`TrainingArguments`): whether there is an evaluation.
+
+    Raises:
+        StructLoRAError: files that cannot be read, a missing split, or columns that the script does not take.
+    """
     with refusing(
-        "loading the data", "files or a data set that `datasets` reads", "correct `dataset_name` or `datasets`"
+        "loading the data",
+        "files or a data set that `datasets` reads",
+        "correct `dataset_name` or `datasets`",
+        also=(AttributeError, DatasetsError),  # AttributeError: streamed rows have no split
     ):
         if mixture.datasets:
-            for part in mixture.datasets:
-                part.path, part.data_files = _builder(part.path, part.data_files)
             splits = get_dataset(mixture)
         else:
-            path, files = _builder(script.dataset_name, None)
             splits = datasets.load_dataset(
-                path, name=script.dataset_config, data_files=files, streaming=script.dataset_streaming
+                script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
             )
-            splits = {name: _with_pictures(split, script.dataset_name) for name, split in splits.items()}
-            if mixture.test_split_size is not None:
-                train = _split(splits, script.dataset_train_split, "dataset_train_split")
-                splits = train.train_test_split(test_size=mixture.test_split_size, seed=seed)
-                return splits["train"], splits["test"] if evaluate else None
-    train = _split(splits, script.dataset_train_split, "dataset_train_split")
-    return train, _split(splits, script.dataset_test_split, "dataset_test_split") if evaluate else None
+    rows = _split(splits, script.dataset_train_split, "dataset_train_split")
+    if training.eval_strategy != "no":
+        _split(splits, script.dataset_test_split, "dataset_test_split")
+    found, accepted = rows.column_names, _COLUMNS.get(name, ())
+    if name == "sft":
+        accepted = (*accepted, (training.dataset_text_field,))
+    is_tokenized = any(column.endswith("_ids") for column in found or ())
+    if found and accepted and not is_tokenized and not any({*columns} <= {*found} for columns in accepted):
+        raise StructLoRAError(
+            f"the columns {', '.join(found)} in the data",
+            "the columns " + "; or ".join(", ".join(columns) for columns in accepted),
+            "rename the columns, or choose the command for data of this form",
+        )
 
 
 def _builder(path: str, files):
-    """What `load_dataset` calls a local file: its builder and its path."""
+    """What `load_dataset` calls a local file: its builder and its path. Other names stay."""
     builder = _BUILDERS.get(Path(path).suffix)
     if builder is None and not path.startswith((".", "/", "~")):
         return path, files
     path = os.path.expanduser(path)
     if not os.path.exists(path):
-        raise StructLoRAError(f"no file or folder {path}", "data to train on", "correct the path, or make the file")
-    return (builder, path) if builder and os.path.isfile(path) else (path, files)
+        what = "file" if builder else "folder"
+        raise StructLoRAError(f"no {what} {path}", "data to train on", "correct the path, or make it")
+    if builder is None or not os.path.isfile(path):
+        return path, files
+    if not Path(path).read_bytes()[:4096].strip():
+        raise StructLoRAError(f"{path} empty", "rows to train on", "write the rows, or correct the path")
+    return builder, path
 
 
 def _split(splits, name: str, argument: str):
@@ -78,24 +111,7 @@ def _split(splits, name: str, argument: str):
         raise StructLoRAError(
             f"no split '{name}' in the data (it has {', '.join(map(repr, splits))})",
             f"the split that `{argument}` names",
-            f"set `{argument}`; for evaluation, `test_split_size: 0.1` sets rows apart, and `eval_strategy: 'no'` needs none",
+            f"set `{argument}`; for evaluation, `test_split_size: 0.1` sets rows apart, and `eval_strategy: 'no'` "
+            "needs none",
         )
     return splits[name]
-
-
-def _with_pictures(split, source: str):
-    folder = Path(os.path.expanduser(source))
-    folder = folder.parent if folder.is_file() else folder
-    for column in _PICTURES:
-        feature = (split.features or {}).get(column)
-        one = getattr(feature, "feature", feature)
-        if getattr(one, "dtype", None) not in ("string", "large_string"):
-            continue
-
-        def whole(row, column=column):
-            value = row[column]
-            return {column: str(folder / value) if isinstance(value, str) else [str(folder / path) for path in value]}
-
-        picture = datasets.Image()
-        split = split.map(whole).cast_column(column, picture if one is feature else type(feature)(picture))
-    return split

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..adapters.inspecting import KindReport, log_history, report
-from ..adapters.page import Run, write_page
-from ..adapters.saved import Saved, read_saved
-from .parser import parser_of
+from .arguments import parser_of
+
+if TYPE_CHECKING:
+    from ..adapters.inspecting import KindReport
+    from ..adapters.load_adapter import Saved
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
@@ -23,53 +25,88 @@ For each kind of module and each depth, named by its layer's number:
   stream     the same for what the update reads from the residual stream, or writes to it, as a subspace: from 0 to 1, and
              whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
-What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'.
+What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter
+lies alone, the state is that of the newest checkpoint near it that holds the same adapter.
+
+--html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
+information that the rows hold about each direction, and the loss at each size (`structlora export --keep`).
 """
 _EXAMPLES = """examples:
   structlora inspect out
   structlora inspect out/checkpoint-500 --plot figures     # needs matplotlib: pip install "structlora-trl[plot]"
   structlora inspect out --html report.html --against lora  # a page to look at, with two runs side by side
+  structlora inspect out --html report.html --data rows.jsonl
   structlora inspect out --json | jq '.kinds[0].depths[0]'
 """
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Print a table, or JSON; with `--plot`, write figures.
+    """Print a table, or JSON; with `--plot`, write figures; with `--html`, a page.
 
     Raises:
-        StructLoRAError: nothing there to read; or figures are asked for and matplotlib is missing.
+        StructLoRAError: nothing there to read; or figures are asked for and matplotlib or jinja2 is missing.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("adapter", type=Path, help="folder of the adapter or checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figures (PNG and PDF) to this folder")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page: one HTML file, with all figures in it")
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another adapter, beside this one on the page")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another adapter, beside this one in the figures"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="rows to measure smaller adapters on, for the figures"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="base model for --data; default: the one named in the adapter")
     given = parser.parse_args(arguments)
-    if given.against and not given.html:
-        parser.error("--against needs --html")
-    if given.plot:
-        from ..adapters import plots  # before the work, so that a missing matplotlib is told at once
+    is_drawn = given.html or given.plot
+    for name in ("against", "data"):
+        if getattr(given, name) and not is_drawn:
+            parser.error(f"--{name} needs --html or --plot")
+    if given.base and not given.data:
+        parser.error("--base needs --data")
+    # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
+    from ..adapters.export import information_curves
+    from ..adapters.inspecting import final_losses, log_history, report
+    from ..adapters.load_adapter import read_saved
+
+    if is_drawn:
+        from ..adapters import figures
+    if given.html:
+        from ..adapters.page import write_page
     saved = read_saved(given.adapter)
     kinds = report(saved)
     if given.json:
         facts = {"adapter": str(given.adapter), "step": saved.step}
-        facts["options"] = saved.maps[0].config.options() if saved.maps else None
+        facts["options"] = saved.config.options() if saved.config else None
         print(json.dumps({**facts, "kinds": [asdict(kind) for kind in kinds]}, indent=2))
     else:
-        print(table(saved, kinds))
+        print(f"{summary(saved, kinds, final_losses(log_history(saved.run_folder)))}\n{table(kinds)}")
+    if not is_drawn:
+        return
+    folders = [given.adapter, *([given.against] if given.against else [])]
+    runs = []
+    for folder, name in zip(folders, _run_names(folders), strict=True):
+        adapter = saved if folder is given.adapter else read_saved(folder)
+        curves = information_curves(adapter, given.data, given.base) if given.data else []
+        runs.append(figures.Run.of(name, adapter, curves))
+    lines = []
     if given.plot:
-        written, lacking = plots.write(given.plot, kinds, log_history(saved.folder))
-        if not given.json:
-            print(f"\nWrote {', '.join(written)} to {given.plot}.")
-            for reason in lacking:
-                print(f"No {reason}.")
+        drawn = figures.charts(runs)
+        lines += [f"\nWrote {', '.join(figures.write(given.plot, drawn))} to {given.plot}."]
+        lines += [f"No {reason}." for key, reason in _LACKING.items() if key not in {chart.key for chart in drawn}]
     if given.html:
-        folders = [given.adapter, *([given.against] if given.against else [])]
-        found = [saved, *map(read_saved, folders[1:])]
-        write_page(given.html, [Run.of(*pair) for pair in zip(_run_names(folders), found, strict=True)])
-        if not given.json:
-            print(f"\nWrote {given.html}.")
+        write_page(given.html, runs)
+        lines += [f"\nWrote {given.html}."]
+    if not given.json:
+        print("\n".join(lines))
+
+
+_LACKING = {
+    "gates": "gate map: the adapter has no learned gates, or no state beside it",
+    "similarity": "similarity map: it needs StructLoRA's state and two depths",
+    "training": "curves of the training: no trainer_state.json beside the adapter",
+}
 
 
 def _run_names(folders: list[Path]) -> list[str]:
@@ -78,16 +115,37 @@ def _run_names(folders: list[Path]) -> list[str]:
     return names if len({*names}) == len(names) else [str(folder) for folder in folders]
 
 
-def table(saved: Saved, kinds: list[KindReport]) -> str:
-    """Text for a terminal."""
-    if saved.maps:
-        config = saved.maps[0].config
+def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, float | None]) -> str:
+    """What matters most, in a few lines: what the adapter is, its gates, its last losses."""
+    if saved.config:
+        config = saved.config
         lines = [
             f"{saved.folder}: StructLoRA after {saved.step} steps, filter {config.filter}, coordinator {config.coordinator} "
             f"({config.edges})"
         ]
     else:
         lines = [f"{saved.folder}: a LoRA adapter without StructLoRA's state"]
+    if saved.run_folder != saved.folder:
+        what = "State and log" if saved.maps else "Log"
+        lines.append(f"{what} of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
+    depths = [depth for kind in kinds for depth in kind.depths]
+    directions = sum(depth.rank for depth in depths)
+    line = f"{directions:,} directions in {len(depths):,} modules, mean effective rank "
+    line += f"{sum(depth.effective_rank for depth in depths) / len(depths):.2f}"
+    gates = [gate for depth in depths for gate in depth.gates or ()]
+    if gates:
+        line += (
+            f"; gates: mean openness {sum(gates) / len(gates):.3f}, the least {min(gates):.3f}, "
+            f"{sum(gate <= 0.5 for gate in gates):,} more shut than open"
+        )
+    for name, loss in zip(("training", "held-out"), losses, strict=True):
+        line += "" if loss is None else f"; {name} loss {loss:.4g}"
+    return "\n".join([*lines, line + "."])
+
+
+def table(kinds: list[KindReport]) -> str:
+    """Text for a terminal."""
+    lines = []
     for kind in kinds:
         depth_count, rank, k, d = kind.shape
         role = {"read": "reads", "write": "writes"}.get(kind.role)

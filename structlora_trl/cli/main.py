@@ -8,20 +8,26 @@ import os
 import re
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
+from .. import __version__
 from ..errors import StructLoRAError
 
-# command -> (module of this package with a `run(command, arguments)`, what it does)
-COMMANDS = {
-    "sft": ("train", "supervised fine-tuning with TRL's SFTTrainer"),
-    "dpo": ("train", "preference optimisation with TRL's DPOTrainer"),
-    "kto": ("train", "preference optimisation on rows judged one by one, with TRL's KTOTrainer"),
-    "reward": ("train", "a reward model, with TRL's RewardTrainer"),
-    "grpo": ("train", "reinforcement learning from reward functions with TRL's GRPOTrainer"),
-    "rloo": ("train", "the same with TRL's RLOOTrainer"),
-    "init": ("init", "print a commented YAML file for one of the above"),
-    "inspect": ("inspect", "what an adapter or checkpoint has learned, by module and depth"),
-    "export": ("export", "a plain LoRA adapter of a checkpoint; pruned or merged if asked"),
+# Commands that run the script of TRL of the same name, and what they do.
+TRAINING = {
+    "sft": "supervised fine-tuning with TRL's SFTTrainer",
+    "dpo": "preference optimisation with TRL's DPOTrainer",
+    "kto": "preference optimisation on rows judged one by one, with TRL's KTOTrainer",
+    "reward": "a reward model, with TRL's RewardTrainer",
+    "grpo": "reinforcement learning from reward functions with TRL's GRPOTrainer",
+    "rloo": "the same with TRL's RLOOTrainer",
+}
+# Commands that are modules of this package.
+OTHERS = {
+    "init": "print a commented YAML file for one of the above",
+    "inspect": "what an adapter or checkpoint has learned, by module and depth",
+    "export": "a plain LoRA adapter of a checkpoint; pruned or merged if asked",
 }
 TRACEBACK = "STRUCTLORA_TRACEBACK"
 _DESCRIPTION = """Train LoRA adapters with StructLoRA (arXiv 2603.14228), look into them, and export them.
@@ -40,8 +46,11 @@ _EXAMPLES = f"""examples:
 
 `structlora COMMAND --help` says more. {TRACEBACK}=1 in the environment shows where an error comes from.
 """
+_TRAINING_SCRIPT = "def main(script_args, training_args, model_args, dataset_args)"
 # The DeepSpeed launcher puts it before the script's own arguments; LOCAL_RANK in the environment says the same.
 _LOCAL_RANK = re.compile(r"--local[_-]rank(=.*)?")
+# What a shell reports of a process that ended by the signals SIGINT and SIGPIPE.
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,29 +60,42 @@ def main(arguments: list[str] | None = None) -> int:
         arguments (`list[str]`, *optional*): those of the process where omitted.
 
     Returns:
-        `int`: the exit code: 0, 1 or 2.
+        `int`: the exit code: 0, 1, 2, 130 after Ctrl-C, or 141 where the reader of the output has closed it.
     """
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as in `structlora inspect out | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
+    commands = {**TRAINING, **{name: f"TRL's script of this name, {name}.py" for name in _more_scripts()}, **OTHERS}
     parser = argparse.ArgumentParser(
         "structlora",
         usage="structlora COMMAND [options]",
-        description=_DESCRIPTION.format(
-            commands="\n".join(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items())
-        ),
+        description=_DESCRIPTION.format(commands="\n".join(f"  {n:12} {what}" for n, what in commands.items())),
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"structlora {__version__}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     try:
-        given = parser.parse_args(_without_local_rank(sys.argv[1:] if arguments is None else arguments))
+        given = parser.parse_args(_without_local_rank(arguments))
         if given.command is None:
             parser.print_help()
             return 2
-        if given.command not in COMMANDS:
-            near = difflib.get_close_matches(given.command, COMMANDS, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(COMMANDS)}"
+        if given.command not in commands:
+            near = difflib.get_close_matches(given.command, commands, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(commands)}"
             parser.error(f"unknown command '{given.command}'; {hint}")
-        import_module(f".{COMMANDS[given.command][0]}", __package__).run(given.command, given.rest)
+        module = given.command if given.command in OTHERS else "train"
+        import_module(f".{module}", __package__).run(given.command, given.rest)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a usage error
         return int(stop.code or 0)
     except StructLoRAError as error:
@@ -82,6 +104,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"structlora {given.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _more_scripts() -> list[str]:
+    """Training scripts of the installed TRL that `TRAINING` does not describe; found without importing TRL."""
+    spec = find_spec("trl")
+    folders = spec.submodule_search_locations if spec else []
+    files = [path for folder in folders for path in sorted(Path(folder, "scripts").glob("*.py"))]
+    found = [path.stem for path in files if _TRAINING_SCRIPT in path.read_text(encoding="utf-8")]
+    return [name for name in found if name not in TRAINING]
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:

@@ -1,144 +1,123 @@
-"""The training commands: TRL's scripts, with StructLoRA's callback on the trainer."""
+"""The training commands: TRL's script of the same name, with StructLoRA's callback on its trainer."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from transformers import set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from transformers import TrainerCallback, set_seed
+from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
-from ..errors import StructLoRAError
+from ..errors import refusing
 from ..model_card import CARD_NAME, undescribe
-from ..refusing import refusing
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
+from .checks import check_arguments, last_checkpoint, whole_checkpoints
 from .launch import is_started, launch
-from .methods import METHODS
-from .rewards import reward_functions
+from .main import INTERRUPTED
+
+
+class _Around(TrainerCallback):
+    """What a command says and does around TRL's script: where training begins, and beside the adapter it saves.
+
+    Args:
+        given (`Arguments`): the command's arguments.
+        callback (`StructLoRACallback` or None): the trainer's; None in a run of plain LoRA.
+        setting_up (`ExitStack`): turns other libraries' errors into ours; emptied when training begins.
+    """
+
+    def __init__(self, given: Arguments, callback: StructLoRACallback | None, setting_up: ExitStack):
+        self.given, self.callback, self._setting_up = given, callback, setting_up
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._setting_up.pop_all()
+        if state.is_world_process_zero and self.callback is None:
+            print("structlora: false, so this run is plain LoRA.", flush=True)
+        if state.is_world_process_zero and self.given.training.resume_from_checkpoint:
+            print(f"Continuing from {self.given.training.resume_from_checkpoint}.", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Before the script saves the adapter, and perhaps pushes the folder."""
+        output = Path(args.output_dir)
+        if state.is_world_process_zero:
+            output.mkdir(parents=True, exist_ok=True)
+            state.save_to_json(str(output / TRAINER_STATE_NAME))
+            if self.callback is None:  # what a run of the other kind left there
+                (output / STATE_NAME).unlink(missing_ok=True)
+            if self.callback is None or self.callback.config.is_off:
+                undescribe(output / CARD_NAME)
+        if self.callback is not None and (self.callback.runtime.is_sharded or state.is_world_process_zero):
+            save_state(self.callback.runtime, output)
 
 
 def run(command: str, arguments: list[str]) -> None:
     """Train, and save to `output_dir`: the adapter, StructLoRA's state and the trainer's log.
 
     Args:
-        command (`str`): a key of `METHODS`.
+        command (`str`): the name of one of TRL's training scripts.
         arguments (`list[str]`): the command line after it.
 
     Raises:
         StructLoRAError: an argument, data, model or set-up that cannot be used; the message says why.
+        SystemExit: after Ctrl-C.
     """
-    method, is_worker = METHODS[command], is_started()
-    trainer_class, classes = method.load()
-    given = parse(method, classes, arguments)
-    if given.launcher and not is_worker:
-        return launch(given.launcher, [command, *given.without_launcher])
-    checkpoint = _checkpoint(given)
-    callback = StructLoRACallback(given.structlora) if given.structlora is not None else None
-    rewards = {"reward_funcs": reward_functions(given.script)} if method.is_online else {}
-    trainer = _trainer(trainer_class, given, callbacks=[callback] if callback else [], **rewards)
-    if callback is None:
-        trainer.accelerator.print("structlora: false, so this run is plain LoRA.")
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-    output = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():  # what a run of the other kind left there; before saving, which may push
-        if callback is None:
-            (output / STATE_NAME).unlink(missing_ok=True)
-        if callback is None or given.structlora.is_off:
-            undescribe(output / CARD_NAME)
-    trainer.save_model()
-    trainer.save_state()
-    if callback is not None and (callback.runtime.is_sharded or trainer.is_world_process_zero()):
-        save_state(callback.runtime, output)
-    hint = "" if callback is None else f" `structlora inspect {output}` looks into it."
-    trainer.accelerator.print(f"Saved to {output}: a plain LoRA adapter.{hint}")
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset_name=given.script.dataset_name)
-    compat.end_training(trainer)
-
-
-def _trainer(trainer_class: type, given: Arguments, **more):
-    train_rows, evaluation_rows = data.load(
-        given.script, given.mixture, given.training.eval_strategy != "no", given.training.seed
-    )
-    lora = _lora_config(given.model)
-    given.training.model_init_kwargs = _loading(given)
-    set_seed(given.training.seed)  # of the adapter's start; TRL did this itself only later than 0.24
     with refusing(
-        f"setting up the {trainer_class.__name__}",
-        "a model, a tokenizer and rows that it can train on",
-        "correct the argument it names (`model_name_or_path`, the columns of the data, ...)",
+        f"importing TRL's script {command}",
+        "versions of TRL and transformers that fit together",
+        "upgrade TRL: `pip install --upgrade trl`",
     ):
-        trainer = trainer_class(
-            model=given.model.model_name_or_path,
-            args=given.training,
-            train_dataset=train_rows,
-            eval_dataset=evaluation_rows,
-            peft_config=lora,
-            **more,
-        )
-    if given.script.ignore_bias_buffers:
-        buffers = trainer.model.named_buffers()  # as TRL's script does
-        trainer.model._ddp_params_and_buffers_to_ignore = [name for name, b in buffers if b.dtype == torch.bool]
-    return trainer
-
-
-def _lora_config(model: ModelConfig):
-    if not model.model_name_or_path:
-        raise StructLoRAError(
-            "no `model_name_or_path`", "a model to adapt", "set it to a folder or to a model of the hub"
-        )
-    if not model.use_peft:
-        raise StructLoRAError(
-            "use_peft=False in the arguments",
-            "LoRA, which StructLoRA trains (and plain LoRA with `structlora: false`)",
-            "remove `use_peft`",
-        )
-    lora = get_peft_config(model)
-    if isinstance(lora.target_modules, str) and lora.target_modules.isidentifier():
-        lora.target_modules = {lora.target_modules}  # TRL makes one name a string, which PEFT takes as a pattern
-    return lora
-
-
-def _loading(given: Arguments) -> dict:
-    """How the trainer loads the model: TRL's arguments, and what `model_init_kwargs` adds to them."""
-    model = given.model
-    loading = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        "trust_remote_code": compat.trusts_remote_code(given.training, model),
-    }
-    quantisation = get_quantization_config(model)
-    if quantisation is not None:
-        loading["quantization_config"] = quantisation
-        if not is_deepspeed_zero3_enabled():  # there transformers refuses a device map
-            loading["device_map"] = {"": given.training.device}
-    return loading | (given.training.model_init_kwargs or {})
-
-
-def _checkpoint(given: Arguments) -> str | None:
-    """The checkpoint to resume from: a path, or with 'true' the last one of `output_dir`."""
-    asked, output = given.training.resume_from_checkpoint, given.training.output_dir
-    if asked in (None, False) or str(asked).lower() in ("false", "none", ""):
-        return None
-    if str(asked).lower() == "true":
-        found = get_last_checkpoint(output) if Path(output).is_dir() else None
-        if found is None:
-            raise StructLoRAError(
-                f"no checkpoint in {output}",
-                "one to resume from",
-                "remove `resume_from_checkpoint` to start over, or correct `output_dir`",
+        script = compat.trl_script(command)
+    given = parse(command, script, arguments)
+    if given.launcher and not is_started():
+        return launch(given.launcher, [command, *arguments])
+    checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
+    check_arguments(given)
+    data.as_mixture(given.script, given.mixture)
+    data.check(command, given.script, given.mixture, given.training)
+    set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
+    callback = None if given.structlora is None else StructLoRACallback(given.structlora)
+    before = list(DEFAULT_CALLBACKS)
+    try:
+        with ExitStack() as setting_up, compat.resuming(checkpoint):
+            # Until training begins, other libraries' errors are about what the user gave.
+            setting_up.enter_context(
+                refusing(
+                    f"setting up TRL's script {command} with {given.model.model_name_or_path}",
+                    "a model, a tokenizer and rows that it can train on",
+                    "correct the argument it names (`model_name_or_path`, the columns of the data, ...)",
+                    also=(AttributeError,),  # of `reward_funcs`
+                )
             )
-        return found
-    if not Path(asked).is_dir():
-        raise StructLoRAError(
-            f"no folder {asked}", "a checkpoint to resume from", "correct `resume_from_checkpoint`, or set it to `true`"
+            DEFAULT_CALLBACKS.extend([*([callback] if callback else []), _Around(given, callback, setting_up)])
+            script.main(given.script, given.training, given.model, given.mixture)
+    except KeyboardInterrupt:
+        if _is_first_process():
+            print(_how_to_go_on(command, arguments, given.training.output_dir), file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        DEFAULT_CALLBACKS[:] = before
+    if _is_first_process():
+        hint = shlex.join(["structlora", "inspect", given.training.output_dir])
+        print("The adapter is plain LoRA." + (f" `{hint}` looks into it." if callback else ""))
+
+
+def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:
+    again = ["structlora", command, *arguments]
+    whole = whole_checkpoints(Path(output))
+    if not whole:
+        return "\nInterrupted before the first checkpoint (`save_steps` says when it comes).\nStart over with: " + (
+            shlex.join(again)
         )
-    return str(asked)
+    if "--resume_from_checkpoint" not in arguments:
+        again += ["--resume_from_checkpoint", "true"]
+    return f"\nInterrupted; the last checkpoint is {whole[-1]}.\nContinue with: {shlex.join(again)}"
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

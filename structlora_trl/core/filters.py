@@ -1,10 +1,13 @@
-"""Filters of rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering", and what it compares with).
+"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering", and what it compares with).
 
-A filter multiplies each direction of an update, column j of B, with a gate. In training a gate may be random; at evaluation
-it is the deterministic figure that is saved. The mean gate is 1 at the start, so that attaching changes no output.
+A filter multiplies parts of an update with gates: each direction (a column of B), each expert, or each attention head.
+In training a gate may be random; at evaluation it is the deterministic figure that is saved. The mean gate is 1 at the
+start, so that attaching changes no output. A map has a list of filters, applied one after the other.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,47 +15,44 @@ from torch import Tensor, nn
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
 from .gates import expected_gate, kl_gradient, logit, sample_gates, top_k_mask
-from .width import WHOLE
+from .kinds import Factors
 
 
 class Filter(nn.Module):
-    """No gates: every direction passes.
+    """No gates: every direction passes. Base class of all filters.
 
-    Its state (`state_dict()`) holds what the gates are made of, what they are divided by included: `config.gate_init` is read
-    here alone, at the start.
+    Its state (`state_dict()`) holds what the gates are made of, what they are divided by included:
+    `config.gate_init` is read at the start alone.
 
     Args:
-        shape (`tuple[int, ...]`): of the gates, (L, r).
+        shape (`tuple[int, int]`): of the gates, (N, r): N modules, r directions.
         config (`StructLoRAConfig`): the filter's options.
         device (`torch.device`): where the factors live.
     """
 
     is_stochastic = False  # whether gates in training differ from those at evaluation
-    width = WHOLE  # of the factors that it is given
-    # `forward` multiplies with `gates`, and these depend on no factor; not inherited (`KindMap.is_columnwise`)
-    is_columnwise = True
 
-    def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
+    def __init__(self, shape: tuple[int, int], config: StructLoRAConfig, device: torch.device):
         super().__init__()
         self.shape, self.config = shape, config
         self.register_parameter("logits", None)  # gate logits φ, of a filter that learns
 
-    def forward(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
-        """The filtered update B̃: (L, r, k), (L, d, r), noise (L, r) -> (L, d, r). Without gates, B itself."""
-        gates = self.gates(A, B, noise)
-        return B if gates is None else B * gates.unsqueeze(-2)
-
-    def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor | None:
-        """What each direction is multiplied with, (L, r), or None for 1 everywhere.
+    def forward(self, update: Factors, noise: Tensor | None) -> Factors:
+        """The filtered update.
 
         Args:
-            A, B (`Tensor`): the latent update, (L, r, k) and (L, d, r).
-            noise (`Tensor`, *optional*): (L, r) logistic noise in training, None at evaluation.
+            update (`Factors`): A (N, r, k), B (N, d, r).
+            noise (`Tensor`, *optional*): logistic noise of the gates' shape in training, None at evaluation.
         """
+        gates = self.gates(update, noise)
+        return update if gates is None else update._replace(B=update.B * gates.unsqueeze(-2))
+
+    def gates(self, update: Factors, noise: Tensor | None) -> Tensor | None:
+        """What each direction is multiplied with, (N, r), or None for 1 everywhere."""
         return None
 
-    def openness(self, A: Tensor, B: Tensor) -> Tensor | None:
-        """Probability that each direction is open, (L, r), or None where the filter does not choose between directions."""
+    def openness(self, update: Factors) -> Tensor | None:
+        """Probability that each gate is open, or None where the filter does not choose between directions."""
         return None
 
     def objective_gradient(self, task: Tensor, kl_scale: float) -> Tensor:
@@ -66,16 +66,16 @@ class Filter(nn.Module):
 
 
 class InformationBottleneck(Filter):
-    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, which is E[m] at the start."""
+    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, E[m] at the start."""
 
     is_stochastic = True
-    is_columnwise = True
 
-    def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
+    def __init__(self, shape: tuple[int, int], config: StructLoRAConfig, device: torch.device):
         super().__init__(shape, config, device)
-        learned = (*shape[:-2], 1, shape[-1]) if config.share_gates else shape
-        self.logits = nn.Parameter(torch.full(learned, logit(config.gate_init), device=device))  # (L, r) or (1, r)
-        self.register_buffer("initial_gate", self._expected(self.logits.detach()))  # m₀
+        learned = (1, shape[1]) if config.share_gates else shape
+        start = torch.full(learned, logit(config.gate_init), dtype=torch.float32, device=device)
+        self.logits = nn.Parameter(start)  # (N, r) or (1, r)
+        self.register_buffer("initial_gate", self._expected(start))  # m₀
         if not bool((self.initial_gate > 0).all()):
             raise StructLoRAError(
                 f"gates that are 0 in fp32 at the start (gate_init={config.gate_init}, temperature={config.temperature})",
@@ -83,11 +83,11 @@ class InformationBottleneck(Filter):
                 "raise `temperature` or `gate_init`",
             )
 
-    def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
+    def gates(self, update: Factors, noise: Tensor | None) -> Tensor:
         return self.gates_of(self.logits, noise)
 
     def gates_of(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        """The gates of some logits: m / m₀."""
+        """The gates m / m₀ of some logits, (N, r)."""
         if noise is None:
             gates = self._expected(logits)
         else:
@@ -97,48 +97,91 @@ class InformationBottleneck(Filter):
     def _expected(self, logits: Tensor) -> Tensor:
         return expected_gate(logits, self.config.temperature, self.config.hard_gates)
 
-    def openness(self, A: Tensor, B: Tensor) -> Tensor:
+    def openness(self, update: Factors) -> Tensor:
         return torch.sigmoid(self.logits.detach()).expand(self.shape)
 
     def objective_gradient(self, task: Tensor, kl_scale: float) -> Tensor:
-        gates_per_logit = self.shape[-2] / self.logits.shape[-2]
+        gates_per_logit = self.shape[0] / len(self.logits)
         kl = gates_per_logit * kl_scale * kl_gradient(self.logits.detach(), self.config.prior)
         return self.config.label_weight * task + kl
 
 
+class ExpertGates(InformationBottleneck):
+    """One learned gate for each expert of a mixture: shape (N, 1), over all directions of the expert alike."""
+
+    def __init__(self, count: int, config: StructLoRAConfig, device: torch.device):
+        super().__init__((count, 1), replace(config, share_gates=False), device)
+
+
+class HeadGates(InformationBottleneck):
+    """One learned gate for each attention head: on rows of lora_B, or on columns of lora_A.
+
+    Args:
+        shape (`tuple[int, int]`): (N, H).
+        side (`str`): 'B' where heads are rows of lora_B, 'A' where they are columns of lora_A.
+        head_of (`Tensor`): the head of each of these rows or columns, (n,).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        config: StructLoRAConfig,
+        device: torch.device,
+        side: str,
+        head_of: Tensor,
+    ):
+        super().__init__(shape, config, device)
+        self.side = side
+        self.register_buffer("head_of", head_of, persistent=False)
+
+    def forward(self, update: Factors, noise: Tensor | None) -> Factors:
+        gates = self.gates(update, noise)[:, self.head_of]  # (N, n)
+        if self.side == "A":
+            return update._replace(A=update.A * gates.unsqueeze(-2))
+        return update._replace(B=update.B * gates.unsqueeze(-1))
+
+
 class RandomFilter(Filter):
-    """Each direction kept with the same probability, drawn in each step, and divided by it; at evaluation all are kept."""
+    """Each direction kept with the same probability, drawn in each step, divided by it; at evaluation all are kept."""
 
     is_stochastic = True
-    is_columnwise = True
 
-    def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
+    def __init__(self, shape: tuple[int, int], config: StructLoRAConfig, device: torch.device):
         super().__init__(shape, config, device)
-        self.register_buffer("keep_probability", torch.tensor(config.gate_init, device=device))
+        keep = torch.tensor(config.gate_init, dtype=torch.float32, device=device)
+        self.register_buffer("keep_probability", keep)
 
-    def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor | None:
+    def gates(self, update: Factors, noise: Tensor | None) -> Tensor | None:
         if noise is None:
             return None
         return (noise + self.keep_probability.logit() > 0) / self.keep_probability
 
 
 class TopKFilter(Filter):
-    """The directions of largest norm pass, the rest do not; at least one does."""
+    """The directions of largest norm pass, the rest do not; at least one does.
 
-    def __init__(self, shape: tuple[int, ...], config: StructLoRAConfig, device: torch.device):
+    Attributes:
+        sum_over_width (`Callable`): where factors are slices of the width, sums a tensor over all slices.
+    """
+
+    def __init__(self, shape: tuple[int, int], config: StructLoRAConfig, device: torch.device):
         super().__init__(shape, config, device)
-        self.register_buffer("keep", torch.tensor(max(1, int(config.gate_init * shape[-1] + 1e-6))))
+        self.sum_over_width = lambda x: x
+        keep = max(1, int(config.gate_init * shape[-1] + 1e-6))
+        self.register_buffer("keep", torch.tensor(keep, dtype=torch.int64, device="cpu"))
 
-    def forward(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
+    def forward(self, update: Factors, noise: Tensor | None) -> Factors:
         # Closed directions still learn (straight through), or the first choice would be the last.
-        return B + (super().forward(A, B, noise) - B).detach()
+        filtered = super().forward(update, noise)
+        return update._replace(B=update.B + (filtered.B - update.B).detach())
 
     @torch.no_grad()
-    def gates(self, A: Tensor, B: Tensor, noise: Tensor | None) -> Tensor:
-        return top_k_mask(A, B, int(self.keep), self.width)
+    def gates(self, update: Factors, noise: Tensor | None) -> Tensor:
+        squares = torch.stack([update.A.square().sum(-1), update.B.square().sum(-2)])  # (2, N, r)
+        return top_k_mask(self.sum_over_width(squares).sqrt().prod(0), int(self.keep))
 
-    def openness(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.gates(A, B, None)
+    def openness(self, update: Factors) -> Tensor:
+        return self.gates(update, None)
 
 
 FILTERS = {"ib": InformationBottleneck, "random": RandomFilter, "topk_norm": TopKFilter, "none": Filter}

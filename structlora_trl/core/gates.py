@@ -1,7 +1,7 @@
 """Information-bottleneck gates on rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
 
-Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In training a gate
-is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is the mean of such samples.
+Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In training a
+gate is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is the mean of such samples.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from .width import WHOLE, Width
 
 # Seeds of different runs stay apart for as many steps as this prime.
 _STEPS_PER_SEED = 1_000_003
@@ -31,23 +29,24 @@ def logistic_noise(count: int, seed: int, step: int) -> Tensor:
     Returns:
         `Tensor` of shape (count,), fp32, on the CPU.
     """
-    generator = torch.Generator().manual_seed((seed * _STEPS_PER_SEED + step) % 2**63)
-    uniform = torch.rand(count, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
+    generator = torch.Generator("cpu").manual_seed((seed * _STEPS_PER_SEED + step) % 2**63)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+    uniform.clamp_(min=torch.finfo(torch.float32).tiny)
     return uniform.log() - torch.log1p(-uniform)
 
 
 class LogisticNoise:
-    """Where the gates' noise comes from: one draw a step for all kinds.
+    """Source of the gates' noise: one draw a step for all gates of the model.
 
     Args:
-        seed (`int`): of this run.
+        seed (`int`): seed of the run.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def draw(self, step: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """A step's noise, one tensor for each shape, on the CPU; the same whenever it is asked for."""
+        """Noise of one step: a CPU tensor for each shape, the same whenever it is asked for."""
         counts = [math.prod(shape) for shape in shapes]
         noise = logistic_noise(sum(counts), self.seed, step).split(counts)
         return [part.view(shape) for part, shape in zip(noise, shapes, strict=True)]
@@ -57,11 +56,11 @@ def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool =
     """Binary-concrete sample sigmoid((φ + noise) / τ), optionally rounded with a straight-through gradient.
 
     Args:
-        logits (`Tensor`): (L, r), or (1, r) where gates are shared over depth.
-        noise (`Tensor`): logistic, (L, r).
+        logits (`Tensor`): (N, r), or (1, r) where gates are shared over nodes.
+        noise (`Tensor`): logistic, (N, r).
 
     Returns:
-        `Tensor` of shape (L, r) in [0, 1].
+        `Tensor` of shape (N, r) in [0, 1].
     """
     soft = torch.sigmoid((logits + noise) / temperature)
     if not hard:
@@ -72,12 +71,16 @@ def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool =
 def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Tensor:
     """Mean of `sample_gates` over the noise, so that evaluation weights are the mean of training weights.
 
-    A hard gate is open with probability sigmoid(φ). The mean of a soft one has no closed form, and lies between sigmoid(φ) and
-    one half: at τ = 0.3 it is 0.988 times sigmoid(φ) at 0.9, and 1.13 times at 0.05. It is integrated over the quantiles of the
-    noise by Gauss-Legendre quadrature, within 1e-4 for τ of 0.3 or more, and 1e-3 down to 0.05.
+    A hard gate is open with probability sigmoid(φ). The mean of a soft one has no closed form, and lies between
+    sigmoid(φ) and one half: at τ = 0.3 it is 0.988 times sigmoid(φ) at 0.9, and 1.13 times at 0.05. It is integrated
+    over the quantiles of the noise by Gauss-Legendre quadrature, within 1e-4 for τ of 0.3 or more, and 1e-3 down to
+    0.05.
 
     Args:
         logits (`Tensor`): of any shape.
+
+    Returns:
+        `Tensor` of the same shape in [0, 1].
     """
     if hard:
         return torch.sigmoid(logits)
@@ -87,18 +90,22 @@ def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Ten
 
 @functools.cache
 def _noise_quadrature(points: int = 64) -> tuple[Tensor, Tensor]:
-    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and the weights, which sum to 1: fp64.
+    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and the weights, which sum to 1.
 
-    Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969).
+    Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969). Both fp64, CPU.
     """
-    order = torch.arange(1, points, dtype=torch.float64)
+    order = torch.arange(1, points, dtype=torch.float64, device="cpu")
     beside = order / (4 * order**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     return torch.logit((nodes + 1) / 2), vectors[0].square()
 
 
 def kl_to_prior(logits: Tensor, prior: float) -> Tensor:
-    """KL(Bernoulli(sigmoid φ) ‖ Bernoulli(prior)) per gate, in nats; the variational bound of I(ΔW̃; X)."""
+    """KL(Bernoulli(sigmoid φ) ‖ Bernoulli(prior)) of each gate, in nats.
+
+    Its mean over data sets bounds the information that the gates hold about the training data (the paper writes
+    I(ΔW̃; X); A and B are deterministic and not bounded by it). The label term I(ΔW̃; Y) is the task's cross-entropy.
+    """
     open_ = torch.sigmoid(logits)
     log_open, log_closed = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
     return open_ * (log_open - math.log(prior)) + (1 - open_) * (log_closed - math.log1p(-prior))
@@ -116,17 +123,13 @@ def gate_entropy(logits: Tensor) -> Tensor:
     return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(-logits)
 
 
-def top_k_mask(A: Tensor, B: Tensor, keep: int, width: Width = WHOLE) -> Tensor:
-    """1 for the `keep` directions of largest ‖b_j‖‖a_j‖ in each module, 0 for the rest (the paper's Top-k norm filter).
+def top_k_mask(norms: Tensor, keep: int) -> Tensor:
+    """1 for the `keep` largest norms ‖b_j‖‖a_j‖ of each module, 0 for the rest (the paper's Top-k norm filter).
 
     Args:
-        A (`Tensor`): (..., r, k).
-        B (`Tensor`): (..., d, r).
-        width (`Width`, *optional*): who has the rest of k and d.
+        norms (`Tensor`): (N, r).
 
     Returns:
-        `Tensor` of shape (..., r).
+        `Tensor` of shape (N, r).
     """
-    squares = width.sum(torch.stack([A.square().sum(-1), B.square().sum(-2)]))
-    norms = squares.sqrt().prod(0)  # (..., r)
     return torch.zeros_like(norms).scatter_(-1, norms.topk(keep, dim=-1).indices, 1.0)

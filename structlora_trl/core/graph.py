@@ -2,46 +2,40 @@
 
 Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same way.
 
-Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number at other depths, and
-is joined to the other experts of its layer by one edge in all, shared out among them: with many experts, their mean would
-otherwise drown what comes from other depths. Numbers of experts say nothing across layers; what they learn side by side does.
+Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number at other
+depths, and is joined to the other experts of its layer by one edge in all, shared out among them: with many experts,
+their mean would otherwise drown what comes from other depths.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
-from .nodes import Kind
-from .width import WHOLE, Width
+from .kinds import Kind
 
-# On a CPU, deeper graphs than this are multiplied as sparse matrices, so that cost stays linear in depth. GPUs multiply
-# dense: fast enough at any depth, and unlike their sparse kernels bit-reproducible, which replicated weights rely on.
-_DENSE_DEPTH = 64
 _SMALLEST_NORM = 1e-12  # as in `torch.nn.functional.normalize`
 
 
 def adjacency_edges(depth_count: int) -> Tensor:
-    """Edges between neighbours in depth: (L, L) bool, symmetric, no self-loops."""
-    edges = torch.zeros(depth_count, depth_count, dtype=torch.bool)
-    node = torch.arange(depth_count - 1)
+    """Edges between neighbours in depth: (L, L) bool on the CPU, symmetric, no self-loops."""
+    edges = torch.zeros(depth_count, depth_count, dtype=torch.bool, device="cpu")
+    node = torch.arange(depth_count - 1, device="cpu")
     edges[node, node + 1] = edges[node + 1, node] = True
     return edges
 
 
-def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tensor, width: Width = WHOLE) -> Tensor:
+def semantic_edges(gram: Tensor, top_k: int, threshold: float, exclude: Tensor) -> Tensor:
     """Edges from each node to its `top_k` nearest by cosine, where the cosine is above `threshold`.
 
     Args:
-        features (`Tensor`): (..., L, n) running-mean gradients.
+        gram (`Tensor`): (..., L, L) products of the nodes' running-mean gradients.
         exclude (`Tensor`): (..., L, L) bool, pairs that are joined already.
-        width (`Width`, *optional*): who has the rest of n.
 
     Returns:
         `Tensor` (..., L, L) bool, symmetric: an edge exists if either node selects it.
     """
-    gram = width.sum(features @ features.mT)
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp(min=_SMALLEST_NORM)
     cosine = (gram / (norms[..., :, None] * norms[..., None, :])).masked_fill_(exclude, -torch.inf)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
@@ -51,20 +45,20 @@ def semantic_edges(features: Tensor, top_k: int, threshold: float, exclude: Tens
 
 
 def normalize_edges(edges: Tensor, others: int = 0) -> Tensor:
-    """Â = D^-1/2 (S + I) D^-1/2 for (..., L, L) edges S; symmetric, eigenvalues in [-1, 1].
+    """Â = D^-1/2 (S + I) D^-1/2 of (..., L, L) edges S: fp32, symmetric, eigenvalues in [-1, 1].
 
     Args:
         others (`int`, *optional*, defaults to 0): what each node's degree counts beside S and itself.
     """
-    with_self = edges.float()
+    with_self = edges.to(torch.float32, copy=True)
     with_self.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     scale = degree_scale(edges, others)
     return scale * with_self * scale.mT
 
 
 def degree_scale(edges: Tensor, others: int = 0) -> Tensor:
-    """The diagonal of D^-1/2, (..., L, 1)."""
-    return (edges.sum(-1, keepdim=True) + 1.0 + others).rsqrt()
+    """The diagonal of D^-1/2, (..., L, 1), fp32."""
+    return (edges.sum(-1, keepdim=True).to(torch.float32) + 1.0 + others).rsqrt()
 
 
 def mean_of_others(experts: Tensor) -> Tensor:
@@ -72,23 +66,20 @@ def mean_of_others(experts: Tensor) -> Tensor:
     return (experts.sum(0) - experts) / (len(experts) - 1)
 
 
-class DepthGraph:
+class DepthGraph(nn.Module):
     """The graph of one kind: fixed edges, semantic edges that follow the gradients, and Â of both.
 
-    With experts, every shape below has a leading axis E.
+    Nodes are N = L·E in the order (depth, expert); edges join depths of one expert number, (E, L, L). E is 1 for what
+    is no mixture.
 
     Args:
-        fixed (`Tensor`): (L, L) bool, symmetric, without self-loops: edges that stand whatever is learned.
+        fixed (`Tensor`): (E, L, L) bool, symmetric, no self-loops: edges that stand whatever is learned.
         follows_gradients (`bool`): whether semantic edges are drawn too.
         top_k (`int`): semantic edges each node may ask for.
         threshold (`float`): cosine above which a semantic edge is drawn.
         decay (`float`): decay of the running-mean gradient.
         joins_experts (`bool`, *optional*, defaults to False): whether the experts of a layer are joined, too.
     """
-
-    is_columnwise = (
-        True  # `propagate` maps each entry of the last axis by itself; not inherited (`KindMap.is_columnwise`)
-    )
 
     def __init__(
         self,
@@ -99,19 +90,20 @@ class DepthGraph:
         decay: float,
         joins_experts: bool = False,
     ):
-        self.joins_experts = joins_experts
-        self.fixed, self.follows_gradients = fixed, follows_gradients
+        super().__init__()
+        self.follows_gradients, self.joins_experts = follows_gradients, joins_experts
         self.top_k, self.threshold, self.decay = top_k, threshold, decay
-        self.semantic = torch.zeros_like(fixed)  # (L, L)
-        self.features: Tensor | None = None  # (L, n) running-mean gradient
+        self.register_buffer("fixed", fixed, persistent=False)
+        self.register_buffer("semantic", torch.zeros_like(fixed))  # (E, L, L)
+        # Running-mean gradients of the nodes on each compared side: (N, r, k), (N, d, r); None before the first.
+        self.register_buffer("mean_A", None)
+        self.register_buffer("mean_B", None)
         self._refresh()
 
     @classmethod
     def over_depth(cls, kind: Kind, config: StructLoRAConfig) -> DepthGraph:
         """The paper's graph of a kind; `config.edges` says which edges it has."""
-        fixed = adjacency_edges(kind.depth_count).to(kind.device)
-        if kind.experts > 1:
-            fixed = fixed.expand(kind.experts, -1, -1)
+        fixed = adjacency_edges(kind.depth_count).to(kind.device).expand(kind.experts, -1, -1)
         if config.edges == "similarity":
             fixed = torch.zeros_like(fixed)
         semantic = (config.semantic_top_k, config.semantic_threshold, config.semantic_decay)
@@ -120,7 +112,7 @@ class DepthGraph:
 
     @property
     def edges(self) -> Tensor:
-        """(L, L) bool: all edges over depth, without self-loops."""
+        """(E, L, L) bool: all edges over depth, without self-loops."""
         return self.fixed | self.semantic
 
     @property
@@ -128,40 +120,50 @@ class DepthGraph:
         """Number of undirected semantic edges."""
         return int(self.semantic.sum()) // 2
 
-    def observe(self, gradients: Tensor) -> None:
-        """Take a step's gradients (L, n) into the running mean."""
-        if self.features is None:
-            self.features = gradients.clone()
-        else:
-            self.features.lerp_(gradients, 1 - self.decay)
+    def by_expert(self, nodes: Tensor) -> Tensor:
+        """Anything of the nodes, (N, ...), by expert and depth: (E, L, ...)."""
+        return nodes.unflatten(0, (-1, len(self.fixed))).transpose(0, 1)
 
-    def rebuild(self, width: Width = WHOLE) -> None:
-        """Rebuild the semantic edges from the running-mean gradients, whose n ranks may share."""
-        if self.features is not None:
-            self.semantic = semantic_edges(self.features, self.top_k, self.threshold, self.fixed, width)
-            self._refresh()
+    def by_node(self, of_experts: Tensor) -> Tensor:
+        """The inverse of `by_expert`: (E, L, ...) -> (N, ...)."""
+        return of_experts.transpose(0, 1).flatten(0, 1)
+
+    def observe(self, gradients: dict[str, Tensor]) -> None:
+        """Take a step's gradients of the nodes, by compared side, into the running mean."""
+        for side, gradient in gradients.items():
+            mean = getattr(self, f"mean_{side}")
+            if mean is None:
+                setattr(self, f"mean_{side}", gradient.clone())
+            else:
+                mean.lerp_(gradient, 1 - self.decay)
+
+    def gradient_products(self) -> Tensor:
+        """Products of the running-mean gradients of an expert's depths, (E, L, L). Over slices of the width, they add up."""
+        means = [mean for mean in (self.mean_A, self.mean_B) if mean is not None]
+        flat = [self.by_expert(mean).flatten(2) for mean in means]  # (E, L, n)
+        return sum((x @ x.mT for x in flat), torch.zeros_like(self.fixed, dtype=torch.float32))
+
+    def rebuild(self, gradient_products: Tensor) -> None:
+        """Redraw the semantic edges by the cosine of running-mean gradients (`gradient_products`, summed over slices)."""
+        self.semantic = semantic_edges(gradient_products, self.top_k, self.threshold, self.fixed)
+        self._refresh()
 
     def propagate(self, features: Tensor) -> Tensor:
-        """Â h for node features h (L, r, n)."""
-        messages = (self._propagation @ features.flatten(-2)).view_as(features)
-        if not self.joins_experts:
-            return messages
-        scale = self._scale[..., None]
-        return messages + scale * mean_of_others(scale * features)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"semantic": self.semantic}
-        if self.features is not None:
-            state["features"] = self.features
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.semantic = state["semantic"].to(self.fixed.device, copy=True)
-        self.features = state["features"].to(self.fixed.device, copy=True) if "features" in state else None
-        self._refresh()
+        """Â h for node features h, (N, r, n) -> (N, r, n)."""
+        h = self.by_expert(features)  # (E, L, r, n)
+        messages = (self._propagation @ h.flatten(2)).view(h.shape)
+        if self.joins_experts:
+            scale = self._scale[..., None]
+            messages = messages + scale * mean_of_others(scale * h)
+        return self.by_node(messages)
 
     def _refresh(self) -> None:
         others = int(self.joins_experts)
-        normalized, self._scale = normalize_edges(self.edges, others), degree_scale(self.edges, others)
-        sparse = normalized.device.type == "cpu" and normalized.dim() == 2 and len(normalized) > _DENSE_DEPTH
-        self._propagation = normalized.to_sparse() if sparse else normalized
+        self._propagation, self._scale = normalize_edges(self.edges, others), degree_scale(self.edges, others)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for side in ("A", "B"):  # which a graph that has seen no gradient lacks
+            mean = state_dict.get(f"{prefix}mean_{side}")
+            setattr(self, f"mean_{side}", None if mean is None else torch.empty_like(mean, device=self.fixed.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._refresh()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .nodes import Heads, Kind, matches
+from .kinds import Heads, Kind, matches
 
 # By the end of a module's name (patterns as in `RESIDUAL_ROLES`): heads are rows of lora_B where a module's outputs go to
 # them, columns of lora_A where its inputs come from them. Fused projections hold blocks of a head's width, too.
 _SIDES = {
     r"[qkv]_proj|qkv_proj|query|key|value|query_proj|key_proj|value_proj|[qkv]_lin|[qkv]|to_[qkv]|add_[qkv]_proj": "B",
-    r"query_key_value|Wqkv|c_attn": "B",
+    r"query_key_value|Wqkv|c_attn|q_attn|(self_)?attn\.qkv|linear_[qkv]|self\.in_proj": "B",
     r"o_proj|out_proj|attention\.output\.dense|(self_)?attention\.dense|out_lin|o|to_out(\.0)?|to_add_out": "A",
+    r"attn\.proj|attn\.Wo|self_attn\.dense|attention\.projection_layer|self_attn\.projection": "A",
 }
 _NAMES = (
     "head_dim",
@@ -39,6 +41,14 @@ def heads_side(kind: Kind) -> str | None:
     if kind.is_expert:
         return None
     return next((side for pattern, side in _SIDES.items() if matches(pattern, kind)), None)
+
+
+def head_numbers(kind: Kind) -> Tensor:
+    """The head of each row of stacked lora_B, (1, d, 1), or of each column of stacked lora_A, (1, 1, k)."""
+    _, _, columns, rows = kind.shape
+    width = columns if kind.heads.side == "A" else rows
+    numbers = torch.arange(width, dtype=torch.int64, device=kind.device) // (width // kind.heads.count)
+    return numbers[None, None, :] if kind.heads.side == "A" else numbers[None, :, None]
 
 
 def _sizes(model: nn.Module, module: str) -> Iterator[int]:

@@ -1,39 +1,44 @@
 """The static regularisers that the paper compares with, on the updates of neighbouring depths, and the cosine they share.
 
-Each is a function of node features, (..., L, n) -> scalar. Where ranks share the width, each has a slice of n, and what they
-return sums to the whole.
+Each takes node features, (..., L, n), and returns a scalar. Where features are slices of the width, `sum_over_width`
+sums a tensor over all slices; the gradient is then that of the whole penalty with respect to this slice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from .width import WHOLE, Width
 
 _SMALLEST_NORM = 1e-8  # as in `torch.nn.functional.cosine_similarity`
 
 
-def cosine(features: Tensor, width: Width = WHOLE) -> Tensor:
+def cosine(features: Tensor, sum_over_width: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """LoRA+Cos: Σ_l 1 − cos(u_l, u_l+1)."""
-    return (1 - cosines(width.sum(neighbour_products(features)))).sum() / width.count
+    products = neighbour_products(features)
+    # The values of all slices, the gradient of this one.
+    products = products + (sum_over_width(products.detach()) - products.detach())
+    return (1 - cosines(products)).sum()
 
 
-def laplacian(features: Tensor, width: Width = WHOLE) -> Tensor:
-    """LoRA+Laplacian: Σ_l ‖u_l+1 − u_l‖²."""
+def laplacian(features: Tensor, sum_over_width: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """LoRA+Laplacian: Σ_l ‖u_l+1 − u_l‖². Of a slice, its own share: shares add up."""
     return (features[..., 1:, :] - features[..., :-1, :]).square().sum()
 
 
 def neighbour_products(features: Tensor) -> Tensor:
-    """What the cosines of neighbours are made of, and what sums over the width: (..., L, n) -> (3, ..., L − 1), the product of
-    each with its neighbour, and of both with themselves."""
+    """Products of each depth with the next, and of both with themselves: (..., L, n) -> (3, ..., L − 1).
+
+    Products of slices add up to those of the whole.
+    """
     later, earlier = features[..., 1:, :], features[..., :-1, :]
     squares = torch.linalg.vecdot(features, features)
     return torch.stack([torch.linalg.vecdot(later, earlier), squares[..., 1:], squares[..., :-1]])
 
 
 def cosines(products: Tensor) -> Tensor:
-    """Cosines of neighbours, (3, ..., L − 1) -> (..., L − 1)."""
+    """Cosines of neighbours, from `neighbour_products`: (3, ..., L − 1) -> (..., L − 1)."""
     product, *squares = products
     later, earlier = (square.clamp(min=_SMALLEST_NORM**2).sqrt() for square in squares)
     return product / (later * earlier)

@@ -8,15 +8,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..agreement import refuse_disagreement, world_size
-from ..core.nodes import Kind
+from ..core.kinds import Kind
 from ..errors import StructLoRAError
+from ..rank_check import world_size
 from .base import Engine
 from .fsdp2 import FSDP2Engine
 from .tensor_parallel import TensorParallelEngine
 from .torch import TorchEngine
 
-__all__ = ["Engine", "TorchEngine", "refuse_disagreement", "select_engine", "world_size"]
+__all__ = ["Engine", "TorchEngine", "select_engine"]
 
 
 def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]) -> Engine:

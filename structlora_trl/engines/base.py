@@ -5,9 +5,9 @@
     read_latents      master values, which the optimizer steps
     write_working     effective values, which the model computes with
 
-All speak in stacked factors, one `Factors` per kind, in fp32. An engine that shards parameters speaks of this rank's slices of
-the width (`core/width.py`), and where it may of the moved sides alone, those that the map changes or reads: the others are empty
-then. Of a lora_B on which gates alone act it may give the rows that this rank owns (`Engine.rows`). Its verbs are collectives.
+All speak in stacked factors of nodes, one `Factors` per kind, in fp32. An engine that shards parameters speaks of this
+rank's slices of the width (`slices.py`), and where it may of the mapped sides alone, those that the map changes or reads:
+the others are empty then. Its verbs are collectives.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..core.mapping import SIDES, Factors
-from ..core.width import Width
+from ..core.kinds import Factors
 from .schedule import Rate
+from .slices import Slices
 
 
 class Engine(ABC):
@@ -30,25 +30,22 @@ class Engine(ABC):
 
     name: str
     optimizer: torch.optim.Optimizer
-    widths: list[Width]  # one per kind
-    # One per kind: where B is not of all depths, (L, d, r), but rows of some, (R, 1, r), how many of each depth; else None. What is
-    # read or written of all sides (`everything`, `write_latents`, `read_working`, `stored`) is of all depths.
-    rows: list[list[int] | None]
+    slices: list[Slices]  # one per kind
 
     @abstractmethod
     def install(
         self,
         before_step: Callable[[], bool],
         after_step: Callable[[bool], None],
-        moved: list[tuple[str, ...]],
-        by_row: list[bool],
+        mapped: list[tuple[str, ...]],
     ) -> None:
-        """Take the parameters' present values as latents; from now on call `before_step` when gradients are complete and
-        `after_step` when the optimizer has stepped. `moved` are the moved sides of each kind; `by_row` tells the kinds of which the
-        engine may give rows.
+        """Take the parameters' present values as latents, and from now on call into each optimizer step.
 
-        Where `before_step` returns False, the optimizer must not change anything in this step. `after_step` is told whether
-        it stepped.
+        Args:
+            before_step (`Callable`): called when gradients are complete. Where it returns False, the optimizer must not
+                change anything in this step.
+            after_step (`Callable`): called when the optimizer has stepped, with whether it did.
+            mapped (`list[tuple[str, ...]]`): the mapped sides of each kind.
         """
 
     @abstractmethod
@@ -69,15 +66,15 @@ class Engine(ABC):
 
     @abstractmethod
     def read_latents(self, everything: bool = False) -> list[Factors]:
-        """The latent factors: of the moved sides, or of `everything`."""
+        """The latent factors: of the mapped sides, or of `everything`."""
 
     @abstractmethod
     def write_latents(self, latents: list[Factors]) -> None:
-        """Replace the latent factors of all sides. Those of sides that are not moved also stand in the model then."""
+        """Replace the latent factors of all sides. Those of sides that are not mapped also stand in the model then."""
 
     @abstractmethod
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        """Put effective values where the model reads them: of the moved sides, those in `sides`. The latents stay."""
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
+        """Put effective values where the model reads them: of the mapped sides, those in `sides`. The latents stay."""
 
     @abstractmethod
     def stamp(self) -> None:
@@ -85,28 +82,16 @@ class Engine(ABC):
 
     @abstractmethod
     def written(self) -> Tensor:
-        """1.0 where someone else has written to this rank's LoRA parameters since `stamp`, else 0.0; on the device, without
-        waiting for it."""
-
-    def was_written(self) -> bool:
-        """The same as an answer.
-
-        Raises:
-            StructLoRAError: someone has, and the engine cannot take over what was written.
-        """
-        return bool(self.written())
+        """1.0 where other code has written to this rank's LoRA parameters since `stamp`, be it the same values, else 0.0; on
+        the device, without waiting for it."""
 
     def was_touched(self) -> bool:
-        """The same by what costs nothing to see: False where only the values would tell."""
+        """Whether autograd has seen other code write since `stamp`. Free; a write through `.data` is not seen."""
         return False
 
     @abstractmethod
     def read_working(self) -> list[Factors]:
         """The values that the model computes with now, of all sides."""
-
-    def rounded(self, factors: list[Factors]) -> list[Factors]:
-        """Values as they read back once they were written to the model."""
-        return factors
 
     @abstractmethod
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -140,7 +125,7 @@ def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
     """1.0 where some tensor holds NaN or Inf, else 0.0; on `device`, without waiting for it."""
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
     peaks = torch._foreach_norm(tensors, math.inf)
     return 1 - torch.stack([peak.to(device) for peak in peaks]).isfinite().all().float()

@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import pad
 
-from ..core.mapping import SIDES, Factors
-from ..core.nodes import Kind, full_shape
-from ..core.width import Piece, whole_of
+from ..core.expert_storage import to_storage
+from ..core.kinds import SIDES, Factors, Kind, full_shape
 from ..errors import StructLoRAError
 from .base import copy_values, differ, holds_nonfinite
-from .rows import GATHERED_BYTES
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
+from .slices import Piece, join_slices
 from .slicing import Exchange
+
+_GATHERED_BYTES = 2**25  # of whole factors, in one all-gather
 
 # PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
 # does (LoRA-FA) or without their preconditioner, and say nothing.
@@ -60,12 +61,11 @@ class DeepSpeedEngine(ShardedEngine):
         self,
         before_step: Callable[[], bool],
         after_step: Callable[[bool], None],
-        moved: list[tuple[str, ...]],
-        by_row: list[bool],
+        mapped: list[tuple[str, ...]],
     ) -> None:
         self._separate_masters()
-        self._move(moved, [stays and self.stage < 3 for stays in by_row])  # ranks of stage 3 have slices of lora_B
-        self._slices = self._moved.to_slices(self._master)
+        self._map_sides(mapped)
+        self._latent_slices = self._mapped.to_slices(self._master)
         step = self.engine.step
 
         def step_through_the_map(*args, **kwargs):
@@ -77,7 +77,7 @@ class DeepSpeedEngine(ShardedEngine):
                 result = step(*args, **kwargs)
             overflow = bool(self.optimizer.overflow)
             if not overflow:
-                self._slices = self._moved.to_slices(self._master)
+                self._latent_slices = self._mapped.to_slices(self._master)
             after_step(not overflow)
             return result
 
@@ -87,11 +87,11 @@ class DeepSpeedEngine(ShardedEngine):
     def remove(self) -> None:
         super().remove()
         del self.engine.step  # the class's own shows again
-        moved = [p for p in self._moved.parameters if id(p) in self._trained_ids]
-        copy_values([self._master(p) for p in moved], [self._working(p) for p in moved])
+        mapped = [p for p in self._mapped.parameters if id(p) in self._trained_ids]
+        copy_values([self._master(p) for p in mapped], [self._working(p) for p in mapped])
 
     def read_gradients(self) -> list[Factors] | None:
-        return self._moved.to_slices(self._gradient)
+        return self._mapped.to_slices(self._gradient)
 
     def bad_gradients(self) -> torch.Tensor:
         gradients = [self._gradient(p) for group in self._stepped() for p in group if self._is_held(p)]
@@ -99,7 +99,7 @@ class DeepSpeedEngine(ShardedEngine):
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
-        values = [(p, v) for p, v in self._moved.to_fragments(gradients) if id(p) in self._trained_ids]
+        values = [(p, v) for p, v in self._mapped.to_fragments(gradients) if id(p) in self._trained_ids]
         if self.stage == 3:
             for parameter, value in values:
                 # Zero-padded: `safe_set_full_grad` fails on the last rank where the ranks' shares are uneven.
@@ -116,25 +116,23 @@ class DeepSpeedEngine(ShardedEngine):
     def write_latents(self, latents: list[Factors]) -> None:
         values = [(p, v) for p, v in self._everything().to_fragments(latents) if id(p) in self._trained_ids]
         copy_values([self._master(p) for p, _ in values], [value for _, value in values])
-        self._slices = self._moved.to_slices(self._master)
-        self._put(latents, self._unmoved, Exchange(self.sharding, self._in_shards(self._unmoved)))
+        self._latent_slices = self._mapped.to_slices(self._master)
+        self._put(latents, self._unmapped, Exchange(self.sharding, self._in_shards(self._unmapped)))
 
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        moved = self._moved.sides
-        in_shards = self._in_shards(moved)
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
+        mapped = self._mapped.sides
+        in_shards = self._in_shards(mapped)
         # Persistent parameters of stage 3 are whole from the first forward on.
         if self._scattered is None or self._scattered[0] != in_shards:
-            is_same = self.stage == 3 and in_shards == moved
-            self._scattered = in_shards, self._moved if is_same else Exchange(self.sharding, in_shards)
-        self._put(effective, moved, self._scattered[1], sides)
-        if "B" in sides and any(self.rows):
-            self._moved.put_rows_everywhere(effective)
+            is_same = self.stage == 3 and in_shards == mapped
+            self._scattered = in_shards, self._mapped if is_same else Exchange(self.sharding, in_shards)
+        self._put(effective, mapped, self._scattered[1], sides)
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """Of some sides of the kinds, those that the model holds in shards alone: none before stage 3."""
+        """Keep, of some sides of each kind, those that the model holds in shards alone: none before stage 3."""
         return [
-            tuple(side for side in given if not self._is_whole(getattr(kind, side)[0]))
-            for kind, given in zip(self.kinds, places, strict=True)
+            tuple(side for side in chosen if not self._is_whole(getattr(kind, side)[0]))
+            for kind, chosen in zip(self.kinds, places, strict=True)
         ]
 
     @torch.no_grad()
@@ -147,15 +145,15 @@ class DeepSpeedEngine(ShardedEngine):
         for parameter, _ in fragments:
             parameter.ds_secondary_tensor = None  # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew
         wholes = [
-            (parameters, (width, getattr(factors, side).to(parameters[0].dtype), side))
-            for kind, width, factors, given in zip(self.kinds, self.widths, values, places, strict=True)
+            (parameters, (slices, to_storage(getattr(factors, side), side, kind).to(parameters[0].dtype), side))
+            for kind, slices, factors, chosen in zip(self.kinds, self.slices, values, places, strict=True)
             for side, parameters in zip(SIDES, (kind.A, kind.B), strict=True)
             # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a kind or none.
-            if side in given and side in sides and self._is_whole(parameters[0])
+            if side in chosen and side in sides and self._is_whole(parameters[0])
             if id(parameters[0]) in self._trained_ids
         ]
         for lot in _in_lots(wholes):
-            gathered = whole_of([piece for _, piece in lot])
+            gathered = join_slices([piece for _, piece in lot])
             for (parameters, _), whole in zip(lot, gathered, strict=True):
                 copy_values([p.data for p in parameters], list(whole))
                 if self.stage == 3:  # persistent parameters have shards too
@@ -163,11 +161,12 @@ class DeepSpeedEngine(ShardedEngine):
                     copy_values([self._working(p) for p in parameters], own)
 
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        for kind, width, given in zip(self.kinds, self.widths, factors, strict=True):
+        for kind, slices, of_kind in zip(self.kinds, self.slices, factors, strict=True):
             for side in SIDES:
                 parameters = getattr(kind, side)
                 if self._is_whole(parameters[0]):  # stage 3 leaves placeholders in the model
-                    whole = width.whole(getattr(given, side).to(parameters[0].dtype), side)
+                    own = to_storage(getattr(of_kind, side), side, kind)
+                    whole = slices.whole(own.to(parameters[0].dtype), side)
                     yield from ((p, value.view(p.shape)) for p, value in zip(parameters, whole, strict=True))
 
     def stamp(self) -> None:
@@ -175,16 +174,6 @@ class DeepSpeedEngine(ShardedEngine):
 
     def written(self) -> torch.Tensor:
         return differ(self._norms(), self._stamp)
-
-    def was_written(self) -> bool:
-        if not super().was_written():
-            return False
-        raise StructLoRAError(
-            f"LoRA weights written from outside under {self.name}",
-            "writes to DeepSpeed's masters: it steps those, and overwrites the model's weights with them",
-            "load the weights before `deepspeed.initialize`; or load a checkpoint of the engine and, after it, the run's "
-            "StructLoRA state (`load_state`)",
-        )
 
     def gradient_scale(self) -> float | torch.Tensor:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
@@ -203,7 +192,7 @@ class DeepSpeedEngine(ShardedEngine):
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
 
     def _norms(self) -> torch.Tensor:
-        """Of what this rank has of each parameter. DeepSpeed writes through `.data`, which versions do not see."""
+        """Norms of this rank's part of each parameter. DeepSpeed writes through `.data`, which versions do not see."""
         working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
         return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
@@ -219,8 +208,8 @@ class DeepSpeedEngine(ShardedEngine):
         return min(rank * share, numel), min((rank + 1) * share, numel)
 
     def _span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """The same of any factor. Frozen ones have no masters: they lie in shards at stage 3, and before that whole on every rank,
-        of which the first one is taken."""
+        """Where this rank's part of a trained or frozen factor begins and ends. Frozen ones have no masters: they lie in shards
+        at stage 3, and before that whole on every rank, of which the first one is taken."""
         if parameter not in self._spans:  # which never change
             is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
             unheld = 0, parameter.numel() if id(parameter) in self._frozen_ids and is_first else 0
@@ -274,7 +263,7 @@ class DeepSpeedEngine(ShardedEngine):
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
     def _mark_gradients(self, fill_missing: bool) -> set[int]:
-        """Of BF16_Optimizer, which LoRA parameters have a gradient; where missing ones are to be filled, all get one."""
+        """Tell which LoRA parameters of a BF16_Optimizer have a gradient; where missing ones are to be filled, all get one."""
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
         marked = set()
         for group, flags in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True):
@@ -398,7 +387,7 @@ def _in_lots(wholes: list[tuple[list[nn.Parameter], Piece]]) -> Iterator[list[tu
     lot, size = [], 0
     for parameters, piece in wholes:
         nbytes = sum(p.data.nbytes for p in parameters)
-        if lot and (size + nbytes > GATHERED_BYTES or parameters[0].dtype != lot[0][0][0].dtype):
+        if lot and (size + nbytes > _GATHERED_BYTES or parameters[0].dtype != lot[0][0][0].dtype):
             yield lot
             lot, size = [], 0
         lot.append((parameters, piece))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..core.mapping import SIDES, Factors
-from ..core.nodes import Kind
+from ..core.kinds import Factors, Kind
 from ..errors import StructLoRAError
 from .base import copy_values
 from .sharded import ShardedEngine
@@ -59,11 +58,10 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         self,
         before_step: Callable[[], bool],
         after_step: Callable[[bool], None],
-        moved: list[tuple[str, ...]],
-        by_row: list[bool],
+        mapped: list[tuple[str, ...]],
     ) -> None:
-        self._move(moved, [False] * len(moved))  # shards of lora_B are slices
-        super().install(before_step, after_step, moved, by_row)
+        self._map_sides(mapped)
+        super().install(before_step, after_step, mapped)
 
     def remove(self) -> None:
         ShardedEngine.remove(self)
@@ -72,7 +70,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trained):
             return None
-        return self._moved.to_slices(lambda p: torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad))
+        return self._mapped.to_slices(lambda p: torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad))
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
@@ -80,17 +78,17 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
             for parameter in self._trained:
                 if parameter.grad is None and parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
-        pulled = [(p, value) for p, value in self._moved.to_fragments(gradients) if p.grad is not None]
+        pulled = [(p, value) for p, value in self._mapped.to_fragments(gradients) if p.grad is not None]
         copy_values([_local(p.grad) for p, _ in pulled], [value for _, value in pulled])
 
     @torch.no_grad()
     def write_latents(self, latents: list[Factors]) -> None:
-        self._latents = {p: value.to(p.dtype) for p, value in self._moved.to_fragments(latents)}
-        self._slices = self._moved.to_slices(self._latents.__getitem__)
-        self._put_fragments(Exchange(self.sharding, self._unmoved).to_fragments(latents))
+        self._latents = {p: value.to(p.dtype) for p, value in self._mapped.to_fragments(latents)}
+        self._latent_slices = self._mapped.to_slices(self._latents.__getitem__)
+        self._put_fragments(Exchange(self.sharding, self._unmapped).to_fragments(latents))
 
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        self._put_fragments(self._moved.to_fragments(effective, sides))
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
+        self._put_fragments(self._mapped.to_fragments(effective, sides))
 
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for p, value in self._everything().to_fragments(factors):
@@ -102,18 +100,18 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         return ExitStack()  # a backward reads gathered copies, which we do not write to
 
     def _look(self) -> tuple[list[int], Tensor]:
-        # Versions alone: every rank sees the same ones, and must, since reading what was written is a collective.
-        return [p._version for p in self._trained], torch.zeros(0)
+        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others waiting.
+        return [p._version for p in self._trained], torch.empty(0, dtype=torch.float32, device="cpu")
 
     def _swap_in_latents(self) -> None:
         self._put_fragments(list(self._latents.items()))
 
     @torch.no_grad()
     def _take(self) -> None:
-        shards = {p: _local(p).view(-1) for p in self._moved.parameters}
+        shards = {p: _local(p).view(-1) for p in self._mapped.parameters}
         self._latents = {p: torch.empty_like(shard) for p, shard in shards.items()}
         copy_values(list(self._latents.values()), list(shards.values()))
-        self._slices = self._moved.to_slices(self._latents.__getitem__)
+        self._latent_slices = self._mapped.to_slices(self._latents.__getitem__)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)

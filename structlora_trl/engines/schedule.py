@@ -35,13 +35,17 @@ def rate_of(groups: Iterable[dict]) -> Rate:
 class ScheduleShare:
     """What share of the schedule's peak a rate is: never above 1, and 0 only where the rate is 0.
 
-    Attributes:
-        largest (`float`): the largest rate of any step so far.
-        warms_up (`bool`): whether every rate so far was above those before it.
+    Args:
+        largest (`float`, *optional*, defaults to 0.0): the largest rate of any step so far.
+        warms_up (`bool`, *optional*, defaults to True): whether every rate so far was above those before it.
+        peak (`float`, *optional*, defaults to 0.0): the peak that the last step's share was of.
     """
 
-    def __init__(self):
-        self.largest, self.warms_up = 0.0, True
+    def __init__(self, largest: float = 0.0, warms_up: bool = True, peak: float = 0.0):
+        self.largest, self.warms_up, self.peak = float(largest), bool(warms_up), float(peak)
+
+    def copy(self) -> ScheduleShare:
+        return ScheduleShare(**vars(self))
 
     def advance(self, rate: Rate) -> float:
         """Take in the rate of a step that counts; its share of the peak."""
@@ -50,5 +54,5 @@ class ScheduleShare:
         elif rate.current <= self.largest > 0:
             self.warms_up = False
         self.largest = max(self.largest, rate.current)
-        peak = max(self.largest, rate.declared_peak) if self.warms_up else self.largest
-        return rate.current / peak if peak else 0.0
+        self.peak = max(self.largest, rate.declared_peak) if self.warms_up else self.largest
+        return rate.current / self.peak if self.peak else 0.0

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.mapping import SIDES, Factors
-from ..core.nodes import Kind
-from ..core.width import Width
+from ..core.expert_storage import to_nodes, to_storage
+from ..core.kinds import SIDES, Factors, Kind
+from .slices import Slices
 
 Reader = Callable[[nn.Parameter], Tensor]  # a parameter -> the values of this rank's fragment
 
@@ -30,17 +30,19 @@ class Sharding:
         span (`Callable`): parameter -> (start, stop) of this rank's fragment of its flat values.
 
     Attributes:
-        widths (`list[Width]`): one per kind, the slices that each rank has.
+        slices (`list[Slices]`): one per kind, the slices that each rank has.
     """
 
     def __init__(self, kinds: list[Kind], group: dist.ProcessGroup, span: Callable[[nn.Parameter], tuple[int, int]]):
         self.kinds, self.group, self.span, self.device = kinds, group, span, kinds[0].device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        own = torch.tensor([span(p) for kind in kinds for p in (*kind.A, *kind.B)], device=self.device)
+        own = torch.tensor(
+            [span(p) for kind in kinds for p in (*kind.A, *kind.B)], dtype=torch.int64, device=self.device
+        )
         everyone = own.new_empty(self.ranks * len(own), 2)
         dist.all_gather_into_tensor(everyone, own, group=group)
         self._spans = everyone.view(self.ranks, -1, 2).cpu()  # (N, parameters, 2)
-        self.widths = [Width(group, {side: self._bounds(i, side) for side in SIDES}) for i in range(len(kinds))]
+        self.slices = [Slices(group, {side: self._bounds(i, side) for side in SIDES}) for i in range(len(kinds))]
 
     def spans(self, place: int, side: str) -> Tensor:
         """All ranks' fragments of a kind's factors on one side: (L, N, 2)."""
@@ -50,13 +52,13 @@ class Sharding:
         return self._spans[:, start : start + count].transpose(0, 1)
 
     def shape(self, place: int, side: str) -> tuple[int, int]:
-        """Of one factor: (rows, columns)."""
+        """Shape of one stored factor: (rows, columns)."""
         _, rank, k, d = self.kinds[place].shape
         return (rank, k) if side == "A" else (d, rank)
 
     def slice_shape(self, place: int, side: str) -> tuple[int, int, int]:
-        """Of this rank's slice of stacked factors."""
-        bounds = self.widths[place].bounds[side]
+        """Shape of this rank's slice of stacked factors, as PEFT stores them."""
+        bounds = self.slices[place].bounds[side]
         size = bounds[self.rank + 1] - bounds[self.rank]
         rows, columns = self.shape(place, side)
         return (len(self.kinds[place].modules), *((rows, size) if side == "A" else (size, columns)))
@@ -78,43 +80,43 @@ class Sharding:
 
 
 class Exchange:
-    """Moves factors between fragments and slices, on some sides of some kinds. To build one is a collective, and so are its verbs.
+    """Moves factors between fragments and slices, on some sides of some kinds. To build one is a collective, and so are
+    its verbs.
 
     Args:
         sharding (`Sharding`): who owns what.
         sides (`list[tuple[str, ...]]`): for each kind, the sides to move.
-
-    Attributes:
-        rows (`list[list[int] | None]`): as of `Engine`.
     """
 
     def __init__(self, sharding: Sharding, sides: list[tuple[str, ...]]):
-        self.sharding, self.sides, self.rows = sharding, sides, [None] * len(sides)
-        places = {side: [i for i, given in enumerate(sides) if side in given] for side in SIDES}
-        self._each = {side: _Side(sharding, side, found) for side, found in places.items() if found}
+        self.sharding, self.sides = sharding, sides
+        places = {side: [i for i, chosen in enumerate(sides) if side in chosen] for side in SIDES}
+        self._each = {side: _Side(sharding, side, chosen) for side, chosen in places.items() if chosen}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those whose values are moved."""
+        """The parameters whose values are moved."""
         return [p for side in self._each.values() for p in side.parameters]
 
     @torch.no_grad()
     def to_slices(self, of: Reader) -> list[Factors]:
-        """This rank's slices, fp32, of everyone's fragments; empty on the sides that are not moved."""
-        found = {name: side.to_slices(of) for name, side in self._each.items()}
+        """This rank's slices of nodes, fp32, from everyone's fragments; empty on the sides that are not moved."""
+        stored = {name: side.to_slices(of) for name, side in self._each.items()}
+        kinds = self.sharding.kinds
         return [
-            Factors(*(found.get(side, {}).get(i, self._empty(i, side)) for side in SIDES))
-            for i in range(len(self.sharding.kinds))
+            Factors(*(to_nodes(stored.get(side, {}).get(i, self._empty(i, side)), side, kind) for side in SIDES))
+            for i, kind in enumerate(kinds)
         ]
 
     @torch.no_grad()
     def to_fragments(self, slices: list[Factors], sides: tuple[str, ...] = SIDES) -> list[tuple[nn.Parameter, Tensor]]:
-        """This rank's fragments, flat and fp32, of everyone's slices; of the sides that are moved, those in `sides`."""
+        """This rank's fragments, flat and fp32, from everyone's slices; of the sides that are moved, those in `sides`."""
         return [pair for name, side in self._each.items() if name in sides for pair in side.to_fragments(slices)]
 
     def _empty(self, place: int, side: str) -> Tensor:
         depths, rows, columns = self.sharding.slice_shape(place, side)
-        return torch.empty((depths, rows, 0) if side == "A" else (depths, 0, columns), device=self.sharding.device)
+        shape = (depths, rows, 0) if side == "A" else (depths, 0, columns)
+        return torch.empty(shape, dtype=torch.float32, device=self.sharding.device)
 
 
 class _Side:
@@ -144,15 +146,15 @@ class _Side:
         sharding, targets, sources = self.sharding, [], []
         for place in self.places:
             rows, columns = sharding.shape(place, self.side)
-            bounds = torch.tensor(sharding.widths[place].bounds[self.side])
+            bounds = torch.tensor(sharding.slices[place].bounds[self.side], dtype=torch.int64, device="cpu")
             start, end = (int(bounds[sharding.rank + i]) for i in (0, 1))
             if self.side == "A":
-                sliced = (torch.arange(rows)[:, None] * columns + torch.arange(start, end)).flatten()
+                sliced = (_arange(0, rows)[:, None] * columns + _arange(start, end)).flatten()
             else:
-                sliced = torch.arange(start * columns, end * columns)
+                sliced = _arange(start * columns, end * columns)
             spans = sharding.spans(place, self.side)
             for of_depth in spans[: len(spans) // self.rows]:
-                own = torch.arange(*of_depth[sharding.rank].tolist())
+                own = _arange(*of_depth[sharding.rank].tolist())
                 along = own % columns if self.side == "A" else own // columns
                 targets.append(torch.searchsorted(bounds[1:], along, right=True))
                 owners = (of_depth[:, 1] > of_depth[:, 0]).nonzero().flatten()
@@ -163,12 +165,12 @@ class _Side:
         # Ordered by rank, and within a rank by place: sender and receiver see the same order.
         self._by_target = targets.argsort(stable=True).to(sharding.device)
         self._by_source = sources.argsort(stable=True).to(sharding.device)
-        leaving = torch.tensor(len(targets) - self._sent[sharding.rank], device=sharding.device)
+        leaving = torch.tensor(len(targets) - self._sent[sharding.rank], dtype=torch.int64, device=sharding.device)
         dist.all_reduce(leaving, dist.ReduceOp.MAX, group=sharding.group)
         self._is_local = not bool(leaving)  # fragments are slices already
 
     def to_slices(self, of: Reader) -> dict[int, Tensor]:
-        """By place of the kind."""
+        """This rank's slices, as PEFT stores them, by place of the kind."""
         device = self.sharding.device
         flat = torch.cat([of(p).reshape(-1).to(device, torch.float32) for p in self.parameters]).view(self.rows, -1)
         if not self._is_local:
@@ -178,7 +180,8 @@ class _Side:
         return {i: piece.reshape(shape) for i, piece, shape in zip(self.places, pieces, shapes, strict=True)}
 
     def to_fragments(self, slices: list[Factors]) -> list[tuple[nn.Parameter, Tensor]]:
-        flat = torch.cat([getattr(slices[i], self.side).reshape(self.rows, -1) for i in self.places], dim=1)
+        stored = (to_storage(getattr(slices[i], self.side), self.side, self.sharding.kinds[i]) for i in self.places)
+        flat = torch.cat([factors.reshape(self.rows, -1) for factors in stored], dim=1)
         if not self._is_local:
             flat = self._moved(flat, self._by_source, self._received, self._by_target, self._sent)
         return list(zip(self.parameters, flat.reshape(-1).split(self._sizes), strict=True))
@@ -191,3 +194,7 @@ class _Side:
         found = flat.new_empty(self.rows, len(arriving))
         found.T.index_copy_(0, arriving, incoming)
         return found
+
+
+def _arange(start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop, dtype=torch.int64, device="cpu")

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ..core.mapping import Factors
-from ..core.nodes import Kind
+from ..core.expert_storage import to_nodes
+from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
-from .slicing import SIDES
 from .torch import TorchEngine
 
 
@@ -46,21 +45,22 @@ class TensorParallelEngine(TorchEngine):
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trained):
             return None
-        return [Factors(*(_whole([_gradient(p) for p in side]) for side in (kind.A, kind.B))) for kind in self.kinds]
+        return [
+            Factors(*(to_nodes(_whole([_gradient(p) for p in getattr(kind, side)]), side, kind) for side in SIDES))
+            for kind in self.kinds
+        ]
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
-        for parameter, value in self._pairs(gradients, SIDES):
+        for parameter, value in self._with_values(gradients, SIDES):
             if parameter.grad is None and fill_missing and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 parameter.grad.copy_(_as_placed(parameter, value))
 
-    def read_working(self) -> list[Factors]:
-        return [Factors(A.float(), B.float()) for A, B in self._stacked()]
-
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        yield from ((p, _as_placed(p, value.detach())) for p, value in self._pairs(factors, SIDES, trained=False))
+        pairs = self._with_values(factors, SIDES, trained=False)
+        yield from ((parameter, _as_placed(parameter, value.detach())) for parameter, value in pairs)
 
     def bad_gradients(self) -> Tensor:
         bad = super().bad_gradients()
@@ -68,36 +68,21 @@ class TensorParallelEngine(TorchEngine):
         return bad
 
     def _look(self) -> tuple[list[int], Tensor]:
-        # Versions alone: every rank sees the same ones, and must, since reading what was written is a collective.
-        return [p._version for p in self._trained], torch.zeros(0)
+        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others waiting.
+        return [p._version for p in self._trained], torch.empty(0, dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
-    def _put(self, values: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        for parameter, value in self._pairs(values, sides):
+    def _put(self, values: list[Factors], sides: tuple[str, ...]) -> None:
+        for parameter, value in self._with_values(values, sides):
             parameter.copy_(_as_placed(parameter, value))
 
-    def _take(self) -> None:
-        self._latents = self._stacked()
-
-    def _stacked(self) -> list[Factors]:
-        return [Factors(_whole(k.A), _whole(k.B)) for k in self.kinds]
-
-    def _pairs(
-        self, values: list[Factors], sides: tuple[str, ...], trained: bool = True
-    ) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each parameter on some sides, of those that are trained, with its whole value."""
-        return [
-            (parameter, value)
-            for kind, stacked in zip(self.kinds, values, strict=True)
-            for side in sides
-            for parameter, value in zip(getattr(kind, side), getattr(stacked, side), strict=True)
-            if not trained or id(parameter) in self._trained_ids
-        ]
+    def _standing(self) -> list[Factors]:
+        return [Factors(*(to_nodes(_whole(getattr(kind, side)), side, kind) for side in SIDES)) for kind in self.kinds]
 
 
 def _as_placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """A whole value as the model holds the parameter."""
-    value = value.view(parameter.shape).to(parameter.dtype)
+    value = value.reshape(parameter.shape).to(parameter.dtype)
     if not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it

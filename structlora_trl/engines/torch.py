@@ -6,21 +6,23 @@ step hooks every torch optimizer has; the parameters' storage is never replaced.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which would load the compiler on import
 from torch.distributed.tensor import DTensor
 
-from ..core.mapping import SIDES, Factors
-from ..core.nodes import Kind
-from ..core.width import WHOLE
+from ..call_stack import caller_in, is_running
+from ..core.expert_storage import to_nodes, to_storage
+from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
-from ..frames import is_running
 from .base import Engine, copy_values, differ, holds_nonfinite
 from .schedule import Rate, rate_of
+from .slices import WHOLE
+
+_OPTIMIZER_FILE = torch.optim.Optimizer.register_step_pre_hook.__code__.co_filename
 
 
 class TorchEngine(Engine):
@@ -35,15 +37,15 @@ class TorchEngine(Engine):
 
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
         self.optimizer, self.kinds, self.name = optimizer, kinds, name
-        self.widths = [WHOLE] * len(kinds)
-        self.rows = [None] * len(kinds)
+        self.slices = [WHOLE] * len(kinds)
         self._handles: list = []
         # Those that train at attach: `requires_grad` may change for a while, as in PEFT's `disable_adapter`.
         self._trained = [p for kind in kinds for p in (*kind.A, *kind.B) if p.requires_grad]
         self._trained_ids = {id(p) for p in self._trained}
         self._refuse_unfit()
         self._latents: list[Factors] = []  # in the parameters' own dtype
-        self._step_frame = None  # of the call of `step` that is ours, while it runs
+        self._step_depth = 0  # calls of `step` within each other
+        self._step_frame = None  # of the outermost; no longer running where an exception left it
         self._stamp: tuple[list[int], Tensor] | None = None
         # By place: loading an optimizer's state replaces the groups.
         self._groups = [
@@ -56,16 +58,17 @@ class TorchEngine(Engine):
         self,
         before_step: Callable[[], bool],
         after_step: Callable[[bool], None],
-        moved: list[tuple[str, ...]],
-        by_row: list[bool],
+        mapped: list[tuple[str, ...]],
     ) -> None:
         stepped = False
 
+        @_disable_dynamo
         def before(optimizer, args, kwargs):
             nonlocal stepped
-            if self._step_frame is not None and is_running(self._step_frame):
-                return None  # an optimizer whose `step` calls that of its parent, which torch has hooked too
-            self._step_frame = sys._getframe(1)
+            if self._step_depth and is_running(self._step_frame):
+                self._step_depth += 1  # an optimizer whose `step` calls that of its parent, which torch has hooked too
+                return None
+            self._step_depth, self._step_frame = 1, caller_in(_OPTIMIZER_FILE)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
             given = None if closure is None else self._evaluate(closure)
             stepped = before_step()
@@ -80,10 +83,11 @@ class TorchEngine(Engine):
                 name: given if a is closure else a for name, a in kwargs.items()
             }
 
+        @_disable_dynamo
         def after(optimizer, args, kwargs):
-            if sys._getframe(1) is not self._step_frame:
+            self._step_depth -= 1
+            if self._step_depth:
                 return
-            self._step_frame = None
             self._take()
             after_step(stepped)
 
@@ -120,41 +124,37 @@ class TorchEngine(Engine):
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trained):
             return None
-        return [Factors(_stack_gradients(k.A), _stack_gradients(k.B)) for k in self.kinds]
+        return [Factors(*(_stack_gradients(kind, side) for side in SIDES)) for kind in self.kinds]
 
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
         targets, values = [], []
-        for kind, stacked in zip(self.kinds, gradients, strict=True):
-            for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
-                for parameter, value in zip(parameters, stack, strict=True):
-                    if id(parameter) not in self._trained_ids:
-                        continue
-                    if parameter.grad is None:
-                        if not (fill_missing and parameter.requires_grad):
-                            continue
-                        parameter.grad = torch.zeros_like(parameter)
-                    targets.append(parameter.grad)
-                    values.append(value)
+        for parameter, value in self._with_values(gradients, SIDES):
+            if parameter.grad is None:
+                if not (fill_missing and parameter.requires_grad):
+                    continue
+                parameter.grad = torch.zeros_like(parameter)
+            targets.append(parameter.grad)
+            values.append(value)
         copy_values(targets, values)
 
     def read_latents(self, everything: bool = False) -> list[Factors]:
         return [Factors(A.float(), B.float()) for A, B in self._latents]
 
     def write_latents(self, latents: list[Factors]) -> None:
-        for own, new in zip(self._latents, latents, strict=True):
-            own.A.copy_(new.A)
-            own.B.copy_(new.B)
+        self._latents = [
+            Factors(*(new.to(own.dtype, copy=True) for own, new in zip(*pair, strict=True)))
+            for pair in zip(self._latents, latents, strict=True)
+        ]
 
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
         self._put(effective, sides)
 
     def read_working(self) -> list[Factors]:
-        return [Factors(_stack(k.A).float(), _stack(k.B).float()) for k in self.kinds]
+        return [Factors(A.float(), B.float()) for A, B in self._standing()]
 
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for kind, stacked in zip(self.kinds, factors, strict=True):
-            for parameters, stack in zip((kind.A, kind.B), stacked, strict=True):
-                yield from ((p, v.detach().view_as(p).to(p.dtype)) for p, v in zip(parameters, stack, strict=True))
+        for parameter, value in self._with_values(factors, SIDES, trained=False):
+            yield parameter, value.detach().reshape(parameter.shape).to(parameter.dtype)
 
     def gradient_scale(self) -> float | Tensor:
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -177,16 +177,12 @@ class TorchEngine(Engine):
     def written(self) -> Tensor:
         versions, norms = self._look()
         known_versions, known_norms = self._stamp
-        return differ(norms, known_norms) if versions == known_versions else torch.ones((), device=norms.device)
+        if versions == known_versions:
+            return differ(norms, known_norms)
+        return torch.ones((), dtype=torch.float32, device=self.kinds[0].device)
 
     def was_touched(self) -> bool:
         return [p._version for p in self._trained] != self._stamp[0]
-
-    def rounded(self, factors: list[Factors]) -> list[Factors]:
-        return [
-            Factors(A.to(k.A[0].dtype).float(), B.to(k.B[0].dtype).float())
-            for k, (A, B) in zip(self.kinds, factors, strict=True)
-        ]
 
     def keep_versions(self) -> ExitStack:
         versions = ExitStack()
@@ -206,23 +202,35 @@ class TorchEngine(Engine):
         return [p._version for p in self._trained], torch.stack([norm.to(device) for norm in norms])
 
     def _swap_in_latents(self) -> None:
-        self._put(self._latents)
+        self._put(self._latents, SIDES)
 
     @torch.no_grad()
-    def _put(self, values: list[Factors], sides: tuple[str, ...] = SIDES) -> None:
-        targets, sources = [], []
-        for kind, stacked in zip(self.kinds, values, strict=True):
-            for side in sides:
-                parameters, stack = getattr(kind, side), getattr(stacked, side)
-                if id(parameters[0]) in self._trained_ids:
-                    # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
-                    # them, and a backward through weights that are gone must fail.
-                    targets += parameters
-                    sources += stack
-        copy_values(targets, sources)
+    def _put(self, values: list[Factors], sides: tuple[str, ...]) -> None:
+        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by them, and a
+        # backward through weights that are gone must fail.
+        pairs = self._with_values(values, sides)
+        copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
+
+    def _with_values(
+        self, values: list[Factors], sides: tuple[str, ...], trained: bool = True
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter on some sides, of those that are trained, with its value among those of nodes."""
+        return [
+            (parameter, value)
+            for kind, stacked in zip(self.kinds, values, strict=True)
+            for side in sides
+            for parameter, value in zip(
+                getattr(kind, side), to_storage(getattr(stacked, side), side, kind), strict=True
+            )
+            if not trained or id(parameter) in self._trained_ids
+        ]
 
     def _take(self) -> None:
-        self._latents = [Factors(_stack(k.A), _stack(k.B)) for k in self.kinds]
+        self._latents = self._standing()
+
+    def _standing(self) -> list[Factors]:
+        """What stands in the parameters, in their own dtype."""
+        return [Factors(*(_stack(kind, side) for side in SIDES)) for kind in self.kinds]
 
     def _refuse_unfit(self) -> None:
         name = type(self.optimizer).__name__
@@ -262,12 +270,12 @@ class TorchEngine(Engine):
 
 
 @torch.no_grad()
-def _stack(parameters: list[nn.Parameter]) -> Tensor:
-    device = parameters[0].device
-    return torch.stack([p.detach().to(device).flatten(1) for p in parameters])
+def _stack(kind: Kind, side: str) -> Tensor:
+    values = [p.detach().to(kind.device).flatten(1) for p in getattr(kind, side)]
+    return to_nodes(torch.stack(values), side, kind)
 
 
-def _stack_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    device = parameters[0].device
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in parameters]
-    return torch.stack([g.to(device, torch.float32).flatten(1) for g in gradients])
+def _stack_gradients(kind: Kind, side: str) -> Tensor:
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in getattr(kind, side)]
+    stored = torch.stack([g.to(kind.device, torch.float32).flatten(1) for g in gradients])
+    return to_nodes(stored, side, kind)

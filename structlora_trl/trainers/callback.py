@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from inspect import signature
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..attachment import build_runtime
+from ..attachment import build_runtime, find_peft_model
 from ..config import StructLoRAConfig
-from ..core.mapping import DEFAULT_PARTS, Factors, Parts
+from ..core.kinds import Factors
+from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
-from .compat import (
-    before_checkpoints,
-    callback_being_restored,
-    checkpoint_being_saved,
-    refuse_engine_taken_down,
-    run_first,
-    training_trainer,
-    why_quiet,
-)
+from ..yaml_block import read_switch
+from .compat import calling_trainer, refuse_engine_taken_down, run_first, why_quiet
+
+logger = logging.getLogger(__name__)
 
 
-class StructLoRACallback(TrainerCallback, ExportableState):
+class StructLoRACallback(TrainerCallback):
     """Trains the model's LoRA adapter as StructLoRA; checkpoints, resuming and metrics included.
 
-    Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights.
+    Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights. The model may be
+    a PEFT model, or a module that holds one (`peft_module` names it where there are several).
 
     Args:
-        config (`StructLoRAConfig` or `dict`, *optional*): where no option is given, those in the training arguments if they
-            hold any (`StructLoRASFTConfig`), else the defaults.
+        config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that has them under
+            the key `structlora`. Where no option is given, `args.structlora` if the training arguments have it
+            (`StructLoRASFTConfig`), else the defaults.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
@@ -55,43 +55,60 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         >>> trainer.save_model(folder)  # a plain LoRA adapter
     """
 
-    def __init__(self, config: StructLoRAConfig | dict | None = None, parts: Parts = DEFAULT_PARTS, **overrides):
-        restored = callback_being_restored()
-        is_restored = type(restored) is type(self)
-        if is_restored:
-            # One state for both: whoever holds the first one finds the runtime in it, and its parts stay.
-            self.__dict__ = restored.__dict__
-        self.config = StructLoRAConfig.build(config, **overrides)
+    def __init__(
+        self,
+        config: StructLoRAConfig | dict | str | Path | None = None,
+        parts: Parts = DEFAULT_PARTS,
+        **overrides,
+    ):
         self._has_own_options = bool(config or overrides)
-        if is_restored:
-            return
+        if isinstance(config, (str, Path, bool)):
+            source, config = config, read_switch(config)
+            if config is None:
+                raise StructLoRAError(
+                    f"`structlora: false` in {str(source)!r}, given to a StructLoRACallback",
+                    "options, or true for the defaults",
+                    "leave the callback out to train plain LoRA",
+                )
+        self.config = StructLoRAConfig.build(config, **overrides)
         self.parts = parts
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
         # State and weights at the end of the last `train()`.
         self._finished: tuple[dict, list[Factors]] | None = None
-        self._state: dict | None = None  # of the checkpoint that is being written, where ranks share the map
 
     def attach(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> Runtime:
-        """The runtime of a trainer whose model and optimizer are ready."""
+        """Build the runtime of a trainer whose model and optimizer are ready.
+
+        Raises:
+            StructLoRAError: StructLoRA cannot act on this model and optimizer.
+        """
         seed, quiet = trainer.args.seed, why_quiet(trainer)
         return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet)
 
+    def start_over(self, trainer: Trainer, optimizer: torch.optim.Optimizer, reset: Callable[[], None]) -> None:
+        """Train on with a fresh adapter within one run, as ReLoRA does. To be called between two optimizer steps.
+
+        Gates and coordinator start over: what they learned was about directions that are part of the base by then. Counts
+        of steps, and the peak that the learning rate is a share of, go on.
+
+        Args:
+            reset: merges the adapter, whose evaluation weights stand then, and makes it a fresh one.
+        """
+        earlier = self.runtime
+        earlier.detach()
+        reset()
+        self.runtime = self.attach(trainer, optimizer)
+        for name in ("step", "skipped_steps", "hook_calls", "schedule"):
+            setattr(self.runtime, name, getattr(earlier, name))
+
     def on_init_end(self, args, state, control, **kwargs):
-        if args.restore_callback_states_from_checkpoint:
-            arguments, constructor = self.state()["args"], signature(type(self))
-            try:
-                constructor.bind(**arguments)
-            except TypeError as error:
-                raise StructLoRAError(
-                    f"`restore_callback_states_from_checkpoint` beside {type(self).__name__}, which is built with {constructor}",
-                    f"a callback that takes what a checkpoint has of it: {', '.join(arguments)}",
-                    "leave that argument out (StructLoRA resumes without it), or give the class such a constructor",
-                ) from error
+        # Attaching may change lora_A: callbacks that copy weights in `on_train_begin` are to come after.
+        run_first(calling_trainer()[0].callback_handler, self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        trainer, resumed_from = training_trainer()
+        trainer, resumed_from = calling_trainer()
         refuse_engine_taken_down(trainer)
         callbacks = trainer.callback_handler.callbacks
         count = sum(isinstance(callback, StructLoRACallback) for callback in callbacks)
@@ -102,27 +119,28 @@ class StructLoRACallback(TrainerCallback, ExportableState):
                 "remove the others (StructLoRA trainers bring their own)",
             )
         self._take_options(args)
+        self._warn_of_earlier(callbacks[: callbacks.index(self)])
         run_first(trainer.callback_handler, self)
         if self.runtime is not None:
             self.runtime.detach()
         self.runtime = self.attach(trainer, optimizer)
-        if self.runtime.is_sharded:
-            before_checkpoints(trainer, self._gather_state)
         if not self.config.is_off:
-            describe_trainer(trainer, self.config)
+            describe_trainer(trainer, self.runtime.model.save_pretrained)
         self._seen_hook_calls = 0
         if state.is_world_process_zero:
-            print(self.runtime, flush=True)  # as Trainer prints its logs: at its default log level, INFO is not shown
+            name, _ = find_peft_model(trainer.model_wrapped, self.config)
+            where = f", in the PEFT model `{name}`" if name else ""
+            # As Trainer prints its logs: at its default log level, INFO is not shown.
+            print(f"{self.runtime}{where}", flush=True)
         if resumed_from is not None:
             load_state(self.runtime, resumed_from)
         elif self._finished is not None:
             finished_state, weights = self._finished
             if _equal(weights, self.runtime):
+                schedule = self.runtime.schedule
                 self.runtime.load_state_dict(finished_state)  # another `train()` continues where the last one ended
+                self.runtime.schedule = schedule  # with a schedule of its own
         self._acted_before = self.runtime.acted_steps
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.runtime.train()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
@@ -155,37 +173,77 @@ class StructLoRACallback(TrainerCallback, ExportableState):
         self.runtime.detach()
         self._finished = self.runtime.state_dict(), self.runtime.engine.read_working()
 
-    def state(self) -> dict:
-        """Called by Trainer for each checkpoint, before older ones are deleted: our file is written here."""
-        directory = checkpoint_being_saved()
-        if directory is not None and self.runtime is not None:
-            save_state(self.runtime, directory, self._state)
-            self._state = None
-        return {"args": {"config": self.config.options()}, "attributes": {}}
-
-    def _gather_state(self) -> None:
-        """At the start of a checkpoint, on every rank; `state` is called on those that write."""
-        if self.runtime.is_attached:
-            self._state = self.runtime.state_dict()
+    def on_save(self, args, state, control, **kwargs):
+        if self.runtime is None or not self.runtime.is_attached:
+            return
+        values = self.runtime.state_dict() if self.runtime.is_sharded else None  # on every rank, before one writes
+        if not args.should_save:
+            return
+        folder = checkpoint_folder(args, state)
+        if folder.is_dir():
+            save_state(self.runtime, folder, values)
+        else:
+            logger.warning(
+                "StructLoRA's state was not saved at step %d: there is no folder %s. To resume from a checkpoint that lies "
+                "elsewhere, call `save_state(callback.runtime, folder)` where it is written.",
+                state.global_step,
+                folder,
+            )
 
     def _take_options(self, arguments) -> None:
-        """Those in the training arguments, where they hold any and the callback was given none."""
-        if not isinstance(arguments, StructLoRAConfig):
-            return
+        """Read `args.structlora`, where the training arguments have it, and refuse other options than the callback's own."""
+        theirs = read_switch(getattr(arguments, "structlora", True))
+        if theirs is None:
+            raise StructLoRAError(
+                f"`structlora=False` in the training arguments, beside a {type(self).__name__}",
+                "one answer",
+                "remove the callback to train plain LoRA, or remove `structlora=False`",
+            )
         if not self._has_own_options:
-            self.config = StructLoRAConfig.build(arguments)
+            self.config = theirs
             return
-        own, theirs, defaults = self.config.options(), arguments.options(), StructLoRAConfig().options()
-        # An option at its default is taken as not given; `seed` is Trainer's too.
-        differ = [n for n in own if n != "seed" and theirs[n] not in (defaults[n], own[n])]
+        own = self.config.options()
+        differ = {name: value for name, value in theirs.changed_options().items() if own[name] != value}
         if differ:
             raise StructLoRAError(
-                f"{', '.join(f'{n}={theirs[n]!r}' for n in differ)} in the training arguments, and in the callback "
-                f"{', '.join(f'{n}={own[n]!r}' for n in differ)}",
+                f"{', '.join(f'{name}={value!r}' for name, value in differ.items())} in the training arguments, and in the "
+                f"callback {', '.join(f'{name}={own[name]!r}' for name in differ)}",
                 "options in one of the two, or the same in both",
                 "give them to the arguments alone (a `StructLoRACallback()`, no `structlora_config`), or use the trainer's "
                 "own arguments, such as SFTConfig",
             )
+
+    def _warn_of_earlier(self, callbacks: list[TrainerCallback]) -> None:
+        """Name the callbacks that ran before lora_A is aligned, and may have kept values that do not stand any more."""
+        if not (self.config.align_init and self.config.compares_depths):
+            return
+        looked = [
+            type(callback).__name__
+            for callback in callbacks
+            if type(callback).on_train_begin is not TrainerCallback.on_train_begin
+            and not type(callback).__module__.startswith("transformers.")
+        ]
+        if looked:
+            logger.warning(
+                "%s ran before StructLoRA, which gives all depths of a fresh adapter the same lora_A: LoRA weights that were "
+                "copied there are not those that training starts from. Pass StructLoRACallback in the trainer's `callbacks=`, "
+                "or add it first.",
+                ", ".join(looked),
+            )
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that a Trainer has just written.
+
+    Trials of a hyperparameter search have folders of their own, whose names only `hp_name` makes public; the newest
+    checkpoint of this step is meant otherwise (transformers 5.24; `upstream/transformers-save-event-before-rotation.md`).
+    """
+    output, name = Path(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if state.trial_name is not None:
+        return output / state.trial_name / name
+    if state.is_hyper_param_search:
+        return max(output.glob(f"*/{name}"), key=lambda folder: folder.stat().st_mtime, default=output / name)
+    return output / name
 
 
 def _equal(weights: list[Factors], runtime: Runtime) -> bool:
@@ -194,4 +252,4 @@ def _equal(weights: list[Factors], runtime: Runtime) -> bool:
     same = len(weights) == len(now) and all(
         torch.equal(a, b) for pair in zip(weights, now, strict=True) for a, b in zip(*pair, strict=True)
     )
-    return bool(runtime.maps[0].width.every(torch.tensor(same, device=runtime.kinds[0].device)))
+    return bool(runtime.engine.slices[0].every(torch.tensor(same, device=runtime.kinds[0].device)))

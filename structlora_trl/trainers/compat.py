@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from importlib import import_module
+from types import ModuleType
 
 import transformers
 from packaging.version import Version
@@ -17,46 +18,56 @@ from ..errors import StructLoRAError
 
 # How names end of trainers that train on samples of their own policy and compare its probabilities with those it had then. By
 # name, since importing one of TRL's imports its dependencies, and Unsloth's UnslothGRPOTrainer does not derive from GRPOTrainer.
-_ON_POLICY = ("A2POTrainer", "DistillationTrainer", "GRPOTrainer", "OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer")
+_ON_POLICY = (
+    "A2POTrainer",
+    "DistillationTrainer",
+    "GKDTrainer",
+    "GOLDTrainer",
+    "GRPOTrainer",
+    "IWOPDTrainer",
+    "OnlineDPOTrainer",
+    "PPOTrainer",
+    "RLOOTrainer",
+    "SDFTTrainer",
+    "SDPOTrainer",
+)
 # Of those that switch dropout off, also where no argument says so (LLaMA-Factory's).
 _WITHOUT_DROPOUT = ("DPOTrainer", "KTOTrainer")
 
 
-def _trainer_frame(is_wanted: Callable[[FrameType], bool]) -> FrameType | None:
-    """The innermost running call of a Trainer's method that is wanted, or None."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer) and is_wanted(frame):
-            return frame
-        frame = frame.f_back
-    return None
+def calling_trainer() -> tuple[Trainer, str | None]:
+    """The Trainer that is calling a callback, and the checkpoint that it resumes from.
 
-
-def training_trainer() -> tuple[Trainer, str | None]:
-    """The Trainer whose training loop is running, and the checkpoint it resumes from.
-
-    Trainer hands callbacks neither itself nor `resume_from_checkpoint` (transformers 5), though it hands them
-    model and optimizer; both stand in the frame of the loop that called us. Its name does not matter: Unsloth's is
-    `_fast_inner_training_loop`.
+    Trainer hands callbacks its model and optimizer, but neither itself nor `resume_from_checkpoint` (transformers 5.24;
+    `upstream/transformers-callbacks-see-the-trainer.md`). Both stand in the frame of the method that called us, whatever
+    its name: Unsloth's training loop is `_fast_inner_training_loop`.
 
     Raises:
-        StructLoRAError: no Trainer is training.
+        StructLoRAError: no Trainer is calling.
     """
-    frame = _trainer_frame(lambda frame: "resume_from_checkpoint" in frame.f_locals)
-    if frame is None:
+    trainer, frame = None, sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if trainer is None and isinstance(caller, Trainer):
+            trainer = caller
+        if caller is trainer is not None and "resume_from_checkpoint" in frame.f_locals:
+            return trainer, frame.f_locals["resume_from_checkpoint"]
+        frame = frame.f_back
+    if trainer is None:
         raise StructLoRAError(
             "the callback used outside a `transformers.Trainer`",
             "a Trainer or a TRL trainer in training",
             "use `structlora_trl.attach(model, optimizer)` in custom loops",
         )
-    return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
+    return trainer, None
 
 
 def refuse_engine_taken_down(trainer: Trainer) -> None:
     """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues without one.
 
     `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped already
-    (transformers 5.6 to 5.24). A plain LoRA run fails in its first backward.
+    (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA run fails in its first
+    backward.
 
     Raises:
         StructLoRAError: there is no engine.
@@ -70,7 +81,7 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
 
 
 def why_quiet(trainer: Trainer) -> str | None:
-    """Why noise on the gates, which is dropout, has no place in a trainer; None where it has one."""
+    """The reason why noise on the gates, which is a kind of dropout, is off in a trainer; None where it is on."""
     name, classes = type(trainer).__name__, [c.__name__ for c in type(trainer).__mro__]
     if any(c.endswith(_ON_POLICY) for c in classes):
         return f"{name} trains on samples of its own policy"
@@ -79,73 +90,48 @@ def why_quiet(trainer: Trainer) -> str | None:
     return None
 
 
-def before_checkpoints(trainer: Trainer, call: Callable[[], None]) -> None:
-    """Have every rank call something at the start of each checkpoint: Trainer asks callbacks for their state on one rank alone.
-
-    To ask twice is to ask once.
-    """
-    save = trainer._save_checkpoint
-    if getattr(save, "before", None) == call:
-        return
-
-    def save_after_call(*args, **kwargs):
-        call()
-        return save(*args, **kwargs)
-
-    save_after_call.before = call
-    trainer._save_checkpoint = save_after_call
-
-
-def checkpoint_being_saved() -> Path | None:
-    """The directory of the checkpoint the Trainer is writing right now, or None."""
-    frame = _trainer_frame(lambda frame: frame.f_code.co_name == "_save_checkpoint")
-    return None if frame is None else Path(frame.f_locals["output_dir"])
-
-
-def callback_being_restored() -> TrainerCallback | None:
-    """The callback that the Trainer is building anew from a checkpoint's arguments right now, or None.
-
-    For `restore_callback_states_from_checkpoint` it puts `type(callback)(**arguments)` in the callback's place (transformers 5).
-    """
-    frame = _trainer_frame(lambda frame: frame.f_code.co_name == "_load_callback_state")
-    return None if frame is None else frame.f_locals.get("callback")
-
-
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
     """Move a callback to the front of a handler, safe while the handler goes through its list.
 
-    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and trackio.
+    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and trackio
+    (transformers 5.24; `upstream/transformers-callback-order.md`).
     """
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
 
 
-def from_trl(name: str):
-    """A class of TRL.
+def trl_script(name: str) -> ModuleType:
+    """The module `trl.scripts.<name>`.
 
     Raises:
-        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError; its
-            KTOTrainer can be imported, and fails when it is built.
+        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError;
+            its KTOTrainer can be imported, and fails when it is built.
     """
     import trl
 
-    if name == "KTOTrainer" and Version(trl.__version__) < Version("1.0"):
+    if name == "kto" and Version(trl.__version__) < Version("1.0"):
         raise ImportError(f"TRL {trl.__version__}'s KTOTrainer sets `warnings_issued`, which transformers 5 dropped")
     try:
-        return getattr(trl, name)
+        return import_module(f"trl.scripts.{name}")
     except RuntimeError as error:
-        raise ImportError(f"TRL {trl.__version__} beside transformers {transformers.__version__}: {error}") from error
+        versions = f"TRL {trl.__version__} beside transformers {transformers.__version__}"
+        raise ImportError(f"{versions}: {error}") from error
 
 
-def trusts_remote_code(training, model) -> bool:
-    """The flag `trust_remote_code`, which TRL moved from `ModelConfig` to the trainers' configurations."""
-    holder = next(given for given in (training, model) if "trust_remote_code" in {f.name for f in fields(given)})
-    return holder.trust_remote_code
+@contextmanager
+def resuming(checkpoint: str | None) -> Iterator[None]:
+    """Have `Trainer.train()` resume from a checkpoint where its caller says nothing.
 
+    TRL's scripts hand `resume_from_checkpoint` to the trainer since TRL 1.15; before, they ignored it.
+    """
+    import trl
 
-def end_training(trainer: Trainer) -> None:
-    """Close trackers and the process group; before transformers 5.18 the Trainer leaves that to Accelerate."""
-    if Version(transformers.__version__) >= Version("5.18.0"):
-        trainer.end()
-    else:
-        trainer.accelerator.end_training()
+    if checkpoint is None or Version(trl.__version__) >= Version("1.15"):
+        yield
+        return
+    train = Trainer.train
+    Trainer.train = partialmethod(train, resume_from_checkpoint=checkpoint)
+    try:
+        yield
+    finally:
+        Trainer.train = train

@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -24,8 +26,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from structlora_trl.adapters.export import export, load_base
-from structlora_trl.adapters.saved import read_saved
+from structlora_trl.adapters.export import export, information_curves
+from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.adapters.measuring import load_base
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
@@ -42,7 +45,10 @@ from tests.support.adapters import (
     train,
 )
 from tests.support.cli_runs import logits_of
-from tests.support.tiny import FAMILIES, VOCABULARY, base_model
+from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
+
+if hasattr(peft, "LoraGAConfig"):
+    from peft.tuners.lora.loraga import preprocess_loraga
 
 
 @pytest.mark.parametrize("variant", RUNS)
@@ -60,7 +66,7 @@ def close_directions(state: dict, adapter: dict, threshold: float) -> int:
     """Zero the closed columns of lora_B; how many."""
     closed = 0
     for kind in KINDS:
-        for depth, gates in enumerate(state[f"{kind}/filter.logits"].sigmoid()):
+        for depth, gates in enumerate(state[f"{kind}/filters.0.logits"].sigmoid()):
             weight = adapter[f"base_model.model.{kind.replace('*', str(depth))}.lora_B.weight"]
             weight[:, gates < threshold] = 0
             closed += int((gates < threshold).sum())
@@ -71,7 +77,7 @@ def close_directions(state: dict, adapter: dict, threshold: float) -> int:
 def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path, capsys):
     out = runs(variant)
     base, state = out.parent / "base", load_file(out / STATE_NAME)
-    gates = torch.cat([state[f"{kind}/filter.logits"].sigmoid() for kind in KINDS])
+    gates = torch.cat([state[f"{kind}/filters.0.logits"].sigmoid() for kind in KINDS])
     # As large as leaves every module a direction, and between two gates.
     below = gates[gates < gates.amax(1).min()].max()
     threshold = float((below + gates.amax(1).min()) / 2)
@@ -103,11 +109,11 @@ def test_prune_measures_on_a_text_and_spares_one_direction(runs, tmp_path, capsy
     given = [str(runs()), str(tmp_path / "one"), "--prune", "1", "--probe", str(tmp_path / "probe.txt")]
     assert main(["export", *given]) == 0
     printed = capsys.readouterr().out
-    assert "1 x 5 tokens" in printed and f"{len(KINDS) * DEPTHS} modules are wholly closed" in printed
+    assert "1 x 5 tokens" in printed and f"{len(KINDS) * DEPTHS} modules would keep no direction" in printed
     weights = load_file(tmp_path / "one" / ADAPTER)
     assert {len(value) for name, value in weights.items() if "lora_A" in name} == {1}
     state = load_file(runs() / STATE_NAME)
-    kept = int(state[f"{KINDS[0]}/filter.logits"][0].argmax())
+    kept = int(state[f"{KINDS[0]}/filters.0.logits"][0].argmax())
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert torch.equal(weights[name][0], load_file(runs() / ADAPTER)[name][kept])
 
@@ -141,6 +147,82 @@ def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_pa
     assert len(asked) >= 3 and {*asked} == {expected}
 
 
+def _gradients(model, config):
+    preprocess_loraga(model, config, lambda: model(**FAMILIES["llama"].batch(0)).loss.backward())
+
+
+def _covariances(model, config):
+    preprocess_corda(model, config, run_model=lambda: model(input_ids=FAMILIES["llama"].batch(0)["input_ids"][:1]))
+
+
+# How an adapter began -> (LoRA's options, what the base model needs for them first). The first ones take a part out of the base
+# model that PEFT cannot find again; with the others PEFT takes the same part again, or none.
+STARTS = {
+    "pissa_niter_4": ({"init_lora_weights": "pissa_niter_4"}, None),
+    "corda": ({"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}, _covariances),
+    "pissa": ({"init_lora_weights": "pissa"}, None),
+    "olora": ({"init_lora_weights": "olora"}, None),
+    "orthogonal": ({"init_lora_weights": "orthogonal"}, None),
+    "eva": ({"init_lora_weights": "eva"}, None),
+}
+FOR_GOOD = ["pissa_niter_4", "corda"]
+if hasattr(peft, "LoraGAConfig"):
+    STARTS["lora_ga"] = ({"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()}, _gradients)
+    FOR_GOOD.append("lora_ga")
+if hasattr(peft, "KasaConfig"):
+    STARTS["kasa"] = ({"kasa_config": peft.KasaConfig()}, None)
+if hasattr(peft, "MontecloraConfig"):
+    STARTS["monteclora"] = ({"monteclora_config": peft.MontecloraConfig()}, None)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_path, monkeypatch):
+    options, prepare = STARTS[start]
+    model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=8, **ATTENTION, **options)
+    if prepare:
+        prepare(model, config)
+    model = peft.get_peft_model(model, config)
+    inits = config.init_lora_weights
+    config.init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    config.init_lora_weights = inits
+    optimizer = adamw(model)
+    model.train()
+    for step in range(3):
+        model(**FAMILIES["llama"].batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = logits_of(model, "llama")
+    model.save_pretrained(tmp_path / "out")
+    torch.manual_seed(7)  # whatever is drawn on loading is another draw than in training
+
+    def merged(name, folder, **options):
+        export(read_saved(tmp_path / folder), tmp_path / name, merge=True, **options)
+        return logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name), "llama")
+
+    if start not in FOR_GOOD:
+        torch.testing.assert_close(merged("merged", "out"), trained, atol=1e-5, rtol=0)
+        return
+    for more in ({"merge": True}, {}, {"base": str(tmp_path / "base")}, {"keep": 0.5}):
+        with pytest.raises(StructLoRAError, match=f"'{start}'.*path_initial_model_for_weight_conversion"):
+            export(read_saved(tmp_path / "out"), tmp_path / "refused", **more)
+    assert not (tmp_path / "refused").exists()
+    # The ways that the error names: PEFT's own conversion, and the base model as it was trained on.
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion="./initial")
+    torch.testing.assert_close(merged("merged", "converted"), trained, atol=1e-5, rtol=0)
+    model.unload().save_pretrained(tmp_path / "moved")
+    moved = str(tmp_path / "moved")
+    torch.testing.assert_close(merged("of the moved base", "out", base=moved), trained, atol=1e-5, rtol=0)
+    rows = [{"input_ids": ids[None], "labels": ids[None]} for ids in FAMILIES["llama"].batch(9)["input_ids"]]
+    *_, losses = information_curves(read_saved(tmp_path / "out"), rows, base=moved)
+    expected = sum(float(on_base(tmp_path / "converted", tmp_path / "base")(**row).loss) for row in rows) / len(rows)
+    assert losses.orders["most information"][-1] == (1, pytest.approx(expected, abs=1e-5))
+    export(read_saved(tmp_path / "out"), tmp_path / "adapter", base=moved)
+    torch.testing.assert_close(logits_of(on_base(tmp_path / "adapter", moved), "llama"), trained, atol=1e-5, rtol=0)
+
+
 MISTAKES = {
     "no gates known": (["--prune", "0.1"], "its gates are unknown"),
     "no base": (["--merge", "--base", "missing"], "loading the base model missing failed"),
@@ -163,8 +245,11 @@ def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, ca
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--probe", "sample.txt"], "--probe needs --prune"),
-        (["--merge", "--probe", "none"], "--probe needs --prune"),
+        (["--probe", "sample.txt"], "--probe needs --keep or --prune"),
+        (["--merge", "--probe", "none"], "--probe needs --keep or --prune"),
+        (["--keep", "0.5", "--data", "rows.jsonl", "--probe", "none"], "--probe needs --keep or --prune"),
+        (["--keep", "0.5", "--prune", "0.5"], "give one of them"),
+        (["--data", "rows.jsonl"], "--data needs --keep"),
         (["--merge", "--one-rank"], "give one of them"),
     ],
 )
@@ -182,8 +267,11 @@ def test_an_output_folder_that_is_not_empty(runs, capsys):
 @pytest.mark.parametrize(
     "option, words",
     [
-        ({"filter": "random"}, "learns no gates"),
-        ({"filter": "topk_norm", "gate_init": 0.5, "coordinator": "none"}, None),
+        ({"structlora.filter": "random"}, "learns no gates"),
+        (
+            {"structlora.filter": "topk_norm", "structlora.gate_init": 0.5, "structlora.coordinator": "none"},
+            None,
+        ),
     ],
 )
 def test_prune_goes_by_the_filter(option, words, tmp_path, capsys):

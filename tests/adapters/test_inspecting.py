@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from structlora_trl.adapters.inspecting import report
+from structlora_trl.adapters.inspecting import log_history, report
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.pruning import prune
-from structlora_trl.adapters.saved import read_saved
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, on_base
@@ -32,7 +32,7 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
     out = runs(variant)
     facts = inspected(capsys, out)
     state = load_file(out / STATE_NAME)
-    assert facts["step"] == state["step"] == 6 and [kind["name"] for kind in facts["kinds"]] == KINDS
+    assert facts["step"] == 6 and [kind["name"] for kind in facts["kinds"]] == KINDS
     model = on_base(out, out.parent / "base").get_base_model()
     for kind in facts["kinds"]:
         leaf = kind["name"].split(".")[-1]
@@ -45,11 +45,11 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         cosines = [torch.cosine_similarity(a, b, 0) for a, b in pairwise(features)]
         assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
         for row, update, gates in zip(
-            kind["depths"], updates, state[f"{kind['name']}/filter.logits"].sigmoid(), strict=True
+            kind["depths"], updates, state[f"{kind['name']}/filters.0.logits"].sigmoid(), strict=True
         ):
             assert row["gates"] == pytest.approx(gates.tolist())
             if variant == "heads":
-                heads = state[f"{kind['name']}/groups.logits"][row["depth"]].sigmoid()
+                heads = state[f"{kind['name']}/filters.1.logits"][row["depth"]].sigmoid()
                 assert row["groups"] == pytest.approx(heads.tolist())
             else:
                 assert row["groups"] is None
@@ -103,22 +103,32 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
 
     assert main(["inspect", str(runs()), "--plot", str(tmp_path / "figures")]) == 0
     written = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert written == {
-        f"{name}.{kind}" for name in ("gates", "similarity", "coverage", "drift") for kind in ("png", "pdf")
-    }
+    charts = ("gates", "similarity", "singular_values", "size", "training")
+    assert written == {f"{name}.{kind}" for name in charts for kind in ("png", "pdf")}
     for path in (tmp_path / "figures").glob("*.png"):
         assert imread(path).std() > 0.01, f"{path.name} is blank"
     assert main(["inspect", str(plain_adapter), "--plot", str(tmp_path / "few")]) == 0
     assert "No gate map" in capsys.readouterr().out
-    assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "coverage"}
+    assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "singular_values", "size"}
 
 
-def test_no_matplotlib(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "structlora_trl.adapters.plots", raising=False)
-    monkeypatch.delattr("structlora_trl.adapters.plots", raising=False)
-    assert main(["inspect", str(runs()), "--plot", str(tmp_path / "figures")]) == 1
-    assert 'pip install "structlora-trl[plot]"' in capsys.readouterr().err
+@pytest.mark.parametrize("library, module, option", [("matplotlib", "figures", "--plot"), ("jinja2", "page", "--html")])
+def test_a_missing_library_is_named(library, module, option, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"structlora_trl.adapters.{module}", raising=False)
+    monkeypatch.delattr(f"structlora_trl.adapters.{module}", raising=False)
+    assert main(["inspect", str(runs()), option, str(tmp_path / "figures")]) == 1
+    assert "structlora-trl[plot]" in capsys.readouterr().err
+
+
+def test_inspect_begins_with_a_summary(runs, capsys):
+    assert main(["inspect", str(runs())]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    gates = [gate for kind in report(read_saved(runs())) for depth in kind.depths for gate in depth.gates]
+    assert lines[1].startswith(f"{len(gates)} directions in {len(KINDS) * DEPTHS} modules")
+    assert f"mean openness {sum(gates) / len(gates):.3f}, the least {min(gates):.3f}" in lines[1]
+    last = [entry["loss"] for entry in log_history(runs()) if "loss" in entry][-1]
+    assert f"training loss {last:.4g}" in lines[1]
 
 
 @pytest.mark.parametrize(

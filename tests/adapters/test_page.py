@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import html
+import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,13 +12,22 @@ from html.parser import HTMLParser
 
 import pytest
 
-from structlora_trl.adapters.inspecting import short_names
-from structlora_trl.adapters.svg import VIRIDIS, Line, Scale, chart, heat_map, legend
+from structlora_trl.adapters.export import information_curves
+from structlora_trl.adapters.inspecting import report, short_names
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
-from tests.support.adapters import DEPTHS, KINDS
+from structlora_trl.state import STATE_NAME
+from tests.support.adapters import DEPTHS, KINDS, RANK, on_base
+from tests.support.data import texts, write_rows
+from tests.support.tiny import FAMILIES
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+from structlora_trl.adapters.figures import Run, charts, write
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
-VOID = {"meta", "path", "circle"}
+VOID = {"meta"}
+VIRIDIS = ("#440154", "#fde725")  # the ends of its scale
 
 
 class Page(HTMLParser):
@@ -30,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.linked += [value for name, value in attributes if name in ("src", "href")]
+        self.linked += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
         if tag == "tr":
             self.rows.append([])
         if tag not in VOID:
@@ -41,8 +52,8 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, text):
-        if "tr" in self.open:
-            self.rows[-1].append(text)
+        if "tr" in self.open and text.strip():
+            self.rows[-1].append(text.strip())
 
 
 @pytest.fixture
@@ -56,22 +67,54 @@ def page(runs, plain_adapter, tmp_path):
 def test_the_page_holds_everything(page):
     text = page.read_text()
     parsed = Page(text)
-    assert not parsed.linked and "http" not in text and "url(" not in text and "import" not in text
+    assert {link.partition(":")[0] for link in parsed.linked if not link.startswith("#")} <= {"data"}
+    assert "http" not in text and "url(" not in text.replace("url(#", "") and "@import" not in text
     assert "&lt;b&gt;plain &amp; simple" in text and "b" not in parsed.counts
     titles = re.findall("<h2>(.*?)</h2>", text)
-    assert titles == ["Gates", "Similarity over depth", "Singular values", "Training", "Modules"]
-    maps, spectra, curves = len(KINDS), 2 * len(KINDS), 5
+    assert titles == ["Gates", *WITHOUT_STATE[:3], "Training", "Modules"]
+    maps, spectra, sizes, curves = len(KINDS), 2 * len(KINDS), 1, 6
     similarities = len(KINDS) + 1  # without the state, where writers alone can be compared
-    assert parsed.counts["svg"] >= 2 + maps + similarities + spectra + curves
+    assert parsed.counts["svg"] == 2 + maps + similarities + spectra + sizes + curves
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
     assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 6 * 2 for row in rows)
     # kind, layer, openness of either run
     assert all(0 < float(row[2]) < 1 and row[3] == "-" for row in rows)
 
 
+WITHOUT_STATE = ["Similarity over depth", "Singular values", "What a smaller adapter keeps", "Modules"]
+
+
+def test_which_run_did_better(runs, tmp_path):
+    """Facts of both runs from their logs, the lower losses marked; a plain LoRA run has steps too."""
+    folders = {}
+    for name, losses in {"first": (2.5, 2.25), "second": (2.0, 2.75)}.items():
+        folders[name] = tmp_path / name
+        shutil.copytree(runs(), folders[name], ignore=shutil.ignore_patterns("checkpoint-*"))
+        if name == "second":
+            (folders[name] / STATE_NAME).unlink()
+        entries = [{"step": 8, "loss": losses[0], "learning_rate": 0.5}, {"step": 9, "eval_loss": losses[1]}]
+        (folders[name] / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+        (folders[name] / "README.md").write_text("---\ndatasets:\n- some/rows\n---\n# A card")
+    given = [str(folders["first"]), "--against", str(folders["second"])]
+    assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    facts = {row[0]: row[1:] for row in Page(text).rows if len(row) == 3}
+    assert facts["training loss at the end"] == ["2.5", "2"] and facts["held-out loss at the end"] == ["2.25", "2.75"]
+    assert facts["steps"] == ["6", "9"] and facts["r"] == [str(RANK)] * 2 and facts["data"] == ["some/rows"] * 2
+    assert re.findall('class="lowest">(.*?)<', text) == ["2", "2.25"]
+    assert re.search(r"first is lower by 0\.5\b", text)
+
+
+def test_gates_are_on_one_scale_whatever_happened(runs):
+    chart, *others = charts([Run.of("run", read_saved(runs()))])
+    assert all(other.told for other in others)  # what each says of the run
+    assert chart.key == "gates" and (chart.scale.low, chart.scale.high) == (0, 1) and chart.scale.marks == (0.9,)
+    gates = [gate for kind in report(read_saved(runs())) for depth in kind.depths for gate in depth.gates]
+    assert f"from {min(gates):.2f} to {max(gates):.2f}" in chart.told[0]
+
+
 def test_gates_of_heads_have_a_map_and_a_column(runs, tmp_path):
-    plots = importlib.util.find_spec("matplotlib")
-    given = ["--plot", str(tmp_path / "figures")] if plots else []
+    given = ["--plot", str(tmp_path / "figures")]
     assert main(["inspect", str(runs("heads")), "--html", str(tmp_path / "page.html"), *given]) == 0
     text = (tmp_path / "page.html").read_text()
     assert re.findall("<h2>(.*?)</h2>", text)[:2] == ["Gates", "Gates of heads and experts"]
@@ -79,14 +122,46 @@ def test_gates_of_heads_have_a_map_and_a_column(runs, tmp_path):
     place = next(row for row in parsed.rows if row[0] == "kind").index("groups")
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
     assert len(rows) == len(KINDS) * DEPTHS and all(0 < float(row[place]) < 1 for row in rows)
-    assert not plots or (tmp_path / "figures" / "groups.png").is_file()
+    assert (tmp_path / "figures" / "groups.png").is_file()
 
 
 def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):
     page = tmp_path / "a" / "new" / "page.html"
     assert main(["inspect", str(plain_adapter), "--html", str(page)]) == 0
-    titles = re.findall("<h2>(.*?)</h2>", page.read_text())
-    assert titles == ["Similarity over depth", "Singular values", "Modules"]
+    assert re.findall("<h2>(.*?)</h2>", page.read_text()) == WITHOUT_STATE
+
+
+def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
+    """The page has the information and the loss at each size; all of the adapter has the loss of plain PEFT."""
+    rows = [{"input_ids": x[None], "labels": x[None]} for x in FAMILIES["llama"].batch(3)["input_ids"]]
+    saved = read_saved(plain_adapter)
+    curves = information_curves(saved, rows, str(runs().parent / "base"))
+    carried, losses = (curve.orders for curve in curves)
+    assert all(points[0] == (0, 0) and points[-1] == (1, pytest.approx(1)) for points in carried.values())
+    assert all(a[1] >= b[1] - 1e-6 for a, b in zip(*carried.values(), strict=True))  # none beats the most informative
+    model = on_base(plain_adapter, runs().parent / "base")
+    expected = sum(float(model(**row).loss) for row in rows) / len(rows)
+    assert [points[-1] for points in losses.values()] == [(1, pytest.approx(expected, abs=1e-5))] * 2
+    chart = next(chart for chart in charts([Run.of("run", saved, curves)]) if chart.key == "size")
+    assert [panel.title for panel in chart.panels] == [
+        "share of the information",
+        "loss",
+        "share of the squared norm",
+    ]
+
+
+def test_the_page_shows_sizes_on_the_rows_of_a_file(plain_adapter, runs, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", texts())
+    given = ["--data", str(tmp_path / "rows.jsonl"), "--base", str(runs().parent / "base")]
+    assert main(["inspect", str(plain_adapter), "--html", str(tmp_path / "page.html"), *given]) == 0
+    assert {"share of the information", "loss"} <= {
+        *re.findall("<figcaption.*?>(.*?)<", (tmp_path / "page.html").read_text())
+    }
+
+
+@pytest.mark.parametrize("option", [["--data", "rows.jsonl"], ["--html", "page.html", "--base", "model"]])
+def test_an_option_without_effect_is_refused(option, runs):
+    assert main(["inspect", str(runs()), *option]) == 2
 
 
 def test_another_run_needs_a_page(runs, capsys):
@@ -94,23 +169,22 @@ def test_another_run_needs_a_page(runs, capsys):
     assert "--against needs --html" in capsys.readouterr().err
 
 
-def test_colours_follow_what_happened():
-    """Gates that moved by little fill the scale all the same; without any difference there is one colour."""
-    gates = [[0.88, 0.89], [0.895, 0.9]]
-    drawn = heat_map(gates, Scale(0.88, 0.9), ["0", "1"], "direction")
-    assert {VIRIDIS[0], VIRIDIS[-1]} <= set(re.findall("#[0-9a-f]{6}", drawn))
-    still = heat_map([[0.9, 0.9]], Scale(0.9, 0.9), ["0"], "direction")
-    assert len(set(re.findall("#[0-9a-f]{6}", still))) == 1
-    assert "start 0.9" in legend(Scale(0.8, 0.95), {"start 0.9": 0.9})
-    assert "start" not in legend(Scale(0.1, 0.2), {"start 0.9": 0.9})
+ODD = {  # name -> the log
+    "_run": [],
+    "one step": [{"step": 1, "loss": 2.0}],
+    "$odd$ < numbers & more": [
+        {"step": step, "loss": loss} for step, loss in enumerate([math.nan, math.inf, 0.0, -1.0, 1e30])
+    ],
+}
 
 
-@pytest.mark.parametrize("values", [[], [float("nan")], [0.0, -1.0], [2.0], [1.0, 1.0], [1e-30, 1e30]])
-@pytest.mark.parametrize("logarithmic", [True, False])
-def test_charts_of_odd_values(values, logarithmic):
-    drawn = chart([Line("a", range(len(values)), values, "#000000")], "step", logarithmic)
-    assert "nan" not in drawn and "inf" not in drawn
-    Page(drawn)
+@pytest.mark.parametrize("name", ODD)
+def test_figures_of_odd_values_and_names(name, plain_adapter, tmp_path):
+    saved = read_saved(plain_adapter)
+    drawn = charts([Run(name, saved, {kind.name: kind for kind in report(saved)}, ODD[name])] * 2)
+    panels = {panel.name: html.unescape(panel.svg()) for chart in drawn[2:] for panel in chart.panels}
+    assert name in panels["share of the squared norm"]
+    assert write(tmp_path / "figures", drawn) == [chart.key for chart in drawn]
 
 
 NAMES = {

@@ -10,14 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structlora_trl import attach
-from structlora_trl.core.diagnostics import stream_cosine, structure_metrics
-from structlora_trl.core.nodes import residual_role
+from structlora_trl.core.diagnostics import effective_rank, stream_cosine, stream_products, structure_metrics
+from structlora_trl.core.kinds import residual_role
 from tests.support.tiny import _SIZES, FAMILIES, adamw, lora_parameters, peft_model, train
 
 
 def factors(seed: int, depths: int = 5, rank: int = 3, n: int = 12, p: int = 7, experts: tuple[int, ...] = ()):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*experts, depths, rank, size, generator=generator) for size in (n, p)]
+
+
+def cosine_of(side, other, apart: int = 1):
+    return stream_cosine(*stream_products(side, other, apart))
 
 
 def formed(update: torch.Tensor, apart: int = 1) -> torch.Tensor:
@@ -30,16 +34,16 @@ def formed(update: torch.Tensor, apart: int = 1) -> torch.Tensor:
 @given(seed=st.integers(0, 2**31 - 1), apart=st.integers(1, 4), experts=st.sampled_from([(), (2,)]))
 def test_stream_cosine_is_that_of_the_whole_matrices(seed, apart, experts):
     side, other = factors(seed, experts=experts)
-    found = stream_cosine(side, other, apart).double()
+    found = cosine_of(side, other, apart).double()
     torch.testing.assert_close(found, formed(other.mT @ side, apart), atol=1e-5, rtol=1e-4)
 
 
-@given(seed=st.integers(0, 2**31 - 1), scale=st.sampled_from([1e-25, 1e-12, 1.0, 1e25]))
+@given(seed=st.integers(0, 2**31 - 1), scale=st.sampled_from([1e-9, 1e-4, 1.0, 1e9]))
 def test_stream_cosine_depends_neither_on_the_rank_basis_nor_on_the_scale(seed, scale):
     side, other = factors(seed)
     basis = torch.linalg.qr(factors(seed + 1, n=3)[0]).Q * torch.tensor([0.5, 1.0, 2.0])  # one for each depth
-    turned = stream_cosine(basis @ side * scale, torch.linalg.inv(basis).mT @ other / scale)
-    torch.testing.assert_close(turned, stream_cosine(side, other), atol=1e-4, rtol=1e-3)
+    turned = cosine_of(basis @ side * scale, torch.linalg.inv(basis).mT @ other / scale)
+    torch.testing.assert_close(turned, cosine_of(side, other), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -47,17 +51,17 @@ def test_stream_cosine_depends_neither_on_the_rank_basis_nor_on_the_scale(seed, 
 )
 def test_stream_cosine_of_nothing_or_of_diverged_values_is_nan_there_alone(side_of_1, other_of_1):
     side, other = factors(0)
-    expected = stream_cosine(side, other)
+    expected = cosine_of(side, other)
     side[1] *= side_of_1
     other[1] *= other_of_1
-    found = stream_cosine(side, other)
+    found = cosine_of(side, other)
     assert found.isnan().tolist() == [True, True, False, False]
     torch.testing.assert_close(found[2:], expected[2:])
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3])
 def test_stream_cosine_of_too_few_depths_is_empty(depths):
-    assert stream_cosine(*factors(0, depths), apart=3).shape == (0,)
+    assert cosine_of(*factors(0, depths), apart=3).shape == (0,)
 
 
 def learned(model, kind, start: dict, role: str) -> torch.Tensor:
@@ -143,3 +147,29 @@ def test_a_diverged_depth_leaves_the_others_their_figure(value):
         effective.B[depth, 0, 0] = value
         found = structure_metrics(runtime.maps, [effective])
         assert [found[name] for name in ("stream_cosine",) if name in found] == pytest.approx(left, abs=1e-4)
+
+
+def rank_of(A, B):
+    return effective_rank(B.mT @ B, A @ A.mT)
+
+
+@given(seed=st.integers(0, 2**31 - 1))
+def test_effective_rank_is_that_of_the_product(seed):
+    torch.manual_seed(seed)
+    A, B = torch.randn(3, 4, 7), torch.randn(3, 6, 4)
+    singular = torch.linalg.svdvals((B @ A).double())
+    share = singular / singular.sum(1, keepdim=True)
+    expected = torch.exp(-(share * share.clamp(min=1e-30).log()).sum(1))
+    torch.testing.assert_close(rank_of(A, B).double(), expected, atol=1e-2, rtol=1e-2)
+    assert rank_of(A, torch.zeros(3, 6, 4)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_effective_rank_of_diverged_factors_is_nan_and_no_error(value):
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 6, 4, generator=generator)
+    expected = rank_of(A, B)
+    B[1, 0, 0] = value
+    found = rank_of(A, B)
+    assert found[1].isnan()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]])

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from structlora_trl import StructLoRAError, attach
 from structlora_trl.core.heads import heads_of
-from structlora_trl.core.nodes import Heads, discover
+from structlora_trl.core.kinds import Heads, discover
 from tests.support.setups import gpt2, t5
 from tests.support.tiny import FAMILIES, adamw, base_model, peft_model
 

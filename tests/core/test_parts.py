@@ -9,15 +9,15 @@ from structlora_trl.core.coordinator import GCN
 from structlora_trl.core.filters import InformationBottleneck
 from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph
+from structlora_trl.core.kinds import discover
 from structlora_trl.core.mapping import Parts
-from structlora_trl.core.nodes import discover
 from tests.support.tiny import LAYERS, adamw, logits_of, peft_model, train
 
 
 class MeanOverDepth(InformationBottleneck):
     """Gates of logits averaged over depth."""
 
-    def gates(self, A, B, noise):
+    def gates(self, update, noise):
         return self.gates_of(self.logits.mean(0, keepdim=True), noise)
 
 
@@ -36,7 +36,7 @@ class Diagonal(GCN):
 
 
 def all_joined(kind, config):
-    return DepthGraph(~torch.eye(kind.depth_count, dtype=torch.bool), False, 1, 0.5, 0.9)
+    return DepthGraph(~torch.eye(kind.depth_count, dtype=torch.bool)[None], False, 1, 0.5, 0.9)
 
 
 def values_alone(model, adapter_name):
@@ -56,7 +56,7 @@ def test_every_part_can_be_replaced():
     theta = m.coordinators["A"].theta[0]
     assert theta.diagonal().abs().min() > 0 and not (theta - torch.diag(theta.diagonal())).any()
     noise = runtime.noise.draw(runtime.step, [m.filter.shape])[0]
-    gates = m.filter.gates(*runtime.engine.read_latents()[0], noise)
+    gates = m.filter.gates(runtime.engine.read_latents()[0], noise)
     torch.testing.assert_close(gates, gates[:1].expand(LAYERS, -1))
     assert gates.std() > 0
     spread = m.graph.propagate(torch.eye(LAYERS)[:, None])

@@ -9,19 +9,19 @@ import trl
 import yaml
 from packaging.version import Version
 
-from structlora_trl.options import read_switch
+from structlora_trl.yaml_block import read_switch
 from tests.support.cli_runs import assert_plain_peft_agrees, trained
-from tests.support.data import BLOCKS_OF_64, chats, preferences, save_base, saved_pictures, write_rows
+from tests.support.data import BLOCKS_OF_64, chats, preferences, save_base, save_pictures, write_rows
 from tests.support.launching import ROOT
 from tests.support.left import assert_acted, state_of
 
 TRL = ROOT / "configs" / "trl"
-# file -> (command, family of the tiny model, rows)
+# file -> (command, family of the tiny model, rows; None: pictures)
 TABLE = {
     "llama3_8b_qlora": ("sft", "llama", chats),
     "qwen3_8b_sft": ("sft", "qwen3", chats),
     "gemma3_1b_sft": ("sft", "gemma3", chats),
-    "llava_7b_sft": ("sft", "llava", saved_pictures),
+    "llava_7b_sft": ("sft", "llava", None),
     "qwen3_4b_dpo": ("dpo", "qwen3", preferences),
 }
 
@@ -46,15 +46,15 @@ def test_trl_config(name, tmp_path, monkeypatch):
     data = Path(config["dataset_name"])
     data.mkdir(parents=True)
     for split in ("train", "test"):
-        write_rows(data / f"{split}.jsonl", rows(data) if rows is saved_pictures else rows())
+        save_pictures(data / split) if rows is None else write_rows(data / f"{split}.jsonl", rows())
 
     trainer = trained(monkeypatch, method, "--config", str(TRL / f"{name}.yaml"), "--max_steps", "5")
     output = config["output_dir"]
     assert_acted(output, steps=5)  # warm-up, lora_B, lora_A, and then Θ: each moves from the step before's
     assert_plain_peft_agrees(trainer, output, family)
-    options, state = state_of(output)
-    assert options == read_switch(config["structlora"]).options()
-    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/filter.logits" in name}
+    header, state = state_of(output)
+    assert header["options"] == read_switch(config["structlora"]).options()
+    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/filters.0.logits" in name}
     assert adapted == set(config["lora_target_modules"])
     if family == "llava":
         assert any("vision_tower" in name for name in state)

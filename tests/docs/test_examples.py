@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from dataclasses import dataclass, field
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from structlora_trl import StructLoRACallback
 from structlora_trl.state import STATE_NAME
 from tests.support import data
 from tests.support.left import assert_acted
+from tests.support.readme import code_blocks
 from tests.support.tiny import FAMILIES, sentence
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +43,10 @@ def pictures() -> Dataset:
     message = List({"role": Value("string"), "content": Value("string")})
     features = Features({"images": List(Image()), "prompt": message, "completion": message})
     return Dataset.from_list(data.pictures(ROWS), features=features)
+
+
+# Those that no machine without a GPU and a server can run, and the test of what is ours in them.
+SERVED = {"async_grpo": "tests/trainers/test_vllm_sync.py"}
 
 
 @dataclass
@@ -102,9 +109,29 @@ def place(tmp_path, monkeypatch):
 
 
 def test_every_script_has_a_row_and_a_line_in_the_index():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(TABLE)
     listed = re.findall(r"\]\((\w+)\.py\)", (EXAMPLES / "README.md").read_text())
-    assert sorted(listed) == sorted(TABLE)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(listed) == {*TABLE, *SERVED, "inspect_app"}
+    assert all((ROOT / test).is_file() for test in SERVED.values())
+
+
+@pytest.mark.parametrize("path", EXAMPLES.glob("*.py"), ids=lambda path: path.stem)
+def test_script_names_the_packages_that_it_imports(path):
+    """Its inline metadata (PEP 723), which `uv run` installs; the rest comes with structlora-trl."""
+    text = path.read_text(encoding="utf-8")
+    block = re.match(r"# /// script\n((?:#.*\n)+)# ///\n", text)[1]
+    named = set(re.findall(r'"([\w-]+)(?:\[\w+\])?"', re.search(r"dependencies = \[.*\]", block)[0]))
+    ours = {re.match(r"[\w-]+", line)[0] for line in requires("structlora-trl") if "extra ==" not in line}
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)) - sys.stdlib_module_names
+    assert "structlora-trl" in named and not imported - ours - named - {"structlora_trl"}
+
+
+def test_inspect_app_shows_the_report():
+    gradio = pytest.importorskip("gradio")
+    run("sft_callback")
+    report = runpy.run_path(str(EXAMPLES / "inspect_app.py"))["report"]
+    assert "q_proj" in report(TABLE["sft_callback"].output)
+    with pytest.raises(gradio.Error, match="no adapter_config"):
+        report("nothing")
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -140,17 +167,13 @@ def test_example(name):
 
 
 # Page -> blocks of Python in it. Readers paste them: a block defines all that it uses, or the page explains it.
-PASTED = {"README.md": 2, "docs/index.md": 1, "docs/quickstart.md": 3}
+PASTED = {"README.md": 1, "docs/index.md": 1, "docs/quickstart.md": 3}
 EXPLAINED = {"docs/quickstart.md": {"loader": [FAMILIES["qwen3"].batch(i) for i in range(2)]}}
-
-
-def pasted(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("page, index", [(page, index) for page, count in PASTED.items() for index in range(count)])
 def test_pasted_block_runs(page, index):
-    blocks = pasted(page)
+    blocks = code_blocks(page, "python")
     assert len(blocks) == PASTED[page]
     if Version(trl.__version__) < Version("1.0") and "DPOTrainer" in blocks[index]:
         pytest.skip(f"TRL {trl.__version__} cannot import DPO beside transformers 5, with or without StructLoRA")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = "".join(output.get("text", "") for output in outputs)
-    assert "StructLoRA on torch, 1 process" in said and "openness" in said
+    assert "StructLoRA on torch, 1 process" in said
+    gates = re.findall(r"^ *\d+ +(\d)/8 +(0\.\d+)", said, re.MULTILINE)  # layer, open of 8, openness
+    assert len(gates) >= 7 and all(0 < float(openness) < 1 for _, openness in gates)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert (tmp_path / "structlora" / "adapter_model.safetensors").is_file()

@@ -1,36 +1,59 @@
-"""What the README and `configs/` tell users of each front door, as far as it can be read without the trainer itself."""
+"""What the README, the integrations' pages and `configs/` tell users, as far as it can be read without other trainers."""
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
+from importlib.metadata import entry_points
 
 import pytest
 import yaml
 
 from structlora_trl import StructLoRAConfig
-from structlora_trl.options import read_switch
+from structlora_trl.cli import main
+from structlora_trl.yaml_block import read_switch
 from tests.support.launching import ROOT
-from tests.support.readme import readme_block
+from tests.support.readme import INTEGRATIONS, code_blocks, readme_block
 
-INTEGRATIONS = ROOT / "integrations"
-MS_SWIFT = INTEGRATIONS / "ms_swift" / "__init__.py"
-README = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = {
-    f"{door}/{name}": text
-    for door, section in README.items()
+    f"{folder}/{name}": text
+    for title, folder in INTEGRATIONS.items()
+    if folder != "ms_swift"
     for name, text in (
-        ("README", readme_block(section)),
-        *((path.name, path.read_text(encoding="utf-8")) for path in (ROOT / "configs" / door).glob("*.yaml")),
+        ("README", readme_block(title)),
+        *((path.name, path.read_text(encoding="utf-8")) for path in (ROOT / "configs" / folder).glob("*.yaml")),
     )
+}
+COMMANDS = {
+    line
+    for page in ("README.md", "docs/quickstart.md", "docs/guide.md", "docs/serving.md")
+    for block in code_blocks(page, "bash")
+    for line in block.splitlines()
+    if line.startswith("structlora ")
 }
 
 
-def names_in(module) -> set[str]:
-    """Classes and functions of a module that cannot be imported here."""
-    tree = ast.parse(module.read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+def test_readme_is_short():
+    assert len(README.split()) <= 1000
+
+
+@pytest.mark.parametrize("command", sorted({line.split()[1] for line in COMMANDS}))
+def test_commands_take_the_arguments_that_the_pages_give_them(command, capsys):
+    main([command, "--help"])
+    known = capsys.readouterr().out
+    for line in (line for line in COMMANDS if line.split()[1] == command):
+        options = [word for word in shlex.split(line, comments=True) if word.startswith("--")]
+        assert all(re.search(rf"{option}\b", known) for option in options), line
+
+
+@pytest.mark.parametrize("row", [row for row in README.splitlines() if "](benchmarks/" in row])
+def test_figures_stand_where_they_link(row):
+    page, anchor = re.search(r"\((benchmarks/[\w/.]+)#([\w-]+)\)", row).groups()
+    sections = re.split(r"^## ", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (section,) = (s for s in sections if re.sub(r"[^\w -]", "", s.split("\n")[0]).lower().replace(" ", "-") == anchor)
+    missing = [figure for figure in re.findall(r"\d+\.\d+", row.split("](")[0]) if figure not in section]
+    assert not missing
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -43,40 +66,17 @@ def test_yaml_asks_for_structlora(name):
     assert isinstance(read_switch(keys.get("structlora", True)), StructLoRAConfig)
 
 
-def test_quickstart_shows_a_complete_axolotl_file():
-    """The README's file, which Axolotl itself runs in the front door's tests, with options added."""
-    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
-    shown = yaml.safe_load(re.search(r"^## Axolotl\n+```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1])
-    assert isinstance(read_switch(shown.pop("structlora")), StructLoRAConfig)
-    assert shown == yaml.safe_load(FILES["axolotl/README"])
+def test_axolotl_finds_the_plugin_that_its_page_names():
+    page = (ROOT / "integrations" / "axolotl" / "README.md").read_text(encoding="utf-8")
+    (plugin,) = (plugin for plugin in entry_points(group="axolotl.plugins") if plugin.name == "structlora")
+    assert f"plugins: [{plugin.value.replace(':', '.')}]" in page
 
 
-def test_axolotl_plugin_is_where_the_readme_and_the_entry_point_say():
-    written = re.search(r"plugins:\s+\[([\w.]+)\]", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
-    entry = re.search(
-        r'"axolotl.plugins"\]\nstructlora = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    )[1]
-    assert written == entry.replace(":", ".")
-    module, name = entry.split(":")
-    assert module == "structlora_trl.integrations.axolotl" and name in names_in(
-        INTEGRATIONS / "axolotl" / "__init__.py"
-    )
-
-
-def test_ms_swift_command():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"`import structlora_trl.integrations.{MS_SWIFT.parent.name}`" in text
+def test_ms_swift_command_names_what_the_plugin_registers():
     command = shlex.split(readme_block("ms-swift", "bash").replace("\\\n", " "))
     variable, options = command[0].split("=", 1)
-    assert variable == "STRUCTLORA" and isinstance(read_switch(yaml.safe_load(options)), StructLoRAConfig)
-    source = MS_SWIFT.read_text(encoding="utf-8")
+    assert isinstance(read_switch(yaml.safe_load(options)), StructLoRAConfig)
+    source = (ROOT / "integrations" / "ms_swift" / "__init__.py").read_text(encoding="utf-8")
     callback = command[command.index("--callbacks") + 1]
     assert f'callbacks_map["{callback}"]' in source and f'"{variable}"' in source
-
-
-def test_llamafactory_command():
-    command = re.search(
-        r'^structlora-llamafactory = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
-    )
-    assert command[1] == "structlora_trl.integrations.llamafactory"
-    assert command[2] in names_in(INTEGRATIONS / "llamafactory" / "__init__.py")
+    assert readme_block("ms-swift", "python").strip() == "import structlora_trl.integrations.ms_swift"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import structlora_trl
 from tests.support.launching import ROOT
 
 
@@ -13,7 +12,3 @@ def test_typed_use():
     command = [sys.executable, "-m", "mypy", "--cache-dir", ".mypy_cache", "tests/docs/typed_use.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_every_public_name_is_found():
-    assert all(getattr(structlora_trl, name) is not None for name in structlora_trl.__all__)

@@ -38,6 +38,8 @@ def callback() -> None:
     assert_type(StructLoRAConfig().gate_init, float)
     assert_type(StructLoRAConfig.build({"gate_init": 0.8}), StructLoRAConfig)
     assert_type(StructLoRAError("a", "b", "c").remedy, str)
-    assert issubclass(StructLoRASFTTrainer, StructLoRAMixin) and issubclass(StructLoRASFTConfig, StructLoRAConfig)
+    assert issubclass(StructLoRASFTTrainer, StructLoRAMixin) and StructLoRASFTConfig(
+        "folder", structlora={"gate_init": 0.8}
+    )
     attach(torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
     save_state("a runtime", "folder")  # type: ignore[arg-type]

@@ -157,7 +157,7 @@ def test_bare_loop(name, engine, finished, alone):
     assert many["engine"] == NAMES[engine.split()[0]]
     noisy = [abs(a - b) for a, b in zip(many["losses"], many["evaluation_losses"], strict=True)]
     plain_from = RUNS[name][0].get("detach_at", len(noisy)) if name == "detached" else len(noisy)
-    assert min(noisy[:plain_from]) > 1e-4  # training weights stood in the training forward
+    assert min(noisy[:plain_from]) > 1e-5  # training weights stood in the training forward
     assert max(noisy[plain_from:], default=0) <= 1e-6
     assert many["skipped"] == one["skipped"] == ("poison_at" in RUNS[name][0])
     # fp16 under DeepSpeed: the model computes in half precision, the one process in fp32.
@@ -168,7 +168,7 @@ def test_bare_loop(name, engine, finished, alone):
         assert (parts(many, *LEARNT) - parts(one, *LEARNT)).abs().max() <= 1e-5
         assert max((a - b).abs().max() for a, b in zip(many["working"], one["working"], strict=True)) <= 1e-5
     # Gradients are seen unscaled and clipped, so that the graph is the same one.
-    seen, expected = parts(many, "graph.features"), parts(one, "graph.features")
+    seen, expected = (parts(run, "graph.mean_A", "graph.mean_B") for run in (many, one))
     assert (seen - expected).norm() <= (5e-2 if half else 1e-4) * expected.norm()
     assert torch.equal(parts(many, "graph.semantic"), parts(one, "graph.semantic"))
     has_graph = RUNS[name][0].get("method", {}).get("coordinator") != "none"

@@ -85,7 +85,7 @@ def test_gates_alone_send_their_gradients(engine, tmp_path):
 
     few, more = sent(2), sent(4)
     ends = {
-        name: value for name, value in state(tmp_path / "2").items() if name.endswith(("/filter.logits", "latent_B"))
+        name: value for name, value in state(tmp_path / "2").items() if name.endswith(("/filters.0.logits", "latent_B"))
     }
     logits = sum(value.numel() for name, value in ends.items() if name.endswith("logits"))
     wide = [value.shape for name, value in ends.items() if name.endswith("latent_B")]

@@ -21,7 +21,7 @@ RUNS = {
     "plain": {},
     "rslora": {"use_rslora": "true"},
     "dora": {"use_dora": "true"},
-    "heads": {"head_gates": "true"},
+    "heads": {"structlora.head_gates": "true"},
 }
 
 
@@ -38,7 +38,7 @@ def train(folder: Path, **options) -> Path:
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 3,
-        "gate_lr": 2.0,
+        "structlora.gate_lr": 2.0,
     }
     assert main(["sft", *command_line({**SFT, **paths, **settings, **options})]) == 0
     return folder / "out"
@@ -46,6 +46,20 @@ def train(folder: Path, **options) -> Path:
 
 def on_base(adapter: Path, base: Path):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+
+
+def peft_run(model: PreTrainedModel, out: Path, batch, steps: int = 3, **lora) -> Path:
+    """An adapter that PEFT alone has trained; its folder."""
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
+    tiny.warm_up(model)
+    optimizer = tiny.adamw(model)
+    for step in range(steps):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(out)
+    return out
 
 
 def as_it_is(build):

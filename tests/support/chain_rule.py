@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.func import functional_call
 
 from structlora_trl import attach
+from structlora_trl.core.expert_storage import to_nodes
 from structlora_trl.core.gates import logistic_noise
 from tests.support.reference import (
     reference_expected_gate,
@@ -26,7 +29,7 @@ def randomise(runtime):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
             if m.kind.depth_count > 2:
                 semantic = torch.zeros_like(m.graph.fixed)
-                semantic[..., 0, 2] = semantic[..., 2, 0] = True
+                semantic[:, 0, 2] = semantic[:, 2, 0] = True
                 m.graph.load_state_dict({"semantic": semantic})
 
 
@@ -38,56 +41,52 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
     for m, stacked, part in zip(runtime.maps, latents, noise, strict=True):
         kind = m.kind
         own = {n: p.detach().clone().requires_grad_() for n, p in m.named_parameters()}
-        A = [a.detach().clone().requires_grad_() for a in stacked.A]
+        A = [a.detach().clone().requires_grad_() for a in stacked.A]  # of nodes, in the order (depth, expert)
         B = [b.detach().clone().requires_grad_() for b in stacked.B]
-        A0 = None if m.origin_A is None else m.origin_A.expand(len(kind.modules), -1, -1)
-        gates = None
-        if m.filter.logits is not None:
+        gates, heads = None, None
+        for place, (gate, drawn) in enumerate(zip(m.filters, part, strict=True)):
+            if gate.logits is None:
+                continue
             start = torch.full((1,), config.gate_init).logit()
-            mean = reference_expected_gate(start, config.temperature).to(part.device)
-            gates = torch.sigmoid((own["filter.logits"] + part[..., : kind.rank]) / config.temperature) / mean
-            logits.append(own["filter.logits"].expand(m.filter.shape).flatten())
-            if m.groups is not None:
-                groups = torch.sigmoid((own["groups.logits"] + part[..., kind.rank :]) / config.temperature) / mean
-                logits.append(own["groups.logits"].expand(m.groups.shape).flatten())
-                if m.heads is None:  # of experts
-                    gates = gates * groups
+            mean = reference_expected_gate(start, config.temperature).to(drawn.device)
+            multiplier = torch.sigmoid((own[f"filters.{place}.logits"] + drawn) / config.temperature) / mean
+            logits.append(own[f"filters.{place}.logits"].expand(gate.shape).flatten())
+            if place == 0:
+                gates = multiplier
+            elif kind.heads:
+                heads = multiplier
+            else:
+                gates = gates * multiplier  # of experts
         theta = {side: own[f"coordinators.{side}.theta"] for side in m.coordinators}
         activation = {"tanh": torch.tanh, "identity": lambda x: x}[config.activation]
-        factors = []  # of each expert and depth: A, B, A0, B0
-        for e in range(kind.experts):
-            if kind.per_depth > 1:  # modules in the order (depth, expert)
-                Ae, Be = A[e :: kind.per_depth], B[e :: kind.per_depth]
-                Ae0, Be0 = (t if t is None else t[e :: kind.per_depth] for t in (A0, m.origin_B))
+        order = [depth * kind.experts + e for e in range(kind.experts) for depth in range(kind.depth_count)]
+        A0 = None if m.origin_A is None else [m.origin_A.expand(len(A), -1, -1)[n] for n in order]
+        B0 = None if m.origin_B is None else [m.origin_B[n] for n in order]
+        Ae, Be = [A[n] for n in order], [B[n] for n in order]  # in the order (expert, depth)
+        if config.regularizer != "none":
+            updates = {"A": Ae if A0 is None else [a - a0 for a, a0 in zip(Ae, A0, strict=True)], "B": Be}
+            L = kind.depth_count
+            penalty = penalty + sum(
+                reference_regularizer(updates[side][e * L : (e + 1) * L], config.regularizer)
+                for side in m.sides
+                for e in range(kind.experts)
+            )
+        if heads is not None:
+            side, count = kind.heads
+            width = len(Be[0]) if side == "B" else Ae[0].shape[1]
+            spread = heads[order].repeat_interleave(width // count, 1)
+            if side == "A":
+                Ae = [a * of_width for a, of_width in zip(Ae, spread, strict=True)]
             else:
-                rows, columns = slice(e * kind.rank, (e + 1) * kind.rank), slice(e, None, kind.experts)
-                Ae, Be = [a[rows] for a in A], [b[:, columns] for b in B]
-                Ae0, Be0 = A0 if A0 is None else A0[:, rows], None if m.origin_B is None else m.origin_B[:, :, columns]
-            if config.regularizer != "none":
-                updates = {"A": Ae if Ae0 is None else [a - a0 for a, a0 in zip(Ae, Ae0, strict=True)], "B": Be}
-                penalty = penalty + sum(reference_regularizer(updates[side], config.regularizer) for side in m.sides)
-            if m.heads is not None:
-                width = len(Be[0]) if m.heads.side == "B" else Ae[0].shape[1]
-                spread = groups.repeat_interleave(width // m.heads.count, 1)
-                if m.heads.side == "A":
-                    Ae = [a * of_width for a, of_width in zip(Ae, spread, strict=True)]
-                else:
-                    Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
-            factors.append((Ae, Be, Ae0, Be0))
-        Ae, Be, Ae0, Be0 = (
-            None if parts[0] is None else [x for part in parts for x in part] for parts in zip(*factors, strict=True)
-        )
-        edges = m.graph.edges if kind.experts > 1 else m.graph.edges[None]
-        weights = reference_weights(edges, kind.experts > 1 and config.edges != "similarity")
-        A1, B1 = reference_factors(
-            Ae, Be, Ae0, Be0, None if gates is None else gates.flatten(0, -2), weights, theta, activation
-        )
-        A1, B1 = ([nodes[depth :: kind.depth_count] for depth in range(kind.depth_count)] for nodes in (A1, B1))
-        if kind.per_depth > 1:
-            A1, B1 = ([node for of_depth in nodes for node in of_depth] for nodes in (A1, B1))
-        else:
-            A1 = [torch.cat(of_depth) for of_depth in A1]  # rows (expert, r)
-            B1 = [torch.stack(of_depth, -1).flatten(1) for of_depth in B1]  # columns (r, expert)
+                Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
+        weights = reference_weights(m.graph.edges, kind.experts > 1 and config.edges != "similarity")
+        A1, B1 = reference_factors(Ae, Be, A0, B0, None if gates is None else gates[order], weights, theta, activation)
+        back = torch.tensor(order).argsort().tolist()
+        A1, B1 = ([nodes[n] for n in back] for nodes in (A1, B1))
+        E = kind.adapted.experts
+        if E > 1:  # in one parameter: rows (expert, r), columns (r, expert)
+            A1 = [torch.cat(A1[i : i + E]) for i in range(0, len(A1), E)]
+            B1 = [torch.stack(B1[i : i + E], -1).flatten(1) for i in range(0, len(B1), E)]
         for parameters, values in ((kind.A, A1), (kind.B, B1)):
             for p, value in zip(parameters, values, strict=True):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)
@@ -117,9 +116,14 @@ def runtime_gradients(model, family, runtime, optimizer, batches, clip, autocast
 
     def look(*_):
         for m in runtime.maps:
+            A, B = (
+                to_nodes(torch.stack([p.grad.flatten(1) for p in parameters]), side, m.kind) if trains else ()
+                for side, parameters in (("A", m.kind.A), ("B", m.kind.B))
+                for trains in [parameters[0].requires_grad]
+            )
             seen[m.kind.name] = (
-                [p.grad.clone() for p in m.kind.A if p.requires_grad],
-                [p.grad.clone() for p in m.kind.B],
+                [a.clone() for a in A],
+                [b.clone() for b in B],
                 {n: p.grad.clone() for n, p in m.named_parameters()},
             )
 
@@ -149,9 +153,11 @@ def assert_chain_rule(
     randomise(runtime)
     train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
-    draw = logistic_noise(sum(m.gate_count for m in runtime.maps), runtime.seed, runtime.step)
-    parts = draw.split([m.gate_count for m in runtime.maps])
-    noise = [part.view(m.noise_shape).to(m.kind.device) for m, part in zip(runtime.maps, parts, strict=True)]
+    shapes = [gate.shape for m in runtime.maps for gate in m.filters]
+    counts = [math.prod(shape) for shape in shapes]
+    draw = logistic_noise(sum(counts), runtime.seed, runtime.step).split(counts)
+    drawn = iter(part.view(shape) for part, shape in zip(draw, shapes, strict=True))
+    noise = [[next(drawn).to(m.kind.device) for _ in m.filters] for m in runtime.maps]
     scale = 1.0 if scaler is None else scaler.get_scale()
     expected = reference_gradients(model, family, runtime, latents, noise, batches, clip, autocast, scale)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
@@ -162,7 +168,7 @@ def assert_chain_rule(
     for name, (A, B, own) in expected.items():
         ours_A, ours_B, ours_own = found[name]
         grads = lambda tensors: [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]  # noqa: E731
-        if ours_A:  # else frozen
+        if len(ours_A):  # else frozen
             errors[f"lora_A of {name}"] = relative_error(ours_A, grads(A))
         errors[f"lora_B of {name}"] = relative_error(ours_B, grads(B))
         for parameter, tensor in own.items():

@@ -11,10 +11,10 @@ import yaml
 from accelerate.utils import extract_model_from_parallel
 from packaging.version import Version
 from peft import PeftModel
+from transformers import Trainer
 
-from structlora_trl import StructLoRAError
-from structlora_trl.cli import main, train
-from structlora_trl.cli.methods import METHODS
+from structlora_trl.cli import main
+from structlora_trl.trainers import compat
 from tests.support.tiny import FAMILIES
 
 # What every tiny run needs beside a method's own arguments.
@@ -58,26 +58,25 @@ def command_line(options: dict) -> list[str]:
 def skip_where_trl_cannot(method: str) -> None:
     """TRL before 1.0 cannot import some of its own trainers beside transformers 5; the command says so."""
     try:
-        METHODS[method].load()
-    except StructLoRAError as error:
+        compat.trl_script(method)
+    except ImportError as error:
         if Version(trl.__version__) >= Version("1.0"):
             raise
-        assert f"importing TRL's {METHODS[method].trainer}" in str(error)
+        assert main([method]) == 1
         pytest.skip(str(error))
 
 
 def trained(monkeypatch, method: str, *arguments: str):
     """Run a training command in this process; its trainer."""
-    trainers, build = [], train._trainer
+    trainers, train = [], Trainer.train
 
-    def keep(*args, **more):
-        trainers.append(build(*args, **more))
-        return trainers[-1]
+    def keep(self, *args, **more):
+        trainers.append(self)
+        return train(self, *args, **more)
 
-    monkeypatch.setattr(train, "_trainer", keep)
-    code = main([method, *arguments])
-    monkeypatch.setattr(train, "_trainer", build)
-    assert code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", keep)
+        assert main([method, *arguments]) == 0
     return trainers[0]
 
 

@@ -74,14 +74,14 @@ def pictures(count: int = ROWS) -> list[dict]:
     ]
 
 
-def saved_pictures(folder: Path) -> list[dict]:
-    """Rows that name their pictures by paths relative to the data file."""
-    (folder / "pictures").mkdir(exist_ok=True)
+def save_pictures(folder: Path) -> None:
+    """A folder of pictures as `datasets` reads it: `file_names` of metadata.jsonl become the column `images`."""
+    folder.mkdir(parents=True)
     rows = pictures()
     for i, row in enumerate(rows):
-        Image.fromarray(row["images"][0]).save(folder / "pictures" / f"{i}.png")
-        row["images"] = [f"pictures/{i}.png"]
-    return rows
+        Image.fromarray(row.pop("images")[0]).save(folder / f"{i}.png")
+        row["file_names"] = [f"{i}.png"]
+    write_rows(folder / "metadata.jsonl", rows)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -24,9 +24,8 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
-from structlora_trl.core import width
-from structlora_trl.core.mapping import SIDES
-from structlora_trl.engines import rows, slicing
+from structlora_trl.core.kinds import SIDES
+from structlora_trl.engines import slices, slicing
 
 torch.set_num_threads(1)
 
@@ -153,7 +152,7 @@ class Counted:
 
     def __init__(self):
         self.bytes_sent = self.collectives = 0
-        for module in (rows, slicing, width):
+        for module in (slicing, slices):
             module.dist = self
 
     def __getattr__(self, name):
@@ -182,9 +181,9 @@ class AliasMasters(TrainerCallback):
     """What stage 3 would do in fp32 without its comparison that is never true."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        from structlora_trl.trainers.compat import training_trainer
+        from structlora_trl.trainers.compat import calling_trainer
 
-        optimizer = training_trainer()[0].model_wrapped.optimizer
+        optimizer = calling_trainer()[0].model_wrapped.optimizer
         for master, working in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
         ):
@@ -195,9 +194,9 @@ class AliasMasters(TrainerCallback):
 def halve(engine) -> None:
     """What another adapter loaded between two runs does: other values, for the model and for the optimizer."""
     halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
-    engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved), [False] * len(halved))
+    engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved))
     engine.write_latents(halved)
-    engine.write_working(halved)
+    engine.write_working(halved, SIDES)
     engine.remove()
 
 
@@ -259,13 +258,17 @@ def main():
         args.kill is not None and rank == args.kill["rank"] and KillAt(args.kill),
     ]
     callbacks = [c for c in others if c]
-    if args.alias_masters:
-        callbacks.insert(0, AliasMasters())
     if args.seed_of_rank_1 is not None and rank == 1:
         callback.config.seed = args.seed_of_rank_1
     if args.subclass:
-        options |= {"trainer_class": StructLoRASFTTrainer, "config_class": StructLoRASFTConfig, **args.method}
+        options |= {
+            "trainer_class": StructLoRASFTTrainer,
+            "config_class": StructLoRASFTConfig,
+            "structlora": args.method,
+        }
     trainer = sft(args.output, callbacks, row_count=args.rows, **options)
+    if args.alias_masters:
+        trainer.callback_handler.callbacks.insert(0, AliasMasters())
     if args.subclass:
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback))
     for name, parameter in trainer.model.named_parameters():

@@ -73,10 +73,12 @@ def main():
         for parameter in lora_parameters(model).values():
             parameter.mul_(0.5)
     written = logits_of(model, "llama")
+    runtime.reload()
     found |= {"effect": difference(written, before), "in place": difference(after_a_training_forward(model), written)}
     after_a_training_forward(model)
     shown = {name: value for name, value in model.state_dict().items() if "lora" in name}  # training weights stand
     model.load_state_dict(shown, strict=False)
+    runtime.reload()
     found["state_dict"] = difference(after_a_training_forward(model), written)
     found["step without a backward"] = after_a_step_without_a_backward()
     print(json.dumps(found))

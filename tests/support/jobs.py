@@ -142,13 +142,13 @@ def _online(name):
     return build
 
 
-def plain(output, callbacks, family="bert", **options):
+def plain(output, callbacks, family="bert", trainer_class=Trainer, **options):
     torch.manual_seed(1)
     model = get_peft_model(
         base_model(family), LoraConfig(r=4, target_modules=FAMILIES[family].attention, modules_to_save=["classifier"])
     )
     rows = [{k: v[0] for k, v in FAMILIES[family].batch(i).items()} for i in range(ROWS)]
-    return Trainer(
+    return trainer_class(
         model,
         args=TrainingArguments(**arguments(output, **options)),
         train_dataset=rows,

@@ -221,8 +221,8 @@ def train(
 def whole(runtime, factors) -> list[torch.Tensor]:
     """A rank's slices joined with those of the others."""
     return [
-        m.width.whole(part, side)
-        for m, pair in zip(runtime.maps, factors, strict=True)
+        slices.whole(part, side)
+        for slices, pair in zip(runtime.engine.slices, factors, strict=True)
         for side, part in zip("AB", pair, strict=True)
     ]
 

@@ -134,6 +134,27 @@ class Accumulating(Loop):
         return sum(losses).item()
 
 
+class SharpnessAware(Loop):
+    """Sharpness-aware minimisation: the step's gradient is that at perturbed values, which stand in no parameter."""
+
+    radius = 0.05
+
+    def step(self, index):
+        parameters = trainable(self.model)
+        self.loss(index).backward()
+        self.watch(self)
+        scale = self.radius / torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+        perturbed = {name: (p.detach() + scale * p.grad).requires_grad_() for name, p in parameters.items()}
+        loss = torch.func.functional_call(self.forward, perturbed, kwargs=self.setup.batch(index)).loss
+        for parameter, gradient in zip(
+            parameters.values(), torch.autograd.grad(loss, list(perturbed.values())), strict=True
+        ):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.after_step(loss)
+        return loss.item()
+
+
 class AsLoaded(Loop):
     """The base model stays in `eval()`, as `from_pretrained` returns it; PEFT's own modules around it are in `train()`."""
 

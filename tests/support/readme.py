@@ -1,27 +1,25 @@
-"""The README's examples, as their readers paste them."""
+"""The examples of the pages for users, as their readers paste them."""
 
 from __future__ import annotations
 
+import re
+
 from tests.support.launching import ROOT
 
+INTEGRATIONS = {"Axolotl": "axolotl", "LLaMA-Factory": "llamafactory", "ms-swift": "ms_swift"}
 
-def readme_block(section: str, language: str = "yaml") -> str:
-    """The first block of code in a section of the README.
+
+def readme_block(name: str, language: str = "yaml") -> str:
+    """The first block of code on an integration's page.
 
     Args:
-        section (`str`): its heading, whatever its level.
+        name (`str`): what the page calls the trainer.
         language (`str`, *optional*, defaults to "yaml"): of the block.
-
-    Raises:
-        AssertionError: no such section, or no such block in it.
     """
-    lines = iter((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
-    assert any(line.startswith("#") and line.lstrip("#").strip() == section for line in lines), f"no section {section}"
-    inside = []
-    for line in lines:
-        if line.startswith("## "):
-            break
-        inside.append(line)
-    assert f"```{language}" in inside, f"no block of {language} in the section {section}"
-    start = inside.index(f"```{language}") + 1
-    return "\n".join(inside[start : inside.index("```", start)]) + "\n"
+    return code_blocks(f"integrations/{INTEGRATIONS[name]}/README.md", language)[0]
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    """The blocks of code in a language, of a page by its path."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

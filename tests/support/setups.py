@@ -1,6 +1,6 @@
 """Set-ups that people train LoRA in, one a row: what StructLoRA must serve, and what it must refuse by name.
 
-`tests/test_setups.py` runs each row; the README's "What runs" is made from the names (`python docs/what_runs.py`). A new
+`tests/test_setups.py` runs each row; docs/what-runs.md is made from the names (`python docs/what_runs.py`). A new
 set-up is a new row. A row names what it does otherwise than the first: a tiny LLaMA, LoRA on three modules, AdamW, no
 schedule, a bare loop.
 """
@@ -36,7 +36,7 @@ class Setup:
     """One row.
 
     Args:
-        name (`str`): what the README calls it.
+        name (`str`): what docs/what-runs.md calls it.
         base (`callable`): makes the base model, the same one each time.
         batch (`callable`): a batch, from its number.
         lora (`dict`): options of `LoraConfig` beside rank, alpha and targets.
@@ -49,6 +49,7 @@ class Setup:
         method (`dict`): options of StructLoRA.
         refused (`str`, *optional*): pattern of the error that a set-up stops with; None where it is served.
         remedy (`dict`, *optional*): options that the error names, with which the set-up is served.
+        moves_base (`bool`): whether the saved adapter belongs on base weights as `wrap` leaves them.
         adapter (`str`): name of the adapter that is trained.
         tolerance (`float`): in logits, between the trained model and its saved adapter in plain PEFT.
         needs (`tuple`): requirements without which the row is skipped.
@@ -68,6 +69,7 @@ class Setup:
     method: dict = field(default_factory=lambda: WHOLE)
     refused: str | None = None
     remedy: dict | None = None
+    moves_base: bool = False
     adapter: str = "default"
     tolerance: float = 1e-6
     needs: tuple[str, ...] = ()
@@ -83,6 +85,10 @@ class Setup:
         base = self.base()
         torch.manual_seed(1)
         path = folder / ("" if self.adapter == "default" else self.adapter)
+        if self.moves_base:
+            model = self.wrap(base)
+            peft.set_peft_model_state_dict(model, peft.load_peft_weights(path))
+            return self._cast(model)
         return self._cast(PeftModel.from_pretrained(base, path, self.adapter))
 
     def on(self, device: str) -> Setup:
@@ -226,6 +232,45 @@ def eva(base):
     return model
 
 
+def lora_ga(base):
+    config = lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+
+    def step():
+        base(**FAMILIES["llama"].batch(200)).loss.backward()
+
+    importlib.import_module("peft.tuners.lora.loraga").preprocess_loraga(base, config, step)
+    return get_peft_model(base, config)
+
+
+def corda(base):
+    config = lora(init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm"))
+
+    @torch.no_grad()
+    def run():
+        for seed in range(200, 208):
+            base(input_ids=FAMILIES["llama"].batch(seed)["input_ids"][:1])  # PEFT takes a row at a time
+
+    importlib.import_module("peft.tuners.lora.corda").preprocess_corda(base, config, run_model=run)
+    return get_peft_model(base, config)
+
+
+def pissa_niter(base):
+    return get_peft_model(base, lora(init_lora_weights="pissa_niter_2"))
+
+
+def torchao_int8():
+    quantization = importlib.import_module("torchao.quantization")
+    base = llama()
+    return transformers.LlamaForCausalLM.from_pretrained(
+        None,
+        config=base.config,
+        state_dict=base.state_dict(),
+        quantization_config=transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig()),
+        dtype=torch.float32,
+        device_map="cpu",
+    )
+
+
 def variant(config: str, option: str, **options):
     return lambda base: get_peft_model(base, lora(**{option: getattr(peft, config)(**options)}))
 
@@ -337,6 +382,9 @@ ADAPTERS = [
     Setup("random init of both factors", lora={"init_lora_weights": False}),
     Setup("orthogonal init", lora={"init_lora_weights": "orthogonal"}),
     Setup("EVA", wrap=eva, slow=True),
+    Setup("PiSSA by fast SVD", wrap=pissa_niter, moves_base=True, tolerance=1e-5),
+    Setup("CorDA", wrap=corda, moves_base=True, tolerance=1e-5),
+    Setup("LoRA-GA", wrap=lora_ga, moves_base=True, tolerance=1e-5, needs=("peft>=0.19",)),
     Setup(
         "MiCA",
         lora={"init_lora_weights": "mica"},
@@ -426,6 +474,7 @@ PRECISIONS = [
     Setup("bf16 base under an fp32 adapter", base=partial(base_model, "llama", torch.bfloat16)),
     Setup("4-bit base (QLoRA)", base=partial(quantised, 4), needs=("bitsandbytes",)),
     Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
+    Setup("8-bit base by torchao", base=torchao_int8, tolerance=1e-5, needs=("torchao",)),
     Setup(
         "DoRA on a 4-bit base", base=partial(quantised, 4), lora={"use_dora": True}, needs=("bitsandbytes",), slow=True
     ),
@@ -523,6 +572,7 @@ LOOPS = [
     Setup("gradient checkpointing", loop=loops.Checkpointing, lora={"lora_dropout": 0.1}),
     Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
     Setup("torch.compile", loop=loops.Compiled, slow=True),
+    Setup("SAM by torch.func.functional_call", loop=loops.SharpnessAware),
     Setup("moving averages of the weights", loop=loops.Averaging),
     Setup("NEFTune", loop=loops.NoisyEmbeddings),
     Setup("interrupted steps", loop=loops.Interrupted),

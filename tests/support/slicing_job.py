@@ -1,4 +1,4 @@
-"""`Width` and `Exchange` in real processes, on parameters that are dealt out in several ways; started by torchrun.
+"""`Slices` and `Exchange` in real processes, on parameters that are dealt out in several ways; started by torchrun.
 
 Prints on the first rank, as JSON, what came out wrong in each case: the largest difference from the whole, over all ranks.
 """
@@ -15,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from structlora_trl.core.mapping import Factors
-from structlora_trl.core.nodes import Kind
-from structlora_trl.core.width import Width
-from structlora_trl.engines import rows
-from structlora_trl.engines.slicing import SIDES, Exchange, Sharding
+from structlora_trl.core.kinds import SIDES, Factors, Kind
+from structlora_trl.engines.slices import Slices
+from structlora_trl.engines.slicing import Exchange, Sharding
 
 # (depths, r, k, d) of each kind. Widths that ranks cannot share evenly, and fewer rows of lora_A than ranks.
 SHAPES = {
@@ -86,47 +84,18 @@ def moved_and_back(shapes, deal, sides) -> dict[str, float]:
     slices = exchange.to_slices(fragment)
     wholes = [Factors(torch.stack(list(k.A)).detach(), torch.stack(list(k.B)).detach()) for k in kinds]
     triples = [
-        (getattr(piece, side), getattr(whole, side), width, side)
-        for piece, whole, width in zip(slices, wholes, sharding.widths, strict=True)
+        (getattr(piece, side), getattr(whole, side), of_kind, side)
+        for piece, whole, of_kind in zip(slices, wholes, sharding.slices, strict=True)
         for side in sides
     ]
     assert all(getattr(piece, side).numel() == 0 for piece in slices for side in SIDES if side not in sides)
     back = exchange.to_fragments(slices)
     assert {id(p) for p, _ in back} == {id(p) for kind in kinds for side in sides for p in getattr(kind, side)}
     return {
-        "slices": difference((piece, width.part(whole, side)) for piece, whole, width, side in triples),
-        "whole": difference((width.whole(piece, side), whole) for piece, whole, width, side in triples),
+        "slices": difference((piece, own.part(whole, side)) for piece, whole, own, side in triples),
+        "whole": difference((own.whole(piece, side), whole) for piece, whole, own, side in triples),
         "fragments": difference((value, fragment(p)) for p, value in back),
     }
-
-
-def rows_and_back(shapes, deal, gathered_bytes) -> dict[str, float]:
-    """lora_A moves, and each depth's rows of lora_B are multiplied with a number of its own, here and, once put, everywhere."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    kinds = kinds_of(shapes)
-    parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
-    spans = deal(parameters, rank, world)
-    rows.GATHERED_BYTES = gathered_bytes
-    exchange = rows.RowExchange(
-        Sharding(kinds, dist.group.WORLD, spans.__getitem__), [SIDES] * len(kinds), [True] * len(kinds)
-    )
-    number_of = {p: depth + 2.0 for kind in kinds for depth, p in enumerate(kind.B)}
-    wanted = {p: p.data * number for p, number in number_of.items()}
-
-    def fragment(p):
-        start, stop = spans[p]
-        return p.data.view(-1)[start:stop] * number_of.get(p, 1.0)
-
-    slices = exchange.to_slices(lambda p: fragment(p) / number_of.get(p, 1.0))
-    numbers = [[depth + 2.0 for depth, count in enumerate(counts) for _ in range(count)] for counts in exchange.rows]
-    slices = [
-        part._replace(B=part.B * torch.tensor(own)[:, None, None]) for part, own in zip(slices, numbers, strict=True)
-    ]
-    back = exchange.to_fragments(slices)
-    assert {id(p) for p, _ in back} == {id(p) for p in parameters} and len(back) == len(parameters)
-    here = difference((value, fragment(p)) for p, value in back)
-    exchange.put_rows_everywhere(slices)
-    return {"fragments": here, "everywhere": difference((p.data, value) for p, value in wanted.items())}
 
 
 def over_the_width() -> dict[str, float]:
@@ -135,31 +104,28 @@ def over_the_width() -> dict[str, float]:
     torch.manual_seed(0)
     x = torch.randn(3, 4, 2 * world + 1)
     bounds = [min(3 * i, x.shape[-1]) for i in range(world)] + [x.shape[-1]]  # the last ranks may have nothing
-    width = Width(dist.group.WORLD, {"A": bounds})
-    own, whole = (part.clone().requires_grad_() for part in (width.part(x, "A"), x))
-    norms, wanted = width.mean(own.square()), whole.square().mean(-1)
+    slices = Slices(dist.group.WORLD, {"A": bounds})
+    own, whole = (part.clone().requires_grad_() for part in (slices.part(x, "A"), x))
+    norms, wanted = slices.sum_with_gradient(own.square().sum(-1)), whole.square().sum(-1)
     (own * norms[..., None]).sum().backward()
     (whole * wanted[..., None]).sum().backward()
-    sums = width.sums([own.detach().sum(), own.detach().sum(-1)])
+    sums = slices.sums([own.detach().sum(), own.detach().sum(-1)])
     flags = torch.tensor([True, rank != world - 1])
     return {
-        "mean": difference([(norms, wanted)]),
-        "gradient": difference([(own.grad, width.part(whole.grad, "A"))]),
+        "sum with gradient": difference([(norms, wanted)]),
+        "gradient": difference([(own.grad, slices.part(whole.grad, "A"))]),
         "sums": difference(zip(sums, (x.sum(), x.sum(-1)), strict=True)),
-        "peak": difference([(width.peak(own.detach(), (-2, -1)), x.abs().amax((-2, -1), keepdim=True))]),
-        "every": float(width.every(flags).tolist() != [True, False]),
+        "every": float(slices.every(flags).tolist() != [True, False]),
     }
 
 
 def main():
     dist.init_process_group("gloo")
-    found = {"width": over_the_width()}
+    found = {"sums": over_the_width()}
     for name, shapes in SHAPES.items():
         for deal in (by_rows, by_entries, one_vector):
             for sides in (("A",), ("B",), SIDES, ()):
                 found[f"{name}, {deal.__name__}, {''.join(sides) or 'nothing'}"] = moved_and_back(shapes, deal, sides)
-            for size in (2**20, 80):  # at once, or in several lots
-                found[f"{name}, {deal.__name__}, rows, {size}"] = rows_and_back(shapes, deal, size)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:

@@ -15,7 +15,7 @@ from structlora_trl.model_card import HEADING, TAG
 from tests.support.hub import Hub
 from tests.support.jobs import plain, sft
 from tests.support.launching import ROOT
-from tests.support.tiny import adamw, peft_model
+from tests.support.tiny import adamw, logits_of, peft_model, train
 
 
 def check(text: str, option: str = "gate_init=0.8") -> None:
@@ -54,6 +54,46 @@ def test_text_around_the_section_is_kept(tmp_path):
     text = card.read_text()
     assert text.count("Keep this.") == 1 and text.count("## My notes") == 1
     check(text, "Options other than the defaults: none")
+
+
+def test_plain_runs_have_plain_cards(tmp_path):
+    """The section holds for as long as the adapter's weights are those that StructLoRA trained."""
+    model = peft_model()
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, gate_init=0.8)
+    train(model, "llama", optimizer, 2)
+    runtime.detach()
+    logits_of(model, "llama")
+    model.save_pretrained(tmp_path)
+    check((tmp_path / "README.md").read_text())
+    train(model, "llama", optimizer, 1)
+    for holder in (model, copy.deepcopy(model)):
+        holder.save_pretrained(tmp_path)
+        assert TAG not in (tmp_path / "README.md").read_text().lower()
+
+
+def test_each_adapter_has_a_card_of_its_own(tmp_path):
+    model = peft_model()
+    model.add_adapter("plain", model.peft_config["default"])
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, gate_init=0.8)
+    train(model, "llama", optimizer, 2)
+    for _ in ("attached", "detached"):
+        model.save_pretrained(tmp_path / "plain", selected_adapters=["plain"])
+        assert TAG not in (tmp_path / "plain" / "README.md").read_text().lower()
+        model.save_pretrained(tmp_path / "ours", selected_adapters=["default"])
+        check((tmp_path / "ours" / "README.md").read_text())
+        runtime.detach()
+
+
+def test_an_earlier_wrapper_of_save_pretrained_is_kept(tmp_path):
+    model, saved = peft_model(), []
+    save = model.save_pretrained
+    model.save_pretrained = lambda *args, **kwargs: (saved.append(args), save(*args, **kwargs))[1]
+    attach(model, adamw(model), gate_init=0.8)
+    model.save_pretrained(tmp_path)
+    check((tmp_path / "README.md").read_text())
+    assert len(saved) == 1
 
 
 PUSH = """

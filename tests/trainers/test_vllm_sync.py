@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback
-from tests.support.jobs import JOBS
-from tests.support.tiny import base_model
+from tests.support.jobs import JOBS, sft
+from tests.support.tiny import base_model, lora_parameters
 
 vllm_generation = pytest.importorskip("trl.generation.vllm_generation")
 
@@ -81,3 +82,54 @@ def test_vllm_receives_the_evaluation_adapter(name, mode, tmp_path):
                 torch.testing.assert_close(weights[parameter], merged, atol=1e-6, rtol=1e-5)
     first, last = sync.seen[0][0], sync.seen[-1][0]
     assert any(not torch.equal(first[parameter], last[parameter]) for parameter in first)
+
+
+class PublishesWithinSteps(TrainerCallback):
+    """Runs one of AsyncGRPO's syncs while a backward is still due, and keeps what it sent, by module."""
+
+    def __init__(self, way: str, structlora: StructLoRACallback, folder, module):
+        self.way, self.structlora, self.folder, self.module, self.seen = way, structlora, folder, module, []
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        if self.way == "adapter":
+            alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
+            self.module.save_lora_adapter(model, alone, "default", str(self.folder / "published"))
+            sent = load_file(self.folder / "published" / "adapter_model.safetensors")
+        else:
+            model.merge_adapter()
+            sent = {name: p.clone() for name, p in self.module._iter_vllm_named_params(model)}
+            model.unmerge_adapter()
+        self.seen.append((sent, self.structlora.runtime.evaluation_factors()))
+
+
+@pytest.mark.parametrize("way", ["adapter", "merged"])
+def test_async_grpo_publishes_the_evaluation_adapter(way, tmp_path):
+    """Also where noise is asked for, so that other weights stand within a step; and the step goes on with those."""
+    module = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    if way == "adapter" and not hasattr(module, "save_lora_adapter"):
+        pytest.skip("this TRL publishes merged weights alone")
+
+    def run(*others):
+        trainer = sft(tmp_path, [callback, *others], gradient_accumulation_steps=2, max_steps=2)
+        trainer.train()
+        return trainer.model
+
+    callback = StructLoRACallback(noise="on")
+    publishes = PublishesWithinSteps(way, callback, tmp_path, module)
+    model = run(publishes)
+    scale = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
+    base = dict(base_model("llama").named_parameters())
+    assert len(publishes.seen) == 2
+    for sent, factors in publishes.seen:
+        for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
+            for name, a, b in zip(kind.modules, A, B, strict=True):
+                if way == "adapter":
+                    assert torch.equal(sent[f"{name}.lora_A.weight"], a)
+                    assert torch.equal(sent[f"{name}.lora_B.weight"], b)
+                else:
+                    weight = f"{name.removeprefix('base_model.model.')}.weight"
+                    torch.testing.assert_close(sent[weight], base[weight] + scale * b @ a, atol=1e-6, rtol=1e-5)
+    if way == "adapter":  # merging rounds the base weights, in plain LoRA too
+        callback = StructLoRACallback(noise="on")
+        undisturbed = lora_parameters(run())
+        assert all(torch.equal(p, undisturbed[name]) for name, p in lora_parameters(model).items())

@@ -1,0 +1,429 @@
+"""The charts of one run or two, drawn with matplotlib: panels that the page shows as SVG and `--plot` writes
+as PNG and PDF."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import StructLoRAError
+from .export import SizeCurve
+from .inspecting import KindReport, final_losses, log_history, report, short_names
+from .load_adapter import Saved
+from .pruning import size_curves
+
+try:
+    from matplotlib import colormaps, rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+except ImportError as error:
+    raise StructLoRAError(
+        "no matplotlib",
+        "matplotlib, which `--plot` and `--html` draw with",
+        'install it: `pip install "structlora-trl[plot]"`, or leave these options out',
+    ) from error
+
+RUN_COLOURS = ("#c2410c", "#1d4ed8")
+_LINES = ("-", "--", ":")
+_GREY = "#8b949e"  # is seen on a white page and on a dark one
+# Text stays text, so that the page's own font and colour apply; nothing in the file depends on the time.
+_STYLE = {
+    **{"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "structlora", "axes.linewidth": 0.6},
+    **{key: _GREY for key in ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")},
+    **{"xtick.labelcolor": "black", "ytick.labelcolor": "black", "lines.linewidth": 1.4, "grid.linewidth": 0.5},
+    **{"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4},
+}
+_MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.4)  # inches
+_COLUMNS = 4  # of panels in a file
+# What the Trainer logs -> the title of its chart.
+_CURVES = {
+    "loss": "Training loss",
+    "eval_loss": "Held-out loss",
+    "structlora/gate_openness": "Gate openness",
+    "structlora/effective_rank": "Effective rank",
+    "structlora/drift_energy": "Drift energy",
+    "structlora/gradient_cosine": "Cosine of neighbouring gradients",
+    "structlora/stream_cosine": "Cosine of neighbours in the residual stream",
+}
+
+
+@dataclass
+class Run:
+    """What the charts show of a run.
+
+    Args:
+        name (`str`): of the run.
+        saved (`Saved`): what it left.
+        kinds (`dict[str, KindReport]`): by name.
+        history (`list[dict]`): the Trainer's log.
+        curves (`list[SizeCurve]`, *optional*): of `information_curves`, where there is data.
+    """
+
+    name: str
+    saved: Saved
+    kinds: dict[str, KindReport]
+    history: list[dict]
+    curves: list[SizeCurve] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, name: str, saved: Saved, curves: Iterable[SizeCurve] = ()) -> Run:
+        """With its figures computed.
+
+        Raises:
+            StructLoRAError: the Trainer's log is damaged.
+        """
+        kinds = {kind.name: kind for kind in report(saved)}
+        return cls(name, saved, kinds, log_history(saved.run_folder), [*curves])
+
+    def depths(self) -> list:
+        return [depth for kind in self.kinds.values() for depth in kind.depths]
+
+
+class Panel(NamedTuple):
+    """A drawing: what it is of, in short and in full, what draws it, its size in inches, and of which run it
+    is, if of one."""
+
+    title: str
+    name: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float]
+    run: str = ""
+
+    def svg(self) -> str:
+        """An `svg` element to stand in a page."""
+        with rc_context(_STYLE):
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.subplots())
+            return _svg(figure)
+
+
+class Scale(NamedTuple):
+    """The colours of a chart's maps, from `low` to `high`, and values to mark."""
+
+    colours: str
+    low: float
+    high: float
+    label: str
+    marks: tuple[float, ...] = ()
+
+    def svg(self) -> str:
+        """An `svg` element with the colours and their values."""
+        with rc_context(_STYLE):
+            figure = Figure(figsize=(3.2, 0.6), layout="constrained")
+            self.bar(figure, figure.subplots(), "horizontal")
+            return _svg(figure)
+
+    def bar(self, figure: Figure, axes: Axes, orientation: str) -> None:
+        mappable = ScalarMappable(cmap=colormaps[self.colours])
+        mappable.set_clim(self.low, self.high)
+        into = {"cax": axes} if isinstance(axes, Axes) else {"ax": axes}
+        bar = figure.colorbar(mappable, **into, orientation=orientation, label=self.label)
+        bar.set_ticks(np.linspace(self.low, self.high, 5))
+        line = bar.ax.axvline if orientation == "horizontal" else bar.ax.axhline
+        for mark in self.marks:
+            line(mark, color="red", linewidth=2.5)
+
+
+class Chart(NamedTuple):
+    """A chart: the name of its file, its title, how to read it, what it says of each run, its panels, the
+    colours of its maps."""
+
+    key: str
+    title: str
+    text: str
+    told: list[str]
+    panels: list[Panel]
+    scale: Scale | None = None
+
+    def by_name(self) -> list[list[Panel]]:
+        """The panels, those of one thing in both runs together."""
+        return [[*panels] for _, panels in groupby(self.panels, lambda panel: panel.name)]
+
+
+def charts(runs: list[Run]) -> list[Chart]:
+    """All that can be drawn of one run, or of two side by side: gates, similarity over depth, singular
+    values, what a smaller adapter keeps, the training."""
+    names = short_names([*{name: None for run in runs for name in run.kinds}])
+    drawn = (
+        _gates(runs, names, "gates", "Gates", "direction"),
+        _gates(runs, names, "groups", "Gates of heads and experts", "head or expert"),
+        _similarity(runs, names),
+        _singular_values(runs, names),
+        _sizes(runs),
+        _training(runs),
+    )
+    return [chart for chart in drawn if chart.panels]
+
+
+def write(folder: Path, drawn: list[Chart]) -> list[str]:
+    """Write each chart as PNG and PDF.
+
+    Args:
+        folder (`Path`): made where missing.
+        drawn (`list[Chart]`): of `charts`.
+
+    Returns:
+        Names of the files, without their endings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in drawn:
+        columns = min(_COLUMNS, len(chart.panels))
+        rows = -(-len(chart.panels) // columns)
+        width, height = np.max([panel.size for panel in chart.panels], axis=0) * 1.2
+        with rc_context(_STYLE):
+            figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+            axes = figure.subplots(rows, columns, squeeze=False).flatten()
+            for axis, panel in zip(axes, chart.panels, strict=False):
+                panel.draw(axis)
+                axis.set_title(_plain(" · ".join(filter(None, (panel.title, panel.run)))), fontsize=8)
+            for axis in axes[len(chart.panels) :]:
+                axis.set_axis_off()
+            if chart.scale:
+                chart.scale.bar(figure, axes, "vertical")
+            for suffix in ("png", "pdf"):
+                figure.savefig(folder / f"{chart.key}.{suffix}", dpi=200)
+    return [chart.key for chart in drawn]
+
+
+def _gates(runs: list[Run], names: dict[str, str], attribute: str, title: str, gated: str) -> Chart:
+    panels, told = [], []
+    for name, short in names.items():
+        for run in _having(runs, name):
+            rows = [getattr(depth, attribute) for depth in run.kinds[name].depths]
+            if rows[0] is not None:
+                panels.append(_map(runs, run, name, short, rows, ("viridis", 0, 1), gated))
+    for run in runs:
+        values = np.array([gate for depth in run.depths() for gate in getattr(depth, attribute) or ()])
+        if len(values):
+            told.append(
+                f"{_of(runs, run)}{len(values):,} gates, from {values.min():.2f} to {values.max():.2f}, {values.mean():.2f} on "
+                f"average; {(values < 0.5).sum():,} are more shut than open. "
+                + ("None is below 0.05: no direction is closed." if values.min() >= 0.05 else "")
+            )
+    starts = {run.saved.config.gate_init for run in runs if run.saved.config}
+    text = (
+        f"Probability that each {gated} is open. All began at {' or '.join(f'{start:g}' for start in sorted(starts))} (red mark): "
+        "darker ones have closed since, for the task did not hold them open."
+    )
+    scale = Scale("viridis", 0, 1, "probability of being open", tuple(sorted(starts)))
+    return Chart(attribute, title, text, told, panels, scale)
+
+
+def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
+    panels, told = [], []
+    for name, short in names.items():
+        for run in _having(runs, name):
+            kind = run.kinds[name]
+            if kind.similarity is not None and len(kind.depths) > 1:
+                panels.append(_map(runs, run, name, short, kind.similarity, ("RdBu_r", -1, 1), "layer"))
+    for run in runs:
+        means = {
+            names[name]: float(np.mean(np.diag(kind.similarity, 1)))
+            for name, kind in run.kinds.items()
+            if kind.similarity is not None and len(kind.depths) > 1
+        }
+        if means:
+            most, least = max(means, key=means.get), min(means, key=means.get)
+            told.append(
+                f"{_of(runs, run)}neighbouring layers learned most alike in {most} (mean cosine {means[most]:.2f})"
+                + (f", least in {least} ({means[least]:.2f})." if least != most else ".")
+            )
+    text = (
+        "Cosine of the updates of two layers, on the side of the module that can be compared across depth. Red near the diagonal: "
+        "neighbouring layers learned alike. White: each learned its own."
+    )
+    return Chart("similarity", "Similarity over depth", text, told, panels, Scale("RdBu_r", -1, 1, "cosine"))
+
+
+def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
+    panels, told = [], []
+    for name, short in names.items():
+        having = _having(runs, name)
+        values = [value for run in having for row in run.kinds[name].singular_values for value in row if value > 0]
+        span = (min(values) / 1.3, max(values) * 1.3) if values else None
+        panels += [Panel(short, name, _spectrum(run.kinds[name], span), _CHART, _name(runs, run)) for run in having]
+    for run in runs:
+        rows = [(row, kind.shape[1]) for kind in run.kinds.values() for row in kind.coverage]
+        needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row, _ in rows])
+        rank = np.mean([rank for _, rank in rows])
+        told.append(
+            f"{_of(runs, run)}{needed:.1f} of {rank:.3g} directions of a module hold 90 % of its update's squared norm, on average."
+        )
+    text = (
+        "Of the update as it is added to the weight, on a logarithmic axis; a curve for each layer, from the first (violet) to the "
+        "last (yellow). A steep curve: few directions do the work, and a smaller r would do."
+    )
+    return Chart("singular_values", "Singular values", text, told, panels)
+
+
+def _sizes(runs: list[Run]) -> Chart:
+    values = {}  # what is on the y axis -> lines
+    told = []
+    for run, colour in zip(runs, RUN_COLOURS, strict=False):
+        orders = size_curves(run.saved)
+        curves = [*run.curves, SizeCurve("share of the squared norm", orders)] if orders else run.curves
+        at_quarter = []
+        for curve in curves:
+            for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
+                label = " · ".join(filter(None, (_name(runs, run), order)))
+                values.setdefault(curve.value, []).append((label, points, colour, line))
+            shares = (f"{_at(points, 0.25):.3g} by {order}" for order, points in curve.orders.items())
+            at_quarter.append(f"{curve.value} {', '.join(shares)}")
+        if at_quarter:
+            told.append(f"{_of(runs, run)}a quarter of the directions has: {'; '.join(at_quarter)}.")
+    text = (
+        "What is left of an adapter with fewer directions, chosen over the whole model. Norms do not tell what a task needs: "
+        + (
+            "information and loss are those of the rows given."
+            if any(run.curves for run in runs)
+            else "give some rows with --data to see the loss at each size."
+        )
+    )
+    panels = [Panel(value, value, _size_lines(value, lines), _WIDE) for value, lines in values.items()]
+    return Chart("size", "What a smaller adapter keeps", text, told, panels)
+
+
+def _training(runs: list[Run]) -> Chart:
+    panels = []
+    for key, title in _CURVES.items():
+        lines = []
+        for run, colour in zip(runs, RUN_COLOURS, strict=False):
+            points = [(e["step"], e[key]) for e in run.history if isinstance(e.get(key), (int, float))]
+            if points:
+                lines.append((_name(runs, run), points, colour, "-"))
+        if lines:
+            panels.append(Panel(title, key, _step_lines(lines), _CHART))
+    told = []
+    for run in runs:
+        train, held_out = final_losses(run.history)
+        if train is not None:
+            told.append(
+                f"{_of(runs, run)}training ended at a loss of {train:.3g}"
+                + ("." if held_out is None else f", held out {held_out:.3g}: {_gap(train, held_out)}.")
+            )
+    text = (
+        "From the Trainer's log. Training losses of StructLoRA are with noise on its gates; held-out ones are without."
+    )
+    return Chart("training", "Training", text, told, panels)
+
+
+def _gap(train: float, held_out: float) -> str:
+    if held_out > 1.2 * train:
+        return "it fits its examples better than new ones, so fewer steps, more data or a smaller rate may help"
+    return "new examples fare about as well as those trained on"
+
+
+def _map(runs: list[Run], run: Run, name: str, short: str, rows: list, colours: tuple, across: str) -> Panel:
+    colour, low, high = colours
+    labels = [depth.layer for depth in run.kinds[name].depths]
+
+    def draw(axis: Axes) -> None:
+        axis.imshow(np.array(rows), interpolation="none", cmap=colour, vmin=low, vmax=high, aspect="auto")
+        every = -(-len(labels) // 16)
+        axis.set_yticks(range(0, len(labels), every), labels[::every])
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set(xlabel=across)
+
+    return Panel(short, name, draw, _MAP, _name(runs, run))
+
+
+def _spectrum(kind: KindReport, span: tuple[float, float] | None) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        for depth, row in zip(kind.depths, kind.singular_values, strict=True):
+            shade = depth.depth / max(len(kind.depths) - 1, 1)
+            positive = [value if value > 0 else np.nan for value in row]
+            axis.plot(range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1)
+        if span:
+            axis.set(yscale="log", ylim=span)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(axis="y")
+        axis.set(xlabel="singular value")
+
+    return draw
+
+
+def _size_lines(value: str, lines: list[tuple]) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        for label, points, colour, line in lines:
+            marker = "o" if len(points) < 12 else None
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                linestyle=line,
+                label=_plain(label),
+                marker=marker,
+                markersize=3,
+            )
+        axis.set(xlabel="share of the directions kept", xlim=(0, 1.02))
+        if value.startswith("share"):
+            axis.set_ylim(0, 1.03)
+        axis.grid()
+        axis.legend(frameon=False, fontsize=7)
+
+    return draw
+
+
+def _step_lines(lines: list[tuple]) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        for label, points, colour, line in lines:
+            marker = "o" if len(points) < 12 else None
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                linestyle=line,
+                label=_plain(label),
+                marker=marker,
+                markersize=3,
+            )
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.grid(axis="y")
+        axis.set(xlabel="step")
+
+    return draw
+
+
+def _having(runs: list[Run], name: str) -> list[Run]:
+    return [run for run in runs if name in run.kinds]
+
+
+def _name(runs: list[Run], run: Run) -> str:
+    """A run's name where there are two."""
+    return run.name if len(runs) > 1 else ""
+
+
+def _plain(label: str) -> str:
+    """As it is: matplotlib reads $ as mathematics, and hides what begins with _."""
+    return f" {label}".replace("$", r"\$")
+
+
+def _of(runs: list[Run], run: Run) -> str:
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def _at(points: list[tuple[float, float]], share: float) -> float:
+    return float(np.interp(share, *zip(*sorted(points), strict=True)))
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # In a page: names of elements would be taken twice, and an `svg` needs no namespaces.
+    return re.sub(r' (xmlns(:xlink)?|version)="[^"]*"|(?<=<g) id="[^"]*"', "", text).replace(
+        "<svg", '<svg role="img"', 1
+    )

@@ -1,0 +1,499 @@
+"""What a run left behind: a LoRA adapter, and where StructLoRA's state lies beside it, the map that made it.
+
+Wherever a file holds latent factors (the state itself, and the fp32 masters that DeepSpeed's
+`zero_to_fp32.py` collects), the map is applied; `adapter_model.safetensors` holds effective factors already.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..config import StructLoRAConfig
+from ..core.diagnostics import stream_cosine, stream_products
+from ..core.expert_storage import to_nodes, to_storage
+from ..core.heads import head_numbers, heads_side
+from ..core.kinds import SIDES, Adapted, Factors, Heads, Kind, group, residual_role
+from ..core.mapping import KindMap
+from ..core.residual_roles import RESIDUAL_ROLES
+from ..engines.slices import WHOLE
+from ..errors import StructLoRAError
+from ..state import STATE_NAME, State, damaged, read_state
+from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
+
+LOG_NAME = "trainer_state.json"
+# As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
+_MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
+_USE_ANOTHER = "use another checkpoint"
+_SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
+# What the state alone does not hold of an adapter.
+_MORE_THAN_FACTORS = (
+    *("use_dora", "lora_bias", "kasa_config"),  # PEFT before 0.21 has no KaSA
+    *("modules_to_save", "trainable_token_indices"),
+)
+# Names of layers that are linear in every model: what else a state names may be an embedding or a convolution.
+_LINEAR = re.compile(rf"(.*\.)?({'|'.join(RESIDUAL_ROLES)}|\w+_proj|lm_head|score)")
+# What the rest of PEFT's configuration is read for, and what it must be.
+_VALUES = {
+    "r": lambda v: type(v) is int and v > 0,
+    "lora_alpha": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+    "use_rslora": lambda v: type(v) is bool,
+    "rank_pattern": lambda v: isinstance(v, dict) and all(type(rank) is int and rank > 0 for rank in v.values()),
+    "alpha_pattern": lambda v: isinstance(v, dict) and all(type(a) in (int, float) and a > 0 for a in v.values()),
+    "target_parameters": lambda v: v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "base_model_name_or_path": lambda v: v is None or isinstance(v, str),
+}
+# Relative difference that rounding to the file's dtype, or another machine's arithmetic, may leave.
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class Saved:
+    """An adapter as it was read.
+
+    Args:
+        folder (`Path`): where its configuration lies.
+        lora (`LoraConfig`): PEFT's configuration.
+        tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's
+            names.
+        kinds (`list[Kind]`): its LoRA modules, grouped.
+        effective (`list[Factors]`): fp32, one per kind, stacked as PEFT stores them.
+        run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the
+            newest checkpoint near it that holds the same adapter.
+        maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
+        latents (`list[Factors]`, *optional*): of nodes, one per kind, or None.
+        step (`int`, *optional*): optimizer steps trained, or None.
+    """
+
+    folder: Path
+    lora: LoraConfig
+    tensors: dict[str, Tensor]
+    kinds: list[Kind]
+    effective: list[Factors]
+    run_folder: Path
+    maps: list[KindMap] | None = None
+    latents: list[Factors] | None = None
+    step: int | None = None
+
+    def scale(self, module: str) -> float:
+        """s of a module's ΔW = s·B·A."""
+        return scale_of(self.lora, module)
+
+    @property
+    def config(self) -> StructLoRAConfig | None:
+        """StructLoRA's options in the run; None where no state was found."""
+        return self.maps[0].config if self.maps else None
+
+    @property
+    def holds_base_weights(self) -> bool:
+        """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
+        return any(m.origin_B is not None for m in self.maps or ())
+
+    def gates(self, index: int) -> Tensor | None:
+        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without
+        state or gates."""
+        return self._by_expert(index, self._openness(index)[0]) if self.maps else None
+
+    def group_gates(self, index: int) -> Tensor | None:
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of
+        these."""
+        groups = self._openness(index)[1:] if self.maps else []
+        return self._by_expert(index, groups[0]) if groups else None
+
+    def factors(self, index: int) -> Factors:
+        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E,
+        L, ...)."""
+        return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
+
+    def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
+        """Module -> (E or 1, ...) of values that are (L, ...), or with experts (E, L, ...)."""
+        kind = self.kinds[index]
+        nodes = values if kind.experts == 1 else values.transpose(0, 1).flatten(0, 1)
+        return dict(zip(kind.modules, nodes.unflatten(0, (len(kind.modules), -1)), strict=True))
+
+    def _openness(self, index: int) -> list[Tensor | None]:
+        with torch.no_grad():
+            return self.maps[index].openness(self.latents[index])
+
+    def _nodes(self, index: int) -> Factors:
+        """Effective factors of a kind's nodes in fp64: squares of what is finite in fp32 stay finite."""
+        kind, stored = self.kinds[index], self.effective[index]
+        return Factors(*(to_nodes(x.double(), side, kind) for side, x in zip(SIDES, stored, strict=True)))
+
+    def _by_expert(self, index: int, nodes: Tensor | None) -> Tensor | None:
+        """Anything of nodes, (N, ...), as (L, ...), with experts (E, L, ...)."""
+        experts = self.kinds[index].experts
+        return nodes if nodes is None or experts == 1 else nodes.unflatten(0, (-1, experts)).transpose(0, 1)
+
+    def role(self, index: int) -> str | None:
+        """`"read"` or `"write"`: what a kind does with the residual stream; None where unknown."""
+        return residual_role(self.kinds[index], self.config.roles if self.maps else None)
+
+    def features(self, index: int) -> Tensor | None:
+        """Updates on the sides that are comparable across depth, flattened: (L, n), with experts (E, L, n).
+
+        None where unknown: a plain adapter does not tell where lora_A began, nor which side of experts that
+        are one parameter meets the input.
+        """
+        if self.maps:
+            updates = self.maps[index].features(self._nodes(index)).values()
+            return self._by_expert(index, torch.cat([u.flatten(1) for u in updates], dim=-1)) if updates else None
+        return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
+
+    def stream_cosines(self, index: int) -> Tensor | None:
+        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as
+        for `features`."""
+        A, B = self._nodes(index)
+        if self.maps:
+            pair = self.maps[index].stream_factors(Factors(A, B))
+        else:
+            pair = (B.mT, A) if self._is_plain_writer(index) else None
+        return None if pair is None else stream_cosine(*stream_products(*(self._by_expert(index, x) for x in pair)))
+
+    def semantic_edges(self, index: int) -> Tensor | None:
+        """Which depths a semantic edge joins, (L, L), with experts (E, L, L); None without a coordinator."""
+        if not self.maps or not self.maps[index].coordinators:
+            return None
+        semantic = self.maps[index].graph.semantic
+        return semantic if self.kinds[index].experts > 1 else semantic[0]
+
+    def _is_plain_writer(self, index: int) -> bool:
+        return self.role(index) == "write" and self.kinds[index].adapted.experts == 1
+
+
+def read_saved(folder: str | Path) -> Saved:
+    """Read a saved adapter, a checkpoint of any engine, or what `zero_to_fp32.py` made inside one.
+
+    Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
+    are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
+    beside it.
+
+    Raises:
+        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong
+            together.
+    """
+    given = Path(folder)
+    masters = _read_masters(given)
+    home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
+    if (home / STATE_NAME).is_file():
+        return _read_with_state(home, masters)
+    lora = _read_config(home)
+    tensors = _read_adapter(home, lora)
+    if not tensors:
+        raise StructLoRAError(
+            f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
+            "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
+            "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
+        )
+    modules = _modules(tensors)
+    kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
+    saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
+    runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
+    has_log = (home / LOG_NAME).is_file()
+    return next((run for run in runs if run is not None and (run.maps or not has_log)), saved)
+
+
+def _read_with_state(home: Path, masters: dict[str, dict[str, Tensor]]) -> Saved:
+    config, step, maps, latents = _read_state(home)
+    effective = _effective(maps, latents)
+    kinds = [m.kind for m in maps]
+    stored = [_stored(latent, kind) for latent, kind in zip(latents, kinds, strict=True)]
+    trained = config.adapter_name
+    if masters and trained not in masters:
+        same = (name for name, own in masters.items() if _difference(kinds, stored, own) is None)
+        trained = next(same, next(iter(masters)))
+    masters = masters.get(trained, {})
+    _refuse_difference(kinds, stored, masters, "fp32 masters", home)
+    adapter_home = _adapter_home(home, trained, kinds, effective)
+    lora = _read_config(adapter_home)
+    tensors = _read_adapter(adapter_home, lora)
+    if not _modules(tensors):
+        tensors = _tensors_of(lora, kinds, effective, masters, home)
+    _refuse_difference(kinds, effective, tensors, "adapter", home)
+    return Saved(home, lora, tensors, kinds, effective, home, maps, latents, step)
+
+
+def _read_state(home: Path) -> tuple[StructLoRAConfig, int, list[KindMap], list[Factors]]:
+    state = read_state(home / STATE_NAME)
+    maps = [_map(name, state, home / STATE_NAME) for name in state.header["kinds"]]
+    state.refuse_other_run(state.config, [(m, None, WHOLE) for m in maps])
+    return state.config, state.step, maps, [state.load_into(m, WHOLE, None) for m in maps]
+
+
+@torch.no_grad()
+def _effective(maps: list[KindMap], latents: list[Factors]) -> list[Factors]:
+    return [_stored(m(latent), m.kind) for m, latent in zip(maps, latents, strict=True)]
+
+
+def _stored(nodes: Factors, kind: Kind) -> Factors:
+    return Factors(*(to_storage(x, side, kind) for side, x in zip(SIDES, nodes, strict=True)))
+
+
+def _checkpoints_near(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, beside it, and in folders beside it; the newest first."""
+    around = folder.absolute().parent
+    found = {*folder.absolute().glob("checkpoint-*"), *around.glob("checkpoint-*"), *around.glob("*/checkpoint-*")}
+    found = [path for path in found if path.is_dir() and path != folder.absolute()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, str(path)), reverse=True)
+
+
+def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
+    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is
+    damaged."""
+    path = _weights_file(checkpoint)
+    try:
+        if path and not _equal(path, saved):
+            return None
+        if not (checkpoint / STATE_NAME).is_file():
+            return replace(saved, run_folder=checkpoint) if path else None
+        _, step, maps, latents = _read_state(checkpoint)
+    except StructLoRAError:
+        return None
+    effective = _effective(maps, latents)
+    kinds = [m.kind for m in maps]
+    if _difference(kinds, effective, saved.tensors) is not None:
+        return None
+    return Saved(saved.folder, saved.lora, saved.tensors, kinds, effective, checkpoint, maps, latents, step)
+
+
+def _equal(path: Path, saved: Saved) -> bool:
+    own = _weights_file(saved.folder)
+    if path.suffix != own.suffix or path.stat().st_size != own.stat().st_size:  # without reading it
+        return False
+    tensors = _load(path)
+    return tensors.keys() == saved.tensors.keys() and all(torch.equal(x, saved.tensors[n]) for n, x in tensors.items())
+
+
+def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:
+    """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it.
+
+    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the
+    state's.
+    """
+    folders = {"default": home} if (home / "adapter_config.json").is_file() else {}
+    for path in sorted(home.glob("*/adapter_config.json")):
+        if not (path.parent / STATE_NAME).is_file():  # a checkpoint
+            folders.setdefault(path.parent.name, path.parent)
+    if trained in folders or len(folders) < 2:
+        return folders.get(trained) or next(iter(folders.values()), home)
+    bare = [name for name, folder in folders.items() if _weights_file(folder) is None]
+    for name in [name for name in folders if name not in bare]:
+        try:
+            tensors = _read_adapter(folders[name], _read_config(folders[name]))
+        except StructLoRAError:
+            continue
+        if _difference(kinds, effective, tensors) is None:
+            return folders[name]
+    if len(bare) > 1:
+        raise StructLoRAError(
+            f"several adapters without weights in {home} ({', '.join(bare)})",
+            "one, or the trained one's name in the options of the run",
+            f"set `adapter_name`, or {_SAVE_AGAIN}",
+        )
+    return folders[bare[0]] if bare else next(iter(folders.values()))
+
+
+def _weights_file(folder: Path) -> Path | None:
+    return next((p for p in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME) if p.exists()), None)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    if not (folder / "adapter_config.json").is_file():
+        checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        raise StructLoRAError(
+            f"no adapter_config.json in {folder}",
+            "a folder with a saved LoRA adapter: a run's output, one of its checkpoints, or an exported adapter",
+            f"give {checkpoints[-1]}" if checkpoints else "correct the path",
+        )
+    path = folder / "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StructLoRAError(
+            f"{path} unreadable ({error})", "PEFT's configuration", "use another checkpoint"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise StructLoRAError(f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter")
+    if getattr(config, "use_bdlora", None):
+        raise StructLoRAError(
+            f"an adapter of block-diagonal factors (`use_bdlora`) in {folder}",
+            "factors of whole matrices",
+            "load or merge it with PEFT itself",
+        )
+    wrong = [name for name, is_right in _VALUES.items() if not is_right(getattr(config, name))]
+    if wrong:
+        found = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        raise StructLoRAError(f"{path} with {found}", "values that PEFT writes", "use another checkpoint")
+    return config
+
+
+def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
+    path = _weights_file(folder)
+    if path is None:
+        return {}
+    tensors = _load(path)
+    modules = _modules(tensors)
+    if not modules:
+        raise StructLoRAError(f"no LoRA factors in {path}", "lora_A and lora_B of each module", _USE_ANOTHER)
+    _refuse_odd_numbers(tensors, path)
+    _refuse_misfits(modules, lora, path)
+    return tensors
+
+
+def _read_masters(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """LoRA factors among whole-model fp32 weights, by adapter; without a copy of the rest."""
+    found = defaultdict(dict)
+    for path in sorted(path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()):
+        factors = {name: value for name, value in _load(path).items() if LORA_NAME.match(name)}
+        _refuse_odd_numbers(factors, path)
+        for name, value in factors.items():
+            found[LORA_NAME.match(name)["adapter"]][name] = value
+    return dict(found)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """A weights file, as it is."""
+    try:
+        if path.suffix == ".bin":
+            weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        else:
+            weights = load_file(path)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StructLoRAError(f"{path} damaged ({reason})", "a whole file", _USE_ANOTHER) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise StructLoRAError(f"something other than named weights in {path}", "a mapping of tensors", _USE_ANOTHER)
+    return weights
+
+
+def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            found = "NaN or infinite numbers" if value.is_floating_point() else f"numbers of type {value.dtype}"
+            raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
+
+
+def _refuse_misfits(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig, path: Path) -> None:
+    """Stop where lora_A and lora_B of a module do not fit each other, or the configuration."""
+    for module, factors in modules.items():
+        shapes = {side: tuple(value.shape) for side, value in factors.items()}
+        if len(shapes) < 2 or min(map(len, shapes.values())) < 2 or shapes["A"][0] != shapes["B"][1]:
+            found = " and ".join(f"lora_{side} {shape}" for side, shape in sorted(shapes.items()))
+            raise StructLoRAError(
+                f"factors of '{module}' that do not fit each other in {path} ({found})",
+                "lora_A of r rows and lora_B of r columns",
+                f"{_USE_ANOTHER}; load grouped convolutions with PEFT itself",
+            )
+        rows, rank = shapes["A"][0], rank_of(lora, module)
+        if rows % rank if holds_experts(lora, module) else rows != rank:
+            raise StructLoRAError(
+                f"lora_A of '{module}' with {rows} rows in {path}",
+                f"rank {rank}, as adapter_config.json has it",
+                "give an adapter and its own configuration",
+            )
+
+
+def _modules(tensors: dict[str, Tensor]) -> dict[str, dict[str, nn.Parameter]]:
+    """Module -> its factors, fp32, as (r, ...) and (d, r, ...)."""
+    modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+    for name, value in tensors.items():
+        match = LORA_NAME.match(name)
+        if match:
+            modules[match["module"]][match["factor"]] = nn.Parameter(value.float(), requires_grad=False)
+    return dict(modules)
+
+
+def _stacked(kind: Kind) -> Factors:
+    return Factors(*(torch.stack([p.detach().flatten(1) for p in side]) for side in (kind.A, kind.B)))
+
+
+def _map(name: str, state: State, path: Path) -> KindMap:
+    """The map of a kind as a state has it, over the latent factors, before its parts are loaded."""
+    facts, own, config = state.header["kinds"][name], state.of_kind(name), state.config
+    if not {"latent_A", "latent_B"} <= own.keys() or min(own[f"latent_{side}"].dim() for side in SIDES) != 3:
+        raise damaged(str(path), f"no latent factors of '{name}'")
+    kind = Kind(name, facts["modules"], [], [], Adapted(**facts["adapted"]), per_depth=facts["per_depth"])
+    stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
+    kind.A, kind.B = ([nn.Parameter(factor) for factor in side] for side in stored)
+    if config.head_gates and "filters.1.logits" in own and (side := heads_side(kind)):
+        kind.heads = Heads(side, own["filters.1.logits"].shape[-1])
+    numbers = head_numbers(kind).flatten() if kind.heads else None
+    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"), head_of=numbers)
+
+
+def _tensors_of(
+    lora: LoraConfig, kinds: list[Kind], effective: list[Factors], masters: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no
+    adapter)."""
+    others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
+    others += ["bias"] if lora.bias != "none" else []
+    if others:
+        raise StructLoRAError(
+            f"no adapter weights in {folder}, and an adapter with more than LoRA factors ({', '.join(others)})",
+            f"{SAFETENSORS_WEIGHTS_NAME}, where these lie",
+            _SAVE_AGAIN,
+        )
+    known = {}  # PEFT's name and the shape of each factor, as masters tell them
+    for name, value in masters.items():
+        match = LORA_NAME.match(name)
+        factor = f"{match['module']}.lora_{match['embedding'] or ''}{match['factor']}"
+        known[match["module"], match["factor"]] = factor + ("" if match["embedding"] else ".weight"), value.shape
+    tensors = {}
+    for kind, factors in zip(kinds, effective, strict=True):
+        for index, module in enumerate(kind.modules):
+            if not (known or kind.adapted.parameter or _LINEAR.fullmatch(module)):
+                raise StructLoRAError(
+                    f"no adapter weights in {folder}, and '{module}', which may be an embedding or a convolution",
+                    f"{SAFETENSORS_WEIGHTS_NAME}, or fp32 masters, which tell what it is",
+                    f"run `python zero_to_fp32.py . fp32` in the checkpoint and give its folder fp32; or {_SAVE_AGAIN}",
+                )
+            for side, stack in zip("AB", factors, strict=True):
+                value = stack[index]
+                name, shape = known.get((module, side), (f"{module}.lora_{side}.weight", value.shape))
+                tensors[name] = value.reshape(shape).clone()
+    return tensors
+
+
+def _refuse_difference(
+    kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor], what: str, folder: Path
+) -> None:
+    """Stop where a file's factors are not those of the state."""
+    different = _difference(kinds, factors, tensors)
+    if different:
+        side, module, difference = different
+        raise StructLoRAError(
+            f"{what} and {STATE_NAME} of different weights in {folder} (lora_{side} of '{module}' differs by "
+            f"{difference:.1e} of its norm)",
+            "both of one moment of one run",
+            f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
+        )
+
+
+def _difference(kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
+    """The first side and module whose factors in a file, if it has any, are others, and by how much of their
+    norm."""
+    modules = _modules(tensors)
+    tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
+    for kind, stacks in zip(kinds, factors, strict=True) if modules else ():
+        for index, module in enumerate(kind.modules):
+            for side, stack in zip("AB", stacks, strict=True):
+                ours, theirs = stack[index], modules.get(module, {}).get(side)
+                difference = math.inf
+                if theirs is not None and theirs.numel() == ours.numel():
+                    scale = ours.norm().clamp(min=torch.finfo(ours.dtype).tiny)
+                    difference = float((theirs.reshape(ours.shape) - ours).norm() / scale)
+                if not difference <= tolerance:  # NaN is different too
+                    return side, module, difference
+    return None

@@ -1,0 +1,298 @@
+"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the
+same.
+
+A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`;
+vLLM and SGLang take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by
+each module's own rank. What they do not read goes into lora_B.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..core.kinds import Adapted
+from ..errors import StructLoRAError
+
+# With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
+LORA_NAME = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
+)
+# What draws MonteCLoRA's noise in training, of the module's rank.
+_SAMPLER = ".lora_monteclora_sampler."
+_BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
+
+# Initialisations that take part of the base weights out of the model by the module's rank.
+_MOVING_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+class Directions(NamedTuple):
+    """A module's update as a sum of rank-one parts, the largest first: A (..., r, k), B (..., d, r), and the
+    singular values `sigma` (..., r) of BA. The singular values are shared equally between A and B."""
+
+    A: Tensor
+    B: Tensor
+    sigma: Tensor
+
+
+def singular_directions(A: Tensor, B: Tensor) -> Directions:
+    """Factors of the same product BA whose directions are its singular ones; the product is not formed.
+
+    Args:
+        A (`Tensor`): (..., r, k).
+        B (`Tensor`): (..., d, r).
+    """
+    rank = A.shape[-2]
+    left, right = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    U, sigma, V = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    root, lacking = sigma.sqrt(), rank - sigma.shape[-1]  # a module narrower than r has fewer
+    return Directions(
+        pad(root[..., None] * (V @ right.Q.mT), (0, 0, 0, lacking)),
+        pad((left.Q @ U) * root[..., None, :], (0, lacking)),
+        pad(sigma, (0, lacking)),
+    )
+
+
+def with_singular_directions(
+    lora: LoraConfig, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same adapter with each module's directions replaced by the singular ones of its update.
+
+    Args:
+        lora (`LoraConfig`): of the adapter.
+        tensors (`dict[str, Tensor]`): of its file.
+
+    Returns:
+        Tensors of the new adapter's file, and module -> (E or 1, r) singular values of its update as it is
+        added to the weight.
+    """
+    names = {}
+    for name in tensors:
+        if match := LORA_NAME.match(name):
+            names.setdefault(match["module"], {})[match["factor"]] = name
+    written, values = dict(tensors), {}
+    for module, sides in names.items():
+        A, B = tensors[sides["A"]], tensors[sides["B"]]
+        experts = len(A) // rank_of(lora, module)
+        parts = singular_directions(
+            A.double().unflatten(0, (experts, -1)).flatten(2),
+            by_expert(B.double().flatten(1), experts),  # lora_B of a convolution is 1 x 1
+        )
+        written[sides["A"]] = parts.A.reshape(A.shape).to(A.dtype)
+        written[sides["B"]] = parts.B.movedim(0, 2).reshape(B.shape).to(B.dtype)
+        values[module] = scale_of(lora, module) * parts.sigma
+    return written, values
+
+
+def by_expert(B: Tensor, experts: int) -> Tensor:
+    """lora_B of a module, (d, r·E, ...), as that of each of its experts, (E, d, r, ...)."""
+    return B.unflatten(1, (-1, experts)).movedim(2, 0)
+
+
+def base_is_moved_for_good(lora: LoraConfig) -> bool:
+    """Whether the run changed base weights when it began in a way that PEFT cannot repeat when it loads the
+    adapter.
+
+    LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a
+    random start. (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
+    """
+    return str(lora.init_lora_weights).lower().startswith(("lora_ga", "corda", "pissa_niter"))
+
+
+def modules_with_more(tensors: dict[str, Tensor]) -> set[str]:
+    """Modules of which an adapter file holds more than two factors (DoRA's magnitude, a bias)."""
+    more = (name for name in tensors if ".lora_" in name and not LORA_NAME.match(name) and _SAMPLER not in name)
+    return {name.rpartition(".lora_")[0] for name in more}
+
+
+def scale_of(lora: LoraConfig, module: str) -> float:
+    """s of a module's ΔW = s·B·A, as PEFT has it."""
+    rank = rank_of(lora, module)
+    return _looked_up(lora, module, lora.alpha_pattern, lora.lora_alpha) / (
+        math.sqrt(rank) if lora.use_rslora else rank
+    )
+
+
+def rank_of(lora: LoraConfig, module: str) -> int:
+    """PEFT's rank of a module; where experts are one parameter, the rank of each."""
+    return _looked_up(lora, module, lora.rank_pattern, lora.r)
+
+
+def holds_experts(lora: LoraConfig, module: str) -> bool:
+    """Whether a module wraps parameters (`target_parameters`), with factors for each expert in one matrix."""
+    return bool(_parameters(lora, module))
+
+
+def adapted_by(lora: LoraConfig, module: str, rows: int) -> Adapted:
+    """What a module with so many rows of lora_A adapts, as far as an adapter's files tell."""
+    parameters = _parameters(lora, module)
+    if not parameters:
+        return Adapted()
+    # Wrappers of several parameters of one module are nested, and the file does not say which is whose.
+    place = "base_layer" if module.endswith(".base_layer") else ""
+    parameter = parameters[0].rpartition(".")[-1] if len(parameters) == 1 else place
+    return Adapted(parameter, rows // rank_of(lora, module))
+
+
+def rows_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Module -> rows of its lora_A."""
+    matches = ((LORA_NAME.match(name), value) for name, value in tensors.items())
+    return {match["module"]: len(value) for match, value in matches if match and match["factor"] == "A"}
+
+
+def with_one_scale(
+    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]], one_rank: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Keep some directions, and give every module the scale `lora_alpha / r`.
+
+    Args:
+        lora (`LoraConfig`): of the adapter.
+        tensors (`dict[str, Tensor]`): of its file.
+        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions
+            to keep; other modules keep all. A module that keeps none is left out of the adapter
+            (`exclude_modules`).
+        one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank with zeros.
+
+    Returns:
+        `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in
+        `alpha_pattern` what keeps the scale in PEFT; nothing is rank-stabilised.
+
+    Raises:
+        StructLoRAError: PEFT would take another part of the base weights out of the model.
+    """
+    rows = rows_of(tensors)
+    scales = {module: scale_of(lora, module) for module in rows}
+    whole = {
+        module: [list(range(rank_of(lora, module)))] * (count // rank_of(lora, module))
+        for module, count in rows.items()
+    }
+    chosen = {**whole, **kept}
+    ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
+    rank, scale = max(ranks.values()), max(scales.values())
+    for module in rows:
+        if one_rank or holds_experts(
+            lora, module
+        ):  # a pattern names parameters, and the file does not say which is which
+            ranks[module] = rank
+    _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
+    resized = any(own != rank_of(lora, module) for module, own in ranks.items())
+    written = {}
+    for name, value in tensors.items():
+        match, bias = LORA_NAME.match(name), _BIAS.match(name)
+        if (match and not ranks[match["module"]]) or (resized and _SAMPLER in name):
+            continue
+        if match:
+            module = match["module"]
+            value = _chosen(value, match["factor"], chosen[module], ranks[module])
+        if (match and match["factor"] == "B") or bias:
+            share = scales[(match or bias)["module"]] / scale
+            value = value if share == 1 else (value.float() * share).to(value.dtype)
+        written[name] = value
+    smaller = _configured(lora, ranks, rank, scale)
+    if resized:  # how training began, and its noise, ask for ranks of their own (`orthogonal` for even ones)
+        smaller.init_lora_weights = True
+        if getattr(lora, "monteclora_config", None):  # PEFT before 0.21 has none
+            smaller.monteclora_config = None
+    return smaller, written
+
+
+def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The same adapter with one rank, one alpha and no patterns.
+
+    Raises:
+        StructLoRAError: as `with_one_scale`.
+    """
+    return with_one_scale(lora, tensors, {}, one_rank=True)
+
+
+def _refuse_other_base(lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]) -> None:
+    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
+    training."""
+    init = str(lora.init_lora_weights).lower()
+    by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
+    changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
+    if changed and getattr(lora, "kasa_config", None):  # PEFT before 0.21 has none
+        raise StructLoRAError(
+            f"an adapter of KaSA (`kasa_config`), which takes base weights out of the model by rank, and another rank for "
+            f"'{changed[0]}'",
+            "the ranks of training",
+            "export without pruning and without `--one-rank`",
+        )
+    if changed and init.startswith(_MOVING_BASE):
+        raise StructLoRAError(
+            f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank and "
+            f"scale, and another rank or scale for '{changed[0]}'",
+            "the ranks and scales of training",
+            "export without pruning and without `--one-rank`",
+        )
+
+
+def _configured(lora: LoraConfig, ranks: dict[str, int], rank: int, scale: float) -> LoraConfig:
+    """Each module of another rank gets an entry of its own, so that no other pattern can match first."""
+    lora = deepcopy(lora)
+    lora.r, lora.lora_alpha, lora.use_rslora = rank, _number(scale * rank), False
+    lora.rank_pattern, lora.alpha_pattern, left_out = {}, {}, []
+    for module, own in ranks.items():
+        name = module.removeprefix("base_model.model.")
+        if not own:
+            left_out.append(re.escape(name))
+        elif own != rank:
+            lora.rank_pattern[f"^{name}"], lora.alpha_pattern[f"^{name}"] = own, _number(scale * own)
+    if left_out:
+        lora.exclude_modules = "|".join([*_excluded(lora), *left_out])
+    return lora
+
+
+def _excluded(lora: LoraConfig) -> list[str]:
+    """`exclude_modules` as patterns of whole names."""
+    excluded = lora.exclude_modules or []
+    return [excluded] if isinstance(excluded, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in excluded]
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> Tensor:
+    """The chosen directions of each expert, then zeros."""
+    experts = len(chosen)
+    if factor == "A":
+        parts = value.unflatten(0, (experts, -1))  # (E, r, ...)
+        kept = parts.new_zeros(experts, rank, *parts.shape[2:])
+        for expert, directions in enumerate(chosen):
+            kept[expert, : len(directions)] = parts[expert, directions]
+        return kept.flatten(0, 1)
+    parts = by_expert(value, experts)  # (E, d, r, ...)
+    kept = parts.new_zeros(experts, len(value), rank, *parts.shape[3:])
+    for expert, directions in enumerate(chosen):
+        kept[expert, :, : len(directions)] = parts[expert, :, directions]
+    return kept.movedim(0, 2).flatten(1, 2)
+
+
+def _parameters(lora: LoraConfig, module: str) -> list[str]:
+    """Full names of the parameters that a module may wrap; several where wrappers are nested."""
+    name = module.removeprefix("base_model.model.").replace(".base_layer", "")
+    names = {target: f"{name}.{target.rpartition('.')[-1]}" for target in lora.target_parameters or ()}
+    return [full for target, full in names.items() if full == target or full.endswith(f".{target}")]
+
+
+def _looked_up(lora: LoraConfig, module: str, pattern: dict, default):
+    """What PEFT finds for a module in one of its patterns."""
+    names = _parameters(lora, module) or [module.removeprefix("base_model.model.")]
+    found = {pattern.get(get_pattern_key(pattern.keys(), name), default) for name in names}
+    if len(found) > 1:
+        raise StructLoRAError(
+            f"patterns that differ between parameters of one module ('{module}': {', '.join(map(str, sorted(found)))})",
+            "one rank and one alpha for all parameters of a module, since the file does not say which factors are whose",
+            "load or merge this adapter with PEFT itself",
+        )
+    return found.pop()

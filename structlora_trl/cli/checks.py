@@ -1,0 +1,122 @@
+"""Checks of a training command's arguments: what TRL's script would meet late, or would put in words of its own."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import StructLoRAError
+from .arguments import Arguments
+
+_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_CHECKPOINT = "checkpoint-"
+
+
+def check_arguments(given: Arguments) -> None:
+    """Look at model, batches, rewards and output folder, and write paths and target modules as TRL's script takes them.
+
+    Raises:
+        StructLoRAError: one of them cannot be used.
+    """
+    _check_model(given.model)
+    for name in _BATCHES:
+        if getattr(given.training, name) < 1:
+            raise StructLoRAError(f"{name}={getattr(given.training, name)}", "1 or more", f"correct `{name}`")
+    script = vars(given.script)
+    if "reward_funcs" in script and not (script["reward_funcs"] or script["reward_model_name_or_path"]):
+        raise StructLoRAError(
+            "neither `reward_funcs` nor `reward_model_name_or_path`",
+            "something that judges completions",
+            "set `reward_funcs` to names or import paths of functions, or `reward_model_name_or_path` to a model",
+        )
+    output = Path(given.training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise StructLoRAError(f"output_dir={output}, which is a file", "a folder to write to", "correct `output_dir`")
+    if (output / CONFIG_NAME).exists() and not given.overwrite and not given.training.resume_from_checkpoint:
+        raise StructLoRAError(
+            f"a finished adapter in output_dir={output}",
+            "a new folder, so that nothing is lost",
+            "choose another `output_dir`, or give `--overwrite`; `--resume_from_checkpoint true` continues a run",
+        )
+
+
+def _check_model(model) -> None:
+    if not model.model_name_or_path:
+        raise StructLoRAError(
+            "no `model_name_or_path`", "a model to adapt", "set it to a folder or to a model of the hub"
+        )
+    path = os.path.expanduser(model.model_name_or_path)
+    if path.startswith((".", "/")):
+        if not os.path.isdir(path):
+            raise StructLoRAError(f"no folder {path}", "a model to adapt", "correct `model_name_or_path`")
+        model.model_name_or_path = path
+    if not model.use_peft:
+        raise StructLoRAError(
+            "use_peft=False in the arguments",
+            "LoRA, which StructLoRA trains (and plain LoRA with `structlora: false`)",
+            "remove `use_peft`",
+        )
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        # TRL makes a list of one name a string, which PEFT takes as a pattern.
+        model.lora_target_modules = [model.lora_target_modules]
+    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
+        raise StructLoRAError(
+            f"load_in_{4 if model.load_in_4bit else 8}bit without the package bitsandbytes",
+            "bitsandbytes, which quantises the base model",
+            "`pip install bitsandbytes`",
+        )
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    found = [path for path in output.glob(f"{_CHECKPOINT}*") if path.name.removeprefix(_CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_CHECKPOINT)))
+
+
+def whole_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a folder that were written to their end, the oldest first."""
+    return [path for path in _checkpoints(output) if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE_NAME).is_file()  # which Trainer writes last
+
+
+def last_checkpoint(training: TrainingArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` asks for: a path, or with 'true' the last one of `output_dir`.
+
+    Returns:
+        `str` or None: None where the run starts anew.
+
+    Raises:
+        StructLoRAError: there is none, or its writing was cut short.
+    """
+    asked, output = str(training.resume_from_checkpoint), Path(training.output_dir)
+    if asked.lower() in ("false", "none", ""):
+        return None
+    found = _checkpoints(output)
+    if asked.lower() == "true" and not found:
+        raise StructLoRAError(
+            f"no checkpoint in {output}",
+            "one to resume from",
+            "remove `resume_from_checkpoint` to start over, or correct `output_dir`",
+        )
+    checkpoint = found[-1] if asked.lower() == "true" else Path(asked)
+    if not checkpoint.is_dir():
+        raise StructLoRAError(
+            f"no folder {asked}", "a checkpoint to resume from", "correct `resume_from_checkpoint`, or set it to `true`"
+        )
+    if not _is_whole(checkpoint):
+        whole = whole_checkpoints(checkpoint.parent)
+        remedy = f"set `resume_from_checkpoint: {whole[-1]}`" if whole else "remove `resume_from_checkpoint`"
+        raise StructLoRAError(
+            f"no {TRAINER_STATE_NAME} in {checkpoint}, so that its writing was cut short",
+            "a whole checkpoint",
+            f"{remedy}, and delete that folder",
+        )
+    return str(checkpoint)

@@ -1,0 +1,318 @@
+"""Kinds: the LoRA modules of a model, grouped by what is comparable across depth and ordered by depth.
+
+A kind is a set of modules with the same name except for the layer's number, the same tower, the same shapes. Modules are
+found by the names PEFT gives its parameters, so this file needs torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StructLoRAError
+from .residual_roles import RESIDUAL_ROLES
+
+_LORA_PARAMETER = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.weight)?$"
+)
+# Numbers that tell experts apart: experts of one layer are not depths.
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+
+class Factors(NamedTuple):
+    """Stacked factors of a kind's nodes, or anything of their shapes: A (N, r, k), B (N, d, r), and ΔW = s·B·A of each.
+
+    A node is a module, or one expert of a mixture: N = L·E nodes in the order (depth, expert).
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+SIDES = Factors._fields
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a LoRA module adapts, where that is one parameter of a module and not the module (PEFT's `target_parameters`).
+
+    Experts that a mixture keeps in one parameter share one LoRA module. Its rows of lora_A are in the order (expert, r), its
+    columns of lora_B in the order (r, expert).
+
+    Args:
+        parameter (`str`): the parameter's name; empty for a module.
+        experts (`int`, *optional*, defaults to 1): E, how many the parameter stacks.
+        input_side (`str`, *optional*, defaults to 'A'): the factor that meets the input. 'B' where PEFT takes a stack's first
+            axis for the input and the model keeps its outputs there (PEFT before 0.19).
+    """
+
+    parameter: str = ""
+    experts: int = 1
+    input_side: str = "A"
+
+
+class Heads(NamedTuple):
+    """The attention heads of a module (`core/heads.py` finds them).
+
+    Args:
+        side (`str`): 'B' where they are blocks of rows of lora_B, 'A' where they are blocks of columns of lora_A.
+        count (`int`): how many, all of one width.
+    """
+
+    side: str
+    count: int
+
+
+@dataclass
+class Kind:
+    """LoRA modules that differ in depth alone, in order of depth; or experts of a mixture, which are several at each depth.
+
+    Args:
+        name (`str`): the modules' name with `*` for the layer's number, and for the expert's.
+        modules (`list[str]`): full module names, one per depth; experts that are modules of their own are in the order
+            (depth, expert).
+        A (`list[nn.Parameter]`): of each module, r x k entries (convolutions count as r x (k·kernel)); E·r x k where it holds all
+            experts of a layer.
+        B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a layer.
+        adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
+        heads (`Heads`, *optional*): the attention heads of each, where they are gated.
+        per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of their own.
+    """
+
+    name: str
+    modules: list[str]
+    A: list[nn.Parameter]
+    B: list[nn.Parameter]
+    adapted: Adapted = Adapted()
+    heads: Heads | None = None
+    per_depth: int = 1
+
+    @property
+    def depth_count(self) -> int:
+        return len(self.modules) // self.per_depth
+
+    @property
+    def experts(self) -> int:
+        """E, of each depth; 1 for what is no mixture."""
+        return self.adapted.experts * self.per_depth
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether its modules are experts of a mixture: one each, or all of a layer's in one parameter."""
+        return self.experts > 1 or _EXPERT.search(self.modules[0]) is not None
+
+    @property
+    def node_count(self) -> int:
+        """N = L·E: its modules, or all experts of all of them."""
+        return self.depth_count * self.experts
+
+    @property
+    def rank(self) -> int:
+        """r, of each expert."""
+        return full_shape(self.A[0])[0] // self.adapted.experts
+
+    @property
+    def shape(self) -> list[int]:
+        """[modules, rows of lora_A, k, d]."""
+        rows, *columns = full_shape(self.A[0])
+        return [len(self.modules), rows, math.prod(columns), full_shape(self.B[0])[0]]
+
+    @property
+    def device(self) -> torch.device:
+        return self.A[0].device
+
+    @property
+    def target(self) -> str:
+        """What the module of the first depth adapts, as the model without PEFT names it."""
+        return _target(self.modules[0], self.adapted)
+
+
+def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
+    """The kinds of an adapter's trainable LoRA modules, in order of appearance.
+
+    Args:
+        model (`nn.Module`): any model whose LoRA parameters have PEFT's names.
+        adapter_name (`str`): the adapter to look for.
+
+    Raises:
+        StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all frozen; a module
+            whose lora_A and lora_B do not have the same directions; or two that share memory.
+    """
+    modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
+    adapters, copies = set(), 0
+    for name, parameter in model.named_parameters():
+        match = _LORA_PARAMETER.match(name)
+        if match is None:
+            continue
+        adapters.add(match["adapter"])
+        if match["adapter"] != adapter_name:
+            continue
+        if ".modules_to_save." in name or ".original_module." in name:
+            copies += 1
+        else:
+            modules[match["module"]][match["factor"]] = parameter
+
+    if not modules and copies:
+        raise StructLoRAError(
+            f"all LoRA modules of adapter '{adapter_name}' inside `modules_to_save`, where whole weights are trained",
+            "LoRA modules that are not also saved in full",
+            "take them out of `modules_to_save`, or out of `target_modules`",
+        )
+    if not modules:
+        others = f" (adapters with LoRA: {', '.join(sorted(adapters))})" if adapters else ""
+        raise StructLoRAError(
+            f"no LoRA module of adapter '{adapter_name}' in the model{others}",
+            "at least one",
+            "check `target_modules` of the LoraConfig and `adapter_name`",
+        )
+    trainable = {m: f for m, f in modules.items() if f["A"].requires_grad or f["B"].requires_grad}
+    if not trainable:
+        raise StructLoRAError(
+            f"all {len(modules)} LoRA modules of adapter '{adapter_name}' frozen",
+            "trainable LoRA parameters",
+            "load the adapter with `is_trainable=True`, or set `requires_grad` on its parameters",
+        )
+    _refuse_unpaired(trainable)
+    _refuse_shared(trainable)
+    return group(trainable, {module: _adapted(model.get_submodule(module)) for module in trainable})
+
+
+def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapted] | None = None) -> list[Kind]:
+    """The kinds of some LoRA modules, in order of appearance. Experts that are modules of their own are one kind where every
+    expert is there at the same depths.
+
+    Args:
+        modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
+        adapted (`dict`, *optional*): module name -> what it adapts, where that is not a whole module.
+    """
+    groups = defaultdict(list)
+    for module, factors in modules.items():
+        A, B = factors["A"], factors["B"]
+        what = (adapted or {}).get(module, Adapted())
+        pattern, depth = split_depth(_target(module, what))
+        groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad, what].append(
+            (depth, module, A, B)
+        )
+    for nodes in groups.values():
+        nodes.sort(key=lambda node: node[0])
+    mixtures = defaultdict(list)
+    for key in groups:
+        mixtures[(_EXPERT.sub("*", key[0]), *key[1:])].append(key)
+    joined = {}  # key -> the nodes of each expert, or of what is no mixture
+    for key, members in mixtures.items():
+        members.sort(key=lambda member: [int(number) for number in _EXPERT.findall(member[0])])
+        depths = {tuple(depth for depth, *_ in groups[member]) for member in members}
+        joined |= {key: [groups[m] for m in members]} if len(depths) == 1 else {m: [groups[m]] for m in members}
+    patterns = [key[0] for key in joined]
+    kinds = []
+    for (pattern, a_shape, b_shape, _, _, what), experts in joined.items():
+        nodes = [node for of_depth in zip(*experts, strict=True) for node in of_depth]
+        _, names, A, B = zip(*nodes, strict=True)
+        # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
+        shapes = f"[{'x'.join(map(str, (*b_shape, *a_shape[1:])))}]" if patterns.count(pattern) > 1 else ""
+        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B), what, per_depth=len(experts)))
+    repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
+    for kind in kinds:
+        if kind.name in repeated:
+            kind.name += f"({'+'.join(f for f, p in (('A', kind.A), ('B', kind.B)) if p[0].requires_grad)} trained)"
+    return kinds
+
+
+def _refuse_unpaired(modules: dict[str, dict[str, nn.Parameter]]) -> None:
+    for module, factors in modules.items():
+        rows, columns = full_shape(factors["A"])[0], full_shape(factors["B"])[1]
+        if rows != columns:
+            raise StructLoRAError(
+                f"LoRA on '{_target(module)}' with {rows} rows of lora_A and {columns} columns of lora_B, as a grouped "
+                "convolution has",
+                "as many of one as of the other, since a direction is one of each",
+                "take the module out of `target_modules`",
+            )
+
+
+def _refuse_shared(modules: dict[str, dict[str, nn.Parameter]]) -> None:
+    """PEFT's `ensure_weight_tying` makes a head's factors views of an embedding's."""
+    owner: dict[int, str] = {}
+    for module, factors in modules.items():
+        for parameter in factors.values():
+            address = parameter.data_ptr() if parameter.numel() else 0  # 0: sharded, so that nothing is shared
+            if address and owner.setdefault(address, module) != module:
+                raise StructLoRAError(
+                    f"LoRA of '{_target(owner[address])}' and '{_target(module)}' in one memory (`ensure_weight_tying`)",
+                    "factors of its own for each module, since each is mapped in its own way",
+                    "set `ensure_weight_tying=False`, or adapt neither",
+                )
+
+
+def _adapted(module: nn.Module) -> Adapted:
+    """Read from a LoRA module. PEFT's `ParamWrapper` alone has a `parameter_name`."""
+    name = getattr(module, "parameter_name", None)
+    if name is None:
+        return Adapted()
+    if module.num_experts == 1:
+        return Adapted("" if name == "weight" else name)
+    inputs_first = getattr(module.get_base_layer(), "is_transposed", False)
+    follows_layout = getattr(module, "_did_swap_in_out_features", False)  # PEFT 0.19 and later
+    return Adapted(name, module.num_experts, "A" if inputs_first or follows_layout else "B")
+
+
+def _target(module: str, adapted: Adapted = Adapted()) -> str:
+    name = module.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    # PEFT nests the wrappers of one module's parameters, and a LoRA layer inside one of another method.
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{adapted.parameter}" if adapted.parameter else name
+
+
+def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
+    """A module's name with `*` for the layer's number, and that number.
+
+    'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,)). Where names have several numbers, one at the end
+    is a place inside the layer (`nn.Sequential`) and no depth: 'blocks.3.ff.0' -> ('blocks.*.ff.0', (3,)).
+    """
+    others = {match.start() for match in _EXPERT.finditer(module)}
+    depth = []
+    numbers = [match for match in _NUMBER.finditer(module) if match.start() not in others]
+    if len(numbers) > 1 and numbers[-1].end() == len(module):
+        others.add(numbers[-1].start())
+
+    def star(match: re.Match) -> str:
+        if match.start() in others:
+            return match[0]
+        depth.append(int(match[0]))
+        return "*"
+
+    return _NUMBER.sub(star, module), tuple(depth)
+
+
+def residual_role(kind: Kind, roles: dict[str, str] | None) -> str | None:
+    """'read', 'write', or None where neither the user's patterns nor the built-in table know the kind."""
+    for pattern, role in {**(roles or {}), **RESIDUAL_ROLES}.items():
+        if matches(pattern, kind):
+            return role
+    return None
+
+
+def residual_side(kind: Kind, roles: dict[str, str] | None) -> str | None:
+    """The factor that meets the residual stream, 'A' or 'B'; None where the kind's role is unknown."""
+    role = residual_role(kind, roles)
+    if role is None:
+        return None
+    return "A" if (role == "read") == (kind.adapted.input_side == "A") else "B"
+
+
+def matches(pattern: str, kind: Kind) -> bool:
+    """Whether a pattern of `roles` is the end of the name of what the kind adapts."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", kind.target) is not None

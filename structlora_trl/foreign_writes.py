@@ -1,0 +1,135 @@
+"""Weights that other code writes, replaces or reads at the wrong time: the checks, and the errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, NoReturn
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .errors import StructLoRAError
+
+
+class Owner(NamedTuple):
+    """Where a LoRA parameter lies: the module that holds it, its name there, its name in the model, itself."""
+
+    module: nn.Module
+    name: str
+    path: str
+    parameter: nn.Parameter
+
+
+def owners_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[Owner]:
+    """Where some parameters of a model lie."""
+    ours = {id(p) for p in parameters}
+    return [
+        Owner(module, name, f"{path}.{name}" if path else name, p)
+        for path, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if id(p) in ours
+    ]
+
+
+def is_same(expected: Tensor, found: Tensor) -> Tensor:
+    """Whether two tensors are equal, NaN being what NaN is: a bool tensor, without waiting for the device."""
+    return ((expected == found) | (expected.isnan() & found.isnan())).all()
+
+
+def refuse_replaced(owners: list[Owner]) -> None:
+    """Stop where modules of the model hold other LoRA parameters than the optimizer steps.
+
+    Raises:
+        StructLoRAError: they do, after `load_state_dict(assign=True)` for instance.
+    """
+    _refuse_others((owner.module._parameters.get(owner.name), owner.parameter) for owner in owners)
+
+
+def refuse_replaced_by_name(model: nn.Module, owners: list[Owner]) -> None:
+    """`refuse_replaced` by the names in the model, which finds new modules too; slower."""
+    named = dict(model.named_parameters())
+    _refuse_others((named.get(owner.path), owner.parameter) for owner in owners)
+
+
+def _refuse_others(pairs: Iterable[tuple[nn.Parameter | None, nn.Parameter]]) -> None:
+    replaced = 0
+    for now, ours in pairs:
+        # FSDP2 shows its gathered copies, which are no DTensors, from a forward until its backward.
+        is_gathered = isinstance(ours, DTensor) and not isinstance(now, DTensor)
+        replaced += now is not None and now is not ours and not is_gathered
+    if replaced:
+        raise StructLoRAError(
+            f"{replaced} LoRA parameters of the model replaced by others since StructLoRA was attached",
+            "the parameters that the optimizer steps",
+            "load weights into them (`load_state_dict` without `assign=True`), or `detach()`, build the optimizer of the new "
+            "ones and attach again",
+        )
+
+
+def refuse_changed() -> NoReturn:
+    """At a training forward: other evaluation weights stand than StructLoRA wrote."""
+    raise StructLoRAError(
+        "LoRA weights that other code has written since the last optimizer step",
+        "the evaluation weights that StructLoRA put there; values that are swapped out (a moving average, say) must be back "
+        "before the next training forward",
+        "call `runtime.reload()` to start again from the weights that stand, or load the run's own state after them "
+        "(`load_state`, or `accelerator.register_for_checkpointing(runtime)`)",
+    )
+
+
+def refuse_reload() -> NoReturn:
+    """`reload` between a training forward and its optimizer step."""
+    raise StructLoRAError(
+        "`reload()` between a training forward and its optimizer step, when noisy training weights stand",
+        "evaluation weights to start from",
+        "call `runtime.eval()` before the weights are written, then `reload()`; or do both between two steps",
+    )
+
+
+def refuse_write_before_step(optimizer: str) -> NoReturn:
+    """Training weights were written between a forward and its step."""
+    raise StructLoRAError(
+        f"LoRA weights that were written between a training forward and the step of {optimizer}",
+        f"the weights that the gradients are taken at, which {optimizer}.step replaces",
+        "write to them after the step, before the next forward, and call `runtime.reload()`; or attach to the optimizer "
+        "whose `step` is called. An optimizer that takes gradients at perturbed weights (SAM) needs the perturbed loss from "
+        "`torch.func.functional_call`",
+    )
+
+
+def refuse_step_without_training_forward() -> NoReturn:
+    """A step on gradients of evaluation weights."""
+    raise StructLoRAError(
+        "an optimizer step on gradients taken at the evaluation weights",
+        "a forward at the training weights before each step, that is, one under `model.train()`",
+        "call `model.train()` before the forward (`runtime.train()` where it calls no module that contains adapted "
+        "layers); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
+    )
+
+
+def refuse_mixed_gradients() -> NoReturn:
+    """A backward ran at other weights than its forward."""
+    raise StructLoRAError(
+        "gradients of a backward that ran at other LoRA weights than its forward",
+        "the training weights of the step from its first training forward until `optimizer.step()`",
+        "call `runtime.eval()` or load weights after the step, not between a training forward and its backward",
+    )
+
+
+def refuse_backward_of_evaluation() -> NoReturn:
+    """A backward through a forward that was made under `eval()` within a step."""
+    raise StructLoRAError(
+        "a backward through a forward under `eval()`, which saw evaluation weights, after a training forward of the same step",
+        "a loss of forwards under `model.train()` alone",
+        "call `model.train()` before each forward that the loss is made of; to leave dropout out of one, put the dropout "
+        "modules alone into `eval()`",
+    )
+
+
+def refuse_unfrozen(count: int) -> NoReturn:
+    """LoRA parameters that no map has get gradients."""
+    raise StructLoRAError(
+        f"{count} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
+        "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
+        "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+    )

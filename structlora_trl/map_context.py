@@ -1,0 +1,38 @@
+"""The torch state in which the map runs, whatever surrounds the call: fp32 without autocast, outside inference mode."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+# torch.set_float32_matmul_precision and the flags behind it (TF32 on CUDA, bf16 in oneDNN).
+_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+@contextmanager
+def map_context(device: torch.device) -> Iterator[None]:
+    """Full fp32 precision for what runs within, whatever autocast, inference mode or matmul precision surrounds it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {device.type, "cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        for matmul in _MATMULS:
+            if matmul.fp32_precision not in ("ieee", "none"):
+                stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+                matmul.fp32_precision = "ieee"
+        yield
+
+
+def in_map_context(method: Callable) -> Callable:
+    """Run a method of the runtime in `map_context`, and count its time as the map's."""
+
+    @functools.wraps(method)
+    def entered(self, *args, **kwargs):
+        with self.stopwatch, map_context(self.device):
+            return method(self, *args, **kwargs)
+
+    return entered

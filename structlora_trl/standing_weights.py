@@ -1,0 +1,183 @@
+"""Which weights stand in the model, and who may change them.
+
+Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. A training forward
+puts the noisy training weights of the coming step in place, and they stand until the optimizer steps. Code that reads the
+model in between sees evaluation weights (`read_hooks.py`). Weights that other code writes must be back at the next
+training forward, or that forward stops the run (`Runtime.reload` starts from them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from . import foreign_writes
+from .core.gates import LogisticNoise
+from .core.kinds import SIDES, Factors, Kind
+from .core.mapping import KindMap, Noise
+from .engines import Engine
+from .engines.slices import Slices
+from .map_context import in_map_context
+from .stopwatch import Stopwatch
+
+# Latent weights stand during an optimizer step, and after one that an exception broke off.
+EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
+
+
+class StandingWeights:
+    """Puts training and evaluation weights in place; the base of `Runtime`, which steps them.
+
+    Attributes:
+        weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer step, 'latent'.
+        is_attached (`bool`): whether the model and its optimizer are still in use.
+    """
+
+    kinds: list[Kind]
+    maps: list[KindMap]
+    engine: Engine
+    noise: LogisticNoise
+    noise_off: str | None
+    step: int
+    device: torch.device
+    stopwatch: Stopwatch
+    weights = EVALUATION
+    is_attached = True
+    _trained_forward = False  # whether training weights have stood since the last step
+    _mixed_gradients = False  # whether a gradient since then arrived while others stood
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether training weights differ from evaluation weights."""
+        return self.noise_off is None and any(gate.is_stochastic for m in self.maps for gate in m.filters)
+
+    @in_map_context
+    def train(self) -> None:
+        """Put the training weights of the coming step in place (the same ones until the step is done).
+
+        Raises:
+            StructLoRAError: other code has written to the LoRA weights since StructLoRA did.
+        """
+        if self.weights == TRAINING:
+            if self.engine.was_touched() and self._were_changed():
+                foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
+        elif self.weights == EVALUATION:
+            if self._were_changed():
+                foreign_writes.refuse_changed()
+            if self.is_noisy:
+                self._write(self._noise(), self._noisy_sides())
+        else:
+            self._write(self._noise())
+        self.weights, self._trained_forward = TRAINING, True
+
+    @in_map_context
+    def eval(self) -> None:
+        """Put the evaluation weights in place. After a step that an exception broke off, those of before that step.
+
+        Raises:
+            StructLoRAError: other code has written to training weights.
+        """
+        if self.weights == TRAINING:
+            if self._were_changed():
+                foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
+            if self.is_noisy:
+                self._write(None, self._noisy_sides())
+        elif self.weights == LATENT:
+            self._write(None)
+        self.weights = EVALUATION
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Evaluation weights for a reader. Training weights that a backward may still need stand again afterwards."""
+        if self.weights != TRAINING or not self.is_noisy:
+            if self.weights == LATENT:
+                self.eval()
+            yield
+            return
+        versions = self.engine.keep_versions()
+        self.eval()
+        try:
+            with ExitStack() as stack:
+                if torch.is_grad_enabled():
+                    # A backward of what is computed here would meet the step's training weights.
+                    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._refuse_backward_of_reader)
+                    stack.enter_context(hooks)
+                yield
+        finally:
+            if self.weights == EVALUATION and self.is_attached and not self._were_changed():
+                self.train()
+                versions.close()
+                self.engine.stamp()
+
+    def _refuse_backward_of_reader(self, saved: Tensor) -> Tensor:
+        if self.weights != EVALUATION:
+            foreign_writes.refuse_backward_of_evaluation()
+        return saved
+
+    @property
+    def shows_evaluation_weights(self) -> bool:
+        """Whether what stands in the model is what a reader should see."""
+        return self.weights == EVALUATION or (self.weights == TRAINING and not self.is_noisy)
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The model's LoRA parameters that the maps have; the maps' own are `parameters()` of each in `maps`."""
+        return [p for kind in self.kinds for p in (*kind.A, *kind.B)]
+
+    @in_map_context
+    def evaluation_values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each LoRA parameter with its evaluation value, as the model would hold it."""
+        return list(self.engine.stored(self._effective(None)))
+
+    @in_map_context
+    def evaluation_factors(self) -> list[Factors]:
+        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
+        return self._effective(None)
+
+    def _check_standing_weights(self, parameter: nn.Parameter) -> None:
+        """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
+        if self._trained_forward and self.weights != TRAINING and self.is_noisy:
+            self._mixed_gradients = True
+
+    def _were_changed(self) -> bool:
+        """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in and out, are fine."""
+        if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
+            return False
+        expected = self._effective(self._noise() if self.weights == TRAINING else None)
+        same = [
+            foreign_writes.is_same(value.to(parameters[0].dtype).float(), stands)
+            for kind, factors, standing in zip(self.kinds, expected, self.engine.read_working(), strict=True)
+            for parameters, value, stands in zip((kind.A, kind.B), factors, standing, strict=True)
+        ]
+        if not bool(self._slices.every(torch.stack(same).all())):
+            return True
+        self.engine.stamp()
+        return False
+
+    @property
+    def _slices(self) -> Slices:
+        return self.engine.slices[0]  # the ranks are the same for every kind
+
+    def _noise(self) -> list[Noise | None]:
+        """This step's noise of each kind; one draw for all, from (seed, step)."""
+        if not self.is_noisy:
+            return [None] * len(self.maps)
+        drawn = iter(self.noise.draw(self.step, [gate.shape for m in self.maps for gate in m.filters]))
+        return [[next(drawn).to(m.kind.device) for _ in m.filters] for m in self.maps]
+
+    def _noisy_sides(self) -> tuple[str, ...]:
+        """The factors that noise reaches; both in the first step, in which nothing has been written yet."""
+        on_A = self.step == 0 or any(m.kind.heads and m.kind.heads.side == "A" for m in self.maps)
+        return SIDES if on_A else ("B",)
+
+    @torch.no_grad()
+    def _effective(self, noise: list[Noise | None] | None, everything: bool = True) -> list[Factors]:
+        noise = noise or [None] * len(self.maps)
+        latents = self.engine.read_latents(everything)
+        return [m(latent, part) for m, latent, part in zip(self.maps, latents, noise, strict=True)]
+
+    @torch.no_grad()
+    def _write(self, noise: list[Noise | None] | None, sides: tuple[str, ...] = SIDES) -> None:
+        self.engine.write_working(self._effective(noise, everything=False), sides)
+        self.engine.stamp()

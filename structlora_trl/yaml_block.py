@@ -1,0 +1,88 @@
+"""The `structlora:` key of a YAML file, read alike by the command line and by every integration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_type_hints
+
+import yaml
+
+from .config import StructLoRAConfig
+from .errors import StructLoRAError
+
+_NUMBERS = {name for name, type_ in get_type_hints(StructLoRAConfig).items() if type_ is float}
+
+
+def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> StructLoRAConfig | None:
+    """Read the value of a `structlora` key, as YAML files, command lines and training arguments hold it.
+
+    Args:
+        value (`StructLoRAConfig`, `dict`, `bool`, `str` or `Path`): options, True (all defaults) or False (plain LoRA);
+            the same as JSON or YAML text; or a YAML or JSON file with a `structlora` key.
+
+    Returns:
+        `StructLoRAConfig`, or None for `false`.
+
+    Raises:
+        StructLoRAError: nothing under the key, which may be meant either way; an unknown option, with the nearest known
+            one; a value out of range; a file that does not exist or has no such key; text that is neither.
+    """
+    if isinstance(value, (str, Path)):
+        value = _parsed(value)
+    if isinstance(value, bool):
+        return StructLoRAConfig() if value else None
+    if isinstance(value, dict):
+        return StructLoRAConfig.build(read_options(value))
+    if isinstance(value, StructLoRAConfig):
+        return value
+    raise StructLoRAError(
+        f"`structlora:` with {'nothing' if value is None else repr(value)} under it",
+        "true, false or options",
+        "write `structlora: true` for the defaults, `structlora: false` for plain LoRA, or options indented under the key",
+    )
+
+
+def _parsed(text: str | Path) -> object:
+    """The value that a file has under `structlora`, or that text stands for."""
+    try:
+        if str(text).endswith((".yaml", ".yml", ".json")):
+            document = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or "structlora" not in document:
+                raise StructLoRAError(
+                    f"no `structlora` key in {text}", "its options under that key", "add `structlora: true`, or options"
+                )
+            return document["structlora"]
+        value = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        raise StructLoRAError(
+            f"{str(text)!r} for `structlora` ({error})",
+            "options, true or false as JSON, or a YAML or JSON file with a `structlora` key",
+            "correct the text, for example '{\"gate_init\": 0.8}', or the path",
+        ) from error
+    if isinstance(value, str):  # plain words are text to YAML
+        raise StructLoRAError(
+            f"{text!r} for `structlora`",
+            "options, true or false as JSON, or a YAML or JSON file with a `structlora` key",
+            "write for example '{\"gate_init\": 0.8}', or a path that ends in .yaml, .yml or .json",
+        )
+    return value
+
+
+def read_options(block: dict) -> dict:
+    """The options of a block, numbers as numbers; their values are not looked at, for a command line may add to them.
+
+    Raises:
+        StructLoRAError: an unknown option, with the nearest known one.
+    """
+    StructLoRAConfig.refuse_unknown(block)
+    return {name: _number(name, option) for name, option in block.items()}
+
+
+def _number(name: str, option):
+    """PyYAML follows YAML 1.1, in which 1e-2 is text (1.0e-2 is a number)."""
+    if name in _NUMBERS and isinstance(option, str):
+        try:
+            return float(option)
+        except ValueError:
+            pass
+    return option

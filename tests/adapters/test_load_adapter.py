@@ -1,0 +1,480 @@
+"""What `read_saved` finds in a folder: adapters and checkpoints of every engine, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from structlora_trl import StructLoRACallback, attach, save_state
+from structlora_trl.adapters.export import export
+from structlora_trl.adapters.inspecting import log_history, report
+from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.cli import main
+from structlora_trl.errors import StructLoRAError
+from structlora_trl.state import STATE_NAME
+from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, as_it_is, bare_run
+from tests.support.data import save_base, texts
+from tests.support.launching import launch, one_at_a_time
+from tests.support.tiny import FAMILIES, adamw, base_model
+
+
+def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
+    shutil.copytree(runs(), tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "out" / "mine").mkdir()
+    for name in (ADAPTER, "adapter_config.json"):
+        (tmp_path / "out" / name).rename(tmp_path / "out" / "mine" / name)
+    saved = read_saved(tmp_path / "out")
+    assert saved.maps is not None
+    assert all(torch.equal(value, saved.tensors[name]) for name, value in load_file(runs() / ADAPTER).items())
+
+
+def _only_adapter(run, folder):
+    folder.mkdir(parents=True)
+    for name in (ADAPTER, CONFIG):
+        shutil.copy(run / name, folder)
+
+
+# Where an adapter lies alone -> its folder; the run's output, with its checkpoints, is "out".
+ALONE = {"in the output folder": "out/final", "as the output folder": "out", "beside it": "adapter"}
+
+
+@pytest.mark.parametrize("place", ALONE)
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(place, is_pruned, runs, tmp_path, capsys):
+    out, folder = tmp_path / "out", tmp_path / ALONE[place]
+    shutil.copytree(runs(), out, ignore=shutil.ignore_patterns(*([STATE_NAME, ADAPTER] if folder == out else [])))
+    if folder == out:  # the patterns left the checkpoints' files out too
+        for step in (3, 6):
+            shutil.copytree(runs() / f"checkpoint-{step}", out / f"checkpoint-{step}", dirs_exist_ok=True)
+        shutil.copy(runs() / ADAPTER, out)
+        (out / "trainer_state.json").unlink()
+    else:
+        _only_adapter(runs(), folder)
+    os.utime(out / "checkpoint-3")  # the newest one holds another adapter
+    if is_pruned:
+        (out / "checkpoint-6" / ADAPTER).unlink()  # as ZeRO-3 leaves it; the state still fits
+    capsys.readouterr()
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert str(out / "checkpoint-6") in printed
+    openness = [float(line.split()[2]) for line in printed.splitlines() if line[:5].strip().isdigit()]
+    state = load_file(runs() / STATE_NAME)
+    expected = [row.sigmoid().mean() for kind in KINDS for row in state[f"{kind}/filters.0.logits"]]
+    assert openness == pytest.approx([float(value) for value in expected], abs=6e-4)
+    saved = read_saved(folder)
+    assert saved.step == 6 and saved.folder == folder and [e["step"] for e in log_history(saved.run_folder)][-1] == 6
+    assert main(["export", str(folder), str(tmp_path / "small"), "--prune", "0.4", "--probe", "none"]) == 0
+    assert str(out / "checkpoint-6") in capsys.readouterr().out
+
+
+def test_an_adapter_alone_has_no_gates_of_another_one(runs, tmp_path):
+    """Neither of a run with other weights beside it, nor of a damaged checkpoint."""
+    _only_adapter(runs(), tmp_path / "adapter")
+    shutil.copytree(runs() / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
+    shutil.copytree(runs() / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "checkpoint-6" / STATE_NAME).write_bytes(b"damaged")
+    saved = read_saved(tmp_path / "adapter")
+    assert saved.maps is None and saved.run_folder == saved.folder and saved.gates(0) is None
+
+
+def test_a_plain_run_has_the_log_of_its_checkpoint(runs, tmp_path):
+    _only_adapter(runs(), tmp_path / "adapter")
+    shutil.copytree(runs() / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "checkpoint-6" / STATE_NAME).unlink()
+    saved = read_saved(tmp_path / "adapter")
+    assert saved.maps is None and log_history(saved.run_folder)[-1]["step"] == 6
+
+
+def test_save_model_in_a_script(tmp_path, monkeypatch, capsys):
+    """The README's script: `trainer.save_model("adapter")`, with the checkpoints elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    trainer = SFTTrainer(
+        model=save_base(tmp_path / "base"),
+        args=SFTConfig(
+            output_dir="trainer_output", max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False, report_to="none"
+        ),
+        train_dataset=Dataset.from_list(texts()),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        callbacks=[StructLoRACallback(gate_lr=1.0)],
+    )
+    trainer.train()
+    trainer.save_model("adapter")
+    capsys.readouterr()
+    assert main(["inspect", "adapter"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+    assert len(rows) == 2 * DEPTHS and all(0 < float(row[2]) < 0.9 for row in rows)
+
+
+def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
+    """A checkpoint without adapter weights, and one with fp32 masters beside it as `zero_to_fp32.py` writes them."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(runs() / "checkpoint-6", checkpoint)
+    saved = load_file(checkpoint / ADAPTER)
+    (checkpoint / ADAPTER).unlink()
+    masters = {}
+    state = load_file(checkpoint / STATE_NAME)
+    for kind in KINDS:
+        for depth in range(DEPTHS):
+            for side in "AB":
+                module = f"base_model.model.{kind.replace('*', str(depth))}"
+                masters[f"{module}.lora_{side}.default.weight"] = state[f"{kind}/latent_{side}"][depth].clone()
+    (checkpoint / "fp32").mkdir()
+    torch.save(masters, checkpoint / "fp32" / "pytorch_model.bin")
+    for number, folder in enumerate((checkpoint, checkpoint / "fp32")):
+        assert main(["export", str(folder), str(tmp_path / f"adapter{number}")]) == 0
+        exported = load_file(tmp_path / f"adapter{number}" / ADAPTER)
+        assert exported.keys() == saved.keys()
+        for name in saved:
+            torch.testing.assert_close(exported[name], saved[name], atol=1e-6, rtol=1e-5)
+    assert max((masters[n.replace(".weight", ".default.weight")] - saved[n]).abs().max() for n in saved) > 1e-2
+
+
+def test_a_pickled_adapter_is_read_whole(tmp_path):
+    """`save_pretrained(safe_serialization=False)`, with biases that the state does not hold."""
+    out = llama_run(tmp_path, target_modules=["q_proj", "v_proj"], lora_bias=True)
+    tensors = load_file(out / ADAPTER)
+    (out / ADAPTER).unlink()
+    torch.save(tensors, out / "adapter_model.bin")
+    export(read_saved(out), tmp_path / "exported")
+    exported = load_file(tmp_path / "exported" / ADAPTER)
+    assert exported.keys() == tensors.keys() and all(torch.equal(exported[name], tensors[name]) for name in tensors)
+
+
+# What is adapted -> words of the message where only the state is saved
+NOT_IN_THE_STATE = {
+    "biases": ({"lora_bias": True}, "lora_bias"),
+    "KaSA": ({"kasa_config": getattr(peft, "KasaConfig", dict)()}, "kasa_config"),
+    "an embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens', which may be an embedding"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IN_THE_STATE)
+def test_what_the_state_does_not_hold_is_refused(name, tmp_path):
+    lora, words = NOT_IN_THE_STATE[name]
+    if not lora.keys() <= LoraConfig.__dataclass_fields__.keys():
+        pytest.skip("this version of PEFT has none")
+    out = llama_run(tmp_path, **{"target_modules": ["q_proj", "v_proj"], **lora})
+    (out / ADAPTER).unlink()
+    with pytest.raises(StructLoRAError, match=words):
+        read_saved(out)
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, padding=1)}) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["conv"](x)
+        return x
+
+
+def test_masters_tell_embeddings_and_convolutions_apart(tmp_path):
+    """Where only the state is saved: their names and shapes are those of PEFT's file."""
+    runs = {
+        "embedding": (base_model("llama"), FAMILIES["llama"].batch(0), ["q_proj", "embed_tokens"], None),
+        "convolution": (Convolutions(), {"x": torch.randn(2, 4, 6, 6)}, ["conv"], {"conv": "write"}),
+    }
+    for name, (model, inputs, targets, roles) in runs.items():
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        optimizer = adamw(model)
+        runtime = attach(model, optimizer, roles=roles)
+        model.train()
+        output = model(**inputs)
+        (output.square().mean() if name == "convolution" else output.loss).backward()
+        optimizer.step()
+        masters = masters_of(model, runtime)
+        runtime.eval()
+        out = tmp_path / name
+        model.save_pretrained(out)
+        save_state(runtime, out)
+        saved = load_file(out / ADAPTER)
+        (out / ADAPTER).unlink()
+        with pytest.raises(StructLoRAError, match="may be an embedding or a convolution"):
+            read_saved(out)
+        (out / "fp32").mkdir()
+        torch.save(masters, out / "fp32" / "pytorch_model.bin")
+        found = read_saved(out / "fp32").tensors
+        assert found.keys() == {n for n in saved if "lora_" in n}
+        for factor, value in found.items():
+            torch.testing.assert_close(value, saved[factor], atol=1e-6, rtol=1e-5)
+
+
+def masters_of(model, runtime):
+    """As `zero_to_fp32.py` collects them: latent factors where an adapter is trained, the others' own."""
+    masters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for kind, latent in zip(runtime.kinds, runtime.engine.read_latents(), strict=True):
+        for side, parameters in zip("AB", (kind.A, kind.B), strict=True):
+            for index, parameter in enumerate(parameters):
+                masters[names[id(parameter)]] = getattr(latent, side)[index].reshape(parameter.shape).clone()
+    return masters
+
+
+def _spoil_nothing(folder):
+    pass
+
+
+def _remove_weights(folder):
+    for path in folder.rglob(ADAPTER):
+        path.unlink()
+
+
+# The frozen adapter -> (options of the run, what is done to the folder, folder to read, words of the message or None)
+BESIDE = {
+    "first of the alphabet": ("frozen_ref", {}, _spoil_nothing, "out", None),
+    "last of the alphabet": ("reference", {}, _spoil_nothing, "out", None),
+    "the default": ("default", {}, _spoil_nothing, "out", None),
+    "masters of both": ("frozen_ref", {}, _spoil_nothing, "out/fp32", None),
+    "masters of both, the frozen one's last": ("reference", {}, _spoil_nothing, "out/fp32", None),
+    "masters alone": ("frozen_ref", {}, _remove_weights, "out/fp32", None),
+    "no weights, and a name": ("frozen_ref", {"adapter_name": "policy"}, _remove_weights, "out", None),
+    "no weights": ("frozen_ref", {}, _remove_weights, "out", "several adapters without weights"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_of_two_adapters_the_trained_one_is_read(name, tmp_path):
+    frozen, options, spoil, given, words = BESIDE[name]
+    out, targets = tmp_path / "out", {"target_modules": ["q_proj", "v_proj"]}
+    model = get_peft_model(base_model("llama"), LoraConfig(r=4, lora_alpha=12, **targets), adapter_name="policy")
+    model.add_adapter(frozen, LoraConfig(r=4, init_lora_weights=False, **targets))
+    model.set_adapter("policy")
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, options)
+    model.train()
+    model(**FAMILIES["llama"].batch(0)).loss.backward()
+    optimizer.step()
+    masters = masters_of(model, runtime)
+    runtime.eval()
+    model.save_pretrained(out)
+    save_state(runtime, out)
+    expected = load_file(out / "policy" / ADAPTER)
+    (out / "fp32").mkdir()
+    torch.save(masters, out / "fp32" / "pytorch_model.bin")
+    spoil(out)
+    if words:
+        with pytest.raises(StructLoRAError, match=words):
+            read_saved(tmp_path / given)
+        return
+    saved = read_saved(tmp_path / given)
+    assert saved.lora.lora_alpha == 12 and saved.tensors.keys() == expected.keys()
+    for factor, value in saved.tensors.items():
+        torch.testing.assert_close(value, expected[factor], atol=1e-6, rtol=1e-5)
+
+
+def llama_run(folder, **lora):
+    model = as_it_is(lambda: base_model("llama"))(folder / "base")
+    return bare_run(model, folder / "out", FAMILIES["llama"].batch, **lora)
+
+
+MUTATIONS = 100
+ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+FAST = "zero3"
+
+
+@one_at_a_time
+@pytest.mark.parametrize("engine", [e if e == FAST else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES])
+def test_checkpoints_of_every_engine(engine, tmp_path):
+    launch(tmp_path, engine, steps=2, trainer={"save_strategy": "steps", "save_steps": 2}, method={"gate_lr": 1.0})
+    (checkpoint,) = tmp_path.glob("checkpoint-2")
+    saved = load_file(checkpoint / ADAPTER)
+    assert main(["inspect", str(checkpoint)]) == 0
+    folders = [checkpoint]
+    if engine.startswith("zero"):
+        collect = [sys.executable, "zero_to_fp32.py", ".", "fp32"]
+        done = subprocess.run(collect, cwd=checkpoint, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        folders.append(checkpoint / "fp32")
+    for number, folder in enumerate(folders):
+        assert main(["export", str(folder), str(tmp_path / f"exported{number}")]) == 0
+        exported = load_file(tmp_path / f"exported{number}" / ADAPTER)
+        assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
+    (checkpoint / ADAPTER).unlink()  # as ZeRO-3 leaves it where it does not gather weights on saving
+    for name, value in read_saved(folders[-1]).tensors.items():
+        torch.testing.assert_close(value, saved[name], atol=1e-6, rtol=1e-5)
+
+
+def weights(change):
+    """Damage to the adapter's weights: what becomes of the tensors."""
+
+    def spoil(folder):
+        tensors = load_file(folder / ADAPTER)
+        change(tensors)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / ADAPTER, {"format": "pt"})
+
+    return spoil
+
+
+def configuration(**changes):
+    def spoil(folder):
+        values = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+
+    return spoil
+
+
+def bytes_of(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def _folder_instead(name):
+    def spoil(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return spoil
+
+
+def _without_state(spoil):
+    def both(folder):
+        (folder / STATE_NAME).unlink()
+        spoil(folder)
+
+    return both
+
+
+def _other_step(folder):
+    shutil.copy(folder.parent / "out" / "checkpoint-3" / ADAPTER, folder / ADAPTER)
+
+
+def _without_adapter(folder):
+    (folder / ADAPTER).unlink()
+    (folder / STATE_NAME).unlink()
+
+
+def _masters_alone(folder):
+    state = load_file(folder / STATE_NAME)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    torch.save({name: state[f"{KINDS[0]}/latent_A"][0].clone()}, folder / "pytorch_model.bin")
+    _without_adapter(folder)
+
+
+def _masters_of(content: bytes):
+    return lambda folder: (folder / "pytorch_model.bin").write_bytes(content)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+# What is wrong with a folder -> (how to make it so, words of the message)
+DAMAGED = {
+    "no configuration": (lambda folder: (folder / CONFIG).unlink(), "no adapter_config.json"),
+    "a truncated configuration": (bytes_of(CONFIG, lambda b: b[:200]), "unreadable"),
+    "an empty configuration": (bytes_of(CONFIG, lambda b: b""), "unreadable"),
+    "a configuration that is no text": (bytes_of(CONFIG, lambda b: b"\xff\xfe" + b), "unreadable"),
+    "a configuration that is a list": (bytes_of(CONFIG, lambda b: b"[]"), "unreadable"),
+    "a configuration that is a folder": (_folder_instead(CONFIG), "no adapter_config.json"),
+    "no PEFT type": (configuration(peft_type=None), "unreadable"),
+    "an unknown PEFT type": (configuration(peft_type="LORE"), "unreadable"),
+    "another PEFT type": (configuration(peft_type="LOHA"), "PEFT type"),
+    "block-diagonal factors": (configuration(use_bdlora={"target_modules_bd_a": ["q_proj"]}), "use_bdlora"),
+    "a rank that is text": (configuration(r="four"), "with r='four'"),
+    "no alpha": (configuration(lora_alpha=None), "with lora_alpha=None"),
+    "a pattern that is a list": (configuration(rank_pattern=["q_proj"]), "rank_pattern"),
+    "another rank": (configuration(r=8), "rank 8"),
+    "no weights": (_without_adapter, "no adapter weights"),
+    "truncated weights": (bytes_of(ADAPTER, lambda b: b[:500]), "damaged"),
+    "weights cut by a byte": (bytes_of(ADAPTER, lambda b: b[:-1]), "damaged"),
+    "empty weights": (bytes_of(ADAPTER, lambda b: b""), "damaged"),
+    "a page in the place of weights": (bytes_of(ADAPTER, lambda b: b"<html>not found</html>"), "damaged"),
+    "weights that are a folder": (_folder_instead(ADAPTER), "damaged"),
+    "names of no LoRA": (weights(lambda t: [t.update({f"x.{i}": t.pop(n)}) for i, n in enumerate([*t])]), "no LoRA"),
+    "a lacking factor": (weights(lambda t: t.pop(f"{Q}.lora_B.weight")), "do not fit"),
+    "a transposed factor": (weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].T})), "not fit"),
+    "a flat factor": (
+        weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].flatten()})),
+        "not fit",
+    ),
+    "whole numbers": (weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].int()})), "int32"),
+    "one NaN": (weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.nan)), "NaN"),
+    "one infinite weight": (weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.inf)), "infinite"),
+    "a lacking module": (weights(lambda t: [t.pop(f"{Q}.lora_{s}.weight") for s in "AB"]), "different weights"),
+    "a module of another name": (
+        weights(lambda t: [t.update({n.replace(Q, Q + "2"): t.pop(n)}) for n in [*t] if Q in n]),
+        "different weights",
+    ),
+    "another step's adapter": (_other_step, "different weights"),
+    "a truncated state": (bytes_of(STATE_NAME, lambda b: b[:500]), "damaged"),
+    "an empty state": (bytes_of(STATE_NAME, lambda b: b""), "damaged"),
+    "an adapter in the state's place": (lambda f: shutil.copy(f / ADAPTER, f / STATE_NAME), "format"),
+    "masters without the state": (_masters_alone, "latent factors"),
+    "truncated masters": (_masters_of(b"PK\x03\x04"), "damaged"),
+    "masters that are no archive": (_masters_of(b"masters"), "damaged"),
+}
+# What a plain adapter has, is seen without the state too.
+DAMAGED |= {
+    f"{name}, no state": (_without_state(spoil), words)
+    for name, (spoil, words) in DAMAGED.items()
+    if words not in ("different weights", "format") and not name.endswith((" state", "the state", "no weights"))
+}
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    """A copy of a run to spoil, with the run itself beside it."""
+    shutil.copytree(runs(), tmp_path / "out")
+    shutil.copytree(runs(), tmp_path / "folder", ignore=shutil.ignore_patterns("checkpoint-*"))
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damage_is_refused_by_name(damage, folder, capsys):
+    spoil, words = DAMAGED[damage]
+    if words == "use_bdlora" and words not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this version of PEFT has no block-diagonal factors")
+    spoil(folder)
+    for command in (["inspect", str(folder)], ["export", str(folder), str(folder.parent / "new")]):
+        capsys.readouterr()
+        assert main(command) == 1
+        assert words in capsys.readouterr().err
+    assert not (folder.parent / "new").exists()
+
+
+PLAIN = [CONFIG, ADAPTER, "trainer_state.json"]
+FUZZED = [*((name, has_state) for name in PLAIN for has_state in (True, False)), (STATE_NAME, True)]
+
+
+@pytest.mark.parametrize("name, has_state", FUZZED)
+def test_damage_at_random_is_refused_or_harmless(name, has_state, folder):
+    """Cut, flip or drop bytes anywhere: a message of ours, or figures that are finite; never another error."""
+    if not has_state:
+        (folder / STATE_NAME).unlink()
+    whole, refused = (folder / name).read_bytes(), 0
+    for seed in range(MUTATIONS):
+        (folder / name).write_bytes(mutated(whole, random.Random(seed)))
+        try:
+            log_history(folder)
+            kinds = report(read_saved(folder))
+        except StructLoRAError:
+            refused += 1
+        else:
+            assert all(math.isfinite(row.norm) and math.isfinite(row.effective_rank) for k in kinds for row in k.depths)
+    assert refused > MUTATIONS / 4
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(content))
+    match chance.randrange(4):
+        case 0:
+            return content[:at]
+        case 1:
+            return content[:at] + content[at + chance.randrange(1, 20) :]
+        case 2:  # headers come first
+            at = chance.randrange(min(len(content), 2000))
+    spoilt = bytearray(content)
+    spoilt[at] ^= 1 << chance.randrange(8)
+    return bytes(spoilt)

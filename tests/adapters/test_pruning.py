@@ -1,0 +1,313 @@
+"""`structlora export --keep`: which directions of any adapter stay, against figures worked out in plain PEFT."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from structlora_trl.adapters.export import export
+from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.adapters.measuring import gate_information, load_base
+from structlora_trl.adapters.peft_scaling import with_singular_directions
+from structlora_trl.adapters.pruning import prune, select
+from structlora_trl.adapters.rows import read_rows
+from structlora_trl.cli import main
+from structlora_trl.errors import StructLoRAError
+from tests.support.adapters import ADAPTER, CONFIG, EXPERTS, RANK, RUNS, as_it_is, on_base, peft_run
+from tests.support.cli_runs import logits_of
+from tests.support.data import chats, texts, write_rows
+from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
+
+DEAD = slice(36, 48)  # neurons of each feed-forward layer that the base model does not read
+
+
+def rows_of(family: str, count: int = 4) -> list[dict]:
+    """Rows of a family's batches, one example each."""
+    batch = FAMILIES[family].batch(7)
+    return [
+        {n: v[i : i + 1] for n, v in FAMILIES[family].batch(7 + s).items()} for s in range(count) for i in range(2)
+    ][: max(count, len(batch))]
+
+
+# What is adapted -> a family and LoRA's options
+ADAPTERS = {
+    "plain": ("llama", {"target_modules": FAMILIES["llama"].linear}),
+    "rslora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
+    "two ranks": ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}),
+    "dora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
+    "biases": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "biases of the model": (
+        "bert",
+        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"},
+    ),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "orthogonal": ("llama", {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "orthogonal"}),
+    "a rank above the width": ("llama", {"target_modules": ["q_proj", "v_proj"], "r": 24}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], **EXPERTS}),
+    "encoder": ("bert", {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "pictures": ("vit", {"target_modules": FAMILIES["vit"].linear}),
+    "left out before": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    ),
+}
+if hasattr(peft, "MontecloraConfig"):
+    more = {"monteclora_config": peft.MontecloraConfig(), "target_modules": ["q_proj", "v_proj"]}
+    ADAPTERS["noise of its own"] = ("llama", more)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Makes an adapter that PEFT alone has trained, and its base model beside it."""
+
+    def make(name):
+        family, lora = ADAPTERS[name]
+        model = as_it_is(lambda: base_model(family))(tmp_path / "base")
+        return read_saved(peft_run(model, tmp_path / "out", FAMILIES[family].batch, **lora)), family
+
+    return make
+
+
+def answers(saved, folder, family):
+    """Logits in plain PEFT; every factor of the model must be in the file."""
+    base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
+    model = PeftModel.from_pretrained(base, folder)
+    factors = {
+        n.replace(".default", "") for n, _ in model.named_parameters() if re.search(r"\.lora_(embedding_)?[AB]\.", n)
+    }
+    assert factors <= load_file(folder / ADAPTER).keys()
+    return logits_of(model, family)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapter, tmp_path):
+    saved, family = adapter(name)
+    before = answers(saved, tmp_path / "out", family)
+    sizes = {}
+    for keep in (1.0, 0.3):
+        done = export(saved, tmp_path / f"{keep}", keep=keep, data=rows_of(family))
+        after = answers(saved, tmp_path / f"{keep}", family)
+        if keep == 1:
+            torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+            assert done.change.largest < 1e-5 and done.pruned.share == pytest.approx(1)
+        # What is measured is what PEFT loads, on the same rows, one at a time.
+        expected = [row_losses(saved, folder, rows_of(family)) for folder in (tmp_path / "out", tmp_path / f"{keep}")]
+        assert done.change.losses == pytest.approx(expected, abs=1e-5)
+        sizes[keep] = done.sizes[0].after
+        assert sizes[keep] == sum(len(expert) for rows in done.pruned.kept.values() for expert in rows)
+    assert 0 <= sizes[0.3] - round(0.3 * sizes[1.0]) <= len(done.pruned.spared)
+
+
+def row_losses(saved, folder, rows) -> float:
+    base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
+    model = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        return sum(float(model(**row).loss) for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("name", ["plain", "dora", "experts"])
+def test_information_is_the_mean_square_of_the_gates_gradient(name, adapter):
+    """Against gates put into the model: lora_B times m, and the gradient of each row's loss with respect to m at 1."""
+    saved, family = adapter(name)
+    rows = rows_of(family)
+    base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
+    model = PeftModel.from_pretrained(base, saved.folder)
+    found = gate_information(model, rows)
+    factors = {n: p.detach() for n, p in model.named_parameters() if ".lora_B" in n}
+    assert [*found] == [n.rpartition(".lora_B")[0] for n in factors]
+    expected = [torch.zeros_like(x) for x in found.values()]
+    for row in rows:
+        gates = [torch.ones_like(x, requires_grad=True) for x in expected]  # (E, r); lora_B is in the order (r, expert)
+        gated = {n: B * m.T.flatten() for (n, B), m in zip(factors.items(), gates, strict=True)}
+        loss = torch.func.functional_call(model, gated, kwargs=row).loss
+        for total, gradient in zip(expected, torch.autograd.grad(loss, gates), strict=True):
+            total += gradient.square() / len(rows)
+    torch.testing.assert_close([*found.values()], expected, atol=1e-12, rtol=1e-3)
+    assert all((x > 0).all() for x in expected)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """An adapter of PEFT whose directions of largest norm, three of four, write where the model does not look."""
+    folder = tmp_path_factory.mktemp("planted")
+    model = base_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, DEAD] = 0
+    model.save_pretrained(folder / "base")
+    tokenizer().save_pretrained(folder / "base")
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["up_proj"], task_type="CAUSAL_LM"),
+    )
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            B = torch.zeros(parameter.shape)
+            B[: DEAD.start, :1] = torch.randn(DEAD.start, 1, generator=generator)
+            B[DEAD, 1:] = 20 * torch.randn(48 - DEAD.start, RANK - 1, generator=generator)
+            mixed = torch.linalg.qr(torch.randn(RANK, RANK, generator=generator)).Q  # no direction is what it was
+            parameter.data.copy_(B @ mixed)
+            A = model.get_parameter(name.replace("lora_B", "lora_A"))
+            A.data.copy_(mixed.T @ torch.linalg.qr(A.data.T).Q.T)
+    model.save_pretrained(folder / "out")
+    write_rows(folder / "rows.jsonl", texts())
+    return folder
+
+
+@pytest.mark.parametrize("keep", ["0.25", "99.9%"])
+def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted, tmp_path, capsys):
+    data = ["--data", str(planted / "rows.jsonl")]
+    assert main(["export", str(planted / "out"), str(tmp_path / "task"), "--keep", keep, *data]) == 0
+    printed = capsys.readouterr().out
+    assert main(["export", str(planted / "out"), str(tmp_path / "norm"), "--keep", "0.25"]) == 0
+    assert "With" not in printed and "with --data" in capsys.readouterr().out
+    before, task, norm = (
+        logits_of(on_base(f, planted / "base"), "llama") for f in (planted / "out", *tmp_path.glob("*"))
+    )
+    if (tmp_path / "task") != next(tmp_path.glob("*")):
+        task, norm = norm, task
+    torch.testing.assert_close(task, before, atol=1e-5, rtol=0)
+    bare = logits_of(AutoModelForCausalLM.from_pretrained(planted / "base"), "llama")
+    assert (before - bare).abs().max() > 1e-3
+    torch.testing.assert_close(norm, bare, atol=1e-5, rtol=0)
+    # One direction of four in each of three modules, on 24 rows that tell and are measured.
+    line = next(line.split() for line in printed.splitlines() if line.startswith("directions of"))
+    assert line[3:5] == ["12", "3"] and line[6:] == ["1", "1", "1"]
+    losses = re.search(r"Loss on the same 24 rows: (\S+) before, (\S+) after", printed).groups()
+    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-3) and "100.0% of the information" in printed
+
+
+def test_a_share_of_the_information_is_carried_by_the_fewest(adapter):
+    saved, _ = adapter("plain")
+    _, sigma = with_singular_directions(saved.lora, saved.tensors)
+    generator = torch.Generator().manual_seed(0)
+    information = {module: torch.rand(values.shape, generator=generator) ** 8 for module, values in sigma.items()}
+    values = torch.cat([x.flatten() for x in information.values()]).sort(descending=True).values
+    for keep in ("50%", "99%"):
+        pruned = select(saved, keep, information)
+        count = sum(len(rows[0]) for rows in pruned.kept.values())
+        share = float(keep[:-1]) / 100
+        assert values[:count].sum() >= share * values.sum() * (1 - 1e-6) and pruned.share == pytest.approx(
+            float(values[:count].sum() / values.sum()), rel=1e-5
+        )
+        assert values[: count - 1].sum() < share * values.sum()
+    assert {*pruned.kept} == {*sigma}
+    # What is kept is a part of the update: its singular values, and no others.
+    pruned = select(saved, 0.3, information)
+    for module, (kept,) in pruned.kept.items():
+        names = [f"{module}.lora_{side}.weight" for side in "AB"]
+        if kept:
+            A, B = (pruned.tensors[name].double() for name in names)
+            found = torch.linalg.svdvals(B @ A)[: len(kept)] * pruned.lora.lora_alpha / pruned.lora.r
+            torch.testing.assert_close(found, sigma[module][0, kept], atol=1e-6, rtol=1e-5)
+        assert (module in pruned.left_out) == (not kept) == (names[0] not in pruned.tensors)
+
+
+def test_one_rank_of_a_selection_is_the_same_update(planted, tmp_path):
+    saved = read_saved(planted / "out")
+    for name, one_rank in (("ranks", False), ("one", True)):
+        export(saved, tmp_path / name, keep=0.4, one_rank=one_rank, probe="none")
+    config = json.loads((tmp_path / "one" / CONFIG).read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    found = [logits_of(on_base(tmp_path / name, planted / "base"), "llama") for name in ("ranks", "one")]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", RUNS)
+def test_a_run_of_structlora_is_selected_from_too(variant, runs, tmp_path):
+    base = runs(variant).parent / "base"
+    write_rows(tmp_path / "rows.jsonl", texts())
+    done = export(read_saved(runs(variant)), tmp_path / "small", keep=0.5, data=tmp_path / "rows.jsonl")
+    before, after = (logits_of(on_base(folder, base), "llama") for folder in (runs(variant), tmp_path / "small"))
+    assert done.sizes[0].after < 0.6 * done.sizes[0].before and done.change.losses[1] < done.change.losses[0] + 0.2
+    assert 0 < (after - before).abs().max() < 1
+
+
+def conversation(index: int) -> dict:
+    user, assistant = chats(index + 1)[index]["messages"]
+    return {"prompt": [user], "completion": [assistant]}
+
+
+# Rows of a file -> how many tokens of the first have a loss, and its text
+FORMATS = {
+    "text": ([{"text": "w1 w2 w3"}], 4, "w1 w2 w3 <eos>"),
+    "prompt and completion": ([{"prompt": "w1 w2", "completion": " w3"}], 2, "w1 w2 w3 <eos>"),
+    "messages": (chats(2), 8, f"{sentence(0, 4)} {sentence(1, 4)}"),
+    "messages as prompt and completion": ([conversation(0)], 4, f"{sentence(0, 4)} {sentence(1, 4)}"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_read_as_the_trainer_reads_them(name, planted, tmp_path):
+    rows, predicted, text = FORMATS[name]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    found, *others = read_rows(tmp_path / "rows.jsonl", read_saved(planted / "out"), str(planted / "base"), None, 8)
+    assert tokenizer().decode(found["input_ids"][0]) == text and len(others) == len(rows) - 1
+    assert int((found["labels"] != -100).sum()) == predicted
+    assert torch.equal(found["labels"][0, -predicted:], found["input_ids"][0, -predicted:])
+
+
+MISTAKES = {
+    "a share of nothing": (["--keep", "0"], "`keep` 0"),
+    "a share above all": (["--keep", "1.5"], "`keep` 1.5"),
+    "no number": (["--keep", "most"], "`keep` most"),
+    "no file": (["--keep", "0.5", "--data", "missing.jsonl"], "missing.jsonl"),
+    "a file of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
+    "other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
+    "no rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_gets_a_message(mistake, planted, tmp_path, monkeypatch, capsys):
+    arguments, words = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.txt", texts())
+    write_rows(tmp_path / "other.jsonl", [{"question": "w1", "answer": "w2"}])
+    (tmp_path / "empty.jsonl").touch()
+    assert main(["export", str(planted / "out"), str(tmp_path / "new"), *arguments]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
+    model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    peft.get_peft_model(model, LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(tmp_path / "out")
+    with pytest.raises(StructLoRAError, match="none of whose directions"):
+        select(read_saved(tmp_path / "out"), 0.5)
+
+
+def test_base_weights_in_the_directions_keep_their_ranks(tmp_path):
+    """PEFT takes PiSSA's part out of the base model by rank: a smaller one would be another model."""
+    model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    out = peft_run(
+        model, tmp_path / "out", FAMILIES["llama"].batch, target_modules=["q_proj"], init_lora_weights="pissa"
+    )
+    with pytest.raises(StructLoRAError, match="pissa"):
+        export(read_saved(out), tmp_path / "small", keep=0.5)
+
+
+def test_a_threshold_below_every_gate_tells_those_that_drop_something(runs, tmp_path, capsys):
+    saved = read_saved(runs())
+    gates = torch.cat([saved.gates(index).flatten() for index in range(len(saved.kinds))])
+    capsys.readouterr()
+    assert main(["export", str(runs()), str(tmp_path / "same"), "--prune", "0.01"]) == 0
+    printed = capsys.readouterr().out
+    assert f"the least open one is at {gates.min():.3f}" in printed
+    told = re.findall(r"--prune (\S+) is above (\d+) of (\d+) gates", printed)
+    assert len(told) > 1 and all(int(count) == int((gates < float(t)).sum()) > 0 for t, count, _ in told)
+    threshold, count, total = told[-1]
+    kept = prune(saved, float(threshold))
+    assert sum(len(rows[0]) for rows in kept.kept.values()) - len(kept.spared) == int(total) - int(count)
+    shutil.rmtree(tmp_path / "same")
+    assert main(["export", str(runs()), str(tmp_path / "same"), "--prune", threshold]) == 0
+    assert "is above" not in capsys.readouterr().out and math.isfinite(float(threshold))

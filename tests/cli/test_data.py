@@ -1,0 +1,79 @@
+"""Local data of every kind, as TRL's scripts then load it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from tests.support.cli_runs import assert_plain_peft_agrees, config_file, trained
+from tests.support.data import chats, save_base, save_pictures, texts, write_rows
+from tests.support.left import assert_acted, state_of
+
+
+def _one_file(suffix):
+    def write(folder):
+        rows = Dataset.from_list(texts())
+        {"json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](folder / f"rows.{suffix}")
+        return {"dataset_name": f"rows.{suffix}"}
+
+    return write
+
+
+def _folder(folder):
+    (folder / "rows").mkdir()
+    for split in ("train", "test"):
+        write_rows(folder / "rows" / f"{split}.jsonl", texts())
+    return {"dataset_name": "rows", "eval_strategy": "steps", "eval_steps": 1}
+
+
+def _mixture(folder):
+    write_rows(folder / "more.jsonl", texts())
+    mixture = [{"path": "data.jsonl"}, {"path": "json", "data_files": "more.jsonl", "split": "train"}]
+    return {"dataset_name": None, "datasets": mixture, "test_split_size": 0.25, "eval_strategy": "steps"}
+
+
+def _array(folder):
+    (folder / "rows.json").write_text(json.dumps(chats()))
+    return {"dataset_name": "rows.json", "test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
+
+
+DATA = {
+    **{suffix: _one_file(suffix) for suffix in ("json", "csv", "parquet")},
+    "folder": _folder,
+    "split folder": lambda folder: {**_folder(folder), "test_split_size": 0.25},
+    "mixture": _mixture,
+    "array": _array,
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_local_data(kind, place, monkeypatch):
+    options = DATA[kind](place)
+    trainer = trained(monkeypatch, "sft", "--config", config_file(**options))
+    assert (trainer.eval_dataset is not None) == ("eval_strategy" in options)
+    if "eval_strategy" in options:
+        assert any("eval_loss" in entry for entry in trainer.state.log_history)
+        held_out = len(trainer.eval_dataset) / (len(trainer.train_dataset) + len(trainer.eval_dataset))
+        assert held_out == options.get("test_split_size", 0.5)
+    assert_acted("out")
+    assert_plain_peft_agrees(trainer, "out")
+
+
+def test_the_mixture_wins_over_the_name_as_in_trl(place, monkeypatch):
+    options = {**_mixture(place), "dataset_name": "absent.jsonl"}
+    trainer = trained(monkeypatch, "sft", "--config", config_file(**options))
+    assert len(trainer.train_dataset) == 36
+
+
+def test_llava_with_pictures(place, monkeypatch):
+    """A folder of pictures and their metadata.jsonl."""
+    save_base(place / "llava", "llava")
+    save_pictures(place / "pictures")
+    options = {"model_name_or_path": "llava", "dataset_name": "pictures", "max_length": None}
+    trainer = trained(monkeypatch, "sft", "--config", config_file(**options, lora_target_modules=["q_proj", "v_proj"]))
+    _, state = state_of("out")
+    assert any("vision_tower" in name for name in state)
+    assert_acted("out")
+    assert_plain_peft_agrees(trainer, "out", "llava")

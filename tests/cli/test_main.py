@@ -1,0 +1,172 @@
+"""The entry point: help that needs no library, exit codes, and a message in place of a traceback for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from structlora_trl import __version__
+from structlora_trl.cli import main
+from structlora_trl.cli.main import TRAINING
+from tests.support.cli_runs import SETTINGS, config_file, skip_where_trl_cannot
+from tests.support.data import write_rows
+from tests.support.launching import ROOT
+
+LIGHT = {
+    # arguments: exit code, words of the output
+    "--version": (0, __version__),
+    "--help": (0, "inspect"),
+    "": (2, "structlora sft --config"),
+    "init": (0, "structlora:"),
+    "init --help": (0, "run.yaml"),
+    "inspect --help": (0, "--html"),
+    "export --help": (0, "--prune"),
+}
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_what_must_come_at_once_imports_no_library(words):
+    code = (
+        "import json, sys; from structlora_trl.cli import main; code = main(sys.argv[1:]); "
+        "print(json.dumps([code, [n for n in ('numpy', 'torch', 'transformers', 'peft', 'trl') if n in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=ROOT)
+    code, expected = LIGHT[words]
+    assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
+    assert expected in done.stdout
+
+
+def test_help_of_a_training_command_has_arguments_of_both(capsys):
+    assert main(["sft", "--help"]) == 0
+    assert {"--structlora.gate_init", "--learning_rate"} <= {*capsys.readouterr().out.split()}
+
+
+def test_a_reader_that_has_closed_the_output():
+    """As in `structlora inspect out | head`: no traceback, and the exit code of SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "structlora_trl.cli", "init"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+RUN = ["sft", "--config", "run.yaml"]
+MISTAKES = [
+    # arguments, exit code, words of the message
+    (["stf"], 2, "'sft'"),
+    (["init", "stf"], 2, "stf"),
+    (["sft", "--structlora.gate_ini", "0.3"], 2, "structlora.gate_init"),
+    (["sft", "--gate_init", "0.3"], 2, "structlora.gate_init"),
+    (["sft", "--lora_rank", "4"], 2, "`lora_r`"),
+    ([*RUN, "stray"], 2, "'stray'"),
+    ([*RUN, "--num_proceses", "2"], 2, "num_processes"),
+    ([*RUN, "--num_processes"], 2, "--num_processes"),
+    ([*RUN, "--structlora.edges", "[a"], 2, "--structlora.edges"),
+    (["sft", "--config"], 2, "--config"),
+    (["sft", "--config", "missing.yaml"], 1, "missing.yaml"),
+    (["sft", "--config", "broken.yaml"], 1, "broken.yaml"),
+    (["sft", "--config", "empty.yaml"], 1, "empty.yaml"),
+    (["sft", "--config", "misspelt.yaml"], 1, "`learning_rate`"),
+    (["sft", "--config", "rank.yaml"], 1, "`lora_r`"),
+    (["sft", "--config", "beside.yaml"], 1, "structlora.gate_init"),
+    (["sft", "--config", "block.yaml"], 1, "`gate_init`"),
+    (["sft", "--config", "range.yaml"], 1, "gate_init=3"),
+    (["sft", "--config", "nothing.yaml"], 1, "`structlora:`"),
+    ([*RUN, "--structlora.gate_init", "3"], 1, "gate_init=3"),
+    ([*RUN, "--structlora.edges", "none"], 1, "edges='none'"),
+    ([*RUN, "--structlora", "false", "--structlora.prior", "0.3"], 1, "structlora.prior"),
+    ([*RUN, "--accelerate_config", "zero9"], 1, "fsdp2"),
+    ([*RUN, "--use_peft", "false"], 1, "`use_peft`"),
+    ([*RUN, "--load_in_4bit", "--load_in_8bit"], 1, "4 bit"),
+    ([*RUN, "--per_device_train_batch_size", "0"], 1, "per_device_train_batch_size"),
+    ([*RUN, "--per_device_eval_batch_size", "0"], 1, "per_device_eval_batch_size"),
+    ([*RUN, "--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps"),
+    ([*RUN, "--output_dir", "run.yaml"], 1, "output_dir"),
+    ([*RUN, "--output_dir", "done"], 1, "--overwrite"),
+    (["sft", "--config", "no_model.yaml"], 1, "model_name_or_path"),
+    ([*RUN, "--model_name_or_path", "./nomodel"], 1, "no folder ./nomodel"),
+    ([*RUN, "--model_name_or_path", "missing"], 1, "missing"),
+    ([*RUN, "--lora_target_modules", "absent"], 1, "absent"),
+    (["sft", "--config", "no_data.yaml"], 1, "dataset_name"),
+    ([*RUN, "--dataset_name", "missing.jsonl"], 1, "missing.jsonl"),
+    ([*RUN, "--dataset_name", "./missing"], 1, "no folder ./missing"),
+    ([*RUN, "--dataset_name", "broken.json"], 1, "loading the data"),
+    ([*RUN, "--dataset_name", "empty.jsonl"], 1, "empty.jsonl"),
+    ([*RUN, "--dataset_name", "blank.csv"], 1, "blank.csv"),
+    ([*RUN, "--dataset_name", "header.csv"], 1, "no data"),
+    (
+        [*RUN, "--dataset_name", "other.csv"],
+        1,
+        "a, b in the data. Expected the columns messages; or prompt, completion",
+    ),
+    ([*RUN, "--dataset_train_split", "trian"], 1, "trian"),
+    ([*RUN, "--eval_strategy", "steps"], 1, "test_split_size"),
+    (["reward", "--config", "run.yaml"], 1, "chosen, rejected"),
+    (["grpo", "--config", "online.yaml", "--reward_funcs", "think_format_reward"], 1, "prompt"),
+    (["grpo", "--config", "online.yaml"], 1, "reward_funcs"),
+    (["grpo", "--config", "prompts.yaml", "--reward_funcs", "acuracy_reward"], 1, "accuracy_reward"),
+    (["grpo", "--config", "prompts.yaml", "--reward_funcs", "absent.words"], 1, "absent"),
+    (["rloo", "--config", "prompts.yaml", "--reward_funcs", "math.words"], 1, "words"),
+    ([*RUN, "--resume_from_checkpoint", "true"], 1, "no checkpoint in out"),
+    ([*RUN, "--resume_from_checkpoint", "gone"], 1, "no folder gone"),
+    ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "true"], 1, "cut/checkpoint-2"),
+    ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "cut/checkpoint-10"], 1, "cut/checkpoint-2"),
+    (["sft"], 1, "model_name_or_path" if torch.cuda.is_available() else "use_cpu: true"),
+    pytest.param(
+        [*RUN, "--use_cpu", "false", "--bf16", "true"],
+        1,
+        "use_cpu: true",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    ),
+]
+
+
+@pytest.fixture
+def spoilt(place):
+    """The folder with files that have a mistake each, beside a whole `run.yaml`."""
+    config_file()
+    config_file("misspelt.yaml", learing_rate=1e-3)
+    config_file("rank.yaml", lora_rank=4)
+    config_file("no_model.yaml", model_name_or_path=None)
+    config_file("beside.yaml", gate_init=0.7)
+    config_file("block.yaml", structlora={"gate_int": 0.8})
+    config_file("range.yaml", structlora={"gate_init": 3})
+    config_file("nothing.yaml", structlora=None)
+    config_file("no_data.yaml", dataset_name=None)
+    for name, data in [("online", "data"), ("prompts", "prompts")]:
+        online = {**SETTINGS, "dataset_name": f"{data}.jsonl", "num_generations": 4}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(online), encoding="utf-8")
+    write_rows(place / "prompts.jsonl", [{"prompt": "a"}] * 8)
+    Path("broken.yaml").write_text("a: [1\nb: 2")
+    Path("empty.yaml").write_text("")
+    Path("broken.json").write_text("{nothing")
+    Path("empty.jsonl").write_text("")
+    Path("blank.csv").write_text("\n\n")
+    Path("header.csv").write_text("text\n")
+    Path("other.csv").write_text("a,b\n1,2\n")
+    for file in ("done/adapter_config.json", "cut/checkpoint-2/trainer_state.json", "cut/checkpoint-10/README.md"):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text("{}")
+
+
+@pytest.mark.parametrize("arguments, code, words", MISTAKES)
+def test_every_mistake_gets_a_message(arguments, code, words, spoilt, capsys):
+    if arguments[0] in TRAINING:
+        skip_where_trl_cannot(arguments[0])
+    found = main(arguments)
+    message = capsys.readouterr().err
+    assert found == code and words in message and "Traceback" not in message, message
+
+
+def test_a_missing_bitsandbytes_is_named(place, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main(["sft", "--config", config_file(), "--load_in_4bit"]) == 1
+    assert "pip install bitsandbytes" in capsys.readouterr().err

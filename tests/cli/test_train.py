@@ -1,0 +1,203 @@
+"""The training commands on tiny models: what each leaves behind, and how a run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from structlora_trl import StructLoRAConfig
+from structlora_trl.cli import main
+from structlora_trl.model_card import HEADING, TAG
+from structlora_trl.state import STATE_NAME
+from tests.support.cli_runs import (
+    SETTINGS,
+    assert_plain_peft_agrees,
+    command_line,
+    config_file,
+    skip_where_trl_cannot,
+    trained,
+)
+from tests.support.data import (
+    BLOCKS_OF_64,
+    better_and_worse,
+    chats,
+    labelled,
+    preferences,
+    prompts,
+    save_base,
+    texts,
+    write_rows,
+)
+from tests.support.jobs import reward_model
+from tests.support.launching import ROOT
+from tests.support.left import assert_acted, state_of
+from tests.support.tiny import tokenizer
+
+SHORT = {"max_completion_length": 6, "num_generations": 4}
+WORDS = {"reward_funcs": ["tests.support.data.distinct_words"]}
+RUNS = {
+    # command: its trainer, rows of the data, arguments beside those of every tiny run
+    "sft": ("SFTTrainer", texts, {"max_length": 32}),
+    "dpo": ("DPOTrainer", preferences, {"max_length": 32}),
+    "kto": ("KTOTrainer", labelled, {"max_length": 32}),
+    "reward": ("RewardTrainer", better_and_worse, {"max_length": 32}),
+    "grpo": ("GRPOTrainer", prompts, {**SHORT, **WORDS}),
+    "rloo": ("RLOOTrainer", prompts, {**SHORT, **WORDS, "reward_model_name_or_path": "judge"}),
+}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_what_init_prints_trains(command, place, monkeypatch, capsys):
+    """Three steps of each command: the printed file, with a local model and data in it, on the CPU."""
+    skip_where_trl_cannot(command)
+    assert main(["init", command]) == 0
+    printed = capsys.readouterr().out
+    trainer_name, rows, more = RUNS[command]
+    write_rows(place / "data.jsonl", rows())
+    reward_model().save_pretrained("judge")
+    tokenizer().save_pretrained("judge")
+    (place / "run.yaml").write_text(printed, encoding="utf-8")
+    here = {**SETTINGS, "dataset_name": "data.jsonl", "eval_steps": 3, **more}
+    trainer = trained(monkeypatch, command, "--config", "run.yaml", *command_line(here))
+    assert type(trainer).__name__ == trainer_name
+    options, _ = assert_acted("out")
+    assert options == StructLoRAConfig().options() | {"seed": options["seed"]}
+    assert trainer.model.peft_config["default"].r == yaml.safe_load(printed)["lora_r"]
+    if "eval_steps" in yaml.safe_load(printed):
+        assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    if command != "reward":
+        assert_plain_peft_agrees(trainer, "out")
+
+
+def test_any_other_script_of_trl(place, monkeypatch):
+    """A command that this package does not know by name."""
+    pytest.importorskip("trl.scripts.distillation")
+    write_rows(place / "data.jsonl", prompts())
+    here = {**SETTINGS, "dataset_name": "data.jsonl", "teacher_model_name_or_path": "base", "max_completion_length": 6}
+    trained(monkeypatch, "distillation", *command_line(here), "--lora_target_modules", "q_proj")
+    assert state_of("out")[0]["step"] == 3
+
+
+def test_sft_from_a_file_and_the_command_line(place, monkeypatch):
+    given = config_file(structlora={"gate_init": 0.6})
+    trainer = trained(monkeypatch, "sft", "--config", given, "--structlora.gate_lr", "0.05")
+    options = state_of("out")[0]["options"]
+    assert options["gate_init"] == 0.6 and options["gate_lr"] == 0.05 and trainer.args.learning_rate == 1e-2
+    assert_acted("out")
+    assert_plain_peft_agrees(trainer, "out")
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    assert "structlora/gate_openness" in history[0]
+
+
+def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
+    off = ["--structlora.filter", "none", "--structlora.coordinator", "none"]
+    trained(monkeypatch, "sft", "--config", config_file(seed=3, output_dir="off"), *off)
+    block = config_file(seed=3, output_dir="plain", structlora={"gate_init": 0.6})
+    trained(monkeypatch, "sft", "--config", block, "--structlora", "false")
+    assert "plain LoRA" in capsys.readouterr().out
+    assert not Path("plain", STATE_NAME).exists()
+    plain, off = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "off"))
+    assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
+
+
+def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys):
+    """Both halves of a comparison in one folder, whose name a shell would split."""
+    given, card = config_file(output_dir="my out"), Path("my out", "README.md")
+    trained(monkeypatch, "sft", "--config", given)
+    assert HEADING in card.read_text() and TAG in ModelCard.load(card).data.tags
+    assert "`structlora inspect 'my out'`" in capsys.readouterr().out
+    card.write_text(card.read_text() + "\n## My notes\n\nKeep this.\n")
+    trained(monkeypatch, "sft", "--config", given, "--structlora", "false", "--overwrite")
+    assert HEADING not in card.read_text() and TAG not in ModelCard.load(card).data.tags
+    assert card.read_text().count("## My notes\n\nKeep this.") == 1
+    assert not Path("my out", STATE_NAME).exists() and "inspect" not in capsys.readouterr().out
+    assert main(["inspect", "my out"]) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised(bits, place, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    save_base(place / "base", **BLOCKS_OF_64)
+    trainer = trained(monkeypatch, "sft", "--config", config_file(), f"--load_in_{bits}bit")
+    layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
+    assert type(layer.base_layer).__name__.startswith(f"Linear{bits}bit")
+    assert_acted("out")
+    assert_plain_peft_agrees(trainer, "out")
+
+
+@pytest.mark.parametrize("more", [[], ["--restore_callback_states_from_checkpoint", "true"]])
+def test_resume_goes_on_where_the_run_ended(more, place, monkeypatch, capsys):
+    given = config_file(save_strategy="steps", save_steps=2, max_steps=4, lr_scheduler_type="constant")
+    trained(monkeypatch, "sft", "--config", given, "--output_dir", "whole")
+    trained(monkeypatch, "sft", "--config", given, "--max_steps", "2")
+    trained(monkeypatch, "sft", "--config", given, "--resume_from_checkpoint", "true", *more)
+    assert "checkpoint-2" in capsys.readouterr().out
+    whole, parts = (load_file(f"{folder}/{STATE_NAME}") for folder in ("whole", "out"))
+    assert whole["step"] == 4 and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("save_steps, words", [(1, "--resume_from_checkpoint true"), (9, "save_steps")])
+def test_interrupted(save_steps, words, place, monkeypatch, capsys):
+    """Ctrl-C in the third step: two lines that say how to go on, and the exit code of SIGINT."""
+    step = Trainer.training_step
+
+    def interrupted(self, *args, **more):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    given = config_file("my run.yaml", save_strategy="steps", save_steps=save_steps)
+    assert main(["sft", "--config", given]) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert words in " ".join(last) and "structlora sft --config 'my run.yaml'" in last[1]
+    assert ("checkpoint-2" in last[0]) == (save_steps == 1)
+
+
+def test_an_error_in_training_keeps_its_traceback(place, monkeypatch):
+    """It may be of anybody's code, so that it is not put down to what the user gave."""
+
+    def broken(self, *args, **more):
+        raise ValueError("of the loss")
+
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    with pytest.raises(ValueError, match="of the loss"):
+        main(["sft", "--config", config_file()])
+
+
+def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    # Accuracy is to be as low as can be, and rises: the first checkpoint is the best.
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "eval_mean_token_accuracy"}
+    more = {"greater_is_better": False, "test_split_size": 0.25, "learning_rate": 0.1, "max_steps": 4}
+    trainer = trained(monkeypatch, "sft", "--config", config_file(**every, **worst, **more))
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    ours, theirs = (load_file(folder / STATE_NAME) for folder in (Path("out"), best))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_plain_peft_agrees(trainer, "out")
+    assert main(["inspect", "out"]) == 0  # adapter and state belong together
+
+
+def test_the_readme_config_runs_as_pasted(place, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pasted = re.search(r"```yaml\n(model_name_or_path:.*?)```", text, re.DOTALL)[1]
+    config = yaml.safe_load(pasted)
+    Path("run.yaml").write_text(pasted)
+    (place / "base").rename(place / "there")
+    (place / config["model_name_or_path"]).parent.mkdir(parents=True)
+    (place / "there").rename(place / config["model_name_or_path"])
+    (place / config["dataset_name"]).mkdir(parents=True)
+    write_rows(place / config["dataset_name"] / "train.jsonl", chats())
+    here = command_line({"use_cpu": True, "bf16": False, "max_steps": 3})
+    trainer = trained(monkeypatch, "sft", "--config", "run.yaml", *here)
+    assert_acted(config["output_dir"])
+    assert_plain_peft_agrees(trainer, config["output_dir"])

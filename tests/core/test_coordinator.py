@@ -1,0 +1,75 @@
+"""Message passing: symmetries that it must have, where it starts, and that it can learn from there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from structlora_trl.core.coordinator import ACTIVATIONS, COORDINATORS
+from structlora_trl.core.graph import adjacency_edges
+from tests.support.core import build_coordinator, graph_of, graphs, mixture_graph, seeds
+
+
+@pytest.mark.parametrize("name", COORDINATORS)
+def test_coordinator_commutes_with_permutations_of_experts(name):
+    features, order = torch.randn(4, 3, 2, 5), torch.tensor([2, 0, 3, 1])
+    coordinator, graph = build_coordinator(name, 2, 2, "tanh", 0), mixture_graph(4, 3)
+
+    def added_to(experts):
+        return graph.by_expert(coordinator(graph.by_node(experts), graph))
+
+    with torch.no_grad():
+        added = added_to(features)
+        torch.testing.assert_close(added_to(features[order]), added[order])
+        changed = features.clone()
+        changed[1] += 1
+        moved = (added_to(changed) - added).abs().amax((1, 2, 3))
+        assert (moved > 1e-3).all()  # each hears each
+
+
+@pytest.mark.parametrize("name", COORDINATORS)
+@given(edges=graphs(), seed=seeds, layers=st.integers(1, 3), activation=st.sampled_from(sorted(ACTIVATIONS)))
+def test_coordinator_commutes_with_permutations_of_depth(name, edges, seed, layers, activation):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(len(edges), 3, 5, generator=generator)
+    order = torch.randperm(len(edges), generator=generator)
+    coordinator = build_coordinator(name, 3, layers, activation, seed)
+    with torch.no_grad():
+        permuted = coordinator(features[order], graph_of(edges[order][:, order]))
+        torch.testing.assert_close(permuted, coordinator(features, graph_of(edges))[order], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", COORDINATORS)
+def test_new_coordinator_changes_nothing_and_can_learn(name):
+    for activation in ACTIVATIONS:
+        coordinator = COORDINATORS[name](3, 1, activation)
+        added = coordinator(torch.randn(4, 3, 5), graph_of(adjacency_edges(4)))
+        assert not added.any()
+        (gradient,) = torch.autograd.grad((added * torch.randn(4, 3, 5)).sum(), coordinator.theta)
+        assert gradient.abs().sum() > 0, activation
+
+
+def test_gat_starts_as_the_mean_over_neighbours():
+    coordinator = COORDINATORS["gat"](2, 1, "identity")
+    coordinator.theta.data[0] = torch.eye(2)
+    experts = torch.randn(3, 2, 2, 4)
+    near = [experts[0, 0], experts[0, 1], experts[1:, 0].mean(0)]
+    graph = mixture_graph(3, 2)
+    added = graph.by_expert(coordinator(graph.by_node(experts), graph))
+    torch.testing.assert_close(added[0, 0], torch.stack(near).mean(0))
+    features = torch.randn(3, 2, 4)
+    added = coordinator(features, graph_of(adjacency_edges(3)))
+    torch.testing.assert_close(added[0], features[:2].mean(0))
+    torch.testing.assert_close(added[1], features.mean(0))
+
+
+@pytest.mark.parametrize("name", COORDINATORS)
+def test_gradients_at_zero_features_are_finite(name):
+    """Where every fresh run starts: A - A0 = 0."""
+    coordinator = build_coordinator(name, 3, 2, "tanh", 0)
+    features = torch.zeros(4, 3, 5, requires_grad=True)
+    added = coordinator(features, graph_of(adjacency_edges(4)))
+    for gradient in torch.autograd.grad(added.sum() * 1e6, [features, *coordinator.parameters()]):
+        assert gradient.isfinite().all()

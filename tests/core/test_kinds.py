@@ -1,0 +1,200 @@
+"""Which modules are found, how they are grouped into kinds, and what role they get."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, PeftMixedModel
+from torch import nn
+
+from structlora_trl import StructLoRAConfig
+from structlora_trl.core.expert_storage import to_nodes, to_storage
+from structlora_trl.core.kinds import discover, residual_role
+from structlora_trl.core.mapping import compared_sides
+from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, base_model, peft_model
+
+
+class Adapted(nn.Module):
+    """A bare module with LoRA parameters of PEFT's names: {module name: (r, k, d)}."""
+
+    def __init__(self, modules: dict[str, tuple[int, int, int]]):
+        super().__init__()
+        for name, (r, k, d) in modules.items():
+            holder = self
+            for part in [*name.split("."), None]:
+                if part is None:
+                    for factor, shape in (("lora_A", (k, r)), ("lora_B", (r, d))):
+                        setattr(holder, factor, nn.ModuleDict({"default": nn.Linear(*shape, bias=False)}))
+                else:
+                    if part not in holder._modules:
+                        holder.add_module(part, nn.Module())
+                    holder = holder._modules[part]
+
+
+def names(model):
+    return {kind.name: kind.depth_count for kind in discover(model, "default")}
+
+
+# family -> kinds of all linear modules that have more depths than one, with their roles
+READ, WRITE = "read", "write"
+_DECODER = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.o_proj": WRITE,
+    "mlp.gate_proj": READ,
+    "mlp.up_proj": READ,
+    "mlp.down_proj": WRITE,
+}
+_CLIP = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.out_proj": WRITE,
+    "mlp.fc1": READ,
+    "mlp.fc2": WRITE,
+}
+_MOE = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.o_proj": WRITE,
+    "mlp.gate": READ,
+    "mlp.experts.gate_up_proj": READ,
+    "mlp.experts.down_proj": WRITE,
+}
+_MIXTURE = {
+    **{f"self_attn.{n}_proj": READ for n in "qkv"},
+    "self_attn.o_proj": WRITE,
+    "mlp.router": READ,
+    "mlp.experts.*.gate_proj": READ,
+    "mlp.experts.*.up_proj": READ,
+    "mlp.experts.*.down_proj": WRITE,
+}
+_BERT = {
+    **{f"attention.self.{n}": READ for n in ("query", "key", "value")},
+    "attention.output.dense": WRITE,
+    "intermediate.dense": READ,
+    "output.dense": WRITE,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_known_by_name(family):
+    model = peft_model(family, targets=FAMILIES[family].linear)
+    kinds = {kind.name: kind for kind in discover(model, "default")}
+    deep = {name: kind for name, kind in kinds.items() if kind.depth_count > 1}
+    assert all(kind.depth_count == LAYERS for kind in deep.values())
+    roles = {name.split("*.", 1)[1]: residual_role(kind, None) for name, kind in deep.items() if "vision" not in name}
+    expected = {"bert": _BERT, "mixtral": _MOE, "qwen3_moe": _MOE, "mixture": _MIXTURE}.get(family, _DECODER)
+    if family == "vit":
+        assert list(roles.values()).count(WRITE) == 2 and list(roles.values()).count(READ) == 4
+    else:
+        assert roles == expected
+    if family == "llava":
+        vision = {name.split("*.", 1)[1]: residual_role(k, None) for name, k in deep.items() if "vision" in name}
+        assert vision == _CLIP
+        assert sum(kind.depth_count == 1 for kind in kinds.values()) == 2  # the projector
+    else:
+        assert deep == kinds
+
+
+def test_towers_shapes_and_ranks_stay_apart():
+    same = (4, 8, 8)
+    assert names(Adapted({"a.layers.0.q": same, "b.layers.0.q": same, "a.layers.1.q": same})) == {
+        "a.layers.*.q": 2,
+        "b.layers.*.q": 1,
+    }
+    found = names(Adapted({"layers.0.q": same, "layers.1.q": (4, 8, 16), "layers.2.q": same, "layers.3.q": (4, 8, 16)}))
+    assert found == {"layers.*.q[8x4x8]": 2, "layers.*.q[16x4x8]": 2}
+    assert len(names(Adapted({"layers.0.q": same, "layers.1.q": (2, 8, 8)}))) == 2
+
+
+def test_depth_is_numeric_order_and_experts_are_not_depths():
+    same = (4, 8, 8)
+    (kind,) = discover(Adapted({f"layers.{i}.q": same for i in (10, 9, 2)}), "default")
+    assert kind.modules == ["layers.2.q", "layers.9.q", "layers.10.q"]
+    experts = {f"layers.{i}.mlp.experts.{j}.w1": same for i in range(2) for j in range(2)}
+    (kind,) = discover(Adapted(experts), "default")
+    assert kind.name == "layers.*.mlp.experts.*.w1" and (kind.depth_count, kind.experts) == (2, 2) and kind.is_expert
+    assert kind.modules == [f"layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(2)]
+    del experts["layers.1.mlp.experts.1.w1"]
+    assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 1}
+    places = {f"blocks.{i}.ff.{j}": same for i in range(3) for j in (0, 2)}  # a reader and a writer of each block
+    assert names(Adapted(places)) == {"blocks.*.ff.0": 3, "blocks.*.ff.2": 3}
+    staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
+    assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_directions_of_an_expert_are_its_own(family):
+    """lora_A's rows are in the order (expert, r), lora_B's columns (r, expert): B_e A_e is what PEFT adds to expert e."""
+    model = peft_model(family, "warm", rank=2)
+    kinds = [kind for kind in discover(model, "default") if kind.experts > 1]
+    assert [kind.experts for kind in kinds] == [EXPERTS, EXPERTS]
+    for kind in kinds:
+        assert (kind.depth_count, kind.rank) == (LAYERS, 2)
+        stored = {side: torch.stack(list(getattr(kind, side))) for side in "AB"}
+        nodes = {side: to_nodes(factors, side, kind) for side, factors in stored.items()}
+        assert all(torch.equal(to_storage(nodes[side], side, kind), stored[side]) for side in "AB")
+        A, B = (nodes[side].unflatten(0, (LAYERS, EXPERTS)).transpose(0, 1) for side in "AB")
+        for depth, name in enumerate(kind.modules):
+            module = model.get_submodule(name)
+            ours = module.scaling["default"] * B[:, depth] @ A[:, depth]
+            theirs = module.get_delta_weight("default")
+            if kind.adapted.input_side == "B":
+                ours = ours.mT
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+            # The side that is compared across depth lies in the residual stream.
+            stream = A.shape[-1] if compared_sides(kind, StructLoRAConfig()) == ("A",) else B.shape[-2]
+            assert stream == model.config.hidden_size
+
+
+def test_a_lora_layer_inside_another_method_keeps_its_name():
+    base = base_model("llama")
+    model = PeftMixedModel(base, LoraConfig(r=4, target_modules=["q_proj"]), "default")
+    model.add_adapter("loha", LoHaConfig(r=4, target_modules=["q_proj"]))
+    (kind,) = discover(model, "default")
+    assert kind.name.endswith("layers.*.self_attn.q_proj") and residual_role(kind, None) == "read"
+
+
+def test_frozen_depths_are_left_out():
+    model = Adapted({f"layers.{i}.q": (4, 8, 8) for i in range(4)})
+    for parameter in model.layers._modules["1"].parameters():
+        parameter.requires_grad_(False)
+    (kind,) = discover(model, "default")
+    assert kind.modules == ["layers.0.q", "layers.2.q", "layers.3.q"]
+
+
+def test_roles_of_diffusion_transformers():
+    """LoRA's targets in FLUX.2, as PEFT's image suite has them, and in blocks of diffusers' older models."""
+    roles = {
+        "read": "attn.to_q attn.to_k attn.to_v attn.add_q_proj attn.to_qkv_mlp_proj ff.linear_in ff.net.0.proj",
+        "write": "attn.to_out.0 attn.to_out attn.to_add_out ff_context.linear_out ff.net.2",
+    }
+    for role, names in roles.items():
+        for name in names.split():
+            (kind,) = discover(Adapted({f"blocks.{i}.{name}": (4, 8, 8) for i in range(2)}), "default")
+            assert kind.depth_count == 2 and residual_role(kind, None) == role, name
+
+
+def test_roles_of_the_user_come_first():
+    (kind,) = discover(Adapted({f"h.{i}.mixer.q_proj": (4, 8, 8) for i in range(2)}), "default")
+    assert residual_role(kind, None) == "read"
+    assert residual_role(kind, {r"mixer\.\w+": "write"}) == "write"
+    (odd,) = discover(Adapted({f"h.{i}.odd": (4, 8, 8) for i in range(2)}), "default")
+    assert residual_role(odd, None) is None
+    assert residual_role(odd, {"dd": "read"}) is None  # a pattern matches whole names from a dot on
+    assert residual_role(odd, {"odd": "read"}) == "read"
+
+
+def test_convolutions_and_embeddings_are_directions_too():
+    from peft import LoraConfig, get_peft_model
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3)}) for _ in range(2))
+
+        def forward(self, x):
+            return x
+
+    model = get_peft_model(Net(), LoraConfig(r=4, target_modules=["embed", "conv"]))
+    shapes = {kind.name: kind.shape for kind in discover(model, "default")}
+    assert shapes == {"embed": [1, 4, 11, 8], "blocks.*.conv": [2, 4, 72, 8]}
+    assert torch.is_tensor(model.get_parameter("base_model.model.embed.lora_embedding_A.default"))

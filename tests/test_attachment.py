@@ -1,0 +1,125 @@
+"""What `attach` serves and what it refuses by name: PEFT's types, its initialisations and variants, and torch's ambient state."""
+
+from __future__ import annotations
+
+import inspect
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from structlora_trl import StructLoRAError, attach
+from tests.support.setups import SETUPS, lora
+from tests.support.tiny import adamw, base_model, logits_of, peft_model, train
+
+SERVED = {"LORA"}
+# What a type's configuration needs on the tiny model, where its defaults do not fit.
+NEEDS = {
+    "ADALORA": {"total_step": 20, "tinit": 1, "tfinal": 2},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2, "target_modules": "self_attn"},
+    "FOURIERFT": {"n_frequency": 8},
+    "VBLORA": {"vector_length": 16, "num_vectors": 16},
+    "MISS": {"r": 4},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 4},
+    "C3A": {"block_size": 16},
+    "WAVEFT": {"n_frequency": 8},
+    "PSOFT": {"r": 4},
+}
+TYPES = [
+    t.value for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t != PeftType.XLORA
+]  # which has a row of set-ups
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_of_peft_is_served_or_refused_by_name(name):
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
+    known = inspect.signature(config).parameters
+    options = {"target_modules": ["q_proj", "v_proj"], "num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+    options = {option: value for option, value in options.items() if option in known} | NEEDS.get(name, {})
+    model = get_peft_model(base_model("llama"), config(**options))
+    trained = [p for p in model.parameters() if p.requires_grad] or [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    if name not in SERVED:
+        with pytest.raises(StructLoRAError, match=name):
+            attach(model, optimizer)
+        return
+    runtime = attach(model, optimizer)
+    train(model, "llama", optimizer, 2)
+    assert runtime.step == 2
+
+
+# Starts that PEFT does not repeat when it loads an adapter, and those that it does.
+NOT_REPEATED = ["LoRA-GA", "CorDA", "PiSSA by fast SVD"]
+REPEATED = ["PiSSA", "OLoRA"]
+
+
+@pytest.mark.parametrize("name", [*NOT_REPEATED, *REPEATED, "LoRA", "Gaussian init", "orthogonal init"])
+def test_a_start_that_moves_the_base_is_told(name, caplog):
+    (row,) = (row for row in SETUPS["Adapters"] if row.name == name)
+    model = row.model()
+    attach(model, adamw(model))
+    moved = name in NOT_REPEATED + REPEATED
+    assert ("path_initial_model_for_weight_conversion" in caplog.text) is moved
+    assert ("PEFT does not repeat" in caplog.text) is (name in NOT_REPEATED)
+
+
+@pytest.mark.parametrize("name", [*NOT_REPEATED, *REPEATED])
+def test_a_start_that_moved_the_base_is_converted_as_told(name, tmp_path):
+    """PEFT's way, with StructLoRA between: an adapter of twice the rank, on the original base."""
+    (row,) = (row for row in SETUPS["Adapters"] if row.name == name)
+    model = row.model()
+    start = model.peft_config["default"].init_lora_weights
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer)
+    train(model, "llama", optimizer, 3)
+    runtime.detach()
+    expected = logits_of(model, "llama")
+    folder = tmp_path / "converted"
+    model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    loaded = PeftModel.from_pretrained(row.base(), folder)
+    torch.testing.assert_close(logits_of(loaded, "llama"), expected, atol=1e-4, rtol=0)
+
+
+def test_monteclora_acts_and_saves_what_is_evaluated(tmp_path):
+    """Its noise is drawn ahead and not part of any checkpoint, so that no resume of it can be bit for bit."""
+    if not hasattr(peft, "MontecloraConfig"):
+        pytest.skip(f"PEFT {peft.__version__} has no MonteCLoRA")
+    config = lora(monteclora_config=peft.MontecloraConfig())
+    model = get_peft_model(base_model("llama"), config)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer)
+    train(model, "llama", optimizer, 3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    assert runtime.step == 3
+    torch.testing.assert_close(logits_of(loaded, "llama"), logits_of(model, "llama"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "ambient, named",
+    [(torch.inference_mode, "inference_mode"), (lambda: torch.device("meta"), "meta")],
+    ids=["inference_mode", "meta"],
+)
+def test_ambient_state_in_which_nothing_can_train(ambient, named):
+    model = peft_model()
+    optimizer = adamw(model)
+    with ambient(), pytest.raises(StructLoRAError, match=named):
+        attach(model, optimizer)
+    runtime = attach(model, optimizer)  # nothing is left behind
+    train(model, "llama", optimizer, 2)
+    assert runtime.step == 2
+
+
+def test_a_wrapper_is_seen_through():
+    """A reward wrapper, say: `attach` finds the one PEFT model inside."""
+    inner = peft_model()
+    optimizer = adamw(inner)
+    runtime = attach(torch.nn.ModuleDict({"policy": inner}), optimizer)
+    train(inner, "llama", optimizer, 2)
+    assert runtime.step == 2

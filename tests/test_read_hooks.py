@@ -1,0 +1,294 @@
+"""Evaluation, generation, merging, copies, pickles and saved files use evaluation weights, also within a step that broke off."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from structlora_trl import attach
+from tests.support.tiny import (
+    FAMILIES,
+    adamw,
+    base_model,
+    logits_of,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+)
+
+PROMPT = torch.tensor([[5, 6, 7]])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def trained(optimizer=adamw, steps=3, **options):
+    model = peft_model(targets=FAMILIES["llama"].linear)
+    optimizer = optimizer(model)
+    runtime = attach(model, optimizer, options)
+    train(model, "llama", optimizer, steps)
+    return model, optimizer, runtime
+
+
+class Breaks(torch.optim.AdamW):
+    breaks = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.breaks:
+            for group in self.param_groups:
+                for parameter in group["params"][:5]:
+                    parameter.add_(0.5)
+            raise Interrupted
+        return super().step(closure)
+
+
+# How a step is left in the middle. All of them leave other than evaluation weights in the model.
+def after_the_forward(model, optimizer):
+    model.train()
+    return loss_of(model, "llama", 7)
+
+
+def after_the_backward(model, optimizer):
+    after_the_forward(model, optimizer).backward()
+
+
+def in_the_optimizer(model, optimizer):
+    after_the_backward(model, optimizer)
+    optimizer.breaks = True
+    with pytest.raises(Interrupted):
+        optimizer.step()
+    optimizer.breaks = False
+
+
+def generated(model):
+    out = model.generate(PROMPT, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    return torch.cat(out.logits)
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def merged_for_a_while(model):
+    model.merge_adapter()
+    logits = logits_of(model.get_base_model(), "llama")
+    model.unmerge_adapter()
+    return logits
+
+
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return logits_of(PeftModel.from_pretrained(base_model("llama"), tmp_path), "llama")
+
+
+READERS = {
+    "evaluate": lambda m, _: logits_of(m, "llama"),
+    "evaluate the decoder": lambda m, _: of_a_part(m, m.base_model.model.model),
+    "evaluate a block": lambda m, _: of_a_part(m, m.base_model.model.model.layers[1]),
+    "evaluate the base model": lambda m, _: logits_of(m.get_base_model(), "llama"),
+    "deepcopy": lambda m, _: logits_of(copy.deepcopy(m), "llama"),
+    "deepcopy the base model": lambda m, _: logits_of(copy.deepcopy(m.get_base_model()), "llama"),
+    "pickle": lambda m, _: logits_of(pickled(m), "llama"),
+    "merge and unmerge": lambda m, _: merged_for_a_while(m),
+    "save_pretrained": saved,
+    "state_dict of a part": lambda m, _: with_state(m.base_model.state_dict()),
+    "merge_and_unload": lambda m, _: logits_of(m.merge_and_unload(), "llama"),
+}
+
+
+def of_a_part(model, part):
+    """Logits, where a part that lies within the model is what is called."""
+    model.eval()
+    seen, whole = [], FAMILIES["llama"].batch(99)
+    keep = part.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        logits = model(**whole).logits
+        keep.remove()
+        args, kwargs = seen[0]
+        model.train()
+        loss_of(model, "llama", 7)  # training weights stand again
+        model.eval()
+        found = part(*args, **kwargs)
+        replaced = part.register_forward_hook(lambda *_: found)
+        again = model(**whole).logits
+    replaced.remove()
+    assert torch.equal(again, logits)
+    return again
+
+
+def with_state(state):
+    fresh = peft_model(targets=FAMILIES["llama"].linear)
+    fresh.base_model.load_state_dict(state)
+    return logits_of(fresh, "llama")
+
+
+@pytest.mark.parametrize("leave", [after_the_forward, after_the_backward, in_the_optimizer])
+def test_readers_within_a_step_see_evaluation_weights(leave, tmp_path):
+    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    expected, expected_text = logits_of(model, "llama"), generated(model)
+    for name, read in READERS.items():
+        leave(model, optimizer)
+        assert runtime.weights in ("training", "latent")
+        # To rounding where values are merged into others or copied to a file and back.
+        assert (read(model, tmp_path) - expected).abs().max() <= 1e-5, name
+    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    for mode in (False, True):  # a notebook's model is in training mode after Ctrl-C
+        leave(model, optimizer)
+        model.train(mode)
+        assert torch.equal(generated(model), expected_text)
+
+
+def test_training_goes_on_after_readers_as_if_there_were_none():
+    def run(reads: bool):
+        model, optimizer, runtime = trained()
+        for _ in range(3):
+            loss = after_the_forward(model, optimizer)
+            if reads:  # a backward is still to come
+                logits_of(model, "llama")
+                generated(model)
+                copy.deepcopy(model)
+                model.state_dict()
+            loss.backward()
+            if reads:
+                with torch.inference_mode():
+                    logits_of(model, "llama")
+                pickled(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        return runtime.state_dict()
+
+    expected, found = run(False), run(True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_training_goes_on_after_an_interrupted_step():
+    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    latents = [f.B.clone() for f in runtime.engine.read_latents()]
+    in_the_optimizer(model, optimizer)
+    optimizer.zero_grad()
+    assert all(torch.equal(a, f.B) for a, f in zip(latents, runtime.engine.read_latents(), strict=True))
+    train(model, "llama", optimizer, 2)
+    assert runtime.step == 5
+
+
+def test_pickles_need_no_optimizer_and_detached_models_are_untouched():
+    plain = peft_model(targets=FAMILIES["llama"].linear)
+    model, _, runtime = trained()
+    again = pickled(model)
+    train(again, "llama", adamw(again), 1)
+    runtime.detach()
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        assert ours.__dict__.keys() - theirs.__dict__.keys() <= {"save_pretrained"}
+        assert not ours._forward_pre_hooks and not ours._forward_hooks and not ours._state_dict_hooks
+
+
+def test_an_evaluation_that_fails_is_over():
+    model, optimizer, runtime = trained()
+    after_the_backward(model, optimizer)
+    model.eval()
+    with pytest.raises(Interrupted), torch.no_grad():
+        fail_in_the_forward(model)
+    model.train()
+    optimizer.step()
+    optimizer.zero_grad()
+    stood = [p.detach().clone() for p in lora_parameters(model).values()]
+    logits_of(model, "llama")
+    assert runtime.weights == "evaluation"
+    assert all(torch.equal(p, q) for p, q in zip(lora_parameters(model).values(), stood, strict=True))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_interrupted_forward_decides_nothing_later(mode):
+    """A Ctrl-C, which runs no hooks of modules. What comes is a forward of the base model, where gradients are on."""
+    model, optimizer, runtime = trained()
+    expected = logits_of(model, "llama")
+    model.train(mode)
+    with pytest.raises(KeyboardInterrupt):
+        fail_in_the_forward(model, KeyboardInterrupt)
+    model.eval()
+    assert torch.equal(model.get_base_model()(**FAMILIES["llama"].batch(99)).logits, expected)
+    model.train()
+    for step in range(2):
+        model.get_base_model()(**FAMILIES["llama"].batch(step)).loss.backward()
+        assert runtime.weights == "training"
+        optimizer.step()
+        optimizer.zero_grad()
+    assert runtime.step == 5
+
+
+def test_a_module_that_calls_itself_is_one_visit():
+    model, optimizer, runtime = trained()
+    loss = after_the_forward(model, optimizer)
+    base = model.get_base_model()
+    forward, calls = base.forward, []
+
+    def twice(**batch):
+        calls.append(batch)
+        return base(**batch) if len(calls) == 1 else forward(**batch)
+
+    base.forward = twice
+    base.eval()
+    with torch.no_grad():
+        base(**FAMILIES["llama"].batch(1))
+    assert runtime.weights == "training"
+    loss.backward()
+    optimizer.step()
+    assert runtime.step == 4
+
+
+def test_loading_another_adapter_between_forward_and_backward(tmp_path):
+    peft_model(init="warm", targets=FAMILIES["llama"].linear).save_pretrained(tmp_path)
+    model, optimizer, runtime = trained()
+    loss = after_the_forward(model, optimizer)
+    model.load_adapter(tmp_path, "reference")
+    model.set_adapter("default")
+    loss.backward()
+    optimizer.step()
+    assert runtime.step == 4
+
+
+def fail_in_the_forward(model, error=Interrupted):
+    def fail(*_):
+        raise error
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(fail)
+    try:
+        model(**FAMILIES["llama"].batch(0))
+    finally:
+        hook.remove()
+
+
+def test_torchs_distributed_checkpoints_of_an_optimizer():
+    """They have a fresh optimizer step on gradients of zero, so that it has a state to load into."""
+    model, optimizer, runtime = trained()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))  # it holds the optimizer's own tensors
+    fresh, its_optimizer, its_runtime = trained(steps=0)
+    its_runtime.load_state_dict(runtime.state_dict())
+    set_optimizer_state_dict(fresh, its_optimizer, saved)
+    for m, o in ((model, optimizer), (fresh, its_optimizer)):
+        train(m, "llama", o, 2)
+    ours, theirs = runtime.state_dict(), its_runtime.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_step_on_zeros_kept_from_the_last_one():
+    model, optimizer, runtime = trained()
+    after_the_backward(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()  # a batch was skipped
+    optimizer.zero_grad(set_to_none=False)
+    assert runtime.step == 4 and runtime.weights == "evaluation"
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 5
