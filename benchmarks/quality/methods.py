@@ -25,7 +25,7 @@ WEIGHT_DECAY = 0.01
 
 # Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
 # experts came later.
-UNSET = {"seed", "adapter_name", "roles", "noise", "head_gates", "expert_gates"}
+UNSET = {"seed", "adapter_name", "peft_module", "roles", "noise", "head_gates", "expert_gates"}
 
 ONE_A = "x_one_A"  # an option of the suite: all depths of a kind start from one lora_A, though nothing compares them
 
