@@ -1,4 +1,4 @@
-"""Draw imports.svg: which parts of the package import which, from the imports themselves. An arrow that others imply is left out."""
+"""Draw imports.svg: which parts of the package import which, from the imports themselves, without arrows that others imply."""
 
 from __future__ import annotations
 

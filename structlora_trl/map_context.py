@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
+
+Method = TypeVar("Method", bound=Callable)
 
 # torch.set_float32_matmul_precision and the flags behind it (TF32 on CUDA, bf16 in oneDNN).
 _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -27,7 +30,7 @@ def map_context(device: torch.device) -> Iterator[None]:
         yield
 
 
-def in_map_context(method: Callable) -> Callable:
+def in_map_context(method: Method) -> Method:
     """Run a method of the runtime in `map_context`, and count its time as the map's."""
 
     @functools.wraps(method)

@@ -88,7 +88,7 @@ class ReadHooks:
             handle.remove()
         for reader in self._readers:
             reader.unmount()
-        self._runtime, self._modules, self._readers = None, (), []
+        self._runtime, self._outer, self._readers, self._hooked = None, [], [], set()
 
     @contextmanager
     def reading(self, ends: bool = False) -> Iterator[None]:

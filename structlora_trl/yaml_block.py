@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_type_hints
 
-import yaml
-
 from .config import StructLoRAConfig
 from .errors import StructLoRAError
 
@@ -44,6 +42,8 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
 
 def _parsed(text: str | Path) -> object:
     """The value that a file has under `structlora`, or that text stands for."""
+    import yaml  # which `--help` of a command has no need of
+
     try:
         if str(text).endswith((".yaml", ".yml", ".json")):
             document = yaml.safe_load(Path(text).read_text(encoding="utf-8"))

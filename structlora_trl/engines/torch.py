@@ -88,6 +88,7 @@ class TorchEngine(Engine):
             self._step_depth -= 1
             if self._step_depth:
                 return
+            self._step_frame = None
             self._take()
             after_step(stepped)
 

@@ -616,8 +616,8 @@ def test_trials_of_a_search_have_states_of_their_own(named, tmp_path):
         backend="optuna",
         hp_name=(lambda trial: f"trial_{trial.number}") if named else None,
     )
-    states = [state_of(folder)[1] for folder in sorted(tmp_path.glob("*/checkpoint-3"))]
-    assert [state["step"] for state in states] == [3, 3]
+    headers, states = zip(*(state_of(folder) for folder in sorted(tmp_path.glob("*/checkpoint-3"))), strict=True)
+    assert [header["step"] for header in headers] == [3, 3]
     latents = [name for name in states[0] if name.endswith("latent_B")]
     assert latents and not any(torch.equal(states[0][name], states[1][name]) for name in latents)
 
