@@ -30,7 +30,9 @@ html_show_copyright = False
 
 def setup(app):
     """Leave the fields of named tuples out: their docstrings say what they are."""
-    app.connect("autodoc-skip-member", lambda app, what, name, item, skip, options: True if _is_field(item) else None)
+    app.connect(
+        "autodoc-skip-member", lambda app, what, name, item, skip, options: True if _is_field(item) else None
+    )
 
 
 def _is_field(item) -> bool:

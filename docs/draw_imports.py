@@ -42,7 +42,10 @@ def needed(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     reached: dict[str, set[str]] = {}
     for part in TopologicalSorter(graph).static_order():
         reached[part] = set(graph[part]).union(*(reached[other] for other in graph[part]))
-    return {part: {o for o in others if not any(o in reached[p] for p in others)} for part, others in graph.items()}
+    return {
+        part: {o for o in others if not any(o in reached[p] for p in others)}
+        for part, others in graph.items()
+    }
 
 
 def picture() -> str:

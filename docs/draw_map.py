@@ -11,7 +11,13 @@ INK, FAINT, FORWARD, BACK, NODE = "#24292f", "#8c959f", "#0969da", "#bc4c00", "#
 TOP, BOTTOM = 100, 290  # of the four panels
 CENTRES = {"latent": 115, "gates": 360, "graph": 600, "effective": 845}
 SEMANTIC = ((0, 2), (1, 4))  # edges of the sketch that are not between neighbours
-GATES = ("951862", "916742", "832951", "724918", "613829")  # tenths: how open each direction is, a row per depth
+GATES = (
+    "951862",
+    "916742",
+    "832951",
+    "724918",
+    "613829",
+)  # tenths: how open each direction is, a row per depth
 
 
 def picture() -> str:
@@ -48,7 +54,11 @@ def _factors(panel: str, title: str, role: str) -> list[str]:
             f'<rect x="{x + 42}" y="{y + 45}" width="60" height="22" fill="{NODE}" stroke="{INK}"/>',
         ]
     mark = "′" if panel == "effective" else ""
-    return [*parts, _text(centre - 59, BOTTOM - 57, f"B{mark}", 13), _text(centre - 8, BOTTOM - 57, f"A{mark}", 13)]
+    return [
+        *parts,
+        _text(centre - 59, BOTTOM - 57, f"B{mark}", 13),
+        _text(centre - 8, BOTTOM - 57, f"A{mark}", 13),
+    ]
 
 
 def _gates() -> list[str]:

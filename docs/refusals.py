@@ -46,7 +46,10 @@ def refusals() -> list[Refusal]:
     paths = [path for home in HOMES for path in sorted(home.rglob("*.py")) if "tests" not in path.parts]
     modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     constants = {
-        name: text for module in modules.values() for name, text in _texts(module.body, {}).items() if name.isupper()
+        name: text
+        for module in modules.values()
+        for name, text in _texts(module.body, {}).items()
+        if name.isupper()
     }
     rows: dict[Refusal, None] = {}  # no row twice, in order
     for path, module in modules.items():
@@ -86,7 +89,10 @@ def _calls(module: ast.Module, name: str) -> list[tuple[ast.FunctionDef | None, 
     found = []
 
     def visit(node: ast.AST, function: ast.FunctionDef | None) -> None:
-        if isinstance(node, ast.Call) and name in (getattr(node.func, "id", None), getattr(node.func, "attr", None)):
+        if isinstance(node, ast.Call) and name in (
+            getattr(node.func, "id", None),
+            getattr(node.func, "attr", None),
+        ):
             found.append((function, node))
         for child in ast.iter_child_nodes(node):
             visit(child, node if isinstance(node, ast.FunctionDef) else function)
@@ -107,7 +113,9 @@ def _bindings(function: ast.FunctionDef | None, module: ast.Module, package) -> 
     positional = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
     defaults = dict(zip(positional[::-1], function.args.defaults[::-1], strict=False))
     names = (*positional, *(a.arg for a in function.args.kwonlyargs))
-    callers = _calls(module, function.name) or [call for other in package for call in _calls(other, function.name)]
+    callers = _calls(module, function.name) or [
+        call for other in package for call in _calls(other, function.name)
+    ]
     bound = []
     for caller, call in callers:
         there = _branches(caller, [], {})[0]

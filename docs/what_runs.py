@@ -18,7 +18,8 @@ def page() -> str:
 
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     sections = (
-        f"## {group}\n\n" + "\n".join(f"* {_marked(row.name)}" for row in rows) for group, rows in SETUPS.items()
+        f"## {group}\n\n" + "\n".join(f"* {_marked(row.name)}" for row in rows)
+        for group, rows in SETUPS.items()
     )
     return f"{before}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{rest.split(END)[1]}"
 

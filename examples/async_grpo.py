@@ -24,7 +24,9 @@ if __name__ == "__main__":  # the process that collects samples imports this fil
     trainer = AsyncGRPOTrainer(
         model="Qwen/Qwen3-0.6B",
         reward_funcs=accuracy_reward,
-        args=AsyncGRPOConfig("qwen3-async-grpo", vllm_server_base_url="http://localhost:8000", learning_rate=1e-5),
+        args=AsyncGRPOConfig(
+            "qwen3-async-grpo", vllm_server_base_url="http://localhost:8000", learning_rate=1e-5
+        ),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[StructLoRACallback()],

@@ -20,7 +20,9 @@ def report(adapter: str, against: str = "") -> str:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         command = [sys.executable, "-m", "structlora_trl.cli", "inspect", adapter, "--html", str(page)]
-        done = subprocess.run([*command, *(["--against", against] if against else [])], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *(["--against", against] if against else [])], capture_output=True, text=True
+        )
         if done.returncode:
             raise gr.Error(done.stderr.strip())  # what was found, what was expected, what to do
         content = escape(page.read_text(encoding="utf-8"))
@@ -30,7 +32,10 @@ def report(adapter: str, against: str = "") -> str:
 
 app = gr.Interface(
     report,
-    [gr.Textbox(label="Adapter or checkpoint", placeholder="out"), gr.Textbox(label="Against", placeholder="lora")],
+    [
+        gr.Textbox(label="Adapter or checkpoint", placeholder="out"),
+        gr.Textbox(label="Against", placeholder="lora"),
+    ],
     gr.HTML(label="Report"),
     title="What an adapter has learned",
     flagging_mode="never",

@@ -26,7 +26,9 @@ def collate(rows):
     return batch.to(device)
 
 
-loader = DataLoader(load_dataset("Abirate/english_quotes", split="train"), 8, shuffle=True, collate_fn=collate)
+loader = DataLoader(
+    load_dataset("Abirate/english_quotes", split="train"), 8, shuffle=True, collate_fn=collate
+)
 base = AutoModelForCausalLM.from_pretrained(MODEL).to(device)
 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
@@ -44,4 +46,6 @@ for step, batch in enumerate(loader, 1):
         print(step, loss.item(), runtime.metrics())
 
 model.save_pretrained(OUTPUT)  # a plain LoRA adapter
-save_state(runtime, OUTPUT)  # what resuming needs beside optimizer and scheduler: `load_state(runtime, OUTPUT)`
+save_state(
+    runtime, OUTPUT
+)  # what resuming needs beside optimizer and scheduler: `load_state(runtime, OUTPUT)`

@@ -22,7 +22,9 @@ tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), ADAPTER)
 
 messages = [{"role": "user", "content": "Why is the sky blue?"}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 answer = model.generate(**prompt, max_new_tokens=64)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 

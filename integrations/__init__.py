@@ -1,1 +1,3 @@
-"""Front doors of trainers that are configured by a file: Axolotl, LLaMA-Factory and ms-swift. Each brings the callback, no more."""
+"""Front doors of trainers that are configured by a file: Axolotl, LLaMA-Factory and ms-swift. Each brings the
+callback, no more.
+"""

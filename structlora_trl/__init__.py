@@ -1,4 +1,6 @@
-"""StructLoRA (arXiv 2603.14228) for TRL, Transformers and plain PyTorch: LoRA with gated directions, coordinated over depth."""
+"""StructLoRA (arXiv 2603.14228) for TRL, Transformers and plain PyTorch: LoRA with gated directions,
+coordinated over depth.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -42,7 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Imported on first use: the core works where TRL is not installed, and `import structlora_trl` stays quick.
+    # Imported on first use: the core works where TRL is not installed, and `import structlora_trl` stays
+    # quick.
     if name not in _HOME:
         raise AttributeError(f"module 'structlora_trl' has no attribute '{name}'")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -26,11 +26,13 @@ from .runtime import DEFAULT_SEED, Runtime
 
 logger = logging.getLogger(__name__)
 
-# LoRA initialisations that draw lora_A from one distribution at every depth. Others (EVA, say) put data into it.
+# LoRA initialisations that draw lora_A from one distribution at every depth. Others (EVA, say) put data into
+# it.
 _IDENTICALLY_DISTRIBUTED = (True, "gaussian")
 # Those that start at ΔW = 0 because lora_B is zero.
 _FROM_ZERO = (True, False, "gaussian", "eva")
-# How the names begin of those that move base weights into the adapter. PEFT repeats some of them when it loads the adapter.
+# How the names begin of those that move base weights into the adapter. PEFT repeats some of them when it
+# loads the adapter.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REPEATED = ("pissa", "olora", "loftq")
 
@@ -51,13 +53,14 @@ def attach(
 
         runtime = attach(model, optimizer)
 
-    From then on `optimizer.step()` steps latent factors, a forward under `model.train()` sees training weights, and a
-    forward under `model.eval()` or any saving sees evaluation weights, a plain LoRA adapter.
+    From then on `optimizer.step()` steps latent factors, a forward under `model.train()` sees training
+    weights, and a forward under `model.eval()` or any saving sees evaluation weights, a plain LoRA adapter.
 
     Args:
-        model (`PeftModel`): a model with a trainable LoRA adapter, or a module that holds one such model (`peft_module` names
-            it where there are several).
-        optimizer (`torch.optim.Optimizer`): owns all trainable LoRA parameters; Accelerate's wrapper is seen through.
+        model (`PeftModel`): a model with a trainable LoRA adapter, or a module that holds one such model
+            (`peft_module` names it where there are several).
+        optimizer (`torch.optim.Optimizer`): owns all trainable LoRA parameters; Accelerate's wrapper is seen
+            through.
         config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
@@ -66,7 +69,8 @@ def attach(
         `Runtime`: for `metrics()`, `state_dict()`, `train()` / `eval()` and `detach()`.
 
     Raises:
-        StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to do.
+        StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to
+        do.
 
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -119,7 +123,9 @@ def build_runtime(
         config,
         engine,
         seed,
-        align=config.align_init and config.compares_depths and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
+        align=config.align_init
+        and config.compares_depths
+        and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
         absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
         parts=parts,
         noise_off=quiet,
@@ -139,7 +145,9 @@ def build_runtime(
     _warn_of_moved_base(adapter_name, lora)
     logger.info("%r", runtime)
     if config.is_off:
-        logger.warning("StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA.")
+        logger.warning(
+            "StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA."
+        )
     return runtime
 
 
@@ -196,7 +204,9 @@ def _warn_of_moved_base(adapter_name: str, lora: LoraConfig) -> None:
     start = str(lora.init_lora_weights).lower()
     if not start.startswith(_MOVES_BASE):
         return
-    repeated = start.startswith(_REPEATED) and not start.startswith("pissa_niter")  # which draws random numbers
+    repeated = start.startswith(_REPEATED) and not start.startswith(
+        "pissa_niter"
+    )  # which draws random numbers
     convert = (
         f"before training, set `model.peft_config[{adapter_name!r}].init_lora_weights = True` and save the adapter to START; "
         "afterwards `model.save_pretrained(..., path_initial_model_for_weight_conversion=START)` writes a LoRA adapter for the "
@@ -215,8 +225,8 @@ def _warn_of_moved_base(adapter_name: str, lora: LoraConfig) -> None:
 
 
 def find_peft_model(model: nn.Module, config: StructLoRAConfig) -> tuple[str, PeftModel | PeftMixedModel]:
-    """The PEFT model that is trained, with its name in the model inside the wrappers of Accelerate, Fabric, DDP, DeepSpeed
-    and `torch.compile`: "" where it is that model itself.
+    """The PEFT model that is trained, with its name in the model inside the wrappers of Accelerate, Fabric,
+    DDP, DeepSpeed and `torch.compile`: "" where it is that model itself.
 
     Raises:
         StructLoRAError: there is none, or several and `peft_module` names none of them.
@@ -260,7 +270,8 @@ def _unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
 
 
 def _is_of_lightning(wrapper) -> bool:
-    """Whether Lightning or its Fabric wrapped a model or an optimizer, told by module: two packages have them, and neither
+    """Whether Lightning or its Fabric wrapped a model or an optimizer, told by module: two packages have
+    them, and neither
     need be installed. An optimizer's wrapper is of a class made for it, so that only its bases tell."""
     wrappers = {f"{package}.wrappers" for package in ("lightning.fabric", "lightning_fabric")}
     wrappers |= {f"{package}.core.optimizer" for package in ("lightning.pytorch", "pytorch_lightning")}
@@ -284,12 +295,16 @@ def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Lora
         active = list(model.active_adapters)
         if len(active) != 1:
             raise StructLoRAError(
-                f"{len(active)} active adapters ({', '.join(active)})", "one to train", "name it with `adapter_name`"
+                f"{len(active)} active adapters ({', '.join(active)})",
+                "one to train",
+                "name it with `adapter_name`",
             )
         name = active[0]
     if name not in model.peft_config:
         raise StructLoRAError(
-            f"no adapter '{name}'", f"one of {', '.join(map(repr, model.peft_config))}", "correct `adapter_name`"
+            f"no adapter '{name}'",
+            f"one of {', '.join(map(repr, model.peft_config))}",
+            "correct `adapter_name`",
         )
     if name not in model.active_adapters:
         raise StructLoRAError(

@@ -1,4 +1,6 @@
-"""Whether a call still runs: what was noted at its start is stale once an exception or an interrupt went through it."""
+"""Whether a call still runs: what was noted at its start is stale once an exception or an interrupt went
+through it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every option of StructLoRA, in one dataclass. Each field's help is its manual, in Python, YAML and on the command line."""
+"""Every option of StructLoRA, in one dataclass. Each field's help is its manual, in Python, YAML and on the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def _number(accepts: Callable[[float], bool], meaning: str) -> Allowed:
 
 
 def _whole(low: int, high: float = math.inf) -> Allowed:
-    meaning = f"a whole number of {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+    meaning = (
+        f"a whole number of {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+    )
     return Allowed(lambda v: type(v) is int and low <= v <= high, meaning)
 
 
@@ -84,9 +88,12 @@ class StructLoRAConfig:
     )
     hard_gates: bool = _option(False, "Round training gates to 0 or 1, with a straight-through gradient.")
     gate_init: Annotated[float, PROBABILITY] = _option(
-        0.9, "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept."
+        0.9,
+        "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept.",
     )
-    prior: Annotated[float, PROBABILITY] = _option(0.5, "Prior probability that a direction is open, in the KL term.")
+    prior: Annotated[float, PROBABILITY] = _option(
+        0.5, "Prior probability that a direction is open, in the KL term."
+    )
     kl_weight: Annotated[float, NOT_NEGATIVE] = _option(
         0.1,
         "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta). Gradient clipping does not scale it.",
@@ -125,13 +132,16 @@ class StructLoRAConfig:
         "(ReLU would not).",
     )
     coordinator_lr: Annotated[float, NOT_NEGATIVE, WITH_COORDINATOR] = _option(
-        0.01, "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows."
+        0.01,
+        "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows.",
     )
     edges: Annotated[Literal["hybrid", "adjacency", "similarity"], WITH_COORDINATOR] = _option(
         "hybrid",
         "Edges of the depth graph: 'adjacency' (neighbours in depth), 'similarity' (semantic edges alone) or 'hybrid' (both).",
     )
-    semantic_top_k: Annotated[int, _whole(1), WITH_COORDINATOR] = _option(2, "Semantic edges each node may ask for.")
+    semantic_top_k: Annotated[int, _whole(1), WITH_COORDINATOR] = _option(
+        2, "Semantic edges each node may ask for."
+    )
     semantic_threshold: Annotated[float, COSINE, WITH_COORDINATOR] = _option(
         0.5, "Cosine of running-mean gradients above which a semantic edge is drawn."
     )
@@ -213,7 +223,9 @@ class StructLoRAConfig:
 
     @staticmethod
     def _refuse(name: str, value, allowed: Allowed, hint: str = ""):
-        raise StructLoRAError(f"{name}={value!r} in the configuration{hint}", allowed.meaning, f"correct `{name}`")
+        raise StructLoRAError(
+            f"{name}={value!r} in the configuration{hint}", allowed.meaning, f"correct `{name}`"
+        )
 
     @classmethod
     def build(cls, config: StructLoRAConfig | dict | None = None, **overrides) -> StructLoRAConfig:
@@ -248,7 +260,11 @@ class StructLoRAConfig:
 
     def changed_options(self) -> dict:
         """Name and value of each option that is not at its default."""
-        return {f.name: getattr(self, f.name) for f in fields(StructLoRAConfig) if getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(StructLoRAConfig)
+            if getattr(self, f.name) != f.default
+        }
 
     @property
     def is_off(self) -> bool:

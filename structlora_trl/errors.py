@@ -35,7 +35,8 @@ class StructLoRAError(RuntimeError):
 
 @contextmanager
 def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn another library's error about the user's input into a `StructLoRAError`. Never wrapped around training itself.
+    """Turn another library's error about the user's input into a `StructLoRAError`. Never wrapped around
+    training itself.
 
     Args:
         what (`str`): what was tried.
@@ -55,4 +56,6 @@ def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception],
         while cause.__cause__ is not None:  # the outermost often says only that something failed
             cause = cause.__cause__
         message = " ".join(str(cause).split()).rstrip(".")
-        raise StructLoRAError(f"that {what} failed ({type(cause).__name__}: {message})", expected, remedy) from error
+        raise StructLoRAError(
+            f"that {what} failed ({type(cause).__name__}: {message})", expected, remedy
+        ) from error

@@ -1,4 +1,6 @@
-"""Weights that other code writes, replaces or reads at the wrong time: the checks, and the errors that say what to do."""
+"""Weights that other code writes, replaces or reads at the wrong time: the checks, and the errors that say
+what to do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The torch state in which the map runs, whatever surrounds the call: fp32 without autocast, outside inference mode."""
+"""The torch state in which the map runs, whatever surrounds the call: fp32 without autocast, outside
+inference mode.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 @contextmanager
 def map_context(device: torch.device) -> Iterator[None]:
-    """Full fp32 precision for what runs within, whatever autocast, inference mode or matmul precision surrounds it."""
+    """Full fp32 precision for what runs within, whatever autocast, inference mode or matmul precision
+    surrounds it.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in {device.type, "cpu"}:

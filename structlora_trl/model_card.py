@@ -1,4 +1,6 @@
-"""The model card that PEFT, TRL and Trainer write: a tag and a section that say how the adapter was trained and how to load it."""
+"""The model card that PEFT, TRL and Trainer write: a tag and a section that say how the adapter was trained
+and how to load it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def describe(path: Path, text: str) -> None:
 
 
 def undescribe(path: Path) -> None:
-    """Take the tag and the section off a card that an earlier run left, if there is one; all other text is kept.
+    """Take the tag and the section off a card that an earlier run left, if there is one; all other text is
+    kept.
 
     Args:
         path (`Path`): the card, a `README.md`.
@@ -60,7 +63,9 @@ def undescribe(path: Path) -> None:
 def _put_section(card: ModelCard, text: str) -> None:
     before, _, rest = card.text.partition(HEADING)
     _, _, after = rest.partition("\n## ")
-    card.text = "\n\n".join(part for part in (before.rstrip(), text.rstrip(), after and f"## {after}") if part) + "\n"
+    card.text = (
+        "\n\n".join(part for part in (before.rstrip(), text.rstrip(), after and f"## {after}") if part) + "\n"
+    )
 
 
 class Description:
@@ -76,7 +81,9 @@ class Description:
         self._left: list[int] | None = None  # versions of the weights when training ended
 
     def end(self) -> None:
-        """Training with StructLoRA is over: once anything else writes the weights, the section says nothing about them."""
+        """Training with StructLoRA is over: once anything else writes the weights, the section says nothing
+        about them.
+        """
         self._left = self._versions()
 
     @property
@@ -95,10 +102,11 @@ class Description:
 
 
 class DescribedSave:
-    """Replaces `save_pretrained` of one model, so that cards have the section where they go with a described adapter.
+    """Replaces `save_pretrained` of one model, so that cards have the section where they go with a described
+    adapter.
 
-    It can be copied with the model; in a pickle there is the method that it replaced. PEFT has no public way to add to a
-    card (0.21; `upstream/peft-save-hook.md`).
+    It can be copied with the model; in a pickle there is the method that it replaced. PEFT has no public way
+    to add to a card (0.21; `upstream/peft-save-hook.md`).
 
     Args:
         model (`PeftModel`): whose `save_pretrained` writes the card.
@@ -111,7 +119,9 @@ class DescribedSave:
 
     def __call__(self, save_directory: str, *args, **kwargs) -> None:
         self._save(save_directory, *args, **kwargs)
-        given = inspect.signature(type(self.model).save_pretrained).bind(self.model, save_directory, *args, **kwargs)
+        given = inspect.signature(type(self.model).save_pretrained).bind(
+            self.model, save_directory, *args, **kwargs
+        )
         path = Path(save_directory) / CARD_NAME
         if not given.arguments.get("is_main_process", True) or not path.is_file():
             return
@@ -152,7 +162,9 @@ def describe_adapter(
 
 
 def describe_trainer(trainer, save: DescribedSave) -> None:
-    """From now on the cards that `trainer.create_model_card` writes, on `push_to_hub` too, have tag and section."""
+    """From now on the cards that `trainer.create_model_card` writes, on `push_to_hub` too, have tag and
+    section.
+    """
     create = type(trainer).create_model_card
 
     def create_model_card(*args, **kwargs):

@@ -1,4 +1,6 @@
-"""Whether all ranks train the same thing: one small all-reduce at attach, and on a mismatch an error on every rank."""
+"""Whether all ranks train the same thing: one small all-reduce at attach, and on a mismatch an error on every
+rank.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,12 @@ def refuse_disagreement(facts: dict, device: torch.device) -> None:
         return
     everyone: list = [None] * world_size()
     dist.all_gather_object(everyone, facts)
-    differing = [name for name in facts if any(other.get(name) != everyone[0].get(name) for other in everyone)]
+    differing = [
+        name for name in facts if any(other.get(name) != everyone[0].get(name) for other in everyone)
+    ]
     found = "; ".join(
-        f"{name}: {', '.join(f'rank {r} has {f.get(name)!r}' for r, f in enumerate(everyone))}" for name in differing
+        f"{name}: {', '.join(f'rank {r} has {f.get(name)!r}' for r, f in enumerate(everyone))}"
+        for name in differing
     )
     raise StructLoRAError(
         f"ranks that differ in {', '.join(differing)} ({found})",

@@ -1,8 +1,9 @@
 """Code that reads the model outside a step sees evaluation weights: hooks on every way into the model.
 
-Training weights must stand in the parameters from a training forward to the end of its backward, since the backward
-reads them. Autograd does not say when the last backward of a step is over, so they stand until the optimizer step.
-Readers that come in between, also after training was left by an exception, get evaluation weights:
+Training weights must stand in the parameters from a training forward to the end of its backward, since the
+backward reads them. Autograd does not say when the last backward of a step is over, so they stand until the
+optimizer step. Readers that come in between, also after training was left by an exception, get evaluation
+weights:
 
     a forward               follows the mode of the module that is called, as dropout does, whichever module that contains
                             adapted layers it is
@@ -11,8 +12,8 @@ Readers that come in between, also after training was left by an exception, get 
     `state_dict()`          evaluation values in the dict
     a copy, a pickle        evaluation values, and no trace of the runtime
 
-A reader is a visit: training weights stand again when it ends, since a backward that is still to come reads the values
-that its forward read.
+A reader is a visit: training weights stand again when it ends, since a backward that is still to come reads
+the values that its forward read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from types import FrameType
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which would load the compiler on import
+from torch._compile import (
+    _disable_dynamo,
+)  # `torch.compiler.disable`, which would load the compiler on import
 
 from .call_stack import caller_in, is_running
 from .foreign_writes import refuse_replaced
@@ -47,10 +50,12 @@ class ReadHooks:
     """The hooks of a runtime on a model.
 
     Args:
-        runtime (`Runtime`, *optional*): whose weights stand; a copied or unpickled one has none, and does nothing.
-        model (`nn.Module`, *optional*): hooks go on it and on every module within that contains adapted layers.
-        readers (`tuple[nn.Module]`, *optional*): modules whose methods of `_READERS` run at evaluation weights: a PEFT model,
-            its tuner and the base model.
+        runtime (`Runtime`, *optional*): whose weights stand; a copied or unpickled one has none, and does
+            nothing.
+        model (`nn.Module`, *optional*): hooks go on it and on every module within that contains adapted
+            layers.
+        readers (`tuple[nn.Module]`, *optional*): modules whose methods of `_READERS` run at evaluation
+            weights: a PEFT model, its tuner and the base model.
     """
 
     def __init__(self, runtime=None, model: nn.Module | None = None, readers: tuple[nn.Module, ...] = ()):
@@ -77,7 +82,10 @@ class ReadHooks:
             self._handles.append(module.register_forward_pre_hook(self._before_inner_forward, prepend=True))
         self._inner_handle = None  # of the hook that ends an inner forward which was called by itself
         self._readers = [
-            _Reader(self, m, name, getattr(m, name)) for m in readers for name in _READERS if callable(_own(m, name))
+            _Reader(self, m, name, getattr(m, name))
+            for m in readers
+            for name in _READERS
+            if callable(_own(m, name))
         ]
         for reader in self._readers:
             reader.mount()
@@ -92,7 +100,9 @@ class ReadHooks:
 
     @contextmanager
     def reading(self, ends: bool = False) -> Iterator[None]:
-        """Evaluation weights for as long as this is open; where it `ends` the adapter's life, the runtime is detached."""
+        """Evaluation weights for as long as this is open; where it `ends` the adapter's life, the runtime is
+        detached.
+        """
         runtime = self._runtime
         with ExitStack() as visit:
             if runtime is not None:
@@ -108,7 +118,8 @@ class ReadHooks:
         self._enter(module)
 
     def _before_inner_forward(self, module, *_):
-        # Within compiled code the modules around have decided; a call out of the graph would break it in each block.
+        # Within compiled code the modules around have decided; a call out of the graph would break it in each
+        # block.
         if not torch.compiler.is_compiling():
             self._enter(module)
 
@@ -146,13 +157,15 @@ class ReadHooks:
             visit.close()
 
     def _is_within(self, module) -> bool:
-        """Whether a hooked module, outside this one or itself, is being called: that call has decided. `from_pretrained`
-        leaves a model in `eval()` and PEFT's own modules around it in `train()`: such a forward is one of training, but
-        where no gradient can come from it.
+        """Whether a hooked module, outside this one or itself, is being called: that call has decided.
+        `from_pretrained` leaves a model in `eval()` and PEFT's own modules around it in `train()`: such a
+        forward is one of training, but where no gradient can come from it.
         """
         if self._call is None or not is_running(self._call):  # an interrupt leaves what it broke off
             return False
-        return self._visit is not None or module.training or torch.is_grad_enabled() or module not in self._outer
+        return (
+            self._visit is not None or module.training or torch.is_grad_enabled() or module not in self._outer
+        )
 
     def _before_load(self, module, state: dict, prefix: str, *_) -> None:
         """Before `module.load_state_dict()`, where it holds some of our parameters."""
@@ -188,7 +201,9 @@ class ReadHooks:
         return ReadHooks()
 
     def __reduce__(self):
-        """Hooks are pickled before the parameters are, and storages after all else: what stands must be right by then."""
+        """Hooks are pickled before the parameters are, and storages after all else: what stands must be right
+        by then.
+        """
         if self._runtime is not None:
             self._runtime.eval()
         return ReadHooks, ()
@@ -222,7 +237,9 @@ class _Reader:
 
 
 def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Module]:
-    """The modules of a model that contain adapted layers, from the outside in. An adapted layer itself is left out."""
+    """The modules of a model that contain adapted layers, from the outside in. An adapted layer itself is
+    left out.
+    """
     ours, around = {id(p) for p in parameters}, {}
     for path, module in model.named_modules():
         if any(id(p) in ours for p in module._parameters.values()):
@@ -233,7 +250,9 @@ def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn
 
 
 def _own(module: nn.Module, name: str):
-    """A module's own method; `getattr` would also find what PEFT's modules hand through from the model inside."""
+    """A module's own method; `getattr` would also find what PEFT's modules hand through from the model
+    inside.
+    """
     return module.__dict__.get(name) or getattr(type(module), name, None)
 
 

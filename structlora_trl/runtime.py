@@ -1,4 +1,5 @@
-"""One optimizer step: the pullback, the optimizer's own step on latent factors, the small optimizer of gates and Θ.
+"""One optimizer step: the pullback, the optimizer's own step on latent factors, the small optimizer of gates
+and Θ.
 
 What stands in the model before and after it, and who may change that, is told by `standing_weights.py`.
 """
@@ -35,7 +36,8 @@ DEFAULT_SEED = 42
 
 
 class _Pulled(NamedTuple):
-    """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's share, where
+    """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's
+    share, where
     factors are slices), and the gradients of node features by side, where they are wanted."""
 
     factors: Factors
@@ -52,12 +54,17 @@ class Runtime(StandingWeights):
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
         seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
-        align (`bool`, *optional*, defaults to False): give every node of a fresh kind (B = 0) the lora_A of the first.
-        absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
-        parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's own.
+        align (`bool`, *optional*, defaults to False): give every node of a fresh kind (B = 0) the lora_A of
+            the first.
+        absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base
+            weights (PiSSA).
+        parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's
+            own.
         noise_off (`str`, *optional*): why `noise='auto'` is off in this run; where omitted, it is on.
-        frozen (`list[nn.Parameter]`, *optional*): LoRA factors of the adapter that no map has, and must stay frozen.
-        readers (`tuple[nn.Module]`, *optional*): modules whose methods (`generate`, `merge_and_unload`) read the weights.
+        frozen (`list[nn.Parameter]`, *optional*): LoRA factors of the adapter that no map has, and must stay
+            frozen.
+        readers (`tuple[nn.Module]`, *optional*): modules whose methods (`generate`, `merge_and_unload`) read
+            the weights.
 
     Attributes:
         weights (`str`): which weights stand in the model, see `StandingWeights`.
@@ -99,7 +106,9 @@ class Runtime(StandingWeights):
         self._metric_steps = 0
         self.on_detach: list[Callable[[], None]] = []  # called when `detach()` is done
         with ExitStack() as on_error:
-            engine.install(self._before_step, self._after_step, [mapped_sides(k, config, parts) for k in kinds])
+            engine.install(
+                self._before_step, self._after_step, [mapped_sides(k, config, parts) for k in kinds]
+            )
             on_error.callback(engine.remove)
             self._build(align)
             self.owners = foreign_writes.owners_of(model, self.lora_parameters())
@@ -116,9 +125,13 @@ class Runtime(StandingWeights):
         """Build maps and optimizer from the factors that stand, and align those factors where asked."""
         latents = self.engine.read_latents(everything=True)
         aligned = [align and self._is_fresh(*pair) for pair in zip(self.kinds, latents, strict=True)]
-        starts = [Factors(first_everywhere(f.A), f.B) if same else f for f, same in zip(latents, aligned, strict=True)]
+        starts = [
+            Factors(first_everywhere(f.A), f.B) if same else f
+            for f, same in zip(latents, aligned, strict=True)
+        ]
         self.maps = [
-            self._map(kind, start, same) for kind, start, same in zip(self.kinds, starts, aligned, strict=True)
+            self._map(kind, start, same)
+            for kind, start, same in zip(self.kinds, starts, aligned, strict=True)
         ]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._optimizer = _small_optimizer(self.maps, self.config)
@@ -155,7 +168,11 @@ class Runtime(StandingWeights):
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
         noise = f", noise off ({self.noise_off})" if self.noise_off else ", noise on"
         noise = noise if any(gate.is_stochastic for m in self.maps for gate in m.filters) else ""
-        alone = [m.kind.name for m in self.maps if not m.sides and m.kind.depth_count > 1 and config.compares_depths]
+        alone = [
+            m.kind.name
+            for m in self.maps
+            if not m.sides and m.kind.depth_count > 1 and config.compares_depths
+        ]
         left_out = f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if alone else ""
         return (
             f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
@@ -171,7 +188,9 @@ class Runtime(StandingWeights):
         if not self.is_attached:
             return
         if self.weights == TRAINING and self._were_changed():
-            logger.warning("What other code wrote to training weights is dropped: the model keeps evaluation weights.")
+            logger.warning(
+                "What other code wrote to training weights is dropped: the model keeps evaluation weights."
+            )
             self.weights = LATENT
         self.eval()
         self.is_attached = False
@@ -184,8 +203,9 @@ class Runtime(StandingWeights):
     def reload(self) -> None:
         """Start again from the LoRA weights that stand in the model, which other code has written.
 
-        They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at `attach`; the
-        step's number goes on, and with it the noise. To continue a run of StructLoRA, use `load_state` instead.
+        They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at
+        `attach`; the step's number goes on, and with it the noise. To continue a run of StructLoRA, use
+        `load_state` instead.
 
         Raises:
             StructLoRAError: training weights stand (between a training forward and its optimizer step).
@@ -199,7 +219,9 @@ class Runtime(StandingWeights):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks have slices: `state_dict()`, `save_state` and `metrics()` are to be called on every rank then."""
+        """Whether ranks have slices: `state_dict()`, `save_state` and `metrics()` are to be called on every
+        rank then.
+        """
         return self._slices.is_shared
 
     @property
@@ -210,7 +232,8 @@ class Runtime(StandingWeights):
     @in_map_context
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over the steps since the last call.
+        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over the steps since the last
+        call.
 
         Under FSDP2 and ZeRO, call it on every rank.
         """
@@ -225,7 +248,8 @@ class Runtime(StandingWeights):
 
     @in_map_context
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as one flat dict.
+        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as
+        one flat dict.
 
         Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
         """
@@ -238,7 +262,8 @@ class Runtime(StandingWeights):
         """Continue from `state_dict()`: afterwards the model holds that state's evaluation weights.
 
         Raises:
-            StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped its weights.
+            StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped
+            its weights.
                 Nothing has changed then.
         """
         self.restore(State.parse(state))
@@ -251,7 +276,9 @@ class Runtime(StandingWeights):
         state.refuse_other_run(self.config, kinds)
         changes = state.changes(self.config, self.seed)
         if changes:
-            logger.warning("StructLoRA continues with other options than the state's: %s.", ", ".join(changes))
+            logger.warning(
+                "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
+            )
         self.engine.write_latents([state.load_into(m, slices, self._optimizer) for m, _, slices in kinds])
         self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule.copy()
         self._write(None)
@@ -266,7 +293,8 @@ class Runtime(StandingWeights):
         gradients = self.engine.read_gradients()
         if gradients is None or (not self._trained_forward and self._are_zeros(gradients)):
             # No backward has run: there is nothing to step, with or without us. Zeros are what
-            # `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an optimizer step with.
+            # `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
+            # optimizer step with.
             foreign_writes.refuse_replaced_by_name(self.model, self.owners)
             if self.weights != LATENT and self._were_changed():
                 foreign_writes.refuse_changed()
@@ -286,24 +314,32 @@ class Runtime(StandingWeights):
         if is_bad:
             self.skipped_steps += 1
             logger.warning(
-                "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).", self.skipped_steps
+                "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
+                self.skipped_steps,
             )
             return False
         if products:
-            self._cosine = torch.stack([cosines(product).mean().to(self.device) for product in products]).mean()
+            self._cosine = torch.stack(
+                [cosines(product).mean().to(self.device) for product in products]
+            ).mean()
         for m, part, task in zip(self.maps, pulled, own, strict=True):
             for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
             if m.coordinators and m.graph.follows_gradients:
                 m.graph.observe(part.features)
-        self.engine.write_gradients([part.factors for part in pulled], fill_missing=self.config.compares_depths)
+        self.engine.write_gradients(
+            [part.factors for part in pulled], fill_missing=self.config.compares_depths
+        )
         self._rate = self.engine.learning_rate()
         return True
 
-    def _pull(self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor) -> _Pulled:
+    def _pull(
+        self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor
+    ) -> _Pulled:
         """One kind's gradients, carried back through its map. `scale` is the loss scale of mixed precision."""
         scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
-        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its objective.
+        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its
+        # objective.
         sign = -1 if self.engine.maximizes() else 1
         factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
         penalty = m.regularizer_gradient(latent, self._slices.sum)
@@ -316,7 +352,9 @@ class Runtime(StandingWeights):
         return _Pulled(
             factors,
             {name: value / scale for name, value in own.items()},
-            {side: getattr(gradient, side) / scale for side in sides},  # unscaled and clipped, whichever engine
+            {
+                side: getattr(gradient, side) / scale for side in sides
+            },  # unscaled and clipped, whichever engine
         )
 
     def _summed(
@@ -325,12 +363,15 @@ class Runtime(StandingWeights):
         """Sums over ranks, in one collective, and the one place where a step waits for the device.
 
         Returns:
-            Whether gradients are bad and whether weights were written on some rank; gradients of the maps' parameters; and
-            products of neighbouring depths' gradients (see `neighbour_products`), where a metric is to be made of them.
+            Whether gradients are bad and whether weights were written on some rank; gradients of the maps'
+            parameters; and products of neighbouring depths' gradients (see `neighbour_products`), where a
+            metric is to be made of them.
         """
         wants_cosine = self._cosine is None and self.step > 0
         products = [
-            neighbour_products(torch.cat([m.graph.by_expert(g).flatten(2) for g in part.features.values()], dim=-1))
+            neighbour_products(
+                torch.cat([m.graph.by_expert(g).flatten(2) for g in part.features.values()], dim=-1)
+            )
             for m, part in zip(self.maps, pulled, strict=True)
             if wants_cosine and part.features
         ]
@@ -373,7 +414,9 @@ class Runtime(StandingWeights):
         if self._mixed_gradients:
             foreign_writes.refuse_mixed_gradients()
         moved = {id(p) for p in self._frozen if p.grad is not None}
-        if moved and any(id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]):
+        if moved and any(
+            id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]
+        ):
             foreign_writes.refuse_unfrozen(len(moved))
 
     def _are_zeros(self, gradients: list[Factors]) -> bool:

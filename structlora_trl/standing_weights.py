@@ -1,8 +1,10 @@
 """Which weights stand in the model, and who may change them.
 
-Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. A training forward
-puts the noisy training weights of the coming step in place, and they stand until the optimizer steps. Code that reads the
-model in between sees evaluation weights (`read_hooks.py`). Weights that other code writes must be back at the next
+Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. A
+training forward puts the noisy training weights of the coming step in place, and they stand until the
+optimizer steps. Code that reads the
+model in between sees evaluation weights (`read_hooks.py`). Weights that other code writes must be back at the
+    next
 training forward, or that forward stops the run (`Runtime.reload` starts from them).
 """
 
@@ -31,7 +33,8 @@ class StandingWeights:
     """Puts training and evaluation weights in place; the base of `Runtime`, which steps them.
 
     Attributes:
-        weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer step, 'latent'.
+        weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer
+            step, 'latent'.
         is_attached (`bool`): whether the model and its optimizer are still in use.
     """
 
@@ -74,7 +77,8 @@ class StandingWeights:
 
     @in_map_context
     def eval(self) -> None:
-        """Put the evaluation weights in place. After a step that an exception broke off, those of before that step.
+        """Put the evaluation weights in place. After a step that an exception broke off, those of before that
+        step.
 
         Raises:
             StructLoRAError: other code has written to training weights.
@@ -90,7 +94,9 @@ class StandingWeights:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Evaluation weights for a reader. Training weights that a backward may still need stand again afterwards."""
+        """Evaluation weights for a reader. Training weights that a backward may still need stand again
+        afterwards.
+        """
         if self.weights != TRAINING or not self.is_noisy:
             if self.weights == LATENT:
                 self.eval()
@@ -102,7 +108,9 @@ class StandingWeights:
             with ExitStack() as stack:
                 if torch.is_grad_enabled():
                     # A backward of what is computed here would meet the step's training weights.
-                    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, self._refuse_backward_of_reader)
+                    hooks = torch.autograd.graph.saved_tensors_hooks(
+                        lambda x: x, self._refuse_backward_of_reader
+                    )
                     stack.enter_context(hooks)
                 yield
         finally:
@@ -132,7 +140,9 @@ class StandingWeights:
 
     @in_map_context
     def evaluation_factors(self) -> list[Factors]:
-        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
+        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that
+        shards.
+        """
         return self._effective(None)
 
     def _check_standing_weights(self, parameter: nn.Parameter) -> None:
@@ -141,7 +151,9 @@ class StandingWeights:
             self._mixed_gradients = True
 
     def _were_changed(self) -> bool:
-        """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in and out, are fine."""
+        """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in
+        and out, are fine.
+        """
         if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
             return False
         expected = self._effective(self._noise() if self.weights == TRAINING else None)

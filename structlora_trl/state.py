@@ -1,6 +1,7 @@
 """What a run is between two steps, and the only place that knows how it is written down.
 
-A state is one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the adapter, written whole
+A state is one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the adapter,
+    written whole
 or not at all:
 
     header                       JSON: format, seed, step, skipped_steps, schedule, options; of each kind its modules,
@@ -37,10 +38,20 @@ from .older_state import FORMAT, upgrade
 
 STATE_NAME = "structlora.safetensors"
 
-# Options that shaped the weights which a state holds: other values would make other weights of them, or act on nothing.
-# (`side` and `roles` are compared by what they come to.) All others may change on resume, and act from there on.
+# Options that shaped the weights which a state holds: other values would make other weights of them, or act
+# on nothing. (`side` and `roles` are compared by what they come to.) All others may change on resume, and act
+# from there on.
 SHAPING = (
-    *("filter", "temperature", "hard_gates", "gate_init", "share_gates", "head_gates", "expert_gates", "align_init"),
+    *(
+        "filter",
+        "temperature",
+        "hard_gates",
+        "gate_init",
+        "share_gates",
+        "head_gates",
+        "expert_gates",
+        "align_init",
+    ),
     *("coordinator", "coordinator_layers", "activation", "edges"),
 )
 _START_ANEW = (
@@ -105,7 +116,13 @@ class State:
             for name, parameter in m.named_parameters():
                 entries |= {f"optimizer.{name}.{key}": x for key, x in moments.get(parameter, {}).items()}
             tensors |= {f"{m.kind.name}/{name}": _whole(x, name, slices) for name, x in entries.items()}
-        header = {"format": FORMAT, **counts, "schedule": vars(schedule), "options": config.options(), "kinds": facts}
+        header = {
+            "format": FORMAT,
+            **counts,
+            "schedule": vars(schedule),
+            "options": config.options(),
+            "kinds": facts,
+        }
         return cls(header, {name: x.detach().clone().contiguous() for name, x in tensors.items()})
 
     @property
@@ -201,7 +218,9 @@ class State:
         for name in sorted(facts.keys() | self.header["kinds"].keys()):
             own, found = facts.get(name), self.header["kinds"].get(name)
             if own is None or found is None:
-                raise _misfit(f"a state {'without' if found is None else 'with'} '{name}'", "the same modules as now")
+                raise _misfit(
+                    f"a state {'without' if found is None else 'with'} '{name}'", "the same modules as now"
+                )
             differing = [fact for fact in own if own[fact] != found[fact]]
             if differing:
                 fact = differing[0]
@@ -215,7 +234,11 @@ class State:
             shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m, self.step).items()}
         unknown, missing = (
             sorted(self.tensors.keys() - shapes),
-            sorted(name for name, (allowed, _) in shapes.items() if None not in allowed and name not in self.tensors),
+            sorted(
+                name
+                for name, (allowed, _) in shapes.items()
+                if None not in allowed and name not in self.tensors
+            ),
         )
         if unknown or missing:
             raise _misfit(
@@ -237,7 +260,9 @@ class State:
         return [f"{name} ({theirs[name]!r} -> {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
 
     def load_into(self, m: KindMap, slices: Slices, optimizer: torch.optim.Optimizer | None) -> Factors:
-        """Load a kind's part into its map and the maps' optimizer. Returns its latent factors, this rank's slices."""
+        """Load a kind's part into its map and the maps' optimizer. Returns its latent factors, this rank's
+        slices.
+        """
         device, own, moments = m.kind.device, {}, {}
         for name, x in self.of_kind(m.kind.name).items():
             x = _part(x, name, slices)
@@ -254,7 +279,8 @@ class State:
                 optimizer.state.pop(parameter, None)
                 if found:  # AdamW keeps `step` on the CPU
                     optimizer.state[parameter] = {
-                        key: x.clone() if key == "step" else x.to(device, copy=True) for key, x in found.items()
+                        key: x.clone() if key == "step" else x.to(device, copy=True)
+                        for key, x in found.items()
                     }
         return latent
 
@@ -271,7 +297,9 @@ def facts_of(m: KindMap) -> dict:
     }
 
 
-def _check_facts(modules: list[str], shape: list[int], per_depth: int, adapted: dict, sides: list[str]) -> None:
+def _check_facts(
+    modules: list[str], shape: list[int], per_depth: int, adapted: dict, sides: list[str]
+) -> None:
     """Raise ValueError where a header says of a kind what none can be."""
     experts = Adapted(**adapted).experts
     sizes = [*shape, per_depth, experts]
@@ -312,14 +340,16 @@ def _part(x: Tensor, name: str, slices: Slices) -> Tensor:
     return slices.part(x, name[-1]) if name[-2:] in ("_A", "_B") else x
 
 
-def save_state(runtime: Resumable, directory: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> Path:
+def save_state(
+    runtime: Resumable, directory: str | os.PathLike, state: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write the runtime's state to `directory/structlora.safetensors`, atomically.
 
     Under FSDP2 and ZeRO, call it on every rank; the first one writes.
 
     Args:
-        state (`dict[str, Tensor]`, *optional*): what `runtime.state_dict()` returned, where it was asked before. Every rank
-            that calls writes then.
+        state (`dict[str, Tensor]`, *optional*): what `runtime.state_dict()` returned, where it was asked
+            before. Every rank that calls writes then.
 
     Returns:
         `Path` of the file.
@@ -359,7 +389,8 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
     """Continue from the state that `save_state` wrote to `directory`.
 
     Raises:
-        StructLoRAError: no state file, one that is damaged, or one of other modules, shapes, rank or options that shaped its
+        StructLoRAError: no state file, one that is damaged, or one of other modules, shapes, rank or options
+        that shaped its
             weights. Nothing has changed then.
 
     Example:
@@ -403,7 +434,9 @@ def _json(text: str):
 def damaged(where: str, why: str) -> StructLoRAError:
     """The error for a state that no run can have written."""
     return StructLoRAError(
-        f"{where} damaged ({why})", "a state that StructLoRA finished writing", "resume from the checkpoint before"
+        f"{where} damaged ({why})",
+        "a state that StructLoRA finished writing",
+        "resume from the checkpoint before",
     )
 
 

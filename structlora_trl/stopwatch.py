@@ -12,8 +12,8 @@ import torch
 class Stopwatch:
     """Adds up the time of its `with` blocks; a block inside another counts once.
 
-    CUDA runs behind the host: a host clock would measure how long it takes to queue the work. There, events are queued with
-    the work and read once they have passed, so that no block makes the host wait.
+    CUDA runs behind the host: a host clock would measure how long it takes to queue the work. There, events
+    are queued with the work and read once they have passed, so that no block makes the host wait.
 
     Args:
         device (`torch.device`): where the blocks' work runs.

@@ -15,14 +15,15 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
     """Read the value of a `structlora` key, as YAML files, command lines and training arguments hold it.
 
     Args:
-        value (`StructLoRAConfig`, `dict`, `bool`, `str` or `Path`): options, True (all defaults) or False (plain LoRA);
-            the same as JSON or YAML text; or a YAML or JSON file with a `structlora` key.
+        value (`StructLoRAConfig`, `dict`, `bool`, `str` or `Path`): options, True (all defaults) or False
+            (plain LoRA); the same as JSON or YAML text; or a YAML or JSON file with a `structlora` key.
 
     Returns:
         `StructLoRAConfig`, or None for `false`.
 
     Raises:
-        StructLoRAError: nothing under the key, which may be meant either way; an unknown option, with the nearest known
+        StructLoRAError: nothing under the key, which may be meant either way; an unknown option, with the
+        nearest known
             one; a value out of range; a file that does not exist or has no such key; text that is neither.
     """
     if isinstance(value, (str, Path)):
@@ -49,7 +50,9 @@ def _parsed(text: str | Path) -> object:
             document = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
             if not isinstance(document, dict) or "structlora" not in document:
                 raise StructLoRAError(
-                    f"no `structlora` key in {text}", "its options under that key", "add `structlora: true`, or options"
+                    f"no `structlora` key in {text}",
+                    "its options under that key",
+                    "add `structlora: true`, or options",
                 )
             return document["structlora"]
         value = yaml.safe_load(text)
@@ -69,7 +72,8 @@ def _parsed(text: str | Path) -> object:
 
 
 def read_options(block: dict) -> dict:
-    """The options of a block, numbers as numbers; their values are not looked at, for a command line may add to them.
+    """The options of a block, numbers as numbers; their values are not looked at, for a command line may add
+    to them.
 
     Raises:
         StructLoRAError: an unknown option, with the nearest known one.

@@ -121,7 +121,12 @@ def _yaml_file(folder, block):
 
 def _json_file(folder, block):
     path = folder / "run.json"
-    arguments = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "structlora": yaml.safe_load(block)}
+    arguments = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "structlora": yaml.safe_load(block),
+    }
     path.write_text(json.dumps(arguments))
     return HfArgumentParser(StructLoRASFTConfig).parse_json_file(str(path))[0]
 
@@ -166,7 +171,9 @@ def test_training_arguments_have_one_field(read, block, expected, tmp_path):
 
 
 @pytest.mark.parametrize("read", [_python, _yaml_file, _json_file, _command_line, _named_file])
-@pytest.mark.parametrize("block, name", [("{gate_init: 2}", "gate_init"), ("{gates: 2}", "gates"), ("gcn", "gcn")])
+@pytest.mark.parametrize(
+    "block, name", [("{gate_init: 2}", "gate_init"), ("{gates: 2}", "gates"), ("gcn", "gcn")]
+)
 def test_training_arguments_refuse_other_options(read, block, name, tmp_path):
     with pytest.raises(StructLoRAError, match=name):
         read(tmp_path, block)
@@ -236,9 +243,9 @@ def test_every_field_has_help():
 def test_sft_config_keeps_its_own_fields(tmp_path):
     ours = StructLoRASFTConfig(str(tmp_path), use_cpu=True, bf16=False)
     plain = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    assert isinstance(ours, SFTConfig) and {f.name for f in fields(ours)} - {f.name for f in fields(plain)} == {
-        "structlora"
-    }
+    assert isinstance(ours, SFTConfig) and {f.name for f in fields(ours)} - {
+        f.name for f in fields(plain)
+    } == {"structlora"}
     for f in fields(SFTConfig):
         if f.name not in ("logging_dir", "run_name"):
             assert getattr(ours, f.name) == getattr(plain, f.name), f.name

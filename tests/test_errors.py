@@ -66,7 +66,9 @@ def two_adapters_one_active():
 
 
 def adalora():
-    config = AdaLoraConfig(r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=["q_proj"])
+    config = AdaLoraConfig(
+        r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=["q_proj"]
+    )
     return get_peft_model(base_model("llama"), config)
 
 
@@ -103,7 +105,9 @@ def grouped():
 CASES = {
     "no PEFT": (lambda: base_model("llama"), {}, "type LlamaForCausalLM.*a PEFT model.*get_peft_model"),
     "not LoRA": (
-        lambda: get_peft_model(base_model("llama"), IA3Config(target_modules=["v_proj"], feedforward_modules=[])),
+        lambda: get_peft_model(
+            base_model("llama"), IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+        ),
         {},
         "PEFT type IA3.*Expected LORA.*`LoraConfig`",
     ),
@@ -114,7 +118,11 @@ CASES = {
         {"adapter_name": "b"},
         r"adapter 'b', which is not active .default is.*model.set_adapter\('b'\)",
     ),
-    "all frozen": (lambda: frozen("lora_"), {}, "all 3 LoRA modules of adapter 'default' frozen.*is_trainable=True"),
+    "all frozen": (
+        lambda: frozen("lora_"),
+        {},
+        "all 3 LoRA modules of adapter 'default' frozen.*is_trainable=True",
+    ),
     "lora_A frozen": (lambda: frozen("lora_A"), {}, "lora_A of .*q_proj' frozen.*side='write'"),
     "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj' frozen.*filter='none'"),
     "in modules_to_save": (all_saved_in_full, {}, "inside `modules_to_save`.*out of `modules_to_save`"),
@@ -127,7 +135,11 @@ CASES = {
     "X-LoRA": (xlora, {}, "an X-LoRA model.*a LoRA adapter to train"),
     "tied weights": (tied, {}, "embed_tokens' and 'lm_head' in one memory.*ensure_weight_tying=False"),
     "block-diagonal": (block_diagonal, {}, "'default' with `use_bdlora`.*remove `use_bdlora`"),
-    "grouped convolution": (grouped, {}, "'blocks.0' with 4 rows of lora_A and 2 columns of lora_B.*`target_modules`"),
+    "grouped convolution": (
+        grouped,
+        {},
+        "'blocks.0' with 4 rows of lora_A and 2 columns of lora_B.*`target_modules`",
+    ),
     "one depth": (
         lambda: peft_model(layers_to_transform=[1]),
         {},
@@ -168,7 +180,9 @@ def test_no_lora_module_of_that_name():
     model.add_adapter("ia3ish", LoraConfig(r=4, target_modules=["q_proj"]))
     model.peft_config["empty"] = model.peft_config["default"]
     model.base_model.set_adapter("empty")
-    with pytest.raises(StructLoRAError, match="no LoRA module of adapter 'empty'.*adapters with LoRA: default, ia3ish"):
+    with pytest.raises(
+        StructLoRAError, match="no LoRA module of adapter 'empty'.*adapters with LoRA: default, ia3ish"
+    ):
         attach(model, optimizer, adapter_name="empty")
 
 
@@ -193,7 +207,9 @@ def test_parameters_replaced_after_attaching(part, count, kept, read):
     model.load_state_dict(weights, strict=False, assign=True)
     model.train()
     model(**FAMILIES["llama"].batch(0)).loss.backward()
-    with pytest.raises(StructLoRAError, match=f"{count} LoRA parameters of the model replaced.*`assign=True`"):
+    with pytest.raises(
+        StructLoRAError, match=f"{count} LoRA parameters of the model replaced.*`assign=True`"
+    ):
         optimizer.step() if read == "step" else model.state_dict()
 
 
@@ -239,7 +255,9 @@ def test_a_failed_attachment_leaves_nothing_behind():
 def test_optimizer_without_the_adapter():
     model = peft_model()
     some = list(lora_parameters(model).values())[:4]
-    with pytest.raises(StructLoRAError, match="8 of 12 trainable LoRA parameters missing from the optimizer .SGD."):
+    with pytest.raises(
+        StructLoRAError, match="8 of 12 trainable LoRA parameters missing from the optimizer .SGD."
+    ):
         attach(model, torch.optim.SGD(some, lr=0.1))
     with pytest.raises(StructLoRAError, match="an optimizer of type dict"):
         attach(model, {})
@@ -257,7 +275,9 @@ class Unhooked(torch.optim.Optimizer):
 
 def test_optimizers_that_run_no_hooks():
     model = peft_model()
-    with pytest.raises(StructLoRAError, match="Unhooked.*runs no hooks.*attach to the optimizer that it wraps"):
+    with pytest.raises(
+        StructLoRAError, match="Unhooked.*runs no hooks.*attach to the optimizer that it wraps"
+    ):
         attach(model, Unhooked(adamw(model)))
 
 
@@ -267,7 +287,9 @@ def perturb(model, optimizer):
         torch._foreach_add_(list(lora_parameters(model).values()), 1e-3)
 
 
-@pytest.mark.parametrize("move", [perturb, lambda model, _: adamw(model).step()], ids=["SAM", "another optimizer"])
+@pytest.mark.parametrize(
+    "move", [perturb, lambda model, _: adamw(model).step()], ids=["SAM", "another optimizer"]
+)
 def test_weights_that_move_without_the_optimizer(move):
     model = peft_model()
     optimizer = adamw(model)
@@ -341,7 +363,9 @@ def test_optimizers_that_step_in_the_backward_pass(tmp_path):
 def test_resume_without_our_state(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     sft(tmp_path, None, **options).train()
-    with pytest.raises(StructLoRAError, match=f"no {STATE_NAME} in .*checkpoint-4.*without `resume_from_checkpoint`"):
+    with pytest.raises(
+        StructLoRAError, match=f"no {STATE_NAME} in .*checkpoint-4.*without `resume_from_checkpoint`"
+    ):
         sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=True)
 
 

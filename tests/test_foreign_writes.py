@@ -29,7 +29,9 @@ def backward(model):
 def other_weights(model) -> dict:
     generator = torch.Generator().manual_seed(4)
     state = get_peft_model_state_dict(model)
-    return {name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
+    return {
+        name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in state.items()
+    }
 
 
 def by_load_state_dict(model, new):
@@ -198,7 +200,9 @@ def test_hooks_on_the_step_that_stood_before_see_evaluation_weights():
     model = peft_model(targets=FAMILIES["llama"].linear)
     optimizer, seen = adamw(model), {}
     parameters = lora_parameters(model)
-    optimizer.register_step_post_hook(lambda *_: seen.update({n: p.detach().clone() for n, p in parameters.items()}))
+    optimizer.register_step_post_hook(
+        lambda *_: seen.update({n: p.detach().clone() for n, p in parameters.items()})
+    )
     attach(model, optimizer)
     for step in range(3):
         train(model, "llama", optimizer, 1, first=step)

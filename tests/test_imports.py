@@ -29,7 +29,9 @@ ALLOWED = {
 
 @pytest.mark.parametrize("module", ALLOWED)
 def test_modules_import_what_they_need_and_no_more(module):
-    code = f"import json, sys, {module}; print(json.dumps([n for n in {sorted(LIBRARIES)} if n in sys.modules]))"
+    code = (
+        f"import json, sys, {module}; print(json.dumps([n for n in {sorted(LIBRARIES)} if n in sys.modules]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert set(json.loads(done.stdout.splitlines()[-1])) <= ALLOWED[module]
 
@@ -54,7 +56,9 @@ def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            names = [name if (name := f"{source}.{alias.name}") in modules else source for alias in node.names]
+            names = [
+                name if (name := f"{source}.{alias.name}") in modules else source for alias in node.names
+            ]
         yield from (name for name in names if name in modules)
 
 

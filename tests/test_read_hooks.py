@@ -69,7 +69,9 @@ def in_the_optimizer(model, optimizer):
 
 
 def generated(model):
-    out = model.generate(PROMPT, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    out = model.generate(
+        PROMPT, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     return torch.cat(out.logits)
 
 
@@ -111,7 +113,9 @@ def of_a_part(model, part):
     """Logits, where a part that lies within the model is what is called."""
     model.eval()
     seen, whole = [], FAMILIES["llama"].batch(99)
-    keep = part.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    keep = part.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     with torch.no_grad():
         logits = model(**whole).logits
         keep.remove()

@@ -145,7 +145,9 @@ def test_a_closure_is_evaluated_before_the_step():
 
 
 def test_optimizers_that_evaluate_within_a_step_are_refused():
-    model, optimizer, runtime = setup(lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1))
+    model, optimizer, runtime = setup(
+        lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1)
+    )
     before = weights_of(model)
 
     def closure():
@@ -237,7 +239,9 @@ def test_freezing_for_a_while_leaves_the_latents():
         loss_of(model, "llama", 1)
         logits_of(model, "llama")
     assert runtime.step == 8
-    assert all(torch.equal(before, now.B) for before, now in zip(latents, runtime.engine.read_latents(), strict=True))
+    assert all(
+        torch.equal(before, now.B) for before, now in zip(latents, runtime.engine.read_latents(), strict=True)
+    )
 
 
 def test_unfreezing_is_refused():
@@ -360,9 +364,15 @@ def test_maps_learning_rates_follow_the_schedule():
         train(model, "llama", optimizer, 1, first=seed)
         schedule.step() if seed < 2 else None
         after = snapshot(runtime)
-        moved = max((after[n] - before[n]).abs().max().item() for n in before if n.endswith("filters.0.logits"))
+        moved = max(
+            (after[n] - before[n]).abs().max().item() for n in before if n.endswith("filters.0.logits")
+        )
         if share == 0:
-            assert all(torch.equal(before[n], after[n]) for n in before if n.endswith(("latent_A", "logits", "theta")))
+            assert all(
+                torch.equal(before[n], after[n])
+                for n in before
+                if n.endswith(("latent_A", "logits", "theta"))
+            )
         else:  # AdamW's steps are about its rate
             assert moved == pytest.approx(0.5 * share, rel=0.3)
         assert runtime.metrics()["structlora/peak_lr"] == optimizer.param_groups[0]["initial_lr"]
@@ -459,7 +469,9 @@ def test_detach_leaves_plain_lora():
     runtime.train()
     runtime.detach()
     for kind, factors in zip(runtime.kinds, runtime.evaluation_factors(), strict=True):
-        assert torch.equal(torch.stack(list(kind.A)), factors.A) and torch.equal(torch.stack(list(kind.B)), factors.B)
+        assert torch.equal(torch.stack(list(kind.A)), factors.A) and torch.equal(
+            torch.stack(list(kind.B)), factors.B
+        )
     calls = runtime.hook_calls
     train(model, "llama", optimizer, 1)
     assert runtime.hook_calls == calls

@@ -47,4 +47,6 @@ def test_rows_have_names_of_their_own():
 
 def test_the_page_is_made_from_the_rows():
     made = runpy.run_path(str(ROOT / "docs" / "what_runs.py"))["page"]()
-    assert made == (ROOT / "docs" / "what-runs.md").read_text(encoding="utf-8"), "run `python docs/what_runs.py`"
+    assert made == (ROOT / "docs" / "what-runs.md").read_text(encoding="utf-8"), (
+        "run `python docs/what_runs.py`"
+    )

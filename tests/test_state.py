@@ -55,7 +55,9 @@ class Loop:
 
 
 def same(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+    return left.keys() == right.keys() and all(
+        torch.equal(value, right[name]) for name, value in left.items()
+    )
 
 
 def tensors_of(runtime) -> dict:
@@ -120,7 +122,11 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
     changed = start(**{**others, **change})
     if name in REFUSED:
         before = re.escape(repr({**StructLoRAConfig().options(), **OPTIONS}[name]))
-        message = "sides .*set `side` and `roles`" if name in ("side", "roles") else f"resume with {name}={before}; or"
+        message = (
+            "sides .*set `side` and `roles`"
+            if name in ("side", "roles")
+            else f"resume with {name}={before}; or"
+        )
         assert_refused(lambda: load_state(changed.runtime, tmp_path), changed, message)
         return
     changed.enter(tmp_path, *saved)
@@ -142,7 +148,9 @@ def test_no_filter_goes_on_from_another(there, tmp_path):
             load_state(loop.runtime, tmp_path)
         else:
             assert_refused(
-                lambda loop=loop: load_state(loop.runtime, tmp_path), loop, f"resume with filter='{there}'; or"
+                lambda loop=loop: load_state(loop.runtime, tmp_path),
+                loop,
+                f"resume with filter='{there}'; or",
             )
 
 
@@ -162,7 +170,11 @@ def test_another_adapter_name_may_go_on(tmp_path):
         ({}, {"rank": 2}, r"shape \[3, 2, 32, 32\] of 'model.layers.*q_proj'.*Expected \[3, 4, 32, 32\]"),
         ({}, {"targets": FAMILIES["llama"].linear}, "with .*down_proj"),
         ({}, {"targets": ["q_proj"]}, "without .*v_proj"),
-        ({"layers_to_transform": [0, 1]}, {"layers_to_transform": [1, 2]}, r"modules .*layers.1.*Expected .*layers.0"),
+        (
+            {"layers_to_transform": [0, 1]},
+            {"layers_to_transform": [1, 2]},
+            r"modules .*layers.1.*Expected .*layers.0",
+        ),
         ({}, {"init": "pissa"}, "only in the state: .*origin_B"),
     ],
 )

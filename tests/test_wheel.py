@@ -40,7 +40,11 @@ print(json.dumps(found))
 
 def run(*command, **environment) -> str:
     done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env={**os.environ, **environment}, cwd=ROOT.parent
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT.parent,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -74,7 +78,9 @@ def bare(wheel, tmp_path_factory) -> Path:
 
 def modules(folder: Path, package: str) -> set[str]:
     """Files of a package in this checkout, as they are named in the wheel."""
-    paths = (p.relative_to(folder) for p in folder.rglob("*.py") if "tests" not in p.relative_to(folder).parts)
+    paths = (
+        p.relative_to(folder) for p in folder.rglob("*.py") if "tests" not in p.relative_to(folder).parts
+    )
     return {f"{package}/{path.as_posix()}" for path in paths}
 
 
@@ -96,7 +102,9 @@ def test_what_the_package_imports_is_what_the_wheel_asks_for(wheel):
     (metadata,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     asked = {
-        name.lower() for name, rest in re.findall(r"^Requires-Dist: ([\w.-]+)(.*)", text, re.M) if "extra" not in rest
+        name.lower()
+        for name, rest in re.findall(r"^Requires-Dist: ([\w.-]+)(.*)", text, re.M)
+        if "extra" not in rest
     }
     imported = set()
     for path in (ROOT / "structlora_trl").rglob("*.py"):
@@ -117,6 +125,10 @@ def test_commands_give_help_in_a_bare_environment(bare):
 def test_every_module_imports_from_the_wheel(bare):
     """With the libraries of this environment, and in it the wheel's own files."""
     libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    found = json.loads(run(bare / "python", "-c", IMPORTS, PYTHONPATH=os.pathsep.join(libraries)).splitlines()[-1])
-    assert {f"structlora_trl.integrations.{door}" for door in ("axolotl", "llamafactory", "ms_swift")} <= found.keys()
+    found = json.loads(
+        run(bare / "python", "-c", IMPORTS, PYTHONPATH=os.pathsep.join(libraries)).splitlines()[-1]
+    )
+    assert {
+        f"structlora_trl.integrations.{door}" for door in ("axolotl", "llamafactory", "ms_swift")
+    } <= found.keys()
     assert all(Path(path).is_relative_to(bare.parent) for path in found.values())

@@ -83,12 +83,18 @@ REPORT = "REPORT "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--processes", nargs="+", type=int, default=COUNTED_PROCESSES, help="of the counts")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--counts", action="store_true", help="counts and the analytical model, without times")
-    parser.add_argument("--paper", action="store_true", help="the analytical model alone, without a measurement")
+    parser.add_argument(
+        "--counts", action="store_true", help="counts and the analytical model, without times"
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="the analytical model alone, without a measurement"
+    )
     parser.add_argument("--worker", choices=("times", "counts"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -108,7 +114,9 @@ def main() -> None:
             "counts": counts,
         }
     print(json.dumps({**report, "paper": scale.estimates(scale.work_of(counts.get(2, {})))}))
-    problems = [p for n, engines in counts.items() for e, found in engines.items() for p in disagreements(n, e, found)]
+    problems = [
+        p for n, engines in counts.items() for e, found in engines.items() for p in disagreements(n, e, found)
+    ]
     if problems:
         sys.exit("\n".join(problems))
 
@@ -116,13 +124,30 @@ def main() -> None:
 def start(what: str, engine: str, processes: int, quick: bool) -> dict:
     """Measure one engine in processes of its own: DeepSpeed lets go of no model while they live."""
     progress(f"{what} of {engine} at {processes} processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["--module", __spec__.name, "--worker", what, "--engines", engine, *(["--quick"] if quick else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    command += [
+        "--module",
+        __spec__.name,
+        "--worker",
+        what,
+        "--engines",
+        engine,
+        *(["--quick"] if quick else []),
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     reports = [line.removeprefix(REPORT) for line in done.stdout.splitlines() if line.startswith(REPORT)]
     if not reports:
-        sys.exit(f"{engine}: the processes ended with code {done.returncode} and no report\n{done.stdout[-2000:]}")
+        sys.exit(
+            f"{engine}: the processes ended with code {done.returncode} and no report\n{done.stdout[-2000:]}"
+        )
     return json.loads(reports[0])
 
 
@@ -232,7 +257,9 @@ def time_figures(rounds: list[dict[str, dict[str, float]]]) -> dict:
         ratios = {m: [r[m][clock] / r["lora"][clock] for r in rounds] for m in OURS}
         figures[f"{clock}_time_ratio"] = {m: round(statistics.median(r), 4) for m, r in ratios.items()}
         figures[f"{clock}_time_ratio_quartiles"] = {m: quartiles(r) for m, r in ratios.items()}
-        figures[f"{clock}_seconds"] = {m: round(statistics.median(r[m][clock] for r in rounds), 3) for m in METHODS}
+        figures[f"{clock}_seconds"] = {
+            m: round(statistics.median(r[m][clock] for r in rounds), 3) for m in METHODS
+        }
     return figures
 
 
@@ -430,7 +457,9 @@ def held_bytes(runtime: Runtime) -> int:
             waiting += thing.values()
         elif isinstance(thing, (list, tuple)):
             waiting += thing
-        elif type(thing).__module__.startswith("structlora_trl") or isinstance(thing, (nn.ModuleDict, nn.ModuleList)):
+        elif type(thing).__module__.startswith("structlora_trl") or isinstance(
+            thing, (nn.ModuleDict, nn.ModuleList)
+        ):
             waiting += vars(thing).values()
     return sum(found.values())
 

@@ -117,19 +117,30 @@ STACKS = (
             "down_proj": (28672, 8192),
         },
     ),
-    *(Stack(f"{n} depths", n, 8, {"q_proj": (4096, 4096), "v_proj": (4096, 4096)}) for n in (125, 250, 500, 1000)),
+    *(
+        Stack(f"{n} depths", n, 8, {"q_proj": (4096, 4096), "v_proj": (4096, 4096)})
+        for n in (125, 250, 500, 1000)
+    ),
 )
 MAP_WARM_UP, MAP_STEPS, REBUILDS = 2, 7, 3
 NEVER = 10**9  # steps between rebuilds of the semantic edges
-SHARED_GRADIENT = 1.5  # norm that all depths' gradients share, to that of each one's own: semantic edges are drawn
+SHARED_GRADIENT = (
+    1.5  # norm that all depths' gradients share, to that of each one's own: semantic edges are drawn
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="end within 5 minutes")
     parser.add_argument("--map", action="store_true", help="time the map alone, on factors of large models")
-    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds, not wall seconds")
-    parser.add_argument("--rss-of", choices=METHODS, help="print the resident memory of one method in this process")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's CPU seconds, not wall seconds"
+    )
+    parser.add_argument(
+        "--rss-of", choices=METHODS, help="print the resident memory of one method in this process"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock(device, arguments.cpu_time)
@@ -148,7 +159,9 @@ def main() -> None:
 
 
 def setting(device: torch.device, clock: Clock) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
+    )
     return {"device": name, "torch": torch.__version__, "time": "cpu" if clock.cpu_time else "wall"}
 
 
@@ -193,7 +206,9 @@ class HookTimer:
 class Trainee:
     """A model, one of the methods on it, and the loop that trains it."""
 
-    def __init__(self, method: str, device: torch.device, clock: Clock, workload: Workload = SMOLLM2_WORKLOAD):
+    def __init__(
+        self, method: str, device: torch.device, clock: Clock, workload: Workload = SMOLLM2_WORKLOAD
+    ):
         config = LlamaConfig(**workload.shape)
         with device:  # a large model is drawn there in seconds, and never as a whole in fp32
             base = AutoModelForCausalLM.from_config(config, dtype=workload.dtype)
@@ -278,7 +293,9 @@ def time_figures(rounds: list[dict[str, tuple[float, float]]]) -> dict:
         "step_time_ratio_quartiles": {m: quartiles(r) for m, r in ratios.items()},
         "step_ms": {m: milliseconds(statistics.median(s)) for m, s in seconds.items()},
         "added_ms": {m: milliseconds(value) for m, value in added.items()},
-        "added_ratio": {m: round(1 + value / statistics.median(seconds["lora"]), 4) for m, value in added.items()},
+        "added_ratio": {
+            m: round(1 + value / statistics.median(seconds["lora"]), 4) for m, value in added.items()
+        },
     }
 
 

@@ -110,7 +110,9 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
     for side in sides_of(stack, method):
         if not side.is_moved:
             continue
-        writes = 2 if side.is_noisy else 1  # evaluation weights after a step, and training weights before the next
+        writes = (
+            2 if side.is_noisy else 1
+        )  # evaluation weights after a step, and training weights before the next
         is_whole = is_whole_in_model(side, engine)
         if is_whole:
             for write in wholes[:writes]:
@@ -212,7 +214,9 @@ def held(stack: Stack, method: str, engine: str, ranks: int) -> Held:
         FP32 * means,
         FP32 * origins,
         INT64 * places,
-        FP32 * (4 * logits + 3 * theta) + graphs + norms,  # with two moments; of logits also the gates at the start
+        FP32 * (4 * logits + 3 * theta)
+        + graphs
+        + norms,  # with two moments; of logits also the gates at the start
         0 if engine == "ddp" else 2 * INT64 * ranks * 2 * kinds * stack.depths,
     )
 
@@ -304,7 +308,9 @@ def estimates(work: dict[str, dict[str, Work]]) -> dict[str, dict]:
     big = next(stack for stack in STACKS if stack.name == "LLaMA-70B")
     return {
         f"LLaMA-70B, {len(big.widths)} targets, r={rank}, {engine}, {gpus} GPUs, {method}": asdict(
-            estimate(Stack(big.name, big.depths, rank, big.widths), method, engine, gpus, work[engine][method])
+            estimate(
+                Stack(big.name, big.depths, rank, big.widths), method, engine, gpus, work[engine][method]
+            )
         )
         for rank in (16, 64)
         for gpus in (64, 1024)
@@ -318,7 +324,9 @@ def estimate(stack: Stack, method: str, engine: str, gpus: int, work: Work) -> E
     n - 1 hops, small all-reduces trees of 2 log2 n."""
     found, parameters = communication(stack, method, engine, gpus, BF16), parameter_count(stack)
     share = FP32 * parameters / gpus
-    exchange = found.busiest_bytes / LINK_BANDWIDTH + found.exchanges * (HOP_SECONDS + (gpus - 1) * MESSAGE_SECONDS)
+    exchange = found.busiest_bytes / LINK_BANDWIDTH + found.exchanges * (
+        HOP_SECONDS + (gpus - 1) * MESSAGE_SECONDS
+    )
     gather = found.gathered_bytes / LINK_BANDWIDTH + found.gathers * (gpus - 1) * HOP_SECONDS
     reduce = 2 * found.reduced_bytes / LINK_BANDWIDTH + found.reductions * 2 * log2(gpus) * HOP_SECONDS
     operations = len(stack.widths) * (work.of_kind + 2 * stack.depths * work.of_factor)

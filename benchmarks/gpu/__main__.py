@@ -36,11 +36,15 @@ GRACE = 5  # seconds that `cost` is told to end before it is stopped
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="one model family, one engine, two methods")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for all parts (default: {MINUTES})")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"time for all parts (default: {MINUTES})"
+    )
     parser.add_argument("--output", type=Path, default=Path("gpu-output"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -74,7 +78,11 @@ def run_part(part: str, device: str, quick: bool, seconds: float) -> dict:
         file = Path(folder) / "rows"
         environment = {**os.environ, **variables(device), rows.FILE: str(file)}
         status, output = run_within(seconds, command(part, device, quick, seconds), environment)
-        ended = f"did not end within {seconds:.0f} s" if status is None else f"its process ended with code {status}"
+        ended = (
+            f"did not end within {seconds:.0f} s"
+            if status is None
+            else f"its process ended with code {status}"
+        )
         found = rows.read(file, missing=f"{ended}\n{output}")
     if not found or (status and all(row.outcome != rows.FAILED for row in found)):
         found.append(rows.Row(part, rows.FAILED, f"{ended}\n{output}"))
@@ -87,11 +95,29 @@ def run_part(part: str, device: str, quick: bool, seconds: float) -> dict:
 
 def command(part: str, device: str, quick: bool, seconds: float) -> list[str]:
     if part == "cost":
-        options = ["--device", device, "--seconds", f"{max(seconds - GRACE, 1):.0f}", *(["--quick"] if quick else [])]
+        options = [
+            "--device",
+            device,
+            "--seconds",
+            f"{max(seconds - GRACE, 1):.0f}",
+            *(["--quick"] if quick else []),
+        ]
         return [sys.executable, "-m", "benchmarks.gpu.cost", *options]
     tests = str(ROOT / "tests" / "cuda" / TESTS[part])
     marks = "cuda and not slow" if quick else "cuda"
-    return [sys.executable, "-m", "pytest", "-q", "-p", rows.__name__, "-p", "no:cacheprovider", "-m", marks, tests]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        rows.__name__,
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        marks,
+        tests,
+    ]
 
 
 def variables(device: str) -> dict[str, str]:

@@ -64,7 +64,10 @@ TINY_SHAPE = {
     "num_key_value_heads": 2,
 }
 TOKENS, TINY_TOKENS = 2048, 32
-LEAST_GB = {"1B": 16, "8B": 60}  # weights, the activations of one sequence without checkpointing, and logits in fp32
+LEAST_GB = {
+    "1B": 16,
+    "8B": 60,
+}  # weights, the activations of one sequence without checkpointing, and logits in fp32
 WARM_UP, LEAST_STEPS, MOST_STEPS, QUICK_STEPS = 3, 3, 30, 5
 PROFILED_OPERATORS = 12
 GB = 1e9
@@ -86,7 +89,13 @@ def main() -> None:
     rows.plan([*(name(*cell) for cell in cells), *(profile_name(*cell) for cell in profiles)])
 
     # What a process loads and keeps once would count as the first method's.
-    measure("lora", Workload(TINY_SHAPE, TARGETS["q+v"], 1, TINY_TOKENS, torch.bfloat16), device, seconds=0, most=1)
+    measure(
+        "lora",
+        Workload(TINY_SHAPE, TARGETS["q+v"], 1, TINY_TOKENS, torch.bfloat16),
+        device,
+        seconds=0,
+        most=1,
+    )
     empty(device)
 
     left = len(cells) + len(profiles)
@@ -94,7 +103,9 @@ def main() -> None:
     for shape, targets, method in cells:
         workload = Workload(shapes[shape], TARGETS[targets], 1, tokens, torch.bfloat16)
         seconds = (deadline - time.perf_counter()) / left
-        row = guarded(name(shape, targets, method), shape, device, measure, method, workload, device, seconds, most)
+        row = guarded(
+            name(shape, targets, method), shape, device, measure, method, workload, device, seconds, most
+        )
         if method == "lora":
             of_lora[shape, targets] = row.figures
         if row.figures and of_lora[shape, targets]:
@@ -119,7 +130,9 @@ def guarded(what: str, shape: str, device: torch.device, work: Callable[..., dic
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / GB
         if memory < LEAST_GB[shape]:
-            return rows.Row(what, rows.SKIPPED, f"needs {LEAST_GB[shape]} GB of GPU memory; this GPU has {memory:.0f}")
+            return rows.Row(
+                what, rows.SKIPPED, f"needs {LEAST_GB[shape]} GB of GPU memory; this GPU has {memory:.0f}"
+            )
     print(what, flush=True)
     started = time.perf_counter()
     try:
@@ -136,7 +149,9 @@ def empty(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(method: str, workload: Workload, device: torch.device, seconds: float, most: int = MOST_STEPS) -> dict:
+def measure(
+    method: str, workload: Workload, device: torch.device, seconds: float, most: int = MOST_STEPS
+) -> dict:
     """Median step of one method, and the peak of the allocator from an empty device to the end of its first steps."""
     deadline = time.perf_counter() + seconds
     clock, trainees = Clock(device, cpu_time=False), []

@@ -35,7 +35,9 @@ def describe(device: str) -> dict:
     if device == "cuda":
         properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         found |= {
-            "gpus": [f"{p.name}, {p.total_memory / BYTES_PER_GB:.0f} GB, {p.major}.{p.minor}" for p in properties],
+            "gpus": [
+                f"{p.name}, {p.total_memory / BYTES_PER_GB:.0f} GB, {p.major}.{p.minor}" for p in properties
+            ],
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         }

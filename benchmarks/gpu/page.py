@@ -20,7 +20,9 @@ def write(report: dict) -> str:
     """Markdown of a report as `benchmarks.gpu` writes it to JSON."""
     machine = report["machine"]
     lines = [
-        "# StructLoRA on a GPU" if machine["device"] == "cuda" else "# StructLoRA on a CPU, as a rehearsal for a GPU",
+        "# StructLoRA on a GPU"
+        if machine["device"] == "cuda"
+        else "# StructLoRA on a CPU, as a rehearsal for a GPU",
         "",
     ]
     if machine["device"] != "cuda":
@@ -36,7 +38,14 @@ def write(report: dict) -> str:
         lines += [_line(row) for row in found["rows"]] + [""]
         for row in found["rows"]:
             if row["outcome"] == rows.FAILED:
-                lines += [f"`{row['name']}` failed:", "", "```text", row["reason"].replace("```", "'''"), "```", ""]
+                lines += [
+                    f"`{row['name']}` failed:",
+                    "",
+                    "```text",
+                    row["reason"].replace("```", "'''"),
+                    "```",
+                    "",
+                ]
     return "\n".join(lines)
 
 
@@ -45,7 +54,11 @@ def _line(row: dict) -> str:
     if outcome == rows.SKIPPED:
         outcome += f": {row['reason']}"
     figures = "; ".join(f"{name} {_value(value)}" for name, value in row["figures"].items())
-    return "| " + " | ".join(_cell(text) for text in (row["name"], outcome, figures, f"{row['seconds']:.1f}")) + " |"
+    return (
+        "| "
+        + " | ".join(_cell(text) for text in (row["name"], outcome, figures, f"{row['seconds']:.1f}"))
+        + " |"
+    )
 
 
 def _value(value) -> str:

@@ -45,7 +45,9 @@ def add(row: Row) -> None:
 
 def read(file: Path, missing: str) -> list[Row]:
     """All rows; a planned one that is not there has failed, and `missing` says why."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    )
     planned = [name for line in lines if "planned" in line for name in line["planned"]]
     found = {line["name"]: Row(**line) for line in lines if "planned" not in line}
     return [found.get(name) or Row(name, FAILED, missing) for name in dict.fromkeys([*planned, *found])]
@@ -66,7 +68,15 @@ def pytest_collection_finish(session):
 def pytest_runtest_logreport(report):
     # A test that is skipped or fails before it is called has no report of the call.
     if report.when == "call" or (report.when == "setup" and not report.passed):
-        add(Row(_name(report.nodeid), report.outcome, _reason(report), report.duration, dict(report.user_properties)))
+        add(
+            Row(
+                _name(report.nodeid),
+                report.outcome,
+                _reason(report),
+                report.duration,
+                dict(report.user_properties),
+            )
+        )
     elif report.failed:
         add(Row(_name(report.nodeid), FAILED, _reason(report), report.duration))
 

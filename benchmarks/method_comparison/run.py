@@ -43,7 +43,9 @@ def copy_experiment(suite: Path, name: str, config: StructLoRAConfig) -> str:
     """
     source = suite / "experiments" / name
     if not (source / "adapter_config.json").is_file():
-        known = sorted(path.parent.name for path in (suite / "experiments" / "lora").glob("*/adapter_config.json"))
+        known = sorted(
+            path.parent.name for path in (suite / "experiments" / "lora").glob("*/adapter_config.json")
+        )
         raise SystemExit(f"No experiment {source}. LoRA experiments of this suite: {', '.join(known)}.")
     target = Path("experiments") / "structlora" / Path(name).name
     shutil.copytree(source, suite / target, dirs_exist_ok=True)
@@ -64,13 +66,19 @@ def attach_to(run: ModuleType, config: StructLoRAConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suite", type=Path, help="folder of the suite, in a checkout of PEFT")
     parser.add_argument("experiment", help="a LoRA experiment of the suite")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of StructLoRA")
-    parser.add_argument("--clean", action="store_true", help="delete the trained adapter, as the suite's flag does")
+    parser.add_argument(
+        "--clean", action="store_true", help="delete the trained adapter, as the suite's flag does"
+    )
     given = parser.parse_args(arguments)
-    config = StructLoRAConfig.build({k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in given.options)})
+    config = StructLoRAConfig.build(
+        {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in given.options)}
+    )
 
     experiment = copy_experiment(given.suite, given.experiment, config)
     os.chdir(given.suite)  # where the suite looks for `experiments/`, and Python for its modules

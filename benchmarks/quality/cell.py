@@ -57,7 +57,9 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         selection.cut_now()
     train(selection.end if selection else 0, task.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and f".{task.head}." in name)
+    head = sum(
+        p.numel() for name, p in model.named_parameters() if p.requires_grad and f".{task.head}." in name
+    )
     own = sum(p.numel() for m in runtime.maps for p in m.parameters()) if runtime else 0
     training_seconds = time.process_time() - cpu_started + (selection.cpu_seconds if selection else 0)
     _, validation, test = task.load()
@@ -85,6 +87,8 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     if selection:
         return line | {"selection": selection.summary()}
     if method_name == "lora" and rank == SCALED_RANK:
-        figures = scaled(model, line["validation"], lambda: evaluate(model, validation), lambda: evaluate(model, test))
+        figures = scaled(
+            model, line["validation"], lambda: evaluate(model, validation), lambda: evaluate(model, test)
+        )
         line["scaled"] = figures or {"scale": 1.0, **line["test"]}
     return line | truncated(model, rank, lambda: evaluate(model, test))

@@ -32,12 +32,25 @@ from torch import Tensor, nn
 from .measures import kind_of, lora_factors
 from .tasks import Split
 
-RULES = ("fisher", "held-back", "gain", "true-fisher", "snr", "relative", "norm", "random", "singular", "uniform")
+RULES = (
+    "fisher",
+    "held-back",
+    "gain",
+    "true-fisher",
+    "snr",
+    "relative",
+    "norm",
+    "random",
+    "singular",
+    "uniform",
+)
 HOLD_BACK = ("held-back", "gain")
 HELD_BACK_SHARE = 0.25  # of the training examples
 SINGULAR = ("singular", "uniform")
 
-_REACHED: dict[tuple, tuple] = {}  # runs at the step of their cut: weights, states, gates' gradients, CPU seconds
+_REACHED: dict[
+    tuple, tuple
+] = {}  # runs at the step of their cut: weights, states, gates' gradients, CPU seconds
 
 
 @dataclass(frozen=True)
@@ -68,17 +81,27 @@ class Selection:
         seed (`int`): of the random rule and of the labels that are drawn.
     """
 
-    def __init__(self, cut: Cut, model: nn.Module, optimizer, training: Split, steps: int, batch: int, seed: int):
+    def __init__(
+        self, cut: Cut, model: nn.Module, optimizer, training: Split, steps: int, batch: int, seed: int
+    ):
         if cut.rule not in RULES:
             raise SystemExit(f"found the rule {cut.rule}, expected one of {', '.join(RULES)}")
-        self.cut, self.model, self.optimizer, self.training, self.batch = cut, model, optimizer, training, batch
+        self.cut, self.model, self.optimizer, self.training, self.batch = (
+            cut,
+            model,
+            optimizer,
+            training,
+            batch,
+        )
         self.modules = lora_factors(model)
         self.end = round(cut.at * steps)
         self.begin = self.end // 2
         self.holds_back = cut.rule in HOLD_BACK
         self.trained_on = len(training) - round(HELD_BACK_SHARE * len(training)) * self.holds_back
         self.generator = torch.Generator().manual_seed(seed + 2_000_000)
-        self.gradients: dict[str, list[Tensor]] = {}  # by where labels are from, (M, r) of each step; M: modules
+        self.gradients: dict[
+            str, list[Tensor]
+        ] = {}  # by where labels are from, (M, r) of each step; M: modules
         self.kept: Tensor | None = None  # (M, r), once the cut was made
         self.cpu_seconds = 0.0  # of the part before the cut, where another run made it
 
@@ -125,7 +148,9 @@ class Selection:
             return torch.autograd.grad(self.model(**batch.inputs, labels=labels).loss, Bs)
 
         if self.holds_back:
-            held_back = torch.arange(self.trained_on, len(self.training)).roll(-(step - self.begin) * self.batch)
+            held_back = torch.arange(self.trained_on, len(self.training)).roll(
+                -(step - self.begin) * self.batch
+            )
             batch = self.training[held_back[: self.batch]]
             keep("held back", of(batch, batch.labels))
         else:
@@ -156,8 +181,12 @@ class Selection:
         rule = self.cut.rule
         sizes = torch.stack([A.norm(dim=1) * B.norm(dim=0) for A, B in self.modules.values()])
         if rule == "random":
-            return torch.rand(sizes.shape, generator=self.generator.manual_seed(self.generator.initial_seed()))
-        if rule == "uniform":  # the singular values of a module are in order: its first ones before all second ones
+            return torch.rand(
+                sizes.shape, generator=self.generator.manual_seed(self.generator.initial_seed())
+            )
+        if (
+            rule == "uniform"
+        ):  # the singular values of a module are in order: its first ones before all second ones
             return -torch.arange(sizes.shape[1]).expand_as(sizes).float()
         if rule in ("norm", "singular"):
             return sizes

@@ -27,7 +27,8 @@ def figures(runs: pd.DataFrame) -> pd.DataFrame:
     """
     counts = [runs[f"{split}.right"].str.partition(":")[0].astype(int) for split in SPLITS]
     pooled = {
-        name: sum(count * runs[f"{split}.{name}"] for count, split in zip(counts, SPLITS, strict=True)) / sum(counts)
+        name: sum(count * runs[f"{split}.{name}"] for count, split in zip(counts, SPLITS, strict=True))
+        / sum(counts)
         for name in ("accuracy", "nll", "ece")
     }
     return pd.DataFrame(pooled, index=runs.index)
@@ -42,7 +43,9 @@ def resampled(ours: pd.DataFrame, theirs: pd.DataFrame, task: str) -> np.ndarray
         ours, theirs (`pd.DataFrame`): runs with the same seeds in the same order.
         task (`str`): what the draws follow from.
     """
-    gaps = np.stack([_right(one) - _right(two) for one, two in zip(_rows(ours), _rows(theirs), strict=True)])  # (S, E)
+    gaps = np.stack(
+        [_right(one) - _right(two) for one, two in zip(_rows(ours), _rows(theirs), strict=True)]
+    )  # (S, E)
     seeds, examples = gaps.shape
     rng = np.random.default_rng(zlib.crc32(task.encode()))
     of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds

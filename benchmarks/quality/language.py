@@ -81,13 +81,22 @@ def _numbers() -> tuple[list[Example], ...]:
 
 
 LANGUAGE_TASKS = {
-    "smollm-movie": LanguageTask("sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False, 40),
+    "smollm-movie": LanguageTask(
+        "sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False, 40
+    ),
     "smollm-movie-few": LanguageTask("the same, five passes", _movie, False, passes=5, others=OTHERS),
     "smollm-movie-few-all": LanguageTask(
-        "the same, five passes, all linear modules adapted", _movie, False, passes=5, targets=CHAT_LINEAR, others=OTHERS
+        "the same, five passes, all linear modules adapted",
+        _movie,
+        False,
+        passes=5,
+        targets=CHAT_LINEAR,
+        others=OTHERS,
     ),
     "smollm-movie-long": LanguageTask("the same, three passes", _movie, False, passes=3, others=OTHERS),
-    "smollm-numbers": LanguageTask("numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40),
+    "smollm-numbers": LanguageTask(
+        "numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40
+    ),
 }
 
 _ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -159,7 +168,9 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "cpu_seconds": round(seconds, 2),
     }
     if task.others:
-        line["others"] = {kind: score(model, tokenizer, rated_prompts(kind)[:OTHER_EXAMPLES]) for kind in task.others}
+        line["others"] = {
+            kind: score(model, tokenizer, rated_prompts(kind)[:OTHER_EXAMPLES]) for kind in task.others
+        }
         line |= truncated(model, rank, lambda: score(model, tokenizer, test))
     return line | {"seconds": round(time.perf_counter() - started, 2)}
 
@@ -178,14 +189,20 @@ def train(
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
-    ours = [] if method.structlora is None else [_Start(method), StructLoRACallback(seed=seed, **method.given)]
+    ours = (
+        [] if method.structlora is None else [_Start(method), StructLoRACallback(seed=seed, **method.given)]
+    )
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"prompt": p, "completion": a} for p, a in training]),
             peft_config=LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM", **method.lora
+                r=rank,
+                lora_alpha=2 * rank,
+                target_modules=list(targets),
+                task_type="CAUSAL_LM",
+                **method.lora,
             ),
             args=SFTConfig(
                 output_dir=scratch,
@@ -231,13 +248,17 @@ def _exact_match(model, tokenizer, examples: list[Example]) -> dict[str, float |
     right, nll, tokens = [], 0.0, 0
     for batch in _batches(examples):
         prompts = _left_padded(tokenizer, [p for p, _ in batch])
-        written = model.generate(**prompts, do_sample=False, max_new_tokens=20, pad_token_id=tokenizer.pad_token_id)
+        written = model.generate(
+            **prompts, do_sample=False, max_new_tokens=20, pad_token_id=tokenizer.pad_token_id
+        )
         texts = tokenizer.batch_decode(written[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         right += [text.strip() == answer.strip() for text, (_, answer) in zip(texts, batch, strict=True)]
         for prompt, answer in batch:
             start, whole = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
             logits = model(input_ids=torch.tensor([whole])).logits[0, len(start) - 1 : -1].float()
-            nll += torch.nn.functional.cross_entropy(logits, torch.tensor(whole[len(start) :]), reduction="sum").item()
+            nll += torch.nn.functional.cross_entropy(
+                logits, torch.tensor(whole[len(start) :]), reduction="sum"
+            ).item()
             tokens += len(whole) - len(start)
     return {
         "accuracy": round(100 * sum(right) / len(examples), 3),

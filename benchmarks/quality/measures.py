@@ -21,7 +21,10 @@ GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 def evaluate(model: nn.Module, split: Split) -> dict[str, float | str]:
     """`figures` of the model as it stands in evaluation mode."""
     logits = torch.cat(
-        [model(**split[part].inputs).logits.float() for part in torch.arange(len(split)).split(EVALUATION_BATCH)]
+        [
+            model(**split[part].inputs).logits.float()
+            for part in torch.arange(len(split)).split(EVALUATION_BATCH)
+        ]
     )
     return figures(logits, split.labels)
 
@@ -42,7 +45,9 @@ SCALES = (0.3, 0.5, 0.7, 0.85)
 
 
 @torch.no_grad()
-def scaled(model: nn.Module, whole: dict, validation: Callable[[], dict], test: Callable[[], dict]) -> dict | None:
+def scaled(
+    model: nn.Module, whole: dict, validation: Callable[[], dict], test: Callable[[], dict]
+) -> dict | None:
     """Test figures with every update ΔW times that scalar of `SCALES` whose NLL on validation examples is lowest.
 
     The control for methods that lower the NLL by making an update smaller. The adapter is left as it was.
@@ -114,7 +119,11 @@ def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int =
 def lora_factors(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """By module name, lora_A (r, k) and lora_B (d, r) themselves; empty where the adapter has other factors."""
     found = dict(model.named_parameters())
-    names = [name.removesuffix(".lora_A.default.weight") for name in found if name.endswith(".lora_A.default.weight")]
+    names = [
+        name.removesuffix(".lora_A.default.weight")
+        for name in found
+        if name.endswith(".lora_A.default.weight")
+    ]
     return {n: (found[f"{n}.lora_A.default.weight"], found[f"{n}.lora_B.default.weight"]) for n in names}
 
 
@@ -139,7 +148,11 @@ def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str,
     batch = validation[torch.arange(GRADIENT_EXAMPLES)]
     logits = model(**batch.inputs).logits
     gradients = dict(
-        zip(weights, torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values())), strict=True)
+        zip(
+            weights,
+            torch.autograd.grad(cross_entropy(logits, batch.labels), list(weights.values())),
+            strict=True,
+        )
     )
     for weight in weights.values():
         weight.requires_grad_(False)

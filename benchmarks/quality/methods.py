@@ -164,7 +164,9 @@ METHODS = {
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "gates": _gates("StructLoRA without coordinator"),
     "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
-    "no-align": _ours("without coordinator, lora_A started anew at each depth", coordinator="none", align_init=False),
+    "no-align": _ours(
+        "without coordinator, lora_A started anew at each depth", coordinator="none", align_init=False
+    ),
     # Ablations, as in the paper
     "no-gates": _ours("coordinator alone, without gates", filter="none"),
     "adjacency": _ours("StructLoRA, adjacency edges only", edges="adjacency"),
@@ -200,7 +202,9 @@ def find(name: str) -> Method:
     options = dict(part.split("=") for part in given.split(","))
     options = {option: _parse(value) for option, value in options.items()}
     changed = "cut" if method.cut is not None else "structlora"
-    return replace(method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}})
+    return replace(
+        method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}}
+    )
 
 
 def _parse(value: str):

@@ -77,7 +77,8 @@ def differences(runs: Runs) -> Figure:
 def sweeps(runs: Runs) -> Figure:
     """Accuracy over rank, and over the number of examples."""
     by_rank = [
-        ("rank", f"{task}, examples {n}", {r: (task, r, n) for r in ranks}) for (task, n), ranks in RANKS.items()
+        ("rank", f"{task}, examples {n}", {r: (task, r, n) for r in ranks})
+        for (task, n), ranks in RANKS.items()
     ]
     by_examples = [
         ("training examples", f"{task}, rank {r}", {n: (task, r, n) for n in counts})
@@ -85,9 +86,13 @@ def sweeps(runs: Runs) -> Figure:
     ]
     panels = [*by_rank, *by_examples]
     figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for axes, (word, title, settings) in zip(all_axes := figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (word, title, settings) in zip(
+        all_axes := figure.subplots(1, len(panels)), panels, strict=True
+    ):
         for name in (BASE, OURS):
-            _errorbar(axes, {value: runs.best(s, name)["test.accuracy"] for value, s in settings.items()}, name)
+            _errorbar(
+                axes, {value: runs.best(s, name)["test.accuracy"] for value, s in settings.items()}, name
+            )
         axes.set(xscale="log", xlabel=word, title=title)
         _finish(axes, list(settings), list(settings))
     all_axes[0].set_ylabel("test accuracy, %")

@@ -72,9 +72,14 @@ def _train(steps: int) -> dict[str, torch.Tensor]:
     known = data["train_y"] < RECIPE["classes"]
     pixels, labels = to_pixels(data["train_x"][known]), torch.from_numpy(data["train_y"][known].astype(int))
     known = data["test_y"] < RECIPE["classes"]
-    test_pixels, test_labels = to_pixels(data["test_x"][known]), torch.from_numpy(data["test_y"][known].astype(int))
+    test_pixels, test_labels = (
+        to_pixels(data["test_x"][known]),
+        torch.from_numpy(data["test_y"][known].astype(int)),
+    )
     model = build(RECIPE["classes"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=RECIPE["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RECIPE["learning_rate"], weight_decay=RECIPE["weight_decay"]
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda i: min((i + 1) / RECIPE["warmup"], (steps - i) / (steps - RECIPE["warmup"])),
@@ -96,7 +101,8 @@ def _train(steps: int) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         predicted = torch.cat([model(pixel_values=part).logits.argmax(1) for part in test_pixels.split(256)])
     print(
-        f"accuracy on the six classes' test images: {100 * (predicted == test_labels).float().mean():.1f} %", flush=True
+        f"accuracy on the six classes' test images: {100 * (predicted == test_labels).float().mean():.1f} %",
+        flush=True,
     )
     return {name: value for name, value in model.state_dict().items() if not name.startswith("classifier.")}
 

@@ -61,8 +61,12 @@ def earned_defaults(lines: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where something would change")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where something would change"
+    )
     parser.add_argument("--results", type=Path, help="print a table of another store's runs instead")
     options = parser.parse_args()
     lines = store.read(options.results or store.RESULTS)

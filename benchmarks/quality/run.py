@@ -63,7 +63,9 @@ def _summary(line: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=store.RESULTS, help="directory of the store")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("cell", help="run one cell and print its line")
@@ -89,8 +91,21 @@ def main() -> None:
             cells = cells_of(name)
             print(f"{name}: {sum(key in done for key in cells)} of {len(cells)} cells")
     else:
-        command = [sys.executable, "-m", __spec__.name, "--results", str(options.results), "grid", *options.name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            __spec__.name,
+            "--results",
+            str(options.results),
+            "grid",
+            *options.name,
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
         if options.workers == 1:
             os.environ.update(environment)
             for name in options.name:

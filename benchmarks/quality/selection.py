@@ -37,7 +37,9 @@ class Runs:
         rows = pd.json_normalize([{**line, "structlora": None} for line in lines])
         self.rows = rows.sort_values(list(store.KEY))  # so that no sum depends on which run ended first
         self.choosing = self.rows if choosing is None else self.rows[self.rows["seed"].isin(choosing)]
-        self.rates: dict[tuple, float] = choose_rates(self.choosing).to_dict()  # (*setting, method) -> learning rate
+        self.rates: dict[tuple, float] = choose_rates(
+            self.choosing
+        ).to_dict()  # (*setting, method) -> learning rate
         self.by_rate: dict[tuple, pd.DataFrame] = {
             key: found.set_index("seed") for key, found in self.rows.groupby([*METHOD, "lr"])
         }

@@ -5,7 +5,10 @@ from __future__ import annotations
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
 FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
 MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for the methods and settings of the main table
-SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)  # of these grids; tables of test figures have every stored seed at the chosen rates
+SEEDS = (
+    *RATE_SEEDS,
+    *MAIN_SEEDS,
+)  # of these grids; tables of test figures have every stored seed at the chosen rates
 
 # Learning rates by task.
 RATES = {
@@ -229,10 +232,23 @@ NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table o
 # What else regularises LoRA for nothing, at LoRA's own rate: does one of these do what gates do?
 FAIR = ("lora-dropout-0.1", "lora-decay-0.1", "lora-average")
 CONTROLS = (*FAIR, "lora-dropout-0.05", "frozen-logits")
-COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])  # for other methods and ablations: one setting of each kind of task
+COMPARED = (
+    SETTINGS[1],
+    SETTINGS[0],
+    SETTINGS[3],
+)  # for other methods and ablations: one setting of each kind of task
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
-    *("structlora:gate_lr=0", "no-gates", "gates", "no-align", "adjacency", "similarity", "2-layers", "3-layers"),
+    *(
+        "structlora:gate_lr=0",
+        "no-gates",
+        "gates",
+        "no-align",
+        "adjacency",
+        "similarity",
+        "2-layers",
+        "3-layers",
+    ),
     *("gat", "random-filter", "top-k-filter", "lora-cos", "lora-laplacian"),
 )
 # The parts that matter most once more with further seeds, where StructLoRA gains most.
@@ -284,10 +300,15 @@ ONE_PASS_METHODS = (
 )
 # The language model on few examples, at the rate that a look at LoRA's validation figures favours and, with other seeds, at
 # half of it, and in a longer run.
-_FEW_RUNS = [(task, 4, examples) for task in ("smollm-movie-few", "smollm-movie-few-all") for examples in (64, 128)]
+_FEW_RUNS = [
+    (task, 4, examples) for task in ("smollm-movie-few", "smollm-movie-few-all") for examples in (64, 128)
+]
 FEW_PLACES, FEW_LOW_PLACES = (tuple((setting, lr) for setting in _FEW_RUNS) for lr in (4e-3, 2e-3))
 LONG_PLACES = ((("smollm-movie-long", 4, 1000), 2e-3),)
-FEW_IDEAS = ("structlora", "structlora:x_bounded_noise=true")  # where StructLoRA does worst on few examples: less noise
+FEW_IDEAS = (
+    "structlora",
+    "structlora:x_bounded_noise=true",
+)  # where StructLoRA does worst on few examples: less noise
 AGAINST = {"linear-ideas": "structlora"}  # what the table of a grid compares with, where that is not LoRA
 # What StructLoRA is for, and where it must do no harm: name -> settings, each method at its own rate, and places.
 _FEW, _MORE = [s for s in SETTINGS if s[2] <= 200], [s for s in SETTINGS if s[2] > 200]
@@ -324,7 +345,18 @@ EQUAL_PLACES = {
 }
 CHANCE = "random"
 # First those that look at what a gate does to the loss, then those that look at the factors alone.
-EQUAL_RULES = (CHANCE, "snr", "true-fisher", "fisher", "held-back", "gain", "relative", "singular", "uniform", "norm")
+EQUAL_RULES = (
+    CHANCE,
+    "snr",
+    "true-fisher",
+    "fisher",
+    "held-back",
+    "gain",
+    "relative",
+    "singular",
+    "uniform",
+    "norm",
+)
 
 
 def selected(rule: str, keep: float) -> str:

@@ -18,7 +18,10 @@ def key_of(line: dict) -> tuple:
 def read(results: Path = RESULTS) -> list[dict]:
     """All lines of the store."""
     return [
-        json.loads(line) for path in sorted(results.glob("*.jsonl")) for line in path.read_text().splitlines() if line
+        json.loads(line)
+        for path in sorted(results.glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+        if line
     ]
 
 

@@ -103,7 +103,9 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "early": short(runs, EARLY),
         "early-overall": overall(runs, EARLY, [OURS, GATES]),
         "overall-language": overall(runs, [*SETTINGS, *LANGUAGE], [OURS, GATES]),
-        "noise": by_place(every_seed, NOISE, FINAL_PLACES, [s for name in FINAL_ROUNDS for s in ROUNDS[name][2]]),
+        "noise": by_place(
+            every_seed, NOISE, FINAL_PLACES, [s for name in FINAL_ROUNDS for s in ROUNDS[name][2]]
+        ),
         "overall-coordinator": overall(runs, SETTINGS, [GATES], OURS),
         "overall": overall(runs, SETTINGS, [OURS, GATES, *CONTROLS]),
         "short": short(runs, [*SETTINGS, *LANGUAGE]),
@@ -116,7 +118,10 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "ranks": short(runs, rank_settings, paper=lambda s: PAPER_RANKS.get(s[1], "")),
         "few-shot": short(runs, few_shot),
         "language": short(runs, LANGUAGE),
-        **{name: evidence(every_seed, *given, base=AGAINST.get(name, BASE)) for name, given in EVIDENCE.items()},
+        **{
+            name: evidence(every_seed, *given, base=AGAINST.get(name, BASE))
+            for name, given in EVIDENCE.items()
+        },
         "aims": aims(runs, every_seed),
         "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
@@ -168,7 +173,9 @@ def short(runs: Runs, settings: Iterable[Setting], paper: Callable[[Setting], st
         if runs.best(setting, OURS).empty:
             continue
         seeds = runs.differences(setting, OURS, "accuracy").index
-        accuracy = [_mean_and_sd(runs.best(setting, name).loc[seeds, "test.accuracy"]) for name in (BASE, OURS)]
+        accuracy = [
+            _mean_and_sd(runs.best(setting, name).loc[seeds, "test.accuracy"]) for name in (BASE, OURS)
+        ]
         row = [describe(setting), len(seeds), *accuracy]
         row += _difference(runs, setting, OURS, "accuracy")
         row += _difference(runs, setting, OURS, "nll")
@@ -201,7 +208,9 @@ def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base:
         if not accuracy or (group is others and len(others) in (0, len(settings))):
             continue
         by_setting = np.array([gaps.mean() for gaps in accuracy.values()])
-        over_rates = [_mean(runs.over_rates[(*s, name)]) - _mean(runs.over_rates[(*s, base)]) for s in accuracy]
+        over_rates = [
+            _mean(runs.over_rates[(*s, name)]) - _mean(runs.over_rates[(*s, base)]) for s in accuracy
+        ]
         rows.append(
             [
                 label(name),
@@ -297,7 +306,9 @@ def by_place(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: S
     return markdown(["task, r, examples", "rate", *columns], rows)
 
 
-def evidence(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int], base: str = BASE) -> str:
+def evidence(
+    runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: Sequence[int], base: str = BASE
+) -> str:
     """At fixed rates and over all held-out examples, each method less `base`: by place, and last over all places.
 
     The second p of accuracy is over seeds and examples together.
@@ -356,7 +367,9 @@ def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
         kept = round(rank * keep)
         of_rules = {rule: runs.at(setting, selected(rule, keep), lr) for rule in EQUAL_RULES}
         whole, small = runs.at(setting, BASE, lr), runs.best((task, kept, examples), BASE)
-        found = {f"selected: {RULE_LABELS[rule]}": _test_figures(of_rule) for rule, of_rule in of_rules.items()}
+        found = {
+            f"selected: {RULE_LABELS[rule]}": _test_figures(of_rule) for rule, of_rule in of_rules.items()
+        }
         bases = (found[f"selected: {RULE_LABELS[CHANCE]}"], _test_figures(small))
         found |= {
             f"LoRA, r {kept}": bases[1],
@@ -414,7 +427,9 @@ def aims(tuned: Runs, fixed: Runs) -> str:
         found = {key: pair for key, pair in found.items() if len(pair[0]) > 1}
         if len(found) < 2:
             continue
-        gaps = pd.DataFrame({key: of_seeds.mean() for key, (of_seeds, _) in found.items()}).T.reset_index(drop=True)
+        gaps = pd.DataFrame({key: of_seeds.mean() for key, (of_seeds, _) in found.items()}).T.reset_index(
+            drop=True
+        )
         relative = 100 * gaps["nll"] / [base for _, base in found.values()]  # percent
         worst, worst_nll = gaps["accuracy"].idxmin(), relative.idxmax()
         names = [describe(key if isinstance(key[0], str) else key[0]) for key in found]
@@ -479,7 +494,9 @@ def elsewhere(runs: Runs, names: Sequence[str], places: Sequence[Place], seeds: 
         for name in (BASE, *names)
         if len(of_seeds := runs.at(place[0], name, place[1]))
     }
-    columns = [c for c in ELSEWHERE if any(f"{c}.nll" in part and part[f"{c}.nll"].any() for part in found.values())]
+    columns = [
+        c for c in ELSEWHERE if any(f"{c}.nll" in part and part[f"{c}.nll"].any() for part in found.values())
+    ]
     rows = []
     for (place, name), ours in found.items():
         theirs = None if name == BASE else found.get((place, BASE), ours.iloc[:0])
@@ -503,7 +520,9 @@ def _elsewhere(ours: pd.DataFrame, theirs: pd.DataFrame | None, column: str) -> 
 
 
 def _absolute(means: pd.DataFrame) -> list:
-    ece = "" if means["ece"].isna().all() else f"{_mean(means['ece']):.1f}"  # there is none of a text that is written
+    ece = (
+        "" if means["ece"].isna().all() else f"{_mean(means['ece']):.1f}"
+    )  # there is none of a text that is written
     return [_mean_and_sd(means["accuracy"]), "", "", f"{_mean(means['nll']):.3f}", "", ece]
 
 
@@ -538,7 +557,9 @@ def diagnostics(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -
         if len(found):
             means = [f"{_mean(found[column]):.3f}" for column in columns]
             rows.append([label(name), len(found), *means, PAPER_GRADIENT_COSINE.get(name, "")])
-    return markdown(["method", "runs", *(f.replace("_", " ") for f in figures), "paper's gradient cosine"], rows)
+    return markdown(
+        ["method", "runs", *(f.replace("_", " ") for f in figures), "paper's gradient cosine"], rows
+    )
 
 
 def cost(measured: dict) -> str:
@@ -633,4 +654,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _mean_and_sd(values: Sequence[float]) -> str:
-    return f"{_mean(values):.1f}" + (f" ± {np.std(np.asarray(values), ddof=1):.1f}" if len(values) > 1 else "")
+    return f"{_mean(values):.1f}" + (
+        f" ± {np.std(np.asarray(values), ddof=1):.1f}" if len(values) > 1 else ""
+    )

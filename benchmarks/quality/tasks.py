@@ -134,7 +134,11 @@ def _sentences(kind: str) -> Callable[[], tuple[Split, Split, Split]]:
     def load():
         found = assets.sentences(kind)
         encoded = _tokenizer()(
-            [s for s, _ in found], truncation=True, max_length=MiniLM.longest, padding=True, return_tensors="pt"
+            [s for s, _ in found],
+            truncation=True,
+            max_length=MiniLM.longest,
+            padding=True,
+            return_tensors="pt",
         )
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         return _shares(inputs, torch.tensor([y for _, y in found]), 1000, 250, 500)
@@ -190,7 +194,10 @@ def _reviews() -> tuple[Split, Split, Split]:
     whole = Split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels)
     parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, 400])]
     # Held-out sentences by length: less padding to compute.
-    return (parts[0], *(part[part.inputs["attention_mask"].sum(1).argsort(stable=True)] for part in parts[1:]))
+    return (
+        parts[0],
+        *(part[part.inputs["attention_mask"].sum(1).argsort(stable=True)] for part in parts[1:]),
+    )
 
 
 ANSWERS = (" negative", " positive")  # by label
@@ -222,19 +229,27 @@ _MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermedia
 
 
 TASKS = {
-    "digits": Task("handwritten digits, ViT pre-trained on six classes of clothes", _digits, _vit, steps=200, batch=32),
+    "digits": Task(
+        "handwritten digits, ViT pre-trained on six classes of clothes", _digits, _vit, steps=200, batch=32
+    ),
     "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, _vit),
     "fashion-long": Task("the same for four times as many steps", _fashion, _vit, steps=600),
     "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, _vit, noise=0.4),
-    "digits-early": Task("digits, ViT pre-trained for a third as long", _digits, _early_vit, steps=200, batch=32),
+    "digits-early": Task(
+        "digits, ViT pre-trained for a third as long", _digits, _early_vit, steps=200, batch=32
+    ),
     "fashion-early": Task(
         "all ten classes of Fashion-MNIST, ViT pre-trained for a third as long", _fashion, _early_vit
     ),
-    "noisy-fashion-early": Task("the same with 40 % of training labels random", _fashion, _early_vit, noise=0.4),
+    "noisy-fashion-early": Task(
+        "the same with 40 % of training labels random", _fashion, _early_vit, noise=0.4
+    ),
     "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
     "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
-    "digits-all": Task("digits, all linear modules adapted", _digits, _vit, targets=_VIT_LINEAR, steps=200, batch=32),
+    "digits-all": Task(
+        "digits, all linear modules adapted", _digits, _vit, targets=_VIT_LINEAR, steps=200, batch=32
+    ),
     "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, _vit, targets=_VIT_LINEAR),
     "smollm-reviews": Task(
         "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",

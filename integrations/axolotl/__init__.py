@@ -1,13 +1,14 @@
 """Axolotl: `adapter: structlora`, or a `structlora:` block on `adapter: lora` or `qlora`.
 
-Axolotl 0.21 finds the plugin by its entry point (group `axolotl.plugins`), and so loads it in every job of the environment:
-each hook leaves jobs alone that do not ask for it. Axolotl 0.18 to 0.20 need the line
+Axolotl 0.21 finds the plugin by its entry point (group `axolotl.plugins`), and so loads it in every job of
+the environment: each hook leaves jobs alone that do not ask for it. Axolotl 0.18 to 0.20 need the line
 `plugins: [structlora_trl.integrations.axolotl.StructLoRAPlugin]`.
 
-Much of what Axolotl does for LoRA it decides by the names `lora` and `qlora`: quantised loading, gradient checkpointing,
-ReLoRA, fused kernels. So `adapter: structlora` becomes one of the two before the configuration is validated, and all of that
-works as it does for LoRA. The fused kernels bypass the forward of LoRA modules, which would silence a method that hooks
-there; StructLoRA asks only that `lora_A` and `lora_B` are read in the forward and get gradients.
+Much of what Axolotl does for LoRA it decides by the names `lora` and `qlora`: quantised loading, gradient
+checkpointing, ReLoRA, fused kernels. So `adapter: structlora` becomes one of the two before the configuration
+is validated, and all of that works as it does for LoRA. The fused kernels bypass the forward of LoRA modules,
+which would silence a method that hooks there; StructLoRA asks only that `lora_A` and `lora_B` are read in the
+forward and get gradients.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class StructLoRAPlugin(BasePlugin):
         return f"{__name__}.StructLoRAArgs"
 
     def register(self, cfg: dict) -> None:
-        """See the configuration as written, before Axolotl validates it; `adapter: structlora` becomes a carrier.
+        """See the configuration as written, before Axolotl validates it; `adapter: structlora` becomes a
+        carrier.
 
         Raises:
             StructLoRAError: an unknown option; a block on an adapter that is not LoRA; `structlora: false` on
@@ -60,7 +62,9 @@ class StructLoRAPlugin(BasePlugin):
         if read_switch(cfg[NAME]) is None:
             if adapter == NAME:
                 raise StructLoRAError(
-                    "`structlora: false` on `adapter: structlora`", "one answer", "write `adapter: lora` for plain LoRA"
+                    "`structlora: false` on `adapter: structlora`",
+                    "one answer",
+                    "write `adapter: lora` for plain LoRA",
                 )
             return
         if adapter == NAME:
@@ -97,7 +101,9 @@ class StructLoRAPlugin(BasePlugin):
 
 
 def _follow_restarts(callback, trainer) -> None:
-    """ReLoRA merges the adapter into the base model and resets it: StructLoRA starts over on the fresh adapter."""
+    """ReLoRA merges the adapter into the base model and resets it: StructLoRA starts over on the fresh
+    adapter.
+    """
     from axolotl.monkeypatch.relora import ReLoRACallback
 
     relora = next((c for c in trainer.callback_handler.callbacks if isinstance(c, ReLoRACallback)), None)

@@ -1,8 +1,10 @@
-"""LLaMA-Factory: `structlora-llamafactory train run.yaml [key=value ...]` is `llamafactory-cli train` with StructLoRA.
+"""LLaMA-Factory: `structlora-llamafactory train run.yaml [key=value ...]` is `llamafactory-cli train` with
+StructLoRA.
 
-LLaMA-Factory takes callbacks from Python alone (`run_exp(args, callbacks=[...])`) and refuses keys it does not know, so the
-`structlora:` key is read and taken out here. Where it is absent, StructLoRA trains with its defaults. On several devices, or with
-FORCE_TORCHRUN=1, the command starts itself under torchrun with the variables that `llamafactory-cli` reads.
+LLaMA-Factory takes callbacks from Python alone (`run_exp(args, callbacks=[...])`) and refuses keys it does
+not know, so the `structlora:` key is read and taken out here. Where it is absent, StructLoRA trains with its
+defaults. On several devices, or with FORCE_TORCHRUN=1, the command starts itself under torchrun with the
+variables that `llamafactory-cli` reads.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def main() -> int:
     try:
         if command != "train":
             raise StructLoRAError(
-                f"the command `{command}`", "`train`", f"run `llamafactory-cli {command}`: the adapter is plain LoRA"
+                f"the command `{command}`",
+                "`train`",
+                f"run `llamafactory-cli {command}`: the adapter is plain LoRA",
             )
         args = read_arguments(arguments)
         if _wants_torchrun():
@@ -47,14 +51,19 @@ def main() -> int:
 
 
 def read_arguments(arguments: list[str]) -> dict:
-    """LLaMA-Factory's arguments from a file and `key=value` overrides; `structlora` holds a `StructLoRAConfig` or False.
+    """LLaMA-Factory's arguments from a file and `key=value` overrides; `structlora` holds a
+    `StructLoRAConfig` or False.
 
     Raises:
         StructLoRAError: no such file; an option of StructLoRA that is misspelt or out of range; no LoRA.
     """
     from omegaconf import OmegaConf
 
-    if not arguments or not arguments[0].endswith((".yaml", ".yml", ".json")) or not Path(arguments[0]).is_file():
+    if (
+        not arguments
+        or not arguments[0].endswith((".yaml", ".yml", ".json"))
+        or not Path(arguments[0]).is_file()
+    ):
         raise StructLoRAError(
             f"{arguments[0] if arguments else 'nothing'} after `train`",
             "a YAML or JSON file that exists",
@@ -77,7 +86,8 @@ def train(args: dict) -> None:
     """Run LLaMA-Factory's training with the callback.
 
     Args:
-        args (`dict`): what `read_arguments` returns, or LLaMA-Factory's own arguments with `structlora` beside them.
+        args (`dict`): what `read_arguments` returns, or LLaMA-Factory's own arguments with `structlora`
+            beside them.
 
     Raises:
         StructLoRAError: whatever keeps StructLoRA from acting, a trainer that runs no callbacks included.
@@ -109,7 +119,9 @@ def _ray() -> bool:
 
 
 def _wants_torchrun() -> bool:
-    """Whether to start processes with torchrun, as llamafactory-cli decides; not within one that torchrun started."""
+    """Whether to start processes with torchrun, as llamafactory-cli decides; not within one that torchrun
+    started.
+    """
     from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt
 
     if "LOCAL_RANK" in os.environ:
@@ -128,4 +140,6 @@ def _torchrun(arguments: list[str]) -> None:
         "--master_addr": os.getenv("MASTER_ADDR", "127.0.0.1"),
         "--master_port": os.getenv("MASTER_PORT", str(find_available_port())),
     }
-    torchrun([word for pair in settings.items() for word in pair] + ["--module", __name__, "train", *arguments])
+    torchrun(
+        [word for pair in settings.items() for word in pair] + ["--module", __name__, "train", *arguments]
+    )

@@ -1,7 +1,8 @@
-"""ms-swift: `swift sft --external_plugins structlora_plugin.py --callbacks structlora`, where that file imports this module.
+"""ms-swift: `swift sft --external_plugins structlora_plugin.py --callbacks structlora`, where that file
+imports this module.
 
-ms-swift runs the file as a module of its own; options come as JSON or YAML in the variable STRUCTLORA, since swift's
-arguments are closed to plugins: `STRUCTLORA='{gate_init: 0.8, prior: 0.4}'`.
+ms-swift runs the file as a module of its own; options come as JSON or YAML in the variable STRUCTLORA, since
+swift's arguments are closed to plugins: `STRUCTLORA='{gate_init: 0.8, prior: 0.4}'`.
 """
 
 from __future__ import annotations

@@ -108,9 +108,13 @@ def export(
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StructLoRAError(f"{out}, which is not empty", "a new or empty folder", "name another, or empty it")
+        raise StructLoRAError(
+            f"{out}, which is not empty", "a new or empty folder", "name another, or empty it"
+        )
     if prune_below is not None and keep is not None:
-        raise StructLoRAError("both `prune_below` and `keep`", "one rule for what to drop", "give one of them")
+        raise StructLoRAError(
+            "both `prune_below` and `keep`", "one rule for what to drop", "give one of them"
+        )
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
             "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
@@ -180,7 +184,9 @@ class SizeCurve(NamedTuple):
     orders: dict[str, list[tuple[float, float]]]
 
 
-def information_curves(saved: Saved, data: str | Path | Sequence[Row], base: str | None = None) -> list[SizeCurve]:
+def information_curves(
+    saved: Saved, data: str | Path | Sequence[Row], base: str | None = None
+) -> list[SizeCurve]:
     """What `export(..., keep=..., data=data)` would keep at each size: of the information, and the loss.
 
     Args:
@@ -204,10 +210,14 @@ def information_curves(saved: Saved, data: str | Path | Sequence[Row], base: str
     whole = {module: B.detach().clone() for module, B in weights.items()}
     carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
     for name, values in worth.items():
-        order = torch.cat([values[module].flatten() for module in sigma]).argsort(descending=True, stable=True)
+        order = torch.cat([values[module].flatten() for module in sigma]).argsort(
+            descending=True, stable=True
+        )
         for share in _SHARES:
             best = order[: max(1, round(share * len(order)))]
-            is_kept = torch.zeros(len(order)).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
+            is_kept = (
+                torch.zeros(len(order)).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
+            )
             for (module, x), part in zip(sigma.items(), is_kept, strict=True):
                 # lora_B's columns are in the order (r, expert).
                 columns = part.view_as(x).T.reshape(1, -1, *[1] * (weights[module].ndim - 2))
@@ -232,7 +242,11 @@ def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str |
 def _loading(saved: Saved, base_name: str | None, revision: str | None):
     """How to load the base model for measuring: on a GPU where there is one."""
     return lambda: load_base(
-        base_name, saved.lora, saved.tensors, revision, device_map="auto" if torch.accelerator.is_available() else None
+        base_name,
+        saved.lora,
+        saved.tensors,
+        revision,
+        device_map="auto" if torch.accelerator.is_available() else None,
     )
 
 
@@ -241,7 +255,9 @@ def _rows(
 ) -> list[Row]:
     if data is None:
         return []
-    return read_rows(data, saved, base_name, revision, 2 * _ROWS) if isinstance(data, (str, Path)) else [*data]
+    return (
+        read_rows(data, saved, base_name, revision, 2 * _ROWS) if isinstance(data, (str, Path)) else [*data]
+    )
 
 
 def _held_out(rows: list[Row]) -> Probe:
@@ -269,10 +285,14 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
     if getattr(head, "weight", None) is None:
         return
     embeddings = base.get_input_embeddings()
-    tied = {f"{_PREFIX}{name}" for name, module in base.named_modules() if module is embeddings or module is head}
+    tied = {
+        f"{_PREFIX}{name}" for name, module in base.named_modules() if module is embeddings or module is head
+    }
     if head.weight is not embeddings.weight or not tied & adapted:
         return
-    if base.config.is_encoder_decoder:  # with more than two uses of the weight; T5 scales by whether it is tied
+    if (
+        base.config.is_encoder_decoder
+    ):  # with more than two uses of the weight; T5 scales by whether it is tied
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",
@@ -310,7 +330,10 @@ def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor], before: Pat
 
 def _copy_processor(folder: Path, base_name: str | None, revision: str | None, out: Path) -> None:
     """The run's own tokenizer or processor, or else the base's where one is named."""
-    sources = [(str(folder), {}), *([(base_name, {"revision": revision} if revision else {})] if base_name else [])]
+    sources = [
+        (str(folder), {}),
+        *([(base_name, {"revision": revision} if revision else {})] if base_name else []),
+    ]
     for source, options in sources:
         for kind in (AutoProcessor, AutoTokenizer):
             try:

@@ -39,7 +39,12 @@ _GREY = "#8b949e"  # is seen on a white page and on a dark one
 _STYLE = {
     **{"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "structlora", "axes.linewidth": 0.6},
     **{key: _GREY for key in ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")},
-    **{"xtick.labelcolor": "black", "ytick.labelcolor": "black", "lines.linewidth": 1.4, "grid.linewidth": 0.5},
+    **{
+        "xtick.labelcolor": "black",
+        "ytick.labelcolor": "black",
+        "lines.linewidth": 1.4,
+        "grid.linewidth": 0.5,
+    },
     **{"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4},
 }
 _MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.4)  # inches
@@ -248,9 +253,13 @@ def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
     panels, told = [], []
     for name, short in names.items():
         having = _having(runs, name)
-        values = [value for run in having for row in run.kinds[name].singular_values for value in row if value > 0]
+        values = [
+            value for run in having for row in run.kinds[name].singular_values for value in row if value > 0
+        ]
         span = (min(values) / 1.3, max(values) * 1.3) if values else None
-        panels += [Panel(short, name, _spectrum(run.kinds[name], span), _CHART, _name(runs, run)) for run in having]
+        panels += [
+            Panel(short, name, _spectrum(run.kinds[name], span), _CHART, _name(runs, run)) for run in having
+        ]
     for run in runs:
         rows = [(row, kind.shape[1]) for kind in run.kinds.values() for row in kind.coverage]
         needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row, _ in rows])
@@ -310,15 +319,15 @@ def _training(runs: list[Run]) -> Chart:
                 f"{_of(runs, run)}training ended at a loss of {train:.3g}"
                 + ("." if held_out is None else f", held out {held_out:.3g}: {_gap(train, held_out)}.")
             )
-    text = (
-        "From the Trainer's log. Training losses of StructLoRA are with noise on its gates; held-out ones are without."
-    )
+    text = "From the Trainer's log. Training losses of StructLoRA are with noise on its gates; held-out ones are without."
     return Chart("training", "Training", text, told, panels)
 
 
 def _gap(train: float, held_out: float) -> str:
     if held_out > 1.2 * train:
-        return "it fits its examples better than new ones, so fewer steps, more data or a smaller rate may help"
+        return (
+            "it fits its examples better than new ones, so fewer steps, more data or a smaller rate may help"
+        )
     return "new examples fare about as well as those trained on"
 
 

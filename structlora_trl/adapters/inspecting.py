@@ -80,7 +80,11 @@ class KindReport:
 
 def report(saved: Saved) -> list[KindReport]:
     """The figures of each kind; of a mixture, of each expert."""
-    return [_kind(saved, index, expert) for index, kind in enumerate(saved.kinds) for expert in range(kind.experts)]
+    return [
+        _kind(saved, index, expert)
+        for index, kind in enumerate(saved.kinds)
+        for expert in range(kind.experts)
+    ]
 
 
 def short_names(names: list[str]) -> dict[str, str]:
@@ -94,7 +98,9 @@ def short_names(names: list[str]) -> dict[str, str]:
 
 def _own_end(name: str, others: list[str]) -> list[str]:
     parts = name.split(".")
-    count = next((n for n in range(1, len(parts)) if all(o.split(".")[-n:] != parts[-n:] for o in others)), len(parts))
+    count = next(
+        (n for n in range(1, len(parts)) if all(o.split(".")[-n:] != parts[-n:] for o in others)), len(parts)
+    )
     return parts[-count:]
 
 
@@ -125,7 +131,10 @@ def log_history(folder: Path) -> list[dict]:
 
 def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
     """The last training loss and the last held-out loss of a Trainer's log; None where it has none."""
-    last = [[e[name] for e in history if isinstance(e.get(name), (int, float))][-1:] for name in ("loss", "eval_loss")]
+    last = [
+        [e[name] for e in history if isinstance(e.get(name), (int, float))][-1:]
+        for name in ("loss", "eval_loss")
+    ]
     return tuple(values[0] if values else None for values in last)
 
 

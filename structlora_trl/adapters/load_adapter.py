@@ -42,16 +42,23 @@ _MORE_THAN_FACTORS = (
     *("use_dora", "lora_bias", "kasa_config"),  # PEFT before 0.21 has no KaSA
     *("modules_to_save", "trainable_token_indices"),
 )
-# Names of layers that are linear in every model: what else a state names may be an embedding or a convolution.
+# Names of layers that are linear in every model: what else a state names may be an embedding or a
+# convolution.
 _LINEAR = re.compile(rf"(.*\.)?({'|'.join(RESIDUAL_ROLES)}|\w+_proj|lm_head|score)")
 # What the rest of PEFT's configuration is read for, and what it must be.
 _VALUES = {
     "r": lambda v: type(v) is int and v > 0,
     "lora_alpha": lambda v: type(v) in (int, float) and 0 < v < math.inf,
     "use_rslora": lambda v: type(v) is bool,
-    "rank_pattern": lambda v: isinstance(v, dict) and all(type(rank) is int and rank > 0 for rank in v.values()),
-    "alpha_pattern": lambda v: isinstance(v, dict) and all(type(a) in (int, float) and a > 0 for a in v.values()),
-    "target_parameters": lambda v: v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "rank_pattern": lambda v: (
+        isinstance(v, dict) and all(type(rank) is int and rank > 0 for rank in v.values())
+    ),
+    "alpha_pattern": lambda v: (
+        isinstance(v, dict) and all(type(a) in (int, float) and a > 0 for a in v.values())
+    ),
+    "target_parameters": lambda v: (
+        v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v))
+    ),
     "base_model_name_or_path": lambda v: v is None or isinstance(v, str),
 }
 # Relative difference that rounding to the file's dtype, or another machine's arithmetic, may leave.
@@ -148,7 +155,11 @@ class Saved:
         """
         if self.maps:
             updates = self.maps[index].features(self._nodes(index)).values()
-            return self._by_expert(index, torch.cat([u.flatten(1) for u in updates], dim=-1)) if updates else None
+            return (
+                self._by_expert(index, torch.cat([u.flatten(1) for u in updates], dim=-1))
+                if updates
+                else None
+            )
         return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
 
     def stream_cosines(self, index: int) -> Tensor | None:
@@ -159,7 +170,11 @@ class Saved:
             pair = self.maps[index].stream_factors(Factors(A, B))
         else:
             pair = (B.mT, A) if self._is_plain_writer(index) else None
-        return None if pair is None else stream_cosine(*stream_products(*(self._by_expert(index, x) for x in pair)))
+        return (
+            None
+            if pair is None
+            else stream_cosine(*stream_products(*(self._by_expert(index, x) for x in pair)))
+        )
 
     def semantic_edges(self, index: int) -> Tensor | None:
         """Which depths a semantic edge joins, (L, L), with experts (E, L, L); None without a coordinator."""
@@ -243,7 +258,11 @@ def _stored(nodes: Factors, kind: Kind) -> Factors:
 def _checkpoints_near(folder: Path) -> list[Path]:
     """Checkpoints in a folder, beside it, and in folders beside it; the newest first."""
     around = folder.absolute().parent
-    found = {*folder.absolute().glob("checkpoint-*"), *around.glob("checkpoint-*"), *around.glob("*/checkpoint-*")}
+    found = {
+        *folder.absolute().glob("checkpoint-*"),
+        *around.glob("checkpoint-*"),
+        *around.glob("*/checkpoint-*"),
+    }
     found = [path for path in found if path.is_dir() and path != folder.absolute()]
     return sorted(found, key=lambda path: (path.stat().st_mtime, str(path)), reverse=True)
 
@@ -272,7 +291,9 @@ def _equal(path: Path, saved: Saved) -> bool:
     if path.suffix != own.suffix or path.stat().st_size != own.stat().st_size:  # without reading it
         return False
     tensors = _load(path)
-    return tensors.keys() == saved.tensors.keys() and all(torch.equal(x, saved.tensors[n]) for n, x in tensors.items())
+    return tensors.keys() == saved.tensors.keys() and all(
+        torch.equal(x, saved.tensors[n]) for n, x in tensors.items()
+    )
 
 
 def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:
@@ -324,7 +345,9 @@ def _read_config(folder: Path) -> LoraConfig:
             f"{path} unreadable ({error})", "PEFT's configuration", "use another checkpoint"
         ) from error
     if not isinstance(config, LoraConfig):
-        raise StructLoRAError(f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter")
+        raise StructLoRAError(
+            f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter"
+        )
     if getattr(config, "use_bdlora", None):
         raise StructLoRAError(
             f"an adapter of block-diagonal factors (`use_bdlora`) in {folder}",
@@ -354,7 +377,9 @@ def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
 def _read_masters(folder: Path) -> dict[str, dict[str, Tensor]]:
     """LoRA factors among whole-model fp32 weights, by adapter; without a copy of the rest."""
     found = defaultdict(dict)
-    for path in sorted(path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()):
+    for path in sorted(
+        path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()
+    ):
         factors = {name: value for name, value in _load(path).items() if LORA_NAME.match(name)}
         _refuse_odd_numbers(factors, path)
         for name, value in factors.items():
@@ -373,14 +398,18 @@ def _load(path: Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0]
         raise StructLoRAError(f"{path} damaged ({reason})", "a whole file", _USE_ANOTHER) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise StructLoRAError(f"something other than named weights in {path}", "a mapping of tensors", _USE_ANOTHER)
+        raise StructLoRAError(
+            f"something other than named weights in {path}", "a mapping of tensors", _USE_ANOTHER
+        )
     return weights
 
 
 def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
     for name, value in tensors.items():
         if not value.is_floating_point() or not value.isfinite().all():
-            found = "NaN or infinite numbers" if value.is_floating_point() else f"numbers of type {value.dtype}"
+            found = (
+                "NaN or infinite numbers" if value.is_floating_point() else f"numbers of type {value.dtype}"
+            )
             raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
 
 
@@ -449,7 +478,10 @@ def _tensors_of(
     for name, value in masters.items():
         match = LORA_NAME.match(name)
         factor = f"{match['module']}.lora_{match['embedding'] or ''}{match['factor']}"
-        known[match["module"], match["factor"]] = factor + ("" if match["embedding"] else ".weight"), value.shape
+        known[match["module"], match["factor"]] = (
+            factor + ("" if match["embedding"] else ".weight"),
+            value.shape,
+        )
     tensors = {}
     for kind, factors in zip(kinds, effective, strict=True):
         for index, module in enumerate(kind.modules):
@@ -481,7 +513,9 @@ def _refuse_difference(
         )
 
 
-def _difference(kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
+def _difference(
+    kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]
+) -> tuple[str, str, float] | None:
     """The first side and module whose factors in a file, if it has any, are others, and by how much of their
     norm."""
     modules = _modules(tensors)

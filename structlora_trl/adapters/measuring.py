@@ -27,11 +27,13 @@ from .load_adapter import Saved
 from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, rank_of
 
 RANDOM, NO_PROBE = "random", "none"
-Row = dict[str, Tensor]  # inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss
+Row = dict[
+    str, Tensor
+]  # inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens
 _PROBE_SEED = 0
-# Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep theirs: models of
-# pictures and text have the same task type.)
+# Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep
+# theirs: models of pictures and text have the same task type.)
 _HEADS = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
@@ -85,8 +87,12 @@ def load_base(
         StructLoRAError: it cannot be loaded.
     """
     if not name:
-        raise StructLoRAError("no base model named in adapter_config.json", "its name or path", "give `--base MODEL`")
-    with refusing(f"loading the base model {name}", "the model that the adapter was trained on", "give `--base MODEL`"):
+        raise StructLoRAError(
+            "no base model named in adapter_config.json", "its name or path", "give `--base MODEL`"
+        )
+    with refusing(
+        f"loading the base model {name}", "the model that the adapter was trained on", "give `--base MODEL`"
+    ):
         config = AutoConfig.from_pretrained(name, **_at(revision))
         named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
         model_class = _HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
@@ -141,7 +147,10 @@ def _at(revision: str | None) -> dict[str, str]:
 
 
 def output_change(
-    load: Callable[[], PreTrainedModel], before: Path, after: Path, probe_of: Callable[[PreTrainedModel], Probe]
+    load: Callable[[], PreTrainedModel],
+    before: Path,
+    after: Path,
+    probe_of: Callable[[PreTrainedModel], Probe],
 ) -> Change:
     """Compare two adapters of one model in plain PEFT.
 
@@ -182,7 +191,9 @@ def _outputs(model: torch.nn.Module, rows: list[Row]) -> tuple[Tensor, float | N
         output = model(**_moved(row, model))
         if output.get("logits") is None:
             raise StructLoRAError(
-                f"no logits in the output of {type(model).__name__}", "a model that predicts", "give `--probe none`"
+                f"no logits in the output of {type(model).__name__}",
+                "a model that predicts",
+                "give `--probe none`",
             )
         if room > 0:
             found.append(output["logits"].float().flatten(0, -2)[:room].cpu())
@@ -232,11 +243,15 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
         loss = model(**_moved(row, model)).get("loss")
         if loss is None or not loss.isfinite():
             raise StructLoRAError(
-                f"a loss of {loss} on a row of the data", "rows with labels and a finite loss", "correct the data"
+                f"a loss of {loss} on a row of the data",
+                "rows with labels and a finite loss",
+                "correct the data",
             )
         gradients = torch.autograd.grad(loss, [*sides.values()], allow_unused=True)
         for (module, B), gradient in zip(sides.items(), gradients, strict=True):
-            if gradient is None:  # of an expert that is a module of its own, and that no token of this row reaches
+            if (
+                gradient is None
+            ):  # of an expert that is a module of its own, and that no token of this row reaches
                 continue
             parts = by_expert((gradient * B.detach()).float().flatten(1), experts[module]).sum(1)  # (E, r)
             found[module] += parts.square().cpu() / len(rows)
@@ -247,7 +262,9 @@ def text_probe(base: PreTrainedModel, base_name: str, revision: str | None, give
     """What `--probe` names: random inputs, or a text file."""
     if given == RANDOM:
         return _random_probe(base)
-    with refusing("reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"):
+    with refusing(
+        "reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"
+    ):
         tokenizer = AutoTokenizer.from_pretrained(base_name, **_at(revision))
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
     if not ids:
@@ -259,8 +276,12 @@ def _random_probe(base: PreTrainedModel) -> Probe:
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     if base.main_input_name == "input_ids":
         settings = base.config.to_dict()
-        special = {v for k, v in settings.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-        usable = torch.tensor([i for i in range(base.get_input_embeddings().num_embeddings) if i not in special])
+        special = {
+            v for k, v in settings.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)
+        }
+        usable = torch.tensor(
+            [i for i in range(base.get_input_embeddings().num_embeddings) if i not in special]
+        )
         tokens = usable[torch.randint(len(usable), (_PROBE_ROWS, _PROBE_LENGTH), generator=generator)]
         rows = [_of_tokens(base, row) for row in tokens.split(1)]
         return Probe(rows, f"{_PROBE_ROWS} x {_PROBE_LENGTH} random tokens")
@@ -283,6 +304,10 @@ def _of_tokens(base: PreTrainedModel, tokens: Tensor) -> Row:
 
 def _class_count(tensors: dict[str, Tensor]) -> int | None:
     """Rows of the last layer of a classification head that is saved with the adapter."""
-    heads = [name for name in tensors if name.endswith(".weight") and {"classifier", "score"} & set(name.split("."))]
+    heads = [
+        name
+        for name in tensors
+        if name.endswith(".weight") and {"classifier", "score"} & set(name.split("."))
+    ]
     heads = [name for name in heads if not LORA_NAME.match(name)]
     return len(tensors[max(heads)]) if heads else None

@@ -90,7 +90,12 @@ def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
     columns = {head: get for head, get in _COLUMNS.items() if head != "groups" or is_grouped}
     heads = [head if len(runs) == 1 else f"{head}, {run.name}" for head in columns for run in runs]
     rows = [
-        (name, names[name], layer, [get(*pair) if pair else None for get in columns.values() for pair in pairs])
+        (
+            name,
+            names[name],
+            layer,
+            [get(*pair) if pair else None for get in columns.values() for pair in pairs],
+        )
         for (name, layer), pairs in found.items()
     ]
     return ["kind", "layer", *heads], rows
@@ -126,7 +131,9 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "mean openness": lambda run: _openness(run.depths()),
     "mean effective rank": lambda run: sum(d.effective_rank for d in run.depths()) / len(run.depths()),
     "folder": lambda run: str(run.saved.folder),
-    "state and log from": lambda run: str(run.saved.run_folder) if run.saved.run_folder != run.saved.folder else None,
+    "state and log from": lambda run: (
+        str(run.saved.run_folder) if run.saved.run_folder != run.saved.folder else None
+    ),
 }
 _COLUMNS: dict[str, Callable] = {
     "openness": lambda kind, depth: _openness([depth]),
@@ -136,7 +143,9 @@ _COLUMNS: dict[str, Callable] = {
     "coherence": lambda kind, depth: depth.coherence,
     "stream": lambda kind, depth: depth.stream,
     "semantic": lambda kind, depth: (
-        None if depth.semantic is None else " ".join(kind.depths[other].layer for other in depth.semantic) or "none"
+        None
+        if depth.semantic is None
+        else " ".join(kind.depths[other].layer for other in depth.semantic) or "none"
     ),
 }
 

@@ -110,7 +110,9 @@ def base_is_moved_for_good(lora: LoraConfig) -> bool:
 
 def modules_with_more(tensors: dict[str, Tensor]) -> set[str]:
     """Modules of which an adapter file holds more than two factors (DoRA's magnitude, a bias)."""
-    more = (name for name in tensors if ".lora_" in name and not LORA_NAME.match(name) and _SAMPLER not in name)
+    more = (
+        name for name in tensors if ".lora_" in name and not LORA_NAME.match(name) and _SAMPLER not in name
+    )
     return {name.rpartition(".lora_")[0] for name in more}
 
 
@@ -214,7 +216,9 @@ def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraCon
     return with_one_scale(lora, tensors, {}, one_rank=True)
 
 
-def _refuse_other_base(lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]) -> None:
+def _refuse_other_base(
+    lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]
+) -> None:
     """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
     training."""
     init = str(lora.init_lora_weights).lower()

@@ -123,7 +123,8 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
     order, total = flat.argsort(descending=True, stable=True), flat.sum()
     if not total > 0:
         raise StructLoRAError(
-            "an adapter none of whose directions changes " + ("the loss on these rows" if information else "the model"),
+            "an adapter none of whose directions changes "
+            + ("the loss on these rows" if information else "the model"),
             "a trained adapter",
             "give a checkpoint of a later step, or other rows",
         )

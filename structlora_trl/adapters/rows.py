@@ -20,7 +20,9 @@ _IGNORED = -100  # as PyTorch's cross-entropy has it
 _FORMATS = "`messages`, `prompt` and `completion`, or `text`"
 
 
-def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: str | None, count: int) -> list[Row]:
+def read_rows(
+    file: str | Path, saved: Saved, base_name: str | None, revision: str | None, count: int
+) -> list[Row]:
     """Read the first rows of a file, with labels: the completion's tokens where there is a prompt, else all
     of them.
 
@@ -38,7 +40,9 @@ def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: s
     path = Path(file)
     if path.suffix not in _BUILDERS or not path.is_file():
         raise StructLoRAError(
-            f"no data file {file}", f"a file that ends in {', '.join(_BUILDERS)}", "correct the path given as `--data`"
+            f"no data file {file}",
+            f"a file that ends in {', '.join(_BUILDERS)}",
+            "correct the path given as `--data`",
         )
     with refusing(f"reading {file}", f"rows with {_FORMATS}", "correct the file"):
         try:
@@ -46,7 +50,9 @@ def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: s
         except StopIteration:  # `datasets` 5 on an empty file of JSON
             data = []
         rows = [*islice(data, count)]
-    with refusing("loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"):
+    with refusing(
+        "loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"
+    ):
         if (saved.folder / "tokenizer_config.json").is_file():
             base_name, revision = saved.folder, None
         tokenizer = AutoTokenizer.from_pretrained(base_name, **({"revision": revision} if revision else {}))
@@ -54,13 +60,18 @@ def read_rows(file: str | Path, saved: Saved, base_name: str | None, revision: s
         found = [_tokenized(row, tokenizer, file) for row in rows]
     found = [row for row in found if (row["labels"][:, 1:] != _IGNORED).any()]
     if not found:
-        raise StructLoRAError(f"no row in {file} with a token to predict", "some rows of text", "give another file")
+        raise StructLoRAError(
+            f"no row in {file} with a token to predict", "some rows of text", "give another file"
+        )
     return found
 
 
 def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, file: str | Path) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
-    used = next((names for names in (["messages"], ["prompt", "completion"], ["text"]) if {*names} <= row.keys()), None)
+    used = next(
+        (names for names in (["messages"], ["prompt", "completion"], ["text"]) if {*names} <= row.keys()),
+        None,
+    )
     if used is None or {"image", "images"} & row.keys():
         raise StructLoRAError(
             f"a row with {', '.join(row) or 'nothing'} in {file}",
@@ -83,7 +94,8 @@ def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, file: str | Path) 
     if prompt:
         # Of the prompt as it stands in the whole: its own end may be tokenized otherwise.
         shared = next(
-            (i for i, (a, b) in enumerate(zip(ids, masked, strict=False)) if a != b), min(len(ids), len(masked))
+            (i for i, (a, b) in enumerate(zip(ids, masked, strict=False)) if a != b),
+            min(len(ids), len(masked)),
         )
         labels[:, :shared] = _IGNORED
     return {"input_ids": tokens, "labels": labels}

@@ -1,4 +1,6 @@
-"""Arguments of the commands; those of a training command are TRL's own, from a YAML file and the command line."""
+"""Arguments of the commands; those of a training command are TRL's own, from a YAML file and the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,8 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
         arguments (`list[str]`): the command line after the command.
 
     Raises:
-        StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is refused.
-        SystemExit: `--help`, or an unknown argument on the command line.
+        StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is
+        refused. SystemExit: `--help`, or an unknown argument on the command line.
     """
     from .launch import launch_parser, words_of
 
@@ -98,7 +100,9 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     file = {} if path is None else _read_file(path, known | {"env"})
     os.environ.update({variable: str(value) for variable, value in (file.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**file)
-    with refusing("reading the arguments", f"values that `trl {name}` accepts", "correct the argument it names"):
+    with refusing(
+        "reading the arguments", f"values that `trl {name}` accepts", "correct the argument it names"
+    ):
         try:
             *theirs, ours, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
         except ValueError as error:
@@ -109,14 +113,19 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
         stray = launcher.parse_args([*for_launcher, "."]).training_script
         if stray != ".":
             parser.error(f"unexpected {stray!r}; each value follows the --name of its argument")
-    options = {key.removeprefix(_PREFIX): value for key, value in vars(ours).items() if key.startswith(_PREFIX)}
+    options = {
+        key.removeprefix(_PREFIX): value for key, value in vars(ours).items() if key.startswith(_PREFIX)
+    }
     return Arguments(_config(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
 
 
 def _training_parser(name: str, script: ModuleType):
     """TRL's parser, with ours in a group of their own, and LoRA on."""
     parser = script.make_parser()
-    parser.prog, parser.usage = f"structlora {name}", f"structlora {name} --config run.yaml [--any_argument value]"
+    parser.prog, parser.usage = (
+        f"structlora {name}",
+        f"structlora {name} --config run.yaml [--any_argument value]",
+    )
     parser.description, parser.epilog = _DESCRIPTION.format(name=name), _EXAMPLES.format(name=name)
     parser.formatter_class, parser.allow_abbrev = _HelpFormatter, False
     parser.set_defaults(use_peft=True)
@@ -162,8 +171,13 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
 
 def _hint(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names, in words. Options of ours without their prefix count as misspelt."""
-    names = {**{option.name: _PREFIX + option.name for option in fields(StructLoRAConfig)}, **{n: n for n in known}}
-    begun = [n for n in names if name.startswith(n) and 2 * len(n) > len(name)]  # lora_rank is lora_r, not local_rank
+    names = {
+        **{option.name: _PREFIX + option.name for option in fields(StructLoRAConfig)},
+        **{n: n for n in known},
+    }
+    begun = [
+        n for n in names if name.startswith(n) and 2 * len(n) > len(name)
+    ]  # lora_rank is lora_r, not local_rank
     near = difflib.get_close_matches(name, names, 1, 0.9) or sorted(begun, key=len)[-1:]
     near = near or difflib.get_close_matches(name, names, 1)
     return f" (did you mean `{names[near[0]]}`?)" if near else ""
@@ -172,12 +186,16 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _read_file(path: str, known: set[str]) -> dict:
     """The keys and values of the YAML file, every key known."""
     if not Path(path).is_file():
-        raise StructLoRAError(f"no file {path}", "a YAML file of arguments", "correct the path after `--config`")
+        raise StructLoRAError(
+            f"no file {path}", "a YAML file of arguments", "correct the path after `--config`"
+        )
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
-        raise StructLoRAError(f"{path} unreadable ({message})", "YAML", "fix the file where it points") from error
+        raise StructLoRAError(
+            f"{path} unreadable ({message})", "YAML", "fix the file where it points"
+        ) from error
     if not isinstance(options, dict):
         raise StructLoRAError(f"{path} without keys", "lines of `key: value`", "write one argument a line")
     for name in options:
@@ -188,7 +206,9 @@ def _read_file(path: str, known: set[str]) -> dict:
                 "correct or remove it",
             )
     if not isinstance(options.get("env") or {}, dict):
-        raise StructLoRAError(f"env={options['env']!r} in {path}", "`NAME: value` lines under `env:`", "indent them")
+        raise StructLoRAError(
+            f"env={options['env']!r} in {path}", "`NAME: value` lines under `env:`", "indent them"
+        )
     return options
 
 

@@ -1,4 +1,6 @@
-"""Checks of a training command's arguments: what TRL's script would meet late, or would put in words of its own."""
+"""Checks of a training command's arguments: what TRL's script would meet late, or would put in words of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _CHECKPOINT = "checkpoint-"
 
 
 def check_arguments(given: Arguments) -> None:
-    """Look at model, batches, rewards and output folder, and write paths and target modules as TRL's script takes them.
+    """Look at model, batches, rewards and output folder, and write paths and target modules as TRL's script
+    takes them.
 
     Raises:
         StructLoRAError: one of them cannot be used.
@@ -36,7 +39,9 @@ def check_arguments(given: Arguments) -> None:
         )
     output = Path(given.training.output_dir)
     if output.exists() and not output.is_dir():
-        raise StructLoRAError(f"output_dir={output}, which is a file", "a folder to write to", "correct `output_dir`")
+        raise StructLoRAError(
+            f"output_dir={output}, which is a file", "a folder to write to", "correct `output_dir`"
+        )
     if (output / CONFIG_NAME).exists() and not given.overwrite and not given.training.resume_from_checkpoint:
         raise StructLoRAError(
             f"a finished adapter in output_dir={output}",
@@ -88,7 +93,8 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def last_checkpoint(training: TrainingArguments) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` asks for: a path, or with 'true' the last one of `output_dir`.
+    """The checkpoint that `resume_from_checkpoint` asks for: a path, or with 'true' the last one of
+    `output_dir`.
 
     Returns:
         `str` or None: None where the run starts anew.
@@ -109,7 +115,9 @@ def last_checkpoint(training: TrainingArguments) -> str | None:
     checkpoint = found[-1] if asked.lower() == "true" else Path(asked)
     if not checkpoint.is_dir():
         raise StructLoRAError(
-            f"no folder {asked}", "a checkpoint to resume from", "correct `resume_from_checkpoint`, or set it to `true`"
+            f"no folder {asked}",
+            "a checkpoint to resume from",
+            "correct `resume_from_checkpoint`, or set it to `true`",
         )
     if not _is_whole(checkpoint):
         whole = whole_checkpoints(checkpoint.parent)

@@ -58,14 +58,18 @@ def run(command: str, arguments: list[str]) -> None:
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
-    parser.add_argument("--keep", metavar="SHARE", help="keep this share of all directions, or N%% of the information")
+    parser.add_argument(
+        "--keep", metavar="SHARE", help="keep this share of all directions, or N%% of the information"
+    )
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="rows that tell what to keep (.jsonl, .csv, .parquet)"
     )
     parser.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
     parser.add_argument("--one-rank", action="store_true", help="fill all modules up to one rank with zeros")
     parser.add_argument("--merge", action="store_true", help="write the merged model instead of the adapter")
-    parser.add_argument("--base", metavar="MODEL", help="base model; default: the one named in adapter_config.json")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="base model; default: the one named in adapter_config.json"
+    )
     parser.add_argument("--probe", metavar="FILE", help="text to measure the change on, or 'none' to skip it")
     given = parser.parse_args(arguments)
     if given.keep is not None and given.prune is not None:
@@ -73,7 +77,9 @@ def run(command: str, arguments: list[str]) -> None:
     if given.data is not None and given.keep is None:
         parser.error("--data needs --keep, which it tells what to keep")
     if given.probe is not None and (given.data is not None or (given.prune is None and given.keep is None)):
-        parser.error("--probe needs --keep or --prune, whose cost it measures; with --data the rows are measured on")
+        parser.error(
+            "--probe needs --keep or --prune, whose cost it measures; with --data the rows are measured on"
+        )
     if given.one_rank and given.merge:
         parser.error("--one-rank is of the adapter, and --merge writes none; give one of them")
     # After the arguments: these load torch and PEFT.
@@ -127,7 +133,9 @@ def table(saved: Saved, done: Export) -> str:
             f"{count} modules would keep no direction; each keeps its best one, for PEFT knows no rank 0 there."
         )
     if done.pruned.left_out:
-        lines.append(f"{len(done.pruned.left_out)} modules keep no direction and are left out (`exclude_modules`).")
+        lines.append(
+            f"{len(done.pruned.left_out)} modules keep no direction and are left out (`exclude_modules`)."
+        )
     if done.change:
         lines.append(
             f"Output change on {done.change.probe}: largest |Δlogit| {done.change.largest:.3g}, "

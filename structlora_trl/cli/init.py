@@ -27,7 +27,8 @@ _BLOCK = """
 # StructLoRA. `structlora: false` in place of the block trains plain LoRA, with all else equal.
 structlora:
 """
-# Each learning rate is for LoRA: about ten times TRL's default, which is for all weights; of reward models, TRL's example.
+# Each learning rate is for LoRA: about ten times TRL's default, which is for all weights; of reward models,
+# TRL's example.
 _RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4, "grpo": 1e-5, "rloo": 1e-5}
 _DATA = {
     "sft": ("trl-lib/Capybara", "with messages, or prompt and completion, or text"),
@@ -61,7 +62,9 @@ _OWN = {
 def run(command: str, arguments: list[str]) -> None:
     """Print the file."""
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("method", nargs="?", choices=[*TRAINING], default="sft", help="the training command (sft)")
+    parser.add_argument(
+        "method", nargs="?", choices=[*TRAINING], default="sft", help="the training command (sft)"
+    )
     print(template(parser.parse_args(arguments).method), end="")
 
 
@@ -85,14 +88,20 @@ def template(name: str) -> str:
         ("save_steps", 100, "checkpoints; --resume_from_checkpoint true continues from the last one"),
         *_OWN[name],
     ]
-    lines = [f"{key}: {_value(value)}" + (f"  # {comment}" if comment else "") for key, value, comment in settings]
+    lines = [
+        f"{key}: {_value(value)}" + (f"  # {comment}" if comment else "") for key, value, comment in settings
+    ]
     lines.append("# use_cpu: true  # without a GPU")
     options = ""
     for option in fields(StructLoRAConfig):
         comment = textwrap.wrap(" ".join(option.metadata["help"].split()), _WIDTH)
         options += "".join(f"# {line}\n" for line in comment) + f"{option.name}: {_value(option.default)}\n"
     return (
-        _HEAD.format(name=name, what=TRAINING[name]) + "\n".join(lines) + "\n" + _BLOCK + textwrap.indent(options, "  ")
+        _HEAD.format(name=name, what=TRAINING[name])
+        + "\n".join(lines)
+        + "\n"
+        + _BLOCK
+        + textwrap.indent(options, "  ")
     )
 
 

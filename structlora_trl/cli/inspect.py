@@ -50,14 +50,18 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument("adapter", type=Path, help="folder of the adapter or checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write figures (PNG and PDF) to this folder")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page: one HTML file, with all figures in it")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page: one HTML file, with all figures in it"
+    )
     parser.add_argument(
         "--against", type=Path, metavar="FOLDER", help="another adapter, beside this one in the figures"
     )
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="rows to measure smaller adapters on, for the figures"
     )
-    parser.add_argument("--base", metavar="MODEL", help="base model for --data; default: the one named in the adapter")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="base model for --data; default: the one named in the adapter"
+    )
     given = parser.parse_args(arguments)
     is_drawn = given.html or given.plot
     for name in ("against", "data"):
@@ -94,7 +98,9 @@ def run(command: str, arguments: list[str]) -> None:
     if given.plot:
         drawn = figures.charts(runs)
         lines += [f"\nWrote {', '.join(figures.write(given.plot, drawn))} to {given.plot}."]
-        lines += [f"No {reason}." for key, reason in _LACKING.items() if key not in {chart.key for chart in drawn}]
+        lines += [
+            f"No {reason}." for key, reason in _LACKING.items() if key not in {chart.key for chart in drawn}
+        ]
     if given.html:
         write_page(given.html, runs)
         lines += [f"\nWrote {given.html}."]
@@ -158,9 +164,13 @@ def table(kinds: list[KindReport]) -> str:
             open_ = "-" if row.gates is None else f"{sum(gate > 0.5 for gate in row.gates)}/{row.rank}"
             openness_ = "-" if row.gates is None else f"{sum(row.gates) / row.rank:.3f}"
             groups = f"{sum(row.groups) / len(row.groups):>6.3f}  " if row.groups is not None else ""
-            coherence, stream = ("-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream))
+            coherence, stream = (
+                "-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream)
+            )
             semantic = (
-                "-" if row.semantic is None else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
+                "-"
+                if row.semantic is None
+                else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
             )
             figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}  {stream:>6}"
             lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {groups}{figures}  {semantic}")

@@ -50,7 +50,8 @@ def launch(words: list[str], command: list[str]) -> None:
 
     Args:
         words (`list[str]`): arguments of `launch_parser`; the last one of a name wins.
-        command (`list[str]`): the command and its arguments. The started processes ignore the launcher's among them.
+        command (`list[str]`): the command and its arguments. The started processes ignore the launcher's
+            among them.
 
     Raises:
         StructLoRAError: an `accelerate_config` that there is not, or arguments that do not go together.
@@ -61,7 +62,9 @@ def launch(words: list[str], command: list[str]) -> None:
         given.config_file = _path(given.accelerate_config)
     try:
         with refusing(
-            "starting the processes", "arguments of `accelerate launch` that go together", "correct the one it names"
+            "starting the processes",
+            "arguments of `accelerate launch` that go together",
+            "correct the one it names",
         ):
             launch_command(given)
     except (ChildFailedError, subprocess.CalledProcessError) as error:

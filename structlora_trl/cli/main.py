@@ -47,7 +47,8 @@ _EXAMPLES = f"""examples:
 `structlora COMMAND --help` says more. {TRACEBACK}=1 in the environment shows where an error comes from.
 """
 _TRAINING_SCRIPT = "def main(script_args, training_args, model_args, dataset_args)"
-# The DeepSpeed launcher puts it before the script's own arguments; LOCAL_RANK in the environment says the same.
+# The DeepSpeed launcher puts it before the script's own arguments; LOCAL_RANK in the environment says the
+# same.
 _LOCAL_RANK = re.compile(r"--local[_-]rank(=.*)?")
 # What a shell reports of a process that ended by the signals SIGINT and SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -74,11 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands = {**TRAINING, **{name: f"TRL's script of this name, {name}.py" for name in _more_scripts()}, **OTHERS}
+    commands = {
+        **TRAINING,
+        **{name: f"TRL's script of this name, {name}.py" for name in _more_scripts()},
+        **OTHERS,
+    }
     parser = argparse.ArgumentParser(
         "structlora",
         usage="structlora COMMAND [options]",
-        description=_DESCRIPTION.format(commands="\n".join(f"  {n:12} {what}" for n, what in commands.items())),
+        description=_DESCRIPTION.format(
+            commands="\n".join(f"  {n:12} {what}" for n, what in commands.items())
+        ),
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -24,7 +24,8 @@ from .main import INTERRUPTED
 
 
 class _Around(TrainerCallback):
-    """What a command says and does around TRL's script: where training begins, and beside the adapter it saves.
+    """What a command says and does around TRL's script: where training begins, and beside the adapter it
+    saves.
 
     Args:
         given (`Arguments`): the command's arguments.
@@ -94,7 +95,9 @@ def run(command: str, arguments: list[str]) -> None:
                     also=(AttributeError,),  # of `reward_funcs`
                 )
             )
-            DEFAULT_CALLBACKS.extend([*([callback] if callback else []), _Around(given, callback, setting_up)])
+            DEFAULT_CALLBACKS.extend(
+                [*([callback] if callback else []), _Around(given, callback, setting_up)]
+            )
             script.main(given.script, given.training, given.model, given.mixture)
     except KeyboardInterrupt:
         if _is_first_process():
@@ -111,8 +114,9 @@ def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:
     again = ["structlora", command, *arguments]
     whole = whole_checkpoints(Path(output))
     if not whole:
-        return "\nInterrupted before the first checkpoint (`save_steps` says when it comes).\nStart over with: " + (
-            shlex.join(again)
+        return (
+            "\nInterrupted before the first checkpoint (`save_steps` says when it comes).\nStart over with: "
+            + (shlex.join(again))
         )
     if "--resume_from_checkpoint" not in arguments:
         again += ["--resume_from_checkpoint", "true"]

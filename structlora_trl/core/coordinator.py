@@ -1,8 +1,8 @@
 """Message passing over the depth graph: h ← h + σ(Â h Θ) (paper, "Inter-Layer Update Coordination").
 
-Node features are low-rank factors, (N, r, n) with N nodes, r directions and n the width of the shared space. Θ acts on
-the rank axis and is shared by all nodes of a kind, so the paper's flattened d·k vectors never exist. Θ starts at zero:
-a new coordinator changes nothing.
+Node features are low-rank factors, (N, r, n) with N nodes, r directions and n the width of the shared space.
+Θ acts on the rank axis and is shared by all nodes of a kind, so the paper's flattened d·k vectors never
+exist. Θ starts at zero: a new coordinator changes nothing.
 """
 
 from __future__ import annotations
@@ -44,19 +44,22 @@ class GCN(nn.Module):
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
         """Messages of one round before the activation, Â h Θ: (N, r, n) -> (N, r, n)."""
         messages = graph.propagate(features)
-        # Not `theta.T @ messages`: where gradients are needed, that transposes the messages into one matrix, and back.
+        # Not `theta.T @ messages`: where gradients are needed, that transposes the messages into one matrix,
+        # and back.
         return torch.bmm(theta.T.expand(len(messages), -1, -1), messages)
 
 
 class GAT(GCN):
-    """Graph attention: learned weights of the same edges, in place of the fixed ones of Â (Veličković et al., 2018).
+    """Graph attention: learned weights of the same edges, in place of the fixed ones of Â (Veličković et al.,
+    2018).
 
-    A node attends by the profile of its direction norms (r numbers that do not depend on the basis of the shared
-    space). Attention starts uniform over neighbours and self; the other experts of a layer are one neighbour, their
-    mean. Its cost grows with the square of depth.
+    A node attends by the profile of its direction norms (r numbers that do not depend on the basis of the
+    shared space). Attention starts uniform over neighbours and self; the other experts of a layer are one
+    neighbour, their mean. Its cost grows with the square of depth.
 
     Attributes:
-        sum_over_width (`Callable`): where features are slices of the width, sums a tensor over all slices, with gradient.
+        sum_over_width (`Callable`): where features are slices of the width, sums a tensor over all slices,
+            with gradient.
     """
 
     negative_slope = 0.2  # of the LeakyReLU, as in Veličković et al. (2018)
@@ -65,7 +68,9 @@ class GAT(GCN):
     def __init__(self, rank: int, layers: int, activation: str):
         super().__init__(rank, layers, activation)
         self.sum_over_width = lambda x: x
-        self.attention = nn.Parameter(torch.zeros(layers, 2, rank, dtype=torch.float32))  # towards target, source
+        self.attention = nn.Parameter(
+            torch.zeros(layers, 2, rank, dtype=torch.float32)
+        )  # towards target, source
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
         h = graph.by_expert(features)  # (E, L, r, n)
@@ -77,7 +82,9 @@ class GAT(GCN):
             others = mean_of_others(h)
             to_others = to_target + self._profile(others) @ self.attention[layer, 1]
             scores = torch.cat([scores, to_others[..., None]], dim=-1)
-        weights = nn.functional.leaky_relu(scores, self.negative_slope).softmax(-1)  # (E, L, L) or (E, L, L + 1)
+        weights = nn.functional.leaky_relu(scores, self.negative_slope).softmax(
+            -1
+        )  # (E, L, L) or (E, L, L + 1)
         mixed = (weights[..., : scores.shape[-2]] @ h.flatten(2)).view(h.shape)
         if graph.joins_experts:
             mixed = mixed + weights[..., -1, None, None] * others

@@ -7,11 +7,13 @@ kl                  mean KL between gates (of directions) and prior, in nats
 effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over nodes
 drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
 gradient_cosine     mean cosine of neighbouring depths' gradients in the first step since the last report, the run's first
-                    step left out, in which gradients of lora_A are zero (of the effective factors, before the pullback:
-                    the pullback itself mixes depths, and would raise the cosine by construction; under FSDP2 and ZeRO
-                    left out where nothing compares depths, since ranks do not move what the map does not need)
+                    step left out, in which gradients of lora_A are zero (of the effective factors, before the
+                    pullback: the pullback itself mixes depths, and would raise the cosine by construction;
+                    under FSDP2 and ZeRO left out where nothing compares depths, since ranks do not move what
+                    the map does not need)
 stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it
-                    (`stream_cosine`), over the kinds whose role is known; left out where no two neighbours have learned
+                    (`stream_cosine`), over the kinds whose role is known; left out where no two neighbours
+                        have learned
                     anything
 semantic_edges      number of semantic edges, all kinds
 theta_norm          Frobenius norm of the coordinators' Θ, all kinds
@@ -33,7 +35,8 @@ from .mapping import KindMap
 from .regularizers import laplacian
 
 Sums = Callable[[list[Tensor]], list[Tensor]]
-"""Sums each of some tensors over the slices of all ranks; returns them as they are where factors are whole."""
+"""Sums each of some tensors over the slices of all ranks; returns them as they are where factors are whole.
+"""
 
 
 def whole(parts: list[Tensor]) -> list[Tensor]:
@@ -77,7 +80,9 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums 
 
 
 def _logits(maps: list[KindMap]) -> tuple[Tensor | None, Tensor | None]:
-    """Logits of all gates of directions, and of all gates of experts and heads: (n,) on the CPU, None without any."""
+    """Logits of all gates of directions, and of all gates of experts and heads: (n,) on the CPU, None without
+    any.
+    """
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for m in maps:
         for place, gate in enumerate(m.filters):
@@ -124,14 +129,15 @@ def stream_products(side: Tensor, other: Tensor, apart: int = 1) -> list[Tensor]
 def stream_cosine(gram: Tensor, own: Tensor, cross: Tensor) -> Tensor:
     """Cosine of what two depths do in the residual stream, from the r x r matrices of `stream_products`.
 
-    A module that writes the stream is compared by M = ΔW ΔWᵀ (d x d), one that reads it by M = ΔWᵀ ΔW (k x k), two of a
-    kind by ⟨M, M'⟩ / ‖M‖‖M'‖. The other side of ΔW, a space of the module's own, drops out. So does the basis of the rank
-    axis: B·R and R⁻¹·A give the same figure, which a cosine of lora_A or lora_B, index by index, does not. M has no
-    negative eigenvalue, so that the figure lies between 0 and 1; for random ΔW it is r/n or less.
+    A module that writes the stream is compared by M = ΔW ΔWᵀ (d x d), one that reads it by M = ΔWᵀ ΔW (k x
+    k), two of a kind by ⟨M, M'⟩ / ‖M‖‖M'‖. The other side of ΔW, a space of the module's own, drops out. So
+    does the basis of the rank axis: B·R and R⁻¹·A give the same figure, which a cosine of lora_A or lora_B,
+    index by index, does not. M has no negative eigenvalue, so that the figure lies between 0 and 1; for
+    random ΔW it is r/n or less.
 
-    ΔW is what training the factor on the stream's side has added: (B − B₀)·A for a writer, where B₀ is zero except for
-    PiSSA and the like, and B·(A − A₀) for a reader. In B·A the random A₀ outweighs by far what a reader has learned, and
-    the figure would tell whether depths started from one A₀.
+    ΔW is what training the factor on the stream's side has added: (B − B₀)·A for a writer, where B₀ is zero
+    except for PiSSA and the like, and B·(A − A₀) for a reader. In B·A the random A₀ outweighs by far what a
+    reader has learned, and the figure would tell whether depths started from one A₀.
 
     Returns:
         `Tensor` (..., L − apart), NaN where an update is zero or has diverged.

@@ -1,9 +1,9 @@
 """How PEFT stores the factors of a kind, and the nodes that the map sees.
 
-Of most kinds they are the same. Experts that a mixture keeps in one parameter share one LoRA module: its lora_A is
-(E·r, k) with rows in the order (expert, r), its lora_B (d, r·E) with columns in the order (r, expert). Experts that are
-modules of their own are nodes as they are, in the order (depth, expert). A slice of the width (of k or d) is converted
-alike.
+Of most kinds they are the same. Experts that a mixture keeps in one parameter share one LoRA module: its
+lora_A is (E·r, k) with rows in the order (expert, r), its lora_B (d, r·E) with columns in the order (r,
+expert). Experts that are modules of their own are nodes as they are, in the order (depth, expert). A slice of
+the width (of k or d) is converted alike.
 """
 
 from __future__ import annotations

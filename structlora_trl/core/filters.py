@@ -1,8 +1,10 @@
-"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering", and what it compares with).
+"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering", and what it
+compares with).
 
-A filter multiplies parts of an update with gates: each direction (a column of B), each expert, or each attention head.
-In training a gate may be random; at evaluation it is the deterministic figure that is saved. The mean gate is 1 at the
-start, so that attaching changes no output. A map has a list of filters, applied one after the other.
+A filter multiplies parts of an update with gates: each direction (a column of B), each expert, or each
+attention head. In training a gate may be random; at evaluation it is the deterministic figure that is saved.
+The mean gate is 1 at the start, so that attaching changes no output. A map has a list of filters, applied one
+after the other.
 """
 
 from __future__ import annotations
@@ -60,13 +62,16 @@ class Filter(nn.Module):
 
         Args:
             task (`Tensor`): of the logits' shape.
-            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of them.
+            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of
+                them.
         """
         raise NotImplementedError(f"{type(self).__name__} has no logits")
 
 
 class InformationBottleneck(Filter):
-    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, E[m] at the start."""
+    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, E[m] at the
+    start.
+    """
 
     is_stochastic = True
 
@@ -142,7 +147,9 @@ class HeadGates(InformationBottleneck):
 
 
 class RandomFilter(Filter):
-    """Each direction kept with the same probability, drawn in each step, divided by it; at evaluation all are kept."""
+    """Each direction kept with the same probability, drawn in each step, divided by it; at evaluation all are
+    kept.
+    """
 
     is_stochastic = True
 

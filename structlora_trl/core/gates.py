@@ -1,7 +1,9 @@
-"""Information-bottleneck gates on rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
+"""Information-bottleneck gates on rank-one directions (paper, "Information Bottleneck-Driven Low-Rank
+Direction Filtering").
 
-Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In training a
-gate is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is the mean of such samples.
+Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In
+training a gate is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is the
+mean of such samples.
 """
 
 from __future__ import annotations
@@ -71,10 +73,10 @@ def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool =
 def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Tensor:
     """Mean of `sample_gates` over the noise, so that evaluation weights are the mean of training weights.
 
-    A hard gate is open with probability sigmoid(φ). The mean of a soft one has no closed form, and lies between
-    sigmoid(φ) and one half: at τ = 0.3 it is 0.988 times sigmoid(φ) at 0.9, and 1.13 times at 0.05. It is integrated
-    over the quantiles of the noise by Gauss-Legendre quadrature, within 1e-4 for τ of 0.3 or more, and 1e-3 down to
-    0.05.
+    A hard gate is open with probability sigmoid(φ). The mean of a soft one has no closed form, and lies
+    between sigmoid(φ) and one half: at τ = 0.3 it is 0.988 times sigmoid(φ) at 0.9, and 1.13 times at 0.05.
+    It is integrated over the quantiles of the noise by Gauss-Legendre quadrature, within 1e-4 for τ of 0.3 or
+    more, and 1e-3 down to 0.05.
 
     Args:
         logits (`Tensor`): of any shape.
@@ -90,9 +92,11 @@ def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Ten
 
 @functools.cache
 def _noise_quadrature(points: int = 64) -> tuple[Tensor, Tensor]:
-    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and the weights, which sum to 1.
+    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and the weights, which sum
+    to 1.
 
-    Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969). Both fp64, CPU.
+    Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969). Both fp64,
+    CPU.
     """
     order = torch.arange(1, points, dtype=torch.float64, device="cpu")
     beside = order / (4 * order**2 - 1).sqrt()
@@ -103,8 +107,9 @@ def _noise_quadrature(points: int = 64) -> tuple[Tensor, Tensor]:
 def kl_to_prior(logits: Tensor, prior: float) -> Tensor:
     """KL(Bernoulli(sigmoid φ) ‖ Bernoulli(prior)) of each gate, in nats.
 
-    Its mean over data sets bounds the information that the gates hold about the training data (the paper writes
-    I(ΔW̃; X); A and B are deterministic and not bounded by it). The label term I(ΔW̃; Y) is the task's cross-entropy.
+    Its mean over data sets bounds the information that the gates hold about the training data (the paper
+    writes I(ΔW̃; X); A and B are deterministic and not bounded by it). The label term I(ΔW̃; Y) is the task's
+    cross-entropy.
     """
     open_ = torch.sigmoid(logits)
     log_open, log_closed = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
@@ -120,11 +125,14 @@ def kl_gradient(logits: Tensor, prior: float) -> Tensor:
 def gate_entropy(logits: Tensor) -> Tensor:
     """Entropy of each gate, in nats."""
     open_ = torch.sigmoid(logits)
-    return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(-logits)
+    return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(
+        -logits
+    )
 
 
 def top_k_mask(norms: Tensor, keep: int) -> Tensor:
-    """1 for the `keep` largest norms ‖b_j‖‖a_j‖ of each module, 0 for the rest (the paper's Top-k norm filter).
+    """1 for the `keep` largest norms ‖b_j‖‖a_j‖ of each module, 0 for the rest (the paper's Top-k norm
+    filter).
 
     Args:
         norms (`Tensor`): (N, r).

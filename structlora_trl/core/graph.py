@@ -1,10 +1,12 @@
-"""The depth graph (paper, "Graph Neural Network-Style Inter-Layer Update Coordination"): one node per depth of a kind.
+"""The depth graph (paper, "Graph Neural Network-Style Inter-Layer Update Coordination"): one node per depth
+of a kind.
 
-Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same way.
+Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same
+way.
 
-Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number at other
-depths, and is joined to the other experts of its layer by one edge in all, shared out among them: with many experts,
-their mean would otherwise drown what comes from other depths.
+Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number
+at other depths, and is joined to the other experts of its layer by one edge in all, shared out among them:
+with many experts, their mean would otherwise drown what comes from other depths.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ def mean_of_others(experts: Tensor) -> Tensor:
 class DepthGraph(nn.Module):
     """The graph of one kind: fixed edges, semantic edges that follow the gradients, and Â of both.
 
-    Nodes are N = L·E in the order (depth, expert); edges join depths of one expert number, (E, L, L). E is 1 for what
-    is no mixture.
+    Nodes are N = L·E in the order (depth, expert); edges join depths of one expert number, (E, L, L). E is 1
+    for what is no mixture.
 
     Args:
         fixed (`Tensor`): (E, L, L) bool, symmetric, no self-loops: edges that stand whatever is learned.
@@ -95,7 +97,8 @@ class DepthGraph(nn.Module):
         self.top_k, self.threshold, self.decay = top_k, threshold, decay
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("semantic", torch.zeros_like(fixed))  # (E, L, L)
-        # Running-mean gradients of the nodes on each compared side: (N, r, k), (N, d, r); None before the first.
+        # Running-mean gradients of the nodes on each compared side: (N, r, k), (N, d, r); None before the
+        # first.
         self.register_buffer("mean_A", None)
         self.register_buffer("mean_B", None)
         self._refresh()
@@ -138,13 +141,17 @@ class DepthGraph(nn.Module):
                 mean.lerp_(gradient, 1 - self.decay)
 
     def gradient_products(self) -> Tensor:
-        """Products of the running-mean gradients of an expert's depths, (E, L, L). Over slices of the width, they add up."""
+        """Products of the running-mean gradients of an expert's depths, (E, L, L). Over slices of the width,
+        they add up.
+        """
         means = [mean for mean in (self.mean_A, self.mean_B) if mean is not None]
         flat = [self.by_expert(mean).flatten(2) for mean in means]  # (E, L, n)
         return sum((x @ x.mT for x in flat), torch.zeros_like(self.fixed, dtype=torch.float32))
 
     def rebuild(self, gradient_products: Tensor) -> None:
-        """Redraw the semantic edges by the cosine of running-mean gradients (`gradient_products`, summed over slices)."""
+        """Redraw the semantic edges by the cosine of running-mean gradients (`gradient_products`, summed over
+        slices).
+        """
         self.semantic = semantic_edges(gradient_products, self.top_k, self.threshold, self.fixed)
         self._refresh()
 
@@ -164,6 +171,10 @@ class DepthGraph(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for side in ("A", "B"):  # which a graph that has seen no gradient lacks
             mean = state_dict.get(f"{prefix}mean_{side}")
-            setattr(self, f"mean_{side}", None if mean is None else torch.empty_like(mean, device=self.fixed.device))
+            setattr(
+                self,
+                f"mean_{side}",
+                None if mean is None else torch.empty_like(mean, device=self.fixed.device),
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refresh()

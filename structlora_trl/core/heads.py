@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from .kinds import Heads, Kind, matches
 
-# By the end of a module's name (patterns as in `RESIDUAL_ROLES`): heads are rows of lora_B where a module's outputs go to
-# them, columns of lora_A where its inputs come from them. Fused projections hold blocks of a head's width, too.
+# By the end of a module's name (patterns as in `RESIDUAL_ROLES`): heads are rows of lora_B where a module's
+# outputs go to them, columns of lora_A where its inputs come from them. Fused projections hold blocks of a
+# head's width, too.
 _SIDES = {
     r"[qkv]_proj|qkv_proj|query|key|value|query_proj|key_proj|value_proj|[qkv]_lin|[qkv]|to_[qkv]|add_[qkv]_proj": "B",
     r"query_key_value|Wqkv|c_attn|q_attn|(self_)?attn\.qkv|linear_[qkv]|self\.in_proj": "B",
@@ -26,7 +27,9 @@ _NAMES = (
 
 
 def heads_of(model: nn.Module, kind: Kind) -> Heads | None:
-    """The heads of a kind; None where it is no attention projection, or its attention does not tell a head's width."""
+    """The heads of a kind; None where it is no attention projection, or its attention does not tell a head's
+    width.
+    """
     side = heads_side(kind)
     if side is None:
         return None
@@ -52,7 +55,9 @@ def head_numbers(kind: Kind) -> Tensor:
 
 
 def _sizes(model: nn.Module, module: str) -> Iterator[int]:
-    """Head widths that the modules around one tell of: its parent, or a module beside that (BERT's `attention.self`)."""
+    """Head widths that the modules around one tell of: its parent, or a module beside that (BERT's
+    `attention.self`).
+    """
     path = module.split(".")
     for depth in (1, 2):
         holder = model.get_submodule(".".join(path[:-depth]))

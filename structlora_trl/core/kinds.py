@@ -1,7 +1,7 @@
 """Kinds: the LoRA modules of a model, grouped by what is comparable across depth and ordered by depth.
 
-A kind is a set of modules with the same name except for the layer's number, the same tower, the same shapes. Modules are
-found by the names PEFT gives its parameters, so this file needs torch alone.
+A kind is a set of modules with the same name except for the layer's number, the same tower, the same shapes.
+Modules are found by the names PEFT gives its parameters, so this file needs torch alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
 
 class Factors(NamedTuple):
-    """Stacked factors of a kind's nodes, or anything of their shapes: A (N, r, k), B (N, d, r), and ΔW = s·B·A of each.
+    """Stacked factors of a kind's nodes, or anything of their shapes: A (N, r, k), B (N, d, r), and ΔW =
+    s·B·A of each.
 
     A node is a module, or one expert of a mixture: N = L·E nodes in the order (depth, expert).
     """
@@ -40,22 +41,25 @@ SIDES = Factors._fields
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps the other."""
+    """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps
+    the other.
+    """
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a LoRA module adapts, where that is one parameter of a module and not the module (PEFT's `target_parameters`).
+    """What a LoRA module adapts, where that is one parameter of a module and not the module (PEFT's
+    `target_parameters`).
 
-    Experts that a mixture keeps in one parameter share one LoRA module. Its rows of lora_A are in the order (expert, r), its
-    columns of lora_B in the order (r, expert).
+    Experts that a mixture keeps in one parameter share one LoRA module. Its rows of lora_A are in the order
+    (expert, r), its columns of lora_B in the order (r, expert).
 
     Args:
         parameter (`str`): the parameter's name; empty for a module.
         experts (`int`, *optional*, defaults to 1): E, how many the parameter stacks.
-        input_side (`str`, *optional*, defaults to 'A'): the factor that meets the input. 'B' where PEFT takes a stack's first
-            axis for the input and the model keeps its outputs there (PEFT before 0.19).
+        input_side (`str`, *optional*, defaults to 'A'): the factor that meets the input. 'B' where PEFT takes
+            a stack's first axis for the input and the model keeps its outputs there (PEFT before 0.19).
     """
 
     parameter: str = ""
@@ -67,7 +71,8 @@ class Heads(NamedTuple):
     """The attention heads of a module (`core/heads.py` finds them).
 
     Args:
-        side (`str`): 'B' where they are blocks of rows of lora_B, 'A' where they are blocks of columns of lora_A.
+        side (`str`): 'B' where they are blocks of rows of lora_B, 'A' where they are blocks of columns of
+            lora_A.
         count (`int`): how many, all of one width.
     """
 
@@ -77,18 +82,21 @@ class Heads(NamedTuple):
 
 @dataclass
 class Kind:
-    """LoRA modules that differ in depth alone, in order of depth; or experts of a mixture, which are several at each depth.
+    """LoRA modules that differ in depth alone, in order of depth; or experts of a mixture, which are several
+    at each depth.
 
     Args:
         name (`str`): the modules' name with `*` for the layer's number, and for the expert's.
-        modules (`list[str]`): full module names, one per depth; experts that are modules of their own are in the order
-            (depth, expert).
-        A (`list[nn.Parameter]`): of each module, r x k entries (convolutions count as r x (k·kernel)); E·r x k where it holds all
-            experts of a layer.
-        B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a layer.
+        modules (`list[str]`): full module names, one per depth; experts that are modules of their own are in
+            the order (depth, expert).
+        A (`list[nn.Parameter]`): of each module, r x k entries (convolutions count as r x (k·kernel)); E·r x
+            k where it holds all experts of a layer.
+        B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a
+            layer.
         adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
         heads (`Heads`, *optional*): the attention heads of each, where they are gated.
-        per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of their own.
+        per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of
+            their own.
     """
 
     name: str
@@ -147,7 +155,8 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
         adapter_name (`str`): the adapter to look for.
 
     Raises:
-        StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all frozen; a module
+        StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all
+        frozen; a module
             whose lora_A and lora_B do not have the same directions; or two that share memory.
     """
     modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
@@ -189,9 +198,11 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
     return group(trainable, {module: _adapted(model.get_submodule(module)) for module in trainable})
 
 
-def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapted] | None = None) -> list[Kind]:
-    """The kinds of some LoRA modules, in order of appearance. Experts that are modules of their own are one kind where every
-    expert is there at the same depths.
+def group(
+    modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapted] | None = None
+) -> list[Kind]:
+    """The kinds of some LoRA modules, in order of appearance. Experts that are modules of their own are one
+    kind where every expert is there at the same depths.
 
     Args:
         modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
@@ -214,7 +225,9 @@ def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapte
     for key, members in mixtures.items():
         members.sort(key=lambda member: [int(number) for number in _EXPERT.findall(member[0])])
         depths = {tuple(depth for depth, *_ in groups[member]) for member in members}
-        joined |= {key: [groups[m] for m in members]} if len(depths) == 1 else {m: [groups[m]] for m in members}
+        joined |= (
+            {key: [groups[m] for m in members]} if len(depths) == 1 else {m: [groups[m]] for m in members}
+        )
     patterns = [key[0] for key in joined]
     kinds = []
     for (pattern, a_shape, b_shape, _, _, what), experts in joined.items():
@@ -226,7 +239,9 @@ def group(modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapte
     repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
     for kind in kinds:
         if kind.name in repeated:
-            kind.name += f"({'+'.join(f for f, p in (('A', kind.A), ('B', kind.B)) if p[0].requires_grad)} trained)"
+            kind.name += (
+                f"({'+'.join(f for f, p in (('A', kind.A), ('B', kind.B)) if p[0].requires_grad)} trained)"
+            )
     return kinds
 
 
@@ -247,7 +262,9 @@ def _refuse_shared(modules: dict[str, dict[str, nn.Parameter]]) -> None:
     owner: dict[int, str] = {}
     for module, factors in modules.items():
         for parameter in factors.values():
-            address = parameter.data_ptr() if parameter.numel() else 0  # 0: sharded, so that nothing is shared
+            address = (
+                parameter.data_ptr() if parameter.numel() else 0
+            )  # 0: sharded, so that nothing is shared
             if address and owner.setdefault(address, module) != module:
                 raise StructLoRAError(
                     f"LoRA of '{_target(owner[address])}' and '{_target(module)}' in one memory (`ensure_weight_tying`)",
@@ -279,7 +296,8 @@ def _target(module: str, adapted: Adapted = Adapted()) -> str:
 def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
     """A module's name with `*` for the layer's number, and that number.
 
-    'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,)). Where names have several numbers, one at the end
+    'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,)). Where names have several numbers, one
+    at the end
     is a place inside the layer (`nn.Sequential`) and no depth: 'blocks.3.ff.0' -> ('blocks.*.ff.0', (3,)).
     """
     others = {match.start() for match in _EXPERT.finditer(module)}

@@ -2,13 +2,13 @@
 
     latent (A, B)  --filters-->  (A, B̃ = B·diag(m)/m₀)  --message passing-->  effective (A', B')
 
-The optimizer steps the latent factors; the model computes with the effective ones. All nodes of a kind go through the
-map at once: A is (N, r, k), B is (N, d, r), and ΔW = s·B·A at each node. k and d are a batch to the map: a slice of them is
-just a smaller factor.
+The optimizer steps the latent factors; the model computes with the effective ones. All nodes of a kind go
+through the map at once: A is (N, r, k), B is (N, d, r), and ΔW = s·B·A at each node. k and d are a batch to
+the map: a slice of them is just a smaller factor.
 
-Updates count from an origin: A₀ at attach, and B₀ = 0, except for initialisations that move part of the base weights
-into the adapter (PiSSA and the like). There B₀ is B at attach and the gates act on B − B₀: to gate the whole of B would
-switch the base model's own principal directions on and off.
+Updates count from an origin: A₀ at attach, and B₀ = 0, except for initialisations that move part of the base
+weights into the adapter (PiSSA and the like). There B₀ is B at attach and the gates act on B − B₀: to gate
+the whole of B would switch the base model's own principal directions on and off.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ Noise = list[Tensor | None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a map is built of. `attach(..., parts=Parts(filter=Mine))` tries an idea without changing the package.
+    """What a map is built of. `attach(..., parts=Parts(filter=Mine))` tries an idea without changing the
+    package.
 
     Args:
-        discover (`Callable`): (model, adapter_name) -> list of `Kind`, which modules are trained and what is one kind.
-        filter (`Callable`, *optional*): (shape, config, device) -> `Filter` of the directions; by `config.filter` where
-            omitted.
+        discover (`Callable`): (model, adapter_name) -> list of `Kind`, which modules are trained and what is
+            one kind.
+        filter (`Callable`, *optional*): (shape, config, device) -> `Filter` of the directions; by
+            `config.filter` where omitted.
         graph (`Callable`): (kind, config) -> `DepthGraph`.
-        coordinator (`Callable`, *optional*): (rank, layers, activation) -> `GCN` or its like; by `config.coordinator`
-            where omitted.
+        coordinator (`Callable`, *optional*): (rank, layers, activation) -> `GCN` or its like; by
+            `config.coordinator` where omitted.
         noise (`Callable`): (seed) -> an object with the `draw` of `LogisticNoise`.
 
     Under FSDP2 and ZeRO each rank maps a slice of the width. A part that sums over the width has an attribute
@@ -66,10 +68,12 @@ class KindMap(nn.Module):
     Args:
         kind (`Kind`): the modules it maps.
         config (`StructLoRAConfig`): which parts act.
-        origin_A (`Tensor`): A₀, (N, r, k) or (1, r, k) where it is equal for all nodes; kept where lora_A is compared.
+        origin_A (`Tensor`): A₀, (N, r, k) or (1, r, k) where it is equal for all nodes; kept where lora_A is
+            compared.
         origin_B (`Tensor`, *optional*): B₀, (N, d, r); zero where omitted.
         parts (`Parts`, *optional*): what to build it of, where that is not the package's own.
-        head_of (`Tensor`, *optional*): where heads are gated, the head of each row of lora_B or column of lora_A, (n,).
+        head_of (`Tensor`, *optional*): where heads are gated, the head of each row of lora_B or column of
+            lora_A, (n,).
 
     Attributes:
         sides (`tuple[str, ...]`): the factors that are compared across depth: 'A', 'B', both or none.
@@ -111,10 +115,15 @@ class KindMap(nn.Module):
             noise (`list[Tensor]`, *optional*): logistic noise of each filter in training, None at evaluation.
         """
         filtered = self._filtered(latent, noise)
-        return Factors(*(self._coordinated(side, factor) for side, factor in zip(SIDES, filtered, strict=True)))
+        return Factors(
+            *(self._coordinated(side, factor) for side, factor in zip(SIDES, filtered, strict=True))
+        )
 
-    def pullback(self, latent: Factors, gradient: Factors, noise: Noise | None) -> tuple[Factors, dict[str, Tensor]]:
-        """The gradient with respect to effective factors, carried to latent factors and to the map's own parameters.
+    def pullback(
+        self, latent: Factors, gradient: Factors, noise: Noise | None
+    ) -> tuple[Factors, dict[str, Tensor]]:
+        """The gradient with respect to effective factors, carried to latent factors and to the map's own
+        parameters.
 
         One vector-Jacobian product; by the chain rule this is training through the map.
 
@@ -124,8 +133,8 @@ class KindMap(nn.Module):
             noise (`list[Tensor]`, *optional*): the same noise as in `forward`.
 
         Returns:
-            Gradients of the latent factors, and a dict from parameter name to gradient, both of the task loss alone. Of
-            slices of the width, the latter add up to those of the whole.
+            Gradients of the latent factors, and a dict from parameter name to gradient, both of the task loss
+            alone. Of slices of the width, the latter add up to those of the whole.
         """
         leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
         names, own = [name for name, _ in self.named_parameters()], list(self.parameters())
@@ -135,11 +144,13 @@ class KindMap(nn.Module):
         return Factors(*grads[:2]), dict(zip(names, grads[2:], strict=True))
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
-        """Task gradients of the map's parameters turned into those of L_task + λ(β·KL − γ·I), for the gate logits.
+        """Task gradients of the map's parameters turned into those of L_task + λ(β·KL − γ·I), for the gate
+        logits.
 
         Args:
             task (`dict`): what `pullback` returned.
-            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of them.
+            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of
+                them.
         """
         logits = {f"filters.{i}.logits": gate for i, gate in enumerate(self.filters)}
         return {n: logits[n].objective_gradient(g, kl_scale) if n in logits else g for n, g in task.items()}
@@ -147,7 +158,8 @@ class KindMap(nn.Module):
     def regularizer_gradient(
         self, latent: Factors, sum_over_width: Callable[[Tensor], Tensor] = lambda x: x
     ) -> Factors | None:
-        """Gradient of `regularizer_weight` times the static regulariser of the latent updates; None where none acts.
+        """Gradient of `regularizer_weight` times the static regulariser of the latent updates; None where
+        none acts.
 
         Args:
             latent (`Factors`): fp32.
@@ -167,8 +179,9 @@ class KindMap(nn.Module):
         return {side: self._feature(side, getattr(factors, side)) for side in self.sides}
 
     def stream_factors(self, factors: Factors) -> Factors | None:
-        """The update as the residual stream sees it: the factor on the stream's side with its origin taken out, (N, r, n),
-        and the factor on the other side, (N, r, p). None where the kind's role is unknown or A₀ was not kept.
+        """The update as the residual stream sees it: the factor on the stream's side with its origin taken
+        out, (N, r, n), and the factor on the other side, (N, r, p). None where the kind's role is unknown or
+        A₀ was not kept.
         """
         side = residual_side(self.kind, self.config.roles)
         if side is None or (side == "A" and self.origin_A is None):
@@ -177,7 +190,8 @@ class KindMap(nn.Module):
         return Factors(self._feature(side, getattr(factors, side)), other)
 
     def openness(self, latent: Factors) -> list[Tensor | None]:
-        """Probability that each gate of each filter is open: directions (N, r), then experts (N, 1) and heads (N, H).
+        """Probability that each gate of each filter is open: directions (N, r), then experts (N, 1) and heads
+        (N, H).
 
         0 or 1 for 'topk_norm'; None for a filter that does not decide.
         """
@@ -233,7 +247,9 @@ class KindMap(nn.Module):
 
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
-    """The factors of a kind that are compared across depth: ('A',), ('B',), both; none where its role is unknown."""
+    """The factors of a kind that are compared across depth: ('A',), ('B',), both; none where its role is
+    unknown.
+    """
     if config.side == "both":
         return SIDES
     if config.side != "auto":
@@ -243,7 +259,9 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
 
 
 def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PARTS) -> tuple[str, ...]:
-    """The factors of a kind that its map changes, or reads to change others. Ranks that share factors bring no more."""
+    """The factors of a kind that its map changes, or reads to change others. Ranks that share factors bring
+    no more.
+    """
     if parts.filter is not None or parts.coordinator is not None:
         return SIDES
     mapped = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
@@ -265,7 +283,8 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
     """Stop before anything is touched where the map cannot act as asked.
 
     Raises:
-        StructLoRAError: a coordinator is asked for and no kind has two depths; a pattern of `roles` matches no kind; or a
+        StructLoRAError: a coordinator is asked for and no kind has two depths; a pattern of `roles` matches
+        no kind; or a
             factor that would be mapped is frozen.
     """
     for pattern in config.roles or ():
@@ -291,8 +310,12 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
         for side in sorted(mapped):
             if not getattr(kind, side)[0].requires_grad:
                 remedy = (
-                    "set `side='write'` or `coordinator='none'`" if side == "A" else "train it, or set `filter='none'`"
+                    "set `side='write'` or `coordinator='none'`"
+                    if side == "A"
+                    else "train it, or set `filter='none'`"
                 )
                 raise StructLoRAError(
-                    f"lora_{side} of '{kind.name}' frozen", f"a trainable lora_{side}, since StructLoRA maps it", remedy
+                    f"lora_{side} of '{kind.name}' frozen",
+                    f"a trainable lora_{side}, since StructLoRA maps it",
+                    remedy,
                 )

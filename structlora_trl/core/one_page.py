@@ -1,8 +1,10 @@
-"""StructLoRA on one page: the default method as a plain training loop, for one process in fp32. Read this first.
+"""StructLoRA on one page: the default method as a plain training loop, for one process in fp32. Read this
+first.
 
-Nothing in the package imports this file. It does what `attach` does with default options (learned gates with noise, KL,
-a graph network with semantic edges, the pullback), without engines, saving or checks, and a test holds it equal to the
-package. Shapes: a kind has L depths; A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth.
+Nothing in the package imports this file. It does what `attach` does with default options (learned gates with
+noise, KL, a graph network with semantic edges, the pullback), without engines, saving or checks, and a test
+holds it equal to the package. Shapes: a kind has L depths; A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at
+each depth.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class Map(nn.Module):
         depths, rank, _ = A.shape
         self.A0, self.side, self.config = A.clone(), side, config
         self.phi = nn.Parameter(torch.full((depths, rank), logit(config.gate_init)))  # gate logits
-        self.start = expected_gate(self.phi.detach(), config.temperature)  # m₀, so that the mean gate starts at 1
+        self.start = expected_gate(
+            self.phi.detach(), config.temperature
+        )  # m₀, so that the mean gate starts at 1
         self.theta = nn.Parameter(torch.zeros(rank, rank))  # zero: message passing starts as the identity
         self.edges = adjacency_edges(depths)
         self.mean: Tensor | None = None  # running-mean gradient, (L, n)
@@ -47,12 +51,16 @@ class Map(nn.Module):
     def observe(self, gradient: Tensor) -> None:
         """Take a step's gradient of the compared side into the running mean."""
         flat = gradient.flatten(1)
-        self.mean = flat.clone() if self.mean is None else self.mean.lerp(flat, 1 - self.config.semantic_decay)
+        self.mean = (
+            flat.clone() if self.mean is None else self.mean.lerp(flat, 1 - self.config.semantic_decay)
+        )
 
     def redraw(self) -> None:
         """Join depths whose running-mean gradients point the same way, beside neighbours."""
         near, c = adjacency_edges(len(self.phi)), self.config
-        self.edges = near | semantic_edges(self.mean @ self.mean.T, c.semantic_top_k, c.semantic_threshold, near)
+        self.edges = near | semantic_edges(
+            self.mean @ self.mean.T, c.semantic_top_k, c.semantic_threshold, near
+        )
 
 
 def train(
@@ -62,7 +70,8 @@ def train(
     config: StructLoRAConfig,
     seed: int = 42,
 ) -> None:
-    """Train a fresh LoRA adapter as StructLoRA; afterwards the model holds the evaluation weights, a plain LoRA adapter.
+    """Train a fresh LoRA adapter as StructLoRA; afterwards the model holds the evaluation weights, a plain
+    LoRA adapter.
 
     Args:
         model (`nn.Module`): a PEFT model with a LoRA adapter 'default' whose lora_B is zero.
@@ -72,7 +81,9 @@ def train(
         seed (`int`, *optional*, defaults to 42): of the gates' noise.
     """
     kinds = discover(model, "default")
-    latents: list[Latent] = [(torch.stack([kind.A[0].detach()] * kind.depth_count), _stack(kind.B)) for kind in kinds]
+    latents: list[Latent] = [
+        (torch.stack([kind.A[0].detach()] * kind.depth_count), _stack(kind.B)) for kind in kinds
+    ]
     maps = [Map(A, residual_side(kind, None), config) for kind, (A, _) in zip(kinds, latents, strict=True)]
     own = torch.optim.AdamW(
         [

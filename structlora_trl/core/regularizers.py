@@ -1,7 +1,9 @@
-"""The static regularisers that the paper compares with, on the updates of neighbouring depths, and the cosine they share.
+"""The static regularisers that the paper compares with, on the updates of neighbouring depths, and the cosine
+they share.
 
-Each takes node features, (..., L, n), and returns a scalar. Where features are slices of the width, `sum_over_width`
-sums a tensor over all slices; the gradient is then that of the whole penalty with respect to this slice.
+Each takes node features, (..., L, n), and returns a scalar. Where features are slices of the width,
+`sum_over_width` sums a tensor over all slices; the gradient is then that of the whole penalty with respect to
+this slice.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
     """The engine that is in use, detected from the live objects and never from a configuration.
 
     Args:
-        model (`nn.Module`): as the trainer wrapped it: DDP's wrapper, DeepSpeed's engine, or the model itself.
+        model (`nn.Module`): as the trainer wrapped it: DDP's wrapper, DeepSpeed's engine, or the model
+            itself.
         optimizer (`torch.optim.Optimizer`): the real optimizer.
         kinds (`list[Kind]`): what is trained.
 
@@ -46,7 +47,9 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         found = "parameters sharded by FSDP1"
         remedy = "set `fsdp_version: 2` in the `fsdp_config` of accelerate's file, or `version: 2` in Trainer's `fsdp_config`"
-    elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith("deepspeed"):
+    elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith(
+        "deepspeed"
+    ):
         found = "parameters of a DeepSpeed engine, without the engine"
     elif world_size() > 1 and not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         found = f"{world_size()} processes and a model that is not wrapped for them"

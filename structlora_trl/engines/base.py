@@ -5,9 +5,9 @@
     read_latents      master values, which the optimizer steps
     write_working     effective values, which the model computes with
 
-All speak in stacked factors of nodes, one `Factors` per kind, in fp32. An engine that shards parameters speaks of this
-rank's slices of the width (`slices.py`), and where it may of the mapped sides alone, those that the map changes or reads:
-the others are empty then. Its verbs are collectives.
+All speak in stacked factors of nodes, one `Factors` per kind, in fp32. An engine that shards parameters
+speaks of this rank's slices of the width (`slices.py`), and where it may of the mapped sides alone, those
+that the map changes or reads: the others are empty then. Its verbs are collectives.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Engine(ABC):
         """Take the parameters' present values as latents, and from now on call into each optimizer step.
 
         Args:
-            before_step (`Callable`): called when gradients are complete. Where it returns False, the optimizer must not
-                change anything in this step.
+            before_step (`Callable`): called when gradients are complete. Where it returns False, the
+                optimizer must not change anything in this step.
             after_step (`Callable`): called when the optimizer has stepped, with whether it did.
             mapped (`list[tuple[str, ...]]`): the mapped sides of each kind.
         """
@@ -61,7 +61,8 @@ class Engine(ABC):
         """Replace them by gradients with respect to the latent factors.
 
         Args:
-            fill_missing (`bool`): also where the backward left no gradient, since another depth may pass one on.
+            fill_missing (`bool`): also where the backward left no gradient, since another depth may pass one
+                on.
         """
 
     @abstractmethod
@@ -70,11 +71,15 @@ class Engine(ABC):
 
     @abstractmethod
     def write_latents(self, latents: list[Factors]) -> None:
-        """Replace the latent factors of all sides. Those of sides that are not mapped also stand in the model then."""
+        """Replace the latent factors of all sides. Those of sides that are not mapped also stand in the model
+        then.
+        """
 
     @abstractmethod
     def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        """Put effective values where the model reads them: of the mapped sides, those in `sides`. The latents stay."""
+        """Put effective values where the model reads them: of the mapped sides, those in `sides`. The latents
+        stay.
+        """
 
     @abstractmethod
     def stamp(self) -> None:
@@ -82,11 +87,14 @@ class Engine(ABC):
 
     @abstractmethod
     def written(self) -> Tensor:
-        """1.0 where other code has written to this rank's LoRA parameters since `stamp`, be it the same values, else 0.0; on
+        """1.0 where other code has written to this rank's LoRA parameters since `stamp`, be it the same
+        values, else 0.0; on
         the device, without waiting for it."""
 
     def was_touched(self) -> bool:
-        """Whether autograd has seen other code write since `stamp`. Free; a write through `.data` is not seen."""
+        """Whether autograd has seen other code write since `stamp`. Free; a write through `.data` is not
+        seen.
+        """
         return False
 
     @abstractmethod
@@ -95,11 +103,14 @@ class Engine(ABC):
 
     @abstractmethod
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its value in given factors (of all sides), as the model holds it: its shape, its dtype, and its
+        """Each parameter with its value in given factors (of all sides), as the model holds it: its shape,
+        its dtype, and its
         sharding. Parameters that the model holds nothing of are left out."""
 
     def keep_versions(self) -> ExitStack:
-        """Closing it makes autograd take what stands for what stood: for values that return before a backward reads them."""
+        """Closing it makes autograd take what stands for what stood: for values that return before a backward
+        reads them.
+        """
         return ExitStack()
 
     def maximizes(self) -> bool:
@@ -108,13 +119,17 @@ class Engine(ABC):
 
     @abstractmethod
     def bad_gradients(self) -> Tensor:
-        """1.0 where a gradient of this rank that the optimizer is about to use, LoRA's or another's, holds NaN or Inf, else 0.0;
+        """1.0 where a gradient of this rank that the optimizer is about to use, LoRA's or another's, holds
+        NaN or Inf, else 0.0;
         on the device, without waiting for it."""
 
     @abstractmethod
     def gradient_scale(self) -> float | Tensor:
-        """What the engine's step is still to divide the gradients by, 1.0 for nothing: the loss scale of mixed precision, and
-        the norm over the limit where the engine clips inside its step. A tensor, of no dimension, where the device has it."""
+        """What the engine's step is still to divide the gradients by, 1.0 for nothing: the loss scale of
+        mixed precision, and
+        the norm over the limit where the engine clips inside its step. A tensor, of no dimension, where the
+        device has it.
+        """
 
     @abstractmethod
     def learning_rate(self) -> Rate:

@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO, stages 1 to 3: the latents are DeepSpeed's own fp32 masters, the working weights are the effective ones.
+"""DeepSpeed ZeRO, stages 1 to 3: the latents are DeepSpeed's own fp32 masters, the working weights are the
+effective ones.
 
-Under DeepSpeed, Accelerate steps inside `backward`, so that Trainer's events and gradient callbacks come too late
-(accelerate issues 2951 and 3303, DeepSpeed issue 5199). `engine.step` is wrapped on the instance instead: at an accumulation
-boundary the gradients are complete, reduced and not yet clipped.
+Under DeepSpeed, Accelerate steps inside `backward`, so that Trainer's events and gradient callbacks come too
+late (accelerate issues 2951 and 3303, DeepSpeed issue 5199). `engine.step` is wrapped on the instance
+instead: at an accumulation boundary the gradients are complete, reduced and not yet clipped.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .slicing import Exchange
 
 _GATHERED_BYTES = 2**25  # of whole factors, in one all-gather
 
-# PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step as plain AdamW
-# does (LoRA-FA) or without their preconditioner, and say nothing.
+# PEFT's optimizers that step lora_A and lora_B as pairs. DeepSpeed hands them flat vectors, which they step
+# as plain AdamW does (LoRA-FA) or without their preconditioner, and say nothing.
 _NEED_PAIRS = ("LoraFAOptimizer", "RiemannianPreconditionedOptimizer")
 
 
@@ -104,7 +105,9 @@ class DeepSpeedEngine(ShardedEngine):
             for parameter, value in values:
                 # Zero-padded: `safe_set_full_grad` fails on the last rank where the ranks' shares are uneven.
                 missing = parameter.ds_tensor.numel() - len(value)
-                self.optimizer.set_local_grad_for_param(pad(value, (0, missing)) if missing else value, parameter)
+                self.optimizer.set_local_grad_for_param(
+                    pad(value, (0, missing)) if missing else value, parameter
+                )
             return
         if self._keeps_whole_gradients():
             has_gradient = self._mark_gradients(fill_missing)
@@ -137,18 +140,30 @@ class DeepSpeedEngine(ShardedEngine):
 
     @torch.no_grad()
     def _put(
-        self, values: list[Factors], places: list[tuple[str, ...]], exchange: Exchange, sides: tuple[str, ...] = SIDES
+        self,
+        values: list[Factors],
+        places: list[tuple[str, ...]],
+        exchange: Exchange,
+        sides: tuple[str, ...] = SIDES,
     ) -> None:
-        """Put values on some sides of the kinds where the model reads them; `exchange` has those that it holds in shards."""
+        """Put values on some sides of the kinds where the model reads them; `exchange` has those that it
+        holds in shards.
+        """
         fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
         for parameter, _ in fragments:
-            parameter.ds_secondary_tensor = None  # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew
+            parameter.ds_secondary_tensor = (
+                None  # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew
+            )
         wholes = [
-            (parameters, (slices, to_storage(getattr(factors, side), side, kind).to(parameters[0].dtype), side))
+            (
+                parameters,
+                (slices, to_storage(getattr(factors, side), side, kind).to(parameters[0].dtype), side),
+            )
             for kind, slices, factors, chosen in zip(self.kinds, self.slices, values, places, strict=True)
             for side, parameters in zip(SIDES, (kind.A, kind.B), strict=True)
-            # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a kind or none.
+            # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a
+            # kind or none.
             if side in chosen and side in sides and self._is_whole(parameters[0])
             if id(parameters[0]) in self._trained_ids
         ]
@@ -181,18 +196,23 @@ class DeepSpeedEngine(ShardedEngine):
 
     def learning_rate(self) -> Rate:
         rate = rate_of(self.optimizer.param_groups[i] for i in self._groups)
-        # torch's schedulers declare a peak in the groups, DeepSpeed's start from the rate in its configuration.
+        # torch's schedulers declare a peak in the groups, DeepSpeed's start from the rate in its
+        # configuration.
         configured = (self.engine.optimizer_params() or {}).get("lr") or 0.0
         return Rate(rate.current, rate.declared_peak or float(configured))
 
     def _groups_of_lora(self) -> list[int]:
-        """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat masters."""
+        """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat
+        masters.
+        """
         ours = {id(p) for p in self._parameters}
         found = [i for i, parameters in enumerate(self._stepped()) if any(id(p) in ours for p in parameters)]
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
 
     def _norms(self) -> torch.Tensor:
-        """Norms of this rank's part of each parameter. DeepSpeed writes through `.data`, which versions do not see."""
+        """Norms of this rank's part of each parameter. DeepSpeed writes through `.data`, which versions do
+        not see.
+        """
         working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
         return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
@@ -208,7 +228,8 @@ class DeepSpeedEngine(ShardedEngine):
         return min(rank * share, numel), min((rank + 1) * share, numel)
 
     def _span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """Where this rank's part of a trained or frozen factor begins and ends. Frozen ones have no masters: they lie in shards
+        """Where this rank's part of a trained or frozen factor begins and ends. Frozen ones have no masters:
+        they lie in shards
         at stage 3, and before that whole on every rank, of which the first one is taken."""
         if parameter not in self._spans:  # which never change
             is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
@@ -225,7 +246,9 @@ class DeepSpeedEngine(ShardedEngine):
         return parameter.data.numel() == full_shape(parameter).numel()
 
     def _own_part(self, parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
-        """This rank's part, flat, of values that lie as the parameter does: in shards at stage 3, and whole before."""
+        """This rank's part, flat, of values that lie as the parameter does: in shards at stage 3, and whole
+        before.
+        """
         start, stop = self._span(parameter)
         return values.view(-1)[: stop - start] if self.stage == 3 else values.view(-1)[start:stop]
 
@@ -253,7 +276,9 @@ class DeepSpeedEngine(ShardedEngine):
         return self._own_part(parameter, gradient) if is_whole else gradient
 
     def _stepped(self) -> list[list[nn.Parameter]]:
-        """The model's parameters that the optimizer steps, LoRA's or others', by group; by sub-group at stage 3."""
+        """The model's parameters that the optimizer steps, LoRA's or others', by group; by sub-group at stage
+        3.
+        """
         if self.stage == 3:
             return self.optimizer.fp16_groups
         return self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
@@ -263,10 +288,14 @@ class DeepSpeedEngine(ShardedEngine):
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
     def _mark_gradients(self, fill_missing: bool) -> set[int]:
-        """Tell which LoRA parameters of a BF16_Optimizer have a gradient; where missing ones are to be filled, all get one."""
+        """Tell which LoRA parameters of a BF16_Optimizer have a gradient; where missing ones are to be
+        filled, all get one.
+        """
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
         marked = set()
-        for group, flags in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True):
+        for group, flags in zip(
+            self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True
+        ):
             for index, parameter in enumerate(group):
                 if id(parameter) in self._trained_ids and (flags[index] or fill_missing):
                     flags[index] = True
@@ -274,10 +303,13 @@ class DeepSpeedEngine(ShardedEngine):
         return marked
 
     def _separate_masters(self) -> None:
-        """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing effective values
+        """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing
+        effective values
         would overwrite the latents. DeepSpeed 0.19 never takes it, by a comparison that is never true."""
         if self.stage == 3:
-            working = {shard.data_ptr() for shard in self.optimizer.fp16_partitioned_groups_flat if shard is not None}
+            working = {
+                shard.data_ptr() for shard in self.optimizer.fp16_partitioned_groups_flat if shard is not None
+            }
             for master in self.optimizer.fp32_partitioned_groups_flat:
                 if master.data_ptr() in working and master.numel():
                     master.data = master.data.clone()  # the same Parameter, so that its optimizer state stays
@@ -317,7 +349,9 @@ class DeepSpeedEngine(ShardedEngine):
                 self._clip_still_to_come = 1.0
 
     def _skip(self, step, after_step, *args, **kwargs):
-        """Let DeepSpeed's own overflow check, which bf16 runs without, see the bad gradients and skip the step."""
+        """Let DeepSpeed's own overflow check, which bf16 runs without, see the bad gradients and skip the
+        step.
+        """
         checks = getattr(self.optimizer, "check_grad_overflow", None)
         if checks is not None:
             self.optimizer.check_grad_overflow = True
@@ -349,7 +383,11 @@ class DeepSpeedEngine(ShardedEngine):
             )
         elif isinstance(self.engine, deepspeed.PipelineEngine):
             found = "DeepSpeed pipeline parallelism"
-        elif zero.zero_quantized_weights or zero.zero_quantized_gradients or zero.zero_quantized_nontrainable_weights:
+        elif (
+            zero.zero_quantized_weights
+            or zero.zero_quantized_gradients
+            or zero.zero_quantized_nontrainable_weights
+        ):
             found, remedy = (
                 "ZeRO++'s quantized weights or gradients",
                 "remove `zero_quantized_*` from the DeepSpeed config",
@@ -364,9 +402,15 @@ class DeepSpeedEngine(ShardedEngine):
         elif getattr(self.optimizer, "swap_optimizer", False) or getattr(
             self.optimizer, "params_in_nvme_and_cpu", False
         ):
-            found, remedy = "DeepSpeed offload to NVMe", "set `device: cpu` in `offload_optimizer` and `offload_param`"
+            found, remedy = (
+                "DeepSpeed offload to NVMe",
+                "set `device: cpu` in `offload_optimizer` and `offload_param`",
+            )
         elif any(getattr(p, "use_muon", False) for p in self.engine.module.parameters()):
-            found, remedy = "DeepSpeed's Muon, which changes gradients before the step", "choose another optimizer"
+            found, remedy = (
+                "DeepSpeed's Muon, which changes gradients before the step",
+                "choose another optimizer",
+            )
         elif type(self.optimizer.optimizer).__name__ in _NEED_PAIRS:
             found, remedy = (
                 f"PEFT's {type(self.optimizer.optimizer).__name__} under DeepSpeed, whose flat vectors hide the pairs of "
@@ -379,11 +423,17 @@ class DeepSpeedEngine(ShardedEngine):
                 "use its `bf16` or `fp16` section instead",
             )
         if found:
-            raise StructLoRAError(found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy)
+            raise StructLoRAError(
+                found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy
+            )
 
 
-def _in_lots(wholes: list[tuple[list[nn.Parameter], Piece]]) -> Iterator[list[tuple[list[nn.Parameter], Piece]]]:
-    """Which factors share an all-gather: small ones do, to wait once; large ones have one each, to hold less at once."""
+def _in_lots(
+    wholes: list[tuple[list[nn.Parameter], Piece]],
+) -> Iterator[list[tuple[list[nn.Parameter], Piece]]]:
+    """Which factors share an all-gather: small ones do, to wait once; large ones have one each, to hold less
+    at once.
+    """
     lot, size = [], 0
     for parameters, piece in wholes:
         nbytes = sum(p.data.nbytes for p in parameters)

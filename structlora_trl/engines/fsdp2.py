@@ -1,9 +1,10 @@
-"""FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's shards.
+"""FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's
+shards.
 
-As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. The shards of lora_B are
-slices of its width already; those of lora_A hold whole rows, and are moved where the map acts on them. On a mesh of two
-dimensions (HSDP) groups of ranks hold replicas of the shards, and FSDP2 reduces gradients over both; the map of each replica is
-then the same.
+As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. The
+shards of lora_B are slices of its width already; those of lora_A hold whole rows, and are moved where the map
+acts on them. On a mesh of two dimensions (HSDP) groups of ranks hold replicas of the shards, and FSDP2
+reduces gradients over both; the map of each replica is then the same.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         kinds (`list[Kind]`): what is trained.
 
     Raises:
-        StructLoRAError: parameters that are not sharded by rows, or over other ranks too (tensor parallelism).
+        StructLoRAError: parameters that are not sharded by rows, or over other ranks too (tensor
+        parallelism).
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
@@ -70,7 +72,9 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trained):
             return None
-        return self._mapped.to_slices(lambda p: torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad))
+        return self._mapped.to_slices(
+            lambda p: torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad)
+        )
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
@@ -94,13 +98,19 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         for p, value in self._everything().to_fragments(factors):
             local = value.view(_local(p).shape).to(p.dtype)
             mesh, placements = p.device_mesh, p.placements
-            yield p, DTensor.from_local(local, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+            yield (
+                p,
+                DTensor.from_local(
+                    local, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
+                ),
+            )
 
     def keep_versions(self) -> ExitStack:
         return ExitStack()  # a backward reads gathered copies, which we do not write to
 
     def _look(self) -> tuple[list[int], Tensor]:
-        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others waiting.
+        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others
+        # waiting.
         return [p._version for p in self._trained], torch.empty(0, dtype=torch.float32, device="cpu")
 
     def _swap_in_latents(self) -> None:

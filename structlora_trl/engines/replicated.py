@@ -1,8 +1,10 @@
-"""FSDP2 of the base alone, with the adapter whole on every rank: what `from_pretrained(distributed_config=...)` leads to.
+"""FSDP2 of the base alone, with the adapter whole on every rank: what
+`from_pretrained(distributed_config=...)` leads to.
 
-Transformers shards the base before PEFT adds the adapter, whose parameters stay plain tensors. Trainer broadcasts them before
-training and averages their gradients within the backward (transformers issues 48210 and 48873, in 5.24), so that a torch
-optimizer steps equal parameters with equal gradients on every rank, as under DDP.
+Transformers shards the base before PEFT adds the adapter, whose parameters stay plain tensors. Trainer
+broadcasts them before training and averages their gradients within the backward (transformers issues 48210
+and 48873, in 5.24), so that a torch optimizer steps equal parameters with equal gradients on every rank, as
+under DDP.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class ReplicatedEngine(TorchEngine):
         kinds (`list[Kind]`): what is trained.
 
     Raises:
-        StructLoRAError: an adapter that is narrower than its base; at the first step, ranks whose parameters or gradients
+        StructLoRAError: an adapter that is narrower than its base; at the first step, ranks whose parameters
+        or gradients
             differ.
     """
 
@@ -40,7 +43,9 @@ class ReplicatedEngine(TorchEngine):
         if self._ranks_agree:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
             return bad
-        norms = torch.stack([_norm(self._trained), _norm([p.grad for p in self._trained if p.grad is not None])])
+        norms = torch.stack(
+            [_norm(self._trained), _norm([p.grad for p in self._trained if p.grad is not None])]
+        )
         extremes = torch.cat([bad[None], norms, -norms])
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         bad, parameters, gradients, *smallest = extremes.unbind()
@@ -68,7 +73,9 @@ def _refuse_differing(what: str, largest: Tensor, smallest: Tensor) -> None:
 
 
 def _refuse_narrow(model: nn.Module) -> None:
-    """Stop where PEFT has taken a shard of a weight for the whole, as PEFT 0.21 does where replicas share the shards (HSDP)."""
+    """Stop where PEFT has taken a shard of a weight for the whole, as PEFT 0.21 does where replicas share the
+    shards (HSDP).
+    """
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if not isinstance(base, nn.Linear):

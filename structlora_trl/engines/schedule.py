@@ -1,9 +1,10 @@
-"""The trainer's learning-rate schedule, as the map's own optimizer follows it: the current rate as a share of the peak.
+"""The trainer's learning-rate schedule, as the map's own optimizer follows it: the current rate as a share of
+the peak.
 
-A schedule does not say what its peak is. torch's and Transformers' schedulers write the rate they start from into
-`initial_lr`, which is the peak of most of them, but not of OneCycleLR or CyclicLR, nor of lambdas over a base rate of 1
-(Noam); rates set by hand write nothing. So the peak is the largest rate seen so far, and what the scheduler declares is
-believed only while the rates rise towards it.
+A schedule does not say what its peak is. torch's and Transformers' schedulers write the rate they start from
+into `initial_lr`, which is the peak of most of them, but not of OneCycleLR or CyclicLR, nor of lambdas over a
+base rate of 1 (Noam); rates set by hand write nothing. So the peak is the largest rate seen so far, and what
+the scheduler declares is believed only while the rates rise towards it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# A declared peak this large, and this many times the first rate or more, is no rate but the base that a lambda multiplies
-# (Noam's base of 1.0).
+# A declared peak this large, and this many times the first rate or more, is no rate but the base that a
+# lambda multiplies (Noam's base of 1.0).
 LARGEST_PEAK, LONGEST_WARM_UP = 0.5, 5000
 
 
@@ -24,7 +25,9 @@ class Rate(NamedTuple):
 
 
 def rate_of(groups: Iterable[dict]) -> Rate:
-    """The learning rate of some parameter groups of an optimizer: the largest among them (LoRA+ has two; one may be 0)."""
+    """The learning rate of some parameter groups of an optimizer: the largest among them (LoRA+ has two; one
+    may be 0).
+    """
     groups = list(groups)
     if any(group.get("lr") is None or group.get("relative_step") for group in groups):
         return Rate(1.0, 0.0)  # Adafactor computes its rate inside the step, relative to the parameters

@@ -1,4 +1,6 @@
-"""What the engines that shard parameters share: slices of the mapped sides are kept, those of the others are read anew."""
+"""What the engines that shard parameters share: slices of the mapped sides are kept, those of the others are
+read anew.
+"""
 
 from __future__ import annotations
 

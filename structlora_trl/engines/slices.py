@@ -1,6 +1,8 @@
-"""Slices of factors: ranks that share parameters each map a slice of the width (k of A, d of B), for all modules of a kind.
+"""Slices of factors: ranks that share parameters each map a slice of the width (k of A, d of B), for all
+modules of a kind.
 
-The map acts on depth and rank, and the width is a batch to it. What sums over the width is summed over ranks here.
+The map acts on depth and rank, and the width is a batch to it. What sums over the width is summed over ranks
+here.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ class Slices:
 
     Args:
         group (`ProcessGroup`, *optional*): the ranks that share them; every rank has the whole where omitted.
-        bounds (`dict[str, list[int]]`, *optional*): for side 'A' and 'B', n + 1 numbers: rank i of n has the entries from
-            the i-th to the one before the next.
+        bounds (`dict[str, list[int]]`, *optional*): for side 'A' and 'B', n + 1 numbers: rank i of n has the
+            entries from the i-th to the one before the next.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, bounds: dict[str, list[int]] | None = None):

@@ -1,8 +1,8 @@
 """From the fragments that ranks own to slices of the width, and back: one all-to-all for each side.
 
-An engine shards each parameter as it likes: a rank owns a fragment of its flat values, which may begin in the middle of a
-row. The map wants all depths of the same columns of A and rows of B. Which value goes where never changes, so that the
-places are computed once.
+An engine shards each parameter as it likes: a rank owns a fragment of its flat values, which may begin in the
+middle of a row. The map wants all depths of the same columns of A and rows of B. Which value goes where never
+changes, so that the places are computed once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Sharding:
         slices (`list[Slices]`): one per kind, the slices that each rank has.
     """
 
-    def __init__(self, kinds: list[Kind], group: dist.ProcessGroup, span: Callable[[nn.Parameter], tuple[int, int]]):
+    def __init__(
+        self, kinds: list[Kind], group: dist.ProcessGroup, span: Callable[[nn.Parameter], tuple[int, int]]
+    ):
         self.kinds, self.group, self.span, self.device = kinds, group, span, kinds[0].device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         own = torch.tensor(
@@ -42,7 +44,9 @@ class Sharding:
         everyone = own.new_empty(self.ranks * len(own), 2)
         dist.all_gather_into_tensor(everyone, own, group=group)
         self._spans = everyone.view(self.ranks, -1, 2).cpu()  # (N, parameters, 2)
-        self.slices = [Slices(group, {side: self._bounds(i, side) for side in SIDES}) for i in range(len(kinds))]
+        self.slices = [
+            Slices(group, {side: self._bounds(i, side) for side in SIDES}) for i in range(len(kinds))
+        ]
 
     def spans(self, place: int, side: str) -> Tensor:
         """All ranks' fragments of a kind's factors on one side: (L, N, 2)."""
@@ -64,7 +68,8 @@ class Sharding:
         return (len(self.kinds[place].modules), *((rows, size) if side == "A" else (size, columns)))
 
     def _bounds(self, place: int, side: str) -> list[int]:
-        """Shares of the width, as `torch.chunk` deals them; of lora_B the rows that ranks own already, where all depths have
+        """Shares of the width, as `torch.chunk` deals them; of lora_B the rows that ranks own already, where
+        all depths have
         the same ones."""
         rows, columns = self.shape(place, side)
         width = columns if side == "A" else rows
@@ -80,8 +85,8 @@ class Sharding:
 
 
 class Exchange:
-    """Moves factors between fragments and slices, on some sides of some kinds. To build one is a collective, and so are
-    its verbs.
+    """Moves factors between fragments and slices, on some sides of some kinds. To build one is a collective,
+    and so are its verbs.
 
     Args:
         sharding (`Sharding`): who owns what.
@@ -100,18 +105,28 @@ class Exchange:
 
     @torch.no_grad()
     def to_slices(self, of: Reader) -> list[Factors]:
-        """This rank's slices of nodes, fp32, from everyone's fragments; empty on the sides that are not moved."""
+        """This rank's slices of nodes, fp32, from everyone's fragments; empty on the sides that are not
+        moved.
+        """
         stored = {name: side.to_slices(of) for name, side in self._each.items()}
         kinds = self.sharding.kinds
         return [
-            Factors(*(to_nodes(stored.get(side, {}).get(i, self._empty(i, side)), side, kind) for side in SIDES))
+            Factors(
+                *(to_nodes(stored.get(side, {}).get(i, self._empty(i, side)), side, kind) for side in SIDES)
+            )
             for i, kind in enumerate(kinds)
         ]
 
     @torch.no_grad()
-    def to_fragments(self, slices: list[Factors], sides: tuple[str, ...] = SIDES) -> list[tuple[nn.Parameter, Tensor]]:
-        """This rank's fragments, flat and fp32, from everyone's slices; of the sides that are moved, those in `sides`."""
-        return [pair for name, side in self._each.items() if name in sides for pair in side.to_fragments(slices)]
+    def to_fragments(
+        self, slices: list[Factors], sides: tuple[str, ...] = SIDES
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """This rank's fragments, flat and fp32, from everyone's slices; of the sides that are moved, those in
+        `sides`.
+        """
+        return [
+            pair for name, side in self._each.items() if name in sides for pair in side.to_fragments(slices)
+        ]
 
     def _empty(self, place: int, side: str) -> Tensor:
         depths, rows, columns = self.sharding.slice_shape(place, side)
@@ -138,7 +153,9 @@ class _Side:
             for parameters in factors
             for p in parameters[row * len(parameters) // self.rows : (row + 1) * len(parameters) // self.rows]
         ]
-        self._sizes = [stop - start for start, stop in map(sharding.span, self.parameters)]  # of this rank's fragments
+        self._sizes = [
+            stop - start for start, stop in map(sharding.span, self.parameters)
+        ]  # of this rank's fragments
         self._place()
 
     def _place(self) -> None:
@@ -159,20 +176,28 @@ class _Side:
                 targets.append(torch.searchsorted(bounds[1:], along, right=True))
                 owners = (of_depth[:, 1] > of_depth[:, 0]).nonzero().flatten()
                 owners = owners[of_depth[owners, 0].argsort()]
-                sources.append(owners[torch.searchsorted(of_depth[owners, 0].contiguous(), sliced, right=True) - 1])
+                sources.append(
+                    owners[torch.searchsorted(of_depth[owners, 0].contiguous(), sliced, right=True) - 1]
+                )
         targets, sources = torch.cat(targets), torch.cat(sources)
-        self._sent, self._received = (found.bincount(minlength=sharding.ranks).tolist() for found in (targets, sources))
+        self._sent, self._received = (
+            found.bincount(minlength=sharding.ranks).tolist() for found in (targets, sources)
+        )
         # Ordered by rank, and within a rank by place: sender and receiver see the same order.
         self._by_target = targets.argsort(stable=True).to(sharding.device)
         self._by_source = sources.argsort(stable=True).to(sharding.device)
-        leaving = torch.tensor(len(targets) - self._sent[sharding.rank], dtype=torch.int64, device=sharding.device)
+        leaving = torch.tensor(
+            len(targets) - self._sent[sharding.rank], dtype=torch.int64, device=sharding.device
+        )
         dist.all_reduce(leaving, dist.ReduceOp.MAX, group=sharding.group)
         self._is_local = not bool(leaving)  # fragments are slices already
 
     def to_slices(self, of: Reader) -> dict[int, Tensor]:
         """This rank's slices, as PEFT stores them, by place of the kind."""
         device = self.sharding.device
-        flat = torch.cat([of(p).reshape(-1).to(device, torch.float32) for p in self.parameters]).view(self.rows, -1)
+        flat = torch.cat([of(p).reshape(-1).to(device, torch.float32) for p in self.parameters]).view(
+            self.rows, -1
+        )
         if not self._is_local:
             flat = self._moved(flat, self._by_target, self._sent, self._by_source, self._received)
         shapes = [self.sharding.slice_shape(i, self.side) for i in self.places]
@@ -180,13 +205,17 @@ class _Side:
         return {i: piece.reshape(shape) for i, piece, shape in zip(self.places, pieces, shapes, strict=True)}
 
     def to_fragments(self, slices: list[Factors]) -> list[tuple[nn.Parameter, Tensor]]:
-        stored = (to_storage(getattr(slices[i], self.side), self.side, self.sharding.kinds[i]) for i in self.places)
+        stored = (
+            to_storage(getattr(slices[i], self.side), self.side, self.sharding.kinds[i]) for i in self.places
+        )
         flat = torch.cat([factors.reshape(self.rows, -1) for factors in stored], dim=1)
         if not self._is_local:
             flat = self._moved(flat, self._by_source, self._received, self._by_target, self._sent)
         return list(zip(self.parameters, flat.reshape(-1).split(self._sizes), strict=True))
 
-    def _moved(self, flat: Tensor, leaving: Tensor, sent: list[int], arriving: Tensor, received: list[int]) -> Tensor:
+    def _moved(
+        self, flat: Tensor, leaving: Tensor, sent: list[int], arriving: Tensor, received: list[int]
+    ) -> Tensor:
         """(rows, mine) -> (rows, mine): each entry to the rank that wants it."""
         outgoing = flat.T.index_select(0, leaving)
         incoming = outgoing.new_empty(len(arriving), self.rows)

@@ -1,8 +1,9 @@
 """Tensor parallelism of Transformers (`tp_plan`): each rank computes with slices of the base's weights.
 
-PEFT (from 0.21 on) slices what touches the sliced side: `lora_B` of modules cut by columns, `lora_A` of modules cut by rows.
-These are DTensors, the other factor is whole and equal on all ranks, and so are their gradients. A torch optimizer steps
-both, and as with one process, latent values are swapped in for `optimizer.step()`.
+PEFT (from 0.21 on) slices what touches the sliced side: `lora_B` of modules cut by columns, `lora_A` of
+modules cut by rows. These are DTensors, the other factor is whole and equal on all ranks, and so are their
+gradients. A torch optimizer steps both, and as with one process, latent values are swapped in for
+`optimizer.step()`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class TensorParallelEngine(TorchEngine):
         if all(parameter.grad is None for parameter in self._trained):
             return None
         return [
-            Factors(*(to_nodes(_whole([_gradient(p) for p in getattr(kind, side)]), side, kind) for side in SIDES))
+            Factors(
+                *(to_nodes(_whole([_gradient(p) for p in getattr(kind, side)]), side, kind) for side in SIDES)
+            )
             for kind in self.kinds
         ]
 
@@ -68,7 +71,8 @@ class TensorParallelEngine(TorchEngine):
         return bad
 
     def _look(self) -> tuple[list[int], Tensor]:
-        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others waiting.
+        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others
+        # waiting.
         return [p._version for p in self._trained], torch.empty(0, dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
@@ -77,7 +81,10 @@ class TensorParallelEngine(TorchEngine):
             parameter.copy_(_as_placed(parameter, value))
 
     def _standing(self) -> list[Factors]:
-        return [Factors(*(to_nodes(_whole(getattr(kind, side)), side, kind) for side in SIDES)) for kind in self.kinds]
+        return [
+            Factors(*(to_nodes(_whole(getattr(kind, side)), side, kind) for side in SIDES))
+            for kind in self.kinds
+        ]
 
 
 def _as_placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
@@ -85,7 +92,9 @@ def _as_placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
     value = value.reshape(parameter.shape).to(parameter.dtype)
     if not isinstance(parameter, DTensor):
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have it
+    return distribute_tensor(
+        value, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )  # all have it
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

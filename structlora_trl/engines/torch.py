@@ -1,7 +1,7 @@
 """One process and a `torch.optim` optimizer: a bare loop, Accelerate and the HF Trainer alike.
 
-The model's parameters hold effective values. For the duration of `optimizer.step()` latent values are swapped in, by the
-step hooks every torch optimizer has; the parameters' storage is never replaced.
+The model's parameters hold effective values. For the duration of `optimizer.step()` latent values are swapped
+in, by the step hooks every torch optimizer has; the parameters' storage is never replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # `torch.compiler.disable`, which would load the compiler on import
+from torch._compile import (
+    _disable_dynamo,
+)  # `torch.compiler.disable`, which would load the compiler on import
 from torch.distributed.tensor import DTensor
 
 from ..call_stack import caller_in, is_running
@@ -32,7 +34,8 @@ class TorchEngine(Engine):
         name (`str`, *optional*, defaults to "torch"): what logs and errors call it.
 
     Raises:
-        StructLoRAError: the optimizer lacks some trainable LoRA parameter, or moves parameters outside its step.
+        StructLoRAError: the optimizer lacks some trainable LoRA parameter, or moves parameters outside its
+        step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
@@ -66,7 +69,9 @@ class TorchEngine(Engine):
         def before(optimizer, args, kwargs):
             nonlocal stepped
             if self._step_depth and is_running(self._step_frame):
-                self._step_depth += 1  # an optimizer whose `step` calls that of its parent, which torch has hooked too
+                self._step_depth += (
+                    1  # an optimizer whose `step` calls that of its parent, which torch has hooked too
+                )
                 return None
             self._step_depth, self._step_frame = 1, caller_in(_OPTIMIZER_FILE)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
@@ -106,7 +111,9 @@ class TorchEngine(Engine):
         self._handles = []
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Evaluate a closure at the training weights, before latent ones take their place; the step gets its result."""
+        """Evaluate a closure at the training weights, before latent ones take their place; the step gets its
+        result.
+        """
         with torch.enable_grad():
             loss = closure()
         unread = [loss]
@@ -196,7 +203,9 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def _look(self) -> tuple[list[int], Tensor]:
-        """Autograd's version of each parameter, and its norm: a write through `.data` leaves the version as it was."""
+        """Autograd's version of each parameter, and its norm: a write through `.data` leaves the version as
+        it was.
+        """
         device = self._trained[0].device
         exact = torch.float32 if device.type == "mps" else torch.float64
         norms = torch._foreach_norm(self._trained, 2, exact)
@@ -207,8 +216,8 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def _put(self, values: list[Factors], sides: tuple[str, ...]) -> None:
-        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by them, and a
-        # backward through weights that are gone must fail.
+        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
+        # them, and a backward through weights that are gone must fail.
         pairs = self._with_values(values, sides)
         copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
 

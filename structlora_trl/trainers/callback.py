@@ -27,18 +27,21 @@ logger = logging.getLogger(__name__)
 class StructLoRACallback(TrainerCallback):
     """Trains the model's LoRA adapter as StructLoRA; checkpoints, resuming and metrics included.
 
-    Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights. The model may be
+    Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights.
+    The model may be
     a PEFT model, or a module that holds one (`peft_module` names it where there are several).
 
     Args:
-        config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that has them under
-            the key `structlora`. Where no option is given, `args.structlora` if the training arguments have it
+        config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
+            has them under the key `structlora`. Where no option is given, `args.structlora` if the training
+            arguments have it
             (`StructLoRASFTConfig`), else the defaults.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
     Raises:
-        StructLoRAError: an option is unknown or out of range; later, at the start of training, whatever keeps StructLoRA
+        StructLoRAError: an option is unknown or out of range; later, at the start of training, whatever keeps
+        StructLoRA
             from acting.
 
     Example:
@@ -87,11 +90,14 @@ class StructLoRACallback(TrainerCallback):
         seed, quiet = trainer.args.seed, why_quiet(trainer)
         return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet)
 
-    def start_over(self, trainer: Trainer, optimizer: torch.optim.Optimizer, reset: Callable[[], None]) -> None:
-        """Train on with a fresh adapter within one run, as ReLoRA does. To be called between two optimizer steps.
+    def start_over(
+        self, trainer: Trainer, optimizer: torch.optim.Optimizer, reset: Callable[[], None]
+    ) -> None:
+        """Train on with a fresh adapter within one run, as ReLoRA does. To be called between two optimizer
+        steps.
 
-        Gates and coordinator start over: what they learned was about directions that are part of the base by then. Counts
-        of steps, and the peak that the learning rate is a share of, go on.
+        Gates and coordinator start over: what they learned was about directions that are part of the base by
+        then. Counts of steps, and the peak that the learning rate is a share of, go on.
 
         Args:
             reset: merges the adapter, whose evaluation weights stand then, and makes it a fresh one.
@@ -138,7 +144,9 @@ class StructLoRACallback(TrainerCallback):
             finished_state, weights = self._finished
             if _equal(weights, self.runtime):
                 schedule = self.runtime.schedule
-                self.runtime.load_state_dict(finished_state)  # another `train()` continues where the last one ended
+                self.runtime.load_state_dict(
+                    finished_state
+                )  # another `train()` continues where the last one ended
                 self.runtime.schedule = schedule  # with a schedule of its own
         self._acted_before = self.runtime.acted_steps
 
@@ -176,7 +184,9 @@ class StructLoRACallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.runtime is None or not self.runtime.is_attached:
             return
-        values = self.runtime.state_dict() if self.runtime.is_sharded else None  # on every rank, before one writes
+        values = (
+            self.runtime.state_dict() if self.runtime.is_sharded else None
+        )  # on every rank, before one writes
         if not args.should_save:
             return
         folder = checkpoint_folder(args, state)
@@ -191,7 +201,9 @@ class StructLoRACallback(TrainerCallback):
             )
 
     def _take_options(self, arguments) -> None:
-        """Read `args.structlora`, where the training arguments have it, and refuse other options than the callback's own."""
+        """Read `args.structlora`, where the training arguments have it, and refuse other options than the
+        callback's own.
+        """
         theirs = read_switch(getattr(arguments, "structlora", True))
         if theirs is None:
             raise StructLoRAError(
@@ -214,7 +226,9 @@ class StructLoRACallback(TrainerCallback):
             )
 
     def _warn_of_earlier(self, callbacks: list[TrainerCallback]) -> None:
-        """Name the callbacks that ran before lora_A is aligned, and may have kept values that do not stand any more."""
+        """Name the callbacks that ran before lora_A is aligned, and may have kept values that do not stand
+        any more.
+        """
         if not (self.config.align_init and self.config.compares_depths):
             return
         looked = [
@@ -235,8 +249,9 @@ class StructLoRACallback(TrainerCallback):
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder of the checkpoint that a Trainer has just written.
 
-    Trials of a hyperparameter search have folders of their own, whose names only `hp_name` makes public; the newest
-    checkpoint of this step is meant otherwise (transformers 5.24; `upstream/transformers-save-event-before-rotation.md`).
+    Trials of a hyperparameter search have folders of their own, whose names only `hp_name` makes public; the
+    newest checkpoint of this step is meant otherwise (transformers 5.24;
+    `upstream/transformers-save-event-before-rotation.md`).
     """
     output, name = Path(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if state.trial_name is not None:

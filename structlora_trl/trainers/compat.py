@@ -16,8 +16,9 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from ..errors import StructLoRAError
 
-# How names end of trainers that train on samples of their own policy and compare its probabilities with those it had then. By
-# name, since importing one of TRL's imports its dependencies, and Unsloth's UnslothGRPOTrainer does not derive from GRPOTrainer.
+# How names end of trainers that train on samples of their own policy and compare its probabilities with those
+# it had then. By name, since importing one of TRL's imports its dependencies, and Unsloth's
+# UnslothGRPOTrainer does not derive from GRPOTrainer.
 _ON_POLICY = (
     "A2POTrainer",
     "DistillationTrainer",
@@ -38,9 +39,9 @@ _WITHOUT_DROPOUT = ("DPOTrainer", "KTOTrainer")
 def calling_trainer() -> tuple[Trainer, str | None]:
     """The Trainer that is calling a callback, and the checkpoint that it resumes from.
 
-    Trainer hands callbacks its model and optimizer, but neither itself nor `resume_from_checkpoint` (transformers 5.24;
-    `upstream/transformers-callbacks-see-the-trainer.md`). Both stand in the frame of the method that called us, whatever
-    its name: Unsloth's training loop is `_fast_inner_training_loop`.
+    Trainer hands callbacks its model and optimizer, but neither itself nor `resume_from_checkpoint`
+    (transformers 5.24; `upstream/transformers-callbacks-see-the-trainer.md`). Both stand in the frame of the
+    method that called us, whatever its name: Unsloth's training loop is `_fast_inner_training_loop`.
 
     Raises:
         StructLoRAError: no Trainer is calling.
@@ -63,11 +64,12 @@ def calling_trainer() -> tuple[Trainer, str | None]:
 
 
 def refuse_engine_taken_down(trainer: Trainer) -> None:
-    """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues without one.
+    """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues
+    without one.
 
-    `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped already
-    (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA run fails in its first
-    backward.
+    `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped
+    already (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA
+    run fails in its first backward.
 
     Raises:
         StructLoRAError: there is no engine.
@@ -81,7 +83,9 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
 
 
 def why_quiet(trainer: Trainer) -> str | None:
-    """The reason why noise on the gates, which is a kind of dropout, is off in a trainer; None where it is on."""
+    """The reason why noise on the gates, which is a kind of dropout, is off in a trainer; None where it is
+    on.
+    """
     name, classes = type(trainer).__name__, [c.__name__ for c in type(trainer).__mro__]
     if any(c.endswith(_ON_POLICY) for c in classes):
         return f"{name} trains on samples of its own policy"
@@ -93,8 +97,8 @@ def why_quiet(trainer: Trainer) -> str | None:
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:
     """Move a callback to the front of a handler, safe while the handler goes through its list.
 
-    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and trackio
-    (transformers 5.24; `upstream/transformers-callback-order.md`).
+    User callbacks run after the reporting ones; what they add to `logs` would miss TensorBoard, W&B and
+    trackio (transformers 5.24; `upstream/transformers-callback-order.md`).
     """
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
@@ -104,13 +108,16 @@ def trl_script(name: str) -> ModuleType:
     """The module `trl.scripts.<name>`.
 
     Raises:
-        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says RuntimeError;
+        ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says
+        RuntimeError;
             its KTOTrainer can be imported, and fails when it is built.
     """
     import trl
 
     if name == "kto" and Version(trl.__version__) < Version("1.0"):
-        raise ImportError(f"TRL {trl.__version__}'s KTOTrainer sets `warnings_issued`, which transformers 5 dropped")
+        raise ImportError(
+            f"TRL {trl.__version__}'s KTOTrainer sets `warnings_issued`, which transformers 5 dropped"
+        )
     try:
         return import_module(f"trl.scripts.{name}")
     except RuntimeError as error:

@@ -18,13 +18,15 @@ from .compat import run_first
 class StructLoRASFTConfig(SFTConfig):
     """TRL's `SFTConfig` with one more field, `structlora`.
 
-    The field attaches nothing by itself: `StructLoRASFTTrainer`, `StructLoRAMixin` and a `StructLoRACallback()` without
-    options of its own read it. A bare `SFTTrainer` with these arguments and no callback trains plain LoRA.
+    The field attaches nothing by itself: `StructLoRASFTTrainer`, `StructLoRAMixin` and a
+    `StructLoRACallback()` without options of its own read it. A bare `SFTTrainer` with these arguments and no
+    callback trains plain LoRA.
 
     Args:
         structlora (`StructLoRAConfig`, `dict`, `bool` or `str`, *optional*, defaults to `True`):
             Options of StructLoRA, True for the defaults, or False for plain LoRA. On the command line, JSON
-            (`--structlora '{"gate_init": 0.8}'`) or a YAML file with a `structlora` key. The field then holds a `dict` of
+            (`--structlora '{"gate_init": 0.8}'`) or a YAML file with a `structlora` key. The field then holds
+                a `dict` of
             the options that differ from the defaults, or False.
 
     Raises:
@@ -55,12 +57,15 @@ class StructLoRAMixin:
     """Put before a Trainer class: `class StructLoRADPOTrainer(StructLoRAMixin, DPOTrainer): pass`.
 
     Args:
-        structlora_config (`StructLoRAConfig` or `dict`, *optional*): where omitted, `args.structlora` if the training
-            arguments have it (`StructLoRASFTConfig`), else the defaults. `args.structlora=False` trains plain LoRA.
+        structlora_config (`StructLoRAConfig` or `dict`, *optional*): where omitted, `args.structlora` if the
+            training
+            arguments have it (`StructLoRASFTConfig`), else the defaults. `args.structlora=False` trains plain
+                LoRA.
         args, kwargs: those of the Trainer.
 
     Raises:
-        StructLoRAError: the class is written with the mixin behind the Trainer class; an option is unknown or out of range.
+        StructLoRAError: the class is written with the mixin behind the Trainer class; an option is unknown or
+        out of range.
 
     Example:
         >>> class MyTrainer(StructLoRAMixin, SFTTrainer):

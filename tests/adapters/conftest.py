@@ -24,5 +24,7 @@ def runs(tmp_path_factory):
 def plain_adapter(runs, tmp_path):
     """The same adapter without StructLoRA's state."""
     folder = tmp_path / "plain_adapter"
-    shutil.copytree(runs(), folder, ignore=shutil.ignore_patterns("checkpoint-*", STATE_NAME, "trainer_state.json"))
+    shutil.copytree(
+        runs(), folder, ignore=shutil.ignore_patterns("checkpoint-*", STATE_NAME, "trainer_state.json")
+    )
     return folder

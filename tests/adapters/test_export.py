@@ -59,7 +59,9 @@ def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
     saved, exported = load_file(folder / ADAPTER), load_file(tmp_path / "adapter" / ADAPTER)
     assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
     base = runs(variant).parent / "base"
-    assert torch.equal(*(logits_of(on_base(where, base), "llama") for where in (folder, tmp_path / "adapter")))
+    assert torch.equal(
+        *(logits_of(on_base(where, base), "llama") for where in (folder, tmp_path / "adapter"))
+    )
 
 
 def close_directions(state: dict, adapter: dict, threshold: float) -> int:
@@ -152,7 +154,9 @@ def _gradients(model, config):
 
 
 def _covariances(model, config):
-    preprocess_corda(model, config, run_model=lambda: model(input_ids=FAMILIES["llama"].batch(0)["input_ids"][:1]))
+    preprocess_corda(
+        model, config, run_model=lambda: model(input_ids=FAMILIES["llama"].batch(0)["input_ids"][:1])
+    )
 
 
 # How an adapter began -> (LoRA's options, what the base model needs for them first). The first ones take a part out of the base
@@ -217,10 +221,14 @@ def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_
     torch.testing.assert_close(merged("of the moved base", "out", base=moved), trained, atol=1e-5, rtol=0)
     rows = [{"input_ids": ids[None], "labels": ids[None]} for ids in FAMILIES["llama"].batch(9)["input_ids"]]
     *_, losses = information_curves(read_saved(tmp_path / "out"), rows, base=moved)
-    expected = sum(float(on_base(tmp_path / "converted", tmp_path / "base")(**row).loss) for row in rows) / len(rows)
+    expected = sum(
+        float(on_base(tmp_path / "converted", tmp_path / "base")(**row).loss) for row in rows
+    ) / len(rows)
     assert losses.orders["most information"][-1] == (1, pytest.approx(expected, abs=1e-5))
     export(read_saved(tmp_path / "out"), tmp_path / "adapter", base=moved)
-    torch.testing.assert_close(logits_of(on_base(tmp_path / "adapter", moved), "llama"), trained, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits_of(on_base(tmp_path / "adapter", moved), "llama"), trained, atol=1e-5, rtol=0
+    )
 
 
 MISTAKES = {
@@ -309,7 +317,9 @@ TOKENS, PICTURES = "4 x 64 random tokens", "4 random pictures"
 MODELS = {
     "bert": (as_it_is(lambda: base_model("bert")), "bert", {"target_modules": ["query", "value"]}, TOKENS),
     "bert with another head": (
-        with_another_head(lambda: BertModel(base_model("bert").config), BertForSequenceClassification, num_labels=3),
+        with_another_head(
+            lambda: BertModel(base_model("bert").config), BertForSequenceClassification, num_labels=3
+        ),
         "bert",
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
         TOKENS,
@@ -320,7 +330,12 @@ MODELS = {
         {**ATTENTION, "task_type": "SEQ_CLS"},
         TOKENS,
     ),
-    "vit": (as_it_is(lambda: base_model("vit")), "vit", {"target_modules": FAMILIES["vit"].attention}, PICTURES),
+    "vit": (
+        as_it_is(lambda: base_model("vit")),
+        "vit",
+        {"target_modules": FAMILIES["vit"].attention},
+        PICTURES,
+    ),
     "llava": (as_it_is(lambda: base_model("llava")), "llava", ATTENTION, TOKENS),
     "t5": (as_it_is(t5), "llama", {"target_modules": ["q", "o"], "task_type": "SEQ_2_SEQ_LM"}, TOKENS),
     "mixtral": (as_it_is(lambda: base_model("mixtral")), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
@@ -350,10 +365,14 @@ def test_models_of_every_kind_are_pruned_and_merged(name, tmp_path):
         base = load_base(str(tmp_path / folder), saved.lora, saved.tensors)
         loaded = PeftModel.from_pretrained(base, adapter).base_model if adapter else base
         inputs = {
-            n: v for n, v in FAMILIES[family].batch(99).items() if n != "labels" or base.config.is_encoder_decoder
+            n: v
+            for n, v in FAMILIES[family].batch(99).items()
+            if n != "labels" or base.config.is_encoder_decoder
         }
         with torch.no_grad():
-            return torch.cat([loaded.eval()(**{n: v[i : i + 1] for n, v in inputs.items()}).logits for i in range(2)])
+            return torch.cat(
+                [loaded.eval()(**{n: v[i : i + 1] for n, v in inputs.items()}).logits for i in range(2)]
+            )
 
     expected = answers(out)
     torch.testing.assert_close(answers(tmp_path / "small"), expected, atol=1e-5, rtol=1e-5)
@@ -375,7 +394,9 @@ def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
     saved = read_saved(llama_run(tmp_path, config, **lora))
     done = export(saved, tmp_path / "small", prune_below=0.5)
     assert done.change.largest < 1e-5
-    expected, found = (logits_of(on_base(tmp_path / name, tmp_path / "base"), "llama") for name in ("out", "small"))
+    expected, found = (
+        logits_of(on_base(tmp_path / name, tmp_path / "base"), "llama") for name in ("out", "small")
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -411,7 +432,11 @@ def resized(model):
 # What cannot be merged -> (LoRA's options, what is done to the model before training, words of the message)
 UNMERGEABLE = {
     "layer_replication": ({"layer_replication": [[0, 2], [1, 3]]}, None, "`layer_replication`, whose copies"),
-    "lora_bias without a bias": ({"lora_bias": True}, None, "merging the adapter failed.*base layer has no bias"),
+    "lora_bias without a bias": (
+        {"lora_bias": True},
+        None,
+        "merging the adapter failed.*base layer has no bias",
+    ),
     "a vocabulary resized": (
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         resized,
@@ -470,18 +495,26 @@ LOADERS = {
 SCALES = {
     "plain": {},
     "rslora": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3, "o_proj": 5}},
+    "patterns": {
+        "rank_pattern": {"v_proj": 2},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 3, "o_proj": 5},
+    },
 }
 
 
-@pytest.mark.parametrize("options, loaders", [({"prune_below": 0.5}, list(LOADERS)[:1]), ({"one_rank": True}, LOADERS)])
+@pytest.mark.parametrize(
+    "options, loaders", [({"prune_below": 0.5}, list(LOADERS)[:1]), ({"one_rank": True}, LOADERS)]
+)
 @pytest.mark.parametrize("scales", SCALES)
 def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
     base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
     targets = {"target_modules": ["q_proj", "v_proj", "o_proj"]}
     out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **targets, **SCALES[scales])
     export(read_saved(out), tmp_path / "exported", probe="none", **options)
-    expected, config = updates(out, tmp_path / "base"), json.loads((tmp_path / "exported" / CONFIG).read_text())
+    expected, config = (
+        updates(out, tmp_path / "base"),
+        json.loads((tmp_path / "exported" / CONFIG).read_text()),
+    )
     assert "one_rank" not in options or not (config["rank_pattern"] or config["alpha_pattern"])
     for module, update in updates(tmp_path / "exported", tmp_path / "base").items():
         torch.testing.assert_close(update, expected[module], atol=1e-6, rtol=1e-5)
@@ -494,10 +527,19 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
 
 # What PEFT makes of it at another rank or scale is not what was trained -> (LoRA's options, words of the message or None).
 BOUND = {
-    "OLoRA of two ranks": ({"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}}, "initialised with 'olora'"),
-    "OLoRA of two scales": ({"init_lora_weights": "olora", "alpha_pattern": {"q_proj": 2}}, "initialised with 'olora'"),
+    "OLoRA of two ranks": (
+        {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
+        "initialised with 'olora'",
+    ),
+    "OLoRA of two scales": (
+        {"init_lora_weights": "olora", "alpha_pattern": {"q_proj": 2}},
+        "initialised with 'olora'",
+    ),
     "OLoRA of one rank": ({"init_lora_weights": "olora"}, None),
-    "PiSSA of two ranks": ({"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}}, "initialised with 'pissa'"),
+    "PiSSA of two ranks": (
+        {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
+        "initialised with 'pissa'",
+    ),
     "PiSSA of two scales": ({"init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 2}}, None),
     "orthogonal of two ranks": ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 2}}, None),
 }
@@ -514,7 +556,9 @@ def test_one_rank_is_the_same_model_or_refused(name, tmp_path):
         assert not (tmp_path / "exported").exists()
     else:
         export(read_saved(out), tmp_path / "exported", one_rank=True)
-        before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
+        before, after = (
+            logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported")
+        )
         torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
@@ -538,7 +582,9 @@ def test_kasa_keeps_its_ranks(options, ranks, refused, tmp_path):
         assert not (tmp_path / "exported").exists()
     else:
         export(read_saved(out), tmp_path / "exported", **options)
-        before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
+        before, after = (
+            logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported")
+        )
         assert torch.equal(before, after)
 
 

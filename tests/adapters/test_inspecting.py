@@ -55,7 +55,9 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
                 assert row["groups"] is None
             assert row["norm"] == pytest.approx(update.norm().item(), rel=1e-4)
             share = torch.linalg.svdvals(update)[:RANK] / torch.linalg.svdvals(update).sum()
-            assert row["effective_rank"] == pytest.approx((-torch.xlogy(share, share).sum()).exp().item(), abs=1e-2)
+            assert row["effective_rank"] == pytest.approx(
+                (-torch.xlogy(share, share).sum()).exp().item(), abs=1e-2
+            )
         coherence = [row["coherence"] for row in kind["depths"]]
         expected = [cosines[0], sum(cosines) / 2, cosines[1]]
         assert coherence == pytest.approx([float(value) for value in expected], abs=1e-4)
@@ -73,7 +75,9 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         values = [torch.linalg.svdvals(update)[:RANK] for update in updates]
         assert kind["singular_values"][2] == pytest.approx(values[2].tolist(), abs=1e-5)
         energy = [torch.linalg.svdvals(update)[:RANK].square() for update in updates]
-        assert kind["coverage"][0] == pytest.approx((energy[0].cumsum(0) / energy[0].sum()).tolist(), abs=1e-3)
+        assert kind["coverage"][0] == pytest.approx(
+            (energy[0].cumsum(0) / energy[0].sum()).tolist(), abs=1e-3
+        )
 
 
 def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
@@ -93,7 +97,9 @@ def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
             assert row["gates"] is None and row["semantic"] is None
             # Without the state, A's origin is unknown; B began at zero.
             for figure in ("coherence", "stream"):
-                assert row[figure] == (pytest.approx(known[figure], abs=1e-4) if kind["role"] == "write" else None)
+                assert row[figure] == (
+                    pytest.approx(known[figure], abs=1e-4) if kind["role"] == "write" else None
+                )
             assert row["norm"] == pytest.approx(known["norm"], rel=1e-4)
 
 
@@ -112,7 +118,9 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
     assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "singular_values", "size"}
 
 
-@pytest.mark.parametrize("library, module, option", [("matplotlib", "figures", "--plot"), ("jinja2", "page", "--html")])
+@pytest.mark.parametrize(
+    "library, module, option", [("matplotlib", "figures", "--plot"), ("jinja2", "page", "--html")]
+)
 def test_a_missing_library_is_named(library, module, option, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, f"structlora_trl.adapters.{module}", raising=False)
@@ -132,7 +140,8 @@ def test_inspect_begins_with_a_summary(runs, capsys):
 
 
 @pytest.mark.parametrize(
-    "scales", [{}, {"use_rslora": True}, {"alpha_pattern": {"experts.down_proj": 3, "experts.gate_up_proj": 3}}]
+    "scales",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"experts.down_proj": 3, "experts.gate_up_proj": 3}}],
 )
 def test_experts_are_told_apart(scales, tmp_path):
     """With the state, kinds are named by the parameter; without it, the file does not say which wrapper is whose."""
@@ -181,7 +190,9 @@ def test_experts_that_are_modules_are_told_apart_and_pruned(tmp_path):
             assert [row.layer.split(".")[0] for row in kind.depths] == ["0", "1", "2"]
             for row, layer in zip(kind.depths, layers, strict=True):
                 update = layer.get_submodule(name).get_delta_weight("default")
-                assert row.module == f"model.layers.{row.depth}.{name}" and (row.gates is None) == (folder != out)
+                assert row.module == f"model.layers.{row.depth}.{name}" and (row.gates is None) == (
+                    folder != out
+                )
                 assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
     pruned = prune(read_saved(out), 0.5)
     small = tmp_path / "small"

@@ -54,9 +54,13 @@ ALONE = {"in the output folder": "out/final", "as the output folder": "out", "be
 
 @pytest.mark.parametrize("place", ALONE)
 @pytest.mark.parametrize("is_pruned", [False, True])
-def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(place, is_pruned, runs, tmp_path, capsys):
+def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(
+    place, is_pruned, runs, tmp_path, capsys
+):
     out, folder = tmp_path / "out", tmp_path / ALONE[place]
-    shutil.copytree(runs(), out, ignore=shutil.ignore_patterns(*([STATE_NAME, ADAPTER] if folder == out else [])))
+    shutil.copytree(
+        runs(), out, ignore=shutil.ignore_patterns(*([STATE_NAME, ADAPTER] if folder == out else []))
+    )
     if folder == out:  # the patterns left the checkpoints' files out too
         for step in (3, 6):
             shutil.copytree(runs() / f"checkpoint-{step}", out / f"checkpoint-{step}", dirs_exist_ok=True)
@@ -76,7 +80,11 @@ def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(place, is
     expected = [row.sigmoid().mean() for kind in KINDS for row in state[f"{kind}/filters.0.logits"]]
     assert openness == pytest.approx([float(value) for value in expected], abs=6e-4)
     saved = read_saved(folder)
-    assert saved.step == 6 and saved.folder == folder and [e["step"] for e in log_history(saved.run_folder)][-1] == 6
+    assert (
+        saved.step == 6
+        and saved.folder == folder
+        and [e["step"] for e in log_history(saved.run_folder)][-1] == 6
+    )
     assert main(["export", str(folder), str(tmp_path / "small"), "--prune", "0.4", "--probe", "none"]) == 0
     assert str(out / "checkpoint-6") in capsys.readouterr().out
 
@@ -105,7 +113,12 @@ def test_save_model_in_a_script(tmp_path, monkeypatch, capsys):
     trainer = SFTTrainer(
         model=save_base(tmp_path / "base"),
         args=SFTConfig(
-            output_dir="trainer_output", max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False, report_to="none"
+            output_dir="trainer_output",
+            max_steps=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
         ),
         train_dataset=Dataset.from_list(texts()),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
@@ -131,7 +144,9 @@ def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
         for depth in range(DEPTHS):
             for side in "AB":
                 module = f"base_model.model.{kind.replace('*', str(depth))}"
-                masters[f"{module}.lora_{side}.default.weight"] = state[f"{kind}/latent_{side}"][depth].clone()
+                masters[f"{module}.lora_{side}.default.weight"] = state[f"{kind}/latent_{side}"][
+                    depth
+                ].clone()
     (checkpoint / "fp32").mkdir()
     torch.save(masters, checkpoint / "fp32" / "pytorch_model.bin")
     for number, folder in enumerate((checkpoint, checkpoint / "fp32")):
@@ -140,7 +155,9 @@ def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
         assert exported.keys() == saved.keys()
         for name in saved:
             torch.testing.assert_close(exported[name], saved[name], atol=1e-6, rtol=1e-5)
-    assert max((masters[n.replace(".weight", ".default.weight")] - saved[n]).abs().max() for n in saved) > 1e-2
+    assert (
+        max((masters[n.replace(".weight", ".default.weight")] - saved[n]).abs().max() for n in saved) > 1e-2
+    )
 
 
 def test_a_pickled_adapter_is_read_whole(tmp_path):
@@ -151,14 +168,19 @@ def test_a_pickled_adapter_is_read_whole(tmp_path):
     torch.save(tensors, out / "adapter_model.bin")
     export(read_saved(out), tmp_path / "exported")
     exported = load_file(tmp_path / "exported" / ADAPTER)
-    assert exported.keys() == tensors.keys() and all(torch.equal(exported[name], tensors[name]) for name in tensors)
+    assert exported.keys() == tensors.keys() and all(
+        torch.equal(exported[name], tensors[name]) for name in tensors
+    )
 
 
 # What is adapted -> words of the message where only the state is saved
 NOT_IN_THE_STATE = {
     "biases": ({"lora_bias": True}, "lora_bias"),
     "KaSA": ({"kasa_config": getattr(peft, "KasaConfig", dict)()}, "kasa_config"),
-    "an embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens', which may be an embedding"),
+    "an embedding": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        "embed_tokens', which may be an embedding",
+    ),
 }
 
 
@@ -252,7 +274,9 @@ BESIDE = {
 def test_of_two_adapters_the_trained_one_is_read(name, tmp_path):
     frozen, options, spoil, given, words = BESIDE[name]
     out, targets = tmp_path / "out", {"target_modules": ["q_proj", "v_proj"]}
-    model = get_peft_model(base_model("llama"), LoraConfig(r=4, lora_alpha=12, **targets), adapter_name="policy")
+    model = get_peft_model(
+        base_model("llama"), LoraConfig(r=4, lora_alpha=12, **targets), adapter_name="policy"
+    )
     model.add_adapter(frozen, LoraConfig(r=4, init_lora_weights=False, **targets))
     model.set_adapter("policy")
     optimizer = adamw(model)
@@ -289,9 +313,17 @@ FAST = "zero3"
 
 
 @one_at_a_time
-@pytest.mark.parametrize("engine", [e if e == FAST else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES])
+@pytest.mark.parametrize(
+    "engine", [e if e == FAST else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES]
+)
 def test_checkpoints_of_every_engine(engine, tmp_path):
-    launch(tmp_path, engine, steps=2, trainer={"save_strategy": "steps", "save_steps": 2}, method={"gate_lr": 1.0})
+    launch(
+        tmp_path,
+        engine,
+        steps=2,
+        trainer={"save_strategy": "steps", "save_steps": 2},
+        method={"gate_lr": 1.0},
+    )
     (checkpoint,) = tmp_path.glob("checkpoint-2")
     saved = load_file(checkpoint / ADAPTER)
     assert main(["inspect", str(checkpoint)]) == 0
@@ -304,7 +336,9 @@ def test_checkpoints_of_every_engine(engine, tmp_path):
     for number, folder in enumerate(folders):
         assert main(["export", str(folder), str(tmp_path / f"exported{number}")]) == 0
         exported = load_file(tmp_path / f"exported{number}" / ADAPTER)
-        assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
+        assert saved.keys() == exported.keys() and all(
+            torch.equal(saved[name], exported[name]) for name in saved
+        )
     (checkpoint / ADAPTER).unlink()  # as ZeRO-3 leaves it where it does not gather weights on saving
     for name, value in read_saved(folders[-1]).tensors.items():
         torch.testing.assert_close(value, saved[name], atol=1e-6, rtol=1e-5)
@@ -316,7 +350,9 @@ def weights(change):
     def spoil(folder):
         tensors = load_file(folder / ADAPTER)
         change(tensors)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / ADAPTER, {"format": "pt"})
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()}, folder / ADAPTER, {"format": "pt"}
+        )
 
     return spoil
 
@@ -392,17 +428,32 @@ DAMAGED = {
     "empty weights": (bytes_of(ADAPTER, lambda b: b""), "damaged"),
     "a page in the place of weights": (bytes_of(ADAPTER, lambda b: b"<html>not found</html>"), "damaged"),
     "weights that are a folder": (_folder_instead(ADAPTER), "damaged"),
-    "names of no LoRA": (weights(lambda t: [t.update({f"x.{i}": t.pop(n)}) for i, n in enumerate([*t])]), "no LoRA"),
+    "names of no LoRA": (
+        weights(lambda t: [t.update({f"x.{i}": t.pop(n)}) for i, n in enumerate([*t])]),
+        "no LoRA",
+    ),
     "a lacking factor": (weights(lambda t: t.pop(f"{Q}.lora_B.weight")), "do not fit"),
-    "a transposed factor": (weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].T})), "not fit"),
+    "a transposed factor": (
+        weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].T})),
+        "not fit",
+    ),
     "a flat factor": (
         weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].flatten()})),
         "not fit",
     ),
-    "whole numbers": (weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].int()})), "int32"),
+    "whole numbers": (
+        weights(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].int()})),
+        "int32",
+    ),
     "one NaN": (weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.nan)), "NaN"),
-    "one infinite weight": (weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.inf)), "infinite"),
-    "a lacking module": (weights(lambda t: [t.pop(f"{Q}.lora_{s}.weight") for s in "AB"]), "different weights"),
+    "one infinite weight": (
+        weights(lambda t: t[f"{Q}.lora_B.weight"].view(-1)[7:8].fill_(torch.inf)),
+        "infinite",
+    ),
+    "a lacking module": (
+        weights(lambda t: [t.pop(f"{Q}.lora_{s}.weight") for s in "AB"]),
+        "different weights",
+    ),
     "a module of another name": (
         weights(lambda t: [t.update({n.replace(Q, Q + "2"): t.pop(n)}) for n in [*t] if Q in n]),
         "different weights",
@@ -419,7 +470,8 @@ DAMAGED = {
 DAMAGED |= {
     f"{name}, no state": (_without_state(spoil), words)
     for name, (spoil, words) in DAMAGED.items()
-    if words not in ("different weights", "format") and not name.endswith((" state", "the state", "no weights"))
+    if words not in ("different weights", "format")
+    and not name.endswith((" state", "the state", "no weights"))
 }
 
 
@@ -462,7 +514,11 @@ def test_damage_at_random_is_refused_or_harmless(name, has_state, folder):
         except StructLoRAError:
             refused += 1
         else:
-            assert all(math.isfinite(row.norm) and math.isfinite(row.effective_rank) for k in kinds for row in k.depths)
+            assert all(
+                math.isfinite(row.norm) and math.isfinite(row.effective_rank)
+                for k in kinds
+                for row in k.depths
+            )
     assert refused > MUTATIONS / 4
 
 

@@ -99,8 +99,13 @@ def test_which_run_did_better(runs, tmp_path):
     assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
     facts = {row[0]: row[1:] for row in Page(text).rows if len(row) == 3}
-    assert facts["training loss at the end"] == ["2.5", "2"] and facts["held-out loss at the end"] == ["2.25", "2.75"]
-    assert facts["steps"] == ["6", "9"] and facts["r"] == [str(RANK)] * 2 and facts["data"] == ["some/rows"] * 2
+    assert facts["training loss at the end"] == ["2.5", "2"] and facts["held-out loss at the end"] == [
+        "2.25",
+        "2.75",
+    ]
+    assert (
+        facts["steps"] == ["6", "9"] and facts["r"] == [str(RANK)] * 2 and facts["data"] == ["some/rows"] * 2
+    )
     assert re.findall('class="lowest">(.*?)<', text) == ["2", "2.25"]
     assert re.search(r"first is lower by 0\.5\b", text)
 
@@ -108,7 +113,9 @@ def test_which_run_did_better(runs, tmp_path):
 def test_gates_are_on_one_scale_whatever_happened(runs):
     chart, *others = charts([Run.of("run", read_saved(runs()))])
     assert all(other.told for other in others)  # what each says of the run
-    assert chart.key == "gates" and (chart.scale.low, chart.scale.high) == (0, 1) and chart.scale.marks == (0.9,)
+    assert (
+        chart.key == "gates" and (chart.scale.low, chart.scale.high) == (0, 1) and chart.scale.marks == (0.9,)
+    )
     gates = [gate for kind in report(read_saved(runs())) for depth in kind.depths for gate in depth.gates]
     assert f"from {min(gates):.2f} to {max(gates):.2f}" in chart.told[0]
 
@@ -138,7 +145,9 @@ def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
     curves = information_curves(saved, rows, str(runs().parent / "base"))
     carried, losses = (curve.orders for curve in curves)
     assert all(points[0] == (0, 0) and points[-1] == (1, pytest.approx(1)) for points in carried.values())
-    assert all(a[1] >= b[1] - 1e-6 for a, b in zip(*carried.values(), strict=True))  # none beats the most informative
+    assert all(
+        a[1] >= b[1] - 1e-6 for a, b in zip(*carried.values(), strict=True)
+    )  # none beats the most informative
     model = on_base(plain_adapter, runs().parent / "base")
     expected = sum(float(model(**row).loss) for row in rows) / len(rows)
     assert [points[-1] for points in losses.values()] == [(1, pytest.approx(expected, abs=1e-5))] * 2
@@ -224,13 +233,30 @@ def test_in_a_browser(page, tmp_path):
         click = f'<script>for(let i=0;i<{clicks};i++)document.querySelectorAll(".sortable th")[2].click()</script>'
         clicked = tmp_path / "clicked.html"
         clicked.write_text(page.read_text().replace("</body>", f"{click}</body>"))
-        dom = browse(clicked, "--dump-dom").partition("<tbody>")[2].rpartition("</tbody>")[0].rpartition("<tbody>")[2]
+        dom = (
+            browse(clicked, "--dump-dom")
+            .partition("<tbody>")[2]
+            .rpartition("</tbody>")[0]
+            .rpartition("<tbody>")[2]
+        )
         values = [float(re.findall('data-value="(.*?)"', row)[0]) for row in dom.split("</tr>")[:-1]]
-        assert len(values) == len(KINDS) * DEPTHS and values == sorted(values)[::order] and values[0] != values[-1]
+        assert (
+            len(values) == len(KINDS) * DEPTHS
+            and values == sorted(values)[::order]
+            and values[0] != values[-1]
+        )
 
 
 def browse(page, *options: str) -> str:
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options, page.as_uri()]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *options,
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

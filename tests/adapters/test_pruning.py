@@ -34,7 +34,9 @@ def rows_of(family: str, count: int = 4) -> list[dict]:
     """Rows of a family's batches, one example each."""
     batch = FAMILIES[family].batch(7)
     return [
-        {n: v[i : i + 1] for n, v in FAMILIES[family].batch(7 + s).items()} for s in range(count) for i in range(2)
+        {n: v[i : i + 1] for n, v in FAMILIES[family].batch(7 + s).items()}
+        for s in range(count)
+        for i in range(2)
     ][: max(count, len(batch))]
 
 
@@ -82,7 +84,9 @@ def answers(saved, folder, family):
     base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
     model = PeftModel.from_pretrained(base, folder)
     factors = {
-        n.replace(".default", "") for n, _ in model.named_parameters() if re.search(r"\.lora_(embedding_)?[AB]\.", n)
+        n.replace(".default", "")
+        for n, _ in model.named_parameters()
+        if re.search(r"\.lora_(embedding_)?[AB]\.", n)
     }
     assert factors <= load_file(folder / ADAPTER).keys()
     return logits_of(model, family)
@@ -100,7 +104,9 @@ def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapt
             torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
             assert done.change.largest < 1e-5 and done.pruned.share == pytest.approx(1)
         # What is measured is what PEFT loads, on the same rows, one at a time.
-        expected = [row_losses(saved, folder, rows_of(family)) for folder in (tmp_path / "out", tmp_path / f"{keep}")]
+        expected = [
+            row_losses(saved, folder, rows_of(family)) for folder in (tmp_path / "out", tmp_path / f"{keep}")
+        ]
         assert done.change.losses == pytest.approx(expected, abs=1e-5)
         sizes[keep] = done.sizes[0].after
         assert sizes[keep] == sum(len(expert) for rows in done.pruned.kept.values() for expert in rows)
@@ -126,7 +132,9 @@ def test_information_is_the_mean_square_of_the_gates_gradient(name, adapter):
     assert [*found] == [n.rpartition(".lora_B")[0] for n in factors]
     expected = [torch.zeros_like(x) for x in found.values()]
     for row in rows:
-        gates = [torch.ones_like(x, requires_grad=True) for x in expected]  # (E, r); lora_B is in the order (r, expert)
+        gates = [
+            torch.ones_like(x, requires_grad=True) for x in expected
+        ]  # (E, r); lora_B is in the order (r, expert)
         gated = {n: B * m.T.flatten() for (n, B), m in zip(factors.items(), gates, strict=True)}
         loss = torch.func.functional_call(model, gated, kwargs=row).loss
         for total, gradient in zip(expected, torch.autograd.grad(loss, gates), strict=True):
@@ -154,7 +162,9 @@ def planted(tmp_path_factory):
             B = torch.zeros(parameter.shape)
             B[: DEAD.start, :1] = torch.randn(DEAD.start, 1, generator=generator)
             B[DEAD, 1:] = 20 * torch.randn(48 - DEAD.start, RANK - 1, generator=generator)
-            mixed = torch.linalg.qr(torch.randn(RANK, RANK, generator=generator)).Q  # no direction is what it was
+            mixed = torch.linalg.qr(
+                torch.randn(RANK, RANK, generator=generator)
+            ).Q  # no direction is what it was
             parameter.data.copy_(B @ mixed)
             A = model.get_parameter(name.replace("lora_B", "lora_A"))
             A.data.copy_(mixed.T @ torch.linalg.qr(A.data.T).Q.T)
@@ -183,14 +193,19 @@ def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted
     line = next(line.split() for line in printed.splitlines() if line.startswith("directions of"))
     assert line[3:5] == ["12", "3"] and line[6:] == ["1", "1", "1"]
     losses = re.search(r"Loss on the same 24 rows: (\S+) before, (\S+) after", printed).groups()
-    assert float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-3) and "100.0% of the information" in printed
+    assert (
+        float(losses[0]) == pytest.approx(float(losses[1]), abs=2e-3)
+        and "100.0% of the information" in printed
+    )
 
 
 def test_a_share_of_the_information_is_carried_by_the_fewest(adapter):
     saved, _ = adapter("plain")
     _, sigma = with_singular_directions(saved.lora, saved.tensors)
     generator = torch.Generator().manual_seed(0)
-    information = {module: torch.rand(values.shape, generator=generator) ** 8 for module, values in sigma.items()}
+    information = {
+        module: torch.rand(values.shape, generator=generator) ** 8 for module, values in sigma.items()
+    }
     values = torch.cat([x.flatten() for x in information.values()]).sort(descending=True).values
     for keep in ("50%", "99%"):
         pruned = select(saved, keep, information)
@@ -227,8 +242,13 @@ def test_a_run_of_structlora_is_selected_from_too(variant, runs, tmp_path):
     base = runs(variant).parent / "base"
     write_rows(tmp_path / "rows.jsonl", texts())
     done = export(read_saved(runs(variant)), tmp_path / "small", keep=0.5, data=tmp_path / "rows.jsonl")
-    before, after = (logits_of(on_base(folder, base), "llama") for folder in (runs(variant), tmp_path / "small"))
-    assert done.sizes[0].after < 0.6 * done.sizes[0].before and done.change.losses[1] < done.change.losses[0] + 0.2
+    before, after = (
+        logits_of(on_base(folder, base), "llama") for folder in (runs(variant), tmp_path / "small")
+    )
+    assert (
+        done.sizes[0].after < 0.6 * done.sizes[0].before
+        and done.change.losses[1] < done.change.losses[0] + 0.2
+    )
     assert 0 < (after - before).abs().max() < 1
 
 
@@ -250,7 +270,9 @@ FORMATS = {
 def test_rows_are_read_as_the_trainer_reads_them(name, planted, tmp_path):
     rows, predicted, text = FORMATS[name]
     write_rows(tmp_path / "rows.jsonl", rows)
-    found, *others = read_rows(tmp_path / "rows.jsonl", read_saved(planted / "out"), str(planted / "base"), None, 8)
+    found, *others = read_rows(
+        tmp_path / "rows.jsonl", read_saved(planted / "out"), str(planted / "base"), None, 8
+    )
     assert tokenizer().decode(found["input_ids"][0]) == text and len(others) == len(rows) - 1
     assert int((found["labels"] != -100).sum()) == predicted
     assert torch.equal(found["labels"][0, -predicted:], found["input_ids"][0, -predicted:])
@@ -281,7 +303,9 @@ def test_every_mistake_gets_a_message(mistake, planted, tmp_path, monkeypatch, c
 
 def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
     model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
-    peft.get_peft_model(model, LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(tmp_path / "out")
+    peft.get_peft_model(model, LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "out"
+    )
     with pytest.raises(StructLoRAError, match="none of whose directions"):
         select(read_saved(tmp_path / "out"), 0.5)
 

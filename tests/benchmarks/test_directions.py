@@ -85,7 +85,9 @@ def test_the_singular_basis_changes_neither_the_update_nor_its_gradient(trained)
         torch.testing.assert_close(B @ A, update, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(B.norm(dim=0), torch.linalg.svdvals(update)[:RANK], rtol=1e-4, atol=1e-6)
         for factor, gradient in ((A, B.T @ pull), (B, pull @ A.T)):
-            torch.testing.assert_close(directions.moments(optimizer, factor)[0], gradient, rtol=1e-2, atol=1e-4)
+            torch.testing.assert_close(
+                directions.moments(optimizer, factor)[0], gradient, rtol=1e-2, atol=1e-4
+            )
 
 
 def test_uniform_keeps_as_many_in_each_module(trained):
@@ -108,7 +110,9 @@ def test_the_scalar_is_chosen_on_validation_and_the_adapter_left_as_it_was(train
         scale = (B / before).nanmean().item()
         return {"nll": of_scale(scale), "accuracy": round(scale, 3)}
 
-    found = measures.scaled(model, {"nll": 1.0}, lambda: figures(lambda s: abs(s - 0.5)), lambda: figures(lambda s: s))
+    found = measures.scaled(
+        model, {"nll": 1.0}, lambda: figures(lambda s: abs(s - 0.5)), lambda: figures(lambda s: s)
+    )
     assert found["scale"] == 0.5 and found["accuracy"] == 0.5
     assert torch.equal(B, before)
     assert measures.scaled(model, {"nll": -1.0}, lambda: figures(abs), lambda: figures(abs)) is None

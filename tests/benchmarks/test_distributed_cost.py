@@ -82,7 +82,9 @@ def test_small_factors_share_a_gather(sizes, lots):
     assert scale.lots(sizes) == lots
 
 
-@pytest.mark.parametrize(("rank", "ranks", "holders"), [(8, 2, 2), (8, 3, 3), (8, 6, 4), (16, 64, 16), (64, 64, 64)])
+@pytest.mark.parametrize(
+    ("rank", "ranks", "holders"), [(8, 2, 2), (8, 3, 3), (8, 6, 4), (16, 64, 16), (64, 64, 64)]
+)
 def test_rows_are_held_by_as_many_ranks_as_there_are(rank, ranks, holders):
     assert scale.row_holders(rank, ranks) == holders
 

@@ -69,7 +69,9 @@ def test_defaults_are_those_the_results_were_made_with(written):
     stored = json.loads(report.DEFAULTS.read_text())
     assert stored == json.loads(written[report.DEFAULTS]), "run `make bench-report`"
     now = StructLoRAConfig().options()
-    assert {name: now[name] for name in stored["options"]} == stored["options"], "a default changed without its runs"
+    assert {name: now[name] for name in stored["options"]} == stored["options"], (
+        "a default changed without its runs"
+    )
     assert now.keys() - stored["options"].keys() == methods.UNSET
 
 
@@ -82,7 +84,9 @@ def test_every_p_is_also_corrected_for_the_number_in_its_table(written):
     seen = 0
     for page in report.PAGES:
         for text in re.findall(r"(?:^\|.*\n)+", written[page], re.MULTILINE):
-            header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+            header, _, *rows = [
+                [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+            ]
             columns = [i for i, name in enumerate(header) if re.match(r"p\b", name)]
             assert all(header[i].endswith(" (q, Holm)") for i in columns), header
             cells = [row[i] for row in rows for i in columns if row[i] not in ("", "–")]
@@ -93,7 +97,10 @@ def test_every_p_is_also_corrected_for_the_number_in_its_table(written):
     q = false_discovery_control([0.01, 0.04, 0.03, 0.0002])
     holm = (0.03, 0.06, 0.06)  # 3 x 0.01, then 2 x 0.03 and no less for 0.04
     assert [line.strip("| ") for line in found.splitlines()[2:]] == [
-        *(f"{p} ({a:.3f}, {b:.3f})" for p, a, b in zip(("0.010", "0.040", "0.030"), q[:3], holm, strict=True)),
+        *(
+            f"{p} ({a:.3f}, {b:.3f})"
+            for p, a, b in zip(("0.010", "0.040", "0.030"), q[:3], holm, strict=True)
+        ),
         "–",
         "<0.001 (<0.001, <0.001)",
     ]
@@ -132,7 +139,11 @@ def test_adapters_are_cut_to_their_largest_directions():
 def test_figures_elsewhere_are_paired_by_seed():
     def line(method, seed, tweets, half):
         figures = {"accuracy": 80.0, "nll": 0.5}
-        found = {"validation": figures, "test": figures, "others": {"tweet": {"accuracy": tweets, "nll": 0.5 + seed}}}
+        found = {
+            "validation": figures,
+            "test": figures,
+            "others": {"tweet": {"accuracy": tweets, "nll": 0.5 + seed}},
+        }
         if half is not None:
             found["truncated"] = {"half": {"accuracy": half, "nll": 1.0}}
         return {"task": "t", "rank": 4, "examples": 9, "method": method, "lr": 0.1, "seed": seed, **found}
@@ -144,7 +155,9 @@ def test_figures_elsewhere_are_paired_by_seed():
         ]
     )
     found = tables.elsewhere(runs, ["structlora"], [(("t", 4, 9), 0.1)], range(4))
-    header, _, lora, ours = ([part.strip() for part in row.strip("|").split("|")] for row in found.splitlines())
+    header, _, lora, ours = (
+        [part.strip() for part in row.strip("|").split("|")] for row in found.splitlines()
+    )
     assert [name for name in header if "accuracy" in name] == ["tweets, accuracy", "half the rank, accuracy"]
     assert lora[3:5] == ["3", "63.0 ± 3.0"] and lora[7:9] == ["3", "70.0 ± 0.0"]
     assert ours[3:5] == ["3", "+3.0 ± 0.6"] and ours[6] == "+0.000" and ours[7:9] == ["2", "+1.0 ± 0.0"]
@@ -225,8 +238,16 @@ def tiny_task(monkeypatch):
     """Digits with an untrained ViT of three layers, a few steps long."""
 
     def build():
-        shape = {"image_size": 28, "patch_size": 14, "num_channels": 1, "hidden_size": 64, "intermediate_size": 64}
-        return ViTForImageClassification(ViTConfig(**shape, num_hidden_layers=3, num_attention_heads=2, num_labels=10))
+        shape = {
+            "image_size": 28,
+            "patch_size": 14,
+            "num_channels": 1,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+        }
+        return ViTForImageClassification(
+            ViTConfig(**shape, num_hidden_layers=3, num_attention_heads=2, num_labels=10)
+        )
 
     if not any(name.endswith(".q_proj") for name, _ in build().named_modules()):
         pytest.skip("the suite runs on the newest stack: this transformers has other names in ViT")
@@ -258,20 +279,29 @@ def test_right_answers_are_kept_and_calibration_is_measured():
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
     found = measures.figures(logits, torch.tensor([0, 1, 1, 1]))
     assert store.unpacked(found["right"]) == [True, False, True, False]
-    assert found["accuracy"] == 50 and found["ece"] == pytest.approx(100 * (1 / (1 + math.exp(-2)) - 0.5), abs=1e-2)
+    assert found["accuracy"] == 50 and found["ece"] == pytest.approx(
+        100 * (1 / (1 + math.exp(-2)) - 0.5), abs=1e-2
+    )
     assert store.unpacked(store.packed([False, False, True])) == [False, False, True]
 
 
 def test_without_coordinator_nothing_else_differs(tiny_task):
     """Θ that stays at zero passes no message."""
-    gates, whole = (cell.run("digits", name, 4, 20, 1e-2, 3) for name in ("gates", "structlora:coordinator_lr=0"))
+    gates, whole = (
+        cell.run("digits", name, 4, 20, 1e-2, 3) for name in ("gates", "structlora:coordinator_lr=0")
+    )
     for split in ("validation", "test"):
         assert gates[split] == pytest.approx(whole[split], rel=1e-4)
 
 
 def test_an_idea_whose_code_is_not_kept_has_a_name_and_cannot_run(tiny_task):
     method = methods.find("gat:edges=adjacency,temperature=0.2,x_theta=0.5")
-    assert method.structlora == {"coordinator": "gat", "edges": "adjacency", "temperature": 0.2, "x_theta": 0.5}
+    assert method.structlora == {
+        "coordinator": "gat",
+        "edges": "adjacency",
+        "temperature": 0.2,
+        "x_theta": 0.5,
+    }
     assert method.options()["temperature"] == 0.2 and method.options()["x_theta"] == 0.5
     with pytest.raises(SystemExit, match="x_theta"):
         cell.run("digits", "gat:x_theta=0.5", 4, 20, 1e-2, 3)
@@ -290,11 +320,15 @@ def test_a_grid_goes_on_where_it_stopped(tiny_task, tmp_path, monkeypatch, capsy
 
 def test_splits_are_disjoint_and_examples_follow_from_the_seed():
     task = tasks.TASKS["digits"]
-    splits = [{tuple(image.flatten().tolist()) for image in split.inputs["pixel_values"]} for split in task.load()]
+    splits = [
+        {tuple(image.flatten().tolist()) for image in split.inputs["pixel_values"]} for split in task.load()
+    ]
     pool, validation, test = splits
     assert not (pool & validation or pool & test or validation & test)
     one, same, other = (task.training_examples(100, seed) for seed in (0, 0, 1))
-    assert torch.equal(one.labels, same.labels) and torch.equal(one.inputs["pixel_values"], same.inputs["pixel_values"])
+    assert torch.equal(one.labels, same.labels) and torch.equal(
+        one.inputs["pixel_values"], same.inputs["pixel_values"]
+    )
     assert not torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
     assert one.labels.bincount().tolist() == [10] * 10
     noisy = dataclasses.replace(task, noise=0.4).training_examples(100, 0)

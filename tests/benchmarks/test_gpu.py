@@ -17,7 +17,11 @@ from tests.support.launching import ENVIRONMENT, ROOT, one_at_a_time
 def rehearse(output, *arguments: str) -> tuple[dict, str]:
     start = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--minutes", "30"]
     done = subprocess.run(
-        [*start, "--output", str(output), *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
+        [*start, "--output", str(output), *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
     )
     written = (output / "gpu.md").read_text(encoding="utf-8") if (output / "gpu.md").exists() else done.stderr
     assert done.returncode == 0, written[-4000:]
@@ -43,13 +47,22 @@ def test_rehearsal(tmp_path):
     assert {name[0] for name in names(report, "promises")} == set("124567")
     for precision in ("fp32", "bf16", "fp16 with GradScaler"):
         assert f"2 chain rule[{precision}-llama]" in names(report, "promises")
-    for what in ("flash attention", "flash attn package", "torch compile", "fused lora kernels", "set up[4-bit"):
+    for what in (
+        "flash attention",
+        "flash attn package",
+        "torch compile",
+        "fused lora kernels",
+        "set up[4-bit",
+    ):
         assert any(name.startswith(what) for name in names(report, "around"))
     figures = {row["name"]: row["figures"] for row in report["parts"]["cost"]["rows"]}
     for targets in ("q+v", "all linear"):
         ours, lora = (figures[f"tiny, {targets}, {method}"] for method in ("structlora", "lora"))
         assert ours["time to LoRA's"] == pytest.approx(ours["step ms"] / lora["step ms"], rel=1e-3)
-        assert ours["trained parameters"] == lora["trained parameters"] and ours["peak GB"] >= lora["peak GB"] > 0
+        assert (
+            ours["trained parameters"] == lora["trained parameters"]
+            and ours["peak GB"] >= lora["peak GB"] > 0
+        )
         assert 0 < ours["added ms"] < ours["step ms"] and ours["map ms"] > 0
         assert figures[f"tiny, {targets}, profile of structlora"]["largest additions, ms"]
 
@@ -72,7 +85,17 @@ def rehearsed_with(tmp_path, monkeypatch):
         monkeypatch.setattr(
             sys,
             "argv",
-            ["gpu", "--device", "cpu", "--parts", "cost", "--minutes", str(minutes), "--output", str(tmp_path)],
+            [
+                "gpu",
+                "--device",
+                "cpu",
+                "--parts",
+                "cost",
+                "--minutes",
+                str(minutes),
+                "--output",
+                str(tmp_path),
+            ],
         )
         status = command.main()
         report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
@@ -113,7 +136,15 @@ def test_a_gpu_is_asked_for():
 
 
 def test_page_keeps_tables_whole():
-    found = [{"name": "a|b", "outcome": rows.FAILED, "reason": "x\n```", "seconds": 1.0, "figures": {"ratio": 1.23456}}]
+    found = [
+        {
+            "name": "a|b",
+            "outcome": rows.FAILED,
+            "reason": "x\n```",
+            "seconds": 1.0,
+            "figures": {"ratio": 1.23456},
+        }
+    ]
     report = {
         "machine": {"device": "cuda", "gpus": ["a GPU"], "packages": {}},
         "outcomes": {rows.FAILED: 1},

@@ -48,4 +48,6 @@ def test_the_cosine_over_the_stream_is_that_of_whole_matrices_in_any_rank_basis(
     whole = [(update @ update.T).flatten() for update in side @ other]
     expected = [torch.cosine_similarity(whole[i + 2], whole[i], dim=0).item() for i in range(2)]
     assert coherence.stream_cosine(side, other, 2).tolist() == pytest.approx(expected, rel=1e-4)
-    assert coherence.stream_cosine(side @ turn, turn.mT @ other, 2).tolist() == pytest.approx(expected, rel=1e-4)
+    assert coherence.stream_cosine(side @ turn, turn.mT @ other, 2).tolist() == pytest.approx(
+        expected, rel=1e-4
+    )

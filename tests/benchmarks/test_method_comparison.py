@@ -58,7 +58,9 @@ def save_tiny_model(folder: Path) -> None:
     words = ["<eos>", "<unk>", "w0", "w1", "w2"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        folder
+    )
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=5, num_key_value_heads=2, **sizes)).save_pretrained(folder)
 
@@ -68,13 +70,17 @@ def test_experiment_is_copied_with_its_options(tmp_path):
     lora.mkdir(parents=True)
     (lora / "adapter_config.json").write_text("{}")
     path = tmp_path / copy_experiment(tmp_path, "lora/tiny", StructLoRAConfig(gate_init=0.8))
-    assert path.parts[-3:] == ("experiments", "structlora", "tiny") and (path / "adapter_config.json").is_file()
+    assert (
+        path.parts[-3:] == ("experiments", "structlora", "tiny") and (path / "adapter_config.json").is_file()
+    )
     assert json.loads((path / "structlora.json").read_text())["gate_init"] == 0.8
     with pytest.raises(SystemExit, match=r"No experiment .*missing.*: tiny"):
         copy_experiment(tmp_path, "lora/missing", StructLoRAConfig())
 
 
-@pytest.mark.skipif(not CHECKOUT, reason=f"PEFT_CHECKOUT names no checkout of huggingface/peft at {PINNED[:8]}")
+@pytest.mark.skipif(
+    not CHECKOUT, reason=f"PEFT_CHECKOUT names no checkout of huggingface/peft at {PINNED[:8]}"
+)
 def test_metamath_suite(tmp_path):
     suite = tmp_path / "peft" / "method_comparison" / "MetaMathQA"
     shutil.copytree(Path(CHECKOUT) / "method_comparison" / "MetaMathQA", suite)
@@ -83,7 +89,9 @@ def test_metamath_suite(tmp_path):
     save_tiny_model(tmp_path / "model")
     lora = suite / "experiments" / "lora" / "tiny"
     lora.mkdir()
-    config = json.loads((suite / "experiments" / "lora" / "llama-3.2-3B-rank32" / "adapter_config.json").read_text())
+    config = json.loads(
+        (suite / "experiments" / "lora" / "llama-3.2-3B-rank32" / "adapter_config.json").read_text()
+    )
     (lora / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
     training = {"model_id": str(tmp_path / "model"), "dtype": "float32", "max_steps": 4, "eval_steps": 2}
     training |= {"generation_kwargs": {"max_new_tokens": 2}}

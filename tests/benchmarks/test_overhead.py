@@ -14,7 +14,9 @@ def test_cost_of_a_small_map():
     found = overhead.map_cost(stack, cpu, overhead.Clock(cpu, cpu_time=True))
     latents = 3 * 2 * 4 * (2 * (8 + 16))
     assert found["lora_bytes"] == found["held_bytes"]["latents"] == latents
-    assert found["held_bytes_per_latent_byte"] == pytest.approx(found["held_bytes"]["all"] / latents, abs=1e-3)
+    assert found["held_bytes_per_latent_byte"] == pytest.approx(
+        found["held_bytes"]["all"] / latents, abs=1e-3
+    )
     assert found["ms_per_step"] > 0
 
 

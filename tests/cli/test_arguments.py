@@ -27,9 +27,24 @@ def test_a_file_of_trl_is_read_as_trl_reads_it(command, place, monkeypatch):
     ]
     given = {
         **({"num_generations": 4} if command in ("grpo", "rloo") else {}),
-        **{**SETTINGS, "use_peft": True, "lora_task_type": "SEQ_CLS", "load_in_4bit": True, "dtype": "bfloat16"},
-        **{"datasets": mixture, "dataset_name": "data.jsonl", "eval_strategy": "steps", "test_split_size": 0.1},
-        **{"accelerate_config": "zero2", "num_processes": 4, "model_init_kwargs": {"attn_implementation": "eager"}},
+        **{
+            **SETTINGS,
+            "use_peft": True,
+            "lora_task_type": "SEQ_CLS",
+            "load_in_4bit": True,
+            "dtype": "bfloat16",
+        },
+        **{
+            "datasets": mixture,
+            "dataset_name": "data.jsonl",
+            "eval_strategy": "steps",
+            "test_split_size": 0.1,
+        },
+        **{
+            "accelerate_config": "zero2",
+            "num_processes": 4,
+            "model_init_kwargs": {"attn_implementation": "eager"},
+        },
         "env": {"SET_BY_FILE": 1},
     }
     (place / "run.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")

@@ -15,7 +15,9 @@ from tests.support.left import assert_acted, state_of
 def _one_file(suffix):
     def write(folder):
         rows = Dataset.from_list(texts())
-        {"json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](folder / f"rows.{suffix}")
+        {"json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](
+            folder / f"rows.{suffix}"
+        )
         return {"dataset_name": f"rows.{suffix}"}
 
     return write
@@ -72,7 +74,9 @@ def test_llava_with_pictures(place, monkeypatch):
     save_base(place / "llava", "llava")
     save_pictures(place / "pictures")
     options = {"model_name_or_path": "llava", "dataset_name": "pictures", "max_length": None}
-    trainer = trained(monkeypatch, "sft", "--config", config_file(**options, lora_target_modules=["q_proj", "v_proj"]))
+    trainer = trained(
+        monkeypatch, "sft", "--config", config_file(**options, lora_target_modules=["q_proj", "v_proj"])
+    )
     _, state = state_of("out")
     assert any("vision_tower" in name for name in state)
     assert_acted("out")

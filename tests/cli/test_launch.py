@@ -32,7 +32,10 @@ def started(command: list[str], engine: str) -> None:
 
 
 def test_console_script(place):
-    started([sys.executable, script(place), "--local_rank=0", "sft", "--config", config_file()], "torch, 1 process")
+    started(
+        [sys.executable, script(place), "--local_rank=0", "sft", "--config", config_file()],
+        "torch, 1 process",
+    )
 
 
 def _accelerate(place):
@@ -55,7 +58,9 @@ LAUNCHERS = {
 
 
 @one_at_a_time
-@pytest.mark.parametrize("name", [n if n == "torchrun" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS])
+@pytest.mark.parametrize(
+    "name", [n if n == "torchrun" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS]
+)
 def test_launchers(name, place):
     started([*LAUNCHERS[name](place), "sft", "--config", config_file()], "DDP, 2 processes")
 
@@ -74,7 +79,9 @@ LAUNCHES = {
 
 
 @one_at_a_time
-@pytest.mark.parametrize("name", [n if n == "one" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHES])
+@pytest.mark.parametrize(
+    "name", [n if n == "one" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHES]
+)
 def test_accelerate_config(name, place):
     """As `trl` has it: the command starts its own processes."""
     if name == "zero2":
@@ -87,7 +94,9 @@ def test_accelerate_config(name, place):
 @pytest.mark.slow
 def test_a_mistake_in_started_processes_is_an_exit_code(place):
     broken = config_file(dataset_name="missing.jsonl")
-    done = run([sys.executable, script(place), "sft", "--config", broken, "--accelerate_config", "single_gpu"])
+    done = run(
+        [sys.executable, script(place), "sft", "--config", broken, "--accelerate_config", "single_gpu"]
+    )
     assert done.returncode == 1 and "missing.jsonl" in done.stderr
     assert done.stderr.count("Traceback") == 0, done.stderr[-3000:]
 

@@ -37,7 +37,9 @@ def test_what_must_come_at_once_imports_no_library(words):
         "import json, sys; from structlora_trl.cli import main; code = main(sys.argv[1:]); "
         "print(json.dumps([code, [n for n in ('numpy', 'torch', 'transformers', 'peft', 'trl') if n in sys.modules]]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=ROOT
+    )
     code, expected = LIGHT[words]
     assert json.loads(done.stdout.splitlines()[-1]) == [code, []], done.stderr
     assert expected in done.stdout
@@ -152,7 +154,11 @@ def spoilt(place):
     Path("blank.csv").write_text("\n\n")
     Path("header.csv").write_text("text\n")
     Path("other.csv").write_text("a,b\n1,2\n")
-    for file in ("done/adapter_config.json", "cut/checkpoint-2/trainer_state.json", "cut/checkpoint-10/README.md"):
+    for file in (
+        "done/adapter_config.json",
+        "cut/checkpoint-2/trainer_state.json",
+        "cut/checkpoint-10/README.md",
+    ):
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         (place / file).write_text("{}")
 

@@ -81,7 +81,12 @@ def test_any_other_script_of_trl(place, monkeypatch):
     """A command that this package does not know by name."""
     pytest.importorskip("trl.scripts.distillation")
     write_rows(place / "data.jsonl", prompts())
-    here = {**SETTINGS, "dataset_name": "data.jsonl", "teacher_model_name_or_path": "base", "max_completion_length": 6}
+    here = {
+        **SETTINGS,
+        "dataset_name": "data.jsonl",
+        "teacher_model_name_or_path": "base",
+        "max_completion_length": 6,
+    }
     trained(monkeypatch, "distillation", *command_line(here), "--lora_target_modules", "q_proj")
     assert state_of("out")[0]["step"] == 3
 

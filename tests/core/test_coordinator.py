@@ -38,7 +38,9 @@ def test_coordinator_commutes_with_permutations_of_depth(name, edges, seed, laye
     coordinator = build_coordinator(name, 3, layers, activation, seed)
     with torch.no_grad():
         permuted = coordinator(features[order], graph_of(edges[order][:, order]))
-        torch.testing.assert_close(permuted, coordinator(features, graph_of(edges))[order], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            permuted, coordinator(features, graph_of(edges))[order], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", COORDINATORS)

@@ -15,7 +15,9 @@ from structlora_trl.core.kinds import residual_role
 from tests.support.tiny import _SIZES, FAMILIES, adamw, lora_parameters, peft_model, train
 
 
-def factors(seed: int, depths: int = 5, rank: int = 3, n: int = 12, p: int = 7, experts: tuple[int, ...] = ()):
+def factors(
+    seed: int, depths: int = 5, rank: int = 3, n: int = 12, p: int = 7, experts: tuple[int, ...] = ()
+):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*experts, depths, rank, size, generator=generator) for size in (n, p)]
 

@@ -65,7 +65,9 @@ def test_expected_gate_is_the_mean_of_samples(temperature, tolerance, hard):
     logits = torch.linspace(-6, 6, 13, dtype=torch.float64)
     expected = expected_gate(logits, temperature, hard)
     if not hard:
-        torch.testing.assert_close(expected, reference_expected_gate(logits, temperature), atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            expected, reference_expected_gate(logits, temperature), atol=tolerance, rtol=0
+        )
     noise = logistic_noise(400_000, seed=1, step=2).double()
     sampled = torch.stack([sample_gates(one, noise, temperature, hard).mean() for one in logits])
     torch.testing.assert_close(sampled, expected, atol=5e-3, rtol=0)  # three standard errors are below 0.0024

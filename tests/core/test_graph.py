@@ -31,7 +31,9 @@ def test_semantic_edges_follow_the_cosine():
     assert not semantic_edges(gram, 2, 0.5, exclude=torch.ones(5, 5, dtype=torch.bool)).any()
 
 
-@pytest.mark.parametrize("edges, adjacent, semantic", [("hybrid", 2, 1), ("adjacency", 2, 0), ("similarity", 0, 1)])
+@pytest.mark.parametrize(
+    "edges, adjacent, semantic", [("hybrid", 2, 1), ("adjacency", 2, 0), ("similarity", 0, 1)]
+)
 def test_edge_sets(edges, adjacent, semantic):
     graph = graph_over(3, edges=edges, semantic_top_k=1, semantic_threshold=0.9)
     if graph.follows_gradients:

@@ -58,6 +58,8 @@ def test_groups_that_are_not_there_are_refused(options, targets, message):
 
 
 def test_heads_that_hold_base_weights_are_refused():
-    model = get_peft_model(base_model("llama"), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa"))
+    model = get_peft_model(
+        base_model("llama"), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa")
+    )
     with pytest.raises(StructLoRAError, match="holds part of the base weights"):
         attach(model, adamw(model), head_gates=True)

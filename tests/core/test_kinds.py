@@ -79,14 +79,20 @@ def test_families_are_known_by_name(family):
     kinds = {kind.name: kind for kind in discover(model, "default")}
     deep = {name: kind for name, kind in kinds.items() if kind.depth_count > 1}
     assert all(kind.depth_count == LAYERS for kind in deep.values())
-    roles = {name.split("*.", 1)[1]: residual_role(kind, None) for name, kind in deep.items() if "vision" not in name}
+    roles = {
+        name.split("*.", 1)[1]: residual_role(kind, None)
+        for name, kind in deep.items()
+        if "vision" not in name
+    }
     expected = {"bert": _BERT, "mixtral": _MOE, "qwen3_moe": _MOE, "mixture": _MIXTURE}.get(family, _DECODER)
     if family == "vit":
         assert list(roles.values()).count(WRITE) == 2 and list(roles.values()).count(READ) == 4
     else:
         assert roles == expected
     if family == "llava":
-        vision = {name.split("*.", 1)[1]: residual_role(k, None) for name, k in deep.items() if "vision" in name}
+        vision = {
+            name.split("*.", 1)[1]: residual_role(k, None) for name, k in deep.items() if "vision" in name
+        }
         assert vision == _CLIP
         assert sum(kind.depth_count == 1 for kind in kinds.values()) == 2  # the projector
     else:
@@ -99,7 +105,9 @@ def test_towers_shapes_and_ranks_stay_apart():
         "a.layers.*.q": 2,
         "b.layers.*.q": 1,
     }
-    found = names(Adapted({"layers.0.q": same, "layers.1.q": (4, 8, 16), "layers.2.q": same, "layers.3.q": (4, 8, 16)}))
+    found = names(
+        Adapted({"layers.0.q": same, "layers.1.q": (4, 8, 16), "layers.2.q": same, "layers.3.q": (4, 8, 16)})
+    )
     assert found == {"layers.*.q[8x4x8]": 2, "layers.*.q[16x4x8]": 2}
     assert len(names(Adapted({"layers.0.q": same, "layers.1.q": (2, 8, 8)}))) == 2
 
@@ -110,11 +118,17 @@ def test_depth_is_numeric_order_and_experts_are_not_depths():
     assert kind.modules == ["layers.2.q", "layers.9.q", "layers.10.q"]
     experts = {f"layers.{i}.mlp.experts.{j}.w1": same for i in range(2) for j in range(2)}
     (kind,) = discover(Adapted(experts), "default")
-    assert kind.name == "layers.*.mlp.experts.*.w1" and (kind.depth_count, kind.experts) == (2, 2) and kind.is_expert
+    assert (
+        kind.name == "layers.*.mlp.experts.*.w1"
+        and (kind.depth_count, kind.experts) == (2, 2)
+        and kind.is_expert
+    )
     assert kind.modules == [f"layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(2)]
     del experts["layers.1.mlp.experts.1.w1"]
     assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 1}
-    places = {f"blocks.{i}.ff.{j}": same for i in range(3) for j in (0, 2)}  # a reader and a writer of each block
+    places = {
+        f"blocks.{i}.ff.{j}": same for i in range(3) for j in (0, 2)
+    }  # a reader and a writer of each block
     assert names(Adapted(places)) == {"blocks.*.ff.0": 3, "blocks.*.ff.2": 3}
     staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
     assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}

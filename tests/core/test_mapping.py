@@ -12,7 +12,9 @@ from structlora_trl.core.kinds import Factors
 from tests.support.core import kind_map, seeds
 
 
-@given(seed=seeds, a=st.floats(-3, 3), b=st.floats(-3, 3), coordinator=st.sampled_from(["gcn", "gat", "none"]))
+@given(
+    seed=seeds, a=st.floats(-3, 3), b=st.floats(-3, 3), coordinator=st.sampled_from(["gcn", "gat", "none"])
+)
 def test_pullback_is_linear_in_the_gradient(seed, a, b, coordinator):
     torch.manual_seed(seed)
     m, latent = kind_map(coordinator=coordinator, side="auto" if coordinator == "none" else "both")
@@ -36,4 +38,6 @@ def test_objective_of_the_gates(share):
     found = m.objective_gradients(task, kl_scale=0.7 / total_gates)["filters.0.logits"]
     logits = m.filter.logits.detach().clone().requires_grad_()
     kl = kl_to_prior(logits.expand(4, -1), 0.3).sum() / total_gates
-    torch.testing.assert_close(found, 0.25 * task["filters.0.logits"] + 0.7 * torch.autograd.grad(kl, logits)[0])
+    torch.testing.assert_close(
+        found, 0.25 * task["filters.0.logits"] + 0.7 * torch.autograd.grad(kl, logits)[0]
+    )

@@ -32,7 +32,9 @@ def test_one_page_trains_as_the_package_does(family):
     train(ours, family, optimizer, STEPS)
     ours.eval()
     plain.train()
-    one_page.train(plain, adamw(plain), [functools.partial(loss, plain, step) for step in range(STEPS)], config)
+    one_page.train(
+        plain, adamw(plain), [functools.partial(loss, plain, step) for step in range(STEPS)], config
+    )
     assert sum(m.graph.semantic_edge_count for m in runtime.maps) > 0
     start = lora_parameters(model_of())
     for name, parameter in lora_parameters(plain).items():

@@ -96,7 +96,9 @@ def test_chain_rule_of_gates_of_groups(family, options):
 
 @pytest.mark.parametrize("regularizer", ["none", "laplacian"])
 def test_chain_rule_with_clipping(regularizer):
-    assert_chain_rule(peft_model("llama", "warm"), "llama", clip=0.01, tolerance=2e-5, regularizer=regularizer)
+    assert_chain_rule(
+        peft_model("llama", "warm"), "llama", clip=0.01, tolerance=2e-5, regularizer=regularizer
+    )
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
@@ -129,7 +131,9 @@ def test_off_is_plain_lora_bit_for_bit(family, dtype):
         optimizer = adamw(model)
         if structlora:
             attach(model, optimizer, filter="none", coordinator="none")
-        return train(model, family, optimizer, steps=4), [p.detach().clone() for p in lora_parameters(model).values()]
+        return train(model, family, optimizer, steps=4), [
+            p.detach().clone() for p in lora_parameters(model).values()
+        ]
 
     losses, weights = trajectory(False)
     our_losses, our_weights = trajectory(True)

@@ -457,7 +457,9 @@ FAMILIES = {
         },
     ),
     # Vision towers of language models
-    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": Family(patches, {**_PATCHES, "embed_dim": 32, "hidden_size": 48}),
+    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": Family(
+        patches, {**_PATCHES, "embed_dim": 32, "hidden_size": 48}
+    ),
     "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": Family(
         patches, {**_PATCHES, "window_size": 8, "fullatt_block_indexes": [1]}
     ),

@@ -36,7 +36,9 @@ def way(model, forward=None) -> torch.Tensor:
     runtime = attach(model, torch.optim.SGD(lora_parameters(model).values(), lr=0.1))
 
     def latents() -> torch.Tensor:
-        return torch.cat([part.flatten().float() for factors in runtime.engine.read_latents() for part in factors])
+        return torch.cat(
+            [part.flatten().float() for factors in runtime.engine.read_latents() for part in factors]
+        )
 
     start = latents()
     train(model if forward is None else forward, "llama", runtime.engine.optimizer, STEPS)
@@ -67,7 +69,9 @@ def test_flash_attn_package(only_on_gpu, device, record_property):
 
 
 def test_torch_compile(device, record_property):
-    backend = "inductor" if device == "cuda" else "aot_eager"  # the latter compiles no kernels, and takes seconds
+    backend = (
+        "inductor" if device == "cuda" else "aot_eager"
+    )  # the latter compiles no kernels, and takes seconds
     record_property("backend", backend)
     model = model_on(device)
     found = way(model, torch.compile(model, backend=backend))
@@ -83,7 +87,9 @@ def test_fused_lora_kernels_of_axolotl(device, monkeypatch, record_property):
     if device == "cpu":  # the activation kernels allocate their output on "cuda" by name
         empty = torch.empty
         monkeypatch.setattr(
-            torch, "empty", lambda *a, device=None, **o: empty(*a, device=None if device == "cuda" else device, **o)
+            torch,
+            "empty",
+            lambda *a, device=None, **o: empty(*a, device=None if device == "cuda" else device, **o),
         )
     model = model_on(device)
     assert axolotl_kernels.patch(model) == FAMILIES["llama"].build().config.num_hidden_layers

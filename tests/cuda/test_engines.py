@@ -47,7 +47,8 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "engine", ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "zero2", "zero1", "ddp"))]
+    "engine",
+    ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("fsdp2", "zero2", "zero1", "ddp"))],
 )
 def test_3_fp32_latents_are_those_of_one_process(engine, device, tmp_path, one_process, record_property):
     if engine == "ddp" and processes() == 1:
@@ -63,7 +64,9 @@ def test_3_fp32_latents_are_those_of_one_process(engine, device, tmp_path, one_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_3_bf16_is_as_near_to_one_process_as_plain_lora(engine, device, tmp_path, one_process, record_property):
+def test_3_bf16_is_as_near_to_one_process_as_plain_lora(
+    engine, device, tmp_path, one_process, record_property
+):
     if processes() == 1:
         pytest.skip("one process has no other to differ from: needs two GPUs")
 

@@ -37,7 +37,9 @@ def test_1_attaching_changes_no_output(precision, family, device, record_propert
 @precisions
 def test_2_chain_rule(precision, family, device, record_property):
     options = {"autocast": precision.autocast, "scaler": precision.scaler(device)}
-    error = assert_chain_rule(precision.model(family, device), family, tolerance=precision.gradients, **options)
+    error = assert_chain_rule(
+        precision.model(family, device), family, tolerance=precision.gradients, **options
+    )
     record_property("largest relative error of gradients", error)
 
 
@@ -73,7 +75,9 @@ def test_6_off_is_plain_lora(precision, device, tmp_path):
 NEVER_SILENT = ["full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers"]
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in REFUSED if row.name in NEVER_SILENT])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.name) for row in REFUSED if row.name in NEVER_SILENT]
+)
 def test_7_a_set_up_is_refused(row, device, tmp_path):
     row = row.on(device)
     with pytest.raises(StructLoRAError, match=f"(?s){row.refused}"):
@@ -109,4 +113,6 @@ def test_7_bad_gradients_skip_the_step(device):
     optimizer.step()
     assert (runtime.step, runtime.skipped_steps) == (0, 1)
     after = runtime.state_dict()
-    assert [n for n in before if n.endswith(("latent_A", "latent_B")) and not torch.equal(before[n], after[n])] == []
+    assert [
+        n for n in before if n.endswith(("latent_A", "latent_B")) and not torch.equal(before[n], after[n])
+    ] == []

@@ -42,7 +42,9 @@ def test_trl_config(name, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     # The configurations train in bf16, which Trainer grants a GPU alone; PyTorch's CPU kernels have it too.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    save_base(Path(config["model_name_or_path"]), family, **(BLOCKS_OF_64 if config.get("load_in_4bit") else {}))
+    save_base(
+        Path(config["model_name_or_path"]), family, **(BLOCKS_OF_64 if config.get("load_in_4bit") else {})
+    )
     data = Path(config["dataset_name"])
     data.mkdir(parents=True)
     for split in ("train", "test"):

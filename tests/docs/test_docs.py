@@ -38,7 +38,9 @@ def test_every_metric_is_explained():
     optimizer = adamw(model)
     runtime = attach(model, optimizer, head_gates=True)
     train(model, "llama", optimizer, 2)
-    rows = re.search(r"\| metric \|.*?(?=\n\n)", (DOCS / "how-it-works.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    rows = re.search(
+        r"\| metric \|.*?(?=\n\n)", (DOCS / "how-it-works.md").read_text(encoding="utf-8"), re.DOTALL
+    )[0]
     named = {name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert named == {name.removeprefix("structlora/") for name in runtime.metrics()}
 
@@ -58,7 +60,9 @@ def test_every_remedy_is_more_than_a_placeholder():
     assert not vague, "write the remedy where the error is raised, or in a name that its function assigns"
 
 
-@pytest.mark.parametrize("options", [{"prior": 2}, {"filter": "ibb"}, {"piror": 0.3}, {"nothing_like_it": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{"prior": 2}, {"filter": "ibb"}, {"piror": 0.3}, {"nothing_like_it": 0.3}]
+)
 def test_real_messages_are_on_the_page(options):
     """`<...>` stands for anything, `[...]` for what some messages lack, `one / other` for either."""
     with pytest.raises(StructLoRAError) as caught:

@@ -19,11 +19,22 @@ PUBLIC = [name for name in structlora_trl.__all__ if name != "__version__"]
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example_in_docstring_runs(name, tmp_path):
     model = peft_model()
-    extract_model_from_parallel(model)  # imports DeepSpeed where it is installed, which prints a line the first time
+    extract_model_from_parallel(
+        model
+    )  # imports DeepSpeed where it is installed, which prints a line the first time
     names = {
         **{public: getattr(structlora_trl, public) for public in PUBLIC},
-        **{"LoraConfig": peft.LoraConfig, "get_peft_model": peft.get_peft_model, "SFTTrainer": trl.SFTTrainer},
-        **{"torch": __import__("torch"), "model": model, "optimizer": adamw(model), "base": base_model("llama")},
+        **{
+            "LoraConfig": peft.LoraConfig,
+            "get_peft_model": peft.get_peft_model,
+            "SFTTrainer": trl.SFTTrainer,
+        },
+        **{
+            "torch": __import__("torch"),
+            "model": model,
+            "optimizer": adamw(model),
+            "base": base_model("llama"),
+        },
         "batches": [FAMILIES["llama"].batch(i) for i in range(2)],
         "tokenizer": tokenizer(),
         "dataset": Dataset.from_list([{"text": sentence(i)} for i in range(8)]),

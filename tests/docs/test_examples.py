@@ -70,13 +70,21 @@ TABLE = {
     "sft_trainer": Example("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", "smollm2-sft", CHATS),
     "dpo": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-dpo", PREFERENCES, trl="1.0"),
     "reward_mixin": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-reward", PREFERENCES, trl="1.0"),
-    "qlora": Example("Qwen/Qwen3-8B", "qwen3", "qwen3-qlora", CHATS, needs="bitsandbytes", sizes=data.BLOCKS_OF_64),
-    "llava": Example("llava-hf/llava-1.5-7b-hf", "llava", "llava-sft", {"trl-lib/llava-instruct-mix": pictures}),
+    "qlora": Example(
+        "Qwen/Qwen3-8B", "qwen3", "qwen3-qlora", CHATS, needs="bitsandbytes", sizes=data.BLOCKS_OF_64
+    ),
+    "llava": Example(
+        "llava-hf/llava-1.5-7b-hf", "llava", "llava-sft", {"trl-lib/llava-instruct-mix": pictures}
+    ),
     "sequence_classification": Example(
         "google-bert/bert-base-uncased",
         "bert",
         "bert-imdb",
-        {"stanfordnlp/imdb": lambda: Dataset.from_list([{"text": sentence(i), "label": i % 2} for i in range(3 * 16)])},
+        {
+            "stanfordnlp/imdb": lambda: Dataset.from_list(
+                [{"text": sentence(i), "label": i % 2} for i in range(3 * 16)]
+            )
+        },
     ),
     "pytorch_loop": Example(
         "HuggingFaceTB/SmolLM2-135M",
@@ -138,7 +146,9 @@ def test_inspect_app_shows_the_report():
 def test_example(name):
     example = TABLE[name]
     if Version(trl.__version__) < Version(example.trl):
-        pytest.skip(f"TRL {trl.__version__} cannot run this beside transformers 5, with or without StructLoRA")
+        pytest.skip(
+            f"TRL {trl.__version__} cannot run this beside transformers 5, with or without StructLoRA"
+        )
     if example.needs:
         pytest.importorskip(example.needs)
     variables = run(name)
@@ -147,7 +157,9 @@ def test_example(name):
     assert_acted(state_file.parent)
 
     trained = variables["trainer"].model if "trainer" in variables else variables["model"]
-    trained = extract_model_from_parallel(trained, keep_fp32_wrapper=False).eval()  # without Trainer's autocast
+    trained = extract_model_from_parallel(
+        trained, keep_fp32_wrapper=False
+    ).eval()  # without Trainer's autocast
     base = trained.get_base_model()
     how = {name: getattr(base.config, name) for name in LOADED_WITH if hasattr(base.config, name)}
     fresh = type(base).from_pretrained(example.model, dtype=base.dtype, **how)
@@ -171,12 +183,16 @@ PASTED = {"README.md": 1, "docs/index.md": 1, "docs/quickstart.md": 3}
 EXPLAINED = {"docs/quickstart.md": {"loader": [FAMILIES["qwen3"].batch(i) for i in range(2)]}}
 
 
-@pytest.mark.parametrize("page, index", [(page, index) for page, count in PASTED.items() for index in range(count)])
+@pytest.mark.parametrize(
+    "page, index", [(page, index) for page, count in PASTED.items() for index in range(count)]
+)
 def test_pasted_block_runs(page, index):
     blocks = code_blocks(page, "python")
     assert len(blocks) == PASTED[page]
     if Version(trl.__version__) < Version("1.0") and "DPOTrainer" in blocks[index]:
-        pytest.skip(f"TRL {trl.__version__} cannot import DPO beside transformers 5, with or without StructLoRA")
+        pytest.skip(
+            f"TRL {trl.__version__} cannot import DPO beside transformers 5, with or without StructLoRA"
+        )
     data.save_base("Qwen/Qwen3-0.6B", "qwen3")
     Path("trl-lib/Capybara").mkdir(parents=True)
     chats().to_parquet("trl-lib/Capybara/train.parquet")

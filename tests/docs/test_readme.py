@@ -22,7 +22,10 @@ FILES = {
     if folder != "ms_swift"
     for name, text in (
         ("README", readme_block(title)),
-        *((path.name, path.read_text(encoding="utf-8")) for path in (ROOT / "configs" / folder).glob("*.yaml")),
+        *(
+            (path.name, path.read_text(encoding="utf-8"))
+            for path in (ROOT / "configs" / folder).glob("*.yaml")
+        ),
     )
 }
 COMMANDS = {
@@ -51,7 +54,9 @@ def test_commands_take_the_arguments_that_the_pages_give_them(command, capsys):
 def test_figures_stand_where_they_link(row):
     page, anchor = re.search(r"\((benchmarks/[\w/.]+)#([\w-]+)\)", row).groups()
     sections = re.split(r"^## ", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    (section,) = (s for s in sections if re.sub(r"[^\w -]", "", s.split("\n")[0]).lower().replace(" ", "-") == anchor)
+    (section,) = (
+        s for s in sections if re.sub(r"[^\w -]", "", s.split("\n")[0]).lower().replace(" ", "-") == anchor
+    )
     missing = [figure for figure in re.findall(r"\d+\.\d+", row.split("](")[0]) if figure not in section]
     assert not missing
 

@@ -27,7 +27,10 @@ def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     strict = ["--quiet", "--fail-on-warning", "--keep-going"]
     built = subprocess.run(
-        [sys.executable, "-m", "sphinx", *strict, ROOT / "docs", out], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "sphinx", *strict, ROOT / "docs", out],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert built.returncode == 0, built.stderr[-4000:]
     return out
@@ -49,8 +52,20 @@ def test_pages_show_their_pictures(site, page, pictures, tmp_path):
         pytest.skip("Chromium is not installed")
     probed = site / f"{page}-probed.html"
     probed.write_text((site / f"{page}.html").read_text().replace("</head>", PROBE + "</head>"))
-    headless = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    command = [CHROMIUM, *headless, f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom"]
+    headless = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+    ]
+    command = [
+        CHROMIUM,
+        *headless,
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+    ]
     shown = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
     (title,) = re.findall(r"<title>(\[.*?\])</title>", shown.stdout)
     found = json.loads(title.replace("&quot;", '"'))

@@ -48,14 +48,27 @@ RUNS = {
         [],
         [*ENGINES, "tp", *FOUR_PROCESSES],
     ),
-    "base in eval()": ({"as_loaded": True}, ["fsdp2 resharding", "zero2"], ["ddp", "fsdp2", "tp", "zero1", "zero3"]),
+    "base in eval()": (
+        {"as_loaded": True},
+        ["fsdp2 resharding", "zero2"],
+        ["ddp", "fsdp2", "tp", "zero1", "zero3"],
+    ),
     "without coordinator": ({"method": GATES}, ["fsdp2", "zero2"], ["ddp", "zero1", "zero3"]),
     "gates of other kinds": (
-        {"clip": 0.1, "detach_at": 3, "again_at": 3, "method": {**GATES, "hard_gates": True, "share_gates": True}},
+        {
+            "clip": 0.1,
+            "detach_at": 3,
+            "again_at": 3,
+            "method": {**GATES, "hard_gates": True, "share_gates": True},
+        },
         ["zero1"],
         ["ddp", "fsdp2", "zero2", "zero3"],
     ),
-    "gates by chance, scaled": ({"scaled": True, "method": {**GATES, "filter": "random"}}, [], ["zero1", "zero2"]),
+    "gates by chance, scaled": (
+        {"scaled": True, "method": {**GATES, "filter": "random"}},
+        [],
+        ["zero1", "zero2"],
+    ),
     "experts": (
         {**EXPERTS, "experts": "stacked", "method": HYBRID},
         [],
@@ -144,9 +157,13 @@ def processes(engine: str) -> int:
 
 def is_installed(engine: str) -> bool:
     if engine == "tp":
-        return Version(transformers.__version__) >= Version("5.17") and Version(peft.__version__) >= Version("0.21")
+        return Version(transformers.__version__) >= Version("5.17") and Version(peft.__version__) >= Version(
+            "0.21"
+        )
     if engine == "loaded":
-        return Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) >= Version("0.21")
+        return Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) >= Version(
+            "0.21"
+        )
     return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
 
@@ -159,7 +176,9 @@ def parts(finished: dict, *names: str) -> torch.Tensor:
     return torch.cat([torch.empty(0), *values])
 
 
-@pytest.mark.parametrize("name, engine", [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)])
+@pytest.mark.parametrize(
+    "name, engine", [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
+)
 def test_bare_loop(name, engine, finished, alone):
     if not is_installed(engine):
         pytest.skip(f"what {engine} needs is not installed")

@@ -15,7 +15,10 @@ from structlora_trl.engines.base import holds_nonfinite
     [
         ([], False),
         ([torch.empty(0)], False),  # a rank that owns nothing
-        ([torch.full((9,), 6e4, dtype=torch.float16), torch.ones(3), torch.ones(2, dtype=torch.bfloat16)], False),
+        (
+            [torch.full((9,), 6e4, dtype=torch.float16), torch.ones(3), torch.ones(2, dtype=torch.bfloat16)],
+            False,
+        ),
         ([torch.ones(2, dtype=torch.float16), torch.tensor([1.0, math.nan])], True),
         ([torch.tensor([-math.inf], dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)], True),
     ],

@@ -8,7 +8,15 @@ import json
 import pytest
 import torch
 
-from tests.support.launching import ENGINES, adapter, largest_difference, launch, one_at_a_time, state, trained
+from tests.support.launching import (
+    ENGINES,
+    adapter,
+    largest_difference,
+    launch,
+    one_at_a_time,
+    state,
+    trained,
+)
 
 pytestmark = one_at_a_time
 slow = pytest.mark.slow
@@ -47,7 +55,9 @@ CORE = [("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
 MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
 MATRIX += [("hsdp", 6, 1, {}), ("hsdp", 6, 3, {})]  # two replicas of three shards
-MATRIX += [("zero3", 6, 1, {"zero_optimization": {**SHARDED["zero_optimization"], "zero_hpz_partition_size": 2}})]
+MATRIX += [
+    ("zero3", 6, 1, {"zero_optimization": {**SHARDED["zero_optimization"], "zero_hpz_partition_size": 2}})
+]
 MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
 
 
@@ -59,7 +69,11 @@ CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2)]
 
 @pytest.mark.parametrize(
     "half, engine, world",
-    [pytest.param(half, *row, marks=() if (half, *row) in CORE_RANKS else slow) for half in HALVES for row in RANKS],
+    [
+        pytest.param(half, *row, marks=() if (half, *row) in CORE_RANKS else slow)
+        for half in HALVES
+        for row in RANKS
+    ],
 )
 def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_process):
     options = {
@@ -74,24 +88,32 @@ def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(e, marks=slow) for e in ("zero1", "zero2", "zero3"))])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(e, marks=slow) for e in ("zero1", "zero2", "zero3"))]
+)
 def test_gates_alone_send_their_gradients(engine, tmp_path):
     """FSDP2's shards of lora_B are slices of its width; of ZeRO-3's, rows that are cut go to a neighbour. ZeRO-1 and 2 gather
     what is written to the model, twice."""
 
     def sent(steps) -> dict:
         told = {"method": {"coordinator": "none"}, "trainer": {"logging_steps": 100}, "steps": steps}
-        return launch(tmp_path / str(steps), engine, 2, deepspeed=SHARDED if engine == "zero3" else {}, **told)
+        return launch(
+            tmp_path / str(steps), engine, 2, deepspeed=SHARDED if engine == "zero3" else {}, **told
+        )
 
     few, more = sent(2), sent(4)
     ends = {
-        name: value for name, value in state(tmp_path / "2").items() if name.endswith(("/filters.0.logits", "latent_B"))
+        name: value
+        for name, value in state(tmp_path / "2").items()
+        if name.endswith(("/filters.0.logits", "latent_B"))
     }
     logits = sum(value.numel() for name, value in ends.items() if name.endswith("logits"))
     wide = [value.shape for name, value in ends.items() if name.endswith("latent_B")]
     collectives = (more["collectives"] - few["collectives"]) / 2
     if engine in ("zero1", "zero2"):
-        gathered = 4 * sum(shape.numel() for shape in wide)  # two writes, of half or more each: the larger share counts
+        gathered = 4 * sum(
+            shape.numel() for shape in wide
+        )  # two writes, of half or more each: the larger share counts
         assert collectives == 3
         assert gathered <= (more["bytes_sent"] - few["bytes_sent"]) / 2 <= 1.5 * gathered + 4 * (logits + 2)
         return
@@ -123,7 +145,13 @@ LOADED = [
     ("loaded_replicas", 2, {}, "single", ["R", "S(0)"]),
     ("loaded_hsdp", 4, {"whole_widths": True}, "single", ["R", "S(0)"]),
     # Losses that balance experts are of a rank's own rows, so that DDP's run is the same one.
-    ("loaded_experts", 2, {"family": "mixtral", "lora": {"target_modules": ["q_proj", "v_proj"]}}, "ddp", ["S(0)"]),
+    (
+        "loaded_experts",
+        2,
+        {"family": "mixtral", "lora": {"target_modules": ["q_proj", "v_proj"]}},
+        "ddp",
+        ["S(0)"],
+    ),
 ]
 
 
@@ -131,7 +159,9 @@ LOADED = [
     "engine, world, more, other, placements",
     [row if i == 0 else pytest.param(*row, marks=slow) for i, row in enumerate(LOADED)],
 )
-def test_a_base_that_transformers_shards_as_it_loads(engine, world, more, other, placements, tmp_path, one_process):
+def test_a_base_that_transformers_shards_as_it_loads(
+    engine, world, more, other, placements, tmp_path, one_process
+):
     """The adapter is whole on each rank, and Trainer averages its gradients: clipped and accumulated here."""
     options = {**length(3, 12), "steps": 6, "trainer": {**STEADY, "max_grad_norm": 0.1}, **SEMANTIC, **more}
     facts = launch(tmp_path / "loaded", engine, world, **options)
@@ -183,13 +213,20 @@ def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found
 
 BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
 BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
-BF16 += [("hsdp", 6, 1, {}), ("zero3", 2, 3, SHARDED), ("zero2_offload", 2, 3, {}), ("zero3_offload", 2, 3, {})]
+BF16 += [
+    ("hsdp", 6, 1, {}),
+    ("zero3", 2, 3, SHARDED),
+    ("zero2_offload", 2, 3, {}),
+    ("zero3_offload", 2, 3, {}),
+]
 BF16 += [("loaded_fsdp2", 2, 3, {})]
 
 
 @slow
 @pytest.mark.parametrize("engine, world, accumulation, deepspeed", BF16)
-def test_bf16_is_as_near_to_one_process_as_plain_lora(engine, world, accumulation, deepspeed, tmp_path, one_process):
+def test_bf16_is_as_near_to_one_process_as_plain_lora(
+    engine, world, accumulation, deepspeed, tmp_path, one_process
+):
     def distance(method) -> float:
         options = {**length(accumulation), "trainer": STEADY, "dtype": "bfloat16", "method": method}
         run = tmp_path / ("plain" if method is None else "ours")
@@ -210,7 +247,10 @@ SET_UPS = {
     ),
     "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}, "trainer": STEADY}, ENGINES),
     "uneven adapter": (
-        {"lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]}, "trainer": STEADY},
+        {
+            "lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]},
+            "trainer": STEADY,
+        },
         ENGINES,
     ),
     "largest norms": ({"method": {"filter": "topk_norm"}, "trainer": STEADY}, ENGINES),
@@ -219,7 +259,11 @@ SET_UPS = {
     # Contexts of two ranks. Sequences of 8 tokens deal out evenly.
     "context parallelism": ({"trainer": {**STEADY, "pad_to_multiple_of": 8}, **SEMANTIC}, ["cp"]),
     "sequence parallelism": (
-        {"trainer": {**STEADY, "pad_to_multiple_of": 8, "max_grad_norm": 0.1}, "sequence_parallel": 2, **SEMANTIC},
+        {
+            "trainer": {**STEADY, "pad_to_multiple_of": 8, "max_grad_norm": 0.1},
+            "sequence_parallel": 2,
+            **SEMANTIC,
+        },
         ("zero1", "zero2", "zero3"),
     ),
     "subclass": ({"subclass": True, "trainer": STEADY}, ENGINES),
@@ -247,7 +291,9 @@ def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_proces
     options = {**SET_UPS[name][0], "steps": 6}
     world = {"uneven adapter": 3, "context parallelism": 4}.get(name, 2)
     facts = launch(tmp_path, engine, world, **options)
-    alone = one_process(**{k: v for k, v in options.items() if k not in ("alias_masters", "sequence_parallel")})
+    alone = one_process(
+        **{k: v for k, v in options.items() if k not in ("alias_masters", "sequence_parallel")}
+    )
     assert facts["step"] == 6
     if name == "context parallelism":
         assert facts["mesh"] == {"dp_shard_cp": 4}  # parameters are sharded over contexts too
@@ -272,7 +318,9 @@ def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
 AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=slow), "fsdp2", pytest.param("loaded_fsdp2", marks=slow)])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("ddp", marks=slow), "fsdp2", pytest.param("loaded_fsdp2", marks=slow)]
+)
 @pytest.mark.parametrize("halve", [{}, pytest.param({"halve_between": True}, marks=slow)])
 def test_a_second_train_goes_on(engine, halve, tmp_path, one_process):
     """From the first one's latents, gates and Θ, unless the weights have changed in between."""
@@ -367,4 +415,6 @@ def test_ranks_that_differ_stop_with_what_differs(tmp_path):
     ],
 )
 def test_unserved_set_ups_are_refused_by_name(engine, deepspeed, message, tmp_path):
-    assert f"StructLoRA found {message}" in launch(tmp_path, engine, check=False, deepspeed=deepspeed, steps=1)
+    assert f"StructLoRA found {message}" in launch(
+        tmp_path, engine, check=False, deepspeed=deepspeed, steps=1
+    )

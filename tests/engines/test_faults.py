@@ -40,7 +40,9 @@ def assert_goes_on(output, whole, engine):
     """The checkpoint of step 3 resumes and ends as the uninterrupted run does, bit for bit."""
     launch(output, engine, steps=6, resume=str(output / "checkpoint-3"), trainer=SAVING)
     resumed, expected = state(output), state(whole)
-    assert resumed.keys() == expected.keys() and all(torch.equal(resumed[name], expected[name]) for name in resumed)
+    assert resumed.keys() == expected.keys() and all(
+        torch.equal(resumed[name], expected[name]) for name in resumed
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,9 @@ class Nodes:
 
     def kill(self, node: int):
         """Every process of the node at once, outright."""
-        pids = subprocess.run(["ip", "netns", "pids", self.names[node]], capture_output=True, text=True).stdout.split()
+        pids = subprocess.run(
+            ["ip", "netns", "pids", self.names[node]], capture_output=True, text=True
+        ).stdout.split()
         for pid in pids:
             os.kill(int(pid), signal.SIGKILL)
 
@@ -108,7 +112,14 @@ class Nodes:
                 "PROCESSES_PER_NODE": "1",
                 "GLOO_SOCKET_IFNAME": device,
             }
-            command = ["ip", "netns", "exec", name, str(ROOT / "configs" / "two_nodes" / f"{launcher}.sh"), *job]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                str(ROOT / "configs" / "two_nodes" / f"{launcher}.sh"),
+                *job,
+            ]
             processes.append(
                 subprocess.Popen(
                     command,
@@ -138,7 +149,9 @@ def nodes():
 
 
 @slow
-@pytest.mark.parametrize("launcher, engine", [("torchrun", "ddp"), ("accelerate", "zero2"), ("deepspeed", "zero3")])
+@pytest.mark.parametrize(
+    "launcher, engine", [("torchrun", "ddp"), ("accelerate", "zero2"), ("deepspeed", "zero3")]
+)
 def test_two_nodes_train_as_one_process(launcher, engine, nodes, tmp_path):
     options = {"steps": 6, "trainer": STEADY}
     launch(tmp_path / "one", **options)

@@ -35,7 +35,10 @@ def by_hand(rate_of_step):
 
 def transformers_scheduler(name):
     needs = {"cosine_with_min_lr": {"min_lr": 1e-5}, "cosine_warmup_with_min_lr": {"min_lr": 1e-5}}
-    needs |= {"warmup_stable_decay": {"num_decay_steps": 3}, "reduce_lr_on_plateau": {"patience": 0, "factor": 0.3}}
+    needs |= {
+        "warmup_stable_decay": {"num_decay_steps": 3},
+        "reduce_lr_on_plateau": {"patience": 0, "factor": 0.3},
+    }
     needs |= {"greedy": {"patience": 0, "factor": 0.5, "min_lr": 1e-5, "max_lr": PEAK}}
     return lambda optimizer: get_scheduler(name, optimizer, 3, STEPS, needs.get(name))
 
@@ -58,7 +61,9 @@ def grouped(a, b):
     def build(model):
         named = lora_parameters(model).items()
         rates = {"lora_A": a, "lora_B": b}
-        return torch.optim.AdamW([{"params": [p for n, p in named if f in n], "lr": lr} for f, lr in rates.items()])
+        return torch.optim.AdamW(
+            [{"params": [p for n, p in named if f in n], "lr": lr} for f, lr in rates.items()]
+        )
 
     return build
 
@@ -77,10 +82,22 @@ SCHEDULES = {
     "ExponentialLR": (rate(PEAK), scheduler("ExponentialLR", gamma=0.8), True),
     "CosineAnnealingWarmRestarts": (rate(PEAK), scheduler("CosineAnnealingWarmRestarts", T_0=3), True),
     "SequentialLR": (rate(PEAK), warm_up_then_cosine, True),
-    "Noam": (rate(1.0), scheduler("LambdaLR", lr_lambda=lambda i: 1e-4 * min((i + 1) / 3, 9 / (i + 1) ** 2)), False),
-    "absolute rates over a base of 1": (rate(1.0), scheduler("LambdaLR", lr_lambda=lambda i: 1e-4 / (i + 1)), False),
+    "Noam": (
+        rate(1.0),
+        scheduler("LambdaLR", lr_lambda=lambda i: 1e-4 * min((i + 1) / 3, 9 / (i + 1) ** 2)),
+        False,
+    ),
+    "absolute rates over a base of 1": (
+        rate(1.0),
+        scheduler("LambdaLR", lr_lambda=lambda i: 1e-4 / (i + 1)),
+        False,
+    ),
     "warm-up from 0 by hand": (rate(0.0), by_hand(lambda i: PEAK * min(1, i / 3)), False),
-    "warm-up from a thousandth by hand": (rate(1e-6), by_hand(lambda i: PEAK * min(1, (i + 0.003) / 3)), False),
+    "warm-up from a thousandth by hand": (
+        rate(1e-6),
+        by_hand(lambda i: PEAK * min(1, (i + 0.003) / 3)),
+        False,
+    ),
     "decay by hand": (rate(PEAK), by_hand(lambda i: PEAK * 0.5**i), True),
     "Adafactor, relative steps": (relative_adafactor, None, True),
     "Adafactor, relative steps and schedule": (relative_adafactor, AdafactorSchedule, True),
@@ -98,7 +115,9 @@ class Loop:
         self.model = peft_model(init="warm")
         self.optimizer = optimizer(self.model)
         self.scheduler = schedule(self.optimizer) if schedule and name not in BY_HAND else None
-        self.runtime = attach(self.model, self.optimizer, side="write", gate_lr=GATE_LR, coordinator_lr=THETA_LR)
+        self.runtime = attach(
+            self.model, self.optimizer, side="write", gate_lr=GATE_LR, coordinator_lr=THETA_LR
+        )
 
     def run(self, first, last):
         """Rates of the trainer's steps (the largest of the groups') and shares of the gates' and of Θ's, one a step."""

@@ -20,4 +20,6 @@ def test_slices_are_those_of_the_whole(world):
     assert len(found) > 40
     of_width = found.pop("sums")
     assert max(of_width.values()) <= 1e-5, of_width
-    assert {name: values for name, values in found.items() if any(values.values())} == {}  # moving changes no value
+    assert {
+        name: values for name, values in found.items() if any(values.values())
+    } == {}  # moving changes no value

@@ -26,7 +26,10 @@ OPTIONS = {
 # The model and the options of each run: plain modules, experts that are modules, experts in one parameter.
 GOLDEN_RUNS = {
     "modules": ({"family": "llama", "rank": 2}, {"side": "both", "head_gates": True}),
-    "experts": ({"family": "mixture", "rank": 2, "targets": ["gate_proj", "down_proj"]}, {"expert_gates": True}),
+    "experts": (
+        {"family": "mixture", "rank": 2, "targets": ["gate_proj", "down_proj"]},
+        {"expert_gates": True},
+    ),
     "stacked": ({"family": "qwen3_moe", "rank": 2, "targets": FAMILIES["qwen3_moe"].linear}, {}),
 }
 

@@ -80,7 +80,9 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
             else:
                 Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
         weights = reference_weights(m.graph.edges, kind.experts > 1 and config.edges != "similarity")
-        A1, B1 = reference_factors(Ae, Be, A0, B0, None if gates is None else gates[order], weights, theta, activation)
+        A1, B1 = reference_factors(
+            Ae, Be, A0, B0, None if gates is None else gates[order], weights, theta, activation
+        )
         back = torch.tensor(order).argsort().tolist()
         A1, B1 = ([nodes[n] for n in back] for nodes in (A1, B1))
         E = kind.adapted.experts
@@ -145,13 +147,23 @@ def relative_error(ours, theirs) -> float:
 
 
 def assert_chain_rule(
-    model, family, batches=(0,), tolerance=1e-5, reentrant=None, clip=None, autocast=None, scaler=None, **options
+    model,
+    family,
+    batches=(0,),
+    tolerance=1e-5,
+    reentrant=None,
+    clip=None,
+    autocast=None,
+    scaler=None,
+    **options,
 ) -> float:
     """Compare the gradients that reach latents, logits and Θ, kind by kind; the largest relative error."""
     optimizer = adamw(model)
     runtime = attach(model, optimizer, **options)
     randomise(runtime)
-    train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)  # away from A - A0 = 0
+    train(
+        model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler
+    )  # away from A - A0 = 0
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
     shapes = [gate.shape for m in runtime.maps for gate in m.filters]
     counts = [math.prod(shape) for shape in shapes]

@@ -92,9 +92,13 @@ def assert_plain_peft_agrees(trainer, folder, family: str = "llama") -> None:
     model = extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False).eval()
     base = model.get_base_model()
     how = (
-        {"quantization_config": base.config.quantization_config} if hasattr(base.config, "quantization_config") else {}
+        {"quantization_config": base.config.quantization_config}
+        if hasattr(base.config, "quantization_config")
+        else {}
     )
-    fresh = type(base).from_pretrained(model.peft_config["default"].base_model_name_or_path, dtype=base.dtype, **how)
+    fresh = type(base).from_pretrained(
+        model.peft_config["default"].base_model_name_or_path, dtype=base.dtype, **how
+    )
     loaded = PeftModel.from_pretrained(fresh, folder).eval()
     for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         ours.data = ours.data.to(theirs.dtype)

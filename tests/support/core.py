@@ -67,7 +67,9 @@ def kind_map(depth_count=4, rank=3, **options):
     def make(*shape):
         return [nn.Parameter(torch.randn(shape)) for _ in range(depth_count)]
 
-    kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], make(rank, 6), make(5, rank))
+    kind = Kind(
+        "layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], make(rank, 6), make(5, rank)
+    )
     m = KindMap(kind, StructLoRAConfig(**options), origin_A=torch.randn(depth_count, rank, 6))
     with torch.no_grad():
         for parameter in m.parameters():

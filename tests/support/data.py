@@ -48,7 +48,8 @@ def better_and_worse(count: int = ROWS) -> list[dict]:
 def labelled(count: int = ROWS) -> list[dict]:
     """Completions that are good or bad, each by itself."""
     return [
-        {"prompt": sentence(i, 4), "completion": " " + sentence(i + 1, 4), "label": i % 2 == 0} for i in range(count)
+        {"prompt": sentence(i, 4), "completion": " " + sentence(i + 1, 4), "label": i % 2 == 0}
+        for i in range(count)
     ]
 
 

@@ -38,15 +38,22 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
     if dtype:
         config |= {dtype: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if scheduler:
-        config |= {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+        config |= {
+            "scheduler": scheduler,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        }
         engine = deepspeed.initialize(model=model, model_parameters=groups(model), config=config)[0]
     else:
-        engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups(model)), config=config)[0]
+        engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups(model)), config=config)[
+            0
+        ]
     runtime = attach(engine, engine.optimizer, gate_lr=GATE_LR)
     found = []
     for step in range(STEPS):
         if not scheduler:  # by hand: LoRA's groups are halved, the other one stays
-            for group, rate in zip(engine.optimizer.param_groups, (0.1, 1e-3 / 2**step, 1e-2 / 2**step), strict=True):
+            for group, rate in zip(
+                engine.optimizer.param_groups, (0.1, 1e-3 / 2**step, 1e-2 / 2**step), strict=True
+            ):
                 group["lr"] = rate
         runtime.train()
         engine.train()

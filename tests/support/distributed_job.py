@@ -53,28 +53,44 @@ def arguments():
         "configs/deepspeed; 'launcher': whatever the launcher has set up",
     )
     parser.add_argument("--family", default="llama", help="a model of `tiny.FAMILIES`")
-    parser.add_argument("--whole-widths", action="store_true", help="have PEFT make adapters as wide as their base")
-    parser.add_argument("--never-average", action="store_true", help="keep Trainer from averaging a replicated adapter")
+    parser.add_argument(
+        "--whole-widths", action="store_true", help="have PEFT make adapters as wide as their base"
+    )
+    parser.add_argument(
+        "--never-average", action="store_true", help="keep Trainer from averaging a replicated adapter"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--method", type=json.loads, default={}, help="more StructLoRA options, or null for plain LoRA")
-    parser.add_argument("--subclass", action="store_true", help="StructLoRASFTTrainer instead of the callback")
+    parser.add_argument(
+        "--method", type=json.loads, default={}, help="more StructLoRA options, or null for plain LoRA"
+    )
+    parser.add_argument(
+        "--subclass", action="store_true", help="StructLoRASFTTrainer instead of the callback"
+    )
     parser.add_argument("--lora", type=json.loads, default={}, help="more LoraConfig options")
     parser.add_argument("--freeze", default=None, help="freeze parameters whose name holds this")
-    parser.add_argument("--sequence-parallel", type=int, default=1, help="ranks that share a row, under DeepSpeed")
+    parser.add_argument(
+        "--sequence-parallel", type=int, default=1, help="ranks that share a row, under DeepSpeed"
+    )
     parser.add_argument("--deepspeed", type=json.loads, default={}, help="merged into the DeepSpeed config")
     parser.add_argument("--trainer", type=json.loads, default={}, help="more training arguments")
     parser.add_argument("--resume", default=None)
     parser.add_argument("--again", action="store_true", help="call `train` a second time")
-    parser.add_argument("--anew", action="store_true", help="with the model wrapped and the optimizer built anew")
+    parser.add_argument(
+        "--anew", action="store_true", help="with the model wrapped and the optimizer built anew"
+    )
     parser.add_argument("--halve-between", action="store_true", help="halve lora_B before that")
     parser.add_argument("--stop-at", type=int, default=None)
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--micro-batch", type=int, default=6, help="over all ranks, so that 1, 2 and 3 see the same")
+    parser.add_argument(
+        "--micro-batch", type=int, default=6, help="over all ranks, so that 1, 2 and 3 see the same"
+    )
     parser.add_argument("--seed-of-rank-1", type=int, default=None)
     parser.add_argument("--poison-at", type=int, default=None, help="step at which the loss is NaN")
-    parser.add_argument("--alias-masters", action="store_true", help="make stage 3's masters the working shards")
+    parser.add_argument(
+        "--alias-masters", action="store_true", help="make stage 3's masters the working shards"
+    )
     parser.add_argument(
         "--kill", type=json.loads, default=None, help='{"rank": 1, "step": 4, "in": "step|save|pullback"}'
     )
@@ -114,7 +130,10 @@ def offer_fsdp2_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: (
+        "gloo",
+        DistributedType.MULTI_GPU,
+    )
 
 
 def load_sharded(base, distributed: dict):
@@ -122,7 +141,10 @@ def load_sharded(base, distributed: dict):
     from transformers.distributed import DistributedConfig
 
     return type(base).from_pretrained(
-        None, config=base.config, state_dict=base.state_dict(), distributed_config=DistributedConfig(**distributed)
+        None,
+        config=base.config,
+        state_dict=base.state_dict(),
+        distributed_config=DistributedConfig(**distributed),
     )
 
 
@@ -251,7 +273,11 @@ def main():
         if not ON_GPU:
             offer_fsdp2_on_cpu()
         layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        options |= {"use_cpu": False, "fsdp": True, "fsdp_config": {**layers, **args.trainer.get("fsdp_config", {})}}
+        options |= {
+            "use_cpu": False,
+            "fsdp": True,
+            "fsdp_config": {**layers, **args.trainer.get("fsdp_config", {})},
+        }
         mesh = MESHES[args.engine](world)
         if "cp_size" in mesh and not ON_GPU:
             from tests.support.ring_on_cpu import offer_ring_attention_on_cpu

@@ -36,7 +36,10 @@ def instruction(i: int) -> dict:
 
 def chat(i: int) -> dict:
     return {
-        "messages": [{"role": "user", "content": sentence(i, 4)}, {"role": "assistant", "content": sentence(i + 1, 4)}]
+        "messages": [
+            {"role": "user", "content": sentence(i, 4)},
+            {"role": "assistant", "content": sentence(i + 1, 4)},
+        ]
     }
 
 
@@ -48,7 +51,9 @@ def save_pictures(file: Path) -> str:
         Image.fromarray(pixels_of(i)).save(picture)
         question = [{"type": "image", "path": str(picture)}, {"type": "text", "text": sentence(i, 4)}]
         answer = [{"type": "text", "text": sentence(i + 1, 4)}]
-        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+        rows.append(
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        )
     file.write_text(json.dumps(rows))
     return str(file)
 
@@ -72,7 +77,9 @@ def state_of(output: Path, step: int = STEPS) -> tuple[dict, dict]:
     return assert_acted(Path(output) / f"checkpoint-{step}", step)
 
 
-def check(output: Path, model: str, step: int = STEPS, merged: Path | None = None, atol: float = 1e-6) -> dict:
+def check(
+    output: Path, model: str, step: int = STEPS, merged: Path | None = None, atol: float = 1e-6
+) -> dict:
     """StructLoRA acted, and what was saved is a plain LoRA adapter that computes what it computed; the state's options.
 
     The adapter (and the merged model) in plain PEFT is held to the map of the saved latents, evaluated anew.

@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"
+)
 
 import torch
 import torch.distributed as dist
@@ -74,9 +76,14 @@ def main():
             parameter.mul_(0.5)
     written = logits_of(model, "llama")
     runtime.reload()
-    found |= {"effect": difference(written, before), "in place": difference(after_a_training_forward(model), written)}
+    found |= {
+        "effect": difference(written, before),
+        "in place": difference(after_a_training_forward(model), written),
+    }
     after_a_training_forward(model)
-    shown = {name: value for name, value in model.state_dict().items() if "lora" in name}  # training weights stand
+    shown = {
+        name: value for name, value in model.state_dict().items() if "lora" in name
+    }  # training weights stand
     model.load_state_dict(shown, strict=False)
     runtime.reload()
     found["state_dict"] = difference(after_a_training_forward(model), written)

@@ -35,7 +35,10 @@ class Hub:
                     return self.answer({"url": f"{hub.url}/me/adapter", "name": "me/adapter"})
                 if "/preupload/" in self.path:
                     paths = [file["path"] for file in json.loads(body)["files"]]
-                    regular = [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for p in paths]
+                    regular = [
+                        {"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                        for p in paths
+                    ]
                     return self.answer({"files": regular})
                 if "/commit/" in self.path:
                     for line in map(json.loads, body.splitlines()):

@@ -10,7 +10,13 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from tests.support.data import better_and_worse, distinct_words, labelled, prompts
@@ -74,7 +80,11 @@ def sft(
 def _pairs() -> Dataset:
     return Dataset.from_list(
         [
-            {"prompt": sentence(i, 4), "chosen": " " + sentence(i + 1, 4), "rejected": " " + sentence(i + 2, 4)}
+            {
+                "prompt": sentence(i, 4),
+                "chosen": " " + sentence(i + 1, 4),
+                "rejected": " " + sentence(i + 2, 4),
+            }
             for i in range(ROWS)
         ]
     )
@@ -145,7 +155,8 @@ def _online(name):
 def plain(output, callbacks, family="bert", trainer_class=Trainer, **options):
     torch.manual_seed(1)
     model = get_peft_model(
-        base_model(family), LoraConfig(r=4, target_modules=FAMILIES[family].attention, modules_to_save=["classifier"])
+        base_model(family),
+        LoraConfig(r=4, target_modules=FAMILIES[family].attention, modules_to_save=["classifier"]),
     )
     rows = [{k: v[0] for k, v in FAMILIES[family].batch(i).items()} for i in range(ROWS)]
     return trainer_class(

@@ -28,7 +28,13 @@ ENGINES = {
     "zero3": "DeepSpeed ZeRO-3",
 }
 # HSDP takes four processes or more.
-NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2", "tp": "tensor parallelism", "loaded": "FSDP2 (replicated adapter)"}
+NAMES = {
+    **ENGINES,
+    "hsdp": "HSDP",
+    "cp": "FSDP2",
+    "tp": "tensor parallelism",
+    "loaded": "FSDP2 (replicated adapter)",
+}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes
@@ -55,7 +61,9 @@ def job_arguments(output, engine: str, options: dict) -> list[str]:
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     if engine.startswith("loaded_") and Version(transformers.__version__) < Version("5.24"):
-        pytest.skip(f"Trainer of transformers {transformers.__version__} does not average a replicated adapter")
+        pytest.skip(
+            f"Trainer of transformers {transformers.__version__} does not average a replicated adapter"
+        )
     arguments = [str(JOB), str(output), "--engine", engine]
     for name, value in options.items():
         arguments.append(f"--{name.replace('_', '-')}")
@@ -64,7 +72,9 @@ def job_arguments(output, engine: str, options: dict) -> list[str]:
     return arguments
 
 
-def run(command: list[str], timeout: float = 300, cwd=None, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    command: list[str], timeout: float = 300, cwd=None, **environment: str
+) -> subprocess.CompletedProcess:
     variables = {**ENVIRONMENT, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, cwd=cwd)
 
@@ -93,7 +103,9 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
 def launch(output, engine: str = "single", world: int = 2, check: bool = True, **options) -> dict | str:
     """Run the job; its facts, or its output where it may fail."""
     start = [sys.executable] if engine == "single" else torchrun(world)
-    one_gpu = {"CUDA_VISIBLE_DEVICES": "0"} if ON_GPU and engine == "single" else {}  # Trainer would use them all
+    one_gpu = (
+        {"CUDA_VISIBLE_DEVICES": "0"} if ON_GPU and engine == "single" else {}
+    )  # Trainer would use them all
     done = run(start + job_arguments(output, engine, options), **one_gpu)
     return facts_of(done, engine, world) if check else done.stdout + done.stderr
 

@@ -91,7 +91,9 @@ class TensorParallel(Loop):
         of_kind = {}
         for parameter in lora_parameters(model).values():
             of_kind.setdefault(type(parameter.data), []).append(parameter)
-        self.optimizer = torch.optim.AdamW([{"params": parameters} for parameters in of_kind.values()], **adamw)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters in of_kind.values()], **adamw
+        )
 
     def wrap(self, model):
         return model
@@ -127,7 +129,9 @@ class DeepSpeed:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
         }
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), **adamw)
-        self.wrapped, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.wrapped, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config
+        )
 
     def step(self, loss) -> None:
         self.wrapped.backward(loss)
@@ -191,7 +195,9 @@ def train(
     elif experts == "apart":
         model = peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
     else:
-        distributed = {"tp": {"tp_plan": "auto"}, "loaded": {"distributed_config": {"fsdp_size": 2}}}.get(engine)
+        distributed = {"tp": {"tp_plan": "auto"}, "loaded": {"distributed_config": {"fsdp_size": 2}}}.get(
+            engine
+        )
         model = _sliced(**distributed) if distributed else peft_model("llama", "warm", targets=TARGETS)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:

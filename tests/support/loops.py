@@ -58,7 +58,15 @@ class Loop:
                 load_state(self.runtime, folder)
 
     @classmethod
-    def run(cls, setup, folder: Path, method: dict | None, steps: int = STEPS, resume: bool = False, watch=look_away):
+    def run(
+        cls,
+        setup,
+        folder: Path,
+        method: dict | None,
+        steps: int = STEPS,
+        resume: bool = False,
+        watch=look_away,
+    ):
         """A whole run, or its second half from what the first left in `folder`."""
         loop = cls(setup, method, watch)
         loop.begin(folder if resume else None)
@@ -400,7 +408,15 @@ class InTrainer:
     """A `transformers.Trainer` or one of TRL's, built by the set-up's `trainer` (`tests/support/jobs.py`)."""
 
     @classmethod
-    def run(cls, setup, folder: Path, method: dict | None, steps: int = STEPS, resume: bool = False, watch=look_away):
+    def run(
+        cls,
+        setup,
+        folder: Path,
+        method: dict | None,
+        steps: int = STEPS,
+        resume: bool = False,
+        watch=look_away,
+    ):
         run = SimpleNamespace(setup=setup, runtime=None)
         ours = [] if method is None else [StructLoRACallback(method)]
         trainer = setup.trainer(

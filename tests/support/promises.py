@@ -57,7 +57,9 @@ class Evaluation:
         self.twin.load_state_dict(shown, strict=False)
         plain = logits_of(self.twin, self.row.batch(99))
         difference = (logits - plain).abs().max()
-        assert difference <= self.row.tolerance, f"moment {self.moments}: evaluation is not the saved adapter's"
+        assert difference <= self.row.tolerance, (
+            f"moment {self.moments}: evaluation is not the saved adapter's"
+        )
         for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors(), strict=True):
             for side, values in zip("AB", factors, strict=True):
                 own, values = getattr(kind, side), to_storage(values, side, kind)
@@ -66,7 +68,9 @@ class Evaluation:
                 ):
                     assert torch.equal(shown[name].flatten(1), value), f"moment {self.moments}: {name}"
         if self.step == run.runtime.step:
-            assert torch.equal(logits, self.logits), f"moment {self.moments}: evaluation changed without a step"
+            assert torch.equal(logits, self.logits), (
+                f"moment {self.moments}: evaluation changed without a step"
+            )
         self.step, self.logits, self.moments = run.runtime.step, logits, self.moments + 1
 
 
@@ -75,7 +79,9 @@ def assert_it_acted(run):
     assert (runtime.step, runtime.skipped_steps) == (STEPS, 0)
     state = runtime.state_dict()
     for m in runtime.maps:
-        before, after = ({n: s[f"{m.kind.name}/{n}"] for n in ("latent_A", "latent_B")} for s in (run.start, state))
+        before, after = (
+            {n: s[f"{m.kind.name}/{n}"] for n in ("latent_A", "latent_B")} for s in (run.start, state)
+        )
         for name, parameters in (("latent_A", m.kind.A), ("latent_B", m.kind.B)):
             if parameters[0].requires_grad:
                 moved = (after[name] - before[name]).flatten(1).abs().amax(1)
@@ -83,7 +89,9 @@ def assert_it_acted(run):
             assert after[name].isfinite().all()
         if m.filter.logits is not None:
             moved = (m.filter.logits - torch.tensor(config.gate_init).logit()).abs().amax()
-            assert LEAST_MOVE < moved < ADAMW_OVERSHOOT * STEPS * config.gate_lr, f"gates of {m.kind.name}: {moved}"
+            assert LEAST_MOVE < moved < ADAMW_OVERSHOOT * STEPS * config.gate_lr, (
+                f"gates of {m.kind.name}: {moved}"
+            )
         coordinated = config.coordinator != "none" and m.kind.depth_count > 1
         assert len(m.coordinators) == coordinated * len(m.sides)
         for side, coordinator in m.coordinators.items():

@@ -34,7 +34,11 @@ class DieOnce(TrainerCallback):
         self.mark = mark
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3 and ray.train.get_context().get_world_rank() == 1 and not self.mark.exists():
+        if (
+            state.global_step == 3
+            and ray.train.get_context().get_world_rank() == 1
+            and not self.mark.exists()
+        ):
             self.mark.touch()
             time.sleep(SECONDS_TO_REGISTER)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,5 +57,9 @@ def work(config: dict) -> None:
         with checkpoint.as_directory() as folder:
             trainer.train(resume_from_checkpoint=folder)
     if ray.train.get_context().get_world_rank() == 0:
-        facts = {"line": repr(callback.runtime), "resumed": checkpoint is not None, "step": callback.runtime.step}
+        facts = {
+            "line": repr(callback.runtime),
+            "resumed": checkpoint is not None,
+            "step": callback.runtime.step,
+        }
         (out / "facts.json").write_text(json.dumps(facts))

@@ -32,7 +32,9 @@ def reference_factors(
         for i, (b, b0) in enumerate(zip(B, B0, strict=True))
     ]
     if "A" in theta:
-        A = _message_passing(A, [a - a0 for a, a0 in zip(A, A0, strict=True)], weights, theta["A"], activation)
+        A = _message_passing(
+            A, [a - a0 for a, a0 in zip(A, A0, strict=True)], weights, theta["A"], activation
+        )
     if "B" in theta:
         features = [(b - b0).T for b, b0 in zip(B, B0, strict=True)]
         B = [b.T for b in _message_passing([b.T for b in B], features, weights, theta["B"], activation)]
@@ -71,7 +73,9 @@ def _message_passing(values, features, weights, thetas, activation):
 def reference_expected_gate(logits: Tensor, temperature: float, draws: int = 100_000) -> Tensor:
     """Mean of the binary-concrete gate, over as many quantiles of its noise."""
     quantile = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    return torch.sigmoid((logits.double()[..., None] + quantile.logit()) / temperature).mean(-1).to(logits.dtype)
+    return (
+        torch.sigmoid((logits.double()[..., None] + quantile.logit()) / temperature).mean(-1).to(logits.dtype)
+    )
 
 
 def reference_kl(logits: Tensor, prior: float) -> Tensor:

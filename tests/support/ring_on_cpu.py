@@ -24,14 +24,22 @@ def _forward(_, args, kwargs):
     local, wrap = _unwrapped(query, key, value)
     return wrap(
         ring._templated_ring_attention(
-            query.device_mesh.get_group(), SEQUENCE, FORWARD, *local, is_causal=is_causal, dropout_p=dropout, **kwargs
+            query.device_mesh.get_group(),
+            SEQUENCE,
+            FORWARD,
+            *local,
+            is_causal=is_causal,
+            dropout_p=dropout,
+            **kwargs,
         )
     )
 
 
 def _backward(_, args, kwargs):
     gradient, query, key, value, out, logsumexp, dropout, is_causal = args
-    (gradient, query_, key, value, out, logsumexp), wrap = _unwrapped(gradient, query, key, value, out, logsumexp)
+    (gradient, query_, key, value, out, logsumexp), wrap = _unwrapped(
+        gradient, query, key, value, out, logsumexp
+    )
     return wrap(
         ring._templated_ring_attention_backward(
             query.device_mesh.get_group(),

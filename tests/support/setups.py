@@ -23,7 +23,16 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from tests.support import jobs, loops
-from tests.support.tiny import _DECODER, _SIZES, FAMILIES, LAYERS, VOCABULARY, base_model, lora_parameters, warm_up
+from tests.support.tiny import (
+    _DECODER,
+    _SIZES,
+    FAMILIES,
+    LAYERS,
+    VOCABULARY,
+    base_model,
+    lora_parameters,
+    warm_up,
+)
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 # The method with all its parts, as by default, and a graph that changes within the run.
@@ -78,7 +87,9 @@ class Setup:
     def model(self) -> PeftModel:
         base = self.base()
         torch.manual_seed(1)
-        return self._cast(self.wrap(base) if self.wrap else get_peft_model(base, lora(**self.lora), self.adapter))
+        return self._cast(
+            self.wrap(base) if self.wrap else get_peft_model(base, lora(**self.lora), self.adapter)
+        )
 
     def load(self, folder: Path) -> PeftModel:
         """The saved adapter, in plain PEFT."""
@@ -104,7 +115,9 @@ class Setup:
 
 
 def _moved(model: nn.Module, device: str) -> nn.Module:
-    there = next(model.parameters()).device.type == device  # quantised models are made there, and refuse to be moved
+    there = (
+        next(model.parameters()).device.type == device
+    )  # quantised models are made there, and refuse to be moved
     return model if there else model.to(device)
 
 
@@ -128,7 +141,11 @@ def by(name: str, lr: float | None = 1e-2, module: str = "torch.optim", **option
 def family(name: str, targets: str = "linear") -> dict:
     """A family of `tests/support/tiny.py`, with LoRA on all its linear modules."""
     it = FAMILIES[name]
-    return {"base": partial(base_model, name), "batch": it.batch, "lora": {"target_modules": getattr(it, targets)}}
+    return {
+        "base": partial(base_model, name),
+        "batch": it.batch,
+        "lora": {"target_modules": getattr(it, targets)},
+    }
 
 
 def other_family(build: Callable[[], nn.Module], targets, **options) -> dict:
@@ -154,7 +171,14 @@ def gpt2():
 
 
 def t5():
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4, "vocab_size": VOCABULARY}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": LAYERS,
+        "num_heads": 4,
+        "vocab_size": VOCABULARY,
+    }
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
     )
@@ -202,7 +226,11 @@ def blocks(layer: Callable[[], nn.Module], *shape: int, **options) -> dict:
     def batch(seed):
         return {"x": torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))}
 
-    return {"base": partial(Blocks, layer), "batch": batch, "lora": {"target_modules": r"blocks\.\d", **options}}
+    return {
+        "base": partial(Blocks, layer),
+        "batch": batch,
+        "lora": {"target_modules": r"blocks\.\d", **options},
+    }
 
 
 def with_(change: Callable[[PeftModel], None], **options):
@@ -243,7 +271,9 @@ def lora_ga(base):
 
 
 def corda(base):
-    config = lora(init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm"))
+    config = lora(
+        init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+    )
 
     @torch.no_grad()
     def run():
@@ -285,7 +315,11 @@ def quantised(bits: int, device: str = "cpu", storage: torch.dtype = torch.uint8
 
     `storage`: what 4-bit weights lie in; FSDP shards those that lie in a floating dtype.
     """
-    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    how = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
     how["bnb_4bit_quant_storage"] = storage
     how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(how if bits == 4 else {}))
     # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
@@ -309,7 +343,9 @@ def scheduled(name: str, warmup: int = 2, **options):
     """A schedule of Transformers, by its name in `lr_scheduler_type`."""
 
     def build(optimizer):
-        return transformers.get_scheduler(name, optimizer, warmup, loops.STEPS, scheduler_specific_kwargs=options)
+        return transformers.get_scheduler(
+            name, optimizer, warmup, loops.STEPS, scheduler_specific_kwargs=options
+        )
 
     return build
 
@@ -363,7 +399,9 @@ def xlora(base):
     base.config.use_cache = False
     with tempfile.TemporaryDirectory() as folder:
         get_peft_model(llama(), lora()).save_pretrained(folder)
-        return get_peft_model(base, peft.XLoraConfig(hidden_size=32, adapters={"0": folder}, task_type="CAUSAL_LM"))
+        return get_peft_model(
+            base, peft.XLoraConfig(hidden_size=32, adapters={"0": folder}, task_type="CAUSAL_LM")
+        )
 
 
 def bd_lora(base):
@@ -420,16 +458,26 @@ ADAPTERS = [
         lora={"target_modules": ["embed_tokens", "q_proj"]},
         method={**WHOLE, "roles": {"embed_tokens": "write"}},
     ),
-    Setup("lm_head", lora={"target_modules": ["lm_head", "q_proj"]}, method={**WHOLE, "roles": {"lm_head": "read"}}),
+    Setup(
+        "lm_head",
+        lora={"target_modules": ["lm_head", "q_proj"]},
+        method={**WHOLE, "roles": {"lm_head": "read"}},
+    ),
     Setup(
         "tied embeddings with both as targets",
         base=partial(llama, tie_word_embeddings=True),
         lora={"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
         method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
     ),
-    Setup("Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method={**WHOLE, "side": "both"}),
+    Setup(
+        "Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method={**WHOLE, "side": "both"}
+    ),
     Setup("Conv1d", **blocks(lambda: nn.Conv1d(8, 8, 3, padding=1), 8, 6), method={**WHOLE, "side": "both"}),
-    Setup("Conv3d", **blocks(lambda: nn.Conv3d(4, 4, 3, padding=1), 4, 3, 3, 3), method={**WHOLE, "side": "both"}),
+    Setup(
+        "Conv3d",
+        **blocks(lambda: nn.Conv3d(4, 4, 3, padding=1), 4, 3, 3, 3),
+        method={**WHOLE, "side": "both"},
+    ),
     Setup("several adapters with one trained", wrap=with_(second_adapter)),
     Setup("an adapter of another name", adapter="mine"),
     Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
@@ -437,7 +485,9 @@ ADAPTERS = [
     Setup("aLoRA", lora={"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, batch=invoking),
     Setup(
         "MoE experts by target_parameters",
-        **other_family(mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        **other_family(
+            mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        ),
     ),
     Setup(
         "gates of heads",
@@ -446,7 +496,9 @@ ADAPTERS = [
     ),
     Setup(
         "gates of experts",
-        **other_family(mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        **other_family(
+            mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        ),
         method={**WHOLE, "expert_gates": True},
     ),
     Setup(
@@ -476,7 +528,11 @@ PRECISIONS = [
     Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
     Setup("8-bit base by torchao", base=torchao_int8, tolerance=1e-5, needs=("torchao",)),
     Setup(
-        "DoRA on a 4-bit base", base=partial(quantised, 4), lora={"use_dora": True}, needs=("bitsandbytes",), slow=True
+        "DoRA on a 4-bit base",
+        base=partial(quantised, 4),
+        lora={"use_dora": True},
+        needs=("bitsandbytes",),
+        slow=True,
     ),
     Setup(
         "LoRA-FA on a 4-bit base",
@@ -517,9 +573,13 @@ OPTIMIZERS = [
     Setup("Muon", optimizer=by("Muon"), needs=("torch>=2.9",)),
     Setup("LBFGS", optimizer=by("LBFGS", 1.0, max_iter=1), loop=loops.WithClosure),
     Setup(
-        "8-bit AdamW", optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16), needs=("bitsandbytes",)
+        "8-bit AdamW",
+        optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16),
+        needs=("bitsandbytes",),
     ),
-    Setup("paged AdamW", optimizer=by("PagedAdamW32bit", module="bitsandbytes.optim"), needs=("bitsandbytes",)),
+    Setup(
+        "paged AdamW", optimizer=by("PagedAdamW32bit", module="bitsandbytes.optim"), needs=("bitsandbytes",)
+    ),
     Setup("Lion", optimizer=by("Lion", 1e-3, module="bitsandbytes.optim"), needs=("bitsandbytes",)),
     Setup("LoRA+", optimizer=loraplus),
     Setup("LoRA-FA", optimizer=lorafa, method={**WHOLE, "side": "write"}),
@@ -535,14 +595,29 @@ SCHEDULES = [
     Setup("constant", schedule=scheduled("constant")),
     Setup("constant_with_warmup", schedule=scheduled("constant_with_warmup")),
     Setup("inverse_sqrt", schedule=scheduled("inverse_sqrt")),
-    Setup("reduce_lr_on_plateau", schedule=scheduled("reduce_lr_on_plateau", patience=0, factor=0.3, threshold=10.0)),
+    Setup(
+        "reduce_lr_on_plateau",
+        schedule=scheduled("reduce_lr_on_plateau", patience=0, factor=0.3, threshold=10.0),
+    ),
     Setup("cosine_with_min_lr", schedule=scheduled("cosine_with_min_lr", min_lr_rate=0.1)),
     Setup("cosine_warmup_with_min_lr", schedule=scheduled("cosine_warmup_with_min_lr", min_lr_rate=0.1)),
-    Setup("warmup_stable_decay", schedule=scheduled("warmup_stable_decay", num_decay_steps=2, num_stable_steps=2)),
-    Setup("greedy", schedule=scheduled("greedy", patience=0, min_lr=1e-3, warmup=0), needs=("transformers>=5.20",)),
+    Setup(
+        "warmup_stable_decay",
+        schedule=scheduled("warmup_stable_decay", num_decay_steps=2, num_stable_steps=2),
+    ),
+    Setup(
+        "greedy",
+        schedule=scheduled("greedy", patience=0, min_lr=1e-3, warmup=0),
+        needs=("transformers>=5.20",),
+    ),
     Setup("OneCycleLR", schedule=lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=loops.STEPS)),
-    Setup("CyclicLR", schedule=lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=2, cycle_momentum=False)),
-    Setup("CosineAnnealingWarmRestarts", schedule=lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2)),
+    Setup(
+        "CyclicLR",
+        schedule=lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=2, cycle_momentum=False),
+    ),
+    Setup(
+        "CosineAnnealingWarmRestarts", schedule=lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2)
+    ),
     Setup("StepLR", schedule=lambda o: lr_scheduler.StepLR(o, 2, 0.5)),
     Setup(
         "SequentialLR",
@@ -586,13 +661,22 @@ REFUSED = [
     Setup(
         "AdaLoRA",
         wrap=of_type(
-            "AdaLoraConfig", r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=TARGETS
+            "AdaLoraConfig",
+            r=4,
+            init_r=6,
+            target_r=2,
+            total_step=20,
+            tinit=1,
+            tfinal=2,
+            target_modules=TARGETS,
         ),
         refused="PEFT type ADALORA.*`LoraConfig`",
     ),
     *(
         Setup(
-            name, wrap=of_type(f"{config}Config", target_modules=TARGETS, **options), refused="PEFT type .*`LoraConfig`"
+            name,
+            wrap=of_type(f"{config}Config", target_modules=TARGETS, **options),
+            refused="PEFT type .*`LoraConfig`",
         )
         for name, config, options in (
             ("LoHa", "LoHa", {}),
@@ -663,7 +747,12 @@ REFUSED = [
 
 
 def in_trainer(
-    name: str, job: Callable, slow: bool = True, needs: tuple[str, ...] = (), row: dict | None = None, **options
+    name: str,
+    job: Callable,
+    slow: bool = True,
+    needs: tuple[str, ...] = (),
+    row: dict | None = None,
+    **options,
 ):
     """A row for a job of `tests/support/jobs.py`, with its training arguments; `row`: what else the row says."""
     build = partial(job, **options)
@@ -671,7 +760,10 @@ def in_trainer(
 
 
 BERT = {"base": partial(base_model, "bert"), "batch": FAMILIES["bert"].batch}
-REWARD = {"base": jobs.reward_model, "batch": lambda seed: {"input_ids": FAMILIES["llama"].batch(seed)["input_ids"]}}
+REWARD = {
+    "base": jobs.reward_model,
+    "batch": lambda seed: {"input_ids": FAMILIES["llama"].batch(seed)["input_ids"]},
+}
 ON_PLATEAU = {
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "lr_scheduler_kwargs": {"patience": 0, "factor": 0.3, "threshold": 10.0, "threshold_mode": "abs"},
@@ -685,11 +777,17 @@ TRAINERS = [
     in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, row=BERT, **ON_PLATEAU),
     in_trainer("Trainer with Adafactor", jobs.plain, row=BERT, optim="adafactor", lr_scheduler_type="cosine"),
     in_trainer(
-        "Trainer with torch_compile", jobs.plain, row=BERT, torch_compile=True, torch_compile_backend="aot_eager"
+        "Trainer with torch_compile",
+        jobs.plain,
+        row=BERT,
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
     ),
     in_trainer("TRL's SFT", jobs.sft, slow=False, gradient_accumulation_steps=2),
     in_trainer("SFT with packing", jobs.sft, packing=True, row_count=384),
-    in_trainer("SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}),
+    in_trainer(
+        "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}
+    ),
     in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
     in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
     in_trainer("DPO", jobs.JOBS["dpo"]),

@@ -39,7 +39,10 @@ def by_rows(parameters, rank, world):
 
 def by_entries(parameters, rank, world):
     """As ZeRO-3: shares begin in the middle of rows."""
-    return {p: tuple(min(i * math.ceil(p.numel() / world), p.numel()) for i in (rank, rank + 1)) for p in parameters}
+    return {
+        p: tuple(min(i * math.ceil(p.numel() / world), p.numel()) for i in (rank, rank + 1))
+        for p in parameters
+    }
 
 
 def one_vector(parameters, rank, world):
@@ -90,7 +93,9 @@ def moved_and_back(shapes, deal, sides) -> dict[str, float]:
     ]
     assert all(getattr(piece, side).numel() == 0 for piece in slices for side in SIDES if side not in sides)
     back = exchange.to_fragments(slices)
-    assert {id(p) for p, _ in back} == {id(p) for kind in kinds for side in sides for p in getattr(kind, side)}
+    assert {id(p) for p, _ in back} == {
+        id(p) for kind in kinds for side in sides for p in getattr(kind, side)
+    }
     return {
         "slices": difference((piece, own.part(whole, side)) for piece, whole, own, side in triples),
         "whole": difference((own.whole(piece, side), whole) for piece, whole, own, side in triples),
@@ -103,7 +108,9 @@ def over_the_width() -> dict[str, float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     x = torch.randn(3, 4, 2 * world + 1)
-    bounds = [min(3 * i, x.shape[-1]) for i in range(world)] + [x.shape[-1]]  # the last ranks may have nothing
+    bounds = [min(3 * i, x.shape[-1]) for i in range(world)] + [
+        x.shape[-1]
+    ]  # the last ranks may have nothing
     slices = Slices(dist.group.WORLD, {"A": bounds})
     own, whole = (part.clone().requires_grad_() for part in (slices.part(x, "A"), x))
     norms, wanted = slices.sum_with_gradient(own.square().sum(-1)), whole.square().sum(-1)
@@ -125,12 +132,17 @@ def main():
     for name, shapes in SHAPES.items():
         for deal in (by_rows, by_entries, one_vector):
             for sides in (("A",), ("B",), SIDES, ()):
-                found[f"{name}, {deal.__name__}, {''.join(sides) or 'nothing'}"] = moved_and_back(shapes, deal, sides)
+                found[f"{name}, {deal.__name__}, {''.join(sides) or 'nothing'}"] = moved_and_back(
+                    shapes, deal, sides
+                )
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:
         print(
-            "FOUND " + json.dumps({name: {k: max(f[name][k] for f in everyone) for k in found[name]} for name in found})
+            "FOUND "
+            + json.dumps(
+                {name: {k: max(f[name][k] for f in everyone) for k in found[name]} for name in found}
+            )
         )
     dist.barrier()
     os._exit(0)  # see `distributed_job`

@@ -52,7 +52,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<eos>", "<unk>", "<image>", *(f"w{i}" for i in range(WORDS))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return fast
 
@@ -123,7 +125,9 @@ class Family:
     batch: callable
     attention: list[str]  # LoRA targets of the paper's default
     linear: list[str]  # all linear modules
-    parameters: list[str] = field(default_factory=list)  # LoRA's `target_parameters`; PEFT knows no dropout for them
+    parameters: list[str] = field(
+        default_factory=list
+    )  # LoRA's `target_parameters`; PEFT knows no dropout for them
 
 
 FAMILIES = {
@@ -151,7 +155,9 @@ FAMILIES = {
     ),
     "qwen3_moe": Family(
         lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**_DECODER, head_dim=8, moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=2)
+            Qwen3MoeConfig(
+                **_DECODER, head_dim=8, moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=2
+            )
         ),
         _text_batch,
         ["q_proj"],
@@ -171,7 +177,9 @@ FAMILIES = {
         [*_DECODER_MODULES, "out_proj", "fc1", "fc2", "linear_1", "linear_2"],
     ),
     "bert": Family(
-        lambda: BertForSequenceClassification(BertConfig(**_SIZES, vocab_size=VOCABULARY, num_labels=_LABELS)),
+        lambda: BertForSequenceClassification(
+            BertConfig(**_SIZES, vocab_size=VOCABULARY, num_labels=_LABELS)
+        ),
         lambda seed: {"input_ids": _tokens(seed), "labels": _class_labels(seed)},
         ["query", "value"],
         ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
@@ -184,7 +192,9 @@ FAMILIES = {
     ),
 }
 
-if "q_proj" not in str([name for name, _ in FAMILIES["vit"].build().named_modules()]):  # names of earlier versions
+if "q_proj" not in str(
+    [name for name, _ in FAMILIES["vit"].build().named_modules()]
+):  # names of earlier versions
     FAMILIES["vit"].attention = ["query", "value"]
     FAMILIES["vit"].linear = FAMILIES["bert"].linear
 
@@ -197,7 +207,10 @@ INITS = {
 }
 
 
-_UNKNOWN_TO_EXPERTS = ("pissa", "dora")  # initialisations and variants that PEFT refuses for `target_parameters`
+_UNKNOWN_TO_EXPERTS = (
+    "pissa",
+    "dora",
+)  # initialisations and variants that PEFT refuses for `target_parameters`
 
 
 def inits(family: str) -> list[str]:
@@ -267,13 +280,17 @@ def casting(model: torch.nn.Module, autocast: torch.dtype | None) -> contextlib.
     return torch.autocast(next(model.parameters()).device.type, autocast)
 
 
-def loss_of(model: torch.nn.Module, family: str, seed: int, autocast: torch.dtype | None = None) -> torch.Tensor:
+def loss_of(
+    model: torch.nn.Module, family: str, seed: int, autocast: torch.dtype | None = None
+) -> torch.Tensor:
     with casting(model, autocast):
         return model(**batch_of(model, family, seed)).loss
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, family: str, seed: int = 99, autocast: torch.dtype | None = None) -> torch.Tensor:
+def logits_of(
+    model: torch.nn.Module, family: str, seed: int = 99, autocast: torch.dtype | None = None
+) -> torch.Tensor:
     model.eval()
     with casting(model, autocast):
         logits = model(**batch_of(model, family, seed)).logits

@@ -110,7 +110,11 @@ def test_card_on_the_hub(tmp_path):
     with Hub() as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=environment
+            [sys.executable, "-c", PUSH, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
         )
     assert done.returncode == 0, done.stderr[-4000:]
     check(hub.files["README.md"].decode())

@@ -155,7 +155,9 @@ def trainers_of_trl() -> dict[str, tuple[list[str], bool]]:
     return {
         name: (bases_of(node), disables(name.replace("Trainer", "Config")))
         for name, node in classes.items()
-        if name.endswith("Trainer") and not name.startswith(("_", "Base")) and "Trainer" in lineage(classes, name)
+        if name.endswith("Trainer")
+        and not name.startswith(("_", "Base"))
+        and "Trainer" in lineage(classes, name)
     }
 
 
@@ -171,7 +173,9 @@ def lineage(classes: dict[str, ast.ClassDef], name: str) -> list[str]:
 
 def test_every_trainer_of_trl():
     found = trainers_of_trl()
-    assert len(found) > 5 and found.keys() - TRL.keys() == set(), "decide whether they have noise (`why_quiet`)"
+    assert len(found) > 5 and found.keys() - TRL.keys() == set(), (
+        "decide whether they have noise (`why_quiet`)"
+    )
 
     def class_of(name: str) -> type:
         return type(name, tuple(class_of(base) for base in found[name][0]) if name in found else (), {})
@@ -215,5 +219,7 @@ def test_noise_can_be_chosen(tmp_path):
 def test_a_random_filter_needs_noise(tmp_path):
     with pytest.raises(StructLoRAError, match="filter='random' and noise='off'.*remove `noise`"):
         StructLoRAConfig(filter="random", noise="off")
-    with pytest.raises(StructLoRAError, match="filter='random' where the noise is off .RewardTrainer.*noise='on'"):
+    with pytest.raises(
+        StructLoRAError, match="filter='random' where the noise is off .RewardTrainer.*noise='on'"
+    ):
         JOBS["reward"](tmp_path, [StructLoRACallback(filter="random")]).train()

@@ -30,18 +30,24 @@ def test_resumes_after_a_worker_is_killed(tmp_path):
             train_loop_config={"output": str(tmp_path)},
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(num_workers=2),
-            run_config=RunConfig(storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1)),
+            run_config=RunConfig(
+                storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1)
+            ),
         ).fit()
     finally:
         ray.shutdown()
 
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert (tmp_path / "killed").exists()
-    assert facts["line"].startswith("StructLoRA on DDP, 2 processes") and facts["resumed"] and facts["step"] == 6
+    assert (
+        facts["line"].startswith("StructLoRA on DDP, 2 processes") and facts["resumed"] and facts["step"] == 6
+    )
 
     whole = tmp_path / "whole"  # one process on the same global batch, never interrupted
     sft(whole, [StructLoRACallback()], max_steps=6, save_strategy="steps", save_steps=6).train()
-    ours, theirs = (load_file(folder / "checkpoint-6" / "structlora.safetensors") for folder in (tmp_path, whole))
+    ours, theirs = (
+        load_file(folder / "checkpoint-6" / "structlora.safetensors") for folder in (tmp_path, whole)
+    )
     latents = [name for name in theirs if "latent" in name]
     # AdamW divides tiny gradients by themselves: elements whose gradient is rounding move by a whole learning rate.
     apart = [(ours[name] - theirs[name]).abs().median().item() for name in latents]

@@ -77,7 +77,9 @@ def test_quantised_base(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     base_model("llama").save_pretrained(tmp_path / "base")
     quantisation = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantisation, device_map="cpu"
+    )
     callback = StructLoRACallback()
     trainer = sft(tmp_path, [callback], model=model)
     trainer.train()
@@ -85,7 +87,8 @@ def test_quantised_base(bits, tmp_path):
     assert type(layer).__name__ == f"Linear{bits}bit" + ("Lt" if bits == 8 else "")
     assert callback.runtime.step == 3
     assert all(
-        (m.filter.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3 for m in callback.runtime.maps
+        (m.filter.logits - torch.tensor(m.config.gate_init).logit()).abs().min() > 1e-3
+        for m in callback.runtime.maps
     )
 
 
@@ -103,14 +106,23 @@ def test_two_runs_are_equal_and_seeds_differ(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("by", ["true", "path", "moved"])
 def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation}
+    options = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": accumulation,
+    }
     method = {"semantic_every": 2, "semantic_threshold": 0.0}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     straight = sft(whole, [StructLoRACallback(method)], **options)
     straight.train()
     stopped = sft(parts, [StructLoRACallback(method), StopAt(3)], **options)
     stopped.train()
-    source = {"true": True, "path": str(parts / "checkpoint-3"), "moved": str(tmp_path / "elsewhere" / "last")}[by]
+    source = {
+        "true": True,
+        "path": str(parts / "checkpoint-3"),
+        "moved": str(tmp_path / "elsewhere" / "last"),
+    }[by]
     if by == "moved":
         (tmp_path / "elsewhere").mkdir()
         (parts / "checkpoint-3").rename(source)
@@ -125,15 +137,26 @@ def test_resume_is_bit_for_bit(by, accumulation, tmp_path):
 
 def test_resume_is_bit_for_bit_after_a_plateau(tmp_path):
     """ReduceLROnPlateau declares no peak: what the present rate is a share of must come from the state."""
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    options = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
     options |= {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
-    options |= {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.3, "threshold": 10.0, "threshold_mode": "abs"}}
+    options |= {
+        "lr_scheduler_kwargs": {"patience": 0, "factor": 0.3, "threshold": 10.0, "threshold_mode": "abs"}
+    }
     straight = sft(tmp_path / "whole", [StructLoRACallback()], **options)
     straight.train()
     sft(tmp_path, [StructLoRACallback(), StopAt(3)], **options).train()
     resumed = sft(tmp_path, [StructLoRACallback()], **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    (_, ours), (header, theirs) = state_of(tmp_path / "checkpoint-6"), state_of(tmp_path / "whole" / "checkpoint-6")
+    (_, ours), (header, theirs) = (
+        state_of(tmp_path / "checkpoint-6"),
+        state_of(tmp_path / "whole" / "checkpoint-6"),
+    )
     assert resumed.optimizer.param_groups[0]["lr"] < 0.5 * header["schedule"]["largest"]  # it was reduced
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(map(torch.equal, weights_of(resumed), weights_of(straight)))
@@ -185,7 +208,10 @@ def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
     assert set(evaluations) == {0, 2, 4, 6}
     # What was measured is what was saved.
     saved = sft(
-        tmp_path, [], model=PeftModel.from_pretrained(base_model("llama"), tmp_path / "checkpoint-4"), peft=False
+        tmp_path,
+        [],
+        model=PeftModel.from_pretrained(base_model("llama"), tmp_path / "checkpoint-4"),
+        peft=False,
     )
     assert saved.evaluate()["eval_loss"] == pytest.approx(evaluations[4], abs=1e-6)
 
@@ -249,7 +275,11 @@ def test_an_interrupted_run_leaves_evaluation_weights(tmp_path):
     loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "saved")
     expected = logits_of(loaded, "llama")
     prompt = torch.tensor([[5, 6, 7]])
-    how = {"max_new_tokens": 8, "eos_token_id": 1, "pad_token_id": 0}  # TRL sets the tokenizer's on the model it trains
+    how = {
+        "max_new_tokens": 8,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }  # TRL sets the tokenizer's on the model it trains
     assert torch.equal(model.generate(prompt, **how), loaded.generate(prompt, **how))
     assert (logits_of(model, "llama") - expected).abs().max() <= 1e-6
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sft_loss(tmp_path, loaded), abs=1e-5)
@@ -305,7 +335,9 @@ def test_a_diverged_run_finishes_as_plain_lora_does(options, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 3
     assert any(math.isnan(entry.get("structlora/effective_rank", 0)) for entry in trainer.state.log_history)
-    assert not any(math.isnan(entry.get("structlora/stream_cosine", 0)) for entry in trainer.state.log_history)
+    assert not any(
+        math.isnan(entry.get("structlora/stream_cosine", 0)) for entry in trainer.state.log_history
+    )
 
 
 def test_a_trainer_that_keeps_no_log_history(tmp_path):
@@ -326,7 +358,11 @@ def test_compiled_training_recompiles_for_no_step(tmp_path):
     counts.clear()
     callback = StructLoRACallback()
     trainer = sft(
-        tmp_path, [callback, CountsGraphs()], torch_compile=True, torch_compile_backend="aot_eager", max_steps=4
+        tmp_path,
+        [callback, CountsGraphs()],
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        max_steps=4,
     )
     trainer.train()
     assert callback.runtime.step == 4
@@ -362,7 +398,10 @@ IN_ARGUMENTS = {"gate_init": 0.8, "coordinator": "none"}
             lambda: StructLoRACallback(prior=0.3),
             "gate_init=0.8, coordinator='none' in .* gate_init=0.9, coordinator='gcn'",
         ),
-        (lambda: StructLoRACallback(StructLoRAConfig(coordinator="none")), "found gate_init=0.8 in .* gate_init=0.9"),
+        (
+            lambda: StructLoRACallback(StructLoRAConfig(coordinator="none")),
+            "found gate_init=0.8 in .* gate_init=0.9",
+        ),
     ],
     ids=["none of its own", "the same and more", "others", "some of them"],
 )
@@ -374,7 +413,9 @@ def test_plain_callback_and_options_in_the_arguments(callback, expected, tmp_pat
             trainer.train()
         return
     trainer.train()
-    assert callback.config.options().items() >= expected.items() and callback.runtime.config == callback.config
+    assert (
+        callback.config.options().items() >= expected.items() and callback.runtime.config == callback.config
+    )
     assert callback.runtime.step == 3 and callback.runtime.seed == 5
 
 
@@ -469,7 +510,10 @@ def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
     assert set(counts.values()) == {3}
     check_metrics(trainer.state.log_history[2], "structlora/")
     assert not any(
-        "structlora" in key for entry in trainer.state.log_history if "train_runtime" in entry for key in entry
+        "structlora" in key
+        for entry in trainer.state.log_history
+        if "train_runtime" in entry
+        for key in entry
     )
 
 
@@ -505,7 +549,9 @@ def test_state_file_describes_itself(tmp_path):
     for kind in kinds:
         parts = {name.removeprefix(f"{kind}/") for name in names if name.startswith(f"{kind}/")}
         assert {"latent_A", "latent_B", "filters.0.logits", "graph.semantic"} <= parts
-        assert {f"optimizer.filters.0.logits.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")} <= parts
+        assert {
+            f"optimizer.filters.0.logits.{moment}" for moment in ("exp_avg", "exp_avg_sq", "step")
+        } <= parts
     assert {"step", "skipped_steps", "schedule"} <= metadata.keys()
 
 
@@ -531,12 +577,16 @@ sft({output!r}, [StructLoRACallback()], max_steps=6, save_strategy="steps", save
 def test_killed_during_a_save_the_checkpoint_before_still_resumes(tmp_path):
     """Trainer deletes older checkpoints before `on_save`, so with room for two, one is whole at any moment."""
     tests = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", KILLED.format(tests=tests, output=str(tmp_path))], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(tests=tests, output=str(tmp_path))], capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(StructLoRAError, match=f"no {STATE} in .*checkpoint-4"):
-        sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        sft(tmp_path, [StructLoRACallback()], **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
     callback = StructLoRACallback()
     sft(tmp_path, [callback], **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.runtime.step == 6
@@ -594,7 +644,9 @@ def test_a_trainer_that_writes_checkpoints_elsewhere(tmp_path, caplog):
         def _save_checkpoint(self, model, trial):
             self.save_model(str(tmp_path / "elsewhere"))
 
-    plain(tmp_path, [StructLoRACallback()], trainer_class=Elsewhere, save_strategy="steps", save_steps=2).train()
+    plain(
+        tmp_path, [StructLoRACallback()], trainer_class=Elsewhere, save_strategy="steps", save_steps=2
+    ).train()
     assert "checkpoint-2" in caplog.text and "save_state" in caplog.text
 
 
@@ -616,7 +668,9 @@ def test_trials_of_a_search_have_states_of_their_own(named, tmp_path):
         backend="optuna",
         hp_name=(lambda trial: f"trial_{trial.number}") if named else None,
     )
-    headers, states = zip(*(state_of(folder) for folder in sorted(tmp_path.glob("*/checkpoint-3"))), strict=True)
+    headers, states = zip(
+        *(state_of(folder) for folder in sorted(tmp_path.glob("*/checkpoint-3"))), strict=True
+    )
     assert [header["step"] for header in headers] == [3, 3]
     latents = [name for name in states[0] if name.endswith("latent_B")]
     assert latents and not any(torch.equal(states[0][name], states[1][name]) for name in latents)
@@ -645,7 +699,9 @@ def test_plain_trainer_with_other_trained_weights(tmp_path):
     trainer = plain(tmp_path, [StructLoRACallback()])
     head = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "modules_to_save" in n}
     trainer.train()
-    assert head and all(not torch.equal(p, dict(trainer.model.named_parameters())[n]) for n, p in head.items())
+    assert head and all(
+        not torch.equal(p, dict(trainer.model.named_parameters())[n]) for n, p in head.items()
+    )
 
 
 def test_sft_config_without_options_uses_defaults(tmp_path):
@@ -682,7 +738,9 @@ def test_snapshots_at_the_start_are_of_what_trains(tmp_path, caplog):
         return {name: value for name, value in taken.taken.items() if "lora_A" in name}
 
     expected = snapshot(lambda taken: sft(tmp_path, [StructLoRACallback(), taken]))
-    assert torch.equal(*(value for name, value in expected.items() if "q_proj" in name and "layers.2" not in name))
+    assert torch.equal(
+        *(value for name, value in expected.items() if "q_proj" in name and "layers.2" not in name)
+    )
     for build in (
         lambda taken: sft(tmp_path, [taken, StructLoRACallback()]),
         lambda taken: sft(tmp_path, [taken], StructLoRASFTTrainer),

@@ -128,7 +128,9 @@ def test_async_grpo_publishes_the_evaluation_adapter(way, tmp_path):
                     assert torch.equal(sent[f"{name}.lora_B.weight"], b)
                 else:
                     weight = f"{name.removeprefix('base_model.model.')}.weight"
-                    torch.testing.assert_close(sent[weight], base[weight] + scale * b @ a, atol=1e-6, rtol=1e-5)
+                    torch.testing.assert_close(
+                        sent[weight], base[weight] + scale * b @ a, atol=1e-6, rtol=1e-5
+                    )
     if way == "adapter":  # merging rounds the base weights, in plain LoRA too
         callback = StructLoRACallback(noise="on")
         undisturbed = lora_parameters(run())

@@ -191,7 +191,9 @@ def test_inert_where_not_asked_for(place):
     assert f"Plugin loaded successfully: {PLUGIN}" in log and "StructLoRA on" not in log
     log = train(place, "alone", adapter="lora", start=("python", "-c", NO_ENTRY_POINTS))
     assert PLUGIN not in log
-    with_plugin, without = (load_file(place / name / "adapter_model.safetensors") for name in ("plain", "alone"))
+    with_plugin, without = (
+        load_file(place / name / "adapter_model.safetensors") for name in ("plain", "alone")
+    )
     assert with_plugin.keys() == without.keys()
     assert all(with_plugin[name].equal(without[name]) for name in without)
     assert not list(place.glob("plain/**/structlora*"))
@@ -237,7 +239,9 @@ def test_fused_kernels(place):
         lora_target_modules=ALL_LINEAR,
         **dict.fromkeys(NO_KERNELS),
     )
-    assert "Auto-enabling LoRA kernel optimizations" in log and "Patched attention class with LoRA optims" in log
+    assert (
+        "Auto-enabling LoRA kernel optimizations" in log and "Patched attention class with LoRA optims" in log
+    )
     train(place, "forwards", lora_target_modules=ALL_LINEAR)
     _, kernels = state_of(place / "kernels")
     _, forwards = state_of(place / "forwards")
@@ -267,7 +271,10 @@ def validated(**keys) -> DictDefault:
 MISTAKES = {
     "misspelt option": ({"adapter": "structlora", "structlora": {"piror": 0.4}}, "write `prior`"),
     "misspelt on lora": ({"adapter": "lora", "structlora": {"gate_int": 0.4}}, "write `gate_init`"),
-    "out of range": ({"adapter": "lora", "structlora": {"gate_init": 2}}, "a probability above 0 and below 1"),
+    "out of range": (
+        {"adapter": "lora", "structlora": {"gate_init": 2}},
+        "a probability above 0 and below 1",
+    ),
     "nothing under the key": ({"adapter": "lora", "structlora": None}, "write `structlora: true`"),
     "not an answer": ({"adapter": "lora", "structlora": "yes please"}, "write `structlora: true`"),
     "off and on": ({"adapter": "structlora", "structlora": False}, "write `adapter: lora`"),
@@ -309,7 +316,14 @@ def test_a_run_that_never_reached_the_callback_is_refused():
 
 FAMILIES = {"llama": "llama", "qwen3": "qwen3", "gemma": "gemma3", "llava": "llava"}
 CONFIGS = {path.stem: path for path in (ROOT / "configs" / "axolotl").glob("*.yaml")}
-ON_CPU = {"bf16": False, "fp16": False, "tf32": False, "deepspeed": None, "special_tokens": None, **NO_KERNELS}
+ON_CPU = {
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "deepspeed": None,
+    "special_tokens": None,
+    **NO_KERNELS,
+}
 SHORT = {
     "num_epochs": None,
     "max_steps": 3,
@@ -335,8 +349,18 @@ def test_configs_train_as_they_stand(place, name):
     else:
         data = save_rows(place / "chats.json", chat)
     dataset = {**written["datasets"][0], "path": data, "ds_type": "json", "split": "train"}
-    changes = {**ON_CPU, **SHORT, "base_model": str(model), "datasets": [dataset], "output_dir": str(place / name)}
-    changes |= {"dataset_prepared_path": str(place / f"prepared-{name}"), "sequence_len": 64, "learning_rate": 1e-3}
+    changes = {
+        **ON_CPU,
+        **SHORT,
+        "base_model": str(model),
+        "datasets": [dataset],
+        "output_dir": str(place / name),
+    }
+    changes |= {
+        "dataset_prepared_path": str(place / f"prepared-{name}"),
+        "sequence_len": 64,
+        "learning_rate": 1e-3,
+    }
     keys = {key: value for key, value in {**written, **changes}.items() if value is not None}
     file = place / f"config-{name}.yaml"
     file.write_text(yaml.safe_dump(keys))

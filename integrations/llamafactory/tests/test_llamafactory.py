@@ -103,7 +103,13 @@ def test_resume_goes_on_where_the_checkpoint_ended(place, sft):
     run(
         COMMAND,
         "train",
-        config(place, "resumed", structlora=options, max_steps=6, resume_from_checkpoint=str(sft[0] / "checkpoint-3")),
+        config(
+            place,
+            "resumed",
+            structlora=options,
+            max_steps=6,
+            resume_from_checkpoint=str(sft[0] / "checkpoint-3"),
+        ),
     )
     (_, whole), (_, resumed) = state_of(place / "whole", 6), state_of(place / "resumed", 6)
     assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
@@ -117,7 +123,11 @@ def test_dpo(place):
 
 def test_4_bit(place):
     pytest.importorskip("bitsandbytes")
-    quantised = {"quantization_bit": 4, "quantization_method": "bnb", "model_name_or_path": str(place / "wide")}
+    quantised = {
+        "quantization_bit": 4,
+        "quantization_method": "bnb",
+        "model_name_or_path": str(place / "wide"),
+    }
     log = run(COMMAND, "train", config(place, "bits", **quantised))
     assert "Quantizing model to 4 bit" in log
     check(place / "bits", place / "wide")
