@@ -70,7 +70,7 @@ def attach(
 
     Raises:
         StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to
-        do.
+            do.
 
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

@@ -263,8 +263,7 @@ class Runtime(StandingWeights):
 
         Raises:
             StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped
-            its weights.
-                Nothing has changed then.
+                its weights. Nothing has changed then.
         """
         self.restore(State.parse(state))
 

@@ -2,10 +2,9 @@
 
 Between optimizer steps the model holds evaluation weights: deterministic, what is saved and measured. A
 training forward puts the noisy training weights of the coming step in place, and they stand until the
-optimizer steps. Code that reads the
-model in between sees evaluation weights (`read_hooks.py`). Weights that other code writes must be back at the
-    next
-training forward, or that forward stops the run (`Runtime.reload` starts from them).
+optimizer steps. Code that reads the model in between sees evaluation weights (`read_hooks.py`). Weights that
+other code writes must be back at the next training forward, or that forward stops the run (`Runtime.reload`
+starts from them).
 """
 
 from __future__ import annotations

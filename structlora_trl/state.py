@@ -390,8 +390,7 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
 
     Raises:
         StructLoRAError: no state file, one that is damaged, or one of other modules, shapes, rank or options
-        that shaped its
-            weights. Nothing has changed then.
+            that shaped its weights. Nothing has changed then.
 
     Example:
         >>> runtime = attach(model, optimizer)

@@ -23,8 +23,8 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
 
     Raises:
         StructLoRAError: nothing under the key, which may be meant either way; an unknown option, with the
-        nearest known
-            one; a value out of range; a file that does not exist or has no such key; text that is neither.
+            nearest known one; a value out of range; a file that does not exist or has no such key; text that
+            is neither.
     """
     if isinstance(value, (str, Path)):
         value = _parsed(value)

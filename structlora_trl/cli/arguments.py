@@ -79,7 +79,7 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
 
     Raises:
         StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is
-        refused. SystemExit: `--help`, or an unknown argument on the command line.
+            refused. SystemExit: `--help`, or an unknown argument on the command line.
     """
     from .launch import launch_parser, words_of
 

@@ -13,8 +13,7 @@ gradient_cosine     mean cosine of neighbouring depths' gradients in the first s
                     the map does not need)
 stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it
                     (`stream_cosine`), over the kinds whose role is known; left out where no two neighbours
-                        have learned
-                    anything
+                    have learned anything
 semantic_edges      number of semantic edges, all kinds
 theta_norm          Frobenius norm of the coordinators' Θ, all kinds
 

@@ -156,8 +156,8 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
 
     Raises:
         StructLoRAError: no LoRA parameter of that adapter, all of them inside `modules_to_save`, or all
-        frozen; a module
-            whose lora_A and lora_B do not have the same directions; or two that share memory.
+            frozen; a module whose lora_A and lora_B do not have the same directions; or two that share
+            memory.
     """
     modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
     adapters, copies = set(), 0
@@ -297,8 +297,8 @@ def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
     """A module's name with `*` for the layer's number, and that number.
 
     'layers.3.mlp.experts.7.w1' -> ('layers.*.mlp.experts.7.w1', (3,)). Where names have several numbers, one
-    at the end
-    is a place inside the layer (`nn.Sequential`) and no depth: 'blocks.3.ff.0' -> ('blocks.*.ff.0', (3,)).
+    at the end is a place inside the layer (`nn.Sequential`) and no depth: 'blocks.3.ff.0' ->
+    ('blocks.*.ff.0', (3,)).
     """
     others = {match.start() for match in _EXPERT.finditer(module)}
     depth = []

@@ -284,8 +284,7 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
 
     Raises:
         StructLoRAError: a coordinator is asked for and no kind has two depths; a pattern of `roles` matches
-        no kind; or a
-            factor that would be mapped is frozen.
+            no kind; or a factor that would be mapped is frozen.
     """
     for pattern in config.roles or ():
         if not any(matches(pattern, kind) for kind in kinds):

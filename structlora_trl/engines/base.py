@@ -126,9 +126,8 @@ class Engine(ABC):
     @abstractmethod
     def gradient_scale(self) -> float | Tensor:
         """What the engine's step is still to divide the gradients by, 1.0 for nothing: the loss scale of
-        mixed precision, and
-        the norm over the limit where the engine clips inside its step. A tensor, of no dimension, where the
-        device has it.
+        mixed precision, and the norm over the limit where the engine clips inside its step. A tensor, of no
+        dimension, where the device has it.
         """
 
     @abstractmethod

@@ -36,7 +36,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
 
     Raises:
         StructLoRAError: parameters that are not sharded by rows, or over other ranks too (tensor
-        parallelism).
+            parallelism).
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):

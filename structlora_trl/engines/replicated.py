@@ -28,8 +28,7 @@ class ReplicatedEngine(TorchEngine):
 
     Raises:
         StructLoRAError: an adapter that is narrower than its base; at the first step, ranks whose parameters
-        or gradients
-            differ.
+            or gradients differ.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):

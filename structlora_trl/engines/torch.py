@@ -35,7 +35,7 @@ class TorchEngine(Engine):
 
     Raises:
         StructLoRAError: the optimizer lacks some trainable LoRA parameter, or moves parameters outside its
-        step.
+            step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):

@@ -28,21 +28,19 @@ class StructLoRACallback(TrainerCallback):
     """Trains the model's LoRA adapter as StructLoRA; checkpoints, resuming and metrics included.
 
     Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights.
-    The model may be
-    a PEFT model, or a module that holds one (`peft_module` names it where there are several).
+    The model may be a PEFT model, or a module that holds one (`peft_module` names it where there are
+    several).
 
     Args:
         config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
             has them under the key `structlora`. Where no option is given, `args.structlora` if the training
-            arguments have it
-            (`StructLoRASFTConfig`), else the defaults.
+            arguments have it (`StructLoRASFTConfig`), else the defaults.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
     Raises:
         StructLoRAError: an option is unknown or out of range; later, at the start of training, whatever keeps
-        StructLoRA
-            from acting.
+            StructLoRA from acting.
 
     Example:
         >>> trainer = SFTTrainer(

@@ -109,8 +109,7 @@ def trl_script(name: str) -> ModuleType:
 
     Raises:
         ImportError: TRL before 1.0 cannot import some of its own trainers beside transformers 5, and says
-        RuntimeError;
-            its KTOTrainer can be imported, and fails when it is built.
+            RuntimeError; its KTOTrainer can be imported, and fails when it is built.
     """
     import trl
 

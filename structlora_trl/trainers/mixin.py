@@ -23,11 +23,10 @@ class StructLoRASFTConfig(SFTConfig):
     callback trains plain LoRA.
 
     Args:
-        structlora (`StructLoRAConfig`, `dict`, `bool` or `str`, *optional*, defaults to `True`):
-            Options of StructLoRA, True for the defaults, or False for plain LoRA. On the command line, JSON
+        structlora (`StructLoRAConfig`, `dict`, `bool` or `str`, *optional*, defaults to `True`): Options of
+            StructLoRA, True for the defaults, or False for plain LoRA. On the command line, JSON
             (`--structlora '{"gate_init": 0.8}'`) or a YAML file with a `structlora` key. The field then holds
-                a `dict` of
-            the options that differ from the defaults, or False.
+            a `dict` of the options that differ from the defaults, or False.
 
     Raises:
         StructLoRAError: an option is unknown or out of range.
@@ -58,14 +57,13 @@ class StructLoRAMixin:
 
     Args:
         structlora_config (`StructLoRAConfig` or `dict`, *optional*): where omitted, `args.structlora` if the
-            training
-            arguments have it (`StructLoRASFTConfig`), else the defaults. `args.structlora=False` trains plain
-                LoRA.
+            training arguments have it (`StructLoRASFTConfig`), else the defaults. `args.structlora=False`
+            trains plain LoRA.
         args, kwargs: those of the Trainer.
 
     Raises:
         StructLoRAError: the class is written with the mixin behind the Trainer class; an option is unknown or
-        out of range.
+            out of range.
 
     Example:
         >>> class MyTrainer(StructLoRAMixin, SFTTrainer):
