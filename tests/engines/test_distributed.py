@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -404,7 +405,7 @@ def test_ranks_that_differ_stop_with_what_differs(tmp_path):
     output = launch(tmp_path, "ddp", check=False, seed_of_rank_1=99, steps=1)
     for rank in (0, 1):
         assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError" in output
-    assert "ranks that differ in seed" in output and "rank 1 has 99" in output
+    assert re.search("ranks that differ in .*seed", output) and "rank 1 has 99" in output
 
 
 @slow

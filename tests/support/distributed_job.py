@@ -304,7 +304,7 @@ def main():
     ]
     callbacks = [c for c in others if c]
     if args.seed_of_rank_1 is not None and rank == 1:
-        trainer.args.seed = args.seed_of_rank_1
+        options["seed"] = args.seed_of_rank_1
     if args.subclass:
         options |= {
             "trainer_class": StructLoRASFTTrainer,
