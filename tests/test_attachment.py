@@ -11,6 +11,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from structlora_trl import StructLoRAError, attach
+from tests.support.promises import skip_without
 from tests.support.setups import SETUPS, lora
 from tests.support.tiny import adamw, base_model, logits_of, peft_model, train
 
@@ -59,6 +60,7 @@ REPEATED = ["PiSSA", "OLoRA"]
 @pytest.mark.parametrize("name", [*NOT_REPEATED, *REPEATED, "LoRA", "Gaussian init", "orthogonal init"])
 def test_a_start_that_moves_the_base_is_told(name, caplog):
     (row,) = (row for row in SETUPS["Adapters"] if row.name == name)
+    skip_without(row.needs)
     model = row.model()
     attach(model, adamw(model))
     moved = name in NOT_REPEATED + REPEATED
@@ -70,6 +72,7 @@ def test_a_start_that_moves_the_base_is_told(name, caplog):
 def test_a_start_that_moved_the_base_is_converted_as_told(name, tmp_path):
     """PEFT's way, with StructLoRA between: an adapter of twice the rank, on the original base."""
     (row,) = (row for row in SETUPS["Adapters"] if row.name == name)
+    skip_without(row.needs)
     model = row.model()
     start = model.peft_config["default"].init_lora_weights
     model.peft_config["default"].init_lora_weights = True

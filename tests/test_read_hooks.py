@@ -112,7 +112,7 @@ READERS = {
 def of_a_part(model, part):
     """Logits, where a part that lies within the model is what is called."""
     model.eval()
-    seen, whole = [], FAMILIES["llama"].batch(99)
+    seen, whole = [], {**FAMILIES["llama"].batch(99), "use_cache": False}
     keep = part.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
     )
