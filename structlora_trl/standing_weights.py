@@ -72,6 +72,8 @@ class StandingWeights:
                 self._write(self._noise(), self._noisy_sides())
         else:
             self._write(self._noise())
+        if self._mixed_gradients and all(p.grad is None for p in self.lora_parameters()):
+            self._mixed_gradients = False  # they were zeroed since
         self.weights, self._trained_forward = TRAINING, True
 
     @in_map_context
