@@ -365,18 +365,23 @@ def _spectrum(kind: KindReport, span: tuple[float, float] | None) -> Callable[[A
     return draw
 
 
+def _plot_lines(axis: Axes, lines: list[tuple]) -> None:
+    """Draw (label, points, colour, line style) each; few points are marked."""
+    for label, points, colour, line in lines:
+        marker = "o" if len(points) < 12 else None
+        axis.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linestyle=line,
+            label=_plain(label),
+            marker=marker,
+            markersize=3,
+        )
+
+
 def _size_lines(value: str, lines: list[tuple]) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
-        for label, points, colour, line in lines:
-            marker = "o" if len(points) < 12 else None
-            axis.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                linestyle=line,
-                label=_plain(label),
-                marker=marker,
-                markersize=3,
-            )
+        _plot_lines(axis, lines)
         axis.set(xlabel="share of the directions kept", xlim=(0, 1.02))
         if value.startswith("share"):
             axis.set_ylim(0, 1.03)
@@ -388,16 +393,7 @@ def _size_lines(value: str, lines: list[tuple]) -> Callable[[Axes], None]:
 
 def _step_lines(lines: list[tuple]) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
-        for label, points, colour, line in lines:
-            marker = "o" if len(points) < 12 else None
-            axis.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                linestyle=line,
-                label=_plain(label),
-                marker=marker,
-                markersize=3,
-            )
+        _plot_lines(axis, lines)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(axis="y")
         axis.set(xlabel="step")
