@@ -94,11 +94,13 @@ def build_runtime(
     seed: int,
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
+    steps: int | None = None,
 ) -> Runtime:
     """Attach with a configuration that is built, and the trainer's seed; see `attach`.
 
     Args:
         quiet (`str`, *optional*): why `noise='auto'` is off; where omitted, it is on.
+        steps (`int`, *optional*): optimizer steps of the run, where they are known.
     """
     _refuse_ambient_state()
     wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
@@ -109,6 +111,7 @@ def build_runtime(
             kind.heads = heads_of(model, kind)
     refuse_unmappable(kinds, config)
     _refuse_without_groups(kinds, config, lora)
+    select_step = _select_step(config, lora, steps)
     if config.filter == "random" and config.noise == "auto" and quiet is not None:
         raise StructLoRAError(
             f"filter='random' where the noise is off ({quiet})",
@@ -131,6 +134,7 @@ def build_runtime(
         noise_off=quiet,
         frozen=_frozen_factors(model, adapter_name),
         readers=(model, model.base_model, model.base_model.model),
+        select_step=select_step,
     )
     if world_size() > 1:
         try:
@@ -177,6 +181,28 @@ def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, lora: Lo
             "an adapter that starts at zero",
             "choose another initialisation, or adapt no output projection",
         )
+
+
+def _select_step(config: StructLoRAConfig, lora: LoraConfig, steps: int | None) -> int | None:
+    """Optimizer steps after which directions are selected; None where they are not."""
+    if config.keep is None:
+        return None
+    if lora.init_lora_weights not in _FROM_ZERO:
+        raise StructLoRAError(
+            f"keep={config.keep!r} and init_lora_weights={lora.init_lora_weights!r}, with which directions hold part of the base "
+            "weights",
+            "directions that start at zero, so that one may be closed",
+            "choose another initialisation, or remove `keep`",
+        )
+    if config.select_at >= 1 or config.select_at == 0:
+        return int(config.select_at)
+    if steps is None:
+        raise StructLoRAError(
+            f"select_at={config.select_at}, a share of a run whose length is not known",
+            "in a loop of your own, a number of optimizer steps",
+            "set `select_at=100`, say",
+        )
+    return max(1, round(config.select_at * steps))
 
 
 def _refuse_ambient_state() -> None:

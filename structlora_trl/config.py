@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -41,6 +42,10 @@ NOT_NEGATIVE = _number(lambda v: 0 <= v < math.inf, "a number of 0 or more")
 PROBABILITY = _number(lambda v: 0 < v < 1, "a probability above 0 and below 1")
 COSINE = _number(lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1")
 DECAY = _number(lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
+KEEP = Allowed(
+    lambda v: v is None or _share(v) is not None,
+    "a share of the directions above 0 and at most 1, or a share of the information as '99%', or None",
+)
 SEED = Allowed(lambda v: v is None or (type(v) is int and v >= 0), "a whole number of 0 or more, or None")
 ADAPTER = Allowed(lambda v: v is None or isinstance(v, str), "the name of an adapter, or None")
 MODULE = Allowed(lambda v: v is None or isinstance(v, str), "the name of a module, or None")
@@ -49,6 +54,7 @@ ROLE_OF_PATTERN = Allowed(
     "a mapping from module pattern to 'read' or 'write'",
 )
 WITH_COORDINATOR = "acts on nothing without a coordinator"
+WITH_SELECTION = "acts on nothing where nothing is selected"
 WITH_COMPARISON = "acts on nothing where no depths are compared"
 
 
@@ -103,6 +109,22 @@ class StructLoRAConfig:
     )
     gate_lr: Annotated[float, NOT_NEGATIVE] = _option(
         0.03, "Learning rate of the gate logits at the peak of the trainer's schedule, which it follows."
+    )
+    keep: Annotated[float | str | None, KEEP] = _option(
+        None,
+        "Hard selection while training: how many rank-one directions of the whole model are kept, as a share of them (0.25), "
+        "or as the share of information that those kept carry ('99%'). The others are closed for good: exact zeros. None: "
+        "nothing is selected.",
+    )
+    select_at: Annotated[float, NOT_NEGATIVE, WITH_SELECTION] = _option(
+        0.5,
+        "When directions are selected: a share of the run's steps below 1, or a number of steps. Information is gathered over "
+        "the second half of the steps before.",
+    )
+    select_by: Annotated[Literal["information", "random"], WITH_SELECTION] = _option(
+        "information",
+        "What is kept: 'information', the directions whose gates the labels hold most information about (the Fisher "
+        "information of the gate); 'random', the control that the paper compares with, drawn once from `seed`.",
     )
     share_gates: bool = _option(False, "Learn one gate vector per kind of module instead of one per module.")
     head_gates: bool = _option(
@@ -210,16 +232,30 @@ class StructLoRAConfig:
                     "learned gates, of which these are more",
                     f"set `filter='ib'`, or remove `{name}`",
                 )
-        idle = {WITH_COORDINATOR} if self.coordinator == "none" else set()
-        idle |= set() if self.compares_depths else {WITH_COMPARISON}
+        if self.keep is not None and self.select_by == "information" and self.select_at == 0:
+            raise StructLoRAError(
+                "select_at=0 and select_by='information'",
+                "steps before the selection, in which information is gathered",
+                "raise `select_at`, or set `select_by='random'`",
+            )
+        without = "coordinator='none'", "a coordinator", "remove `coordinator='none'`"
+        idle = {}  # mark -> what keeps such options from acting, what they need, and the remedy
+        if self.coordinator == "none":
+            idle[WITH_COORDINATOR] = without
+        if not self.compares_depths:
+            idle[WITH_COMPARISON] = without
+        if self.keep is None:
+            idle[WITH_SELECTION] = "keep=None", "a selection", "set `keep`"
         for option in fields(StructLoRAConfig):
             name, value = option.name, getattr(self, option.name)
-            if idle.intersection(_marks(name)) and value != option.default:
-                raise StructLoRAError(
-                    f"{name}={value!r} and coordinator='none'",
-                    f"a coordinator for `{name}` to act on",
-                    f"remove `coordinator='none'`, or remove `{name}`",
-                )
+            for mark in idle.keys() & set(_marks(name)):
+                cause, needed, remedy = idle[mark]
+                if value != option.default:
+                    raise StructLoRAError(
+                        f"{name}={value!r} and {cause}",
+                        f"{needed} for `{name}` to act on",
+                        f"{remedy}, or remove `{name}`",
+                    )
 
     @staticmethod
     def _refuse(name: str, value, allowed: Allowed, hint: str = ""):
@@ -269,12 +305,39 @@ class StructLoRAConfig:
     @property
     def is_off(self) -> bool:
         """Whether nothing acts: this is plain LoRA."""
-        return self.filter == "none" and self.coordinator == "none" and self.regularizer == "none"
+        return not self.filters_directions and self.coordinator == "none" and self.regularizer == "none"
+
+    @property
+    def filters_directions(self) -> bool:
+        """Whether a filter or a selection acts on lora_B."""
+        return self.filter != "none" or self.keep is not None
 
     @property
     def compares_depths(self) -> bool:
         """Whether some part relates one depth to another, and so needs to know which factor is comparable."""
         return self.coordinator != "none" or self.regularizer != "none"
+
+
+def share_to_keep(keep: float | str) -> tuple[float, bool]:
+    """A share above 0 and at most 1, and whether it is of the information ('99%') and not of the directions (0.25).
+
+    Raises:
+        StructLoRAError: `keep` is neither.
+    """
+    share = _share(keep)
+    if share is None:
+        raise StructLoRAError(
+            f"`keep` {keep}",
+            "a share of the directions above 0 and at most 1, or of the information as 99%",
+            "try 0.25",
+        )
+    return share
+
+
+def _share(keep: float | str) -> tuple[float, bool] | None:
+    number = re.fullmatch(r"(\d+\.?\d*(e-?\d+)?|\.\d+)(%?)", str(keep).strip())
+    value = float(number[1]) / (100 if number[3] else 1) if number else 0.0
+    return (value, bool(number[3])) if 0 < value <= 1 else None
 
 
 _TYPES = get_type_hints(StructLoRAConfig)

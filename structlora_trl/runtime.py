@@ -21,6 +21,7 @@ from .core.heads import head_numbers
 from .core.kinds import Factors, Kind
 from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, first_everywhere, mapped_sides
 from .core.regularizers import cosines, neighbour_products
+from .core.selection import relevance, select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .map_context import in_map_context
@@ -37,12 +38,25 @@ DEFAULT_SEED = 42
 
 class _Pulled(NamedTuple):
     """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's
-    share, where
-    factors are slices), and the gradients of node features by side, where they are wanted."""
+    share, where factors are slices), the gradients of node features by side, where they are wanted, and the
+    relevance of directions, while it is gathered."""
 
     factors: Factors
     own: dict[str, Tensor]
     features: dict[str, Tensor]
+    relevance: list[Tensor]
+
+
+class _Summed(NamedTuple):
+    """A step's sums over ranks: whether gradients are bad and whether weights were written on some rank;
+    gradients of the maps' parameters; products of neighbouring depths' gradients (see `neighbour_products`),
+    where a metric is to be made of them; and the relevance of directions, while it is gathered."""
+
+    is_bad: bool
+    is_written: bool
+    own: list[dict[str, Tensor]]
+    products: list[Tensor]
+    relevance: list[Tensor]
 
 
 class Runtime(StandingWeights):
@@ -65,6 +79,7 @@ class Runtime(StandingWeights):
             frozen.
         readers (`tuple[nn.Module]`, *optional*): modules whose methods (`generate`, `merge_and_unload`) read
             the weights.
+        select_step (`int`, *optional*): optimizer steps after which directions are selected.
 
     Attributes:
         weights (`str`): which weights stand in the model, see `StandingWeights`.
@@ -92,6 +107,7 @@ class Runtime(StandingWeights):
         noise_off: str | None = None,
         frozen: list[nn.Parameter] | None = None,
         readers: tuple[nn.Module, ...] = (),
+        select_step: int | None = None,
     ):
         self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
         self.seed = seed if config.seed is None else config.seed
@@ -100,9 +116,11 @@ class Runtime(StandingWeights):
         self.step = self.skipped_steps = self.hook_calls = 0
         self.schedule = ScheduleShare()
         self.device, self.stopwatch = kinds[0].device, Stopwatch(kinds[0].device)
+        self._select_step = select_step
         self._parts, self._absorbs_base, self._frozen = parts, absorbs_base, frozen or []
         self._rate: Rate | None = None  # of the step under way, where it counts
         self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
+        self._relevance: list[Tensor] = []  # of the directions in the step under way, while it is gathered
         self._metric_steps = 0
         self.on_detach: list[Callable[[], None]] = []  # called when `detach()` is done
         with ExitStack() as on_error:
@@ -134,11 +152,14 @@ class Runtime(StandingWeights):
             for kind, start, same in zip(self.kinds, starts, aligned, strict=True)
         ]
         self._gate_count = sum(m.gate_count for m in self.maps)
-        self._optimizer = _small_optimizer(self.maps, self.config)
+        self._optimizer = _small_optimizer(self.maps, self.config, self._gate_count)
         if any(aligned):
             self.engine.write_latents(starts)
             self.engine.write_working(starts, ("A",))
         self.engine.stamp()
+        if self._select_step == 0:
+            self._select()
+            self._write(None)
 
     def _map(self, kind: Kind, start: Factors, aligned: bool) -> KindMap:
         slices = self.engine.slices[self.kinds.index(kind)]
@@ -204,7 +225,8 @@ class Runtime(StandingWeights):
         """Start again from the LoRA weights that stand in the model, which other code has written.
 
         They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at
-        `attach`; the step's number goes on, and with it the noise. To continue a run of StructLoRA, use
+        `attach`; the step's number goes on, and with it the noise. Directions that selection has closed stay
+        closed. To continue a run of StructLoRA, use
         `load_state` instead.
 
         Raises:
@@ -213,7 +235,11 @@ class Runtime(StandingWeights):
         if self.weights == TRAINING:
             foreign_writes.refuse_reload()
         self.engine.write_latents(self.engine.read_working())
+        selections = [m.selection for m in self.maps]
         self._build(align=False)
+        for m, selection in zip(self.maps, selections, strict=True):
+            m.selection = selection
+        self._write(None)
         self.schedule = ScheduleShare()
         self.weights, self._trained_forward = EVALUATION, False
 
@@ -306,22 +332,23 @@ class Runtime(StandingWeights):
             self._pull(m, *parts, scale)
             for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True)
         ]
-        is_bad, is_written, own, products = self._summed(pulled, written)
-        if is_written and self._were_changed():
+        summed = self._summed(pulled, written)
+        if summed.is_written and self._were_changed():
             foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
         self.weights, self._trained_forward = LATENT, False
-        if is_bad:
+        if summed.is_bad:
             self.skipped_steps += 1
             logger.warning(
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
                 self.skipped_steps,
             )
             return False
-        if products:
+        if summed.products:
             self._cosine = torch.stack(
-                [cosines(product).mean().to(self.device) for product in products]
+                [cosines(product).mean().to(self.device) for product in summed.products]
             ).mean()
-        for m, part, task in zip(self.maps, pulled, own, strict=True):
+        self._relevance = summed.relevance
+        for m, part, task in zip(self.maps, pulled, summed.own, strict=True):
             for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
                 m.get_parameter(name).grad = value
             if m.coordinators and m.graph.follows_gradients:
@@ -341,6 +368,7 @@ class Runtime(StandingWeights):
         # objective.
         sign = -1 if self.engine.maximizes() else 1
         factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
+        gathered = [relevance(latent, factors) / scale] if self._gathers_relevance() else []
         penalty = m.regularizer_gradient(latent, self._slices.sum)
         if penalty is not None:
             factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
@@ -354,18 +382,11 @@ class Runtime(StandingWeights):
             {
                 side: getattr(gradient, side) / scale for side in sides
             },  # unscaled and clipped, whichever engine
+            gathered,
         )
 
-    def _summed(
-        self, pulled: list[_Pulled], written: Tensor
-    ) -> tuple[bool, bool, list[dict[str, Tensor]], list[Tensor]]:
-        """Sums over ranks, in one collective, and the one place where a step waits for the device.
-
-        Returns:
-            Whether gradients are bad and whether weights were written on some rank; gradients of the maps'
-            parameters; and products of neighbouring depths' gradients (see `neighbour_products`), where a
-            metric is to be made of them.
-        """
+    def _summed(self, pulled: list[_Pulled], written: Tensor) -> _Summed:
+        """Sums over ranks, in one collective, and the one place where a step waits for the device."""
         wants_cosine = self._cosine is None and self.step > 0
         products = [
             neighbour_products(
@@ -377,10 +398,12 @@ class Runtime(StandingWeights):
         own = [value for part in pulled for value in part.own.values()]
         bad = self.engine.bad_gradients()
         flags = torch.stack([bad, written.to(bad.device, bad.dtype)])
-        flags, *sums = self._slices.sums([flags, *own, *products])
+        gathered = [d for part in pulled for d in part.relevance]
+        flags, *sums = self._slices.sums([flags, *gathered, *own, *products])
         is_bad, is_written = flags.bool().tolist()
-        sums = iter(sums)
-        return is_bad, is_written, [{name: next(sums) for name in part.own} for part in pulled], list(sums)
+        gathered, sums = sums[: len(gathered)], iter(sums[len(gathered) :])
+        own = [{name: next(sums) for name in part.own} for part in pulled]
+        return _Summed(is_bad, is_written, own, list(sums), gathered)
 
     @in_map_context
     def _after_step(self, stepped: bool) -> None:
@@ -395,8 +418,12 @@ class Runtime(StandingWeights):
                     group["lr"] = group["base_lr"] * share
                 self._optimizer.step()
                 self._optimizer.zero_grad()
+            for m, d in zip(self.maps, self._relevance, strict=bool(self._relevance)):
+                m.selection.observe(d)
             self.step += 1
             self._metric_steps += 1
+            if self._select_step is not None and self.step >= self._select_step:
+                self._select()
             if self.step % self.config.semantic_every == 0:
                 graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
                 products = self._slices.sums([graph.gradient_products() for graph in graphs])
@@ -405,6 +432,32 @@ class Runtime(StandingWeights):
             self._rate = None
         self._write(None)
         self.weights, self._mixed_gradients = EVALUATION, False
+
+    def _gathers_relevance(self) -> bool:
+        """Whether the step under way is one whose relevance counts for the selection to come."""
+        return (
+            self._select_step is not None
+            and self.step >= self._select_step // 2
+            and not self.maps[0].selection.is_made
+        )
+
+    def _select(self) -> None:
+        """Make the selection, once."""
+        selections = [m.selection for m in self.maps]
+        if selections[0].is_made or not select(selections, self.config, self.seed):
+            return
+        count, total = (
+            sum(int(s.kept.sum()) for s in selections),
+            sum(s.kept.numel() for s in selections),
+        )
+        empty = sum(int((~s.kept.any(-1)).sum()) for s in selections)
+        logger.info(
+            "StructLoRA keeps %d of %d directions from step %d on (%d modules keep none).",
+            count,
+            total,
+            self.step,
+            empty,
+        )
 
     def _refuse_step(self) -> None:
         """Stop where the gradients are not of what the maps made, or would move what no map has."""
@@ -424,11 +477,17 @@ class Runtime(StandingWeights):
         return bool(self._slices.every(torch.tensor(all(zeros), dtype=torch.bool, device=self.device)))
 
 
-def _small_optimizer(maps: list[KindMap], config: StructLoRAConfig) -> torch.optim.AdamW | None:
-    """The AdamW of gate logits and Θ, equal on every rank; None where there are none."""
+def _small_optimizer(
+    maps: list[KindMap], config: StructLoRAConfig, gate_count: int
+) -> torch.optim.AdamW | None:
+    """The AdamW of gate logits and Θ, equal on every rank; None where there are none.
+
+    The KL is a mean over gates: its gradient with respect to each is smaller the more there are, and so is
+    epsilon then.
+    """
     logits = [parameter for m in maps for parameter in m.gate_logits.values()]
     weights = [parameter for m in maps for parameter in m.coordinators.parameters()]
-    groups = [(logits, config.gate_lr), (weights, config.coordinator_lr)]
-    groups = [{"params": params, "lr": lr, "base_lr": lr} for params, lr in groups if params]
+    groups = [(logits, config.gate_lr, 1e-8 / gate_count), (weights, config.coordinator_lr, 1e-8)]
+    groups = [{"params": params, "lr": lr, "base_lr": lr, "eps": eps} for params, lr, eps in groups if params]
     # No weight decay: the KL is the logits' prior, and decay would pull every gate towards one half.
     return torch.optim.AdamW(groups, weight_decay=0.0) if groups else None

@@ -47,6 +47,7 @@ SHAPING = (
         "temperature",
         "hard_gates",
         "gate_init",
+        "keep",
         "share_gates",
         "head_gates",
         "expert_gates",

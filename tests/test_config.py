@@ -26,6 +26,9 @@ REFUSED = {
     "kl_weight": [-0.1, float("nan")],
     "label_weight": [-1],
     "gate_lr": [-1e-3],
+    "keep": [0, 1.5, "0%", "101%", "most", True],
+    "select_at": [-1, "half"],
+    "select_by": ["chance"],
     "share_gates": ["true"],
     "head_gates": ["all"],
     "expert_gates": [1],
@@ -74,6 +77,7 @@ def test_misspelt_names_and_values_get_the_nearest():
         ({"coordinator": "none", "side": "write"}, "or remove `side`"),
         ({"coordinator": "none", "side": "both", "regularizer": "cosine"}, None),
         ({"edges": "adjacency", "side": "write"}, None),
+        ({"keep": "99%", "select_by": "random", "select_at": 0}, None),
     ],
 )
 def test_options_that_act_on_nothing_are_refused(options, remedy):

@@ -83,6 +83,7 @@ class StructLoRAPlugin(BasePlugin):
 
         self.callback = StructLoRACallback(cfg[NAME].to_dict())
         if cfg.get("relora"):
+            self.callback.refuse_starting_over()
             _follow_restarts(self.callback, trainer)
         return [self.callback]
 

@@ -12,13 +12,14 @@ update. Which go:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from ..config import share_to_keep
+from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
 from .peft_scaling import holds_experts, modules_with_more, with_one_scale, with_singular_directions
@@ -116,11 +117,11 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
         StructLoRAError: a share out of range, an adapter that adds nothing, or one whose ranks PEFT needs as
             they are (PiSSA, OLoRA, LoftQ, KaSA).
     """
-    count_of = _counting(keep)
+    share_to_keep(keep)  # refused before the work
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     worth = information or {module: values.square() for module, values in sigma.items()}
     flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
-    order, total = flat.argsort(descending=True, stable=True), flat.sum()
+    total = flat.sum()
     if not total > 0:
         raise StructLoRAError(
             "an adapter none of whose directions changes "
@@ -128,9 +129,7 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
             "a trained adapter",
             "give a checkpoint of a later step, or other rows",
         )
-    count = count_of(flat[order].cumsum(0) / total)
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[order[:count]] = True
+    mask = best(flat, keep)
     parts = mask.split([worth[module].numel() for module in sigma])
     kept, spared, left_out, with_more = {}, [], [], modules_with_more(saved.tensors)
     for (module, values), part in zip(sigma.items(), parts, strict=True):
@@ -143,22 +142,6 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
                 left_out.append(module)
     lora, tensors = with_one_scale(saved.lora, tensors, kept)
     return Pruned(lora, tensors, kept, spared, left_out, float(flat[mask].sum() / total))
-
-
-def _counting(keep: float | str):
-    """How many directions to keep, from the shares (n,) that the best 1, 2, ... carry."""
-    text = str(keep).strip()
-    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text)
-    value = float(number[1]) / (100 if number[2] else 1) if number else 0.0
-    if not 0 < value <= 1:
-        raise StructLoRAError(
-            f"`keep` {text}",
-            "a share of the directions above 0 and at most 1, or of the information as 99%",
-            "try 0.25",
-        )
-    if number[2]:
-        return lambda carried: min(int((carried < value - 1e-12).sum()) + 1, len(carried))
-    return lambda carried: max(1, round(value * len(carried)))
 
 
 def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:

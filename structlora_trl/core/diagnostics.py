@@ -14,6 +14,7 @@ gradient_cosine     mean cosine of neighbouring depths' gradients in the first s
 stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it
                     (`stream_cosine`), over the kinds whose role is known; left out where no two neighbours
                     have learned anything
+kept_share          share of the directions that selection has kept; left out before it
 semantic_edges      number of semantic edges, all kinds
 theta_norm          Frobenius norm of the coordinators' Θ, all kinds
 
@@ -59,6 +60,10 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums 
         metrics["kl"] = kl_to_prior(directions, maps[0].config.prior).mean().item()
     if groups[0] is not None:
         metrics["group_openness"] = torch.sigmoid(groups[0]).mean().item()
+    selections = [m.selection for m in maps if m.selection is not None and m.selection.is_made]
+    if selections:
+        kept = torch.cat([selection.kept.flatten() for selection in selections])
+        metrics["kept_share"] = kept.float().mean().item()
     ranks = [effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT])) for f in effective]
     metrics["effective_rank"] = torch.cat([rank.cpu() for rank in ranks]).mean().item()
     of_kinds = list(zip(maps, effective, strict=True))

@@ -28,6 +28,7 @@ from .gates import LogisticNoise
 from .graph import DepthGraph
 from .kinds import SIDES, Factors, Kind, discover, matches, residual_side
 from .regularizers import REGULARIZERS
+from .selection import Selection
 
 Noise = list[Tensor | None]
 """Noise of each filter of a map in one training step; None for a filter without."""
@@ -99,6 +100,7 @@ class KindMap(nn.Module):
         if kind.heads:
             side, count = kind.heads
             self.filters.append(HeadGates((nodes, count), config, kind.device, side, head_of))
+        self.selection = None if config.keep is None else Selection((nodes, kind.rank), kind.device)
         self.graph = parts.graph(kind, config)
         self.coordinators = nn.ModuleDict()
         if config.coordinator != "none" and kind.depth_count > 1:
@@ -115,9 +117,10 @@ class KindMap(nn.Module):
             noise (`list[Tensor]`, *optional*): logistic noise of each filter in training, None at evaluation.
         """
         filtered = self._filtered(latent, noise)
-        return Factors(
+        effective = Factors(
             *(self._coordinated(side, factor) for side, factor in zip(SIDES, filtered, strict=True))
         )
+        return effective if self.selection is None else self.selection(effective)
 
     def pullback(
         self, latent: Factors, gradient: Factors, noise: Noise | None
@@ -193,10 +196,14 @@ class KindMap(nn.Module):
         """Probability that each gate of each filter is open: directions (N, r), then experts (N, 1) and heads
         (N, H).
 
-        0 or 1 for 'topk_norm'; None for a filter that does not decide.
+        0 or 1 for 'topk_norm', and 0 for what selection has closed; None for a filter that does not decide.
         """
         update = self._update(latent)
-        return [gate.openness(update) for gate in self.filters]
+        directions, *groups = [gate.openness(update) for gate in self.filters]
+        if self.selection is not None and self.selection.is_made:
+            kept = self.selection.kept
+            directions = kept.float() if directions is None else directions * kept
+        return [directions, *groups]
 
     @property
     def filter(self) -> Filter:
@@ -229,7 +236,10 @@ class KindMap(nn.Module):
         """A filtered factor with what message passing adds."""
         if side not in self.coordinators:
             return factor
-        added = self.coordinators[side](self._feature(side, factor), self.graph)
+        feature = self._feature(side, factor)
+        if self.selection is not None:
+            feature = self.selection.messages(feature)
+        added = self.coordinators[side](feature, self.graph)
         return factor + (added if side == "A" else added.mT)
 
     def _feature(self, side: str, factor: Tensor) -> Tensor:
@@ -265,7 +275,7 @@ def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PA
     if parts.filter is not None or parts.coordinator is not None:
         return SIDES
     mapped = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
-    if config.filter != "none":
+    if config.filters_directions:
         mapped.add("B")
     if config.filter == "topk_norm":
         mapped.add("A")
@@ -301,7 +311,7 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
             "adapt more layers, or set `coordinator='none'`",
         )
     for kind in kinds:
-        mapped = {"B"} if config.filter != "none" else set()
+        mapped = {"B"} if config.filters_directions else set()
         if kind.heads:
             mapped.add(kind.heads.side)
         if config.compares_depths and kind.depth_count > 1:

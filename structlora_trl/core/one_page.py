@@ -85,14 +85,14 @@ def train(
         (torch.stack([kind.A[0].detach()] * kind.depth_count), _stack(kind.B)) for kind in kinds
     ]
     maps = [Map(A, residual_side(kind, None), config) for kind, (A, _) in zip(kinds, latents, strict=True)]
+    counts = [m.phi.numel() for m in maps]
     own = torch.optim.AdamW(
         [
-            {"params": [m.phi for m in maps], "lr": config.gate_lr},
+            {"params": [m.phi for m in maps], "lr": config.gate_lr, "eps": 1e-8 / sum(counts)},
             {"params": [m.theta for m in maps], "lr": config.coordinator_lr},
         ],
         weight_decay=0.0,
     )
-    counts = [m.phi.numel() for m in maps]
     for step, loss in enumerate(losses):
         # 1. Noise is drawn, and training weights are written into the model.
         drawn = logistic_noise(sum(counts), seed, step).split(counts)

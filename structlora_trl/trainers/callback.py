@@ -85,8 +85,21 @@ class StructLoRACallback(TrainerCallback):
         Raises:
             StructLoRAError: StructLoRA cannot act on this model and optimizer.
         """
-        seed, quiet = trainer.args.seed, why_quiet(trainer)
-        return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet)
+        seed, quiet, steps = trainer.args.seed, why_quiet(trainer), trainer.state.max_steps
+        return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet, steps)
+
+    def refuse_starting_over(self) -> None:
+        """Stop where the options do not go with `start_over`.
+
+        Raises:
+            StructLoRAError: `keep` is set.
+        """
+        if self.config.keep is not None:
+            raise StructLoRAError(
+                f"keep={self.config.keep!r} in a run that starts over with fresh adapters (ReLoRA)",
+                "one adapter, whose directions are selected once",
+                "remove `keep`, or the restarts",
+            )
 
     def start_over(
         self, trainer: Trainer, optimizer: torch.optim.Optimizer, reset: Callable[[], None]
@@ -99,7 +112,11 @@ class StructLoRACallback(TrainerCallback):
 
         Args:
             reset: merges the adapter, whose evaluation weights stand then, and makes it a fresh one.
+
+        Raises:
+            StructLoRAError: as `refuse_starting_over`.
         """
+        self.refuse_starting_over()
         earlier = self.runtime
         earlier.detach()
         reset()

@@ -63,9 +63,13 @@ MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
 
 
 # Gates alone, or the whole method with an adapter of fewer rows than ranks: clipped, accumulated, on widths that 3 does not divide.
-HALVES = {"gates": {"method": {"coordinator": "none"}}, "whole": {**SEMANTIC, "lora": {"r": 2}}}
+HALVES = {
+    "gates": {"method": {"coordinator": "none"}},
+    "whole": {**SEMANTIC, "lora": {"r": 2}},
+    "selected": {"method": {**SEMANTIC["method"], "keep": 0.5}},
+}
 RANKS = [("hsdp", 4), *((engine, world) for engine in ENGINES for world in (2, 3, 4))]
-CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2)]
+CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2), ("selected", "zero2", 3)]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,11 @@ def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_
     assert facts["step"] == 6 and facts["skipped"] == 0
     assert min(facts["norms"]) > 0.1  # it does clip
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
+    if half == "selected":
+        kept = torch.cat(
+            [x.flatten() for name, x in state(tmp_path).items() if name.endswith("selection.kept")]
+        )
+        assert int(kept.sum()) == len(kept) // 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Hard selection while training: what is kept, that the rest stays closed, and that a run goes on as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from structlora_trl import StructLoRAError, attach
+from structlora_trl.adapters.export import export
+from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.state import load_state, save_state
+from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
+
+FIRST, CUT, LAST = 2, 4, 7  # gathers from step FIRST on, selects at CUT
+OPTIONS = {"keep": 0.25, "select_at": CUT}
+
+
+def started(family="llama", optimizer=adamw, init="fresh", **options):
+    model = peft_model(family, init, targets=FAMILIES[family].linear)
+    optimizer = optimizer(model)
+    return model, optimizer, attach(model, optimizer, **{**OPTIONS, **options})
+
+
+def directions(model) -> dict[str, torch.Tensor]:
+    """Module -> which columns of its lora_B are not zero."""
+    return {n: (p != 0).any(0) for n, p in lora_parameters(model).items() if ".lora_B." in n}
+
+
+def test_the_directions_of_most_information_are_kept():
+    """Σd² by what stands in plain sight before a step: gradients of the model's lora_B, and lora_B."""
+    model, optimizer, runtime = started(coordinator="none")
+    information = {}
+    for step in range(CUT):
+        model.train()
+        loss_of(model, "llama", step).backward()
+        for name, p in lora_parameters(model).items():
+            if ".lora_B." in name and step >= FIRST:
+                information[name] = information.get(name, 0) + (p.grad * p).sum(0).square().detach()
+        assert all(kept.all() for kept in directions(model).values()) or step == 0
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    kept = torch.cat(list(directions(model).values()))
+    scores = torch.cat([information[name] for name in directions(model)])
+    assert int(kept.sum()) == round(0.25 * len(kept))
+    assert scores[kept].min() > scores[~kept].max()
+    assert runtime.metrics()["structlora/kept_share"] == pytest.approx(0.25, abs=1 / len(kept))
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llama", {"side": "both", "coordinator_layers": 2}),
+        ("llama", {"coordinator": "gat", "head_gates": True}),
+        ("llama", {"filter": "none"}),
+        ("llama", {"filter": "topk_norm", "gate_init": 0.5}),
+        ("qwen3_moe", {"expert_gates": True}),
+        ("mixture", {}),
+        ("bert", {"select_by": "random", "select_at": 0}),
+        ("llama", {"keep": "90%"}),
+    ],
+    ids=str,
+)
+def test_closed_stays_closed(family, options):
+    """Whatever messages arrive: in training and at evaluation, and no optimizer without momentum moves what is closed."""
+
+    def sgd(model):
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+
+    model, optimizer, runtime = started(family, sgd, "warm", coordinator_lr=0.3, **options)
+    train(model, family, optimizer, CUT)
+    kept = [m.selection.kept.clone() for m in runtime.maps]
+    before = [f.B.clone() for f in runtime.engine.read_latents(everything=True)]
+    assert 0 < sum(int(k.sum()) for k in kept) < sum(k.numel() for k in kept)
+    for step in range(CUT, LAST):
+        model.train()
+        loss_of(model, family, step).backward()
+        for factors, k in zip(runtime.engine.read_working(), kept, strict=True):
+            assert not (factors.B != 0).any(1)[~k].any()
+        optimizer.step()
+        optimizer.zero_grad()
+        for factors, k in zip(runtime.evaluation_factors(), kept, strict=True):
+            assert not (factors.B != 0).any(1)[~k].any()
+    for now, then, m, k in zip(
+        runtime.engine.read_latents(everything=True), before, runtime.maps, kept, strict=True
+    ):
+        assert torch.equal(m.selection.kept, k)
+        moved = (now.B != then).any(1)
+        assert not moved[~k].any()
+        assert moved[k].any() or not k.any()
+
+
+@pytest.mark.parametrize("saved_at", [CUT - 1, CUT + 1])
+def test_resume_is_bit_exact(saved_at, tmp_path):
+    model, optimizer, runtime = started()
+    train(model, "llama", optimizer, saved_at)
+    save_state(runtime, tmp_path)
+    moments = copy.deepcopy(optimizer.state_dict())
+    train(model, "llama", optimizer, LAST - saved_at, saved_at)
+    again, its_optimizer, resumed = started()
+    its_optimizer.load_state_dict(moments)
+    load_state(resumed, tmp_path)
+    train(again, "llama", its_optimizer, LAST - saved_at, saved_at)
+    expected, found = runtime.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+def test_what_is_saved_is_plain_and_exports_small(tmp_path):
+    model, optimizer, runtime = started()
+    train(model, "llama", optimizer, LAST)
+    model.eval()
+    model.save_pretrained(tmp_path / "run")
+    save_state(runtime, tmp_path / "run")
+    kept = sum(int(k.sum()) for k in directions(model).values())
+    base_model("llama").save_pretrained(tmp_path / "base")
+    export(read_saved(tmp_path / "run"), tmp_path / "small", prune_below=0.01, base=str(tmp_path / "base"))
+    small = PeftModel.from_pretrained(base_model("llama"), tmp_path / "small", is_trainable=True)
+    ranks = {n: p.shape[1] for n, p in lora_parameters(small).items() if ".lora_B." in n}
+    empty = sum(not k.any() for k in directions(model).values())
+    assert sum(ranks.values()) == kept + empty  # PEFT has no rank 0
+
+
+def test_reload_keeps_what_is_closed():
+    model, optimizer, runtime = started()
+    train(model, "llama", optimizer, CUT)
+    kept = directions(model)
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p.add_(0.1)
+    runtime.reload()
+    model.eval()
+    assert all(torch.equal(kept[name], now) for name, now in directions(model).items())
+    train(model, "llama", optimizer, LAST - CUT, CUT)
+    assert all(torch.equal(kept[name], now) for name, now in directions(model).items())
+
+
+def test_random_is_drawn_once_from_the_seed():
+    def kept(seed):
+        model, *_ = started(init="warm", select_by="random", select_at=0, seed=seed)
+        return torch.cat(list(directions(model).values()))
+
+    assert torch.equal(kept(1), kept(1)) and not torch.equal(kept(1), kept(2))
+    assert int(kept(1).sum()) == round(0.25 * len(kept(1)))
+
+
+@pytest.mark.parametrize(
+    "init, options, name",
+    [
+        ("fresh", {"select_at": 0.5}, "select_at"),
+        ("pissa", {}, "init_lora_weights"),
+    ],
+)
+def test_refusals(init, options, name):
+    with pytest.raises(StructLoRAError, match=name):
+        started(init=init, **options)
