@@ -515,3 +515,15 @@ def test_unused_depths_get_gradients_from_neighbours_alone():
         kind.A[1].grad = kind.B[1].grad = None
         optimizer.step()
         assert (not torch.equal(before, runtime.engine.read_latents()[0].B[1])) is moves
+
+
+@pytest.mark.parametrize("rank", [4, 4096])
+def test_the_kl_moves_gates_by_their_rate_however_many_there_are(rank):
+    """AdamW's first step is the rate, unless epsilon outweighs a gradient that a mean over many gates has made small."""
+    model = peft_model(rank=rank)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, label_weight=0.0, gate_lr=0.03, coordinator="none")
+    before = torch.cat([m.filter.logits.detach().flatten() for m in runtime.maps])
+    train(model, "llama", optimizer, 1)
+    moved = before - torch.cat([m.filter.logits.detach().flatten() for m in runtime.maps])
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.03), rtol=1e-3, atol=0)

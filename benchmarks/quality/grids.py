@@ -20,6 +20,8 @@ from .settings import (
     FIRST,
     FURTHER_RATES,
     FURTHER_SEEDS,
+    KEPT_METHODS,
+    KEPT_PLACES,
     LANGUAGE,
     MAIN,
     MAIN_SEEDS,
@@ -100,6 +102,20 @@ def _equal_size(setting: tuple) -> list[tuple]:
     ]
 
 
+def _kept() -> list[tuple]:
+    """Selection by the package itself, beside gates at the small rank and at the full one, and LoRA at both."""
+    return [
+        (setting[0], name, rank, setting[2], EQUAL_PLACES[setting][0], seed)
+        for seeds in (EQUAL_SEEDS[:6], EQUAL_SEEDS[6:])
+        for setting in KEPT_PLACES
+        for seed in seeds
+        for name, rank in [
+            *((name, 8) for name in KEPT_METHODS),
+            *((name, rank) for name in ("gates", BASE) for rank in (2, 8)),
+        ]
+    ]
+
+
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
@@ -117,6 +133,7 @@ GRIDS = {
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
     **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
+    "kept": _kept,
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

@@ -24,8 +24,9 @@ WEIGHT_DECAY = 0.01
 
 
 # Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
-# experts came later.
+# experts, and the selection of directions, came later.
 UNSET = {"seed", "adapter_name", "peft_module", "roles", "noise", "head_gates", "expert_gates"}
+UNSET |= {"keep", "select_at", "select_by"}
 
 ONE_A = "x_one_A"  # an option of the suite: all depths of a kind start from one lora_A, though nothing compares them
 
@@ -70,7 +71,10 @@ class Method:
         if self.structlora is None:
             return model, optimizer, None
         self.start(model)
-        return model, optimizer, attach(model, optimizer, seed=seed, **self.given)
+        given = self.given
+        if "keep" in given:  # a loop does not know its length
+            given["select_at"] = task.steps // 2
+        return model, optimizer, attach(model, optimizer, seed=seed, **given)
 
     def start(self, model: nn.Module) -> None:
         """What the method changes before StructLoRA is attached.

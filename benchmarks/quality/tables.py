@@ -32,6 +32,7 @@ from .settings import (
     EXAMPLES,
     FINAL_PLACES,
     FINAL_ROUNDS,
+    KEPT_METHODS,
     LANGUAGE,
     MAIN,
     NOISE,
@@ -378,6 +379,10 @@ def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
                 whole, f"truncated.{NAMES_OF_SHARES[keep]}"
             ),
             f"LoRA, r {rank}, update times a scalar": _test_figures(whole, "scaled"),
+        }
+        found |= {
+            f"{methods.find(name).summary}, r {r}": _test_figures(runs.at((task, r, examples), name, lr))
+            for name, r in (*((name, rank) for name in KEPT_METHODS), ("gates", kept))
         }
         for name, figures in found.items():
             if len(figures):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from structlora_trl import StructLoRAError, attach
+from structlora_trl import StructLoRACallback, StructLoRAError, attach
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.state import load_state, save_state
+from tests.support.jobs import sft
 from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
 
 FIRST, CUT, LAST = 2, 4, 7  # gathers from step FIRST on, selects at CUT
@@ -147,13 +148,16 @@ def test_random_is_drawn_once_from_the_seed():
     assert int(kept(1).sum()) == round(0.25 * len(kept(1)))
 
 
-@pytest.mark.parametrize(
-    "init, options, name",
-    [
-        ("fresh", {"select_at": 0.5}, "select_at"),
-        ("pissa", {}, "init_lora_weights"),
-    ],
-)
-def test_refusals(init, options, name):
-    with pytest.raises(StructLoRAError, match=name):
-        started(init=init, **options)
+def test_a_share_of_a_run_of_unknown_length_is_refused():
+    with pytest.raises(StructLoRAError, match="select_at"):
+        started(select_at=0.5)
+
+
+def test_a_trainer_knows_the_length_of_its_run(tmp_path):
+    callback = StructLoRACallback(keep=0.5)
+    trainer = sft(tmp_path, [callback], max_steps=6, logging_steps=1)
+    trainer.train()
+    logged = [entry.get("structlora/kept_share") for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[:2] == [None, None] and logged[3:] == [pytest.approx(0.5)] * 3
+    with pytest.raises(StructLoRAError, match="keep"):
+        callback.start_over(trainer, trainer.optimizer, reset=lambda: None)

@@ -105,6 +105,16 @@ RUNS = {
         ["zero1", "zero2", "zero3"],
     ),
     "norms over the width": ({"method": {"coordinator": "gat"}}, [], ["fsdp2", "zero1", "zero2", "zero3"]),
+    "selected": (
+        {"clip": 0.1, "method": {**HYBRID, "keep": 0.5, "select_at": 3}},
+        ["zero1"],
+        ["ddp", "fsdp2", "zero2", "zero3", *FOUR_PROCESSES],
+    ),
+    "experts selected": (
+        {**EXPERTS, "experts": "stacked", "method": {**GATES, "keep": 0.25, "select_at": 3}},
+        [],
+        ["fsdp2", "zero2", "zero3"],
+    ),
     "4-bit base": (
         {"four_bits": True, "method": {"semantic_threshold": 0.02}},
         [],
@@ -200,5 +210,8 @@ def test_bare_loop(name, engine, finished, alone):
     seen, expected = (parts(run, "graph.mean_A", "graph.mean_B") for run in (many, one))
     assert (seen - expected).norm() <= (5e-2 if half else 1e-4) * expected.norm()
     assert torch.equal(parts(many, "graph.semantic"), parts(one, "graph.semantic"))
+    if "keep" in RUNS[name][0].get("method", {}):
+        assert torch.equal(parts(many, "selection.kept"), parts(one, "selection.kept"))
+        assert 0 < parts(one, "selection.kept").mean() < 1
     has_graph = RUNS[name][0].get("method", {}).get("coordinator") != "none"
     assert (parts(one, "graph.semantic").sum() > 0) == has_graph

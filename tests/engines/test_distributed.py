@@ -53,7 +53,8 @@ def one_process(tmp_path_factory):
 
 
 CORE = [("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
-MATRIX = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
+WORLDS = [(2, 3), (3, 1)]  # processes, micro-batches that accumulate
+MATRIX = [(e, *world, {}) for e in ENGINES for world in WORLDS]
 MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
 MATRIX += [("hsdp", 6, 1, {}), ("hsdp", 6, 3, {})]  # two replicas of three shards
 MATRIX += [
@@ -63,13 +64,9 @@ MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
 
 
 # Gates alone, or the whole method with an adapter of fewer rows than ranks: clipped, accumulated, on widths that 3 does not divide.
-HALVES = {
-    "gates": {"method": {"coordinator": "none"}},
-    "whole": {**SEMANTIC, "lora": {"r": 2}},
-    "selected": {"method": {**SEMANTIC["method"], "keep": 0.5}},
-}
-RANKS = [("hsdp", 4), *((engine, world) for engine in ENGINES for world in (2, 3, 4))]
-CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2), ("selected", "zero2", 3)]
+HALVES = {"gates": {"method": {"coordinator": "none"}}, "whole": {**SEMANTIC, "lora": {"r": 2}}}
+RANKS = [("hsdp", 4), *((engine, world) for engine in ENGINES for world in (3, 4)), ("zero3", 2)]
+CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2)]
 
 
 @pytest.mark.parametrize(
@@ -91,11 +88,6 @@ def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_
     assert facts["step"] == 6 and facts["skipped"] == 0
     assert min(facts["norms"]) > 0.1  # it does clip
     assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
-    if half == "selected":
-        kept = torch.cat(
-            [x.flatten() for name, x in state(tmp_path).items() if name.endswith("selection.kept")]
-        )
-        assert int(kept.sum()) == len(kept) // 2
 
 
 @pytest.mark.parametrize(
@@ -103,7 +95,7 @@ def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_
 )
 def test_gates_alone_send_their_gradients(engine, tmp_path):
     """FSDP2's shards of lora_B are slices of its width; of ZeRO-3's, rows that are cut go to a neighbour. ZeRO-1 and 2 gather
-    what is written to the model, twice."""
+    what is written to the model, twice, and bring gradients and values to slices and back."""
 
     def sent(steps) -> dict:
         told = {"method": {"coordinator": "none"}, "trainer": {"logging_steps": 100}, "steps": steps}
@@ -124,8 +116,8 @@ def test_gates_alone_send_their_gradients(engine, tmp_path):
         gathered = 4 * sum(
             shape.numel() for shape in wide
         )  # two writes, of half or more each: the larger share counts
-        assert collectives == 3
-        assert gathered <= (more["bytes_sent"] - few["bytes_sent"]) / 2 <= 1.5 * gathered + 4 * (logits + 2)
+        assert collectives == 6
+        assert gathered <= (more["bytes_sent"] - few["bytes_sent"]) / 2 <= 2 * gathered
         return
     if engine == "fsdp2":
         assert collectives == 1
@@ -221,7 +213,7 @@ def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found
         assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError: StructLoRA found {found}" in output
 
 
-BF16 = [(e, w, a, {}) for e in ENGINES for w in (2, 3) for a in (1, 3)]
+BF16 = [(e, *world, {}) for e in ENGINES for world in WORLDS]
 BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
 BF16 += [
     ("hsdp", 6, 1, {}),
@@ -276,7 +268,7 @@ SET_UPS = {
         },
         ("zero1", "zero2", "zero3"),
     ),
-    "subclass": ({"subclass": True, "trainer": STEADY}, ENGINES),
+    "subclass": ({"subclass": True, "trainer": STEADY}, ["fsdp2", "zero3"]),
 }
 CORE_SET_UPS = [
     ("context parallelism", "cp"),

@@ -494,6 +494,14 @@ ADAPTERS = [
         lora={"target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]},
         method={**WHOLE, "head_gates": True},
     ),
+    Setup("directions selected in training", method={**WHOLE, "keep": 0.25, "select_at": 2}),
+    Setup(
+        "directions of PiSSA selected in training",
+        lora={"init_lora_weights": "pissa"},
+        method={**WHOLE, "keep": 0.25, "select_at": 2},
+        refused="init_lora_weights='pissa'",
+        remedy={"keep": None, "select_at": 0.5},
+    ),
     Setup(
         "gates of experts",
         **other_family(
