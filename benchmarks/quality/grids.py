@@ -103,16 +103,18 @@ def _equal_size(setting: tuple) -> list[tuple]:
 
 
 def _kept() -> list[tuple]:
-    """Selection by the package itself, beside gates at the small rank and at the full one, and LoRA at both."""
+    """Selection by the package itself: by information and by chance first, then beside gates and LoRA at both ranks."""
+    others = [
+        *((name, 8) for name in KEPT_METHODS[2:]),
+        *((name, r) for name in ("gates", BASE) for r in (2, 8)),
+    ]
     return [
         (setting[0], name, rank, setting[2], EQUAL_PLACES[setting][0], seed)
         for seeds in (EQUAL_SEEDS[:6], EQUAL_SEEDS[6:])
+        for methods in ([(name, 8) for name in KEPT_METHODS[:2]], others)
         for setting in KEPT_PLACES
         for seed in seeds
-        for name, rank in [
-            *((name, 8) for name in KEPT_METHODS),
-            *((name, rank) for name in ("gates", BASE) for rank in (2, 8)),
-        ]
+        for name, rank in methods
     ]
 
 
