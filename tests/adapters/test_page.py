@@ -173,9 +173,20 @@ def test_an_option_without_effect_is_refused(option, runs):
     assert main(["inspect", str(runs()), *option]) == 2
 
 
-def test_another_run_needs_a_page(runs, capsys):
+def test_another_run_needs_a_page_and_has_to_exist(runs, tmp_path, capsys):
     assert main(["inspect", str(runs()), "--against", str(runs())]) == 2
     assert "--against needs --html" in capsys.readouterr().err
+    given = [
+        "inspect",
+        str(runs()),
+        "--against",
+        str(tmp_path / "missing"),
+        "--html",
+        str(tmp_path / "page.html"),
+    ]
+    assert main(given) == 1
+    told = capsys.readouterr()
+    assert str(tmp_path / "missing") in told.err and not told.out  # at once, not below the first run's tables
 
 
 ODD = {  # name -> the log
