@@ -108,6 +108,10 @@ def test_which_run_did_better(runs, tmp_path):
     )
     assert re.findall('class="lowest">(.*?)<', text) == ["2", "2.25"]
     assert re.search(r"first is lower by 0\.5\b", text)
+    log = folders["second"] / "trainer_state.json"
+    log.write_text(json.dumps({"log_history": [{"step": 9, "eval_loss": 2.25001}]}))
+    assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
+    assert "2.25 in both runs" in (tmp_path / "page.html").read_text()  # not "lower (2.25 against 2.25)"
 
 
 def test_gates_are_on_one_scale_whatever_happened(runs):

@@ -263,6 +263,14 @@ FORMATS = {
     "text": ([{"text": "w1 w2 w3"}], 4, "w1 w2 w3 <eos>"),
     "prompt and completion": ([{"prompt": "w1 w2", "completion": " w3"}], 2, "w1 w2 w3 <eos>"),
     "messages": (chats(2), 8, f"{sentence(0, 4)} {sentence(1, 4)}"),
+    "conversations": (
+        [
+            {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]}
+            for row in chats(2)
+        ],
+        8,
+        f"{sentence(0, 4)} {sentence(1, 4)}",
+    ),
     "messages as prompt and completion": ([conversation(0)], 4, f"{sentence(0, 4)} {sentence(1, 4)}"),
 }
 
