@@ -38,7 +38,7 @@ commands:
 _EXAMPLES = f"""examples:
   structlora init > run.yaml                              # or `structlora init dpo`, kto, ...
   structlora sft --config run.yaml
-  structlora sft --config run.yaml --structlora false     # plain LoRA, all else equal
+  structlora sft --config run.yaml --structlora false --output_dir lora     # plain LoRA, all else equal
   structlora sft --config run.yaml --accelerate_config zero2
   torchrun --nproc_per_node 8 -m structlora_trl.cli sft --config run.yaml
   structlora inspect out
