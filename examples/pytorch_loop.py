@@ -46,6 +46,5 @@ for step, batch in enumerate(loader, 1):
         print(step, loss.item(), runtime.metrics())
 
 model.save_pretrained(OUTPUT)  # a plain LoRA adapter
-save_state(
-    runtime, OUTPUT
-)  # what resuming needs beside optimizer and scheduler: `load_state(runtime, OUTPUT)`
+# What resuming needs beside optimizer and scheduler; `load_state(runtime, OUTPUT)` reads it.
+save_state(runtime, OUTPUT)

@@ -64,11 +64,12 @@ def _verdict(runs: list[Run]) -> str:
     if len(runs) == 1:
         return f"Held-out loss at the end: {losses[0]:.4g}. Set another run beside it with `--against`."
     best, other = sorted(range(2), key=losses.__getitem__)
-    if losses[best] == losses[other]:
-        return f"Held-out loss at the end: {losses[0]:.4g} in both runs."
+    lower, higher = f"{losses[best]:.4g}", f"{losses[other]:.4g}"
+    if lower == higher:
+        return f"Held-out loss at the end: {lower} in both runs."
     return (
-        f"Held-out loss at the end: {runs[best].name} is lower by {losses[other] - losses[best]:.3g} ({losses[best]:.4g} against "
-        f"{losses[other]:.4g}). This is one seed each: a difference that another seed turns round is chance."
+        f"Held-out loss at the end: {runs[best].name} is lower by {losses[other] - losses[best]:.3g} ({lower} against "
+        f"{higher}). This is one seed each: a difference that another seed turns round is chance."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import apply_chat_template, is_conversational
+from trl import apply_chat_template, is_conversational, maybe_convert_to_chatml
 
 from ..errors import StructLoRAError, refusing
 from .load_adapter import Saved
@@ -28,7 +28,7 @@ def read_rows(
 
     Args:
         file (`str` or `Path`): .json, .jsonl, .csv or .parquet; columns `messages`, `prompt` and `completion`
-            (texts or messages), or `text`.
+            (texts or messages), `conversations` (`from` and `value`), or `text`.
         saved (`Saved`): the adapter, whose own tokenizer is used where it lies beside it, as trainers save
             it.
         base_name, revision (`str`, *optional*): of the base model, whose tokenizer is used otherwise.
@@ -68,6 +68,8 @@ def read_rows(
 
 def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, file: str | Path) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
+    if "conversations" in row:
+        row = maybe_convert_to_chatml(row)
     used = next(
         (names for names in (["messages"], ["prompt", "completion"], ["text"]) if {*names} <= row.keys()),
         None,

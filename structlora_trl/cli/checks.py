@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import StructLoRAError
+from ..state import STATE_NAME
 from .arguments import Arguments
 
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -22,6 +23,9 @@ _CHECKPOINT = "checkpoint-"
 def check_arguments(given: Arguments) -> None:
     """Look at model, batches, rewards and output folder, and write paths and target modules as TRL's script
     takes them.
+
+    Args:
+        given (`Arguments`): with `resume_from_checkpoint` as `last_checkpoint` found it.
 
     Raises:
         StructLoRAError: one of them cannot be used.
@@ -47,6 +51,14 @@ def check_arguments(given: Arguments) -> None:
             f"a finished adapter in output_dir={output}",
             "a new folder, so that nothing is lost",
             "choose another `output_dir`, or give `--overwrite`; `--resume_from_checkpoint true` continues a run",
+        )
+    # The other way round the callback refuses. Its optimizer's moments are of latent factors, not of the adapter.
+    checkpoint = given.training.resume_from_checkpoint
+    if checkpoint and given.structlora is None and (Path(checkpoint) / STATE_NAME).is_file():
+        raise StructLoRAError(
+            f"a checkpoint that StructLoRA wrote in {checkpoint}, and structlora=false",
+            "a checkpoint of plain LoRA",
+            "resume without `structlora: false`, or choose another `output_dir` for a run of plain LoRA",
         )
 
 

@@ -68,7 +68,7 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
     with refusing(
         "loading the data",
         "files or a data set that `datasets` reads",
-        "correct `dataset_name` or `datasets`",
+        "correct `dataset_name` or `datasets`: files or a folder, or a data set of the hub that can be reached",
         also=(AttributeError, DatasetsError),  # AttributeError: streamed rows have no split
     ):
         if mixture.datasets:

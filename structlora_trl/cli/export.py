@@ -157,8 +157,8 @@ def thresholds(gates: dict[str, Tensor], asked: float) -> str:
         f"No gate is below {asked:g}, so nothing was dropped: the least open one is at {values[0]:.3f} "
         f"({least.removeprefix('base_model.model.')})."
     ]
-    for share in _SHARES:
-        threshold = min(1, round(values[round(share * (len(values) - 1))] + 5e-4, 3))
+    others = (min(1, round(values[round(share * (len(values) - 1))] + 5e-4, 3)) for share in _SHARES)
+    for threshold in dict.fromkeys(others):  # gates close together round to one
         lines.append(
             f"  --prune {threshold:g} is above {sum(v < threshold for v in values):,} of {len(values):,} gates"
         )

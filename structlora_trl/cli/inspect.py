@@ -26,7 +26,8 @@ For each kind of module and each depth, named by its layer's number:
              whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
 What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter
-lies alone, the state is that of the newest checkpoint near it that holds the same adapter.
+lies alone, the state is that of the newest checkpoint near it that holds the same adapter. Modules of one
+name with different ranks, as `export --keep` leaves them, are kinds of their own, named [outputs x r x inputs].
 
 --html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
 information that the rows hold about each direction, and the loss at each size (`structlora export --keep`).
@@ -78,7 +79,11 @@ def run(command: str, arguments: list[str]) -> None:
         from ..adapters import figures
     if given.html:
         from ..adapters.page import write_page
-    saved = read_saved(given.adapter)
+    folders = [folder for folder in (given.adapter, given.against) if folder]
+    adapters = [
+        read_saved(folder) for folder in folders
+    ]  # both before the work: a wrong path is told at once
+    saved = adapters[0]
     kinds = report(saved)
     if given.json:
         facts = {"adapter": str(given.adapter), "step": saved.step}
@@ -88,10 +93,8 @@ def run(command: str, arguments: list[str]) -> None:
         print(f"{summary(saved, kinds, final_losses(log_history(saved.run_folder)))}\n{table(kinds)}")
     if not is_drawn:
         return
-    folders = [given.adapter, *([given.against] if given.against else [])]
     runs = []
-    for folder, name in zip(folders, _run_names(folders), strict=True):
-        adapter = saved if folder is given.adapter else read_saved(folder)
+    for adapter, name in zip(adapters, _run_names(folders), strict=True):
         curves = information_curves(adapter, given.data, given.base) if given.data else []
         runs.append(figures.Run.of(name, adapter, curves))
     lines = []
@@ -156,7 +159,9 @@ def table(kinds: list[KindReport]) -> str:
         depth_count, rank, k, d = kind.shape
         role = {"read": "reads", "write": "writes"}.get(kind.role)
         about = f"{role} the residual stream" if role else "unknown role"
-        lines += [f"\n{kind.name}  ({depth_count} depths, r {rank}, {k} -> {d}, {about})"]
+        lines += [
+            f"\n{kind.name}  ({depth_count} {'depth' if depth_count == 1 else 'depths'}, r {rank}, {k} -> {d}, {about})"
+        ]
         groups = "groups  " if kind.depths[0].groups is not None else ""
         figures = f"{'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}"
         lines += [f"{'layer':>5}  {'open':>7}  {'openness':>8}  {groups}{figures}  semantic"]

@@ -36,13 +36,13 @@ commands:
 {commands}
 """
 _EXAMPLES = f"""examples:
-  structlora init dpo > run.yaml
+  structlora init > run.yaml                              # or `structlora init dpo`, kto, ...
   structlora sft --config run.yaml
-  structlora sft --config run.yaml --structlora false     # plain LoRA, all else equal
+  structlora sft --config run.yaml --structlora false --output_dir lora     # plain LoRA, all else equal
   structlora sft --config run.yaml --accelerate_config zero2
   torchrun --nproc_per_node 8 -m structlora_trl.cli sft --config run.yaml
   structlora inspect out
-  structlora export out adapter --prune 0.05
+  structlora export out small --keep 0.25 --data rows.jsonl
 
 `structlora COMMAND --help` says more. {TRACEBACK}=1 in the environment shows where an error comes from.
 """

@@ -91,7 +91,8 @@ def run(command: str, arguments: list[str]) -> None:
                 refusing(
                     f"setting up TRL's script {command} with {given.model.model_name_or_path}",
                     "a model, a tokenizer and rows that it can train on",
-                    "correct the argument it names (`model_name_or_path`, the columns of the data, ...)",
+                    "correct `model_name_or_path` (a folder, or a model of the hub that can be reached), the columns of "
+                    "the data, or another argument that it names",
                     also=(AttributeError,),  # of `reward_funcs`
                 )
             )

@@ -108,6 +108,10 @@ def test_which_run_did_better(runs, tmp_path):
     )
     assert re.findall('class="lowest">(.*?)<', text) == ["2", "2.25"]
     assert re.search(r"first is lower by 0\.5\b", text)
+    log = folders["second"] / "trainer_state.json"
+    log.write_text(json.dumps({"log_history": [{"step": 9, "eval_loss": 2.25001}]}))
+    assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
+    assert "2.25 in both runs" in (tmp_path / "page.html").read_text()  # not "lower (2.25 against 2.25)"
 
 
 def test_gates_are_on_one_scale_whatever_happened(runs):
@@ -173,9 +177,20 @@ def test_an_option_without_effect_is_refused(option, runs):
     assert main(["inspect", str(runs()), *option]) == 2
 
 
-def test_another_run_needs_a_page(runs, capsys):
+def test_another_run_needs_a_page_and_has_to_exist(runs, tmp_path, capsys):
     assert main(["inspect", str(runs()), "--against", str(runs())]) == 2
     assert "--against needs --html" in capsys.readouterr().err
+    given = [
+        "inspect",
+        str(runs()),
+        "--against",
+        str(tmp_path / "missing"),
+        "--html",
+        str(tmp_path / "page.html"),
+    ]
+    assert main(given) == 1
+    told = capsys.readouterr()
+    assert str(tmp_path / "missing") in told.err and not told.out  # at once, not below the first run's tables
 
 
 ODD = {  # name -> the log

@@ -21,6 +21,7 @@ from structlora_trl.adapters.peft_scaling import with_singular_directions
 from structlora_trl.adapters.pruning import prune, select
 from structlora_trl.adapters.rows import read_rows
 from structlora_trl.cli import main
+from structlora_trl.cli.export import thresholds
 from structlora_trl.errors import StructLoRAError
 from tests.support.adapters import ADAPTER, CONFIG, EXPERTS, RANK, RUNS, as_it_is, on_base, peft_run
 from tests.support.cli_runs import logits_of
@@ -262,6 +263,14 @@ FORMATS = {
     "text": ([{"text": "w1 w2 w3"}], 4, "w1 w2 w3 <eos>"),
     "prompt and completion": ([{"prompt": "w1 w2", "completion": " w3"}], 2, "w1 w2 w3 <eos>"),
     "messages": (chats(2), 8, f"{sentence(0, 4)} {sentence(1, 4)}"),
+    "conversations": (
+        [
+            {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]}
+            for row in chats(2)
+        ],
+        8,
+        f"{sentence(0, 4)} {sentence(1, 4)}",
+    ),
     "messages as prompt and completion": ([conversation(0)], 4, f"{sentence(0, 4)} {sentence(1, 4)}"),
 }
 
@@ -335,3 +344,5 @@ def test_a_threshold_below_every_gate_tells_those_that_drop_something(runs, tmp_
     shutil.rmtree(tmp_path / "same")
     assert main(["export", str(runs()), str(tmp_path / "same"), "--prune", threshold]) == 0
     assert "is above" not in capsys.readouterr().out and math.isfinite(float(threshold))
+    close = thresholds({"layer": torch.linspace(0.8861, 0.8864, 40)[None]}, 0.05)
+    assert close.count("is above") == 1  # gates of a short run: one threshold, said once

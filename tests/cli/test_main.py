@@ -15,6 +15,7 @@ import yaml
 from structlora_trl import __version__
 from structlora_trl.cli import main
 from structlora_trl.cli.main import TRAINING
+from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import SETTINGS, config_file, skip_where_trl_cannot
 from tests.support.data import write_rows
 from tests.support.launching import ROOT
@@ -121,6 +122,11 @@ MISTAKES = [
     ([*RUN, "--resume_from_checkpoint", "gone"], 1, "no folder gone"),
     ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "true"], 1, "cut/checkpoint-2"),
     ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "cut/checkpoint-10"], 1, "cut/checkpoint-2"),
+    (
+        [*RUN, "--output_dir", "gated", "--structlora", "false", "--resume_from_checkpoint", "true"],
+        1,
+        "structlora=false",
+    ),
     (["sft"], 1, "model_name_or_path" if torch.cuda.is_available() else "use_cpu: true"),
     pytest.param(
         [*RUN, "--use_cpu", "false", "--bf16", "true"],
@@ -158,6 +164,8 @@ def spoilt(place):
         "done/adapter_config.json",
         "cut/checkpoint-2/trainer_state.json",
         "cut/checkpoint-10/README.md",
+        "gated/checkpoint-2/trainer_state.json",
+        f"gated/checkpoint-2/{STATE_NAME}",
     ):
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         (place / file).write_text("{}")
