@@ -6,12 +6,11 @@ import json
 import pickle
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, XLoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
@@ -21,7 +20,7 @@ from structlora_trl.core.mapping import Parts
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import run
-from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
+from tests.support.tiny import FAMILIES, adamw, lora_parameters, loss_of, peft_model, train
 
 
 def lora(model, **options):
@@ -52,67 +51,15 @@ class Odd(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(8, 8)}) for _ in range(2))
 
 
-def two_adapters():
-    model = peft_model()
-    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    model.base_model.set_adapter(["default", "other"])
-    return model
-
-
 def two_adapters_one_active():
     model = peft_model()
     model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
     return model
 
 
-def adalora():
-    config = AdaLoraConfig(
-        r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=["q_proj"]
-    )
-    return get_peft_model(base_model("llama"), config)
-
-
-def xlora():
-    with tempfile.TemporaryDirectory() as folder:
-        peft_model().save_pretrained(folder)
-        base = base_model("llama")
-        base.config.use_cache = False
-        return get_peft_model(base, XLoraConfig(hidden_size=base.config.hidden_size, adapters={"x": folder}))
-
-
-def tied():
-    base = base_model("llama")
-    base.config.tie_word_embeddings = True
-    base.tie_weights()
-    model = lora(base, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
-    if not hasattr(model.peft_config["default"], "target_modules_to_tie"):
-        pytest.skip("this PEFT ties no LoRA factors")
-    return model
-
-
-def block_diagonal():
-    if "use_bdlora" not in LoraConfig.__dataclass_fields__:
-        pytest.skip("this PEFT has no BD-LoRA")
-    return peft_model(use_bdlora={"target_modules_bd_b": ["q_proj", "v_proj"], "nblocks": 2})
-
-
-def grouped():
-    blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, groups=2) for _ in range(2))
-    return lora(nn.ModuleDict({"blocks": blocks}), target_modules=r"blocks\.\d")
-
-
-# case -> model, options, message
+# case -> model, options, message; set-ups that stop with an error are in `support/setups.py`
 CASES = {
-    "no PEFT": (lambda: base_model("llama"), {}, "type LlamaForCausalLM.*a PEFT model.*get_peft_model"),
-    "not LoRA": (
-        lambda: get_peft_model(
-            base_model("llama"), IA3Config(target_modules=["v_proj"], feedforward_modules=[])
-        ),
-        {},
-        "PEFT type IA3.*Expected LORA.*`LoraConfig`",
-    ),
     "no such adapter": (peft_model, {"adapter_name": "mine"}, "no adapter 'mine'.*one of 'default'"),
-    "two active": (two_adapters, {}, "2 active adapters.*name it with `adapter_name`"),
     "not active": (
         two_adapters_one_active,
         {"adapter_name": "b"},
@@ -123,22 +70,12 @@ CASES = {
         {},
         "all 3 LoRA modules of adapter 'default' frozen.*is_trainable=True",
     ),
-    "lora_A frozen": (lambda: frozen("lora_A"), {}, "lora_A of .*q_proj' frozen.*side='write'"),
     "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj' frozen.*filter='none'"),
     "in modules_to_save": (all_saved_in_full, {}, "inside `modules_to_save`.*out of `modules_to_save`"),
     "role of nothing": (
         lambda: lora(Odd(), target_modules=["mix"]),
         {"roles": {"mx": "read"}},
         "'mx', the end of no .*mix",
-    ),
-    "AdaLoRA": (adalora, {}, "PEFT type ADALORA.*Expected LORA"),
-    "X-LoRA": (xlora, {}, "an X-LoRA model.*a LoRA adapter to train"),
-    "tied weights": (tied, {}, "embed_tokens' and 'lm_head' in one memory.*ensure_weight_tying=False"),
-    "block-diagonal": (block_diagonal, {}, "'default' with `use_bdlora`.*remove `use_bdlora`"),
-    "grouped convolution": (
-        grouped,
-        {},
-        "'blocks.0' with 4 rows of lora_A and 2 columns of lora_B.*`target_modules`",
     ),
     "one depth": (
         lambda: peft_model(layers_to_transform=[1]),
@@ -157,21 +94,6 @@ def test_bad_models_are_refused(case):
     with pytest.raises(StructLoRAError, match=f"(?s)StructLoRA found .*{message}"):
         attach(model, optimizer, **options)
     assert all(map(torch.equal, before, model.parameters()))
-
-
-@pytest.mark.parametrize(
-    "model, options",
-    [
-        (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mix": "read"}}),
-        (lambda: lora(Odd(), target_modules=["mix"]), {"side": "both"}),
-        (lambda: lora(Odd(), target_modules=["mix"]), {"coordinator": "none"}),
-        (lambda: peft_model(layers_to_transform=[1]), {"coordinator": "none"}),
-        (lambda: frozen("lora_A"), {"side": "write"}),
-    ],
-)
-def test_the_remedies_work(model, options):
-    model = model()
-    attach(model, adamw(model), **options)
 
 
 def test_no_lora_module_of_that_name():
@@ -252,15 +174,9 @@ def test_a_failed_attachment_leaves_nothing_behind():
     attach(model, optimizer)
 
 
-def test_optimizer_without_the_adapter():
-    model = peft_model()
-    some = list(lora_parameters(model).values())[:4]
-    with pytest.raises(
-        StructLoRAError, match="8 of 12 trainable LoRA parameters missing from the optimizer .SGD."
-    ):
-        attach(model, torch.optim.SGD(some, lr=0.1))
+def test_what_is_no_optimizer():
     with pytest.raises(StructLoRAError, match="an optimizer of type dict"):
-        attach(model, {})
+        attach(peft_model(), {})
 
 
 class Unhooked(torch.optim.Optimizer):
@@ -310,14 +226,6 @@ def test_weights_that_move_without_the_optimizer(move):
     assert not runtime.is_attached
 
 
-def test_schedule_free_optimizers():
-    model = peft_model()
-    optimizer = adamw(model)
-    optimizer.param_groups[0]["train_mode"] = False  # the mark of schedulefree's optimizers
-    with pytest.raises(StructLoRAError, match="schedule-free optimizer"):
-        attach(model, optimizer)
-
-
 def test_two_callbacks(tmp_path):
     trainer = sft(tmp_path, [StructLoRACallback(), StructLoRACallback(prior=0.3)])
     with pytest.raises(StructLoRAError, match="2 StructLoRA callbacks on one trainer"):
@@ -350,14 +258,6 @@ def test_optimizer_whose_step_runs_no_hooks(tmp_path):
     with pytest.raises(StructLoRAError, match="AdamW.step ran no step hooks.*optim"):
         trainer.train()
     assert trainer.state.global_step == 1
-
-
-def test_optimizers_that_step_in_the_backward_pass(tmp_path):
-    trainer = sft(tmp_path, [StructLoRACallback()])
-    lone = nn.Parameter(torch.zeros(1))
-    trainer.optimizer = torch.optim.SGD([lone], lr=0.1)  # as Trainer's LayerWiseDummyOptimizer
-    with pytest.raises(StructLoRAError, match="missing from the optimizer .SGD.*layer-wise"):
-        trainer.train()
 
 
 def test_resume_without_our_state(tmp_path):

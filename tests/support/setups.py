@@ -705,7 +705,7 @@ REFUSED = [
             "ensure_weight_tying": True,
         },
         method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
-        refused="in one memory.*`ensure_weight_tying=False`",
+        refused="embed_tokens' and 'lm_head' in one memory.*`ensure_weight_tying=False`",
         needs=("peft>=0.19",),
     ),
     Setup(
@@ -722,7 +722,7 @@ REFUSED = [
     Setup(
         "grouped Conv2d",
         **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), 8, 6, 6),
-        refused="as a grouped convolution has.*`target_modules`",
+        refused="'blocks.0'.*as a grouped convolution has.*`target_modules`",
     ),
     Setup(
         "prompt tuning",
@@ -734,7 +734,11 @@ REFUSED = [
         wrap=of_type("PrefixTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
         refused="PEFT type PREFIX_TUNING.*`LoraConfig`",
     ),
-    Setup("full fine-tuning", wrap=lambda base: base, refused="a PEFT model with a LoRA adapter"),
+    Setup(
+        "full fine-tuning",
+        wrap=lambda base: base,
+        refused="type LlamaForCausalLM.*a PEFT model with a LoRA adapter",
+    ),
     Setup("schedule-free optimizers", optimizer=schedule_free, refused="schedule-free optimizer"),
     Setup("layer-wise optimizers", optimizer=layer_wise, refused="missing from the optimizer.*layer-wise"),
     Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer"),
