@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from structlora_trl import StructLoRAError, attach
-from structlora_trl.state import load_state, save_state
+from tests.support.promises import assert_same_run
+from tests.support.setups import WHOLE, Setup, family
 from tests.support.tiny import (
     FAMILIES,
     adamw,
@@ -75,19 +75,6 @@ def test_autograd_sees_the_weights_change():
         loss.backward()
 
 
-def test_accelerate_loop():
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = peft_model()
-    model, optimizer = accelerator.prepare(model, adamw(model))
-    runtime = attach(model, optimizer)
-    for seed in range(6):
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(model, "llama", seed))
-            optimizer.step()
-            optimizer.zero_grad()
-    assert runtime.step == 3
-
-
 def test_step_on_the_wrong_weights_is_refused():
     model, optimizer, runtime = setup()
     model.eval()
@@ -115,33 +102,6 @@ def test_its_remedy_trains_without_dropout():
     losses[0].backward()
     optimizer.step()
     assert runtime.step == 1
-
-
-def test_a_closure_is_evaluated_before_the_step():
-    """As Lightning passes one. The same run as without."""
-
-    def run(in_closure: bool):
-        model, optimizer, runtime = setup()
-        model.train()
-
-        def closure(seed):
-            optimizer.zero_grad()
-            loss = loss_of(model, "llama", seed)
-            loss.backward()
-            return loss
-
-        for seed in range(3):
-            if in_closure:
-                loss = optimizer.step(closure=lambda seed=seed: closure(seed))
-            else:
-                loss = closure(seed)
-                optimizer.step()
-        assert runtime.step == 3
-        return loss.detach(), snapshot(runtime)
-
-    (loss, state), (expected_loss, expected) = run(True), run(False)
-    assert torch.equal(loss, expected_loss)
-    assert_same(state, expected)
 
 
 def test_optimizers_that_evaluate_within_a_step_are_refused():
@@ -356,28 +316,6 @@ def test_grad_scaler(fused):
             torch.testing.assert_close(final[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_maps_learning_rates_follow_the_schedule():
-    model, optimizer, runtime = setup(gate_lr=0.5, coordinator_lr=0.25)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.0][step])
-    for seed, share in enumerate([1.0, 0.5, 0.0]):
-        before = snapshot(runtime)
-        train(model, "llama", optimizer, 1, first=seed)
-        schedule.step() if seed < 2 else None
-        after = snapshot(runtime)
-        moved = max(
-            (after[n] - before[n]).abs().max().item() for n in before if n.endswith("filters.0.logits")
-        )
-        if share == 0:
-            assert all(
-                torch.equal(before[n], after[n])
-                for n in before
-                if n.endswith(("latent_A", "logits", "theta"))
-            )
-        else:  # AdamW's steps are about its rate
-            assert moved == pytest.approx(0.5 * share, rel=0.3)
-        assert runtime.metrics()["structlora/peak_lr"] == optimizer.param_groups[0]["initial_lr"]
-
-
 def test_noise_and_alignment_are_told_by_the_seed():
     def logits(**options):
         model, _, _ = setup(init="warm", **options)
@@ -432,35 +370,20 @@ def test_semantic_edges_come_on_time():
     assert runtime.metrics()["structlora/semantic_edges"] == counts[2]
 
 
-OPTIONS = [
-    {},
-    {"coordinator": "gat", "side": "both"},
-    {"filter": "random"},
-    {"filter": "topk_norm", "regularizer": "cosine"},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"coordinator": "gat", "side": "both"},
+        {"filter": "random"},
+        {"filter": "topk_norm", "regularizer": "cosine"},
+    ],
+    ids=str,
+)
 def test_resume_is_bit_for_bit(options, tmp_path):
-    options = {**options, "semantic_every": 2, "semantic_threshold": 0.0}
-    model, optimizer, runtime = setup(targets=FAMILIES["llama"].linear, **options)
-    train(model, "llama", optimizer, 3)
-    save_state(runtime, tmp_path)
-    adapter, moments = weights_of(model), copy.deepcopy(optimizer.state_dict())
-    train(model, "llama", optimizer, 3, first=3)
-
-    resumed = peft_model(targets=FAMILIES["llama"].linear)
-    with torch.no_grad():
-        for parameter, value in zip(lora_parameters(resumed).values(), adapter, strict=True):
-            parameter.copy_(value)
-    optimizer_2 = adamw(resumed)
-    optimizer_2.load_state_dict(moments)
-    runtime_2 = attach(resumed, optimizer_2, **options)
-    load_state(runtime_2, tmp_path)
-    assert all(map(torch.equal, adapter, weights_of(resumed)))
-    train(resumed, "llama", optimizer_2, 3, first=3)
-    assert_same(snapshot(runtime), snapshot(runtime_2))
-    assert all(map(torch.equal, weights_of(model), weights_of(resumed)))
+    """The method's other parts; of the default ones, each set-up's own run resumes (`test_setups.py`)."""
+    row = Setup("", **family("llama"), method={**WHOLE, **options})
+    run = row.loop.run(row, tmp_path, row.method)
+    assert_same_run(row.loop.run(row, tmp_path, row.method, resume=True), run)
 
 
 def test_detach_leaves_plain_lora():

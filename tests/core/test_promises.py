@@ -176,15 +176,3 @@ difference = (logits_of(loaded, "llama") - torch.load(sys.argv[1] + "/logits.pt"
 assert difference <= 1e-6, difference
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=ROOT)
-
-
-def test_training_moves_latents_gates_and_theta():
-    model = peft_model(targets=FAMILIES["llama"].linear)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer)
-    before = {name: value.clone() for name, value in runtime.state_dict().items()}
-    train(model, "llama", optimizer, steps=3)
-    after = runtime.state_dict()
-    for name, value in before.items():
-        if name.endswith(("latent_A", "latent_B", "logits", "theta")):
-            assert not torch.equal(value, after[name]), name

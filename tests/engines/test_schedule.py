@@ -165,6 +165,7 @@ def test_rates_of_the_map_are_shares_of_the_peak_and_survive_a_resume(name, tmp_
 
     follows_warm_up = SCHEDULES[name][2]
     peak = max(rates)
+    assert whole.runtime.metrics()["structlora/peak_lr"] == pytest.approx(peak)
     for step, (rate, share) in enumerate(zip(rates, shares, strict=True)):
         expected = rate / (peak if follows_warm_up else max(rates[: step + 1]) or 1.0)
         assert share == pytest.approx(expected, rel=1e-6), f"step {step} of {rates}"
