@@ -10,15 +10,16 @@ from accelerate import Accelerator
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from structlora_trl import StructLoRAError, attach
-from tests.support.tiny import FAMILIES, adamw, logits_of, lora_parameters, loss_of, peft_model, train
-
-
-def trained(steps=3, dtype=torch.float32, **options):
-    model = peft_model(targets=FAMILIES["llama"].linear, dtype=dtype)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, options)
-    train(model, "llama", optimizer, steps)
-    return model, optimizer, runtime
+from tests.support.tiny import (
+    FAMILIES,
+    adamw,
+    logits_of,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+    trained,
+)
 
 
 def backward(model):
