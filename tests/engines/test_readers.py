@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 import pytest
 
-from tests.support.launching import run
+from tests.support.launching import said_by
 
 
 @pytest.mark.slow
 def test_fsdp2():
-    done = run([sys.executable, "-m", "tests.support.fsdp2_readers"])
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = said_by("fsdp2_readers")
     assert found.pop("effect") > 0.01
     assert all(value <= 1e-5 for value in found.values()), found

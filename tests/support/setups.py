@@ -763,7 +763,12 @@ TRAINERS = [
     in_trainer("SFT with wrapped packing", jobs.sft, packing=True, packing_strategy="wrapped", row_count=384),
     in_trainer("SFT without padding", jobs.sft, padding_free=True, max_length=None),
     in_trainer(
-        "SFT with packing and without padding", jobs.sft, packing=True, padding_free=True, row_count=384
+        "SFT with packing and without padding",
+        jobs.sft,
+        slow=False,
+        packing=True,
+        padding_free=True,
+        row_count=384,
     ),
     in_trainer(
         "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}

@@ -253,13 +253,21 @@ class CountsGraphs(TrainerCallback):
         self.seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def test_trainer_subclass_takes_its_options_from_the_arguments(tmp_path):
-    options = {"structlora": {"filter": "random", "coordinator": "gat"}}
-    trainer = sft(tmp_path, None, StructLoRASFTTrainer, StructLoRASFTConfig, **options)
-    trainer.train()
+def ours(trainer) -> StructLoRACallback:
     (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
-    assert callback.config.filter == "random" and callback.config.coordinator == "gat"
-    assert callback.runtime.seed == trainer.args.seed == 5 and callback.runtime.step == 3
+    return callback
+
+
+@pytest.mark.parametrize(
+    "config_class, options",
+    [(StructLoRASFTConfig, {"filter": "random", "coordinator": "gat"}), (SFTConfig, {})],
+)
+def test_trainer_subclass_takes_its_options_from_the_arguments(config_class, options, tmp_path):
+    more = {"structlora": options} if options else {}
+    trainer = sft(tmp_path, None, StructLoRASFTTrainer, config_class, **more)
+    trainer.train()
+    assert ours(trainer).config == StructLoRAConfig(**options)
+    assert ours(trainer).runtime.seed == trainer.args.seed == 5 and ours(trainer).runtime.step == 3
 
 
 IN_ARGUMENTS = {"gate_init": 0.8, "coordinator": "none"}
@@ -342,8 +350,7 @@ def test_mixin_serves_any_trainer(tmp_path):
         structlora_config={"prior": 0.4},
     )
     trainer.train()
-    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
-    assert callback.config.prior == 0.4 and callback.runtime.step == 3
+    assert ours(trainer).config.prior == 0.4 and ours(trainer).runtime.step == 3
 
 
 METRICS = {
@@ -393,25 +400,20 @@ def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
     )
 
 
-def test_metrics_reach_wandb(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    seen = []
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_metrics_reach_trackers(tracker, tmp_path, monkeypatch):
+    library, seen = pytest.importorskip(tracker), []
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setattr(wandb.Run, "log", lambda run, logs, *args, **kwargs: seen.append(logs))
-    sft(tmp_path, [StructLoRACallback()], report_to="wandb").train()
-    wandb.finish()
-    check_metrics([logs for logs in seen if "train/loss" in logs][-1], "train/structlora/")
-
-
-def test_metrics_reach_trackio(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    seen = []
-    monkeypatch.setattr(trackio, "init", lambda *args, **kwargs: None)
-    monkeypatch.setattr(trackio, "config", {}, raising=False)
-    monkeypatch.setattr(trackio, "finish", lambda: None)
-    monkeypatch.setattr(trackio, "log", lambda logs, *args, **kwargs: seen.append(logs))
-    sft(tmp_path, [StructLoRACallback()], report_to="trackio").train()
+    if tracker == "wandb":
+        monkeypatch.setattr(library.Run, "log", lambda run, logs, *args, **kwargs: seen.append(logs))
+    else:
+        monkeypatch.setattr(library, "init", lambda *args, **kwargs: None)
+        monkeypatch.setattr(library, "config", {}, raising=False)
+        monkeypatch.setattr(library, "finish", lambda: None)
+        monkeypatch.setattr(library, "log", lambda logs, *args, **kwargs: seen.append(logs))
+    sft(tmp_path, [StructLoRACallback()], report_to=tracker).train()
+    library.finish()
     check_metrics([logs for logs in seen if "train/loss" in logs][-1], "train/structlora/")
 
 
@@ -578,13 +580,6 @@ def test_plain_trainer_with_other_trained_weights(tmp_path):
     assert head and all(
         not torch.equal(p, dict(trainer.model.named_parameters())[n]) for n, p in head.items()
     )
-
-
-def test_sft_config_without_options_uses_defaults(tmp_path):
-    trainer = sft(tmp_path, None, StructLoRASFTTrainer, SFTConfig)
-    trainer.train()
-    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
-    assert callback.config == StructLoRAConfig()
 
 
 class Snapshot(TrainerCallback):
