@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import peft
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -45,11 +45,9 @@ from tests.support.adapters import (
     train,
 )
 from tests.support.cli_runs import logits_of
-from tests.support.setups import t5
+from tests.support.promises import skip_without
+from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, Setup, t5, variant
 from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
-
-if hasattr(peft, "LoraGAConfig"):
-    from peft.tuners.lora.loraga import preprocess_loraga
 
 
 @pytest.mark.parametrize("variant", RUNS)
@@ -149,44 +147,17 @@ def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_pa
     assert len(asked) >= 3 and {*asked} == {expected}
 
 
-def _gradients(model, config):
-    preprocess_loraga(model, config, lambda: model(**FAMILIES["llama"].batch(0)).loss.backward())
-
-
-def _covariances(model, config):
-    preprocess_corda(
-        model, config, run_model=lambda: model(input_ids=FAMILIES["llama"].batch(0)["input_ids"][:1])
-    )
-
-
-# How an adapter began -> (LoRA's options, what the base model needs for them first). The first ones take a part out of the base
-# model that PEFT cannot find again; with the others PEFT takes the same part again, or none.
-STARTS = {
-    "pissa_niter_4": ({"init_lora_weights": "pissa_niter_4"}, None),
-    "corda": ({"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}, _covariances),
-    "pissa": ({"init_lora_weights": "pissa"}, None),
-    "olora": ({"init_lora_weights": "olora"}, None),
-    "orthogonal": ({"init_lora_weights": "orthogonal"}, None),
-    "eva": ({"init_lora_weights": "eva"}, None),
-}
-FOR_GOOD = ["pissa_niter_4", "corda"]
-if hasattr(peft, "LoraGAConfig"):
-    STARTS["lora_ga"] = ({"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()}, _gradients)
-    FOR_GOOD.append("lora_ga")
-if hasattr(peft, "KasaConfig"):
-    STARTS["kasa"] = ({"kasa_config": peft.KasaConfig()}, None)
+STARTS = {row.name: row for row in SETUPS["Adapters"]}
+STARTS = {name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "orthogonal init", "EVA", "KaSA")}
 if hasattr(peft, "MontecloraConfig"):
-    STARTS["monteclora"] = ({"monteclora_config": peft.MontecloraConfig()}, None)
+    STARTS["MonteCLoRA"] = Setup("MonteCLoRA", wrap=variant("MontecloraConfig", "monteclora_config"))
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_path, monkeypatch):
-    options, prepare = STARTS[start]
-    model = as_it_is("llama")(tmp_path / "base")
-    config = peft.LoraConfig(r=4, lora_alpha=8, **ATTENTION, **options)
-    if prepare:
-        prepare(model, config)
-    model = peft.get_peft_model(model, config)
+    skip_without(STARTS[start].needs)
+    model = replace(STARTS[start], base=partial(as_it_is("llama"), tmp_path / "base")).model()
+    config = model.peft_config["default"]
     inits = config.init_lora_weights
     config.init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
@@ -200,11 +171,11 @@ def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_
         export(read_saved(tmp_path / folder), tmp_path / name, merge=True, **options)
         return logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name), "llama")
 
-    if start not in FOR_GOOD:
+    if start not in NOT_REPEATED:
         torch.testing.assert_close(merged("merged", "out"), trained, atol=1e-5, rtol=0)
         return
     for more in ({"merge": True}, {}, {"base": str(tmp_path / "base")}, {"keep": 0.5}):
-        with pytest.raises(StructLoRAError, match=f"'{start}'.*path_initial_model_for_weight_conversion"):
+        with pytest.raises(StructLoRAError, match=f"'{inits}'.*path_initial_model_for_weight_conversion"):
             export(read_saved(tmp_path / "out"), tmp_path / "refused", **more)
     assert not (tmp_path / "refused").exists()
     # The ways that the error names: PEFT's own conversion, and the base model as it was trained on.

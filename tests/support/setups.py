@@ -479,6 +479,9 @@ ADAPTERS = [
     ),
     Setup("MoE layers by 'all-linear'", **other_family(FAMILIES["qwen3_moe"].build, "all-linear")),
 ]
+# Starts that take a part out of the base model: PEFT does not take these again when it loads an adapter, and takes those.
+NOT_REPEATED = ["LoRA-GA", "CorDA", "PiSSA by fast SVD"]
+REPEATED = ["PiSSA", "OLoRA"]
 
 MODELS = [
     Setup("LLaMA", **family("llama")),
@@ -628,34 +631,23 @@ LOOPS = [
     Setup("freezing layers for a while", loop=loops.Freezing),
 ]
 
+ON_ATTENTION = {"target_modules": TARGETS}
+VIRTUAL_TOKENS = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+OTHER_TYPES = {
+    # name: (configuration, its type, its options)
+    "AdaLoRA": ("AdaLora", "ADALORA", {**ON_ATTENTION, "total_step": 20, "tinit": 1, "tfinal": 2}),
+    "LoHa": ("LoHa", "LOHA", ON_ATTENTION),
+    "LoKr": ("LoKr", "LOKR", ON_ATTENTION),
+    "OFT": ("OFT", "OFT", {**ON_ATTENTION, "r": 0, "oft_block_size": 4}),
+    "BOFT": ("BOFT", "BOFT", {**ON_ATTENTION, "boft_block_size": 4}),
+    "IA3": ("IA3", "IA3", {**ON_ATTENTION, "feedforward_modules": []}),
+    "prompt tuning": ("PromptTuning", "PROMPT_TUNING", VIRTUAL_TOKENS),
+    "prefix tuning": ("PrefixTuning", "PREFIX_TUNING", VIRTUAL_TOKENS),
+}
 REFUSED = [
-    Setup(
-        "AdaLoRA",
-        wrap=of_type(
-            "AdaLoraConfig",
-            r=4,
-            init_r=6,
-            target_r=2,
-            total_step=20,
-            tinit=1,
-            tfinal=2,
-            target_modules=TARGETS,
-        ),
-        refused="PEFT type ADALORA.*`LoraConfig`",
-    ),
     *(
-        Setup(
-            name,
-            wrap=of_type(f"{config}Config", target_modules=TARGETS, **options),
-            refused="PEFT type .*`LoraConfig`",
-        )
-        for name, config, options in (
-            ("LoHa", "LoHa", {}),
-            ("LoKr", "LoKr", {}),
-            ("OFT", "OFT", {"r": 0, "oft_block_size": 4}),
-            ("BOFT", "BOFT", {"boft_block_size": 4}),
-            ("IA3", "IA3", {"feedforward_modules": []}),
-        )
+        Setup(name, wrap=of_type(f"{config}Config", **options), refused=f"PEFT type {kind}.*`LoraConfig`")
+        for name, (config, kind, options) in OTHER_TYPES.items()
     ),
     Setup(
         "VeRA",
@@ -679,31 +671,12 @@ REFUSED = [
         refused="embed_tokens' and 'lm_head' in one memory.*`ensure_weight_tying=False`",
         needs=("peft>=0.19",),
     ),
-    Setup(
-        "XLoRA",
-        wrap=xlora,
-        refused="an X-LoRA model.*`LoraConfig`",
-    ),
-    Setup(
-        "BD-LoRA",
-        wrap=bd_lora,
-        refused="`use_bdlora`.*remove",
-        needs=("peft>=0.19",),
-    ),
+    Setup("XLoRA", wrap=xlora, refused="an X-LoRA model.*`LoraConfig`"),
+    Setup("BD-LoRA", wrap=bd_lora, refused="`use_bdlora`.*remove", needs=("peft>=0.19",)),
     Setup(
         "grouped Conv2d",
         **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), 8, 6, 6),
         refused="'blocks.0'.*as a grouped convolution has.*`target_modules`",
-    ),
-    Setup(
-        "prompt tuning",
-        wrap=of_type("PromptTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        refused="PEFT type PROMPT_TUNING.*`LoraConfig`",
-    ),
-    Setup(
-        "prefix tuning",
-        wrap=of_type("PrefixTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        refused="PEFT type PREFIX_TUNING.*`LoraConfig`",
     ),
     Setup(
         "full fine-tuning",
