@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from structlora_trl import StructLoRAError, attach
 from tests.support.promises import skip_without
-from tests.support.setups import SETUPS, lora
+from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, lora
 from tests.support.tiny import adamw, base_model, logits_of, peft_model, train
 
 SERVED = {"LORA"}
@@ -50,11 +50,6 @@ def test_every_type_of_peft_is_served_or_refused_by_name(name):
     runtime = attach(model, optimizer)
     train(model, "llama", optimizer, 2)
     assert runtime.step == 2
-
-
-# Starts that PEFT does not repeat when it loads an adapter, and those that it does.
-NOT_REPEATED = ["LoRA-GA", "CorDA", "PiSSA by fast SVD"]
-REPEATED = ["PiSSA", "OLoRA"]
 
 
 @pytest.mark.parametrize("name", [*NOT_REPEATED, *REPEATED, "LoRA", "Gaussian init", "orthogonal init"])

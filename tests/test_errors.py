@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, XLoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
@@ -20,8 +16,8 @@ from structlora_trl.core.filters import Filter
 from structlora_trl.core.mapping import Parts
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
-from tests.support.launching import run
-from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
+from tests.support.launching import said_by
+from tests.support.tiny import FAMILIES, adamw, attached, lora_parameters, loss_of, peft_model, train
 
 
 def lora(model, **options):
@@ -52,99 +48,30 @@ class Odd(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(8, 8)}) for _ in range(2))
 
 
-def two_adapters():
-    model = peft_model()
-    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    model.base_model.set_adapter(["default", "other"])
-    return model
-
-
 def two_adapters_one_active():
     model = peft_model()
     model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
     return model
 
 
-def adalora():
-    config = AdaLoraConfig(
-        r=4, init_r=6, target_r=2, total_step=20, tinit=1, tfinal=2, target_modules=["q_proj"]
-    )
-    return get_peft_model(base_model("llama"), config)
-
-
-def xlora():
-    with tempfile.TemporaryDirectory() as folder:
-        peft_model().save_pretrained(folder)
-        base = base_model("llama")
-        base.config.use_cache = False
-        return get_peft_model(base, XLoraConfig(hidden_size=base.config.hidden_size, adapters={"x": folder}))
-
-
-def tied():
-    base = base_model("llama")
-    base.config.tie_word_embeddings = True
-    base.tie_weights()
-    model = lora(base, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
-    if not hasattr(model.peft_config["default"], "target_modules_to_tie"):
-        pytest.skip("this PEFT ties no LoRA factors")
+def without_modules():
+    model = peft_model()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.peft_config["empty"] = model.peft_config["default"]
+    model.base_model.set_adapter("empty")
     return model
 
 
-def block_diagonal():
-    if "use_bdlora" not in LoraConfig.__dataclass_fields__:
-        pytest.skip("this PEFT has no BD-LoRA")
-    return peft_model(use_bdlora={"target_modules_bd_b": ["q_proj", "v_proj"], "nblocks": 2})
-
-
-def grouped():
-    blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, groups=2) for _ in range(2))
-    return lora(nn.ModuleDict({"blocks": blocks}), target_modules=r"blocks\.\d")
-
-
-# case -> model, options, message
+# case -> model, options, names that the message holds; set-ups that stop with an error are in `support/setups.py`
 CASES = {
-    "no PEFT": (lambda: base_model("llama"), {}, "type LlamaForCausalLM.*a PEFT model.*get_peft_model"),
-    "not LoRA": (
-        lambda: get_peft_model(
-            base_model("llama"), IA3Config(target_modules=["v_proj"], feedforward_modules=[])
-        ),
-        {},
-        "PEFT type IA3.*Expected LORA.*`LoraConfig`",
-    ),
-    "no such adapter": (peft_model, {"adapter_name": "mine"}, "no adapter 'mine'.*one of 'default'"),
-    "two active": (two_adapters, {}, "2 active adapters.*name it with `adapter_name`"),
-    "not active": (
-        two_adapters_one_active,
-        {"adapter_name": "b"},
-        r"adapter 'b', which is not active .default is.*model.set_adapter\('b'\)",
-    ),
-    "all frozen": (
-        lambda: frozen("lora_"),
-        {},
-        "all 3 LoRA modules of adapter 'default' frozen.*is_trainable=True",
-    ),
-    "lora_A frozen": (lambda: frozen("lora_A"), {}, "lora_A of .*q_proj' frozen.*side='write'"),
-    "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj' frozen.*filter='none'"),
-    "in modules_to_save": (all_saved_in_full, {}, "inside `modules_to_save`.*out of `modules_to_save`"),
-    "role of nothing": (
-        lambda: lora(Odd(), target_modules=["mix"]),
-        {"roles": {"mx": "read"}},
-        "'mx', the end of no .*mix",
-    ),
-    "AdaLoRA": (adalora, {}, "PEFT type ADALORA.*Expected LORA"),
-    "X-LoRA": (xlora, {}, "an X-LoRA model.*a LoRA adapter to train"),
-    "tied weights": (tied, {}, "embed_tokens' and 'lm_head' in one memory.*ensure_weight_tying=False"),
-    "block-diagonal": (block_diagonal, {}, "'default' with `use_bdlora`.*remove `use_bdlora`"),
-    "grouped convolution": (
-        grouped,
-        {},
-        "'blocks.0' with 4 rows of lora_A and 2 columns of lora_B.*`target_modules`",
-    ),
-    "one depth": (
-        lambda: peft_model(layers_to_transform=[1]),
-        {},
-        "only one depth in every kind.*two depths.*coordinator='none'",
-    ),
+    "no such adapter": (peft_model, {"adapter_name": "mine"}, "'mine'.*'default'"),
+    "no module of that name": (without_modules, {"adapter_name": "empty"}, "'empty'.*default, other"),
+    "not active": (two_adapters_one_active, {"adapter_name": "b"}, r"'b'.*default.*model.set_adapter\('b'\)"),
+    "all frozen": (lambda: frozen("lora_"), {}, "'default'.*is_trainable=True"),
+    "lora_B frozen": (lambda: frozen("lora_B"), {}, "lora_B of .*q_proj'.*filter='none'"),
+    "in modules_to_save": (all_saved_in_full, {}, "`modules_to_save`"),
+    "role of nothing": (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mx": "read"}}, "'mx'.*mix"),
+    "one depth": (lambda: peft_model(layers_to_transform=[1]), {}, "one depth.*coordinator='none'"),
 }
 
 
@@ -159,37 +86,8 @@ def test_bad_models_are_refused(case):
     assert all(map(torch.equal, before, model.parameters()))
 
 
-@pytest.mark.parametrize(
-    "model, options",
-    [
-        (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mix": "read"}}),
-        (lambda: lora(Odd(), target_modules=["mix"]), {"side": "both"}),
-        (lambda: lora(Odd(), target_modules=["mix"]), {"coordinator": "none"}),
-        (lambda: peft_model(layers_to_transform=[1]), {"coordinator": "none"}),
-        (lambda: frozen("lora_A"), {"side": "write"}),
-    ],
-)
-def test_the_remedies_work(model, options):
-    model = model()
-    attach(model, adamw(model), **options)
-
-
-def test_no_lora_module_of_that_name():
-    model = peft_model()
-    optimizer = adamw(model)
-    model.add_adapter("ia3ish", LoraConfig(r=4, target_modules=["q_proj"]))
-    model.peft_config["empty"] = model.peft_config["default"]
-    model.base_model.set_adapter("empty")
-    with pytest.raises(
-        StructLoRAError, match="no LoRA module of adapter 'empty'.*adapters with LoRA: default, ia3ish"
-    ):
-        attach(model, optimizer, adapter_name="empty")
-
-
 def test_attaching_twice():
-    model = peft_model()
-    optimizer = adamw(model)
-    attach(model, optimizer)
+    model, optimizer, _ = attached()
     with pytest.raises(StructLoRAError, match="already attached"):
         attach(model, optimizer)
 
@@ -198,18 +96,14 @@ def test_attaching_twice():
 @pytest.mark.parametrize("kept", [False, True], ids=["dropped gradients", "kept gradients"])
 @pytest.mark.parametrize("part, count", [("", 12), ("layers.0", 4)])
 def test_parameters_replaced_after_attaching(part, count, kept, read):
-    model = peft_model()
-    optimizer = adamw(model)
-    attach(model, optimizer)
+    model, optimizer, _ = attached()
     train(model, "llama", optimizer, 1)
     optimizer.zero_grad(set_to_none=not kept)
     weights = {name: value.clone() for name, value in model.state_dict().items() if part in name}
     model.load_state_dict(weights, strict=False, assign=True)
     model.train()
     model(**FAMILIES["llama"].batch(0)).loss.backward()
-    with pytest.raises(
-        StructLoRAError, match=f"{count} LoRA parameters of the model replaced.*`assign=True`"
-    ):
+    with pytest.raises(StructLoRAError, match=f"{count} LoRA parameters.*`assign=True`"):
         optimizer.step() if read == "step" else model.state_dict()
 
 
@@ -223,14 +117,12 @@ def test_an_adapter_made_anew_under_the_same_name():
     model.delete_adapter("default")
     model.add_adapter("default", config)
     model.set_adapter("default")
-    with pytest.raises(StructLoRAError, match="12 LoRA parameters of the model replaced"):
+    with pytest.raises(StructLoRAError, match="12 LoRA parameters.*`assign=True`"):
         train(model, "llama", optimizer, 1)
 
 
 def test_deleting_the_adapter_replaces_nothing():
-    model = peft_model()
-    optimizer = adamw(model)
-    attach(model, optimizer)
+    model, optimizer, _ = attached()
     train(model, "llama", optimizer, 1)
     model.add_adapter("other", model.peft_config["default"])
     model.set_adapter("other")
@@ -252,15 +144,9 @@ def test_a_failed_attachment_leaves_nothing_behind():
     attach(model, optimizer)
 
 
-def test_optimizer_without_the_adapter():
-    model = peft_model()
-    some = list(lora_parameters(model).values())[:4]
-    with pytest.raises(
-        StructLoRAError, match="8 of 12 trainable LoRA parameters missing from the optimizer .SGD."
-    ):
-        attach(model, torch.optim.SGD(some, lr=0.1))
+def test_what_is_no_optimizer():
     with pytest.raises(StructLoRAError, match="an optimizer of type dict"):
-        attach(model, {})
+        attach(peft_model(), {})
 
 
 class Unhooked(torch.optim.Optimizer):
@@ -275,9 +161,7 @@ class Unhooked(torch.optim.Optimizer):
 
 def test_optimizers_that_run_no_hooks():
     model = peft_model()
-    with pytest.raises(
-        StructLoRAError, match="Unhooked.*runs no hooks.*attach to the optimizer that it wraps"
-    ):
+    with pytest.raises(StructLoRAError, match="Unhooked"):
         attach(model, Unhooked(adamw(model)))
 
 
@@ -291,9 +175,7 @@ def perturb(model, optimizer):
     "move", [perturb, lambda model, _: adamw(model).step()], ids=["SAM", "another optimizer"]
 )
 def test_weights_that_move_without_the_optimizer(move):
-    model = peft_model()
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    model, optimizer, runtime = attached()
     model.train()
     loss_of(model, "llama", 0).backward()
     move(model, optimizer)
@@ -310,27 +192,19 @@ def test_weights_that_move_without_the_optimizer(move):
     assert not runtime.is_attached
 
 
-def test_schedule_free_optimizers():
-    model = peft_model()
-    optimizer = adamw(model)
-    optimizer.param_groups[0]["train_mode"] = False  # the mark of schedulefree's optimizers
-    with pytest.raises(StructLoRAError, match="schedule-free optimizer"):
-        attach(model, optimizer)
-
-
 def test_two_callbacks(tmp_path):
     trainer = sft(tmp_path, [StructLoRACallback(), StructLoRACallback(prior=0.3)])
-    with pytest.raises(StructLoRAError, match="2 StructLoRA callbacks on one trainer"):
+    with pytest.raises(StructLoRAError, match="2 StructLoRA callbacks"):
         trainer.train()
 
 
 def test_callback_without_peft(tmp_path):
-    with pytest.raises(StructLoRAError, match="a PEFT model with a LoRA adapter.*peft_config"):
+    with pytest.raises(StructLoRAError, match="peft_config"):
         sft(tmp_path, [StructLoRACallback()], peft=False).train()
 
 
 def test_callback_outside_a_trainer():
-    with pytest.raises(StructLoRAError, match="outside a `transformers.Trainer`.*attach"):
+    with pytest.raises(StructLoRAError, match="`transformers.Trainer`.*attach"):
         StructLoRACallback().on_train_begin(None, None, None)
 
 
@@ -347,25 +221,15 @@ def test_optimizer_whose_step_runs_no_hooks(tmp_path):
 
     callback = StructLoRACallback()
     trainer = sft(tmp_path, [callback, Unhooked()])
-    with pytest.raises(StructLoRAError, match="AdamW.step ran no step hooks.*optim"):
+    with pytest.raises(StructLoRAError, match="AdamW.step.*optim"):
         trainer.train()
     assert trainer.state.global_step == 1
-
-
-def test_optimizers_that_step_in_the_backward_pass(tmp_path):
-    trainer = sft(tmp_path, [StructLoRACallback()])
-    lone = nn.Parameter(torch.zeros(1))
-    trainer.optimizer = torch.optim.SGD([lone], lr=0.1)  # as Trainer's LayerWiseDummyOptimizer
-    with pytest.raises(StructLoRAError, match="missing from the optimizer .SGD.*layer-wise"):
-        trainer.train()
 
 
 def test_resume_without_our_state(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     sft(tmp_path, None, **options).train()
-    with pytest.raises(
-        StructLoRAError, match=f"no {STATE_NAME} in .*checkpoint-4.*without `resume_from_checkpoint`"
-    ):
+    with pytest.raises(StructLoRAError, match=f"{STATE_NAME} in .*checkpoint-4.*`resume_from_checkpoint`"):
         sft(tmp_path, [StructLoRACallback()], **options).train(resume_from_checkpoint=True)
 
 
@@ -373,34 +237,33 @@ def test_distributed_launches_are_refused(monkeypatch):
     model = peft_model()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(StructLoRAError, match="2 processes and a model that is not wrapped.*DDP"):
+    with pytest.raises(StructLoRAError, match="2 processes.*DDP"):
         attach(model, adamw(model))
 
 
+# case -> names that the message holds
 UNSERVED = {
-    "FSDP2 of a part": "placements none.*shard the root module",
-    "tensor parallelism": "tensor parallelism with LoRA parameters placed as.*FSDP2 or ZeRO-3",
-    "FSDP1": "sharded by FSDP1.*`fsdp_version: 2` in the `fsdp_config`",
-    "ZeRO stage 0": "ZeRO stage 0.*to 1, 2 or 3",
+    "FSDP2 of a part": "placements none",
+    "tensor parallelism": "tensor parallelism.*FSDP2 or ZeRO-3",
+    "FSDP1": "FSDP1.*`fsdp_version: 2` in the `fsdp_config`",
+    "ZeRO stage 0": "ZeRO stage 0.*1, 2 or 3",
     "pipeline": "pipeline parallelism.*ZeRO stage 1, 2 or 3",
-    "ZeRO++": r"ZeRO\+\+'s quantized.*remove `zero_quantized_",
+    "ZeRO++": r"ZeRO\+\+.*`zero_quantized_",
     "MiCS": "MiCS.*`zero_hpz_partition_size`",
     "another optimizer of DeepSpeed's": "SuperOffloadOptimizer_Stage3.*ZeRO stage 1, 2 or 3",
-    "NVMe": "offload to NVMe.*`device: cpu`",
-    "Muon": "Muon.*another optimizer",
-    "torch_autocast": "`torch_autocast` with a gradient scaler.*`bf16` or `fp16`",
-    "LoRA-FA's optimizer": "LoraFAOptimizer under DeepSpeed.*launch with DDP",
-    "Riemannian optimizer": "RiemannianPreconditionedOptimizer under DeepSpeed.*launch with DDP",
-    **{f"written under ZeRO-{n}": "other code has written.*reload" for n in (1, 2, 3)},
-    "engine withheld": "without the engine.*pass the wrapped model",
+    "NVMe": "NVMe.*`device: cpu`",
+    "Muon": "Muon",
+    "torch_autocast": "`torch_autocast`.*`bf16` or `fp16`",
+    "LoRA-FA's optimizer": "LoraFAOptimizer.*DDP",
+    "Riemannian optimizer": "RiemannianPreconditionedOptimizer.*DDP",
+    **{f"written under ZeRO-{n}": "reload" for n in (1, 2, 3)},
+    "engine withheld": "wrapped model",
 }
 
 
 @pytest.fixture(scope="module")
 def unserved():
-    done = run([sys.executable, str(Path(__file__).parent / "support" / "unserved_engines.py")])
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return said_by("unserved_engines")
 
 
 @pytest.mark.parametrize("name", UNSERVED)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, adamw, peft_model, train
+from tests.support.tiny import FAMILIES, adamw, attached, peft_model, train
 
 lightning = pytest.importorskip("lightning")
 
@@ -16,9 +16,7 @@ def tokens(seed):
 
 
 def expected(steps):
-    model = peft_model()
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, steps)
     return runtime.state_dict()
 

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from structlora_trl import attach
 from tests.support.tiny import (
     FAMILIES,
     adamw,
@@ -20,6 +19,7 @@ from tests.support.tiny import (
     loss_of,
     peft_model,
     train,
+    trained,
 )
 
 PROMPT = torch.tensor([[5, 6, 7]])
@@ -27,14 +27,6 @@ PROMPT = torch.tensor([[5, 6, 7]])
 
 class Interrupted(Exception):
     pass
-
-
-def trained(optimizer=adamw, steps=3, **options):
-    model = peft_model(targets=FAMILIES["llama"].linear)
-    optimizer = optimizer(model)
-    runtime = attach(model, optimizer, options)
-    train(model, "llama", optimizer, steps)
-    return model, optimizer, runtime
 
 
 class Breaks(torch.optim.AdamW):
@@ -139,14 +131,14 @@ def with_state(state):
 
 @pytest.mark.parametrize("leave", [after_the_forward, after_the_backward, in_the_optimizer])
 def test_readers_within_a_step_see_evaluation_weights(leave, tmp_path):
-    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    model, optimizer, runtime = trained(optimizer=lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
     expected, expected_text = logits_of(model, "llama"), generated(model)
     for name, read in READERS.items():
         leave(model, optimizer)
         assert runtime.weights in ("training", "latent")
         # To rounding where values are merged into others or copied to a file and back.
         assert (read(model, tmp_path) - expected).abs().max() <= 1e-5, name
-    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    model, optimizer, runtime = trained(optimizer=lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
     for mode in (False, True):  # a notebook's model is in training mode after Ctrl-C
         leave(model, optimizer)
         model.train(mode)
@@ -177,7 +169,7 @@ def test_training_goes_on_after_readers_as_if_there_were_none():
 
 
 def test_training_goes_on_after_an_interrupted_step():
-    model, optimizer, runtime = trained(lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    model, optimizer, runtime = trained(optimizer=lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
     latents = [f.B.clone() for f in runtime.engine.read_latents()]
     in_the_optimizer(model, optimizer)
     optimizer.zero_grad()

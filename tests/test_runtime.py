@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from structlora_trl import StructLoRAError, attach
-from structlora_trl.state import load_state, save_state
+from tests.support.promises import assert_same_run
+from tests.support.setups import WHOLE, Setup, family
 from tests.support.tiny import (
     FAMILIES,
     adamw,
+    attached,
     base_model,
     logits_of,
     lora_parameters,
@@ -20,12 +21,6 @@ from tests.support.tiny import (
     peft_model,
     train,
 )
-
-
-def setup(optimizer=adamw, init="fresh", targets=None, **options):
-    model = peft_model(init=init, targets=targets)
-    optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, **options)
 
 
 def weights_of(model):
@@ -44,7 +39,7 @@ def assert_same(left: dict, right: dict):
 
 
 def test_training_sees_noise_and_evaluation_does_not():
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 2)
     evaluation = logits_of(model, "llama")
     assert torch.equal(evaluation, logits_of(model, "llama"))
@@ -61,7 +56,7 @@ def test_training_sees_noise_and_evaluation_does_not():
 
 def test_autograd_sees_the_weights_change():
     """Caches by version (Axolotl's DoRA kernel) are refreshed, and no backward goes through weights that are gone."""
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 2)
     for flip in (runtime.train, runtime.eval):
         before = [(p, p._version, p.detach().clone()) for p in runtime.lora_parameters()]
@@ -75,21 +70,8 @@ def test_autograd_sees_the_weights_change():
         loss.backward()
 
 
-def test_accelerate_loop():
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = peft_model()
-    model, optimizer = accelerator.prepare(model, adamw(model))
-    runtime = attach(model, optimizer)
-    for seed in range(6):
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(model, "llama", seed))
-            optimizer.step()
-            optimizer.zero_grad()
-    assert runtime.step == 3
-
-
 def test_step_on_the_wrong_weights_is_refused():
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     model.eval()
     loss_of(model, "llama", 0).backward()
     with pytest.raises(StructLoRAError, match="evaluation weights.*call `model.train\\(\\)`"):
@@ -106,9 +88,7 @@ def dropout_off_one_by_one(model):
 
 
 def test_its_remedy_trains_without_dropout():
-    model = peft_model(dropout=0.5)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    model, optimizer, runtime = attached(peft_model(dropout=0.5))
     dropout_off_one_by_one(model)
     losses = [loss_of(model, "llama", 0) for _ in range(2)]
     assert torch.equal(*losses)
@@ -117,36 +97,9 @@ def test_its_remedy_trains_without_dropout():
     assert runtime.step == 1
 
 
-def test_a_closure_is_evaluated_before_the_step():
-    """As Lightning passes one. The same run as without."""
-
-    def run(in_closure: bool):
-        model, optimizer, runtime = setup()
-        model.train()
-
-        def closure(seed):
-            optimizer.zero_grad()
-            loss = loss_of(model, "llama", seed)
-            loss.backward()
-            return loss
-
-        for seed in range(3):
-            if in_closure:
-                loss = optimizer.step(closure=lambda seed=seed: closure(seed))
-            else:
-                loss = closure(seed)
-                optimizer.step()
-        assert runtime.step == 3
-        return loss.detach(), snapshot(runtime)
-
-    (loss, state), (expected_loss, expected) = run(True), run(False)
-    assert torch.equal(loss, expected_loss)
-    assert_same(state, expected)
-
-
 def test_optimizers_that_evaluate_within_a_step_are_refused():
-    model, optimizer, runtime = setup(
-        lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1)
+    model, optimizer, runtime = attached(
+        optimizer=lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1)
     )
     before = weights_of(model)
 
@@ -171,7 +124,9 @@ class Twice(torch.optim.AdamW):
 
 def test_a_step_within_a_step_is_one_step():
     def run(kind):
-        model, optimizer, runtime = setup(lambda model: kind(lora_parameters(model).values(), lr=1e-2))
+        model, optimizer, runtime = attached(
+            optimizer=lambda model: kind(lora_parameters(model).values(), lr=1e-2)
+        )
         train(model, "llama", optimizer, 3)
         return snapshot(runtime)
 
@@ -182,8 +137,10 @@ def test_a_step_within_a_step_is_one_step():
 
 def test_maximize_is_minimizing_the_negative():
     def run(maximize: bool):
-        model, optimizer, runtime = setup(
-            lambda model: torch.optim.SGD(lora_parameters(model).values(), lr=0.5, maximize=maximize),
+        model, optimizer, runtime = attached(
+            optimizer=lambda model: torch.optim.SGD(
+                lora_parameters(model).values(), lr=0.5, maximize=maximize
+            ),
             regularizer="laplacian",
         )
         model.train()
@@ -226,7 +183,7 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
 
 
 def test_freezing_for_a_while_leaves_the_latents():
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 5)
     latents = [latent.B.clone() for latent in runtime.engine.read_latents()]
     frozen = [p for n, p in model.named_parameters() if "lora_B" in n]
@@ -265,7 +222,7 @@ def test_unfreezing_is_refused():
 
 def test_reference_by_disable_adapter_and_training_of_another_adapter():
     """Plain LoRA's own loops: PEFT turns `requires_grad` off and on meanwhile."""
-    model, _, _ = setup()
+    model, _, _ = attached()
     model.add_adapter("other", model.peft_config["default"])
     optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)
     runtime = attach(model, optimizer)
@@ -291,7 +248,7 @@ def test_reference_by_disable_adapter_and_training_of_another_adapter():
 
 
 def test_step_without_backward_changes_nothing():
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 2)
     before, weights = snapshot(runtime), weights_of(model)
     optimizer.step()
@@ -301,7 +258,7 @@ def test_step_without_backward_changes_nothing():
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_bad_gradients_skip_the_step_and_are_counted(poison):
-    model, optimizer, runtime = setup(targets=FAMILIES["llama"].linear)
+    model, optimizer, runtime = attached(peft_model(targets=FAMILIES["llama"].linear))
     train(model, "llama", optimizer, 2)
     before, weights = snapshot(runtime), weights_of(model)
     moments = copy.deepcopy(optimizer.state_dict()["state"])
@@ -356,31 +313,9 @@ def test_grad_scaler(fused):
             torch.testing.assert_close(final[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_maps_learning_rates_follow_the_schedule():
-    model, optimizer, runtime = setup(gate_lr=0.5, coordinator_lr=0.25)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.0][step])
-    for seed, share in enumerate([1.0, 0.5, 0.0]):
-        before = snapshot(runtime)
-        train(model, "llama", optimizer, 1, first=seed)
-        schedule.step() if seed < 2 else None
-        after = snapshot(runtime)
-        moved = max(
-            (after[n] - before[n]).abs().max().item() for n in before if n.endswith("filters.0.logits")
-        )
-        if share == 0:
-            assert all(
-                torch.equal(before[n], after[n])
-                for n in before
-                if n.endswith(("latent_A", "logits", "theta"))
-            )
-        else:  # AdamW's steps are about its rate
-            assert moved == pytest.approx(0.5 * share, rel=0.3)
-        assert runtime.metrics()["structlora/peak_lr"] == optimizer.param_groups[0]["initial_lr"]
-
-
 def test_noise_and_alignment_are_told_by_the_seed():
     def logits(**options):
-        model, _, _ = setup(init="warm", **options)
+        model, _, _ = attached(peft_model(init="warm"), **options)
         model.train()
         return loss_of(model, "llama", 0)
 
@@ -400,7 +335,7 @@ def test_noise_and_alignment_are_told_by_the_seed():
     ],
 )
 def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
-    _, _, runtime = setup(init=init, **options)
+    _, _, runtime = attached(peft_model(init=init), **options)
     for kind in runtime.kinds:
         assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is aligned
 
@@ -408,7 +343,7 @@ def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
 @pytest.mark.parametrize("options", [{}, {"coordinator": "none"}])
 def test_gradients_are_compared_once_for_each_report(options):
     def reported(*counts: int) -> list[float]:
-        model, optimizer, runtime = setup(**options)
+        model, optimizer, runtime = attached(**options)
         assert "structlora/gradient_cosine" not in runtime.metrics()  # no step yet
         found, done = [], 0
         for count in counts:
@@ -423,7 +358,7 @@ def test_gradients_are_compared_once_for_each_report(options):
 
 
 def test_semantic_edges_come_on_time():
-    model, optimizer, runtime = setup(semantic_every=3, semantic_threshold=-0.99, semantic_top_k=1)
+    model, optimizer, runtime = attached(semantic_every=3, semantic_threshold=-0.99, semantic_top_k=1)
     counts = []
     for seed in range(3):
         train(model, "llama", optimizer, 1, first=seed)
@@ -432,39 +367,24 @@ def test_semantic_edges_come_on_time():
     assert runtime.metrics()["structlora/semantic_edges"] == counts[2]
 
 
-OPTIONS = [
-    {},
-    {"coordinator": "gat", "side": "both"},
-    {"filter": "random"},
-    {"filter": "topk_norm", "regularizer": "cosine"},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"coordinator": "gat", "side": "both"},
+        {"filter": "random"},
+        {"filter": "topk_norm", "regularizer": "cosine"},
+    ],
+    ids=str,
+)
 def test_resume_is_bit_for_bit(options, tmp_path):
-    options = {**options, "semantic_every": 2, "semantic_threshold": 0.0}
-    model, optimizer, runtime = setup(targets=FAMILIES["llama"].linear, **options)
-    train(model, "llama", optimizer, 3)
-    save_state(runtime, tmp_path)
-    adapter, moments = weights_of(model), copy.deepcopy(optimizer.state_dict())
-    train(model, "llama", optimizer, 3, first=3)
-
-    resumed = peft_model(targets=FAMILIES["llama"].linear)
-    with torch.no_grad():
-        for parameter, value in zip(lora_parameters(resumed).values(), adapter, strict=True):
-            parameter.copy_(value)
-    optimizer_2 = adamw(resumed)
-    optimizer_2.load_state_dict(moments)
-    runtime_2 = attach(resumed, optimizer_2, **options)
-    load_state(runtime_2, tmp_path)
-    assert all(map(torch.equal, adapter, weights_of(resumed)))
-    train(resumed, "llama", optimizer_2, 3, first=3)
-    assert_same(snapshot(runtime), snapshot(runtime_2))
-    assert all(map(torch.equal, weights_of(model), weights_of(resumed)))
+    """The method's other parts; of the default ones, each set-up's own run resumes (`test_setups.py`)."""
+    row = Setup("", **family("llama"), method={**WHOLE, **options})
+    run = row.loop.run(row, tmp_path, row.method)
+    assert_same_run(row.loop.run(row, tmp_path, row.method, resume=True), run)
 
 
 def test_detach_leaves_plain_lora():
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 2)
     runtime.train()
     runtime.detach()
@@ -478,7 +398,7 @@ def test_detach_leaves_plain_lora():
 
 
 def test_a_broken_off_run_is_taken_over():
-    model, optimizer, runtime = setup(init="warm")
+    model, optimizer, runtime = attached(peft_model(init="warm"))
     train(model, "llama", optimizer, 2)
     evaluation = logits_of(model, "llama")
     model.train()
@@ -490,7 +410,7 @@ def test_a_broken_off_run_is_taken_over():
 
 
 def test_copies_of_the_model_do_not_carry_the_runtime():
-    model, optimizer, runtime = setup()
+    model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 1)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -506,7 +426,7 @@ def test_copies_of_the_model_do_not_carry_the_runtime():
 def test_unused_depths_get_gradients_from_neighbours_alone():
     """A module that the batch did not reach has no gradient: gates leave it alone, a coordinator may reach it."""
     for options, moves in (({"coordinator": "none"}, False), ({"coordinator": "gcn", "side": "write"}, True)):
-        model, optimizer, runtime = setup(init="warm", **options)
+        model, optimizer, runtime = attached(peft_model(init="warm"), **options)
         train(model, "llama", optimizer, 2)
         kind = runtime.kinds[0]
         before = runtime.engine.read_latents()[0].B[1].clone()

@@ -6,6 +6,7 @@ import re
 import runpy
 
 import pytest
+import torch
 
 from structlora_trl import StructLoRAError
 from tests.support.launching import ROOT
@@ -31,8 +32,11 @@ def test_setup(row, tmp_path):
 @pytest.mark.parametrize("row", params(refused=True))
 def test_setup_is_refused(row, tmp_path):
     skip_without(row.needs)
-    with pytest.raises(StructLoRAError, match=f"(?s){row.refused}"):
-        row.loop.run(row, tmp_path, row.method)
+    loop = row.loop(row, row.method)
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    with pytest.raises(StructLoRAError, match=f"(?s)StructLoRA found .*{row.refused}"):
+        loop.begin()
+    assert all(map(torch.equal, before, loop.model.parameters()))
     if row.remedy is not None:
         assert_it_acted(row.loop.run(row, tmp_path, {**row.method, **row.remedy}))
     row.loop.run(row, tmp_path, None, steps=1)  # plain LoRA, or whatever it is, trains

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import peft
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -19,11 +19,8 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from structlora_trl.adapters.export import export, information_curves
@@ -34,6 +31,7 @@ from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import (
     ADAPTER,
+    ATTENTION,
     CONFIG,
     DEPTHS,
     EXPERTS,
@@ -41,14 +39,15 @@ from tests.support.adapters import (
     RUNS,
     as_it_is,
     bare_run,
+    llama_run,
     on_base,
+    take_steps,
     train,
 )
 from tests.support.cli_runs import logits_of
+from tests.support.promises import skip_without
+from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, Setup, t5, variant
 from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
-
-if hasattr(peft, "LoraGAConfig"):
-    from peft.tuners.lora.loraga import preprocess_loraga
 
 
 @pytest.mark.parametrize("variant", RUNS)
@@ -134,8 +133,7 @@ def test_merge(runs, plain_adapter, tmp_path):
 
 @pytest.mark.parametrize("given, expected", [(None, "v1"), ("base", None)])
 def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_path, monkeypatch):
-    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
-    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **ATTENTION, revision="v1")
+    out = llama_run(tmp_path, revision="v1")
     asked = []
     for loader in (AutoConfig, LlamaForCausalLM, AutoTokenizer):
 
@@ -149,54 +147,22 @@ def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_pa
     assert len(asked) >= 3 and {*asked} == {expected}
 
 
-def _gradients(model, config):
-    preprocess_loraga(model, config, lambda: model(**FAMILIES["llama"].batch(0)).loss.backward())
-
-
-def _covariances(model, config):
-    preprocess_corda(
-        model, config, run_model=lambda: model(input_ids=FAMILIES["llama"].batch(0)["input_ids"][:1])
-    )
-
-
-# How an adapter began -> (LoRA's options, what the base model needs for them first). The first ones take a part out of the base
-# model that PEFT cannot find again; with the others PEFT takes the same part again, or none.
-STARTS = {
-    "pissa_niter_4": ({"init_lora_weights": "pissa_niter_4"}, None),
-    "corda": ({"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method="kpm")}, _covariances),
-    "pissa": ({"init_lora_weights": "pissa"}, None),
-    "olora": ({"init_lora_weights": "olora"}, None),
-    "orthogonal": ({"init_lora_weights": "orthogonal"}, None),
-    "eva": ({"init_lora_weights": "eva"}, None),
-}
-FOR_GOOD = ["pissa_niter_4", "corda"]
-if hasattr(peft, "LoraGAConfig"):
-    STARTS["lora_ga"] = ({"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()}, _gradients)
-    FOR_GOOD.append("lora_ga")
-if hasattr(peft, "KasaConfig"):
-    STARTS["kasa"] = ({"kasa_config": peft.KasaConfig()}, None)
+STARTS = {row.name: row for row in SETUPS["Adapters"]}
+STARTS = {name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "orthogonal init", "EVA", "KaSA")}
 if hasattr(peft, "MontecloraConfig"):
-    STARTS["monteclora"] = ({"monteclora_config": peft.MontecloraConfig()}, None)
+    STARTS["MonteCLoRA"] = Setup("MonteCLoRA", wrap=variant("MontecloraConfig", "monteclora_config"))
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_path, monkeypatch):
-    options, prepare = STARTS[start]
-    model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
-    config = peft.LoraConfig(r=4, lora_alpha=8, **ATTENTION, **options)
-    if prepare:
-        prepare(model, config)
-    model = peft.get_peft_model(model, config)
+    skip_without(STARTS[start].needs)
+    model = replace(STARTS[start], base=partial(as_it_is("llama"), tmp_path / "base")).model()
+    config = model.peft_config["default"]
     inits = config.init_lora_weights
     config.init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     config.init_lora_weights = inits
-    optimizer = adamw(model)
-    model.train()
-    for step in range(3):
-        model(**FAMILIES["llama"].batch(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, adamw(model), FAMILIES["llama"].batch)
     trained = logits_of(model, "llama")
     model.save_pretrained(tmp_path / "out")
     torch.manual_seed(7)  # whatever is drawn on loading is another draw than in training
@@ -205,11 +171,11 @@ def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_
         export(read_saved(tmp_path / folder), tmp_path / name, merge=True, **options)
         return logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name), "llama")
 
-    if start not in FOR_GOOD:
+    if start not in NOT_REPEATED:
         torch.testing.assert_close(merged("merged", "out"), trained, atol=1e-5, rtol=0)
         return
     for more in ({"merge": True}, {}, {"base": str(tmp_path / "base")}, {"keep": 0.5}):
-        with pytest.raises(StructLoRAError, match=f"'{start}'.*path_initial_model_for_weight_conversion"):
+        with pytest.raises(StructLoRAError, match=f"'{inits}'.*path_initial_model_for_weight_conversion"):
             export(read_saved(tmp_path / "out"), tmp_path / "refused", **more)
     assert not (tmp_path / "refused").exists()
     # The ways that the error names: PEFT's own conversion, and the base model as it was trained on.
@@ -306,16 +272,10 @@ def with_another_head(build, model_class, **options):
     return load
 
 
-def t5():
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0))
-
-
-ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
 TOKENS, PICTURES = "4 x 64 random tokens", "4 random pictures"
 # What is adapted -> (how to make and load it, a family with its batches, LoRA's options, what is measured on)
 MODELS = {
-    "bert": (as_it_is(lambda: base_model("bert")), "bert", {"target_modules": ["query", "value"]}, TOKENS),
+    "bert": (as_it_is("bert"), "bert", {"target_modules": ["query", "value"]}, TOKENS),
     "bert with another head": (
         with_another_head(
             lambda: BertModel(base_model("bert").config), BertForSequenceClassification, num_labels=3
@@ -331,16 +291,16 @@ MODELS = {
         TOKENS,
     ),
     "vit": (
-        as_it_is(lambda: base_model("vit")),
+        as_it_is("vit"),
         "vit",
         {"target_modules": FAMILIES["vit"].attention},
         PICTURES,
     ),
-    "llava": (as_it_is(lambda: base_model("llava")), "llava", ATTENTION, TOKENS),
+    "llava": (as_it_is("llava"), "llava", ATTENTION, TOKENS),
     "t5": (as_it_is(t5), "llama", {"target_modules": ["q", "o"], "task_type": "SEQ_2_SEQ_LM"}, TOKENS),
-    "mixtral": (as_it_is(lambda: base_model("mixtral")), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
+    "mixtral": (as_it_is("mixtral"), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
     "mixtral, experts alone": (
-        as_it_is(lambda: base_model("mixtral")),
+        as_it_is("mixtral"),
         "llama",
         {"target_modules": [], "r": 8, **EXPERTS},
         TOKENS,
@@ -473,16 +433,6 @@ def test_a_save_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def llama_run(folder, config: dict | None = None, change=None, **lora):
-    """An adapter of a tiny Llama with settings of its own; its folder."""
-    torch.manual_seed(0)
-    settings = LlamaConfig(**{**base_model("llama").config.to_dict(), **(config or {})})
-    model = as_it_is(lambda: LlamaForCausalLM(settings))(folder / "base")
-    return bare_run(
-        change(model) if change else model, folder / "out", FAMILIES["llama"].batch, **{**ATTENTION, **lora}
-    )
-
-
 def weights_in(folder) -> dict[str, torch.Tensor]:
     return {name: value for name, value in load_file(folder / ADAPTER).items() if "lora_" in name}
 
@@ -507,9 +457,7 @@ SCALES = {
 )
 @pytest.mark.parametrize("scales", SCALES)
 def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
-    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
-    targets = {"target_modules": ["q_proj", "v_proj", "o_proj"]}
-    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **targets, **SCALES[scales])
+    out = llama_run(tmp_path, target_modules=["q_proj", "v_proj", "o_proj"], **SCALES[scales])
     export(read_saved(out), tmp_path / "exported", probe="none", **options)
     expected, config = (
         updates(out, tmp_path / "base"),
@@ -525,67 +473,52 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
             torch.testing.assert_close(LOADERS[loader](config, len(A)) * B @ A, update, atol=1e-6, rtol=1e-5)
 
 
-# What PEFT makes of it at another rank or scale is not what was trained -> (LoRA's options, words of the message or None).
+# What PEFT makes of it at another rank or scale is not what was trained -> (LoRA's options, what is asked for, a name that the
+# message holds; or the largest difference of logits where it is not refused).
+ONE_RANK, PRUNED = {"one_rank": True}, {"prune_below": 0.5, "probe": "none"}
 BOUND = {
     "OLoRA of two ranks": (
         {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
-        "initialised with 'olora'",
+        ONE_RANK,
+        "'olora'",
     ),
     "OLoRA of two scales": (
         {"init_lora_weights": "olora", "alpha_pattern": {"q_proj": 2}},
-        "initialised with 'olora'",
+        ONE_RANK,
+        "'olora'",
     ),
-    "OLoRA of one rank": ({"init_lora_weights": "olora"}, None),
+    "OLoRA of one rank": ({"init_lora_weights": "olora"}, ONE_RANK, 1e-5),
     "PiSSA of two ranks": (
         {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
-        "initialised with 'pissa'",
+        ONE_RANK,
+        "'pissa'",
     ),
-    "PiSSA of two scales": ({"init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 2}}, None),
-    "orthogonal of two ranks": ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 2}}, None),
+    "PiSSA of two scales": ({"init_lora_weights": "pissa", "alpha_pattern": {"q_proj": 2}}, ONE_RANK, 1e-5),
+    "orthogonal of two ranks": (
+        {"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 2}},
+        ONE_RANK,
+        1e-5,
+    ),
 }
+if hasattr(peft, "KasaConfig"):
+    kasa = {"kasa_config": peft.KasaConfig()}
+    BOUND["KaSA pruned"] = (kasa, PRUNED, "kasa_config")
+    BOUND["KaSA of two ranks"] = ({**kasa, "rank_pattern": {"q_proj": 2}}, ONE_RANK, "kasa_config")
+    BOUND["KaSA of one rank"] = (kasa, ONE_RANK, 0)
 
 
 @pytest.mark.parametrize("name", BOUND)
-def test_one_rank_is_the_same_model_or_refused(name, tmp_path):
-    lora, words = BOUND[name]
-    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
-    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **ATTENTION, **lora)
-    if words:
-        with pytest.raises(StructLoRAError, match=words):
-            export(read_saved(out), tmp_path / "exported", one_rank=True)
-        assert not (tmp_path / "exported").exists()
-    else:
-        export(read_saved(out), tmp_path / "exported", one_rank=True)
-        before, after = (
-            logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported")
-        )
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "options, ranks, refused",
-    [
-        ({"prune_below": 0.5, "probe": "none"}, {}, True),
-        ({"one_rank": True}, {"q_proj": 2}, True),
-        ({"one_rank": True}, {}, False),
-    ],
-)
-def test_kasa_keeps_its_ranks(options, ranks, refused, tmp_path):
-    if not hasattr(peft, "KasaConfig"):
-        pytest.skip("this version of PEFT has no KaSA")
-    base = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
-    lora = {**ATTENTION, "kasa_config": peft.KasaConfig(), "rank_pattern": ranks}
-    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **lora)
-    if refused:
-        with pytest.raises(StructLoRAError, match="kasa_config"):
+def test_another_rank_is_the_same_model_or_refused(name, tmp_path):
+    lora, options, expected = BOUND[name]
+    out = llama_run(tmp_path, **lora)
+    if isinstance(expected, str):
+        with pytest.raises(StructLoRAError, match=expected):
             export(read_saved(out), tmp_path / "exported", **options)
         assert not (tmp_path / "exported").exists()
-    else:
-        export(read_saved(out), tmp_path / "exported", **options)
-        before, after = (
-            logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported")
-        )
-        assert torch.equal(before, after)
+        return
+    export(read_saved(out), tmp_path / "exported", **options)
+    before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
+    torch.testing.assert_close(after, before, atol=expected, rtol=0)
 
 
 def updates(adapter, base) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from itertools import pairwise
 
@@ -17,7 +16,17 @@ from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.pruning import prune
 from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, EXPERTS, KINDS, RANK, as_it_is, bare_run, on_base
+from tests.support.adapters import (
+    ADAPTER,
+    DEPTHS,
+    EXPERTS,
+    KINDS,
+    RANK,
+    as_it_is,
+    bare_run,
+    on_base,
+    only_adapter,
+)
 from tests.support.tiny import FAMILIES, base_model, logits_of
 
 
@@ -145,11 +154,9 @@ def test_inspect_begins_with_a_summary(runs, capsys):
 )
 def test_experts_are_told_apart(scales, tmp_path):
     """With the state, kinds are named by the parameter; without it, the file does not say which wrapper is whose."""
-    base = as_it_is(lambda: base_model("mixtral"))(tmp_path / "base")
+    base = as_it_is("mixtral")(tmp_path / "base")
     out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, target_modules=[], **EXPERTS, **scales)
-    (tmp_path / "plain").mkdir()
-    for name in (ADAPTER, CONFIG):
-        shutil.copy(out / name, tmp_path / "plain")
+    only_adapter(out, tmp_path / "plain")
     outer = [layer.mlp.experts for layer in on_base(out, tmp_path / "base").get_base_model().model.layers]
     wrappers = {"": outer, "base_layer": [wrapper.base_layer for wrapper in outer]}
     named = {wrappers[place][0].parameter_name: wrappers[place] for place in wrappers}
@@ -173,9 +180,7 @@ def test_experts_are_told_apart(scales, tmp_path):
 def test_experts_that_are_modules_are_told_apart_and_pruned(tmp_path):
     lora = {"target_modules": ["q_proj", "up_proj", "down_proj"]}
     out = bare_run(base_model("mixture"), tmp_path / "out", FAMILIES["mixture"].batch, **lora)
-    (tmp_path / "plain").mkdir()
-    for name in (ADAPTER, CONFIG):
-        shutil.copy(out / name, tmp_path / "plain")
+    only_adapter(out, tmp_path / "plain")
 
     def loaded(folder):
         return PeftModel.from_pretrained(base_model("mixture"), folder).eval()

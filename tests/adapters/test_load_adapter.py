@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from structlora_trl import StructLoRACallback, attach, save_state
+from structlora_trl import StructLoRACallback, save_state
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.inspecting import log_history, report
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, as_it_is, bare_run
+from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, llama_run, only_adapter
 from tests.support.data import save_base, texts
 from tests.support.launching import launch, one_at_a_time
-from tests.support.tiny import FAMILIES, adamw, base_model
+from tests.support.tiny import FAMILIES, attached, base_model
 
 
 def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
@@ -40,12 +40,6 @@ def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
     saved = read_saved(tmp_path / "out")
     assert saved.maps is not None
     assert all(torch.equal(value, saved.tensors[name]) for name, value in load_file(runs() / ADAPTER).items())
-
-
-def _only_adapter(run, folder):
-    folder.mkdir(parents=True)
-    for name in (ADAPTER, CONFIG):
-        shutil.copy(run / name, folder)
 
 
 # Where an adapter lies alone -> its folder; the run's output, with its checkpoints, is "out".
@@ -67,7 +61,7 @@ def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(
         shutil.copy(runs() / ADAPTER, out)
         (out / "trainer_state.json").unlink()
     else:
-        _only_adapter(runs(), folder)
+        only_adapter(runs(), folder)
     os.utime(out / "checkpoint-3")  # the newest one holds another adapter
     if is_pruned:
         (out / "checkpoint-6" / ADAPTER).unlink()  # as ZeRO-3 leaves it; the state still fits
@@ -91,7 +85,7 @@ def test_an_adapter_alone_has_the_gates_of_the_newest_equal_checkpoint(
 
 def test_an_adapter_alone_has_no_gates_of_another_one(runs, tmp_path):
     """Neither of a run with other weights beside it, nor of a damaged checkpoint."""
-    _only_adapter(runs(), tmp_path / "adapter")
+    only_adapter(runs(), tmp_path / "adapter")
     shutil.copytree(runs() / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
     shutil.copytree(runs() / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
     (tmp_path / "out" / "checkpoint-6" / STATE_NAME).write_bytes(b"damaged")
@@ -100,7 +94,7 @@ def test_an_adapter_alone_has_no_gates_of_another_one(runs, tmp_path):
 
 
 def test_a_plain_run_has_the_log_of_its_checkpoint(runs, tmp_path):
-    _only_adapter(runs(), tmp_path / "adapter")
+    only_adapter(runs(), tmp_path / "adapter")
     shutil.copytree(runs() / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
     (tmp_path / "out" / "checkpoint-6" / STATE_NAME).unlink()
     saved = read_saved(tmp_path / "adapter")
@@ -162,7 +156,7 @@ def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
 
 def test_a_pickled_adapter_is_read_whole(tmp_path):
     """`save_pretrained(safe_serialization=False)`, with biases that the state does not hold."""
-    out = llama_run(tmp_path, target_modules=["q_proj", "v_proj"], lora_bias=True)
+    out = llama_run(tmp_path, lora_bias=True)
     tensors = load_file(out / ADAPTER)
     (out / ADAPTER).unlink()
     torch.save(tensors, out / "adapter_model.bin")
@@ -189,7 +183,7 @@ def test_what_the_state_does_not_hold_is_refused(name, tmp_path):
     lora, words = NOT_IN_THE_STATE[name]
     if not lora.keys() <= LoraConfig.__dataclass_fields__.keys():
         pytest.skip("this version of PEFT has none")
-    out = llama_run(tmp_path, **{"target_modules": ["q_proj", "v_proj"], **lora})
+    out = llama_run(tmp_path, **lora)
     (out / ADAPTER).unlink()
     with pytest.raises(StructLoRAError, match=words):
         read_saved(out)
@@ -214,38 +208,37 @@ def test_masters_tell_embeddings_and_convolutions_apart(tmp_path):
     }
     for name, (model, inputs, targets, roles) in runs.items():
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
-        optimizer = adamw(model)
-        runtime = attach(model, optimizer, roles=roles)
-        model.train()
-        output = model(**inputs)
-        (output.square().mean() if name == "convolution" else output.loss).backward()
-        optimizer.step()
-        masters = masters_of(model, runtime)
-        runtime.eval()
         out = tmp_path / name
-        model.save_pretrained(out)
-        save_state(runtime, out)
+        one_step(model, inputs, out, roles=roles)
         saved = load_file(out / ADAPTER)
         (out / ADAPTER).unlink()
         with pytest.raises(StructLoRAError, match="may be an embedding or a convolution"):
             read_saved(out)
-        (out / "fp32").mkdir()
-        torch.save(masters, out / "fp32" / "pytorch_model.bin")
         found = read_saved(out / "fp32").tensors
         assert found.keys() == {n for n in saved if "lora_" in n}
         for factor, value in found.items():
             torch.testing.assert_close(value, saved[factor], atol=1e-6, rtol=1e-5)
 
 
-def masters_of(model, runtime):
-    """As `zero_to_fp32.py` collects them: latent factors where an adapter is trained, the others' own."""
+def one_step(model, inputs: dict, out, **options) -> None:
+    """Train and save an adapter, its state, and masters as `zero_to_fp32.py` collects them: latent factors where an adapter
+    is trained, the others' own."""
+    model, optimizer, runtime = attached(model, **options)
+    model.train()
+    output = model(**inputs)
+    (output.square().mean() if torch.is_tensor(output) else output.loss).backward()
+    optimizer.step()
     masters = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     names = {id(p): name for name, p in model.named_parameters()}
     for kind, latent in zip(runtime.kinds, runtime.engine.read_latents(), strict=True):
         for side, parameters in zip("AB", (kind.A, kind.B), strict=True):
             for index, parameter in enumerate(parameters):
                 masters[names[id(parameter)]] = getattr(latent, side)[index].reshape(parameter.shape).clone()
-    return masters
+    runtime.eval()
+    model.save_pretrained(out)
+    save_state(runtime, out)
+    (out / "fp32").mkdir()
+    torch.save(masters, out / "fp32" / "pytorch_model.bin")
 
 
 def _spoil_nothing(folder):
@@ -279,18 +272,8 @@ def test_of_two_adapters_the_trained_one_is_read(name, tmp_path):
     )
     model.add_adapter(frozen, LoraConfig(r=4, init_lora_weights=False, **targets))
     model.set_adapter("policy")
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, options)
-    model.train()
-    model(**FAMILIES["llama"].batch(0)).loss.backward()
-    optimizer.step()
-    masters = masters_of(model, runtime)
-    runtime.eval()
-    model.save_pretrained(out)
-    save_state(runtime, out)
+    one_step(model, FAMILIES["llama"].batch(0), out, **options)
     expected = load_file(out / "policy" / ADAPTER)
-    (out / "fp32").mkdir()
-    torch.save(masters, out / "fp32" / "pytorch_model.bin")
     spoil(out)
     if words:
         with pytest.raises(StructLoRAError, match=words):
@@ -300,11 +283,6 @@ def test_of_two_adapters_the_trained_one_is_read(name, tmp_path):
     assert saved.lora.lora_alpha == 12 and saved.tensors.keys() == expected.keys()
     for factor, value in saved.tensors.items():
         torch.testing.assert_close(value, expected[factor], atol=1e-6, rtol=1e-5)
-
-
-def llama_run(folder, **lora):
-    model = as_it_is(lambda: base_model("llama"))(folder / "base")
-    return bare_run(model, folder / "out", FAMILIES["llama"].batch, **lora)
 
 
 MUTATIONS = 100

@@ -74,7 +74,7 @@ def adapter(tmp_path):
 
     def make(name):
         family, lora = ADAPTERS[name]
-        model = as_it_is(lambda: base_model(family))(tmp_path / "base")
+        model = as_it_is(family)(tmp_path / "base")
         return read_saved(peft_run(model, tmp_path / "out", FAMILIES[family].batch, **lora)), family
 
     return make
@@ -311,7 +311,7 @@ def test_every_mistake_gets_a_message(mistake, planted, tmp_path, monkeypatch, c
 
 
 def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
-    model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    model = as_it_is("llama")(tmp_path / "base")
     peft.get_peft_model(model, LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(
         tmp_path / "out"
     )
@@ -321,7 +321,7 @@ def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
 
 def test_base_weights_in_the_directions_keep_their_ranks(tmp_path):
     """PEFT takes PiSSA's part out of the base model by rank: a smaller one would be another model."""
-    model = as_it_is(lambda: base_model("llama"))(tmp_path / "base")
+    model = as_it_is("llama")(tmp_path / "base")
     out = peft_run(
         model, tmp_path / "out", FAMILIES["llama"].batch, target_modules=["q_proj"], init_lora_weights="pissa"
     )

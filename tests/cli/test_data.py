@@ -60,7 +60,7 @@ def test_local_data(kind, place, monkeypatch):
         held_out = len(trainer.eval_dataset) / (len(trainer.train_dataset) + len(trainer.eval_dataset))
         assert held_out == options.get("test_split_size", 0.5)
     assert_acted("out")
-    assert_plain_peft_agrees(trainer, "out")
+    assert_plain_peft_agrees(trainer.model, "out")
 
 
 def test_the_mixture_wins_over_the_name_as_in_trl(place, monkeypatch):
@@ -80,4 +80,4 @@ def test_llava_with_pictures(place, monkeypatch):
     _, state = state_of("out")
     assert any("vision_tower" in name for name in state)
     assert_acted("out")
-    assert_plain_peft_agrees(trainer, "out", "llava")
+    assert_plain_peft_agrees(trainer.model, "out", "llava")

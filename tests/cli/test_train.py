@@ -74,7 +74,7 @@ def test_what_init_prints_trains(command, place, monkeypatch, capsys):
     if "eval_steps" in yaml.safe_load(printed):
         assert any("eval_loss" in entry for entry in trainer.state.log_history)
     if command != "reward":
-        assert_plain_peft_agrees(trainer, "out")
+        assert_plain_peft_agrees(trainer.model, "out")
 
 
 def test_any_other_script_of_trl(place, monkeypatch):
@@ -97,7 +97,7 @@ def test_sft_from_a_file_and_the_command_line(place, monkeypatch):
     options = state_of("out")[0]["options"]
     assert options["gate_init"] == 0.6 and options["gate_lr"] == 0.05 and trainer.args.learning_rate == 1e-2
     assert_acted("out")
-    assert_plain_peft_agrees(trainer, "out")
+    assert_plain_peft_agrees(trainer.model, "out")
     history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
     assert "structlora/gate_openness" in history[0]
 
@@ -135,7 +135,7 @@ def test_quantised(bits, place, monkeypatch):
     layer = trainer.model.get_base_model().model.layers[0].self_attn.q_proj
     assert type(layer.base_layer).__name__.startswith(f"Linear{bits}bit")
     assert_acted("out")
-    assert_plain_peft_agrees(trainer, "out")
+    assert_plain_peft_agrees(trainer.model, "out")
 
 
 @pytest.mark.parametrize("more", [[], ["--restore_callback_states_from_checkpoint", "true"]])
@@ -188,7 +188,7 @@ def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
     assert best.name != "checkpoint-4"
     ours, theirs = (load_file(folder / STATE_NAME) for folder in (Path("out"), best))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert_plain_peft_agrees(trainer, "out")
+    assert_plain_peft_agrees(trainer.model, "out")
     assert main(["inspect", "out"]) == 0  # adapter and state belong together
 
 
@@ -205,4 +205,4 @@ def test_the_readme_config_runs_as_pasted(place, monkeypatch):
     here = command_line({"use_cpu": True, "bf16": False, "max_steps": 3})
     trainer = trained(monkeypatch, "sft", "--config", "run.yaml", *here)
     assert_acted(config["output_dir"])
-    assert_plain_peft_agrees(trainer, config["output_dir"])
+    assert_plain_peft_agrees(trainer.model, config["output_dir"])

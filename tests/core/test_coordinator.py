@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from structlora_trl.core.coordinator import ACTIVATIONS, COORDINATORS
 from structlora_trl.core.graph import adjacency_edges
-from tests.support.core import build_coordinator, graph_of, graphs, mixture_graph, seeds
+from tests.support.core import build_coordinator, graph_of, graph_over, graphs, seeds
 
 
 @pytest.mark.parametrize("name", COORDINATORS)
 def test_coordinator_commutes_with_permutations_of_experts(name):
     features, order = torch.randn(4, 3, 2, 5), torch.tensor([2, 0, 3, 1])
-    coordinator, graph = build_coordinator(name, 2, 2, "tanh", 0), mixture_graph(4, 3)
+    coordinator, graph = build_coordinator(name, 2, 2, "tanh", 0), graph_over(3, experts=4)
 
     def added_to(experts):
         return graph.by_expert(coordinator(graph.by_node(experts), graph))
@@ -58,7 +58,7 @@ def test_gat_starts_as_the_mean_over_neighbours():
     coordinator.theta.data[0] = torch.eye(2)
     experts = torch.randn(3, 2, 2, 4)
     near = [experts[0, 0], experts[0, 1], experts[1:, 0].mean(0)]
-    graph = mixture_graph(3, 2)
+    graph = graph_over(2, experts=3)
     added = graph.by_expert(coordinator(graph.by_node(experts), graph))
     torch.testing.assert_close(added[0, 0], torch.stack(near).mean(0))
     features = torch.randn(3, 2, 4)

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structlora_trl import attach
 from structlora_trl.core.diagnostics import effective_rank, stream_cosine, stream_products, structure_metrics
 from structlora_trl.core.kinds import residual_role
-from tests.support.tiny import _SIZES, FAMILIES, adamw, lora_parameters, peft_model, train
+from tests.support.tiny import _SIZES, FAMILIES, attached, lora_parameters, peft_model, train
 
 
 def factors(
@@ -100,9 +99,7 @@ def learned(model, kind, start: dict, role: str) -> torch.Tensor:
     ],
 )
 def test_the_figure_is_that_of_what_the_weights_have_learned(family, init, options):
-    model = peft_model(family, init, FAMILIES[family].linear)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, **options)
+    model, optimizer, runtime = attached(peft_model(family, init, FAMILIES[family].linear), **options)
     start = {
         p: p.detach().clone() if init == "pissa" or "lora_A" in name else torch.zeros_like(p)
         for name, p in lora_parameters(model).items()
@@ -130,18 +127,14 @@ def test_the_figure_is_that_of_what_the_weights_have_learned(family, init, optio
     ],
 )
 def test_no_figure(why, targets, options, steps):
-    model = peft_model(targets=targets)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, **options)
+    model, optimizer, runtime = attached(peft_model(targets=targets), **options)
     train(model, "llama", optimizer, steps)
     assert "structlora/stream_cosine" not in runtime.metrics(), why
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_diverged_depth_leaves_the_others_their_figure(value):
-    model = peft_model(targets=["o_proj"])
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, coordinator="none")
+    model, optimizer, runtime = attached(peft_model(targets=["o_proj"]), coordinator="none")
     train(model, "llama", optimizer, 2)
     (effective,) = runtime.evaluation_factors()
     expected = formed(effective.A.mT @ effective.B.mT)

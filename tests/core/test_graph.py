@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from structlora_trl.core.graph import adjacency_edges, normalize_edges, semantic_edges
-from tests.support.core import graph_over, graphs, mixture_graph
+from tests.support.core import graph_over, graphs
 from tests.support.reference import reference_weights
 
 
@@ -46,7 +46,7 @@ def test_edge_sets(edges, adjacent, semantic):
 @pytest.mark.parametrize("edges", ["hybrid", "adjacency", "similarity"])
 def test_experts_of_a_layer_are_joined_by_one_edge_shared_out(edges):
     """Beside the edges over depth of each, as the whole matrix of all nodes has it."""
-    graph = mixture_graph(5, 3, edges=edges, semantic_threshold=0.0)
+    graph = graph_over(3, experts=5, edges=edges, semantic_threshold=0.0)
     if edges != "adjacency":
         gradients = torch.randn(15, 2, 10, generator=torch.Generator().manual_seed(0))
         graph.observe({"A": gradients, "B": gradients.mT})

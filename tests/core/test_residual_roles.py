@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from structlora_trl.core.residual_roles import RESIDUAL_ROLES
 
@@ -194,308 +196,121 @@ def patches(model, stream):
 
 class Family(NamedTuple):
     feed: Callable
-    config: dict
+    config: Mapping = MappingProxyType({})  # beside `SIZES`
     blocks: str | None = None  # names of its blocks where they are not the outermost lists of modules
 
 
-_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-_TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_DECODER = {**_SIZES, **_TOKENS, "num_key_value_heads": 2, "max_position_embeddings": 64}
-_HEADS = {**_DECODER, "head_dim": 8}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "shared_intermediate_size": 24,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "decoder_sparse_step": 1,
-}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-}
-_MAMBA = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 4,
-}
-_LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
-_ENCODER = {**_SIZES, **_TOKENS, "max_position_embeddings": 64, "type_vocab_size": 2}
-_PAIR = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    **_TOKENS,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 4,
-    "decoder_ffn_dim": 40,
-    "decoder_start_token_id": 1,
-}
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, **_TOKENS}
-_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 64, **_TOKENS}
-_IMAGE = {**_SIZES, "image_size": 16, "patch_size": 8}
-_PATCHES = {**_SIZES, "depth": 3, "num_heads": 4, "out_hidden_size": 40, "patch_size": 4}
-_WINDOWS = {
-    "embed_dim": 32,
-    "depths": [2, 2],
-    "num_heads": [4, 4],
-    "mlp_ratio": 2.0,
-    "image_size": 16,
-    "patch_size": 2,
-    "window_size": 4,
+# Of all families: each takes the options that its configuration knows.
+SIZES = {
+    name: size
+    for size, names in {
+        0: "pad_token_id num_kv_shared_layers",
+        1: "bos_token_id n_shared_experts n_group topk_group n_groups first_k_dense_replace "
+        "decoder_start_token_id mamba_n_groups attn_layer_offset expert_layer_offset "
+        "num_query_pool_stages max_num_tiles input_channels",
+        2: "eos_token_id num_key_value_heads type_vocab_size num_experts_per_tok altup_num_inputs "
+        "num_layers encoder_layers decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers "
+        "attn_layer_period expert_layer_period linear_num_key_heads num_global_layers "
+        "cross_attention_frequency squeeze_factor num_conv_pos_embedding_groups feedforward_mult "
+        "num_blocks",
+        3: "num_hidden_layers n_layer n_layers depth conv_kernel_size",
+        4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
+        "decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads "
+        "linear_num_value_heads num_experts num_local_experts n_routed_experts rotary_dim chunk_size "
+        "mamba_chunk_size num_patches window_size num_conv_pos_embeddings subsampling_factor",
+        8: "head_dim global_head_dim d_kv dim_head qk_nope_head_dim qk_rope_head_dim laurel_rank "
+        "hidden_size_per_layer_input state_size mamba_d_state mamba_n_heads mamba_d_head mamba_num_heads "
+        "mamba_head_dim ssm_state_size linear_key_head_dim linear_value_head_dim attention_window_size "
+        "patch_size position_embedding_size subsampling_conv_channels frequency_stride time_stride "
+        "context_size nemo_conv_channels",
+        16: "kv_lora_rank embedding_size image_size num_mel_bins output_channels num_position_embeddings "
+        "max_length feature_projection_input_dim input_feat_per_channel conv_channels input_dim "
+        "input_size max_pos_emb",
+        32: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim lru_width projection_size "
+        "ext_pw_out_channel depthwise_separable_out_channel",
+        48: "intermediate_size intermediate_size_mlp ffn_dim n_inner d_ff hidden_dim mlp_dim encoder_ffn_dim",
+        64: "vocab_size max_position_embeddings max_seq_len n_positions vocab_size_per_layer_input "
+        "mamba_d_ssm vision_output_dim max_target_positions",
+        6: "time_step_rank mamba_dt_rank",
+        12: "q_lora_rank v_head_dim output_dim",
+        20: "max_source_positions",
+        24: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+        "projector_input_dim projector_output_dim output_proj_dims",
+        40: "decoder_ffn_dim encoder_hidden_size out_hidden_size",
+    }.items()
+    for name in names.split()
 }
 _WAVES = {
-    **_SIZES,
     "vocab_size": 32,
     "conv_dim": [16, 16],
     "conv_kernel": [4, 4],
     "conv_stride": [4, 4],
     "feat_extract_norm": "layer",
     "num_feat_extract_layers": 2,
-    "squeeze_factor": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
 }
 _WAVE_BLOCKS = r"encoder\.(encoder\.)?(layers|layer)\.\d+"
+_LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_TOWER = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+_TOWER = {name: SIZES[name] for name in (*_TOWER, "head_dim", "vocab_size")}
 
 # model type, or file and class of a tower -> family
 FAMILIES = {
-    # Text: decoders
-    **{
-        name: Family(text, _HEADS)
-        for name in "llama qwen2 qwen3 gemma gemma2 gemma3_text mistral ministral3 olmo2 olmo3 granite "
-        "cohere cohere2 glm glm4 smollm3 starcoder2 stablelm nemotron exaone4 seed_oss ernie4_5 "
-        "hunyuan_v1_dense arcee apertus persimmon gpt_neox".split()
-    },
-    **{name: Family(text, _DECODER) for name in "phi phi3".split()},
-    **{
-        name: Family(text, {**_HEADS, **_EXPERTS})
-        for name in "mixtral qwen2_moe qwen3_moe olmoe phimoe ernie4_5_moe glm4_moe granitemoe "
-        "granitemoeshared gpt_oss dots1 minimax_m2".split()
-    },
-    **{
-        name: Family(text, {**_DECODER, **_EXPERTS, **_LATENT})
-        for name in "deepseek_v2 deepseek_v3 glm4_moe_lite".split()
-    },
-    "llama4_text": Family(text, {**_HEADS, "intermediate_size_mlp": 48, "num_local_experts": 4}),
+    # Text
+    **dict.fromkeys(
+        "llama qwen2 qwen3 gemma gemma2 gemma3_text mistral ministral3 olmo2 olmo3 granite cohere cohere2 "
+        "glm glm4 smollm3 starcoder2 stablelm nemotron exaone4 seed_oss ernie4_5 hunyuan_v1_dense arcee "
+        "apertus persimmon gpt_neox phi phi3 mixtral qwen2_moe qwen3_moe olmoe phimoe ernie4_5_moe glm4_moe "
+        "granitemoe granitemoeshared gpt_oss dots1 minimax_m2 llama4_text falcon bloom mpt opt gpt2 "
+        "gpt_bigcode gptj codegen mamba falcon_mamba jamba falcon_h1 recurrent_gemma bert roberta "
+        "xlm-roberta roberta-prelayernorm camembert megatron-bert ernie esm mpnet deberta modernbert "
+        "modernbert-decoder eurobert nomic_bert layoutlm rembert electra distilbert clip_text_model "
+        "siglip.SiglipTextModel".split(),
+        Family(text),
+    ),
+    **dict.fromkeys(
+        "deepseek_v2 deepseek_v3 glm4_moe_lite".split(), Family(text, {"num_key_value_heads": 4})
+    ),
+    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), Family(text, _LINEAR)),
     "gemma3n_text": Family(
         text,
         {
-            **_HEADS,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 64,
-            "altup_num_inputs": 2,
-            "num_kv_shared_layers": 0,
-            "laurel_rank": 8,
             "activation_sparsity_pattern": [0.0] * 3,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
     "gemma4_text": Family(
-        text,
-        {
-            **_HEADS,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 64,
-            "global_head_dim": 8,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        },
+        text, {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     ),
-    "falcon": Family(text, {**_SIZES, **_TOKENS}),
-    "bloom": Family(text, {"hidden_size": 32, "n_layer": 3, "n_head": 4, **_TOKENS}),
-    "mpt": Family(text, {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, **_TOKENS}),
-    "opt": Family(text, {**_DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gpt2": Family(text, _GPT2),
+    "gpt_neo": Family(text, {"attention_types": [[["global", "local"], 1]]}),
+    "mamba2": Family(text, {"num_heads": 8, "n_groups": 2}),
+    "bamba": Family(text, {"attn_layer_indices": [1]}),
+    "granitemoehybrid": Family(text, {"layer_types": ["mamba", "attention", "mamba"]}),
+    "nemotron_h": Family(text, {"hybrid_override_pattern": "M*-E"}),
+    "lfm2": Family(text, {"layer_types": ["conv", "full_attention", "conv"]}),
+    "albert": Family(text, blocks=r"encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+"),
+    "deberta-v2": Family(
+        text, {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": False}
+    ),
+    # Text: encoders with decoders
+    **dict.fromkeys(
+        "bart mbart pegasus m2m_100 marian blenderbot led t5 switch_transformers".split(), Family(pair)
+    ),
+    **dict.fromkeys(["mt5", "umt5"], Family(pair, {"feed_forward_proj": "gated-gelu"})),
+    "nllb-moe": Family(pair, {"encoder_sparse_step": 1, "decoder_sparse_step": 1}),
+    "t5gemma": Family(pair, {"encoder": _TOWER, "decoder": _TOWER}),
+    # Text: cross-attention
     "gpt2.GPT2Model": Family(
-        beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS), {**_GPT2, "add_cross_attention": True}
+        beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS), {"add_cross_attention": True}
     ),
-    "gpt_bigcode": Family(text, _GPT2),
-    "gptj": Family(text, {**_GPT2, "rotary_dim": 4}),
-    "codegen": Family(text, {**_GPT2, "rotary_dim": 4}),
-    "gpt_neo": Family(
-        text,
-        {
-            **_TOKENS,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 1]],
-        },
-    ),
-    # Text: decoders without attention, or with little of it
-    "mamba": Family(text, {**_SIZES, **_TOKENS, "state_size": 8, "time_step_rank": 6}),
-    "falcon_mamba": Family(text, {**_SIZES, **_TOKENS, "state_size": 8, "time_step_rank": 6}),
-    "mamba2": Family(
-        text,
-        {**_SIZES, **_TOKENS, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4},
-    ),
-    "jamba": Family(
-        text,
-        {
-            **_DECODER,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "num_experts": 4,
-            "expert_layer_offset": 1,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 6,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "bamba": Family(text, {**_DECODER, **_MAMBA, "attn_layer_indices": [1]}),
-    "falcon_h1": Family(text, {**_DECODER, **_MAMBA, "mamba_d_ssm": 64}),
-    "granitemoehybrid": Family(
-        text, {**_DECODER, **_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention", "mamba"]}
-    ),
-    "nemotron_h": Family(
-        text,
-        {
-            **_DECODER,
-            **_EXPERTS,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 8,
-            "ssm_state_size": 8,
-            "n_groups": 1,
-            "chunk_size": 4,
-            "hybrid_override_pattern": "M*-E",
-        },
-    ),
-    "qwen3_next": Family(text, {**_HEADS, **_EXPERTS, **_LINEAR}),
-    "qwen3_5_text": Family(text, {**_HEADS, **_LINEAR}),
-    "qwen3_5_moe_text": Family(text, {**_HEADS, **_EXPERTS, **_LINEAR}),
-    "lfm2": Family(text, {**_DECODER, "layer_types": ["conv", "full_attention", "conv"]}),
-    "recurrent_gemma": Family(text, {**_DECODER, "lru_width": 32, "attention_window_size": 8}),
-    # Text: encoders
-    **{
-        name: Family(text, _ENCODER)
-        for name in "bert roberta xlm-roberta roberta-prelayernorm camembert megatron-bert ernie esm mpnet "
-        "deberta modernbert modernbert-decoder eurobert nomic_bert layoutlm rembert".split()
-    },
     "bert.BertModel": Family(
         beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS),
-        {**_ENCODER, "is_decoder": True, "add_cross_attention": True},
-    ),
-    "electra": Family(text, {**_ENCODER, "embedding_size": 16}),
-    "albert": Family(
-        text, {**_ENCODER, "embedding_size": 16}, r"encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+"
-    ),
-    "deberta-v2": Family(
-        text, {**_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": False}
-    ),
-    "distilbert": Family(text, {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, **_TOKENS}),
-    # Text: encoders with decoders
-    **{name: Family(pair, _PAIR) for name in "bart mbart pegasus m2m_100 marian blenderbot led".split()},
-    "nllb-moe": Family(pair, {**_PAIR, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}),
-    "t5": Family(pair, _T5),
-    "mt5": Family(pair, {**_T5, "feed_forward_proj": "gated-gelu"}),
-    "umt5": Family(pair, {**_T5, "feed_forward_proj": "gated-gelu"}),
-    "switch_transformers": Family(pair, {**_T5, "num_experts": 4}),
-    "t5gemma": Family(pair, {"encoder": _HEADS, "decoder": _HEADS}),
-    # Vision
-    **{
-        name: Family(image, _IMAGE)
-        for name in "vit deit beit dinov2 dinov2_with_registers dinov3_vit ijepa vit_mae vit_msn "
-        "clip_vision_model siglip_vision_model aimv2_vision_model dpt".split()
-    },
-    "clip_text_model": Family(text, _ENCODER),
-    "siglip.SiglipTextModel": Family(text, {**_ENCODER, "projection_size": 32}),
-    "siglip2_vision_model": Family(
-        feed(
-            pixel_values=noise(2, 4, 192),
-            pixel_attention_mask=torch.ones(2, 4, dtype=torch.long),
-            spatial_shapes=torch.tensor([[2, 2], [2, 2]]),
-        ),
-        {**_IMAGE, "num_patches": 4},
-    ),
-    "swin": Family(image, _WINDOWS, r"encoder\.layers\.\d+\.blocks\.\d+"),
-    "swinv2": Family(image, _WINDOWS, r"encoder\.layers\.\d+\.blocks\.\d+"),
-    "sam_vision_model": Family(
-        image,
-        {
-            **_IMAGE,
-            "output_channels": 16,
-            "window_size": 2,
-            "global_attn_indexes": [1],
-            "mlp_dim": 48,
-            "patch_size": 2,
-        },
-    ),
-    "sam2.Sam2HieraDetModel": Family(
-        feed(pixel_values=noise(1, 3, 32, 32)),
-        {
-            "hidden_size": 32,
-            "image_size": [32, 32],
-            "blocks_per_stage": [2, 2],
-            "embed_dim_per_stage": [32, 64],
-            "num_attention_heads": 2,
-            "num_attention_heads_per_stage": [2, 4],
-            "window_size_per_stage": [4, 4],
-            "global_attention_blocks": [3],
-            "mlp_ratio": 2.0,
-            "num_query_pool_stages": 1,
-            "window_positional_embedding_background_size": [4, 4],
-        },
-    ),
-    # Vision towers of language models
-    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": Family(
-        patches, {**_PATCHES, "embed_dim": 32, "hidden_size": 48}
-    ),
-    "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": Family(
-        patches, {**_PATCHES, "window_size": 8, "fullatt_block_indexes": [1]}
-    ),
-    "qwen3_vl.Qwen3VLVisionModel": Family(
-        patches, {**_PATCHES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    ),
-    "qwen3_5.Qwen3_5VisionModel": Family(patches, {**_PATCHES, "num_position_embeddings": 16}),
-    "glm4v.Glm4vVisionModel": Family(patches, {**_PATCHES, "out_hidden_size": 32, "image_size": 16}),
-    "internvl.InternVLVisionModel": Family(image, {**_IMAGE, "image_size": [16, 16], "patch_size": [8, 8]}),
-    "idefics3.Idefics3VisionTransformer": Family(image, _IMAGE),
-    "pixtral": Family(
-        feed(pixel_values=noise(2, 3, 16, 16), image_sizes=torch.tensor([[16, 16]] * 2)),
-        {**_IMAGE, "head_dim": 8},
-    ),
-    "llama4.Llama4VisionModel": Family(
-        image,
-        {
-            **_IMAGE,
-            "patch_size": 4,
-            "intermediate_size": 128,
-            "projector_input_dim": 24,
-            "projector_output_dim": 24,
-        },
-    ),
-    "mllama.MllamaVisionModel": Family(
-        feed(pixel_values=noise(1, 1, 1, 3, 16, 16), aspect_ratio_ids=_ONE[0], aspect_ratio_mask=_ONE),
-        {
-            **_IMAGE,
-            "attention_heads": 4,
-            "num_hidden_layers": 2,
-            "num_global_layers": 2,
-            "max_num_tiles": 1,
-            "supported_aspect_ratios": [[1, 1]],
-            "intermediate_layers_indices": [0],
-            "vision_output_dim": 64,
-        },
+        {"is_decoder": True, "add_cross_attention": True},
     ),
     "mllama.MllamaTextModel": Family(
         beside(
@@ -504,124 +319,103 @@ FAMILIES = {
             cross_attention_mask=torch.zeros(2, 1, 7, 5),
             full_text_row_masked_out_mask=torch.ones(2, 1, 7, 1),
         ),
-        {**_DECODER, "cross_attention_layers": [1]},
+        {"cross_attention_layers": [1]},
+    ),
+    "blip_2.Blip2QFormerModel": Family(
+        beside("encoder_hidden_states", 2, 5, 40, query_embeds=noise(2, 4, 32))
+    ),
+    # Vision
+    **dict.fromkeys(
+        "vit deit beit dinov2 dinov2_with_registers dinov3_vit ijepa vit_mae vit_msn clip_vision_model "
+        "siglip_vision_model aimv2_vision_model dpt blip.BlipVisionModel".split(),
+        Family(image),
+    ),
+    "siglip2_vision_model": Family(
+        feed(
+            pixel_values=noise(2, 4, 192),
+            pixel_attention_mask=torch.ones(2, 4, dtype=torch.long),
+            spatial_shapes=torch.tensor([[2, 2], [2, 2]]),
+        )
+    ),
+    **dict.fromkeys(
+        ["swin", "swinv2"],
+        Family(
+            image,
+            {"depths": [2, 2], "num_heads": [4, 4], "mlp_ratio": 2.0, "patch_size": 2},
+            r"encoder\.layers\.\d+\.blocks\.\d+",
+        ),
+    ),
+    "sam_vision_model": Family(
+        image, {"window_size": 2, "global_attn_indexes": [1], "mlp_ratio": 2.0, "patch_size": 2}
+    ),
+    "sam2.Sam2HieraDetModel": Family(
+        feed(pixel_values=noise(1, 3, 32, 32)),
+        {
+            "image_size": [32, 32],
+            "blocks_per_stage": [2, 2],
+            "embed_dim_per_stage": [32, 64],
+            "num_attention_heads": 2,
+            "num_attention_heads_per_stage": [2, 4],
+            "window_size_per_stage": [4, 4],
+            "global_attention_blocks": [3],
+            "mlp_ratio": 2.0,
+            "window_positional_embedding_background_size": [4, 4],
+        },
+    ),
+    # Vision towers of language models
+    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": Family(patches, {"hidden_size": 48, "patch_size": 4}),
+    "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": Family(
+        patches, {"patch_size": 4, "window_size": 8, "fullatt_block_indexes": [1]}
+    ),
+    "qwen3_vl.Qwen3VLVisionModel": Family(patches, {"patch_size": 4, "deepstack_visual_indexes": [0]}),
+    "qwen3_5.Qwen3_5VisionModel": Family(patches, {"patch_size": 4}),
+    "glm4v.Glm4vVisionModel": Family(patches, {"patch_size": 4, "out_hidden_size": 32}),
+    "internvl.InternVLVisionModel": Family(image, {"image_size": [16, 16], "patch_size": [8, 8]}),
+    "idefics3.Idefics3VisionTransformer": Family(image),
+    "pixtral": Family(feed(pixel_values=noise(2, 3, 16, 16), image_sizes=torch.tensor([[16, 16]] * 2))),
+    "llama4.Llama4VisionModel": Family(image, {"patch_size": 4, "intermediate_size": 128}),
+    "mllama.MllamaVisionModel": Family(
+        feed(pixel_values=noise(1, 1, 1, 3, 16, 16), aspect_ratio_ids=_ONE[0], aspect_ratio_mask=_ONE),
+        {"num_hidden_layers": 2, "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]},
     ),
     "gemma4_vision": Family(
         feed(
             pixel_values=noise(2, 4, 48),
             pixel_position_ids=torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]] * 2),
         ),
-        {
-            **_HEADS,
-            "num_key_value_heads": 4,
-            "patch_size": 4,
-            "pooling_kernel_size": 1,
-            "position_embedding_size": 8,
-        },
+        {"num_key_value_heads": 4, "patch_size": 4, "pooling_kernel_size": 1},
     ),
     "phi4_multimodal.Phi4MultimodalVisionModel": Family(
-        feed(pixel_values=noise(2, 3, 16, 16), patch_attention_mask=torch.ones(2, 2, 2, dtype=torch.bool)),
-        _IMAGE,
-    ),
-    "blip.BlipVisionModel": Family(image, _IMAGE),
-    "blip_2.Blip2QFormerModel": Family(
-        beside("encoder_hidden_states", 2, 5, 40, query_embeds=noise(2, 4, 32)),
-        {**_SIZES, "encoder_hidden_size": 40, "cross_attention_frequency": 2, "vocab_size": 64},
+        feed(pixel_values=noise(2, 3, 16, 16), patch_attention_mask=torch.ones(2, 2, 2, dtype=torch.bool))
     ),
     # Audio
-    **{
-        name: Family(waves, _WAVES, _WAVE_BLOCKS)
-        for name in "wav2vec2 hubert unispeech unispeech-sat data2vec-audio sew sew-d".split()
-    },
+    **dict.fromkeys(
+        "wav2vec2 hubert unispeech unispeech-sat data2vec-audio sew sew-d".split(),
+        Family(waves, _WAVES, _WAVE_BLOCKS),
+    ),
     "wav2vec2-conformer": Family(waves, {**_WAVES, "position_embeddings_type": "rotary"}, _WAVE_BLOCKS),
-    "wav2vec2-bert": Family(sound, {**_SIZES, "vocab_size": 32, "feature_projection_input_dim": 16}),
-    "parakeet_encoder": Family(
-        sound,
-        {
-            **_SIZES,
-            "num_mel_bins": 16,
-            "subsampling_conv_channels": 8,
-            "subsampling_factor": 4,
-            "conv_kernel_size": 5,
-        },
-    ),
-    "whisper": Family(
-        feed(input_features=noise(2, 16, 40), decoder_input_ids=_WORDS),
-        {**_PAIR, "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 64},
-    ),
+    "wav2vec2-bert": Family(sound, {"vocab_size": 32}),
+    "parakeet_encoder": Family(sound, {"conv_kernel_size": 5}),
+    "whisper": Family(feed(input_features=noise(2, 16, 40), decoder_input_ids=_WORDS)),
     "speech_to_text": Family(
-        feed(input_features=noise(2, 40, 16), decoder_input_ids=_WORDS),
-        {
-            **_PAIR,
-            "input_feat_per_channel": 16,
-            "input_channels": 1,
-            "conv_channels": 16,
-            "max_source_positions": 64,
-            "max_target_positions": 64,
-        },
+        feed(input_features=noise(2, 40, 16), decoder_input_ids=_WORDS), {"max_source_positions": 64}
     ),
-    "moonshine": Family(
-        feed(input_values=noise(2, 2000), decoder_input_ids=_WORDS),
-        {
-            **_TOKENS,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "decoder_start_token_id": 1,
-            "encoder_num_hidden_layers": 2,
-            "decoder_num_hidden_layers": 2,
-            "encoder_num_attention_heads": 4,
-            "decoder_num_attention_heads": 4,
-        },
-    ),
+    "moonshine": Family(feed(input_values=noise(2, 2000), decoder_input_ids=_WORDS)),
     "speecht5": Family(
         feed(input_values=noise(2, 7, 32), decoder_input_values=noise(2, 7, 32)),
-        {**_PAIR, "hidden_size": 32},
-        r".*\.layers\.\d+",
+        blocks=r".*\.layers\.\d+",
     ),
-    "audio-spectrogram-transformer": Family(
-        feed(input_values=noise(2, 16, 16)),
-        {
-            **_SIZES,
-            "patch_size": 8,
-            "max_length": 16,
-            "num_mel_bins": 16,
-            "frequency_stride": 8,
-            "time_stride": 8,
-        },
-    ),
-    "qwen2_audio_encoder": Family(mels, {**_PAIR, "num_mel_bins": 16, "max_source_positions": 20}),
-    "voxtral_encoder": Family(mels, {**_SIZES, "num_mel_bins": 16, "max_source_positions": 20}),
+    "audio-spectrogram-transformer": Family(feed(input_values=noise(2, 16, 16))),
+    **dict.fromkeys(["qwen2_audio_encoder", "voxtral_encoder"], Family(mels)),
     "granite_speech.GraniteSpeechCTCEncoder": Family(
-        lambda model, stream: model(noise(2, 16, 16)),
-        {
-            "input_dim": 16,
-            "num_layers": 2,
-            "hidden_dim": 32,
-            "feedforward_mult": 2,
-            "num_heads": 4,
-            "dim_head": 8,
-            "output_dim": 12,
-            "context_size": 8,
-            "max_pos_emb": 16,
-            "conv_kernel_size": 3,
-        },
+        lambda model, stream: model(noise(2, 16, 16)), {"hidden_dim": 32}
     ),
     "phi4_multimodal.Phi4MultimodalAudioModel": Family(
-        lambda model, stream: model(hidden_states=noise(2, 40, 16), mask=None),
-        {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_blocks": 2,
-            "num_attention_heads": 4,
-            "input_size": 16,
-            "ext_pw_out_channel": 32,
-            "nemo_conv_channels": 8,
-            "depthwise_separable_out_channel": 32,
-        },
+        lambda model, stream: model(hidden_states=noise(2, 40, 16), mask=None)
     ),
     "gemma4.Gemma4AudioModel": Family(
         lambda model, stream: model(noise(1, 40, 16), torch.ones(1, 40, dtype=torch.bool)),
-        {**_SIZES, "subsampling_conv_channels": [16, 4], "output_proj_dims": 24},
+        {"subsampling_conv_channels": [16, 4]},
     ),
 }
 
@@ -631,19 +425,18 @@ def roles(name: str) -> dict[str, set[str | None]] | None:
     """Of a family's modules, as measured; None where this version of transformers lacks the family."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    try:
-        file, _, cls = name.partition(".")
-        if cls:
+    file, _, cls = name.partition(".")
+    if cls:
+        try:
             cls = getattr(importlib.import_module(f"transformers.models.{file}.modeling_{file}"), cls)
-            config = cls.config_class(**family.config)
-        else:
-            config = AutoConfig.for_model(name, **family.config)
-    except (ModuleNotFoundError, AttributeError):
-        return None  # a tower's
-    except ValueError as error:
-        if "Unrecognized model identifier" in str(error):
+        except (ModuleNotFoundError, AttributeError):
             return None
-        raise
+    elif name not in CONFIG_MAPPING:
+        return None
+    config_class = cls.config_class if cls else CONFIG_MAPPING[name]
+    known = {*inspect.signature(config_class).parameters, *inspect.signature(PreTrainedConfig).parameters}
+    sizes = {option: size for option, size in SIZES.items() if option in known}
+    config = config_class(**{**sizes, **family.config})
     config._attn_implementation = "eager"
     return measured(cls(config) if cls else AutoModel.from_config(config), family.blocks, family.feed)
 

@@ -31,17 +31,13 @@ def test_every_file_has_a_row():
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_trl_config(name, tmp_path, monkeypatch):
+def test_trl_config(name, place, monkeypatch):
     method, family, rows = TABLE[name]
     if method == "dpo" and Version(trl.__version__) < Version("1.0"):
         pytest.skip(f"TRL {trl.__version__} cannot import its DPOTrainer beside transformers 5")
     config = yaml.safe_load((TRL / f"{name}.yaml").read_text(encoding="utf-8"))
     if config.get("load_in_4bit"):
         pytest.importorskip("bitsandbytes")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    # The configurations train in bf16, which Trainer grants a GPU alone; PyTorch's CPU kernels have it too.
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     save_base(
         Path(config["model_name_or_path"]), family, **(BLOCKS_OF_64 if config.get("load_in_4bit") else {})
     )
@@ -53,7 +49,7 @@ def test_trl_config(name, tmp_path, monkeypatch):
     trainer = trained(monkeypatch, method, "--config", str(TRL / f"{name}.yaml"), "--max_steps", "5")
     output = config["output_dir"]
     assert_acted(output, steps=5)  # warm-up, lora_B, lora_A, and then Θ: each moves from the step before's
-    assert_plain_peft_agrees(trainer, output, family)
+    assert_plain_peft_agrees(trainer.model, output, family)
     header, state = state_of(output)
     assert header["options"] == read_switch(config["structlora"]).options()
     adapted = {name.split("/")[0].split(".")[-1] for name in state if "/filters.0.logits" in name}

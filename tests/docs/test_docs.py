@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from structlora_trl import StructLoRAConfig, StructLoRAError, attach
-from tests.support.tiny import adamw, peft_model, train
+from structlora_trl import StructLoRAConfig, StructLoRAError
+from tests.support.tiny import attached, peft_model, train
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -34,9 +34,7 @@ def test_generated_files_are_current(file, script, make):
 
 
 def test_every_metric_is_explained():
-    model = peft_model(targets=["q_proj", "o_proj"])
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, head_gates=True)
+    model, optimizer, runtime = attached(peft_model(targets=["q_proj", "o_proj"]), head_gates=True)
     train(model, "llama", optimizer, 2)
     rows = re.search(
         r"\| metric \|.*?(?=\n\n)", (DOCS / "how-it-works.md").read_text(encoding="utf-8"), re.DOTALL

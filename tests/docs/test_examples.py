@@ -10,16 +10,14 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-import torch
 import trl
-from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, Features, Image, List, Value
 from packaging.version import Version
-from peft import PeftModel
 
 from structlora_trl import StructLoRACallback
 from structlora_trl.state import STATE_NAME
 from tests.support import data
+from tests.support.cli_runs import assert_plain_peft_agrees
 from tests.support.left import assert_acted
 from tests.support.readme import code_blocks
 from tests.support.tiny import FAMILIES, sentence
@@ -27,8 +25,7 @@ from tests.support.tiny import FAMILIES, sentence
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 ROWS = 12
-# Arguments of `from_pretrained` that a script's choice of model decides.
-LOADED_WITH = ("num_labels", "quantization_config")
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def chats() -> Dataset:
@@ -108,14 +105,6 @@ def run(name: str) -> dict:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    # The scripts train in bf16, TRL's default, which Trainer grants a GPU alone; PyTorch's CPU kernels have it too.
-    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-
-
 def test_every_script_has_a_row_and_a_line_in_the_index():
     listed = re.findall(r"\]\((\w+)\.py\)", (EXAMPLES / "README.md").read_text())
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(listed) == {*TABLE, *SERVED, "inspect_app"}
@@ -157,25 +146,8 @@ def test_example(name):
     assert_acted(state_file.parent)
 
     trained = variables["trainer"].model if "trainer" in variables else variables["model"]
-    trained = extract_model_from_parallel(
-        trained, keep_fp32_wrapper=False
-    ).eval()  # without Trainer's autocast
-    base = trained.get_base_model()
-    how = {name: getattr(base.config, name) for name in LOADED_WITH if hasattr(base.config, name)}
-    fresh = type(base).from_pretrained(example.model, dtype=base.dtype, **how)
-    fresh.config.pad_token_id = getattr(base.config, "pad_token_id", None)
-    loaded = PeftModel.from_pretrained(fresh, example.output).eval()
-    # PEFT loads adapters in fp32, TRL trains some in bf16: the same values, but other arithmetic.
-    for ours, theirs in zip(loaded.parameters(), trained.parameters(), strict=False):
-        ours.data = ours.data.to(theirs.dtype)
-    models = {loaded: 1e-6}
-    if "MERGED" in variables:  # W + sBA sums in another order
-        models[type(base).from_pretrained(variables["MERGED"]).eval()] = 1e-5
-    batch = FAMILIES[example.family].batch(99)
-    del batch["labels"]
-    with torch.no_grad():
-        for model, atol in models.items():
-            torch.testing.assert_close(model(**batch).logits, trained(**batch).logits, atol=atol, rtol=0)
+    assert trained.peft_config["default"].base_model_name_or_path == example.model
+    assert_plain_peft_agrees(trained, example.output, example.family, variables.get("MERGED"))
 
 
 # Page -> blocks of Python in it. Readers paste them: a block defines all that it uses, or the page explains it.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.support.launching import ROOT, one_at_a_time, run, torchrun
+from tests.support.launching import one_at_a_time, said_by, torchrun
 
 pytestmark = one_at_a_time
 
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_slices_are_those_of_the_whole(world):
-    done = run([*torchrun(world), str(ROOT / "tests" / "support" / "slicing_job.py")])
-    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert done.returncode == 0 and lines, (done.stdout + done.stderr)[-4000:]
-    found = json.loads(lines[0])
+    found = said_by("slicing_job", *torchrun(world))
     assert len(found) > 40
     of_width = found.pop("sums")
     assert max(of_width.values()) <= 1e-5, of_width

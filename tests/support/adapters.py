@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from structlora_trl import attach, save_state
 from structlora_trl.cli import main
@@ -25,7 +26,8 @@ RUNS = {
 }
 
 
-EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+EXPERTS = {"target_parameters": tiny.FAMILIES["mixtral"].parameters}
+ATTENTION = {"target_modules": tiny.FAMILIES["llama"].attention}
 
 
 def train(folder: Path, **options) -> Path:
@@ -48,25 +50,36 @@ def on_base(adapter: Path, base: Path):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
 
 
-def peft_run(model: PreTrainedModel, out: Path, batch, steps: int = 3, **lora) -> Path:
-    """An adapter that PEFT alone has trained; its folder."""
-    torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
-    tiny.warm_up(model)
-    optimizer = tiny.adamw(model)
+def only_adapter(run: Path, folder: Path) -> None:
+    """Copy an adapter without what else is in its folder."""
+    folder.mkdir(parents=True)
+    for name in (ADAPTER, CONFIG):
+        shutil.copy(run / name, folder)
+
+
+def take_steps(model, optimizer, batch, steps: int = 3) -> None:
+    model.train()
     for step in range(steps):
         model(**batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def peft_run(model: PreTrainedModel, out: Path, batch, **lora) -> Path:
+    """An adapter that PEFT alone has trained; its folder."""
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
+    tiny.warm_up(model)
+    take_steps(model, tiny.adamw(model), batch)
     model.save_pretrained(out)
     return out
 
 
 def as_it_is(build):
-    """How to load a model that is saved as it was built."""
+    """How to load a model that is saved as it was built, from a family's name or a callable."""
 
     def load(folder):
-        model = build()
+        model = tiny.base_model(build) if isinstance(build, str) else build()
         model.save_pretrained(folder)
         return type(model).from_pretrained(folder)
 
@@ -87,11 +100,7 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
     optimizer = tiny.adamw(model)
     runtime = attach(model, optimizer, {"coordinator": "none", **(method or {})})
-    model.train()
-    for step in range(3):
-        model(**batch(step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, optimizer, batch)
     runtime.train()
     generator = torch.Generator().manual_seed(4)
     for m in runtime.maps:
@@ -100,3 +109,17 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     model.save_pretrained(out)
     save_state(runtime, out)
     return out
+
+
+def llama_run(folder: Path, config: dict | None = None, change=None, **lora) -> Path:
+    """`bare_run` of a tiny LLaMA with settings of its own, in "out" beside its "base".
+
+    Args:
+        config (`dict`, *optional*): options of the `LlamaConfig`.
+        change (callable, *optional*): done to the model before training.
+    """
+    torch.manual_seed(0)
+    settings = LlamaConfig(**{**tiny.base_model("llama").config.to_dict(), **(config or {})})
+    model = as_it_is(lambda: LlamaForCausalLM(settings))(folder / "base")
+    model = change(model) if change else model
+    return bare_run(model, folder / "out", tiny.FAMILIES["llama"].batch, **{**ATTENTION, **lora})

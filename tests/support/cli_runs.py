@@ -87,19 +87,32 @@ def logits_of(model, family: str) -> torch.Tensor:
     return model.eval()(**batch).logits.float()
 
 
-def assert_plain_peft_agrees(trainer, folder, family: str = "llama") -> None:
-    """The saved adapter, on the same base in plain PEFT, gives the logits of the model that was trained."""
-    model = extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False).eval()
+# What `from_pretrained` must be told of a base model.
+LOADED_WITH = ("num_labels", "quantization_config")
+
+
+def assert_plain_peft_agrees(model, folder, family: str = "llama", merged=None) -> None:
+    """The saved adapter, on the same base in plain PEFT, gives the logits of the model that was trained.
+
+    Args:
+        model (`nn.Module`): as it was trained.
+        folder (`str` or `Path`): of the adapter.
+        family (`str`, *optional*): of the model.
+        merged (`str` or `Path`, *optional*): folder of a model with the adapter merged, as in `model` too, which is held to
+            the same.
+    """
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False).eval()
     base = model.get_base_model()
-    how = (
-        {"quantization_config": base.config.quantization_config}
-        if hasattr(base.config, "quantization_config")
-        else {}
-    )
-    fresh = type(base).from_pretrained(
-        model.peft_config["default"].base_model_name_or_path, dtype=base.dtype, **how
-    )
+    how = {name: getattr(base.config, name) for name in LOADED_WITH if hasattr(base.config, name)}
+    name = model.peft_config["default"].base_model_name_or_path
+    fresh = type(base).from_pretrained(name, dtype=base.dtype, **how)
+    fresh.config.pad_token_id = getattr(base.config, "pad_token_id", None)
     loaded = PeftModel.from_pretrained(fresh, folder).eval()
-    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+    # PEFT loads adapters in fp32, TRL trains some in bf16: the same values, but other arithmetic.
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=merged is None):
         ours.data = ours.data.to(theirs.dtype)
-    torch.testing.assert_close(logits_of(loaded, family), logits_of(model, family), atol=1e-6, rtol=0)
+    expected = logits_of(model, family)
+    torch.testing.assert_close(logits_of(loaded, family), expected, atol=1e-6, rtol=0)
+    if merged:  # W + sBA sums in another order
+        found = logits_of(type(base).from_pretrained(merged), family)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -17,7 +17,7 @@ from structlora_trl.core.mapping import KindMap
 settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
 
-depths = st.integers(2, 9)
+depth_counts = st.integers(2, 9)
 probabilities = st.floats(0.01, 0.99)
 seeds = st.integers(0, 2**31 - 1)
 
@@ -29,24 +29,17 @@ def floats(*shape):
 
 @st.composite
 def graphs(draw):
-    count = draw(depths)
+    count = draw(depth_counts)
     upper = draw(hnp.arrays(bool, (count, count))).copy()
     edges = torch.from_numpy(upper).triu(1)
     return edges | edges.T
 
 
-def graph_over(depth_count, **options):
-    nodes = [nn.Parameter(torch.zeros(1, 1)) for _ in range(depth_count)]
-    kind = Kind("layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], nodes, nodes)
-    return DepthGraph.over_depth(kind, StructLoRAConfig(**options))
-
-
-def mixture_graph(experts, depths, **options):
+def graph_over(depths, experts=1, **options):
     nodes = [nn.Parameter(torch.zeros(1, 1)) for _ in range(experts * depths)]
     names = [f"layers.{i}.experts.{j}.w1" for i in range(depths) for j in range(experts)]
-    return DepthGraph.over_depth(
-        Kind("layers.*.experts.*.w1", names, nodes, nodes, per_depth=experts), StructLoRAConfig(**options)
-    )
+    kind = Kind("layers.*.experts.*.w1", names, nodes, nodes, per_depth=experts)
+    return DepthGraph.over_depth(kind, StructLoRAConfig(**options))
 
 
 def graph_of(edges):

@@ -5,13 +5,13 @@ Prints one JSON line on rank 0 with what really ran; the state goes to OUTPUT/st
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.support.device import BACKEND, ON_GPU, hide_gpus
 
@@ -43,60 +43,43 @@ LOADED = {  # sharded by Transformers itself, as the base is loaded: its `Distri
 }
 
 
-def arguments():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--engine",
-        default="single",
-        help="single, ddp, fsdp2, hsdp (two replicas), cp (contexts of two ranks), a name of `LOADED`, a file of "
-        "configs/deepspeed; 'launcher': whatever the launcher has set up",
-    )
-    parser.add_argument("--family", default="llama", help="a model of `tiny.FAMILIES`")
-    parser.add_argument(
-        "--whole-widths", action="store_true", help="have PEFT make adapters as wide as their base"
-    )
-    parser.add_argument(
-        "--never-average", action="store_true", help="keep Trainer from averaging a replicated adapter"
-    )
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument(
-        "--method", type=json.loads, default={}, help="more StructLoRA options, or null for plain LoRA"
-    )
-    parser.add_argument(
-        "--subclass", action="store_true", help="StructLoRASFTTrainer instead of the callback"
-    )
-    parser.add_argument("--lora", type=json.loads, default={}, help="more LoraConfig options")
-    parser.add_argument("--freeze", default=None, help="freeze parameters whose name holds this")
-    parser.add_argument(
-        "--sequence-parallel", type=int, default=1, help="ranks that share a row, under DeepSpeed"
-    )
-    parser.add_argument("--deepspeed", type=json.loads, default={}, help="merged into the DeepSpeed config")
-    parser.add_argument("--trainer", type=json.loads, default={}, help="more training arguments")
-    parser.add_argument("--resume", default=None)
-    parser.add_argument("--again", action="store_true", help="call `train` a second time")
-    parser.add_argument(
-        "--anew", action="store_true", help="with the model wrapped and the optimizer built anew"
-    )
-    parser.add_argument("--halve-between", action="store_true", help="halve lora_B before that")
-    parser.add_argument("--stop-at", type=int, default=None)
-    parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument(
-        "--micro-batch", type=int, default=6, help="over all ranks, so that 1, 2 and 3 see the same"
-    )
-    parser.add_argument("--seed-of-rank-1", type=int, default=None)
-    parser.add_argument("--poison-at", type=int, default=None, help="step at which the loss is NaN")
-    parser.add_argument(
-        "--alias-masters", action="store_true", help="make stage 3's masters the working shards"
-    )
-    parser.add_argument(
-        "--kill", type=json.loads, default=None, help='{"rank": 1, "step": 4, "in": "step|save|pullback"}'
-    )
-    parser.add_argument("--group-timeout", type=float, default=None, help="seconds")
-    parser.add_argument("--local_rank", default=None, help="passed by the deepspeed launcher")
-    return parser.parse_args()
+# What a job can be told, and what it does otherwise.
+DEFAULTS = {
+    "family": "llama",  # a model of `tiny.FAMILIES`
+    "steps": 10,
+    "accumulation": 1,
+    "micro_batch": 6,  # over all ranks, so that 1, 2 and 3 see the same
+    "rows": 48,
+    "dtype": "float32",  # or bfloat16, float16
+    "method": {},  # more StructLoRA options, or None for plain LoRA
+    "subclass": False,  # StructLoRASFTTrainer instead of the callback
+    "lora": {},  # more LoraConfig options
+    "freeze": None,  # parameters whose name holds this
+    "trainer": {},  # more training arguments
+    "deepspeed": {},  # merged into the DeepSpeed config
+    "sequence_parallel": 1,  # ranks that share a row, under DeepSpeed
+    "resume": None,  # a checkpoint
+    "stop_at": None,  # a step
+    "again": False,  # call `train` a second time
+    "anew": False,  # with the model wrapped and the optimizer built anew
+    "halve_between": False,  # with lora_B halved before that
+    "whole_widths": False,  # have PEFT make adapters as wide as their base
+    "never_average": False,  # keep Trainer from averaging a replicated adapter
+    "alias_masters": False,  # make stage 3's masters the working shards
+    "seed_of_rank_1": None,
+    "poison_at": None,  # step at which the loss is NaN
+    "kill": None,  # {"rank": 1, "step": 4, "in": "step", "save" or "pullback"}
+    "group_timeout": None,  # seconds
+}
+
+
+def arguments() -> SimpleNamespace:
+    """Of the command line: a folder, an engine, and options as JSON. The engine is 'single', 'ddp', a name of `MESHES` or
+    `LOADED`, a file of configs/deepspeed, or 'launcher' for whatever the launcher has set up."""
+    output, engine, told = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    told = json.loads(told)
+    assert told.keys() <= DEFAULTS.keys(), told
+    return SimpleNamespace(output=Path(output), engine=engine, **{**DEFAULTS, **told})
 
 
 def deepspeed_config(args) -> dict:

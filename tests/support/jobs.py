@@ -77,44 +77,12 @@ def sft(
     )
 
 
-def _pairs() -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "prompt": sentence(i, 4),
-                "chosen": " " + sentence(i + 1, 4),
-                "rejected": " " + sentence(i + 2, 4),
-            }
-            for i in range(ROWS)
-        ]
-    )
-
-
-def preference(name, rows=_pairs, experimental=False):
-    """A job of one of TRL's trainers on preferences; `experimental`: one that TRL 1.0 moved to `trl.experimental`."""
-
-    def build(output, callbacks, **options):
-        if experimental:
-            module = importlib.import_module(f"trl.experimental.{name.lower()}")
-            trainer_class, config_class = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
-        else:
-            trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
-        model = base_model("llama")
-        model.warnings_issued = {}  # TRL before 1.0 writes to this, which transformers 5 dropped
-        return trainer_class(
-            model,
-            args=config_class(**arguments(output, max_length=32, **options)),
-            train_dataset=rows(),
-            processing_class=tokenizer(),
-            peft_config=LoraConfig(**LORA),
-            callbacks=callbacks,
-        )
-
-    return build
-
-
-def _labelled() -> Dataset:
-    return Dataset.from_list(labelled(ROWS))
+def pairs(count: int) -> list[dict]:
+    texts = [sentence(i, 4) for i in range(count + 2)]
+    return [
+        {"prompt": texts[i], "chosen": f" {texts[i + 1]}", "rejected": f" {texts[i + 2]}"}
+        for i in range(count)
+    ]
 
 
 def reward_model() -> LlamaForSequenceClassification:
@@ -123,30 +91,35 @@ def reward_model() -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(config)
 
 
-def reward(output, callbacks, **options):
-    trainer_class, config_class = from_trl("RewardTrainer", "RewardConfig")
-    return trainer_class(
-        reward_model(),
-        args=config_class(**arguments(output, max_length=32, **options)),
-        train_dataset=Dataset.from_list(better_and_worse(ROWS)),
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(**LORA, task_type=TaskType.SEQ_CLS, modules_to_save=["score"]),
-        callbacks=callbacks,
-    )
+def of_trl(name, rows, options=None, model=None, lora=None, experimental=False, **more):
+    """A job of one of TRL's trainers.
 
+    Args:
+        name (`str`): of the trainer, without its ending.
+        rows (callable): makes as many rows as it is asked for.
+        options (`dict`, *optional*): training arguments.
+        model (callable, *optional*): makes the base model.
+        lora (`dict`, *optional*): options of the `LoraConfig`.
+        experimental (`bool`): one that TRL 1.0 moved to `trl.experimental`.
+        **more: other arguments of the trainer.
+    """
 
-def _online(name):
-    def build(output, callbacks, **options):
-        trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
-        length = {"max_completion_length": 6, "num_generations": 4}
+    def build(output, callbacks, **others):
+        if experimental:
+            module = importlib.import_module(f"trl.experimental.{name.lower()}")
+            trainer_class, config_class = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
+        else:
+            trainer_class, config_class = from_trl(f"{name}Trainer", f"{name}Config")
+        base = model() if model else base_model("llama")
+        base.warnings_issued = {}  # TRL before 1.0 writes to this, which transformers 5 dropped
         return trainer_class(
-            base_model("llama"),
-            reward_funcs=distinct_words,
-            args=config_class(**arguments(output, **length, **options)),
-            train_dataset=Dataset.from_list(prompts(ROWS)),
+            base,
+            args=config_class(**arguments(output, **{**(options or {"max_length": 32}), **others})),
+            train_dataset=Dataset.from_list(rows(ROWS)),
             processing_class=tokenizer(),
-            peft_config=LoraConfig(**LORA),
+            peft_config=LoraConfig(**LORA, **(lora or {})),
             callbacks=callbacks,
+            **more,
         )
 
     return build
@@ -168,13 +141,15 @@ def plain(output, callbacks, family="bert", trainer_class=Trainer, **options):
     )
 
 
+SAMPLES = {"max_completion_length": 6, "num_generations": 4}
+HEAD = {"task_type": TaskType.SEQ_CLS, "modules_to_save": ["score"]}
 JOBS = {
     "sft": sft,
-    "dpo": preference("DPO"),
-    "kto": preference("KTO", _labelled),
-    "reward": reward,
-    "grpo": _online("GRPO"),
-    "rloo": _online("RLOO"),
+    "dpo": of_trl("DPO", pairs),
+    "kto": of_trl("KTO", labelled),
+    "reward": of_trl("Reward", better_and_worse, model=reward_model, lora=HEAD),
+    "grpo": of_trl("GRPO", prompts, SAMPLES, reward_funcs=distinct_words),
+    "rloo": of_trl("RLOO", prompts, SAMPLES, reward_funcs=distinct_words),
     "trainer": plain,
 }
 

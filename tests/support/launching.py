@@ -57,19 +57,14 @@ def torchrun(world: int, *more: str) -> list[str]:
 
 
 def job_arguments(output, engine: str, options: dict) -> list[str]:
-    """The job's command line; an option that is True is a flag."""
+    """The job's command line."""
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     if engine.startswith("loaded_") and Version(transformers.__version__) < Version("5.24"):
         pytest.skip(
             f"Trainer of transformers {transformers.__version__} does not average a replicated adapter"
         )
-    arguments = [str(JOB), str(output), "--engine", engine]
-    for name, value in options.items():
-        arguments.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            arguments.append(value if isinstance(value, str) else json.dumps(value))
-    return arguments
+    return [str(JOB), str(output), engine, json.dumps(options)]
 
 
 def run(
@@ -77,6 +72,13 @@ def run(
 ) -> subprocess.CompletedProcess:
     variables = {**ENVIRONMENT, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, cwd=cwd)
+
+
+def said_by(script: str, *start: str):
+    """What a script of this folder prints in its last line, as JSON; it is started by Python, or as `start` says."""
+    done = run([*(start or [sys.executable]), "-m", f"tests.support.{script}"])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict:

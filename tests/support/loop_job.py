@@ -260,12 +260,10 @@ def _quantised():
 
 
 def _mixture():
-    from tests.support.setups import mixtral
-
     torch.manual_seed(0)
-    base = mixtral()
+    base = FAMILIES["mixtral"].build()
     torch.manual_seed(1)
-    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    stacks = FAMILIES["mixtral"].parameters
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=stacks)
     model = get_peft_model(base, lora)
     warm_up(model)

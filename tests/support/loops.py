@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, attach, load_state, save_state
+from tests.support.jobs import StopAt
 
 STEPS, HALF = 6, 3
 
@@ -58,15 +59,7 @@ class Loop:
                 load_state(self.runtime, folder)
 
     @classmethod
-    def run(
-        cls,
-        setup,
-        folder: Path,
-        method: dict | None,
-        steps: int = STEPS,
-        resume: bool = False,
-        watch=look_away,
-    ):
+    def run(cls, setup, folder: Path, method: dict | None, steps=STEPS, resume=False, watch=look_away):
         """A whole run, or its second half from what the first left in `folder`."""
         loop = cls(setup, method, watch)
         loop.begin(folder if resume else None)
@@ -94,9 +87,13 @@ class Loop:
         """One optimizer step; its loss."""
         loss = self.loss(index)
         loss.backward()
+        self.before_step()
         self.optimizer.step()
         self.after_step(loss)
         return loss.item()
+
+    def before_step(self) -> None:
+        """What a loop does between the backward and the optimizer's step."""
 
     def after_step(self, loss) -> None:
         self.optimizer.zero_grad()
@@ -181,21 +178,13 @@ class KeptGradients(Loop):
 
 
 class Clipping(Loop):
-    def clip(self, parameters):
-        torch.nn.utils.clip_grad_norm_(parameters, 0.05)
-
-    def step(self, index):
-        loss = self.loss(index)
-        loss.backward()
-        self.clip(trainable(self.model).values())
-        self.optimizer.step()
-        self.after_step(loss)
-        return loss.item()
+    def before_step(self):
+        torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), 0.05)
 
 
-class ClippingByValue(Clipping):
-    def clip(self, parameters):
-        torch.nn.utils.clip_grad_value_(parameters, 1e-3)
+class ClippingByValue(Loop):
+    def before_step(self):
+        torch.nn.utils.clip_grad_value_(trainable(self.model).values(), 1e-3)
 
 
 class Autocast(Loop):
@@ -372,14 +361,13 @@ class ReferencePass(Loop):
 class Evaluating(Loop):
     """An evaluation between forward and backward, and another before the optimizer's step."""
 
-    def step(self, index):
-        loss = self.loss(index)
+    def loss(self, index):
+        loss = super().loss(index)
         self.watch(self)
-        loss.backward()
+        return loss
+
+    def before_step(self):
         self.watch(self)
-        self.optimizer.step()
-        self.after_step(loss)
-        return loss.item()
 
 
 class Freezing(Loop):
@@ -398,9 +386,11 @@ class Freezing(Loop):
 class ByHand(Loop):
     """The learning rate is set by hand: a warm-up from 0, then a decay."""
 
+    shares = (0.0, 0.5, 1.0, 0.8, 0.5, 0.2)
+
     def step(self, index):
         for group in self.optimizer.param_groups:
-            group["lr"] = 1e-2 * (0.0, 0.5, 1.0, 0.8, 0.5, 0.2)[index]
+            group["lr"] = 1e-2 * self.shares[index]
         return super().step(index)
 
 
@@ -408,15 +398,7 @@ class InTrainer:
     """A `transformers.Trainer` or one of TRL's, built by the set-up's `trainer` (`tests/support/jobs.py`)."""
 
     @classmethod
-    def run(
-        cls,
-        setup,
-        folder: Path,
-        method: dict | None,
-        steps: int = STEPS,
-        resume: bool = False,
-        watch=look_away,
-    ):
+    def run(cls, setup, folder: Path, method: dict | None, steps=STEPS, resume=False, watch=look_away):
         run = SimpleNamespace(setup=setup, runtime=None)
         ours = [] if method is None else [StructLoRACallback(method)]
         trainer = setup.trainer(
@@ -428,19 +410,11 @@ class InTrainer:
         )
         run.model = trainer.model
         if steps < STEPS:
-            trainer.add_callback(_StopAt(steps))
+            trainer.add_callback(StopAt(steps))
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
         run.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         watch(run)
         return run
-
-
-class _StopAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 class _Watching(TrainerCallback):

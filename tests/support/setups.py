@@ -42,47 +42,28 @@ GATES = {"coordinator": "none"}
 
 @dataclass(frozen=True)
 class Setup:
-    """One row.
+    """One row."""
 
-    Args:
-        name (`str`): what docs/what-runs.md calls it.
-        base (`callable`): makes the base model, the same one each time.
-        batch (`callable`): a batch, from its number.
-        lora (`dict`): options of `LoraConfig` beside rank, alpha and targets.
-        wrap (`callable`): makes the PEFT model of a base model, where `lora` does not say it.
-        dtype (`torch.dtype`, *optional*): of base and adapter.
-        optimizer (`callable`): makes the optimizer of a model.
-        schedule (`callable`): makes the schedule of an optimizer.
-        loop (`type`): a class of `tests/support/loops.py`.
-        trainer (`callable`): for `loops.InTrainer`: makes the trainer, from its output folder and callbacks.
-        method (`dict`): options of StructLoRA.
-        refused (`str`, *optional*): pattern of the error that a set-up stops with; None where it is served.
-        remedy (`dict`, *optional*): options that the error names, with which the set-up is served.
-        moves_base (`bool`): whether the saved adapter belongs on base weights as `wrap` leaves them.
-        adapter (`str`): name of the adapter that is trained.
-        tolerance (`float`): in logits, between the trained model and its saved adapter in plain PEFT.
-        needs (`tuple`): requirements without which the row is skipped.
-        slow (`bool`): takes many seconds.
-    """
-
-    name: str
+    name: str  # what docs/what-runs.md calls it
+    # The base model, the same one each time, and a batch from its number.
     base: Callable[[], nn.Module] = partial(base_model, "llama")
     batch: Callable[[int], dict] = FAMILIES["llama"].batch
+    # Options of `LoraConfig` beside rank, alpha and targets; or what makes the PEFT model of a base model.
     lora: dict = field(default_factory=dict)
     wrap: Callable[[nn.Module], PeftModel] | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # of base and adapter
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = lambda model: adamw(model)
     schedule: Callable[[torch.optim.Optimizer], object] | None = None
     loop: type = loops.Loop
-    trainer: Callable | None = None
-    method: dict = field(default_factory=lambda: WHOLE)
-    refused: str | None = None
-    remedy: dict | None = None
-    moves_base: bool = False
-    adapter: str = "default"
-    tolerance: float = 1e-6
-    needs: tuple[str, ...] = ()
-    slow: bool = False
+    trainer: Callable | None = None  # for `loops.InTrainer`, from its output folder and callbacks
+    method: dict = field(default_factory=lambda: WHOLE)  # options of StructLoRA
+    refused: str | None = None  # pattern of the error that a set-up stops with; None where it is served
+    remedy: dict | None = None  # options that the error names, with which the set-up is served
+    moves_base: bool = False  # the saved adapter belongs on base weights as `wrap` leaves them
+    adapter: str = "default"  # name of the adapter that is trained
+    tolerance: float = 1e-6  # in logits, between the trained model and its saved adapter in plain PEFT
+    needs: tuple[str, ...] = ()  # requirements without which the row is skipped
+    slow: bool = False  # takes many seconds
 
     def model(self) -> PeftModel:
         base = self.base()
@@ -189,18 +170,6 @@ def roberta():
         **_SIZES, vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=64, pad_token_id=0
     )
     return transformers.RobertaForSequenceClassification(config)
-
-
-def mixtral():
-    config = transformers.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)
-    return transformers.MixtralForCausalLM(config)
-
-
-def qwen3_moe():
-    config = transformers.Qwen3MoeConfig(
-        **_DECODER, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
 
 
 def llama(**options):
@@ -370,9 +339,12 @@ def riemannian(model):
     return peft.optimizers.create_riemannian_optimizer(model, optimizer_cls=torch.optim.AdamW, lr=1e-2)
 
 
-def two_groups(model):
+def two_groups(model, rate_of_A: float = 1e-4):
     of = lambda part: [p for name, p in lora_parameters(model).items() if part in name]  # noqa: E731
-    groups = [{"params": of("lora_A"), "lr": 1e-4}, {"params": of("lora_B"), "lr": 1e-2, "weight_decay": 0.0}]
+    groups = [
+        {"params": of("lora_A"), "lr": rate_of_A},
+        {"params": of("lora_B"), "lr": 1e-2, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups)
 
 
@@ -409,6 +381,9 @@ def bd_lora(base):
     return get_peft_model(base, lora(target_modules=["q_proj", "o_proj"], use_bdlora=blocks_of))
 
 
+STACKED_EXPERTS = other_family(
+    FAMILIES["mixtral"].build, ["q_proj"], target_parameters=FAMILIES["mixtral"].parameters
+)
 ADAPTERS = [
     Setup("LoRA"),
     Setup("lora_dropout", lora={"lora_dropout": 0.2}),
@@ -485,9 +460,7 @@ ADAPTERS = [
     Setup("aLoRA", lora={"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, batch=invoking),
     Setup(
         "MoE experts by target_parameters",
-        **other_family(
-            mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        ),
+        **STACKED_EXPERTS,
     ),
     Setup(
         "gates of heads",
@@ -504,9 +477,7 @@ ADAPTERS = [
     ),
     Setup(
         "gates of experts",
-        **other_family(
-            mixtral, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        ),
+        **STACKED_EXPERTS,
         method={**WHOLE, "expert_gates": True},
     ),
     Setup(
@@ -514,8 +485,11 @@ ADAPTERS = [
         **other_family(FAMILIES["mixture"].build, ["q_proj", "up_proj", "down_proj"]),
         method={**WHOLE, "expert_gates": True},
     ),
-    Setup("MoE layers by 'all-linear'", **other_family(qwen3_moe, "all-linear")),
+    Setup("MoE layers by 'all-linear'", **other_family(FAMILIES["qwen3_moe"].build, "all-linear")),
 ]
+# Starts that take a part out of the base model: PEFT does not take these again when it loads an adapter, and takes those.
+NOT_REPEATED = ["LoRA-GA", "CorDA", "PiSSA by fast SVD"]
+REPEATED = ["PiSSA", "OLoRA"]
 
 MODELS = [
     Setup("LLaMA", **family("llama")),
@@ -665,34 +639,23 @@ LOOPS = [
     Setup("freezing layers for a while", loop=loops.Freezing),
 ]
 
+ON_ATTENTION = {"target_modules": TARGETS}
+VIRTUAL_TOKENS = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+OTHER_TYPES = {
+    # name: (configuration, its type, its options)
+    "AdaLoRA": ("AdaLora", "ADALORA", {**ON_ATTENTION, "total_step": 20, "tinit": 1, "tfinal": 2}),
+    "LoHa": ("LoHa", "LOHA", ON_ATTENTION),
+    "LoKr": ("LoKr", "LOKR", ON_ATTENTION),
+    "OFT": ("OFT", "OFT", {**ON_ATTENTION, "r": 0, "oft_block_size": 4}),
+    "BOFT": ("BOFT", "BOFT", {**ON_ATTENTION, "boft_block_size": 4}),
+    "IA3": ("IA3", "IA3", {**ON_ATTENTION, "feedforward_modules": []}),
+    "prompt tuning": ("PromptTuning", "PROMPT_TUNING", VIRTUAL_TOKENS),
+    "prefix tuning": ("PrefixTuning", "PREFIX_TUNING", VIRTUAL_TOKENS),
+}
 REFUSED = [
-    Setup(
-        "AdaLoRA",
-        wrap=of_type(
-            "AdaLoraConfig",
-            r=4,
-            init_r=6,
-            target_r=2,
-            total_step=20,
-            tinit=1,
-            tfinal=2,
-            target_modules=TARGETS,
-        ),
-        refused="PEFT type ADALORA.*`LoraConfig`",
-    ),
     *(
-        Setup(
-            name,
-            wrap=of_type(f"{config}Config", target_modules=TARGETS, **options),
-            refused="PEFT type .*`LoraConfig`",
-        )
-        for name, config, options in (
-            ("LoHa", "LoHa", {}),
-            ("LoKr", "LoKr", {}),
-            ("OFT", "OFT", {"r": 0, "oft_block_size": 4}),
-            ("BOFT", "BOFT", {"boft_block_size": 4}),
-            ("IA3", "IA3", {"feedforward_modules": []}),
-        )
+        Setup(name, wrap=of_type(f"{config}Config", **options), refused=f"PEFT type {kind}.*`LoraConfig`")
+        for name, (config, kind, options) in OTHER_TYPES.items()
     ),
     Setup(
         "VeRA",
@@ -713,36 +676,21 @@ REFUSED = [
             "ensure_weight_tying": True,
         },
         method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
-        refused="in one memory.*`ensure_weight_tying=False`",
+        refused="embed_tokens' and 'lm_head' in one memory.*`ensure_weight_tying=False`",
         needs=("peft>=0.19",),
     ),
-    Setup(
-        "XLoRA",
-        wrap=xlora,
-        refused="an X-LoRA model.*`LoraConfig`",
-    ),
-    Setup(
-        "BD-LoRA",
-        wrap=bd_lora,
-        refused="`use_bdlora`.*remove",
-        needs=("peft>=0.19",),
-    ),
+    Setup("XLoRA", wrap=xlora, refused="an X-LoRA model.*`LoraConfig`"),
+    Setup("BD-LoRA", wrap=bd_lora, refused="`use_bdlora`.*remove", needs=("peft>=0.19",)),
     Setup(
         "grouped Conv2d",
         **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), 8, 6, 6),
-        refused="as a grouped convolution has.*`target_modules`",
+        refused="'blocks.0'.*as a grouped convolution has.*`target_modules`",
     ),
     Setup(
-        "prompt tuning",
-        wrap=of_type("PromptTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        refused="PEFT type PROMPT_TUNING.*`LoraConfig`",
+        "full fine-tuning",
+        wrap=lambda base: base,
+        refused="type LlamaForCausalLM.*a PEFT model with a LoRA adapter",
     ),
-    Setup(
-        "prefix tuning",
-        wrap=of_type("PrefixTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM"),
-        refused="PEFT type PREFIX_TUNING.*`LoraConfig`",
-    ),
-    Setup("full fine-tuning", wrap=lambda base: base, refused="a PEFT model with a LoRA adapter"),
     Setup("schedule-free optimizers", optimizer=schedule_free, refused="schedule-free optimizer"),
     Setup("layer-wise optimizers", optimizer=layer_wise, refused="missing from the optimizer.*layer-wise"),
     Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer"),
@@ -782,7 +730,7 @@ ON_PLATEAU = {
 
 TRAINERS = [
     in_trainer("transformers.Trainer", jobs.plain, slow=False, row=BERT),
-    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, row=BERT, **ON_PLATEAU),
+    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, slow=False, row=BERT, **ON_PLATEAU),
     in_trainer("Trainer with Adafactor", jobs.plain, row=BERT, optim="adafactor", lr_scheduler_type="cosine"),
     in_trainer(
         "Trainer with torch_compile",
@@ -793,6 +741,16 @@ TRAINERS = [
     ),
     in_trainer("TRL's SFT", jobs.sft, slow=False, gradient_accumulation_steps=2),
     in_trainer("SFT with packing", jobs.sft, packing=True, row_count=384),
+    in_trainer("SFT with wrapped packing", jobs.sft, packing=True, packing_strategy="wrapped", row_count=384),
+    in_trainer("SFT without padding", jobs.sft, padding_free=True, max_length=None),
+    in_trainer(
+        "SFT with packing and without padding",
+        jobs.sft,
+        slow=False,
+        packing=True,
+        padding_free=True,
+        row_count=384,
+    ),
     in_trainer(
         "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}
     ),
@@ -800,9 +758,9 @@ TRAINERS = [
     in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
     in_trainer("DPO", jobs.JOBS["dpo"]),
     in_trainer("KTO", jobs.JOBS["kto"]),
-    in_trainer("ORPO", jobs.preference("ORPO", experimental=True), needs=("trl>=1.0",)),
-    in_trainer("CPO", jobs.preference("CPO", experimental=True), needs=("trl>=1.0",)),
-    in_trainer("Reward", jobs.reward, row=REWARD),
+    in_trainer("ORPO", jobs.of_trl("ORPO", jobs.pairs, experimental=True), needs=("trl>=1.0",)),
+    in_trainer("CPO", jobs.of_trl("CPO", jobs.pairs, experimental=True), needs=("trl>=1.0",)),
+    in_trainer("Reward", jobs.JOBS["reward"], row=REWARD),
     in_trainer("GRPO", jobs.JOBS["grpo"]),
     in_trainer("GRPO with several updates per generation", jobs.JOBS["grpo"], num_iterations=3),
     in_trainer("RLOO", jobs.JOBS["rloo"]),

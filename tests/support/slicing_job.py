@@ -138,12 +138,8 @@ def main():
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:
-        print(
-            "FOUND "
-            + json.dumps(
-                {name: {k: max(f[name][k] for f in everyone) for k in found[name]} for name in found}
-            )
-        )
+        largest = {name: {k: max(f[name][k] for f in everyone) for k in found[name]} for name in found}
+        print(json.dumps(largest))
     dist.barrier()
     os._exit(0)  # see `distributed_job`
 

@@ -330,3 +330,20 @@ def train(
 
 def adamw(model, lr: float = 1e-2) -> torch.optim.AdamW:
     return torch.optim.AdamW(lora_parameters(model).values(), lr=lr)
+
+
+def attached(model=None, optimizer=adamw, **options):
+    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both."""
+    from structlora_trl import attach  # here, since tests without the package use the rest of this file
+
+    model = peft_model() if model is None else model
+    optimizer = optimizer(model)
+    return model, optimizer, attach(model, optimizer, options)
+
+
+def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):
+    """`attached` after some steps, with LoRA on all linear modules."""
+    model = peft_model(targets=FAMILIES["llama"].linear, dtype=dtype)
+    model, optimizer, runtime = attached(model, optimizer)
+    train(model, "llama", optimizer, steps)
+    return model, optimizer, runtime

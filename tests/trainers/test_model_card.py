@@ -15,7 +15,7 @@ from structlora_trl.model_card import HEADING, TAG
 from tests.support.hub import Hub
 from tests.support.jobs import plain, sft
 from tests.support.launching import ROOT
-from tests.support.tiny import adamw, logits_of, peft_model, train
+from tests.support.tiny import adamw, attached, logits_of, peft_model, train
 
 
 def check(text: str, option: str = "gate_init=0.8") -> None:
@@ -58,9 +58,7 @@ def test_text_around_the_section_is_kept(tmp_path):
 
 def test_plain_runs_have_plain_cards(tmp_path):
     """The section holds for as long as the adapter's weights are those that StructLoRA trained."""
-    model = peft_model()
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, gate_init=0.8)
+    model, optimizer, runtime = attached(gate_init=0.8)
     train(model, "llama", optimizer, 2)
     runtime.detach()
     logits_of(model, "llama")

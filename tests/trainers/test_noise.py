@@ -47,7 +47,10 @@ def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
     assert equal == [is_off] * 3 or equal == [True, False, False]  # B is zero before the first step
     assert callback.runtime.is_noisy is not is_off
     start = torch.tensor(callback.config.gate_init).logit()
-    assert all((m.filter.logits - start).abs().min() > LEAST_MOVE for m in callback.runtime.maps)
+    assert (callback.runtime.step, callback.runtime.skipped_steps) == (3, 0)
+    for m in callback.runtime.maps:
+        assert (m.filter.logits - start).abs().min() > LEAST_MOVE and m.kind.depth_count == 3
+        assert all(coordinator.theta.abs().sum() > 0 for coordinator in m.coordinators.values())
 
 
 class Ratios:
