@@ -66,7 +66,7 @@ def _parsed(text: str | Path) -> object:
         raise StructLoRAError(
             f"{text!r} for `structlora`",
             "options, true or false as JSON, or a YAML or JSON file with a `structlora` key",
-            "write for example '{\"gate_init\": 0.8}', or a path that ends in .yaml, .yml or .json",
+            "write `structlora: true`, options such as '{\"gate_init\": 0.8}', or a path that ends in .yaml, .yml or .json",
         )
     return value
 
