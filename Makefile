@@ -119,7 +119,7 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 .PHONY: $(NEWEST)/.dev
 $(NEWEST)/.dev:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --ignore-requires-python --editable ".[demo,dev]"
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[demo,dev]"
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch torchvision transformers trl peft accelerate datasets deepspeed
 	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|trl|peft|accelerate|datasets|deepspeed|numpy) '
 

@@ -194,10 +194,15 @@ class Runtime(StandingWeights):
             for m in self.maps
             if not m.sides and m.kind.depth_count > 1 and config.compares_depths
         ]
+        kept = (
+            ""
+            if self._select_step is None
+            else f", keep={config.keep} from step {self._select_step} on"
+        )
         left_out = f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if alone else ""
         return (
             f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
-            f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates){noise}, "
+            f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates){kept}{noise}, "
             f"coordinator {config.coordinator}{graph}{left_out}, seed {self.seed}"
         )
 
@@ -214,6 +219,13 @@ class Runtime(StandingWeights):
             )
             self.weights = LATENT
         self.eval()
+        if self._select_step is not None and not self.maps[0].selection.is_made:
+            logger.warning(
+                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
+                self.config.keep,
+                self.step,
+                self._select_step,
+            )
         self.is_attached = False
         self._remove_hooks()
         # Whoever keeps the runtime for its state or figures does not keep the model.

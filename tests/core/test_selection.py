@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -153,11 +154,20 @@ def test_a_share_of_a_run_of_unknown_length_is_refused():
         started(select_at=0.5)
 
 
-def test_a_trainer_knows_the_length_of_its_run(tmp_path):
+def test_a_trainer_knows_the_length_of_its_run(tmp_path, capsys, caplog):
     callback = StructLoRACallback(keep=0.5)
     trainer = sft(tmp_path, [callback], max_steps=6, logging_steps=1)
     trainer.train()
     logged = [entry.get("structlora/kept_share") for entry in trainer.state.log_history if "loss" in entry]
     assert logged[:2] == [None, None] and logged[3:] == [pytest.approx(0.5)] * 3
+    assert f"{round(0.5 * 6)}" in re.search(r"keep=0.5 from step (\d+)", capsys.readouterr().out)[1]
+    assert "closed no direction" not in caplog.text
     with pytest.raises(StructLoRAError, match="keep"):
         callback.start_over(trainer, trainer.optimizer, reset=lambda: None)
+
+
+def test_a_run_that_ends_before_its_selection_says_so(caplog):
+    model, optimizer, runtime = started()
+    train(model, "llama", optimizer, CUT - 1)
+    runtime.detach()
+    assert "closed no direction" in caplog.text
