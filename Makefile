@@ -115,12 +115,13 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint tests/requirements-oldest.txt
 	touch $@
 
-# Renewed at each `make test-newest`. A test environment, so the ranges of pyproject.toml are lifted after they were met.
+# Renewed at each `make test-newest`. A test environment, so the ranges of pyproject.toml are lifted after they were met, and so are
+# constraints of the machine.
 .PHONY: $(NEWEST)/.dev
 $(NEWEST)/.dev:
 	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --editable ".[demo,dev]"
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade torch torchvision transformers trl peft accelerate datasets deepspeed
+	PIP_CONSTRAINT=/dev/null $(NEWEST)/bin/python -m pip install --quiet --upgrade torch torchvision transformers trl peft accelerate datasets deepspeed
 	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|trl|peft|accelerate|datasets|deepspeed|numpy) '
 
 .venv-%/.dev: pyproject.toml
