@@ -361,7 +361,8 @@ EQUAL_RULES = (
 
 # The package's own selection, with noisy gates before and after it, by information and by chance, and the gates of a full adapter.
 KEPT_PLACES = (("digits-all", 8, 100), ("movie-all", 8, 200), ("fashion-all", 8, 200))
-KEPT_METHODS = ("gates:keep=0.25", "gates:keep=0.25,select_by=random", "gates", "structlora:keep=0.25")
+KEPT_CHANCE = "gates:keep=0.25,select_by=random"
+KEPT_METHODS = ("gates:keep=0.25", KEPT_CHANCE, "gates", "structlora:keep=0.25")
 
 
 def selected(rule: str, keep: float) -> str:

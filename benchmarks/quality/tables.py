@@ -32,6 +32,7 @@ from .settings import (
     EXAMPLES,
     FINAL_PLACES,
     FINAL_ROUNDS,
+    KEPT_CHANCE,
     KEPT_METHODS,
     LANGUAGE,
     MAIN,
@@ -356,6 +357,8 @@ def evidence(
 def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
     """Directions selected in training by each rule, and LoRA: test figures, less chance and less LoRA at the small rank.
 
+    Chance is that of the suite's own rules with plain LoRA, and that of the package's selection with gates.
+
     The rate of LoRA at the small rank is the better of two by its validation accuracy.
 
     Args:
@@ -380,14 +383,21 @@ def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
             ),
             f"LoRA, r {rank}, update times a scalar": _test_figures(whole, "scaled"),
         }
-        found |= {
+        chance = dict.fromkeys(found, bases[0])
+        ours = {
             f"{methods.find(name).summary}, r {r}": _test_figures(runs.at((task, r, examples), name, lr))
             for name, r in (*((name, rank) for name in KEPT_METHODS), ("gates", kept))
         }
+        by_chance = f"{methods.find(KEPT_CHANCE).summary}, r {rank}"
+        found, chance = found | ours, chance | dict.fromkeys(ours, ours[by_chance])
         for name, figures in found.items():
             if len(figures):
                 row = [describe(setting), name, len(figures), _mean_and_sd(figures["accuracy"])]
-                row += [f"{_mean(figures['nll']):.3f}", *_less(figures, bases[0]), *_less(figures, bases[1])]
+                row += [
+                    f"{_mean(figures['nll']):.3f}",
+                    *_less(figures, chance[name]),
+                    *_less(figures, bases[1]),
+                ]
                 rows.append(row)
     p = "p (q, Holm)"
     header = ["task, r, examples", "method", "seeds", "accuracy", "NLL"]
