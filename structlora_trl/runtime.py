@@ -194,11 +194,7 @@ class Runtime(StandingWeights):
             for m in self.maps
             if not m.sides and m.kind.depth_count > 1 and config.compares_depths
         ]
-        kept = (
-            ""
-            if self._select_step is None
-            else f", keep={config.keep} from step {self._select_step} on"
-        )
+        kept = "" if self._select_step is None else f", keep={config.keep} from step {self._select_step} on"
         left_out = f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if alone else ""
         return (
             f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
