@@ -245,9 +245,10 @@ class Runtime(StandingWeights):
         self.engine.write_latents(self.engine.read_working())
         selections = [m.selection for m in self.maps]
         self._build(align=False)
-        for m, selection in zip(self.maps, selections, strict=True):
-            m.selection = selection
-        self._write(None)
+        if self._select_step is not None:
+            for m, selection in zip(self.maps, selections, strict=True):
+                m.selection = selection
+            self._write(None)
         self.schedule = ScheduleShare()
         self.weights, self._trained_forward = EVALUATION, False
 
@@ -426,8 +427,9 @@ class Runtime(StandingWeights):
                     group["lr"] = group["base_lr"] * share
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            for m, d in zip(self.maps, self._relevance, strict=bool(self._relevance)):
-                m.selection.observe(d)
+            if self._relevance:
+                for m, d in zip(self.maps, self._relevance, strict=True):
+                    m.selection.observe(d)
             self.step += 1
             self._metric_steps += 1
             if self._select_step is not None and self.step >= self._select_step:

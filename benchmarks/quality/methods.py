@@ -73,7 +73,7 @@ class Method:
         self.start(model)
         given = self.given
         if "keep" in given:  # a loop does not know its length
-            given["select_at"] = task.steps // 2
+            given.setdefault("select_at", task.steps // 2)
         return model, optimizer, attach(model, optimizer, seed=seed, **given)
 
     def start(self, model: nn.Module) -> None:
