@@ -49,6 +49,9 @@ class StandingWeights:
     is_attached = True
     _trained_forward = False  # whether training weights have stood since the last step
     _mixed_gradients = False  # whether a gradient since then arrived while others stood
+    _in_graphs: set[int] | None = (
+        None  # ids of parameters in graphs at attach; until the first training forward
+    )
 
     @property
     def is_noisy(self) -> bool:
@@ -60,7 +63,8 @@ class StandingWeights:
         """Put the training weights of the coming step in place (the same ones until the step is done).
 
         Raises:
-            StructLoRAError: other code has written to the LoRA weights since StructLoRA did.
+            StructLoRAError: other code has written to the LoRA weights since StructLoRA did; or, the first time, a
+                graph that is still alive reads them.
         """
         if self.weights == TRAINING:
             if self.engine.was_touched() and self._were_changed():
@@ -69,6 +73,7 @@ class StandingWeights:
             if self._were_changed():
                 foreign_writes.refuse_changed()
             if self.is_noisy:
+                self._refuse_early_graphs()
                 self._write(self._noise(), self._noisy_sides())
         else:
             self._write(self._noise())
@@ -150,6 +155,17 @@ class StandingWeights:
         """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
         if self._trained_forward and self.weights != TRAINING and self.is_noisy:
             self._mixed_gradients = True
+
+    def _refuse_early_graphs(self) -> None:
+        """Once: stop where a graph made since attach reads weights that are about to be replaced.
+
+        Whoever builds a penalty before the forward does so in the first step, too.
+        """
+        if self._in_graphs is not None:
+            early = foreign_writes.in_graphs(self.lora_parameters()) - self._in_graphs
+            if early:
+                foreign_writes.refuse_early_graph(len(early))
+            self._in_graphs = None
 
     def _were_changed(self) -> bool:
         """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in

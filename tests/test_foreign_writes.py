@@ -13,6 +13,7 @@ from structlora_trl import StructLoRAError, attach
 from tests.support.tiny import (
     FAMILIES,
     adamw,
+    attached,
     logits_of,
     lora_parameters,
     loss_of,
@@ -166,6 +167,42 @@ def test_forwards_of_both_modes_in_one_loss_are_refused_by_name():
     model.train()
     with pytest.raises(StructLoRAError, match="eval"):
         (first + second).backward()
+
+
+def penalty(model):
+    return sum(p.square().sum() for p in lora_parameters(model).values())
+
+
+def test_a_penalty_built_before_the_first_forward_is_refused_by_name():
+    model, *_ = attached(peft_model())
+    model.train()
+    early = penalty(model)
+    for _ in range(2):
+        with pytest.raises(StructLoRAError, match="penalty.*after the model's forward.*runtime.train"):
+            loss_of(model, "llama", 7)
+    del early
+    assert loss_of(model, "llama", 7).requires_grad
+
+
+@pytest.mark.parametrize("trains_first", [False, True])
+def test_a_penalty_trains_where_training_weights_stand(trains_first):
+    model = peft_model()
+    kept = penalty(model)  # of before, for a report
+    model, optimizer, runtime = attached(model)
+    with torch.no_grad():
+        penalty(model)
+    model.train()
+    for step in range(3):
+        if trains_first:
+            runtime.train()
+            regularizer = penalty(model)
+        loss = loss_of(model, "llama", step)
+        if not trains_first:
+            regularizer = penalty(model)
+        (loss + 0.1 * regularizer).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert runtime.step == 3 and kept.requires_grad
 
 
 def test_an_average_swapped_in_and_out_changes_nothing():

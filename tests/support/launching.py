@@ -17,6 +17,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.support.device import ON_GPU
+from tests.support.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 JOB = Path(__file__).with_name("distributed_job.py")
@@ -104,11 +105,12 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
 
 def launch(output, engine: str = "single", world: int = 2, check: bool = True, **options) -> dict | str:
     """Run the job; its facts, or its output where it may fail."""
-    start = [sys.executable] if engine == "single" else torchrun(world)
-    one_gpu = (
-        {"CUDA_VISIBLE_DEVICES": "0"} if ON_GPU and engine == "single" else {}
-    )  # Trainer would use them all
-    done = run(start + job_arguments(output, engine, options), **one_gpu)
+    job, alone = job_arguments(output, engine, options), engine == "single"
+    if ON_GPU:  # which a fork cannot share with its parent; Trainer alone would use all of them
+        start = [sys.executable] if alone else torchrun(world)
+        done = run(start + job, **({"CUDA_VISIBLE_DEVICES": "0"} if alone else {}))
+    else:
+        done = run_forked(job, None if alone else world, {**ENVIRONMENT, "MASTER_PORT": str(free_port())})
     return facts_of(done, engine, world) if check else done.stdout + done.stderr
 
 
