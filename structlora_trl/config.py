@@ -246,16 +246,14 @@ class StructLoRAConfig:
             idle[WITH_COMPARISON] = without
         if self.keep is None:
             idle[WITH_SELECTION] = "keep=None", "a selection", "set `keep`"
-        for option in fields(StructLoRAConfig):
-            name, value = option.name, getattr(self, option.name)
+        for name, value in self.changed_options().items():
             for mark in idle.keys() & set(_marks(name)):
                 cause, needed, remedy = idle[mark]
-                if value != option.default:
-                    raise StructLoRAError(
-                        f"{name}={value!r} and {cause}",
-                        f"{needed} for `{name}` to act on",
-                        f"{remedy}, or remove `{name}`",
-                    )
+                raise StructLoRAError(
+                    f"{name}={value!r} and {cause}",
+                    f"{needed} for `{name}` to act on",
+                    f"{remedy}, or remove `{name}`",
+                )
 
     @staticmethod
     def _refuse(name: str, value, allowed: Allowed, hint: str = ""):

@@ -86,6 +86,17 @@ def test_other_weights_are_shown_refused_and_reloaded(writer):
     assert 0 < (logits_of(model, "llama") - expected).abs().max() < 1
 
 
+@pytest.mark.parametrize("name", ["ib", "topk_norm"])
+def test_reload_changes_no_output(name):
+    """Where no direction is selected, the weights that stand are not written again."""
+    model, optimizer, runtime = attached(filter=name)
+    train(model, "llama", optimizer, 2)
+    by_load_state_dict(model, other_weights(model))
+    before = logits_of(model, "llama")
+    runtime.reload()
+    assert torch.equal(logits_of(model, "llama"), before)
+
+
 def test_reload_is_attaching_anew():
     """Gates, coordinator, their optimizer and the schedule's peak start again."""
     model, _, runtime = trained()

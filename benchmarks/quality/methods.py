@@ -25,8 +25,10 @@ WEIGHT_DECAY = 0.01
 
 # Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
 # experts, and the selection of directions, came later.
-UNSET = {"seed", "adapter_name", "peft_module", "roles", "noise", "head_gates", "expert_gates"}
-UNSET |= {"keep", "select_at", "select_by"}
+UNSET = {
+    *("seed", "adapter_name", "peft_module", "roles", "noise", "head_gates", "expert_gates"),
+    *("keep", "select_at", "select_by"),
+}
 
 ONE_A = "x_one_A"  # an option of the suite: all depths of a kind start from one lora_A, though nothing compares them
 

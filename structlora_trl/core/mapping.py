@@ -321,7 +321,7 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
                 remedy = (
                     "set `side='write'` or `coordinator='none'`"
                     if side == "A"
-                    else "train it, or set `filter='none'`"
+                    else "train it, or set `filter='none'` and remove `keep`"
                 )
                 raise StructLoRAError(
                     f"lora_{side} of '{kind.name}' frozen",
