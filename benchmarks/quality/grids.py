@@ -8,6 +8,7 @@ from . import store
 from .selection import BASE, OURS, test_runs
 from .settings import (
     ABLATIONS,
+    AVERAGED,
     COMPARED,
     CONTROLS,
     EARLY,
@@ -128,7 +129,10 @@ GRIDS = {
     "early-finish": lambda: _at_chosen_rates(EARLY, MAIN),
     "main-finish": lambda: _at_chosen_rates(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
     "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
-    "fair": lambda: _at_chosen_rates(SETTINGS, FAIR, SEEDS, BASE),
+    "fair": lambda: [
+        *_at_chosen_rates(SETTINGS, FAIR, SEEDS, BASE),
+        *_at_chosen_rates(SETTINGS, [AVERAGED], SEEDS, OURS),
+    ],
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
     "ablations": lambda: _at_chosen_rates(COMPARED, ABLATIONS, RATE_SEEDS, OURS),
     "parts": lambda: _at_chosen_rates(WHERE_IT_GAINS, PARTS, SEEDS, OURS),

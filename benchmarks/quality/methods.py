@@ -168,6 +168,9 @@ METHODS = {
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
     "select": Method("LoRA, directions selected in training", cut={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
+    "structlora-average": Method(
+        "StructLoRA, mean of the weights over the last half", structlora={}, tail_average=True
+    ),
     "gates": _gates("StructLoRA without coordinator"),
     "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
     "no-align": _ours(

@@ -231,7 +231,8 @@ NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table o
 
 # What else regularises LoRA for nothing, at LoRA's own rate: does one of these do what gates do?
 FAIR = ("lora-dropout-0.1", "lora-decay-0.1", "lora-average")
-CONTROLS = (*FAIR, "lora-dropout-0.05", "frozen-logits")
+AVERAGED = "structlora-average"  # tail averages of StructLoRA's weights, at its own rate
+CONTROLS = (*FAIR, AVERAGED, "lora-dropout-0.05", "frozen-logits")
 COMPARED = (
     SETTINGS[1],
     SETTINGS[0],
@@ -280,6 +281,7 @@ LINEAR_IDEAS = (
     "structlora:gate_lr=0",
     "structlora:x_snr=true",
     "structlora:head_gates=true",
+    "structlora:x_gated_messages=true",
 )
 # Text in runs that are short: 2.4 passes over 200 examples, and a single pass over 480.
 SHORT_PLACES = tuple(((task, 4, examples), 4e-3) for examples in (200, 480) for task in ("tweet", "product"))
@@ -289,6 +291,7 @@ SHORT_METHODS = (
     "structlora:align_init=false",
     "structlora:x_second_pass=true",
     "no-align:x_second_pass=true",
+    "structlora:gate_lr=0.1",  # gates that go as far in 60 steps as the default does in 200
 )
 # The language model in a single pass, where StructLoRA lost most.
 ONE_PASS_PLACES = ((LANGUAGE[1], 8e-3),)

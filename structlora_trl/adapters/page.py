@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .inspecting import final_losses, short_names, training_data
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
 except ImportError as error:
     raise StructLoRAError(
         "no jinja2",
@@ -37,7 +39,7 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["shown"] = _shown
+    templates.filters |= {"shown": _shown, "with_code": _with_code}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page = templates.get_template("page.html.j2").render(
@@ -149,6 +151,11 @@ _COLUMNS: dict[str, Callable] = {
         else " ".join(kind.depths[other].layer for other in depth.semantic) or "none"
     ),
 }
+
+
+def _with_code(text: str) -> Markup:
+    """Text with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _shown(value) -> str:

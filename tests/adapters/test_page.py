@@ -70,6 +70,7 @@ def test_the_page_holds_everything(page):
     assert {link.partition(":")[0] for link in parsed.linked if not link.startswith("#")} <= {"data"}
     assert "http" not in text and "url(" not in text.replace("url(#", "") and "@import" not in text
     assert "&lt;b&gt;plain &amp; simple" in text and "b" not in parsed.counts
+    assert "<code>test_split_size: 0.1</code>" in text  # what would give a held-out loss
     titles = re.findall("<h2>(.*?)</h2>", text)
     assert titles == ["Gates", *WITHOUT_STATE[:3], "Training", "Modules"]
     maps, spectra, sizes, curves = len(KINDS), 2 * len(KINDS), 1, 6
