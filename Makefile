@@ -8,9 +8,10 @@ RUN := $(VENV)/bin/python
 PYTEST := -m pytest -q -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-# Trainers that pin their own stack get an environment each.
+# Trainers that pin their own stack get an environment each, and Axolotl the Python that it asks for, where there is one.
 FRONT_DOORS := axolotl llamafactory ms-swift
 PINNED_axolotl := axolotl==0.21.0
+PYTHON_axolotl = $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
@@ -125,7 +126,7 @@ $(NEWEST)/.dev:
 	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|trl|peft|accelerate|datasets|deepspeed|numpy) '
 
 .venv-%/.dev: pyproject.toml
-	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	test -x .venv-$*/bin/python || $(or $(PYTHON_$*),$(PYTHON)) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet torch --requirement integrations/$(subst -,_,$*)/requirements.txt
 	.venv-$*/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(PINNED_$*)
 	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
