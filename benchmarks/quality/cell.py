@@ -7,7 +7,7 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from . import methods
+from . import methods, pretrain
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .store import KEY
 from .tasks import TASKS
@@ -73,6 +73,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "trained": selection.parameters() if selection else trained - head + own,
         "head": head,
         "structlora": method.options(),
+        **({"backbone": pretrain.fingerprint(task.pretrained)} if task.pretrained else {}),
         "diagnostics": diagnostics(model, start_A, validation) if task.diagnosed and not selection else {},
         "cpu_seconds": round(training_seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),

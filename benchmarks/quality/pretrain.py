@@ -8,6 +8,7 @@ few minutes on one core; the weights go to the cache, never into git.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -63,6 +64,14 @@ def backbone(steps: int = RECIPE["steps"]) -> dict[str, torch.Tensor]:
     torch.save({"recipe": json.dumps([recipe, SHAPE]), "weights": weights}, f"{path}.unfinished")
     os.replace(f"{path}.unfinished", path)
     return weights
+
+
+def fingerprint(steps: int) -> str:
+    """Twelve digits that tell a backbone from others. Another processor, or another PyTorch, trains another one."""
+    digest = hashlib.sha256()
+    for name, value in sorted(backbone(steps).items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _train(steps: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from functools import cached_property
 import pandas as pd
 
 from . import store
-from .settings import RATES, SEEDS
+from .settings import AGAIN_SEEDS, RATES, SEEDS
 
 BASE, OURS, GATES = "lora", "structlora", "gates"
 METHOD = ["task", "rank", "examples", "method"]
@@ -34,7 +34,7 @@ class Runs:
     """
 
     def __init__(self, lines: list[dict], choosing: Collection[int] | None = None):
-        rows = pd.json_normalize([{**line, "structlora": None} for line in lines])
+        rows = on_one_backbone(pd.json_normalize([{**line, "structlora": None} for line in lines]))
         self.rows = rows.sort_values(list(store.KEY))  # so that no sum depends on which run ended first
         self.choosing = self.rows if choosing is None else self.rows[self.rows["seed"].isin(choosing)]
         self.rates: dict[tuple, float] = choose_rates(
@@ -74,9 +74,20 @@ class Runs:
         return {key: found.droplevel(METHOD) for key, found in means.groupby(METHOD)}
 
 
+def on_one_backbone(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs on the backbone that LoRA's run of the same task and seed has; all of them where LoRA has none.
+
+    Runs name their backbone (`pretrain.fingerprint`) where the suite has trained it itself, since 27 November 2026.
+    """
+    named = rows["backbone"].fillna("") if "backbone" in rows else pd.Series("", rows.index)
+    place = [rows["task"], rows["seed"]]
+    of_base = named.where(rows["method"] == BASE).groupby(place).transform("first")
+    return rows[of_base.isna() | (named == of_base)]
+
+
 def test_runs(lines: list[dict]) -> Runs:
-    """The runs that test figures are of: all seeds, at the rates that `SEEDS` choose."""
-    return Runs(lines, SEEDS)
+    """The runs that test figures are of: all seeds but those on another ViT, at the rates that `SEEDS` choose."""
+    return Runs([line for line in lines if line["seed"] not in AGAIN_SEEDS], SEEDS)
 
 
 def choose_rates(rows: pd.DataFrame) -> pd.Series:

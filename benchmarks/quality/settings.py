@@ -323,9 +323,14 @@ AIMS = {
     "of these, SmolLM2": ((), (*FEW_PLACES, *FEW_LOW_PLACES)),
     "short runs, one pass, or more examples": ((*_MORE, *LANGUAGE), (*SHORT_PLACES, *LONG_PLACES)),
 }
+# Where the main table has a gain, with a ViT that another processor has trained by the same recipe; at LoRA's rate there.
+AGAIN_SEEDS = range(80, 92)
+AGAIN_PLACES = ((SETTINGS[0], 1e-2), (SETTINGS[4], 2e-2), (SETTINGS[5], 2e-3))
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {
+    "another-vit": (MAIN[1:2], AGAIN_PLACES, AGAIN_SEEDS),
     "linear": (LINEAR_METHODS, LINEAR_PLACES, EVIDENCE_SEEDS),
+    "linear-fair": ((*FAIR, AVERAGED), LINEAR_PLACES, EVIDENCE_SEEDS),
     "linear-ideas": (LINEAR_IDEAS, LINEAR_PLACES, EVIDENCE_SEEDS[:6]),
     "short-runs": (SHORT_METHODS, SHORT_PLACES, EVIDENCE_SEEDS),
     "one-pass": (ONE_PASS_METHODS, ONE_PASS_PLACES, EVIDENCE_SEEDS[:8]),

@@ -218,6 +218,26 @@ def test_the_rate_is_that_of_best_mean_validation_accuracy():
     assert chosen(_1=(50, 60, 99, 99), _2=(54, 58)) == 2  # by the seeds they share
 
 
+def test_runs_on_another_backbone_than_loras_are_no_pair():
+    def line(method, seed, test, **backbone):
+        figures = {"validation": {"accuracy": 70, "nll": 1.0}, "test": {"accuracy": test, "nll": 1.0}}
+        keys = {"task": "t", "rank": 4, "examples": 9, "method": method, "lr": 0.1, "seed": seed}
+        return {**keys, **figures, **backbone}
+
+    runs = selection.Runs(
+        [
+            *(line("lora", seed, 60) for seed in (0, 1)),  # from before backbones were named
+            line("lora", 2, 60, backbone="one"),
+            line("structlora", 0, 62),
+            line("structlora", 1, 99, backbone="one"),
+            line("structlora", 2, 63, backbone="one"),
+            line("structlora", 3, 99, backbone="one"),
+        ]
+    )
+    assert runs.differences(("t", 4, 9), "structlora", "accuracy").to_dict() == {0: 2, 2: 3}
+    assert list(runs.best(("t", 4, 9), "structlora").index) == [0, 2, 3]
+
+
 def test_differences_pair_seeds_at_each_methods_own_rate():
     def line(method, lr, seed, validation, test):
         figures = {"validation": {"accuracy": validation, "nll": 1.0}, "test": {"accuracy": test, "nll": 1.0}}
