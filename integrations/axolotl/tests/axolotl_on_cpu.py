@@ -5,11 +5,14 @@ Under torchrun: axolotl_on_cpu.py CONFIG.yaml
 
 import sys
 
+import torch
 from accelerate import DistributedType, PartialState
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 
+# Built for CUDA and without a GPU, PyTorch raises another error here than Axolotl is ready for.
+torch.cuda.can_device_access_peer = lambda *_: False
 cfg = load_cfg(sys.argv[1])
 cfg.device_map = {"": "cpu"}
 if cfg.deepspeed:
