@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import methods, pretrain
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .store import KEY
-from .tasks import TASKS
+from .tasks import TASKS, ViT
 
 SCALED_RANK = 8  # of LoRA, at which a scalar on the update is tried
 WARMUP = 0.06  # of the steps, as in the paper
@@ -73,7 +73,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "trained": selection.parameters() if selection else trained - head + own,
         "head": head,
         "structlora": method.options(),
-        **({"backbone": pretrain.fingerprint(task.pretrained)} if task.pretrained else {}),
+        **({"backbone": pretrain.fingerprint(task.build.steps)} if isinstance(task.build, ViT) else {}),
         "diagnostics": diagnostics(model, start_A, validation) if task.diagnosed and not selection else {},
         "cpu_seconds": round(training_seconds, 2),
         "seconds": round(time.perf_counter() - started, 2),

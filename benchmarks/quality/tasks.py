@@ -51,7 +51,6 @@ class Task:
         steps (`int`), batch (`int`): length of a run: where twice as long no longer raises LoRA's validation accuracy by more
             than noise.
         noise (`float`): share of training labels replaced by random ones.
-        pretrained (`int`, *optional*): steps for which the suite itself has trained the backbone (`pretrain`).
         diagnosed (`bool`): whether the figures of structure are kept (minutes, on a large model).
     """
 
@@ -63,7 +62,6 @@ class Task:
     steps: int = 150
     batch: int = 16
     noise: float = 0.0
-    pretrained: int | None = None
     diagnosed: bool = True
 
     def training_examples(self, count: int, seed: int) -> Split:
@@ -116,15 +114,20 @@ def _fashion() -> tuple[Split, Split, Split]:
     return _shares({"pixel_values": pixels}, labels, 4000, 500, 1000)
 
 
-def _vit(steps: int) -> nn.Module:
-    model = pretrain.build(10)
-    missing, unexpected = model.load_state_dict(pretrain.backbone(steps), strict=False)
-    assert not unexpected and all(name.startswith("classifier.") for name in missing)
-    return model
+@dataclass(frozen=True)
+class ViT:
+    """Builds the ViT that the suite itself has trained for `steps` steps, with a new head for ten classes."""
+
+    steps: int
+
+    def __call__(self) -> nn.Module:
+        model = pretrain.build(10)
+        missing, unexpected = model.load_state_dict(pretrain.backbone(self.steps), strict=False)
+        assert not unexpected and all(name.startswith("classifier.") for name in missing)
+        return model
 
 
-def _images(summary: str, load: Callable, pretrained: int = pretrain.RECIPE["steps"], **more) -> Task:
-    return Task(summary, load, functools.partial(_vit, pretrained), pretrained=pretrained, **more)
+_vit, _early_vit = ViT(pretrain.RECIPE["steps"]), ViT(pretrain.EARLY)
 
 
 @functools.cache
@@ -232,28 +235,28 @@ _MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermedia
 
 
 TASKS = {
-    "digits": _images(
-        "handwritten digits, ViT pre-trained on six classes of clothes", _digits, steps=200, batch=32
+    "digits": Task(
+        "handwritten digits, ViT pre-trained on six classes of clothes", _digits, _vit, steps=200, batch=32
     ),
-    "fashion": _images("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion),
-    "fashion-long": _images("the same for four times as many steps", _fashion, steps=600),
-    "noisy-fashion": _images("all ten classes with 40 % of training labels random", _fashion, noise=0.4),
-    "digits-early": _images(
-        "digits, ViT pre-trained for a third as long", _digits, pretrain.EARLY, steps=200, batch=32
+    "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, _vit),
+    "fashion-long": Task("the same for four times as many steps", _fashion, _vit, steps=600),
+    "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, _vit, noise=0.4),
+    "digits-early": Task(
+        "digits, ViT pre-trained for a third as long", _digits, _early_vit, steps=200, batch=32
     ),
-    "fashion-early": _images(
-        "all ten classes of Fashion-MNIST, ViT pre-trained for a third as long", _fashion, pretrain.EARLY
+    "fashion-early": Task(
+        "all ten classes of Fashion-MNIST, ViT pre-trained for a third as long", _fashion, _early_vit
     ),
-    "noisy-fashion-early": _images(
-        "the same with 40 % of training labels random", _fashion, pretrain.EARLY, noise=0.4
+    "noisy-fashion-early": Task(
+        "the same with 40 % of training labels random", _fashion, _early_vit, noise=0.4
     ),
     "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
     "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
-    "digits-all": _images(
-        "digits, all linear modules adapted", _digits, targets=_VIT_LINEAR, steps=200, batch=32
+    "digits-all": Task(
+        "digits, all linear modules adapted", _digits, _vit, targets=_VIT_LINEAR, steps=200, batch=32
     ),
-    "fashion-all": _images("all ten classes, all linear modules adapted", _fashion, targets=_VIT_LINEAR),
+    "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, _vit, targets=_VIT_LINEAR),
     "smollm-reviews": Task(
         "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",
         _reviews,
