@@ -22,6 +22,7 @@ from .core.mapping import KindMap, Noise
 from .engines import Engine
 from .engines.slices import Slices
 from .map_context import in_map_context
+from .rank_check import is_distributed
 from .stopwatch import Stopwatch
 
 # Latent weights stand during an optimizer step, and after one that an exception broke off.
@@ -49,9 +50,7 @@ class StandingWeights:
     is_attached = True
     _trained_forward = False  # whether training weights have stood since the last step
     _mixed_gradients = False  # whether a gradient since then arrived while others stood
-    _in_graphs: set[int] | None = (
-        None  # ids of parameters in graphs at attach; until the first training forward
-    )
+    _in_graphs: set[int] | None = None  # ids of parameters in graphs at attach, until a training forward
 
     @property
     def is_noisy(self) -> bool:
@@ -159,13 +158,14 @@ class StandingWeights:
     def _refuse_early_graphs(self) -> None:
         """Once: stop where a graph made since attach reads weights that are about to be replaced.
 
-        Whoever builds a penalty before the forward does so in the first step, too.
+        Whoever builds a penalty before the forward does so in the first step, too. Not where torch.distributed
+        is on: DDP keeps the ends of graphs alive.
         """
-        if self._in_graphs is not None:
+        if self._in_graphs is not None and not is_distributed():
             early = foreign_writes.in_graphs(self.lora_parameters()) - self._in_graphs
             if early:
                 foreign_writes.refuse_early_graph(len(early))
-            self._in_graphs = None
+        self._in_graphs = None
 
     def _were_changed(self) -> bool:
         """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in
