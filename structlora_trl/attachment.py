@@ -10,7 +10,7 @@ import peft
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
-from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType
+from peft import PeftMixedModel, PeftModel, PeftType
 from torch import nn
 
 from . import __version__
@@ -104,14 +104,14 @@ def build_runtime(
     """
     _refuse_ambient_state()
     wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
-    adapter_name, lora = _lora_adapter(model, config)
+    adapter_name, start = _adapter(model, config)
     kinds = parts.discover(model, adapter_name)
     if config.head_gates:
         for kind in kinds:
             kind.heads = heads_of(model, kind)
     refuse_unmappable(kinds, config)
-    _refuse_without_groups(kinds, config, lora)
-    select_step = _select_step(config, lora, steps)
+    _refuse_without_groups(kinds, config, start)
+    select_step = _select_step(config, start, steps)
     if config.filter == "random" and config.noise == "auto" and quiet is not None:
         raise StructLoRAError(
             f"filter='random' where the noise is off ({quiet})",
@@ -126,10 +126,8 @@ def build_runtime(
         config,
         engine,
         seed,
-        align=config.align_init
-        and config.compares_depths
-        and lora.init_lora_weights in _IDENTICALLY_DISTRIBUTED,
-        absorbs_base=lora.init_lora_weights not in _FROM_ZERO,
+        align=config.align_init and config.compares_depths and start in _IDENTICALLY_DISTRIBUTED,
+        absorbs_base=start not in _FROM_ZERO,
         parts=parts,
         noise_off=quiet,
         frozen=_frozen_factors(model, adapter_name),
@@ -146,7 +144,7 @@ def build_runtime(
     if not config.is_off:
         description = describe_adapter(model, adapter_name, config, runtime.lora_parameters())
         runtime.on_detach.append(description.end)
-    _warn_of_moved_base(adapter_name, lora)
+    _warn_of_moved_base(adapter_name, start)
     logger.info("%r", runtime)
     if config.is_off:
         logger.warning(
@@ -155,13 +153,13 @@ def build_runtime(
     return runtime
 
 
-def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, lora: LoraConfig) -> None:
+def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, start: bool | str) -> None:
     """Stop where gates of heads or experts are asked for, and there are none to gate."""
     names = ", ".join(kind.name for kind in kinds)
     if config.head_gates and not any(kind.heads for kind in kinds):
         raise StructLoRAError(
             f"head_gates=True and no attention projection whose heads are known ({names})",
-            "q, k, v or o projections, in attention modules that tell a head's width (`head_dim`)",
+            "q, k, v or o projections with LoRA, in attention modules that tell a head's width (`head_dim`)",
             "adapt attention projections, or remove `head_gates`",
         )
     if config.expert_gates and not any(kind.is_expert for kind in kinds):
@@ -170,26 +168,22 @@ def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, lora: Lo
             "experts of a mixture, as modules of their own or in one parameter (`target_parameters`)",
             "adapt experts, or remove `expert_gates`",
         )
-    if (
-        config.head_gates
-        and lora.init_lora_weights not in _FROM_ZERO
-        and any(k.heads and k.heads.side == "A" for k in kinds)
-    ):
+    if config.head_gates and start not in _FROM_ZERO and any(k.heads and k.heads.side == "A" for k in kinds):
         raise StructLoRAError(
-            f"head_gates=True and init_lora_weights={lora.init_lora_weights!r}, with which an output projection's lora_A holds "
+            f"head_gates=True and init_lora_weights={start!r}, with which an output projection's lora_A holds "
             "part of the base weights",
             "an adapter that starts at zero",
             "choose another initialisation, or adapt no output projection",
         )
 
 
-def _select_step(config: StructLoRAConfig, lora: LoraConfig, steps: int | None) -> int | None:
+def _select_step(config: StructLoRAConfig, start: bool | str, steps: int | None) -> int | None:
     """Optimizer steps after which directions are selected; None where they are not."""
     if config.keep is None:
         return None
-    if lora.init_lora_weights not in _FROM_ZERO:
+    if start not in _FROM_ZERO:
         raise StructLoRAError(
-            f"keep={config.keep!r} and init_lora_weights={lora.init_lora_weights!r}, with which directions hold part of the base "
+            f"keep={config.keep!r} and init_lora_weights={start!r}, with which directions hold part of the base "
             "weights",
             "directions that start at zero, so that one may be closed",
             "choose another initialisation, or remove `keep`",
@@ -222,12 +216,12 @@ def _refuse_ambient_state() -> None:
         )
 
 
-def _warn_of_moved_base(adapter_name: str, lora: LoraConfig) -> None:
+def _warn_of_moved_base(adapter_name: str, init_lora_weights: bool | str) -> None:
     """Say what the saved adapter goes with, where its start was taken out of the base weights.
 
     PEFT does not, and loads it onto the original base (0.21; `upstream/peft-lora-ga-on-load.md`).
     """
-    start = str(lora.init_lora_weights).lower()
+    start = str(init_lora_weights).lower()
     if not start.startswith(_MOVES_BASE):
         return
     repeated = start.startswith(_REPEATED) and not start.startswith(
@@ -242,7 +236,7 @@ def _warn_of_moved_base(adapter_name: str, lora: LoraConfig) -> None:
     logger.warning(
         "init_lora_weights=%r moved part of the base weights into the adapter: what is saved belongs on the base as it is now, "
         "not on the original one (%s). To use it elsewhere: %s.",
-        lora.init_lora_weights,
+        init_lora_weights,
         "PEFT repeats the move when it loads the adapter, vLLM does not"
         if repeated
         else "PEFT does not repeat the move",
@@ -305,11 +299,12 @@ def _is_of_lightning(wrapper) -> bool:
 
 
 def _frozen_factors(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    factor = re.compile(rf"\.lora_(embedding_)?[AB]\.{re.escape(adapter_name)}(\.|$)")
+    factor = re.compile(rf"\.(lora_(embedding_)?[AB]|vera_lambda_d)\.{re.escape(adapter_name)}(\.|$)")
     return [p for name, p in model.named_parameters() if not p.requires_grad and factor.search(name)]
 
 
-def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, LoraConfig]:
+def _adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, bool | str]:
+    """The name of the adapter to train, and how it was started: LoRA's `init_lora_weights`."""
     if any(c.peft_type == PeftType.XLORA for c in model.peft_config.values()):
         raise StructLoRAError(
             "an X-LoRA model, which trains the mixture of finished LoRA adapters and not their factors",
@@ -340,21 +335,19 @@ def _lora_adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Lora
         )
     lora = model.peft_config[name]
     if lora.peft_type == PeftType.VERA:
-        raise StructLoRAError(
-            f"adapter '{name}' of PEFT type VERA, which trains two vectors per module over frozen matrices that all modules share",
-            "LORA: a lora_A and a lora_B of its own for each module, whose directions are gated and coordinated",
-            "use a `LoraConfig`; to train fewer parameters, freeze lora_A and set `side='write'` (LoRA-FA)",
-        )
+        return name, True  # its scales start alike, and ΔW at zero
     if lora.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         kind = getattr(lora.peft_type, "value", lora.peft_type)
-        raise StructLoRAError(f"adapter '{name}' of PEFT type {kind}", "LORA", "use a `LoraConfig`")
+        raise StructLoRAError(
+            f"adapter '{name}' of PEFT type {kind}", "LORA or VERA", "use a `LoraConfig` or a `VeraConfig`"
+        )
     if getattr(lora, "use_bdlora", None):  # PEFT 0.19 and later
         raise StructLoRAError(
             f"adapter '{name}' with `use_bdlora`, whose factors are block-diagonal",
             "full factors, so that a direction is a row of lora_A and a column of lora_B",
             "remove `use_bdlora`",
         )
-    return name, lora
+    return name, lora.init_lora_weights
 
 
 def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None:

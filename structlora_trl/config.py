@@ -146,7 +146,8 @@ class StructLoRAConfig:
     side: Annotated[Literal["auto", "read", "write", "both"], WITH_COMPARISON] = _option(
         "auto",
         "Which factor is coordinated. 'auto': lora_A of modules that read the residual stream, lora_B of those that "
-        "write it; 'read': lora_A everywhere; 'write': lora_B everywhere; 'both': both factors, the paper's literal reading.",
+        "write it; 'read': lora_A everywhere; 'write': lora_B everywhere; 'both': both factors, the paper's literal reading. "
+        "Of VeRA it is always λ_d, whose entries stand for the same directions in every module.",
     )
     activation: Annotated[Literal["tanh", "gelu", "silu", "identity"], WITH_COORDINATOR] = _option(
         "tanh",

@@ -167,7 +167,7 @@ class Runtime(StandingWeights):
         side = kind.heads.side if kind.heads else None
         head_of = slices.part(head_numbers(kind), side).flatten() if side else None
         A = start.A[:1] if aligned else start.A
-        B = start.B.clone() if self._absorbs_base else None
+        B = start.B.clone() if self._absorbs_base or not kind.A else None
         m = KindMap(kind, self.config, A.clone(), B, self._parts, head_of)
         for part in m.modules():
             if hasattr(part, "sum_over_width"):
@@ -175,8 +175,8 @@ class Runtime(StandingWeights):
         return m
 
     def _is_fresh(self, kind: Kind, latent: Factors) -> bool:
-        """Whether a kind's lora_A may be aligned: it is trained, compared across depth, and lora_B is zero."""
-        if not kind.A[0].requires_grad:
+        """Whether a kind's lora_A may be aligned: there is one, it is trained, and lora_B is zero."""
+        if not kind.A or not kind.A[0].requires_grad:
             return False
         slices = self.engine.slices[self.kinds.index(kind)]
         return bool(slices.every(~latent.B.any()))

@@ -304,7 +304,8 @@ def _check_facts(
     """Raise ValueError where a header says of a kind what none can be."""
     experts = Adapted(**adapted).experts
     sizes = [*shape, per_depth, experts]
-    if len(shape) != 4 or not all(type(size) is int and size > 0 for size in sizes):
+    nonzero = [size for place, size in enumerate(sizes) if place != 2]  # k is 0 of VeRA
+    if len(shape) != 4 or not all(type(size) is int and size >= 0 for size in sizes) or 0 in nonzero:
         raise ValueError(f"sizes {sizes}")
     if len(modules) != shape[0] or shape[0] % per_depth or shape[1] % experts or not set(sides) <= {"A", "B"}:
         raise ValueError(f"{len(modules)} modules, shape {shape}, {per_depth} at each depth, sides {sides}")

@@ -15,7 +15,7 @@ from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, lora
 from tests.support.tiny import adamw, base_model, logits_of, peft_model, train
 
-SERVED = {"LORA"}
+SERVED = ("LORA", "VERA")
 # What a type's configuration needs on the tiny model, where its defaults do not fit.
 NEEDS = {
     "ADALORA": {"total_step": 20, "tinit": 1, "tfinal": 2},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -344,6 +344,12 @@ def _read_config(folder: Path) -> LoraConfig:
         raise StructLoRAError(
             f"{path} unreadable ({error})", "PEFT's configuration", "use another checkpoint"
         ) from error
+    if config.peft_type == PeftType.VERA:
+        raise StructLoRAError(
+            f"a VeRA adapter in {folder}, whose update takes matrices and widths that its file does not hold",
+            "a LoRA adapter, whose factors are its update",
+            "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its gates",
+        )
     if not isinstance(config, LoraConfig):
         raise StructLoRAError(
             f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter"
@@ -454,7 +460,8 @@ def _map(name: str, state: State, path: Path) -> KindMap:
         raise damaged(str(path), f"no latent factors of '{name}'")
     kind = Kind(name, facts["modules"], [], [], Adapted(**facts["adapted"]), per_depth=facts["per_depth"])
     stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
-    kind.A, kind.B = ([nn.Parameter(factor) for factor in side] for side in stored)
+    # Of VeRA, lora_A is empty.
+    kind.A, kind.B = ([nn.Parameter(factor) for factor in side if factor.numel()] for side in stored)
     if config.head_gates and "filters.1.logits" in own and (side := heads_side(kind)):
         kind.heads = Heads(side, own["filters.1.logits"].shape[-1])
     numbers = head_numbers(kind).flatten() if kind.heads else None

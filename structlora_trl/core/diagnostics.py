@@ -4,7 +4,8 @@ gate_openness       mean probability that a direction is open
 group_openness      mean probability that a head or an expert is open; left out without gates of these
 gate_entropy        mean entropy of the directions' gates, in nats
 kl                  mean KL between gates (of directions) and prior, in nats
-effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over nodes
+effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over nodes;
+                    left out for VeRA, whose ΔW is made of more than its nodes
 drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
 gradient_cosine     mean cosine of neighbouring depths' gradients in the first step since the last report, the run's first
                     step left out, in which gradients of lora_A are zero (of the effective factors, before the
@@ -64,9 +65,10 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums 
     if selections:
         kept = torch.cat([selection.kept.flatten() for selection in selections])
         metrics["kept_share"] = kept.float().mean().item()
-    ranks = [effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT])) for f in effective]
-    metrics["effective_rank"] = torch.cat([rank.cpu() for rank in ranks]).mean().item()
     of_kinds = list(zip(maps, effective, strict=True))
+    ranks = [effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT])).cpu() for m, f in of_kinds if m.kind.A]
+    if ranks:
+        metrics["effective_rank"] = torch.cat(ranks).mean().item()
     updates = [m.graph.by_expert(u).flatten(2) for m, f in of_kinds for u in m.features(f).values()]
     metrics["drift_energy"] = sum(energy.item() for energy in sums([laplacian(u) for u in updates]))
     streams = [(m.graph, m.stream_factors(factors)) for m, factors in of_kinds]

@@ -8,9 +8,28 @@ the width (of k or d) is converted alike.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .kinds import Kind
+
+
+def stack_nodes(factors: list[Tensor], side: str, kind: Kind) -> Tensor:
+    """The factors of a kind's modules on one side, as PEFT stores them -> those of its nodes.
+
+    Args:
+        factors (`list[Tensor]`): of any shape that PEFT gives them. Empty where the kind has none on that
+            side (VeRA has no lora_A).
+        side (`str`): 'A' or 'B'.
+
+    Returns:
+        `Tensor` of shape (N, r, k) or (N, d, r).
+    """
+    _, rows, k, d = kind.shape
+    if not factors:
+        return torch.empty(kind.node_count, kind.rank, 0, dtype=kind.B[0].dtype, device=kind.device)
+    shape = (rows, k) if side == "A" else (d, rows)
+    return to_nodes(torch.stack([factor.reshape(shape) for factor in factors]), side, kind)
 
 
 def to_nodes(stored: Tensor, side: str, kind: Kind) -> Tensor:

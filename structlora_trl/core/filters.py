@@ -185,7 +185,8 @@ class TopKFilter(Filter):
     @torch.no_grad()
     def gates(self, update: Factors, noise: Tensor | None) -> Tensor:
         squares = torch.stack([update.A.square().sum(-1), update.B.square().sum(-2)])  # (2, N, r)
-        return top_k_mask(self.sum_over_width(squares).sqrt().prod(0), int(self.keep))
+        A, B = self.sum_over_width(squares).sqrt()
+        return top_k_mask(torch.where(A.any(), A * B, B), int(self.keep))  # VeRA has no lora_A
 
     def openness(self, update: Factors) -> Tensor:
         return self.gates(update, None)

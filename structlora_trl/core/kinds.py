@@ -2,6 +2,9 @@
 
 A kind is a set of modules with the same name except for the layer's number, the same tower, the same shapes.
 Modules are found by the names PEFT gives its parameters, so this file needs torch alone.
+
+A VeRA module trains a scale for each direction, λ_d of (r,), over matrices that all modules share and that
+stay frozen. It is a node without a lora_A of its own, whose lora_B is one row: λ_d.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import Tensor, nn
 from ..errors import StructLoRAError
 from .residual_roles import RESIDUAL_ROLES
 
-_LORA_PARAMETER = re.compile(
-    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.weight)?$"
+_PARAMETER = re.compile(
+    r"^(?P<module>.+)\.(lora_(embedding_)?(?P<factor>[AB])|vera_lambda_d)\.(?P<adapter>[^.]+)(\.weight)?$"
 )
 # Numbers that tell experts apart: experts of one layer are not depths.
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
@@ -30,7 +33,8 @@ class Factors(NamedTuple):
     """Stacked factors of a kind's nodes, or anything of their shapes: A (N, r, k), B (N, d, r), and ΔW =
     s·B·A of each.
 
-    A node is a module, or one expert of a mixture: N = L·E nodes in the order (depth, expert).
+    A node is a module, or one expert of a mixture: N = L·E nodes in the order (depth, expert). Of VeRA, k is
+    0 and d is 1.
     """
 
     A: Tensor
@@ -45,6 +49,14 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     the other.
     """
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
+    """Rows and columns of a factor: of a convolution's, (r, k·kernel); of a vector's, which is one row,
+    (1, r).
+    """
+    rows, *columns = full_shape(parameter)
+    return (rows, math.prod(columns)) if columns else (1, rows)
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,9 @@ class Kind:
         modules (`list[str]`): full module names, one per depth; experts that are modules of their own are in
             the order (depth, expert).
         A (`list[nn.Parameter]`): of each module, r x k entries (convolutions count as r x (k·kernel)); E·r x
-            k where it holds all experts of a layer.
+            k where it holds all experts of a layer; empty for VeRA.
         B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a
-            layer.
+            layer; λ_d of (r,) for VeRA.
         adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
         heads (`Heads`, *optional*): the attention heads of each, where they are gated.
         per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of
@@ -127,19 +139,24 @@ class Kind:
         return self.depth_count * self.experts
 
     @property
+    def sides(self) -> tuple[str, ...]:
+        """The factors that its modules have of their own: 'A' and 'B', or 'B' alone (VeRA)."""
+        return SIDES if self.A else ("B",)
+
+    @property
     def rank(self) -> int:
         """r, of each expert."""
-        return full_shape(self.A[0])[0] // self.adapted.experts
+        return matrix_shape(self.B[0])[1] // self.adapted.experts
 
     @property
     def shape(self) -> list[int]:
         """[modules, rows of lora_A, k, d]."""
-        rows, *columns = full_shape(self.A[0])
-        return [len(self.modules), rows, math.prod(columns), full_shape(self.B[0])[0]]
+        d, rows = matrix_shape(self.B[0])
+        return [len(self.modules), rows, matrix_shape(self.A[0])[1] if self.A else 0, d]
 
     @property
     def device(self) -> torch.device:
-        return self.A[0].device
+        return self.B[0].device
 
     @property
     def target(self) -> str:
@@ -162,7 +179,7 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
     modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
     adapters, copies = set(), 0
     for name, parameter in model.named_parameters():
-        match = _LORA_PARAMETER.match(name)
+        match = _PARAMETER.match(name)
         if match is None:
             continue
         adapters.add(match["adapter"])
@@ -171,7 +188,7 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
         if ".modules_to_save." in name or ".original_module." in name:
             copies += 1
         else:
-            modules[match["module"]][match["factor"]] = parameter
+            modules[match["module"]][match["factor"] or "B"] = parameter
 
     if not modules and copies:
         raise StructLoRAError(
@@ -186,7 +203,7 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
             "at least one",
             "check `target_modules` of the LoraConfig and `adapter_name`",
         )
-    trainable = {m: f for m, f in modules.items() if f["A"].requires_grad or f["B"].requires_grad}
+    trainable = {m: f for m, f in modules.items() if any(p.requires_grad for p in f.values())}
     if not trainable:
         raise StructLoRAError(
             f"all {len(modules)} LoRA modules of adapter '{adapter_name}' frozen",
@@ -205,17 +222,15 @@ def group(
     kind where every expert is there at the same depths.
 
     Args:
-        modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
+        modules (`dict`): module name -> {"A": lora_A, "B": lora_B}, of VeRA {"B": λ_d}.
         adapted (`dict`, *optional*): module name -> what it adapts, where that is not a whole module.
     """
     groups = defaultdict(list)
     for module, factors in modules.items():
-        A, B = factors["A"], factors["B"]
         what = (adapted or {}).get(module, Adapted())
         pattern, depth = split_depth(_target(module, what))
-        groups[pattern, full_shape(A), full_shape(B), A.requires_grad, B.requires_grad, what].append(
-            (depth, module, A, B)
-        )
+        likeness = tuple((side, full_shape(p), p.requires_grad) for side, p in sorted(factors.items()))
+        groups[pattern, likeness, what].append((depth, module, factors))
     for nodes in groups.values():
         nodes.sort(key=lambda node: node[0])
     mixtures = defaultdict(list)
@@ -230,24 +245,27 @@ def group(
         )
     patterns = [key[0] for key in joined]
     kinds = []
-    for (pattern, a_shape, b_shape, _, _, what), experts in joined.items():
+    for (pattern, _, what), experts in joined.items():
         nodes = [node for of_depth in zip(*experts, strict=True) for node in of_depth]
-        _, names, A, B = zip(*nodes, strict=True)
+        _, names, factors = zip(*nodes, strict=True)
+        A, B = ([of_node[side] for of_node in factors if side in of_node] for side in SIDES)
         # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
-        shapes = f"[{'x'.join(map(str, (*b_shape, *a_shape[1:])))}]" if patterns.count(pattern) > 1 else ""
-        kinds.append(Kind(pattern + shapes, list(names), list(A), list(B), what, per_depth=len(experts)))
+        sizes = (*full_shape(B[0]), *(full_shape(A[0])[1:] if A else ()))
+        shapes = f"[{'x'.join(map(str, sizes))}]" if patterns.count(pattern) > 1 else ""
+        kinds.append(Kind(pattern + shapes, list(names), A, B, what, per_depth=len(experts)))
     repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
     for kind in kinds:
         if kind.name in repeated:
             kind.name += (
-                f"({'+'.join(f for f, p in (('A', kind.A), ('B', kind.B)) if p[0].requires_grad)} trained)"
+                f"({'+'.join(side for side in kind.sides if getattr(kind, side)[0].requires_grad)} trained)"
             )
     return kinds
 
 
 def _refuse_unpaired(modules: dict[str, dict[str, nn.Parameter]]) -> None:
     for module, factors in modules.items():
-        rows, columns = full_shape(factors["A"])[0], full_shape(factors["B"])[1]
+        columns = matrix_shape(factors["B"])[1]
+        rows = full_shape(factors["A"])[0] if "A" in factors else columns
         if rows != columns:
             raise StructLoRAError(
                 f"LoRA on '{_target(module)}' with {rows} rows of lora_A and {columns} columns of lora_B, as a grouped "

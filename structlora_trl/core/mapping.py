@@ -8,7 +8,8 @@ the map: a slice of them is just a smaller factor.
 
 Updates count from an origin: A₀ at attach, and B₀ = 0, except for initialisations that move part of the base
 weights into the adapter (PiSSA and the like). There B₀ is B at attach and the gates act on B − B₀: to gate
-the whole of B would switch the base model's own principal directions on and off.
+the whole of B would switch the base model's own principal directions on and off. VeRA's λ_d starts at a
+constant: its updates count from there, and the gates act on the whole of it, since ΔW starts at zero.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class KindMap(nn.Module):
         config (`StructLoRAConfig`): which parts act.
         origin_A (`Tensor`): A₀, (N, r, k) or (1, r, k) where it is equal for all nodes; kept where lora_A is
             compared.
-        origin_B (`Tensor`, *optional*): B₀, (N, d, r); zero where omitted.
+        origin_B (`Tensor`, *optional*): B₀, (N, d, r); zero where omitted. The gates leave it as it is, but
+            for VeRA.
         parts (`Parts`, *optional*): what to build it of, where that is not the package's own.
         head_of (`Tensor`, *optional*): where heads are gated, the head of each row of lora_B or column of
             lora_A, (n,).
@@ -183,11 +185,11 @@ class KindMap(nn.Module):
 
     def stream_factors(self, factors: Factors) -> Factors | None:
         """The update as the residual stream sees it: the factor on the stream's side with its origin taken
-        out, (N, r, n), and the factor on the other side, (N, r, p). None where the kind's role is unknown or
-        A₀ was not kept.
+        out, (N, r, n), and the factor on the other side, (N, r, p). None where the kind's role is unknown,
+        A₀ was not kept, or there is no other side (VeRA).
         """
         side = residual_side(self.kind, self.config.roles)
-        if side is None or (side == "A" and self.origin_A is None):
+        if side is None or (side == "A" and self.origin_A is None) or not self.kind.A:
             return None
         other = factors.A if side == "B" else factors.B.mT
         return Factors(self._feature(side, getattr(factors, side)), other)
@@ -227,10 +229,15 @@ class KindMap(nn.Module):
             update = gate(update, drawn)
         if update is start:  # nothing is filtered, and B₀ + (B − B₀) would round
             return latent
-        return update if self.origin_B is None else update._replace(B=self.origin_B + update.B)
+        return update if self._unfiltered is None else update._replace(B=self._unfiltered + update.B)
 
     def _update(self, factors: Factors) -> Factors:
-        return factors if self.origin_B is None else factors._replace(B=factors.B - self.origin_B)
+        return factors if self._unfiltered is None else factors._replace(B=factors.B - self._unfiltered)
+
+    @property
+    def _unfiltered(self) -> Tensor | None:
+        """The part of lora_B that holds base weights, which no gate may close; None where there is none."""
+        return self.origin_B if self.kind.A else None
 
     def _coordinated(self, side: str, factor: Tensor) -> Tensor:
         """A filtered factor with what message passing adds."""
@@ -258,8 +265,10 @@ class KindMap(nn.Module):
 
 def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
     """The factors of a kind that are compared across depth: ('A',), ('B',), both; none where its role is
-    unknown.
+    unknown. Of VeRA always λ_d, since all modules share their directions.
     """
+    if not kind.A:
+        return ("B",)
     if config.side == "both":
         return SIDES
     if config.side != "auto":
@@ -273,7 +282,7 @@ def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PA
     no more.
     """
     if parts.filter is not None or parts.coordinator is not None:
-        return SIDES
+        return kind.sides
     mapped = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
     if config.filters_directions:
         mapped.add("B")
@@ -281,7 +290,7 @@ def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PA
         mapped.add("A")
     if kind.heads:
         mapped.add(kind.heads.side)
-    return tuple(sorted(mapped))
+    return tuple(side for side in kind.sides if side in mapped)
 
 
 def first_everywhere(A: Tensor) -> Tensor:

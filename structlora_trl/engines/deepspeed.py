@@ -177,7 +177,7 @@ class DeepSpeedEngine(ShardedEngine):
 
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         for kind, slices, of_kind in zip(self.kinds, self.slices, factors, strict=True):
-            for side in SIDES:
+            for side in kind.sides:
                 parameters = getattr(kind, side)
                 if self._is_whole(parameters[0]):  # stage 3 leaves placeholders in the model
                     own = to_storage(getattr(of_kind, side), side, kind)

@@ -28,7 +28,11 @@ class ShardedEngine(Engine):
 
     def _map_sides(self, mapped: list[tuple[str, ...]]) -> None:
         """Prepare to move the mapped sides, at `install`."""
-        self._unmapped, self._mapped = _others(mapped), Exchange(self.sharding, mapped)
+        self._unmapped = [
+            tuple(side for side in kind.sides if side not in sides)
+            for kind, sides in zip(self.sharding.kinds, mapped, strict=True)
+        ]
+        self._mapped = Exchange(self.sharding, mapped)
         self._last = None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
@@ -58,9 +62,4 @@ class ShardedEngine(Engine):
         self._last = self.read_latents(everything=True)
 
     def _everything(self) -> Exchange:
-        return Exchange(self.sharding, [SIDES] * len(self.sharding.kinds))
-
-
-def _others(chosen: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The sides of each kind that are not chosen."""
-    return [tuple(side for side in SIDES if side not in sides) for sides in chosen]
+        return Exchange(self.sharding, [kind.sides for kind in self.sharding.kinds])

@@ -50,10 +50,10 @@ class Sharding:
 
     def spans(self, place: int, side: str) -> Tensor:
         """All ranks' fragments of a kind's factors on one side: (L, N, 2)."""
-        before = sum(2 * len(kind.modules) for kind in self.kinds[:place])
-        count = len(self.kinds[place].modules)
-        start = before + (count if side == "B" else 0)
-        return self._spans[:, start : start + count].transpose(0, 1)
+        kind = self.kinds[place]
+        start = sum(len(other.A) + len(other.B) for other in self.kinds[:place])
+        start += len(kind.A) if side == "B" else 0
+        return self._spans[:, start : start + len(getattr(kind, side))].transpose(0, 1)
 
     def shape(self, place: int, side: str) -> tuple[int, int]:
         """Shape of one stored factor: (rows, columns)."""

@@ -17,7 +17,7 @@ from torch._compile import (
 from torch.distributed.tensor import DTensor
 
 from ..call_stack import caller_in, is_running
-from ..core.expert_storage import to_nodes, to_storage
+from ..core.expert_storage import stack_nodes, to_storage
 from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
 from .base import Engine, copy_values, differ, holds_nonfinite
@@ -229,6 +229,7 @@ class TorchEngine(Engine):
             (parameter, value)
             for kind, stacked in zip(self.kinds, values, strict=True)
             for side in sides
+            if side in kind.sides
             for parameter, value in zip(
                 getattr(kind, side), to_storage(getattr(stacked, side), side, kind), strict=True
             )
@@ -281,11 +282,9 @@ class TorchEngine(Engine):
 
 @torch.no_grad()
 def _stack(kind: Kind, side: str) -> Tensor:
-    values = [p.detach().to(kind.device).flatten(1) for p in getattr(kind, side)]
-    return to_nodes(torch.stack(values), side, kind)
+    return stack_nodes([p.detach().to(kind.device) for p in getattr(kind, side)], side, kind)
 
 
 def _stack_gradients(kind: Kind, side: str) -> Tensor:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in getattr(kind, side)]
-    stored = torch.stack([g.to(kind.device, torch.float32).flatten(1) for g in gradients])
-    return to_nodes(stored, side, kind)
+    return stack_nodes([g.to(kind.device, torch.float32) for g in gradients], side, kind)

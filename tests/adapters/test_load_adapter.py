@@ -29,7 +29,7 @@ from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, llama_run, only_adapter
 from tests.support.data import save_base, texts
 from tests.support.launching import launch, one_at_a_time
-from tests.support.tiny import FAMILIES, attached, base_model
+from tests.support.tiny import FAMILIES, attached, base_model, peft_model, train
 
 
 def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
@@ -165,6 +165,18 @@ def test_a_pickled_adapter_is_read_whole(tmp_path):
     assert exported.keys() == tensors.keys() and all(
         torch.equal(exported[name], tensors[name]) for name in tensors
     )
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+def test_vera_is_refused_with_what_reads_it(has_state, tmp_path, capsys):
+    model, optimizer, runtime = attached(peft_model(init="vera"))
+    train(model, "llama", optimizer, 2)
+    model.save_pretrained(tmp_path)
+    if has_state:
+        save_state(runtime, tmp_path)
+    assert main(["inspect", str(tmp_path)]) != 0
+    told = capsys.readouterr().err
+    assert "VeRA" in told and "merge_and_unload" in told and "Traceback" not in told
 
 
 # What is adapted -> words of the message where only the state is saved

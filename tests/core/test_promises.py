@@ -73,10 +73,12 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "mixture"])
+@pytest.mark.parametrize(
+    "family, init", [("llama", "warm"), ("qwen3_moe", "warm"), ("mixture", "warm"), ("mixture", "vera")]
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_chain_rule_of_every_switch(options, family):
-    assert_chain_rule(peft_model(family, "warm", targets=FAMILIES[family].linear), family, **options)
+def test_chain_rule_of_every_switch(options, family, init):
+    assert_chain_rule(peft_model(family, init, targets=FAMILIES[family].linear), family, **options)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, los
 
 FIRST, CUT, LAST = 2, 4, 7  # gathers from step FIRST on, selects at CUT
 OPTIONS = {"keep": 0.25, "select_at": CUT}
+_COUNTED = re.compile(r"\.(lora_B|vera_lambda_d)\.")
 
 
 def started(family="llama", optimizer=adamw, init="fresh", **options):
@@ -27,20 +28,23 @@ def started(family="llama", optimizer=adamw, init="fresh", **options):
 
 
 def directions(model) -> dict[str, torch.Tensor]:
-    """Module -> which columns of its lora_B are not zero."""
-    return {n: (p != 0).any(0) for n, p in lora_parameters(model).items() if ".lora_B." in n}
+    """Module -> which columns of its lora_B, or entries of its λ_d, are not zero."""
+    named = lora_parameters(model).items()
+    return {n: (p != 0).view(-1, p.shape[-1]).any(0) for n, p in named if _COUNTED.search(n)}
 
 
-def test_the_directions_of_most_information_are_kept():
+@pytest.mark.parametrize("init", ["fresh", "vera"])
+def test_the_directions_of_most_information_are_kept(init):
     """Σd² by what stands in plain sight before a step: gradients of the model's lora_B, and lora_B."""
-    model, optimizer, runtime = started(coordinator="none")
+    model, optimizer, runtime = started(init=init, coordinator="none")
     information = {}
     for step in range(CUT):
         model.train()
         loss_of(model, "llama", step).backward()
         for name, p in lora_parameters(model).items():
-            if ".lora_B." in name and step >= FIRST:
-                information[name] = information.get(name, 0) + (p.grad * p).sum(0).square().detach()
+            if _COUNTED.search(name) and step >= FIRST:
+                of_step = (p.grad * p).view(-1, p.shape[-1]).sum(0).square().detach()
+                information[name] = information.get(name, 0) + of_step
         assert all(kept.all() for kept in directions(model).values()) or step == 0
         optimizer.step()
         optimizer.zero_grad()
@@ -53,26 +57,27 @@ def test_the_directions_of_most_information_are_kept():
 
 
 @pytest.mark.parametrize(
-    "family, options",
+    "family, init, options",
     [
-        ("llama", {"side": "both", "coordinator_layers": 2}),
-        ("llama", {"coordinator": "gat", "head_gates": True}),
-        ("llama", {"filter": "none"}),
-        ("llama", {"filter": "topk_norm", "gate_init": 0.5}),
-        ("qwen3_moe", {"expert_gates": True}),
-        ("mixture", {}),
-        ("bert", {"select_by": "random", "select_at": 0}),
-        ("llama", {"keep": "90%"}),
+        ("llama", "warm", {"side": "both", "coordinator_layers": 2}),
+        ("llama", "vera", {"coordinator": "gat"}),
+        ("llama", "warm", {"coordinator": "gat", "head_gates": True}),
+        ("llama", "warm", {"filter": "none"}),
+        ("llama", "warm", {"filter": "topk_norm", "gate_init": 0.5}),
+        ("qwen3_moe", "warm", {"expert_gates": True}),
+        ("mixture", "warm", {}),
+        ("bert", "warm", {"select_by": "random", "select_at": 0}),
+        ("llama", "warm", {"keep": "90%"}),
     ],
     ids=str,
 )
-def test_closed_stays_closed(family, options):
+def test_closed_stays_closed(family, init, options):
     """Whatever messages arrive: in training and at evaluation, and no optimizer without momentum moves what is closed."""
 
     def sgd(model):
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
 
-    model, optimizer, runtime = started(family, sgd, "warm", coordinator_lr=0.3, **options)
+    model, optimizer, runtime = started(family, sgd, init, coordinator_lr=0.3, **options)
     train(model, family, optimizer, CUT)
     kept = [m.selection.kept.clone() for m in runtime.maps]
     before = [f.B.clone() for f in runtime.engine.read_latents(everything=True)]

@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 
 from structlora_trl import attach
-from structlora_trl.core.expert_storage import to_nodes
+from structlora_trl.core.expert_storage import stack_nodes
 from structlora_trl.core.gates import logistic_noise
 from tests.support.reference import (
     reference_expected_gate,
@@ -64,7 +64,10 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
         B0 = None if m.origin_B is None else [m.origin_B[n] for n in order]
         Ae, Be = [A[n] for n in order], [B[n] for n in order]  # in the order (expert, depth)
         if config.regularizer != "none":
-            updates = {"A": Ae if A0 is None else [a - a0 for a, a0 in zip(Ae, A0, strict=True)], "B": Be}
+            updates = {
+                side: values if start is None else [x - x0 for x, x0 in zip(values, start, strict=True)]
+                for side, values, start in (("A", Ae, A0), ("B", Be, B0))
+            }
             L = kind.depth_count
             penalty = penalty + sum(
                 reference_regularizer(updates[side][e * L : (e + 1) * L], config.regularizer)
@@ -81,7 +84,15 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
                 Be = [b * of_width[:, None] for b, of_width in zip(Be, spread, strict=True)]
         weights = reference_weights(m.graph.edges, kind.experts > 1 and config.edges != "similarity")
         A1, B1 = reference_factors(
-            Ae, Be, A0, B0, None if gates is None else gates[order], weights, theta, activation
+            Ae,
+            Be,
+            A0,
+            B0,
+            None if gates is None else gates[order],
+            weights,
+            theta,
+            activation,
+            gates_everything=not kind.A,
         )
         back = torch.tensor(order).argsort().tolist()
         A1, B1 = ([nodes[n] for n in back] for nodes in (A1, B1))
@@ -89,7 +100,7 @@ def reference_gradients(model, family, runtime, latents, noise, batches, clip, a
         if E > 1:  # in one parameter: rows (expert, r), columns (r, expert)
             A1 = [torch.cat(A1[i : i + E]) for i in range(0, len(A1), E)]
             B1 = [torch.stack(B1[i : i + E], -1).flatten(1) for i in range(0, len(B1), E)]
-        for parameters, values in ((kind.A, A1), (kind.B, B1)):
+        for parameters, values in ((kind.A, A1), (kind.B, B1)) if kind.A else ((kind.B, B1),):
             for p, value in zip(parameters, values, strict=True):
                 effective[names[id(p)]] = value.view_as(p).to(p.dtype)
         leaves[kind.name] = (A, B, own)
@@ -119,9 +130,10 @@ def runtime_gradients(model, family, runtime, optimizer, batches, clip, autocast
     def look(*_):
         for m in runtime.maps:
             A, B = (
-                to_nodes(torch.stack([p.grad.flatten(1) for p in parameters]), side, m.kind) if trains else ()
+                stack_nodes([p.grad for p in parameters], side, m.kind)
+                if parameters and parameters[0].requires_grad
+                else ()
                 for side, parameters in (("A", m.kind.A), ("B", m.kind.B))
-                for trains in [parameters[0].requires_grad]
             )
             seen[m.kind.name] = (
                 [a.clone() for a in A],

@@ -54,6 +54,7 @@ DEFAULTS = {
     "method": {},  # more StructLoRA options, or None for plain LoRA
     "subclass": False,  # StructLoRASFTTrainer instead of the callback
     "lora": {},  # more LoraConfig options
+    "vera": None,  # VeraConfig options: VeRA instead of LoRA
     "freeze": None,  # parameters whose name holds this
     "trainer": {},  # more training arguments
     "deepspeed": {},  # merged into the DeepSpeed config
@@ -235,6 +236,7 @@ def main():
         "optim": "adamw_torch",
         "logging_steps": 1,
         "lora": args.lora,
+        "vera": args.vera,
         **args.trainer,
     }
     if args.engine.startswith("zero") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -344,9 +346,10 @@ def main():
             facts["base"] = [str(p) for p in trainer.model.get_input_embeddings().weight.placements]
             facts["adapter"] = sorted({type(p.data).__name__ for p in runtime.lora_parameters()})
         if args.engine in MESHES:
-            mesh = runtime.kinds[0].A[0].device_mesh
+            parameter = runtime.kinds[0].B[0]
+            mesh = parameter.device_mesh
             facts["mesh"] = dict(zip(mesh.mesh_dim_names or ["all"], mesh.shape, strict=True))
-            facts["placements"] = [str(placement) for placement in runtime.kinds[0].A[0].placements]
+            facts["placements"] = [str(placement) for placement in parameter.placements]
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():
         dist.barrier()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType, VeraConfig, get_peft_model
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -63,16 +63,21 @@ def sft(
     peft=True,
     row_count=ROWS,
     lora=None,
+    vera=None,
     **options,
 ):
+    """A job of SFT; with VeRA where its options are given, instead of LoRA."""
     rows = Dataset.from_list([{"text": sentence(i)} for i in range(row_count)])
+    adapter = LoraConfig(**{**LORA, **(lora or {})})
+    if vera is not None:
+        adapter = VeraConfig(target_modules=LORA["target_modules"], **vera)
     return trainer_class(
         model if model is not None else base_model("llama"),
         args=config_class(**arguments(output, **{"max_length": 32, **options})),
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(**{**LORA, **(lora or {})}) if peft else None,
+        peft_config=adapter if peft else None,
         callbacks=callbacks,
     )
 

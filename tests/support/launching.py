@@ -130,4 +130,4 @@ def adapter(output) -> dict[str, torch.Tensor]:
 
 def largest_difference(left: dict, right: dict) -> float:
     assert left.keys() == right.keys() and left
-    return max((left[name].float() - right[name].float()).abs().max().item() for name in left)
+    return max((x.float() - right[n].float()).abs().max().item() for n, x in left.items() if x.numel())

@@ -61,12 +61,14 @@ class Evaluation:
             f"moment {self.moments}: evaluation is not the saved adapter's"
         )
         for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors(), strict=True):
-            for side, values in zip("AB", factors, strict=True):
-                own, values = getattr(kind, side), to_storage(values, side, kind)
+            for side in kind.sides:
+                own, values = getattr(kind, side), to_storage(getattr(factors, side), side, kind)
                 for name, value in (
                     (names[id(p)], v.to(p.dtype)) for p, v in zip(own, values, strict=True) if p.requires_grad
                 ):
-                    assert torch.equal(shown[name].flatten(1), value), f"moment {self.moments}: {name}"
+                    assert torch.equal(shown[name].reshape(value.shape), value), (
+                        f"moment {self.moments}: {name}"
+                    )
         if self.step == run.runtime.step:
             assert torch.equal(logits, self.logits), (
                 f"moment {self.moments}: evaluation changed without a step"
@@ -83,7 +85,7 @@ def assert_it_acted(run):
             {n: s[f"{m.kind.name}/{n}"] for n in ("latent_A", "latent_B")} for s in (run.start, state)
         )
         for name, parameters in (("latent_A", m.kind.A), ("latent_B", m.kind.B)):
-            if parameters[0].requires_grad:
+            if any(p.requires_grad for p in parameters):
                 moved = (after[name] - before[name]).flatten(1).abs().amax(1)
                 assert (moved > 0).all(), f"{name} of {m.kind.name} stayed"
             assert after[name].isfinite().all()

@@ -17,19 +17,22 @@ def reference_factors(
     weights: Tensor,
     theta: dict[str, Tensor],
     activation,
+    gates_everything: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Effective factors of one kind, whose nodes are depths, or experts of each depth.
 
     Args:
         A0, B0: where the update starts from; B0 is None for zero.
+        gates_everything: whether gates multiply B, and not B - B0 alone.
         gates: per node, what each direction is multiplied with, or None.
         weights: (N, N) of edges, symmetric, with self-loops.
         theta: 'A' and/or 'B' -> (T, r, r) weights of message passing on that side.
     """
     B0 = [torch.zeros_like(b) for b in B] if B0 is None else B0
+    held = [torch.zeros_like(b) for b in B] if gates_everything else B0
     B = [
-        b if gates is None else b0 + (b - b0) @ torch.diag(gates[i])
-        for i, (b, b0) in enumerate(zip(B, B0, strict=True))
+        b if gates is None else h + (b - h) @ torch.diag(gates[i])
+        for i, (b, h) in enumerate(zip(B, held, strict=True))
     ]
     if "A" in theta:
         A = _message_passing(

@@ -468,6 +468,12 @@ ADAPTERS = [
         method={**WHOLE, "head_gates": True},
     ),
     Setup("directions selected in training", method={**WHOLE, "keep": 0.25, "select_at": 2}),
+    Setup("VeRA", wrap=of_type("VeraConfig", r=4, target_modules=TARGETS)),
+    Setup(
+        "directions of VeRA selected in training",
+        wrap=of_type("VeraConfig", r=8, target_modules=TARGETS, vera_dropout=0.1),
+        method={**WHOLE, "keep": 0.5, "select_at": 2},
+    ),
     Setup(
         "directions of PiSSA selected in training",
         lora={"init_lora_weights": "pissa"},
@@ -505,10 +511,18 @@ MODELS = [
 
 PRECISIONS = [
     Setup("bf16", dtype=torch.bfloat16),
+    Setup("VeRA in bf16", wrap=of_type("VeraConfig", r=4, target_modules=TARGETS), dtype=torch.bfloat16),
     Setup("bf16 base under an fp32 adapter", base=partial(base_model, "llama", torch.bfloat16)),
     Setup("4-bit base (QLoRA)", base=partial(quantised, 4), needs=("bitsandbytes",)),
     Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
     Setup("8-bit base by torchao", base=torchao_int8, tolerance=1e-5, needs=("torchao",)),
+    Setup(
+        "VeRA on a 4-bit base",
+        base=partial(quantised, 4),
+        wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
+        needs=("bitsandbytes",),
+        slow=True,
+    ),
     Setup(
         "DoRA on a 4-bit base",
         base=partial(quantised, 4),
@@ -658,9 +672,11 @@ REFUSED = [
         for name, (config, kind, options) in OTHER_TYPES.items()
     ),
     Setup(
-        "VeRA",
+        "gates of heads with VeRA",
         wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
-        refused="VERA.*over frozen matrices that all modules share.*freeze lora_A and set `side='write'`",
+        method={**WHOLE, "head_gates": True},
+        refused="head_gates=True.*projections with LoRA",
+        remedy={"head_gates": False},
     ),
     Setup(
         "LoRA-FA without side='write'",
@@ -755,6 +771,7 @@ TRAINERS = [
         "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}
     ),
     in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
+    in_trainer("SFT with VeRA", jobs.sft, vera={"r": 4}),
     in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
     in_trainer("DPO", jobs.JOBS["dpo"]),
     in_trainer("KTO", jobs.JOBS["kto"]),

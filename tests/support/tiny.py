@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -204,13 +204,12 @@ INITS = {
     "pissa": {"init_lora_weights": "pissa"},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
+    "vera": {},
 }
 
 
-_UNKNOWN_TO_EXPERTS = (
-    "pissa",
-    "dora",
-)  # initialisations and variants that PEFT refuses for `target_parameters`
+# Initialisations and variants that PEFT refuses for `target_parameters`.
+_UNKNOWN_TO_EXPERTS = ("pissa", "dora", "vera")
 
 
 def inits(family: str) -> list[str]:
@@ -237,8 +236,14 @@ def peft_model(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> torch.nn.Module:
-    """A tiny model with a LoRA adapter. Adapter weights are in `dtype` too."""
+    """A tiny model with a LoRA adapter, or VeRA's. Adapter weights are in `dtype` too."""
     parameters = FAMILIES[family].parameters
+    if init == "vera":
+        targets = targets or FAMILIES[family].attention
+        config = VeraConfig(r=rank, vera_dropout=dropout, target_modules=targets, **options)
+        model = get_peft_model(base_model(family, dtype), config, autocast_adapter_dtype=False).to(dtype)
+        warm_up(model)  # where λ_b is zero, λ_d has no gradient
+        return model
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -256,10 +261,10 @@ def peft_model(
 
 @torch.no_grad()
 def warm_up(model: torch.nn.Module, scale: float = 0.05) -> None:
-    """Give lora_B values, as if the adapter had been trained before."""
+    """Give lora_B (of VeRA λ_b) values, as if the adapter had been trained before."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "vera_lambda_b" in name:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
