@@ -9,7 +9,7 @@ import inspect
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 
 from .config import StructLoRAConfig
@@ -17,18 +17,21 @@ from .config import StructLoRAConfig
 TAG = "structlora"
 HEADING = "## StructLoRA"
 CARD_NAME = "README.md"
+# PEFT's type -> what people call it, and what loads it.
+_ADAPTERS = {"LORA": ("LoRA", "PEFT (or vLLM, SGLang, llama.cpp)"), "VERA": ("VeRA", "PEFT")}
 
 
-def section(config: StructLoRAConfig) -> str:
-    """The section of a model card, Markdown."""
+def section(config: StructLoRAConfig, peft_type: str) -> str:
+    """The section of a model card on an adapter of type "LORA" or "VERA", Markdown."""
+    adapter, loader = _ADAPTERS[peft_type]
     changed = [f"`{name}={value!r}`" for name, value in config.changed_options().items()]
     return f"""{HEADING}
 
-This adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): LoRA whose rank-one directions pass an
+This adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): {adapter} whose rank-one directions pass an
 information-bottleneck gate during training (filter `{config.filter}`), with updates coordinated across depth (coordinator
 `{config.coordinator}`). Options other than the defaults: {", ".join(changed) or "none"}.
 
-To load it, nothing but PEFT (or vLLM, SGLang, llama.cpp) is needed: the file is a plain LoRA adapter.
+To load it, nothing but {loader} is needed: the file is a plain {adapter} adapter.
 """
 
 
@@ -72,12 +75,12 @@ class Description:
     """The section on one adapter, for as long as its weights are those that StructLoRA trained.
 
     Args:
-        config (`StructLoRAConfig`): how it was trained.
+        text (`str`): what `section` returned.
         weights (`list[nn.Parameter]`): the adapter's.
     """
 
-    def __init__(self, config: StructLoRAConfig, weights: list[nn.Parameter]):
-        self.text, self._weights = section(config), weights
+    def __init__(self, text: str, weights: list[nn.Parameter]):
+        self.text, self._weights = text, weights
         self._left: list[int] | None = None  # versions of the weights when training ended
 
     def end(self) -> None:
@@ -157,7 +160,8 @@ def describe_adapter(
     save = vars(model).get("save_pretrained")
     if not isinstance(save, DescribedSave):
         save = model.save_pretrained = DescribedSave(model)
-    save.descriptions[adapter_name] = Description(config, weights)
+    text = section(config, PeftType(model.peft_config[adapter_name].peft_type).value)
+    save.descriptions[adapter_name] = Description(text, weights)
     return save.descriptions[adapter_name]
 
 

@@ -86,6 +86,7 @@ class Runtime(StandingWeights):
         step (`int`): optimizer steps that counted.
         skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
         schedule (`ScheduleShare`): where the learning rates' schedule stands.
+        has_aligned (`bool`): whether attaching changed lora_A, of a fresh adapter.
 
     Example:
         >>> runtime = attach(model, optimizer)
@@ -154,7 +155,8 @@ class Runtime(StandingWeights):
         ]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._optimizer = _small_optimizer(self.maps, self.config, self._gate_count)
-        if any(aligned):
+        self.has_aligned = any(aligned)
+        if self.has_aligned:
             self.engine.write_latents(starts)
             self.engine.write_working(starts, ("A",))
         self.engine.stamp()

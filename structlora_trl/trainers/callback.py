@@ -140,11 +140,13 @@ class StructLoRACallback(TrainerCallback):
                 "remove the others (StructLoRA trainers bring their own)",
             )
         self._take_options(args)
-        self._warn_of_earlier(callbacks[: callbacks.index(self)])
+        earlier = callbacks[: callbacks.index(self)]
         run_first(trainer.callback_handler, self)
         if self.runtime is not None:
             self.runtime.detach()
         self.runtime = self.attach(trainer, optimizer)
+        if self.runtime.has_aligned:
+            _warn_of_earlier(earlier)
         if not self.config.is_off:
             describe_trainer(trainer, self.runtime.model.save_pretrained)
         self._seen_hook_calls = 0
@@ -240,25 +242,24 @@ class StructLoRACallback(TrainerCallback):
                 "own arguments, such as SFTConfig",
             )
 
-    def _warn_of_earlier(self, callbacks: list[TrainerCallback]) -> None:
-        """Name the callbacks that ran before lora_A is aligned, and may have kept values that do not stand
-        any more.
-        """
-        if not (self.config.align_init and self.config.compares_depths):
-            return
-        looked = [
-            type(callback).__name__
-            for callback in callbacks
-            if type(callback).on_train_begin is not TrainerCallback.on_train_begin
-            and not type(callback).__module__.startswith("transformers.")
-        ]
-        if looked:
-            logger.warning(
-                "%s ran before StructLoRA, which gives all depths of a fresh adapter the same lora_A: LoRA weights that were "
-                "copied there are not those that training starts from. Pass StructLoRACallback in the trainer's `callbacks=`, "
-                "or add it first.",
-                ", ".join(looked),
-            )
+
+def _warn_of_earlier(callbacks: list[TrainerCallback]) -> None:
+    """Name the callbacks that ran before lora_A was aligned, and may have kept values that do not stand any
+    more.
+    """
+    looked = [
+        type(callback).__name__
+        for callback in callbacks
+        if type(callback).on_train_begin is not TrainerCallback.on_train_begin
+        and not type(callback).__module__.startswith("transformers.")
+    ]
+    if looked:
+        logger.warning(
+            "%s ran before StructLoRA, which gives all depths of a fresh adapter the same lora_A: LoRA weights that were "
+            "copied there are not those that training starts from. Pass StructLoRACallback in the trainer's `callbacks=`, "
+            "or add it first.",
+            ", ".join(looked),
+        )
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -44,6 +44,15 @@ def test_card_of_a_loop_and_of_a_copy(tmp_path):
         check((tmp_path / name / "README.md").read_text())
 
 
+def test_the_card_of_vera_names_what_loads_it(tmp_path):
+    model = peft_model(init="vera")
+    attach(model, adamw(model))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    section = text[text.index(HEADING) :]
+    assert "plain VeRA adapter" in section and "LoRA adapter" not in section and "vLLM" not in section
+
+
 def test_text_around_the_section_is_kept(tmp_path):
     model = peft_model()
     attach(model, adamw(model))
