@@ -7,6 +7,7 @@ schedule, a bare loop.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.overrides import TorchFunctionMode
 
 from tests.support import jobs, loops
 from tests.support.tiny import (
@@ -257,6 +259,25 @@ def pissa_niter(base):
     return get_peft_model(base, lora(init_lora_weights="pissa_niter_2"))
 
 
+class _OnCPU(TorchFunctionMode):
+    """What is to go to CUDA stays on the CPU: PEFT's LoftQ computes on accelerators alone (0.21)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def stay(value):
+            return "cpu" if value == "cuda" else value
+
+        args = [stay(a) if isinstance(a, str) else a for a in args]
+        return function(
+            *args, **{name: stay(v) if isinstance(v, str) else v for name, v in (kwargs or {}).items()}
+        )
+
+
+def loftq(base):
+    config = lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4))
+    with contextlib.nullcontext() if torch.cuda.is_available() else _OnCPU():
+        return get_peft_model(base, config)
+
+
 def torchao_int8():
     quantization = importlib.import_module("torchao.quantization")
     base = llama()
@@ -397,6 +418,7 @@ ADAPTERS = [
     Setup("EVA", wrap=eva, slow=True),
     Setup("PiSSA by fast SVD", wrap=pissa_niter, moves_base=True, tolerance=1e-5),
     Setup("CorDA", wrap=corda, moves_base=True, tolerance=1e-5),
+    Setup("LoftQ", wrap=loftq, moves_base=True, tolerance=1e-5, needs=("scipy", "bitsandbytes"), slow=True),
     Setup("LoRA-GA", wrap=lora_ga, moves_base=True, tolerance=1e-5, needs=("peft>=0.19",)),
     Setup(
         "MiCA",
