@@ -16,7 +16,7 @@ from torch import nn
 from . import __version__
 from .config import StructLoRAConfig
 from .core.heads import heads_of
-from .core.kinds import Kind
+from .core.kinds import FACTOR, Kind
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
 from .engines import select_engine
 from .errors import StructLoRAError
@@ -148,7 +148,7 @@ def build_runtime(
     logger.info("%r", runtime)
     if config.is_off:
         logger.warning(
-            "StructLoRA: filter, coordinator and regularizer are all 'none'; this run is plain LoRA."
+            "StructLoRA: filter, coordinator and regularizer are all 'none'; this run trains as without StructLoRA."
         )
     return runtime
 
@@ -299,7 +299,7 @@ def _is_of_lightning(wrapper) -> bool:
 
 
 def _frozen_factors(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    factor = re.compile(rf"\.(lora_(embedding_)?[AB]|vera_lambda_d)\.{re.escape(adapter_name)}(\.|$)")
+    factor = re.compile(rf"\.{FACTOR}\.{re.escape(adapter_name)}(\.|$)")
     return [p for name, p in model.named_parameters() if not p.requires_grad and factor.search(name)]
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..errors import StructLoRAError
 from .residual_roles import RESIDUAL_ROLES
 
-_PARAMETER = re.compile(
-    r"^(?P<module>.+)\.(lora_(embedding_)?(?P<factor>[AB])|vera_lambda_d)\.(?P<adapter>[^.]+)(\.weight)?$"
-)
+# What PEFT calls the factors of a module, LoRA's and VeRA's.
+FACTOR = r"(lora_(embedding_)?(?P<factor>[AB])|vera_lambda_d)"
+_PARAMETER = re.compile(rf"^(?P<module>.+)\.{FACTOR}\.(?P<adapter>[^.]+)(\.weight)?$")
 # Numbers that tell experts apart: experts of one layer are not depths.
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.|$)")
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
