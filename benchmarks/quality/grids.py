@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 from . import store
-from .selection import BASE, OURS, test_runs
+from .selection import BASE, OURS, quarter_runs, test_runs
 from .settings import (
     ABLATIONS,
+    AGAINST,
     AVERAGED,
     COMPARED,
     CONTROLS,
@@ -29,6 +30,10 @@ from .settings import (
     MORE_RATES,
     OTHERS,
     PARTS,
+    QUARTER,
+    QUARTER_METHODS,
+    QUARTER_RATE_SEEDS,
+    QUARTER_SEEDS,
     RANKS,
     RATE_SEEDS,
     RATES,
@@ -70,11 +75,11 @@ def _at_chosen_rates(settings, names, seeds=FURTHER_SEEDS, rate_of: str | None =
     ]
 
 
-def _search(ideas, places, seeds) -> list[tuple]:
+def _search(ideas, places, seeds, base: str = BASE) -> list[tuple]:
     return [
         (task, name, rank, examples, lr, seed)
         for seed in seeds
-        for name in ("lora", *ideas)
+        for name in (base, *ideas)
         for (task, rank, examples), lr in places
     ]
 
@@ -119,11 +124,22 @@ def _kept() -> list[tuple]:
     ]
 
 
+def _quarter(seeds=QUARTER_RATE_SEEDS, chosen: dict[tuple, float] | None = None) -> list[tuple]:
+    """A quarter of the directions beside LoRA at that size and both at full size: at all rates, or at the chosen ones."""
+    return [
+        (task, name, rank, examples, lr, seed)
+        for seed in seeds
+        for task, _, examples in QUARTER
+        for name, rank in QUARTER_METHODS
+        for lr in (RATES[task] if chosen is None else [chosen[task, rank, examples, name]])
+    ]
+
+
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
     **{name: functools.partial(_search, *given) for name, given in ROUNDS.items()},
-    **{name: functools.partial(_search, *given) for name, given in EVIDENCE.items()},
+    **{name: functools.partial(_search, *given, AGAINST.get(name, BASE)) for name, given in EVIDENCE.items()},
     "main": lambda: _cells(SETTINGS, MAIN, RATE_SEEDS),
     "early": lambda: _cells(EARLY, MAIN, RATE_SEEDS),
     "early-finish": lambda: _at_chosen_rates(EARLY, MAIN),
@@ -140,6 +156,9 @@ GRIDS = {
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
     **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
     "kept": _kept,
+    "quarter": _quarter,
+    # once "quarter" is done
+    "quarter-finish": lambda: _quarter(QUARTER_SEEDS[3:], quarter_runs(store.read()).rates),
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

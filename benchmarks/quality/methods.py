@@ -195,6 +195,7 @@ METHODS = {
     "lora-plus": Method("LoRA+ (ratio 16)", optimizer=_lora_plus),
     "lora-fa": Method("LoRA-FA", optimizer=_lora_fa),
     "vera": Method("VeRA (r = 64)", peft=_vera),
+    "structlora-vera": Method("StructLoRA on VeRA (r = 64)", structlora={}, peft=_vera),
 }
 
 

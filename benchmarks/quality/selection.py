@@ -13,7 +13,7 @@ from functools import cached_property
 import pandas as pd
 
 from . import store
-from .settings import AGAIN_SEEDS, RATES, SEEDS
+from .settings import LATER_SEEDS, QUARTER_RATE_SEEDS, QUARTER_SEEDS, RATES, SEEDS
 
 BASE, OURS, GATES = "lora", "structlora", "gates"
 METHOD = ["task", "rank", "examples", "method"]
@@ -87,7 +87,12 @@ def on_one_backbone(rows: pd.DataFrame) -> pd.DataFrame:
 
 def test_runs(lines: list[dict]) -> Runs:
     """The runs that test figures are of: all seeds but those on another ViT, at the rates that `SEEDS` choose."""
-    return Runs([line for line in lines if line["seed"] not in AGAIN_SEEDS], SEEDS)
+    return Runs([line for line in lines if line["seed"] not in LATER_SEEDS], SEEDS)
+
+
+def quarter_runs(lines: list[dict]) -> Runs:
+    """The runs of the table of a quarter of the directions."""
+    return Runs([line for line in lines if line["seed"] in QUARTER_SEEDS], QUARTER_RATE_SEEDS)
 
 
 def choose_rates(rows: pd.DataFrame) -> pd.Series:

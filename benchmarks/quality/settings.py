@@ -13,15 +13,19 @@ SEEDS = (
 # Learning rates by task.
 RATES = {
     "digits": (5e-3, 1e-2, 2e-2),
+    "digits-all": (2.5e-3, 5e-3, 1e-2),
     "fashion": (2e-3, 5e-3, 1e-2),
+    "fashion-all": (1e-3, 2e-3, 5e-3),
     "fashion-long": (2e-3, 5e-3, 1e-2),
     "noisy-fashion": (2e-3, 5e-3, 1e-2),
     "digits-early": (5e-3, 1e-2, 2e-2, 4e-2),
     "fashion-early": (2e-3, 5e-3, 1e-2),
     "noisy-fashion-early": (2e-3, 5e-3, 1e-2),
     "movie": (2e-3, 4e-3, 8e-3),
+    "movie-all": (1e-3, 2e-3, 4e-3),
     "tweet": (2e-3, 4e-3, 8e-3),
     "product": (2e-3, 4e-3, 8e-3),
+    "product-all": (1e-3, 2e-3, 4e-3),
     "smollm-movie": (1e-3, 2e-3, 4e-3),
     "smollm-numbers": (2e-3, 4e-3, 8e-3),
 }
@@ -312,7 +316,8 @@ FEW_IDEAS = (
     "structlora",
     "structlora:x_bounded_noise=true",
 )  # where StructLoRA does worst on few examples: less noise
-AGAINST = {"linear-ideas": "structlora"}  # what the table of a grid compares with, where that is not LoRA
+# What the table of a grid compares with, where that is not LoRA.
+AGAINST = {"linear-ideas": "structlora", "vera": "vera"}
 # What StructLoRA is for, and where it must do no harm: name -> settings, each method at its own rate, and places.
 _FEW, _MORE = [s for s in SETTINGS if s[2] <= 200], [s for s in SETTINGS if s[2] > 200]
 AIMS = {
@@ -326,9 +331,14 @@ AIMS = {
 # Where the main table has a gain, with a ViT that another processor has trained by the same recipe; at LoRA's rate there.
 AGAIN_SEEDS = range(80, 92)
 AGAIN_PLACES = ((SETTINGS[0], 1e-2), (SETTINGS[4], 2e-2), (SETTINGS[5], 2e-3))
+# StructLoRA on VeRA, at VeRA's own rates.
+VERA_SEEDS = range(120, 132)
+VERA_PLACES = ((SETTINGS[0], 0.16), (SETTINGS[1], 0.02), (SETTINGS[3], 0.016))
+VERA_METHODS = ("structlora-vera", "structlora-vera:coordinator=none")
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {
-    "another-vit": (MAIN[1:2], AGAIN_PLACES, AGAIN_SEEDS),
+    "another-vit": ((*MAIN[1:2], *FAIR, AVERAGED), AGAIN_PLACES, AGAIN_SEEDS),
+    "vera": (VERA_METHODS, VERA_PLACES, VERA_SEEDS),
     "linear": (LINEAR_METHODS, LINEAR_PLACES, EVIDENCE_SEEDS),
     "linear-fair": ((*FAIR, AVERAGED), LINEAR_PLACES, EVIDENCE_SEEDS),
     "linear-ideas": (LINEAR_IDEAS, LINEAR_PLACES, EVIDENCE_SEEDS[:6]),
@@ -371,6 +381,20 @@ EQUAL_RULES = (
 KEPT_PLACES = (("digits-all", 8, 100), ("movie-all", 8, 200), ("fashion-all", 8, 200))
 KEPT_CHANCE = "gates:keep=0.25,select_by=random"
 KEPT_METHODS = ("gates:keep=0.25", KEPT_CHANCE, "gates", "structlora:keep=0.25")
+
+# A quarter of the directions, selected in training by the package's own option, beside the whole adapter and LoRA at both
+# sizes, each method at its own rate: (method, rank), the one in question first.
+QUARTER = tuple(
+    (f"{task}{modules}", 8, examples)
+    for task, examples in (("digits", 100), ("fashion", 200), ("movie", 200), ("product", 200))
+    for modules in ("", "-all")
+)
+QUARTER_METHODS = (("structlora:keep=0.25", 8), ("structlora", 8), ("lora", 2), ("lora", 8))
+QUARTER_SEEDS = range(100, 112)
+QUARTER_RATE_SEEDS = QUARTER_SEEDS[:3]  # which choose the rates
+
+# Seeds of runs on another ViT than those of the tables over settings.
+LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS}
 
 
 def selected(rule: str, keep: float) -> str:

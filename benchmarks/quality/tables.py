@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control, ttest_1samp
 from scipy.stats import t as student
 
 from . import heldout, methods
-from .selection import BASE, GATES, OURS, Runs, Setting, test_runs
+from .selection import BASE, GATES, OURS, Runs, Setting, quarter_runs, test_runs
 from .settings import (
     ABLATIONS,
     AGAINST,
@@ -39,6 +39,8 @@ from .settings import (
     NOISE,
     OTHERS,
     PARTS,
+    QUARTER,
+    QUARTER_METHODS,
     RANKS,
     ROUNDS,
     SETTINGS,
@@ -126,6 +128,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         },
         "aims": aims(runs, every_seed),
         "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
+        "quarter": quarter(quarter_runs(lines), QUARTER, QUARTER_METHODS),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -407,6 +410,50 @@ def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
         for title in (f"accuracy − {base} (pairs)", p, f"NLL − {base}", p)
     ]
     return markdown([*header, *of_bases], rows) if rows else "No runs are kept yet."
+
+
+def quarter(runs: Runs, settings: Iterable[Setting], names: Sequence[tuple[str, int]]) -> str:
+    """Test figures of the first of `names` (a method and its rank), each at its own rate, and less those of the others.
+
+    By setting, and last the mean over settings, of the seeds that all of them have. Differences have 95 % intervals.
+    """
+    ours, *others = names
+    rows, over_all = [], {figure: [] for figure in ("accuracy", "nll")}
+    for task, _, examples in settings:
+        found = {
+            (name, rank): runs.best((task, rank, examples), name)[["test.accuracy", "test.nll"]]
+            for name, rank in names
+        }
+        if any(len(of_method) < 2 for of_method in found.values()):
+            continue
+        row = [f"{task}, {examples}", len(found[ours]), _mean_and_sd(found[ours]["test.accuracy"])]
+        for figure, by_setting in over_all.items():
+            gaps = pd.DataFrame({other: (found[ours] - found[other])[f"test.{figure}"] for other in others})
+            by_setting.append(gaps.dropna())
+            row += _intervals(by_setting[-1], figure)
+        rows.append(row)
+    if len(rows) > 1:
+        means = {figure: sum(found) / len(found) for figure, found in over_all.items()}
+        means = {figure: found.dropna() for figure, found in means.items()}
+        rows.append([f"mean of {len(rows)}", len(means["accuracy"]), ""])
+        for figure, found in means.items():
+            rows[-1] += _intervals(found, figure)
+    titles = [f"{label(name)}, r {rank}" for name, rank in names]
+    header = ["task, examples", "seeds", titles[0]]
+    for start in ("", "NLL "):
+        header += [cell for title in titles[1:] for cell in (f"{start}− {title}", "p (q, Holm)")]
+    return markdown(header, rows) if rows else "No runs are kept yet."
+
+
+def _intervals(gaps: pd.DataFrame, figure: str) -> list:
+    """Of each column its mean with a 95 % interval over seeds, and p."""
+    digits, cells = {"accuracy": 1, "nll": 3}[figure], []
+    for name in gaps:
+        of_seeds = gaps[name]
+        reach = student.ppf(0.975, len(of_seeds) - 1) * of_seeds.std(ddof=1) / len(of_seeds) ** 0.5
+        low, high = of_seeds.mean() - reach, of_seeds.mean() + reach
+        cells += [f"{of_seeds.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})", P.of(of_seeds)]
+    return cells
 
 
 def _less(figures: pd.DataFrame, base: pd.DataFrame) -> list:

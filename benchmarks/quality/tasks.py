@@ -268,4 +268,5 @@ TASKS = {
         diagnosed=False,
     ),
     "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
+    "product-all": _text("product", "product reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }
