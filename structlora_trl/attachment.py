@@ -224,9 +224,8 @@ def _warn_of_moved_base(adapter_name: str, init_lora_weights: bool | str) -> Non
     start = str(init_lora_weights).lower()
     if not start.startswith(_MOVES_BASE):
         return
-    repeated = start.startswith(_REPEATED) and not start.startswith(
-        "pissa_niter"
-    )  # which draws random numbers
+    # PiSSA by random projections draws anew.
+    repeated = start.startswith(_REPEATED) and not start.startswith("pissa_niter")
     convert = (
         f"before training, set `model.peft_config[{adapter_name!r}].init_lora_weights = True` and save the adapter to START; "
         "afterwards `model.save_pretrained(..., path_initial_model_for_weight_conversion=START)` writes a LoRA adapter for the "
@@ -291,8 +290,9 @@ def _unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
 
 def _is_of_lightning(wrapper) -> bool:
     """Whether Lightning or its Fabric wrapped a model or an optimizer, told by module: two packages have
-    them, and neither
-    need be installed. An optimizer's wrapper is of a class made for it, so that only its bases tell."""
+    them, and neither need be installed. An optimizer's wrapper is of a class made for it, so that only its
+    bases tell.
+    """
     wrappers = {f"{package}.wrappers" for package in ("lightning.fabric", "lightning_fabric")}
     wrappers |= {f"{package}.core.optimizer" for package in ("lightning.pytorch", "pytorch_lightning")}
     return any(cls.__module__ in wrappers for cls in type(wrapper).__mro__)

@@ -25,9 +25,9 @@ from types import FrameType
 
 import torch
 from torch import nn
-from torch._compile import (
-    _disable_dynamo,
-)  # `torch.compiler.disable`, which would load the compiler on import
+
+# `torch.compiler.disable`, which would load the compiler on import.
+from torch._compile import _disable_dynamo
 
 from .call_stack import caller_in, is_running
 from .foreign_writes import refuse_replaced

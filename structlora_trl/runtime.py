@@ -237,8 +237,7 @@ class Runtime(StandingWeights):
 
         They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at
         `attach`; the step's number goes on, and with it the noise. Directions that selection has closed stay
-        closed. To continue a run of StructLoRA, use
-        `load_state` instead.
+        closed. To continue a run of StructLoRA, use `load_state` instead.
 
         Raises:
             StructLoRAError: training weights stand (between a training forward and its optimizer step).
@@ -391,9 +390,8 @@ class Runtime(StandingWeights):
         return _Pulled(
             factors,
             {name: value / scale for name, value in own.items()},
-            {
-                side: getattr(gradient, side) / scale for side in sides
-            },  # unscaled and clipped, whichever engine
+            # Unscaled and clipped, whichever engine.
+            {side: getattr(gradient, side) / scale for side in sides},
             gathered,
         )
 

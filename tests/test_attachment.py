@@ -29,9 +29,8 @@ NEEDS = {
     "WAVEFT": {"n_frequency": 8},
     "PSOFT": {"r": 4},
 }
-TYPES = [
-    t.value for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t != PeftType.XLORA
-]  # which has a row of set-ups
+# Which has a row of set-ups.
+TYPES = [t.value for t in PeftType if t in PEFT_TYPE_TO_CONFIG_MAPPING and t != PeftType.XLORA]
 
 
 @pytest.mark.parametrize("name", TYPES)

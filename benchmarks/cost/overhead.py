@@ -124,9 +124,8 @@ STACKS = (
 )
 MAP_WARM_UP, MAP_STEPS, REBUILDS = 2, 7, 3
 NEVER = 10**9  # steps between rebuilds of the semantic edges
-SHARED_GRADIENT = (
-    1.5  # norm that all depths' gradients share, to that of each one's own: semantic edges are drawn
-)
+# Norm that all depths' gradients share, to that of each one's own: semantic edges are drawn.
+SHARED_GRADIENT = 1.5
 
 
 def main() -> None:

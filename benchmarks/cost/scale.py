@@ -110,9 +110,8 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
     for side in sides_of(stack, method):
         if not side.is_moved:
             continue
-        writes = (
-            2 if side.is_noisy else 1
-        )  # evaluation weights after a step, and training weights before the next
+        # Evaluation weights after a step, and training weights before the next.
+        writes = 2 if side.is_noisy else 1
         is_whole = is_whole_in_model(side, engine)
         if is_whole:
             for write in wholes[:writes]:

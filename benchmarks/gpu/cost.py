@@ -64,10 +64,8 @@ TINY_SHAPE = {
     "num_key_value_heads": 2,
 }
 TOKENS, TINY_TOKENS = 2048, 32
-LEAST_GB = {
-    "1B": 16,
-    "8B": 60,
-}  # weights, the activations of one sequence without checkpointing, and logits in fp32
+# Weights, the activations of one sequence without checkpointing, and logits in fp32.
+LEAST_GB = {"1B": 16, "8B": 60}
 WARM_UP, LEAST_STEPS, MOST_STEPS, QUICK_STEPS = 3, 3, 30, 5
 PROFILED_OPERATORS = 12
 GB = 1e9

@@ -84,9 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.chdir(given.suite)  # where the suite looks for `experiments/`, and Python for its modules
     sys.path.insert(0, os.getcwd())
     run = importlib.import_module("run")
-    run.print_verbose = lambda *text, **how: print(
-        *text, **{**how, "file": sys.stderr}
-    )  # its script sets it under __main__
+    # Its script sets it under __main__.
+    run.print_verbose = lambda *text, **how: print(*text, **{**how, "file": sys.stderr})
     attach_to(run, config)
     name = run.validate_experiment_path(experiment)
     run.main(path_experiment=experiment, experiment_name=name, clean=given.clean, bucket_name=None)

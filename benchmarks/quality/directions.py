@@ -184,9 +184,8 @@ class Selection:
             return torch.rand(
                 sizes.shape, generator=self.generator.manual_seed(self.generator.initial_seed())
             )
-        if (
-            rule == "uniform"
-        ):  # the singular values of a module are in order: its first ones before all second ones
+        # The singular values of a module are in order: its first ones before all second ones.
+        if rule == "uniform":
             return -torch.arange(sizes.shape[1]).expand_as(sizes).float()
         if rule in ("norm", "singular"):
             return sizes

@@ -43,9 +43,8 @@ def resampled(ours: pd.DataFrame, theirs: pd.DataFrame, task: str) -> np.ndarray
         ours, theirs (`pd.DataFrame`): runs with the same seeds in the same order.
         task (`str`): what the draws follow from.
     """
-    gaps = np.stack(
-        [_right(one) - _right(two) for one, two in zip(_rows(ours), _rows(theirs), strict=True)]
-    )  # (S, E)
+    # Seeds x examples, (S, E).
+    gaps = np.stack([_right(one) - _right(two) for one, two in zip(_rows(ours), _rows(theirs), strict=True)])
     seeds, examples = gaps.shape
     rng = np.random.default_rng(zlib.crc32(task.encode()))
     of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds

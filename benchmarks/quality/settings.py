@@ -5,10 +5,8 @@ from __future__ import annotations
 RATE_SEEDS = range(3)  # at every learning rate; validation chooses the rate with these
 FURTHER_SEEDS = (3, 4, 5)  # at the chosen rate alone
 MAIN_SEEDS = (*FURTHER_SEEDS, *range(20, 26))  # the same, for the methods and settings of the main table
-SEEDS = (
-    *RATE_SEEDS,
-    *MAIN_SEEDS,
-)  # of these grids; tables of test figures have every stored seed at the chosen rates
+# Seeds of these grids; tables of test figures have every stored seed at the chosen rates.
+SEEDS = (*RATE_SEEDS, *MAIN_SEEDS)
 
 # Learning rates by task.
 RATES = {
@@ -237,11 +235,8 @@ NOISE = ("lora", "gates:gate_init=0.97", "gates:gate_init=0.8")  # for a table o
 FAIR = ("lora-dropout-0.1", "lora-decay-0.1", "lora-average")
 AVERAGED = "structlora-average"  # tail averages of StructLoRA's weights, at its own rate
 CONTROLS = (*FAIR, AVERAGED, "lora-dropout-0.05", "frozen-logits")
-COMPARED = (
-    SETTINGS[1],
-    SETTINGS[0],
-    SETTINGS[3],
-)  # for other methods and ablations: one setting of each kind of task
+# For other methods and ablations: one setting of each kind of task.
+COMPARED = (SETTINGS[1], SETTINGS[0], SETTINGS[3])
 OTHERS = ("rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera")
 ABLATIONS = (
     *(
@@ -312,10 +307,8 @@ _FEW_RUNS = [
 ]
 FEW_PLACES, FEW_LOW_PLACES = (tuple((setting, lr) for setting in _FEW_RUNS) for lr in (4e-3, 2e-3))
 LONG_PLACES = ((("smollm-movie-long", 4, 1000), 2e-3),)
-FEW_IDEAS = (
-    "structlora",
-    "structlora:x_bounded_noise=true",
-)  # where StructLoRA does worst on few examples: less noise
+# Less noise, where StructLoRA does worst on few examples.
+FEW_IDEAS = ("structlora", "structlora:x_bounded_noise=true")
 # What the table of a grid compares with, where that is not LoRA.
 AGAINST = {"linear-ideas": "structlora", "vera": "vera"}
 # What StructLoRA is for, and where it must do no harm: name -> settings, each method at its own rate, and places.

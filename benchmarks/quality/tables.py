@@ -582,9 +582,8 @@ def _elsewhere(ours: pd.DataFrame, theirs: pd.DataFrame | None, column: str) -> 
 
 
 def _absolute(means: pd.DataFrame) -> list:
-    ece = (
-        "" if means["ece"].isna().all() else f"{_mean(means['ece']):.1f}"
-    )  # there is none of a text that is written
+    # There is none of a text that is written.
+    ece = "" if means["ece"].isna().all() else f"{_mean(means['ece']):.1f}"
     return [_mean_and_sd(means["accuracy"]), "", "", f"{_mean(means['nll']):.3f}", "", ece]
 
 

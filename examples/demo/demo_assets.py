@@ -35,9 +35,8 @@ RATINGS = {
     "product": "amazonReviewSnippets_GroundTruth.txt",
 }
 
-CLEAR_RATING = (
-    1.0  # mean of twenty human ratings from -4 to 4; sentences nearer to neutral than this are left out
-)
+# Mean of twenty human ratings from -4 to 4; sentences nearer to neutral than this are left out.
+CLEAR_RATING = 1.0
 SENTENCES_PER_SPLIT = 400
 SPLIT_SEED = 0
 DOWNLOADS = {MODEL: "93 MB", SENTENCES: "2.5 MB"}

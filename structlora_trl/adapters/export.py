@@ -230,9 +230,8 @@ def information_curves(
 def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
     """The adapter as it loads onto its base model, and that model's name and revision."""
     name, revision = base_of(saved, base)
-    if base_is_moved_for_good(
-        saved.lora
-    ):  # the one given is as training left it: nothing more is to be taken out of it
+    # The one given is as training left it: nothing more is to be taken out of it.
+    if base_is_moved_for_good(saved.lora):
         lora = deepcopy(saved.lora)
         lora.init_lora_weights, lora.base_model_name_or_path, lora.revision = True, name, revision
         saved = replace(saved, lora=lora)
@@ -290,9 +289,8 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
     }
     if head.weight is not embeddings.weight or not tied & adapted:
         return
-    if (
-        base.config.is_encoder_decoder
-    ):  # with more than two uses of the weight; T5 scales by whether it is tied
+    # With more than two uses of the weight; T5 scales by whether it is tied.
+    if base.config.is_encoder_decoder:
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",

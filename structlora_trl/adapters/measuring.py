@@ -27,9 +27,8 @@ from .load_adapter import Saved
 from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, rank_of
 
 RANDOM, NO_PROBE = "random", "none"
-Row = dict[
-    str, Tensor
-]  # inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss
+# Inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss.
+Row = dict[str, Tensor]
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens
 _PROBE_SEED = 0
 # Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep
@@ -249,9 +248,8 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
             )
         gradients = torch.autograd.grad(loss, [*sides.values()], allow_unused=True)
         for (module, B), gradient in zip(sides.items(), gradients, strict=True):
-            if (
-                gradient is None
-            ):  # of an expert that is a module of its own, and that no token of this row reaches
+            # An expert that is a module of its own, and that no token of this row reaches.
+            if gradient is None:
                 continue
             parts = by_expert((gradient * B.detach()).float().flatten(1), experts[module]).sum(1)  # (E, r)
             found[module] += parts.square().cpu() / len(rows)

@@ -181,9 +181,8 @@ def with_one_scale(
     ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
     rank, scale = max(ranks.values()), max(scales.values())
     for module in rows:
-        if one_rank or holds_experts(
-            lora, module
-        ):  # a pattern names parameters, and the file does not say which is which
+        # A pattern names parameters, and the file does not say which is which.
+        if one_rank or holds_experts(lora, module):
             ranks[module] = rank
     _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
     resized = any(own != rank_of(lora, module) for module, own in ranks.items())

@@ -175,9 +175,8 @@ def _hint(name: str, known: Iterable[str]) -> str:
         **{option.name: _PREFIX + option.name for option in fields(StructLoRAConfig)},
         **{n: n for n in known},
     }
-    begun = [
-        n for n in names if name.startswith(n) and 2 * len(n) > len(name)
-    ]  # lora_rank is lora_r, not local_rank
+    # lora_rank is lora_r, not local_rank.
+    begun = [n for n in names if name.startswith(n) and 2 * len(n) > len(name)]
     near = difflib.get_close_matches(name, names, 1, 0.9) or sorted(begun, key=len)[-1:]
     near = near or difflib.get_close_matches(name, names, 1)
     return f" (did you mean `{names[near[0]]}`?)" if near else ""

@@ -80,9 +80,8 @@ def run(command: str, arguments: list[str]) -> None:
     if given.html:
         from ..adapters.page import write_page
     folders = [folder for folder in (given.adapter, given.against) if folder]
-    adapters = [
-        read_saved(folder) for folder in folders
-    ]  # both before the work: a wrong path is told at once
+    # Both before the work: a wrong path is told at once.
+    adapters = [read_saved(folder) for folder in folders]
     saved = adapters[0]
     kinds = report(saved)
     if given.json:

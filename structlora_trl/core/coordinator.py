@@ -68,9 +68,8 @@ class GAT(GCN):
     def __init__(self, rank: int, layers: int, activation: str):
         super().__init__(rank, layers, activation)
         self.sum_over_width = lambda x: x
-        self.attention = nn.Parameter(
-            torch.zeros(layers, 2, rank, dtype=torch.float32)
-        )  # towards target, source
+        # Of each layer, towards the target and towards the source.
+        self.attention = nn.Parameter(torch.zeros(layers, 2, rank, dtype=torch.float32))
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
         h = graph.by_expert(features)  # (E, L, r, n)
@@ -82,9 +81,8 @@ class GAT(GCN):
             others = mean_of_others(h)
             to_others = to_target + self._profile(others) @ self.attention[layer, 1]
             scores = torch.cat([scores, to_others[..., None]], dim=-1)
-        weights = nn.functional.leaky_relu(scores, self.negative_slope).softmax(
-            -1
-        )  # (E, L, L) or (E, L, L + 1)
+        # (E, L, L) or (E, L, L + 1)
+        weights = nn.functional.leaky_relu(scores, self.negative_slope).softmax(-1)
         mixed = (weights[..., : scores.shape[-2]] @ h.flatten(2)).view(h.shape)
         if graph.joins_experts:
             mixed = mixed + weights[..., -1, None, None] * others

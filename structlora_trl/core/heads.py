@@ -18,12 +18,8 @@ _SIDES = {
     r"o_proj|out_proj|attention\.output\.dense|(self_)?attention\.dense|out_lin|o|to_out(\.0)?|to_add_out": "A",
     r"attn\.proj|attn\.Wo|self_attn\.dense|attention\.projection_layer|self_attn\.projection": "A",
 }
-_NAMES = (
-    "head_dim",
-    "attention_head_size",
-    "key_value_proj_dim",
-    "dim_per_head",
-)  # of a head's width, in attention modules
+# What attention modules call the width of a head.
+_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
 
 
 def heads_of(model: nn.Module, kind: Kind) -> Heads | None:

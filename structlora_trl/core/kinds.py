@@ -280,9 +280,8 @@ def _refuse_shared(modules: dict[str, dict[str, nn.Parameter]]) -> None:
     owner: dict[int, str] = {}
     for module, factors in modules.items():
         for parameter in factors.values():
-            address = (
-                parameter.data_ptr() if parameter.numel() else 0
-            )  # 0: sharded, so that nothing is shared
+            # 0: sharded, so that nothing is shared.
+            address = parameter.data_ptr() if parameter.numel() else 0
             if address and owner.setdefault(address, module) != module:
                 raise StructLoRAError(
                     f"LoRA of '{_target(owner[address])}' and '{_target(module)}' in one memory (`ensure_weight_tying`)",

@@ -256,9 +256,8 @@ class KindMap(nn.Module):
         return update if side == "A" else update.mT
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if (
-            f"{prefix}origin_A" in state_dict and self.origin_A is not None
-        ):  # (1, r, k) or (N, r, k), as the run started
+        # Of (1, r, k) or (N, r, k), as the run started.
+        if f"{prefix}origin_A" in state_dict and self.origin_A is not None:
             self.origin_A = torch.empty_like(state_dict[f"{prefix}origin_A"], device=self.kind.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

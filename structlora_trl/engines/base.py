@@ -88,8 +88,8 @@ class Engine(ABC):
     @abstractmethod
     def written(self) -> Tensor:
         """1.0 where other code has written to this rank's LoRA parameters since `stamp`, be it the same
-        values, else 0.0; on
-        the device, without waiting for it."""
+        values, else 0.0; on the device, without waiting for it.
+        """
 
     def was_touched(self) -> bool:
         """Whether autograd has seen other code write since `stamp`. Free; a write through `.data` is not
@@ -104,8 +104,8 @@ class Engine(ABC):
     @abstractmethod
     def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its value in given factors (of all sides), as the model holds it: its shape,
-        its dtype, and its
-        sharding. Parameters that the model holds nothing of are left out."""
+        its dtype, and its sharding. Parameters that the model holds nothing of are left out.
+        """
 
     def keep_versions(self) -> ExitStack:
         """Closing it makes autograd take what stands for what stood: for values that return before a backward
@@ -120,8 +120,8 @@ class Engine(ABC):
     @abstractmethod
     def bad_gradients(self) -> Tensor:
         """1.0 where a gradient of this rank that the optimizer is about to use, LoRA's or another's, holds
-        NaN or Inf, else 0.0;
-        on the device, without waiting for it."""
+        NaN or Inf, else 0.0; on the device, without waiting for it.
+        """
 
     @abstractmethod
     def gradient_scale(self) -> float | Tensor:

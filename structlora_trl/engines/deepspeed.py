@@ -33,7 +33,9 @@ _NEED_PAIRS = ("LoraFAOptimizer", "RiemannianPreconditionedOptimizer")
 
 
 class DeepSpeedEngine(ShardedEngine):
-    """Args:
+    """DeepSpeed ZeRO, stages 1 to 3.
+
+    Args:
         engine (`deepspeed.DeepSpeedEngine`): as `deepspeed.initialize` returned it.
         kinds (`list[Kind]`): what its optimizer steps.
 
@@ -152,9 +154,8 @@ class DeepSpeedEngine(ShardedEngine):
         fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
         for parameter, _ in fragments:
-            parameter.ds_secondary_tensor = (
-                None  # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew
-            )
+            # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew.
+            parameter.ds_secondary_tensor = None
         wholes = [
             (
                 parameters,
@@ -229,8 +230,8 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _span(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where this rank's part of a trained or frozen factor begins and ends. Frozen ones have no masters:
-        they lie in shards
-        at stage 3, and before that whole on every rank, of which the first one is taken."""
+        they lie in shards at stage 3, and before that whole on every rank, of which the first one is taken.
+        """
         if parameter not in self._spans:  # which never change
             is_first = dist.get_rank(self.optimizer.dp_process_group) == 0
             unheld = 0, parameter.numel() if id(parameter) in self._frozen_ids and is_first else 0
@@ -304,8 +305,9 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _separate_masters(self) -> None:
         """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing
-        effective values
-        would overwrite the latents. DeepSpeed 0.19 never takes it, by a comparison that is never true."""
+        effective values would overwrite the latents. DeepSpeed 0.19 never takes it, by a comparison that is
+        never true.
+        """
         if self.stage == 3:
             working = {
                 shard.data_ptr() for shard in self.optimizer.fp16_partitioned_groups_flat if shard is not None

@@ -29,7 +29,9 @@ _BY_ROWS = ((Shard(0),), (Replicate(), Shard(0)))  # FSDP2's placements, and tho
 
 
 class FSDP2Engine(ShardedEngine, TorchEngine):
-    """Args:
+    """FSDP2 and HSDP: a `torch.optim` optimizer that steps sharded parameters.
+
+    Args:
         model (`nn.Module`): the model that holds the FSDP modules.
         optimizer (`torch.optim.Optimizer`): steps the sharded parameters.
         kinds (`list[Kind]`): what is trained.

@@ -21,7 +21,9 @@ _ROUNDING = 1e-5  # of a norm, between processors of several makes
 
 
 class ReplicatedEngine(TorchEngine):
-    """Args:
+    """A base that FSDP2 shards, with the adapter whole on every rank.
+
+    Args:
         model (`nn.Module`): the model that holds the FSDP modules.
         optimizer (`torch.optim.Optimizer`): steps the parameters.
         kinds (`list[Kind]`): what is trained.

@@ -69,8 +69,8 @@ class Sharding:
 
     def _bounds(self, place: int, side: str) -> list[int]:
         """Shares of the width, as `torch.chunk` deals them; of lora_B the rows that ranks own already, where
-        all depths have
-        the same ones."""
+        all depths have the same ones.
+        """
         rows, columns = self.shape(place, side)
         width = columns if side == "A" else rows
         spans = self.spans(place, side)
@@ -153,9 +153,8 @@ class _Side:
             for parameters in factors
             for p in parameters[row * len(parameters) // self.rows : (row + 1) * len(parameters) // self.rows]
         ]
-        self._sizes = [
-            stop - start for start, stop in map(sharding.span, self.parameters)
-        ]  # of this rank's fragments
+        # Of this rank's fragments.
+        self._sizes = [stop - start for start, stop in map(sharding.span, self.parameters)]
         self._place()
 
     def _place(self) -> None:

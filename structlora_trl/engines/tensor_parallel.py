@@ -22,7 +22,9 @@ from .torch import TorchEngine
 
 
 class TensorParallelEngine(TorchEngine):
-    """Args:
+    """Tensor parallelism of Transformers, where PEFT slices the adapter with the base.
+
+    Args:
         optimizer (`torch.optim.Optimizer`): steps the parameters.
         kinds (`list[Kind]`): what is trained.
 
@@ -92,9 +94,8 @@ def _as_placed(parameter: nn.Parameter, value: Tensor) -> Tensor:
     value = value.reshape(parameter.shape).to(parameter.dtype)
     if not isinstance(parameter, DTensor):
         return value
-    return distribute_tensor(
-        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )  # all have it
+    # Every rank has the whole value: none is sent.
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

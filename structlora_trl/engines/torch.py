@@ -11,9 +11,9 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch._compile import (
-    _disable_dynamo,
-)  # `torch.compiler.disable`, which would load the compiler on import
+
+# `torch.compiler.disable`, which would load the compiler on import.
+from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
 from ..call_stack import caller_in, is_running
@@ -28,7 +28,9 @@ _OPTIMIZER_FILE = torch.optim.Optimizer.register_step_pre_hook.__code__.co_filen
 
 
 class TorchEngine(Engine):
-    """Args:
+    """A `torch.optim` optimizer that steps plain parameters: one process or DDP.
+
+    Args:
         optimizer (`torch.optim.Optimizer`): the real optimizer, not a wrapper around it.
         kinds (`list[Kind]`): what it must own.
         name (`str`, *optional*, defaults to "torch"): what logs and errors call it.
@@ -69,9 +71,8 @@ class TorchEngine(Engine):
         def before(optimizer, args, kwargs):
             nonlocal stepped
             if self._step_depth and is_running(self._step_frame):
-                self._step_depth += (
-                    1  # an optimizer whose `step` calls that of its parent, which torch has hooked too
-                )
+                # The `step` of its class calls that of its parent, which torch has hooked too.
+                self._step_depth += 1
                 return None
             self._step_depth, self._step_frame = 1, caller_in(_OPTIMIZER_FILE)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)

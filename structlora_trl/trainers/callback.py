@@ -161,9 +161,8 @@ class StructLoRACallback(TrainerCallback):
             finished_state, weights = self._finished
             if _equal(weights, self.runtime):
                 schedule = self.runtime.schedule
-                self.runtime.load_state_dict(
-                    finished_state
-                )  # another `train()` continues where the last one ended
+                # Another `train()` continues where the last one ended.
+                self.runtime.load_state_dict(finished_state)
                 self.runtime.schedule = schedule  # with a schedule of its own
         self._acted_before = self.runtime.acted_steps
 
@@ -201,9 +200,8 @@ class StructLoRACallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.runtime is None or not self.runtime.is_attached:
             return
-        values = (
-            self.runtime.state_dict() if self.runtime.is_sharded else None
-        )  # on every rank, before one writes
+        # On every rank, before one writes.
+        values = self.runtime.state_dict() if self.runtime.is_sharded else None
         if not args.should_save:
             return
         folder = checkpoint_folder(args, state)

@@ -150,9 +150,8 @@ def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
     curves = information_curves(saved, rows, str(runs().parent / "base"))
     carried, losses = (curve.orders for curve in curves)
     assert all(points[0] == (0, 0) and points[-1] == (1, pytest.approx(1)) for points in carried.values())
-    assert all(
-        a[1] >= b[1] - 1e-6 for a, b in zip(*carried.values(), strict=True)
-    )  # none beats the most informative
+    # None beats the most informative.
+    assert all(a[1] >= b[1] - 1e-6 for a, b in zip(*carried.values(), strict=True))
     model = on_base(plain_adapter, runs().parent / "base")
     expected = sum(float(model(**row).loss) for row in rows) / len(rows)
     assert [points[-1] for points in losses.values()] == [(1, pytest.approx(expected, abs=1e-5))] * 2

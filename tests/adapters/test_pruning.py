@@ -133,9 +133,8 @@ def test_information_is_the_mean_square_of_the_gates_gradient(name, adapter):
     assert [*found] == [n.rpartition(".lora_B")[0] for n in factors]
     expected = [torch.zeros_like(x) for x in found.values()]
     for row in rows:
-        gates = [
-            torch.ones_like(x, requires_grad=True) for x in expected
-        ]  # (E, r); lora_B is in the order (r, expert)
+        # (E, r); lora_B is in the order (r, expert)
+        gates = [torch.ones_like(x, requires_grad=True) for x in expected]
         gated = {n: B * m.T.flatten() for (n, B), m in zip(factors.items(), gates, strict=True)}
         loss = torch.func.functional_call(model, gated, kwargs=row).loss
         for total, gradient in zip(expected, torch.autograd.grad(loss, gates), strict=True):

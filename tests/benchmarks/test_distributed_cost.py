@@ -49,13 +49,8 @@ def reduced(count: int, ranks: int) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize(
-    (
-        "engine",
-        "method",
-        "moved",
-        "gathered",
-        "collectives",
-    ),  # numbers that move between slices and fragments, or are gathered
+    # Numbers that move between slices and fragments, or are gathered.
+    ("engine", "method", "moved", "gathered", "collectives"),
     [
         ("ddp", "gates", 0, 0, 0),
         ("ddp", "structlora", 0, 0, 0),

@@ -82,9 +82,8 @@ def test_depth_is_numeric_order_and_experts_are_not_depths():
     assert kind.modules == [f"layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(2)]
     del experts["layers.1.mlp.experts.1.w1"]
     assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 1}
-    places = {
-        f"blocks.{i}.ff.{j}": same for i in range(3) for j in (0, 2)
-    }  # a reader and a writer of each block
+    # A reader and a writer of each block.
+    places = {f"blocks.{i}.ff.{j}": same for i in range(3) for j in (0, 2)}
     assert names(Adapted(places)) == {"blocks.*.ff.0": 3, "blocks.*.ff.2": 3}
     staged = {f"encoder.layers.{i}.blocks.{j}.query": same for i in range(2) for j in range(3)}
     assert names(Adapted(staged)) == {"encoder.layers.*.blocks.*.query": 6}

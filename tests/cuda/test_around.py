@@ -69,9 +69,8 @@ def test_flash_attn_package(only_on_gpu, device, record_property):
 
 
 def test_torch_compile(device, record_property):
-    backend = (
-        "inductor" if device == "cuda" else "aot_eager"
-    )  # the latter compiles no kernels, and takes seconds
+    # The latter compiles no kernels, and takes seconds.
+    backend = "inductor" if device == "cuda" else "aot_eager"
     record_property("backend", backend)
     model = model_on(device)
     found = way(model, torch.compile(model, backend=backend))

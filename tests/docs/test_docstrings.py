@@ -19,9 +19,8 @@ PUBLIC = [name for name in structlora_trl.__all__ if name != "__version__"]
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example_in_docstring_runs(name, tmp_path):
     model = peft_model()
-    extract_model_from_parallel(
-        model
-    )  # imports DeepSpeed where it is installed, which prints a line the first time
+    # Imports DeepSpeed where it is installed, which prints a line the first time.
+    extract_model_from_parallel(model)
     names = {
         **{public: getattr(structlora_trl, public) for public in PUBLIC},
         **{

@@ -113,9 +113,8 @@ def test_gates_alone_send_their_gradients(engine, tmp_path):
     wide = [value.shape for name, value in ends.items() if name.endswith("latent_B")]
     collectives = (more["collectives"] - few["collectives"]) / 2
     if engine in ("zero1", "zero2"):
-        gathered = 4 * sum(
-            shape.numel() for shape in wide
-        )  # two writes, of half or more each: the larger share counts
+        # Two writes, of half or more each: the larger share counts.
+        gathered = 4 * sum(shape.numel() for shape in wide)
         assert collectives == 6
         assert gathered <= (more["bytes_sent"] - few["bytes_sent"]) / 2 <= 2 * gathered
         return

@@ -173,9 +173,8 @@ def assert_chain_rule(
     optimizer = adamw(model)
     runtime = attach(model, optimizer, **options)
     randomise(runtime)
-    train(
-        model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler
-    )  # away from A - A0 = 0
+    # Away from A - A0 = 0.
+    train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents()]
     shapes = [gate.shape for m in runtime.maps for gate in m.filters]
     counts = [math.prod(shape) for shape in shapes]

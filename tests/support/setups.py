@@ -98,9 +98,8 @@ class Setup:
 
 
 def _moved(model: nn.Module, device: str) -> nn.Module:
-    there = (
-        next(model.parameters()).device.type == device
-    )  # quantised models are made there, and refuse to be moved
+    # Quantised models are made there, and refuse to be moved.
+    there = next(model.parameters()).device.type == device
     return model if there else model.to(device)
 
 

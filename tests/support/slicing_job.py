@@ -108,9 +108,8 @@ def over_the_width() -> dict[str, float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     x = torch.randn(3, 4, 2 * world + 1)
-    bounds = [min(3 * i, x.shape[-1]) for i in range(world)] + [
-        x.shape[-1]
-    ]  # the last ranks may have nothing
+    # The last ranks may have nothing.
+    bounds = [min(3 * i, x.shape[-1]) for i in range(world)] + [x.shape[-1]]
     slices = Slices(dist.group.WORLD, {"A": bounds})
     own, whole = (part.clone().requires_grad_() for part in (slices.part(x, "A"), x))
     norms, wanted = slices.sum_with_gradient(own.square().sum(-1)), whole.square().sum(-1)

@@ -125,9 +125,8 @@ class Family:
     batch: callable
     attention: list[str]  # LoRA targets of the paper's default
     linear: list[str]  # all linear modules
-    parameters: list[str] = field(
-        default_factory=list
-    )  # LoRA's `target_parameters`; PEFT knows no dropout for them
+    # LoRA's `target_parameters`; PEFT knows no dropout for them.
+    parameters: list[str] = field(default_factory=list)
 
 
 FAMILIES = {
@@ -192,9 +191,8 @@ FAMILIES = {
     ),
 }
 
-if "q_proj" not in str(
-    [name for name, _ in FAMILIES["vit"].build().named_modules()]
-):  # names of earlier versions
+# Names of earlier versions.
+if "q_proj" not in str([name for name, _ in FAMILIES["vit"].build().named_modules()]):
     FAMILIES["vit"].attention = ["query", "value"]
     FAMILIES["vit"].linear = FAMILIES["bert"].linear
 

@@ -704,9 +704,8 @@ def test_a_peft_model_inside_the_model(towers, option, tmp_path, capsys):
     ours = {id(p) for p in callback.runtime.lora_parameters()}
     assert ours == {id(p) for n, p in lora_parameters(trainer.model).items() if n.startswith(name)}
     moved = {n for n, p in lora_parameters(trainer.model).items() if not torch.equal(p, untouched[n])}
-    assert all(
-        any(n.startswith(f"towers.{tower}") for n in moved) for tower in towers
-    )  # the others train as plain LoRA
+    # The others train as plain LoRA.
+    assert all(any(n.startswith(f"towers.{tower}") for n in moved) for tower in towers)
 
 
 @pytest.mark.parametrize(
