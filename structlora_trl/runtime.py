@@ -39,7 +39,8 @@ DEFAULT_SEED = 42
 class _Pulled(NamedTuple):
     """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's
     share, where factors are slices), the gradients of node features by side, where they are wanted, and the
-    relevance of directions, while it is gathered."""
+    relevance of directions, while it is gathered.
+    """
 
     factors: Factors
     own: dict[str, Tensor]
@@ -50,7 +51,8 @@ class _Pulled(NamedTuple):
 class _Summed(NamedTuple):
     """A step's sums over ranks: whether gradients are bad and whether weights were written on some rank;
     gradients of the maps' parameters; products of neighbouring depths' gradients (see `neighbour_products`),
-    where a metric is to be made of them; and the relevance of directions, while it is gathered."""
+    where a metric is to be made of them; and the relevance of directions, while it is gathered.
+    """
 
     is_bad: bool
     is_written: bool

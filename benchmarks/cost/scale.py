@@ -147,7 +147,8 @@ def is_whole_in_model(side: Side, engine: str) -> bool:
 
 def reduced_count(stack: Stack, method: str) -> int:
     """Numbers of the one all-reduce: gradients of logits and Θ, and two flags: for NaN, and for weights written from outside.
-    The first step after a log has some more, which a metric is made of."""
+    The first step after a log has some more, which a metric is made of.
+    """
     config = StructLoRAConfig(**OURS[method])
     logits = theta = 0
     for side in sides_of(stack, method):
@@ -270,7 +271,8 @@ COUNTED = {
 
 def work_of(counts: dict[str, dict[str, dict]]) -> dict[str, dict[str, Work]]:
     """From what `distributed.py` counted, by engine and method. FSDP2's operations are of kinds alone; the others have some of
-    each factor beside."""
+    each factor beside.
+    """
     kinds, factors = len(SMOLLM2_STACK.widths), 2 * len(SMOLLM2_STACK.widths) * SMOLLM2_STACK.depths
     if not counts.keys() >= COUNTED.keys():
         return COUNTED
@@ -320,7 +322,8 @@ def estimates(work: dict[str, dict[str, Work]]) -> dict[str, dict]:
 
 def estimate(stack: Stack, method: str, engine: str, gpus: int, work: Work) -> Estimate:
     """All-to-alls: the busiest GPU's bytes over its link, after a hop and a message to each other GPU. All-gathers are rings of
-    n - 1 hops, small all-reduces trees of 2 log2 n."""
+    n - 1 hops, small all-reduces trees of 2 log2 n.
+    """
     found, parameters = communication(stack, method, engine, gpus, BF16), parameter_count(stack)
     share = FP32 * parameters / gpus
     exchange = found.busiest_bytes / LINK_BANDWIDTH + found.exchanges * (
@@ -354,7 +357,8 @@ def estimate(stack: Stack, method: str, engine: str, gpus: int, work: Work) -> E
 def lora_bytes(stack: Stack, engine: str, gpus: int) -> float:
     """Peak bytes of plain LoRA on a GPU, in the backward pass: the bf16 base in shards and two gathered layers (one in use, one
     prefetched), LoRA's fp32 values, gradients and two moments, one checkpoint per layer and the activations of one layer. Logits
-    and buffers are left out: they would make the share of StructLoRA smaller."""
+    and buffers are left out: they would make the share of StructLoRA smaller.
+    """
     base = BF16 * LLAMA_70B_PARAMETERS
     gathered = 2 * base / stack.depths
     working = BF16 if engine == "zero3" else 0  # ZeRO-3 has masters beside the working weights

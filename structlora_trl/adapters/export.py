@@ -1,5 +1,6 @@
 """Writing a finished adapter: a plain LoRA adapter, smaller if asked, or the base model with it merged; and
-what that costs."""
+what that costs.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +179,8 @@ def export(
 
 class SizeCurve(NamedTuple):
     """What a smaller adapter keeps of one thing: points (share of the directions, value) of each `order` of
-    the directions."""
+    the directions.
+    """
 
     value: str
     orders: dict[str, list[tuple[float, float]]]
@@ -279,7 +281,8 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
 
 def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
     """Give the head a weight of its own where it shares the embeddings' and LoRA adds to either: merged, they
-    differ."""
+    differ.
+    """
     head = base.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         return

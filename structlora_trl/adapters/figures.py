@@ -1,5 +1,6 @@
 """The charts of one run or two, drawn with matplotlib: panels that the page shows as SVG and `--plot` writes
-as PNG and PDF."""
+as PNG and PDF.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ class Run:
 
 class Panel(NamedTuple):
     """A drawing: what it is of, in short and in full, what draws it, its size in inches, and of which run it
-    is, if of one."""
+    is, if of one.
+    """
 
     title: str
     name: str
@@ -140,7 +142,8 @@ class Scale(NamedTuple):
 
 class Chart(NamedTuple):
     """A chart: the name of its file, its title, how to read it, what it says of each run, its panels, the
-    colours of its maps."""
+    colours of its maps.
+    """
 
     key: str
     title: str
@@ -156,7 +159,8 @@ class Chart(NamedTuple):
 
 def charts(runs: list[Run]) -> list[Chart]:
     """All that can be drawn of one run, or of two side by side: gates, similarity over depth, singular
-    values, what a smaller adapter keeps, the training."""
+    values, what a smaller adapter keeps, the training.
+    """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     drawn = (
         _gates(runs, names, "gates", "Gates", "direction"),

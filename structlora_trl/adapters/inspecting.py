@@ -89,7 +89,8 @@ def report(saved: Saved) -> list[KindReport]:
 
 def short_names(names: list[str]) -> dict[str, str]:
     """Each name's shortest end that no other name shares; of a long end, its first and last part where these
-    tell it apart."""
+    tell it apart.
+    """
     ends = {name: _own_end(name, [other for other in names if other != name]) for name in names}
     brief = {name: ".".join(end) if len(end) < 3 else f"{end[0]}…{end[-1]}" for name, end in ends.items()}
     taken = [*brief.values()]
@@ -140,7 +141,8 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
 
 def training_data(saved: Saved) -> str | None:
     """Names of the data sets in the model card beside the adapter, or beside its run; None where there is
-    none."""
+    none.
+    """
     for folder in (saved.folder, saved.run_folder):
         try:
             card = metadata_load(folder / "README.md") or {}

@@ -109,18 +109,21 @@ class Saved:
 
     def gates(self, index: int) -> Tensor | None:
         """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without
-        state or gates."""
+        state or gates.
+        """
         return self._by_expert(index, self._openness(index)[0]) if self.maps else None
 
     def group_gates(self, index: int) -> Tensor | None:
         """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of
-        these."""
+        these.
+        """
         groups = self._openness(index)[1:] if self.maps else []
         return self._by_expert(index, groups[0]) if groups else None
 
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E,
-        L, ...)."""
+        L, ...).
+        """
         return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
 
     def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
@@ -164,7 +167,8 @@ class Saved:
 
     def stream_cosines(self, index: int) -> Tensor | None:
         """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as
-        for `features`."""
+        for `features`.
+        """
         A, B = self._nodes(index)
         if self.maps:
             pair = self.maps[index].stream_factors(Factors(A, B))
@@ -269,7 +273,8 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
     """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is
-    damaged."""
+    damaged.
+    """
     path = _weights_file(checkpoint)
     try:
         if path and not _equal(path, saved):
@@ -472,7 +477,8 @@ def _tensors_of(
     lora: LoraConfig, kinds: list[Kind], effective: list[Factors], masters: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no
-    adapter)."""
+    adapter).
+    """
     others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
     others += ["bias"] if lora.bias != "none" else []
     if others:
@@ -524,7 +530,8 @@ def _difference(
     kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]
 ) -> tuple[str, str, float] | None:
     """The first side and module whose factors in a file, if it has any, are others, and by how much of their
-    norm."""
+    norm.
+    """
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
     for kind, stacks in zip(kinds, factors, strict=True) if modules else ():

@@ -1,5 +1,6 @@
 """A finished adapter on its base model: what two adapters of one model change in its output, and how
-informative a gate is."""
+informative a gate is.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +185,8 @@ def output_change(
 @torch.no_grad()
 def _outputs(model: torch.nn.Module, rows: list[Row]) -> tuple[Tensor, float | None]:
     """Logits (n, classes) of the first positions, and the mean loss. Row by row: some classifiers take a
-    batch only where a padding token is known."""
+    batch only where a padding token is known.
+    """
     found, room, losses = [], _PROBE_ROWS * _PROBE_LENGTH, []
     for row in rows:
         output = model(**_moved(row, model))

@@ -82,7 +82,8 @@ def _lowest(values: list) -> object:
 
 def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
     """Heads and rows of the table of modules: a row's kind in full and in short, its layer, and its
-    figures."""
+    figures.
+    """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     found = {}
     for index, run in enumerate(runs):

@@ -37,7 +37,8 @@ _MOVING_BASE = ("pissa", "olora", "corda", "loftq")
 
 class Directions(NamedTuple):
     """A module's update as a sum of rank-one parts, the largest first: A (..., r, k), B (..., d, r), and the
-    singular values `sigma` (..., r) of BA. The singular values are shared equally between A and B."""
+    singular values `sigma` (..., r) of BA. The singular values are shared equally between A and B.
+    """
 
     A: Tensor
     B: Tensor
@@ -219,7 +220,8 @@ def _refuse_other_base(
     lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]
 ) -> None:
     """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
-    training."""
+    training.
+    """
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]

@@ -147,7 +147,8 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
 def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:
     """What a smaller adapter keeps of the update: order of the directions -> points (share of the directions,
     share of the squared norm of the update that is left), for the largest singular values, and for the most
-    open gates where these are known."""
+    open gates where these are known.
+    """
     _, sigma = with_singular_directions(saved.lora, saved.tensors)
     energy = torch.cat([values.flatten() for values in sigma.values()]).square().sort(descending=True).values
     total = energy.sum()

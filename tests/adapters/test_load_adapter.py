@@ -234,7 +234,8 @@ def test_masters_tell_embeddings_and_convolutions_apart(tmp_path):
 
 def one_step(model, inputs: dict, out, **options) -> None:
     """Train and save an adapter, its state, and masters as `zero_to_fp32.py` collects them: latent factors where an adapter
-    is trained, the others' own."""
+    is trained, the others' own.
+    """
     model, optimizer, runtime = attached(model, **options)
     model.train()
     output = model(**inputs)

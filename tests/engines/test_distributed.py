@@ -95,7 +95,8 @@ def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_
 )
 def test_gates_alone_send_their_gradients(engine, tmp_path):
     """FSDP2's shards of lora_B are slices of its width; of ZeRO-3's, rows that are cut go to a neighbour. ZeRO-1 and 2 gather
-    what is written to the model, twice, and bring gradients and values to slices and back."""
+    what is written to the model, twice, and bring gradients and values to slices and back.
+    """
 
     def sent(steps) -> dict:
         told = {"method": {"coordinator": "none"}, "trainer": {"logging_steps": 100}, "steps": steps}

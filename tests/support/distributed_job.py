@@ -76,7 +76,8 @@ DEFAULTS = {
 
 def arguments() -> SimpleNamespace:
     """Of the command line: a folder, an engine, and options as JSON. The engine is 'single', 'ddp', a name of `MESHES` or
-    `LOADED`, a file of configs/deepspeed, or 'launcher' for whatever the launcher has set up."""
+    `LOADED`, a file of configs/deepspeed, or 'launcher' for whatever the launcher has set up.
+    """
     output, engine, told = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     told = json.loads(told)
     assert told.keys() <= DEFAULTS.keys(), told

@@ -67,7 +67,8 @@ class Loop:
 
 class FSDP2(Loop):
     """`fully_shard` of the whole model, and of each layer where `layers` says so; over one mesh dimension, or as accelerate
-    does with these sizes."""
+    does with these sizes.
+    """
 
     def __init__(self, *args, layers: bool = False, sizes: dict | None = None, **sharding):
         self.layers, self.sharding = layers, sharding

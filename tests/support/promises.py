@@ -115,7 +115,8 @@ def assert_same_weights(run, other):
 
 def keep_promises(row: Setup, folder) -> None:
     """Attaching changes no output; it acts; evaluation weights are the saved ones, a plain PEFT adapter; resume and off are
-    bit for bit."""
+    bit for bit.
+    """
     skip_without(row.needs)
     run = row.loop.run(row, folder, row.method, watch=Evaluation(row, folder / "first"))
     assert_it_acted(run)

@@ -46,7 +46,8 @@ def reference_factors(
 
 def reference_weights(edges: Tensor, joins_experts: bool) -> Tensor:
     """Weights of edges (N, N) between nodes in the order (expert, depth), from those over depth, (E, L, L) bool without
-    self-loops; experts of a layer share an edge among all others of it where they are joined."""
+    self-loops; experts of a layer share an edge among all others of it where they are joined.
+    """
     E, L, _ = edges.shape
     weights = torch.zeros(E, L, E, L)
     for e in range(E):

@@ -98,7 +98,8 @@ def _llava() -> LlavaForConditionalGeneration:
 
 class _Mixture(torch.nn.Module):
     """Experts that are modules of their own, as transformers before 5 and models with code of their own have them; all of them
-    take part, as the router weighs them."""
+    take part, as the router weighs them.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
