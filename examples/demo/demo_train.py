@@ -26,6 +26,7 @@ from structlora_trl import StructLoRACallback, save_state
 
 RECIPE = {"steps": 60, "batch": 8, "learning_rate": 2e-3, "rank": 4, "modules": ["q_proj", "v_proj"]}
 STEPS_PER_LINE = 10
+EVALUATED = 64  # held-out sentences, for the loss on the report page
 
 
 class Progress(TrainerCallback):
@@ -58,16 +59,30 @@ class Progress(TrainerCallback):
         return statistics.median(b - a for a, b in pairwise(self.step_ends))
 
 
-def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, directory: Path, callbacks: list):
+def rows(examples: list[tuple[str, int]]) -> Dataset:
+    """Sentences and their labels as prompts and completions."""
+    return Dataset.from_list(
+        [{"prompt": PROMPT.format(sentence=s), "completion": ANSWERS[y]} for s, y in examples]
+    )
+
+
+def train(
+    model,
+    tokenizer,
+    examples: list[tuple[str, int]],
+    held_out: list[tuple[str, int]],
+    seed: int,
+    directory: Path,
+    callbacks: list,
+):
     """Fine-tune a LoRA adapter on the answers alone, save it to `directory`; the trained model, and what to report."""
     set_seed(seed)  # the adapter's start is drawn before the trainer sets its seed
     progress = Progress()
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list(
-            [{"prompt": PROMPT.format(sentence=s), "completion": ANSWERS[y]} for s, y in examples]
-        ),
+        train_dataset=rows(examples),
+        eval_dataset=rows(held_out),
         peft_config=LoraConfig(
             r=RECIPE["rank"],
             lora_alpha=2 * RECIPE["rank"],
@@ -86,6 +101,8 @@ def train(model, tokenizer, examples: list[tuple[str, int]], seed: int, director
             use_cpu=True,
             bf16=False,
             logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=RECIPE["steps"],  # once, at the end
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -125,7 +142,13 @@ def main() -> None:
     if options.method != "base":
         callbacks = [StructLoRACallback()] if options.method == "structlora" else []
         model, result = train(
-            model, tokenizer, training, options.seed, options.output / options.method, callbacks
+            model,
+            tokenizer,
+            training,
+            held_out[:EVALUATED],
+            options.seed,
+            options.output / options.method,
+            callbacks,
         )
         for callback in callbacks:
             result |= {"gates": gates(callback), "gate_init": callback.config.gate_init}

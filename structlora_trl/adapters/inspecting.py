@@ -19,6 +19,9 @@ from ..errors import StructLoRAError
 from .load_adapter import LOG_NAME, Saved
 from .peft_scaling import singular_directions
 
+# Among `stateful_callbacks` of `trainer_state.json`: what the command line was given, and no log says.
+COMMAND_FACTS = "structlora_command"
+
 
 @dataclass
 class DepthReport:
@@ -118,7 +121,7 @@ def log_history(folder: Path) -> list[dict]:
     if not path.is_file():
         return []
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        history = _trainer_state(path)["log_history"]
         if not all(isinstance(entry["step"], int) for entry in history):
             raise TypeError("a step that is no number")
     except (ValueError, TypeError, KeyError) as error:
@@ -139,10 +142,35 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
     return tuple(values[0] if values else None for values in last)
 
 
-def training_data(saved: Saved) -> str | None:
-    """Names of the data sets in the model card beside the adapter, or beside its run; None where there is
-    none.
+def _trainer_state(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def peak_learning_rate(saved: Saved) -> float | None:
+    """The rate that the command line was given, else the largest one in the log; None where neither is
+    known.
     """
+    given = _command_facts(saved.run_folder).get("learning_rate")
+    logged = (e["learning_rate"] for e in log_history(saved.run_folder) if "learning_rate" in e)
+    return max(logged, default=None) if given is None else given
+
+
+def _command_facts(folder: Path) -> dict:
+    """What the command line was given in the run of a folder; nothing where another script trained."""
+    path = folder / LOG_NAME
+    if not path.is_file():
+        return {}
+    callbacks = _trainer_state(path).get("stateful_callbacks") or {}
+    return callbacks.get(COMMAND_FACTS, {}).get("args", {})
+
+
+def training_data(saved: Saved) -> str | None:
+    """What the data of a run is called: as the command line was given it, else as the model card beside the
+    adapter, or beside its run, names it; None where neither says.
+    """
+    given = _command_facts(saved.run_folder).get("data")
+    if given:
+        return ", ".join(given)
     for folder in (saved.folder, saved.run_folder):
         try:
             card = metadata_load(folder / "README.md") or {}

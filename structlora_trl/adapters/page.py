@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
-from .inspecting import final_losses, short_names, training_data
+from .inspecting import final_losses, peak_learning_rate, short_names, training_data
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -114,10 +114,6 @@ def _option(name: str) -> Callable[[Run], object]:
     return lambda run: getattr(run.saved.config, name) if run.saved.config else None
 
 
-def _rate(run: Run) -> float | None:
-    return max((e["learning_rate"] for e in run.history if "learning_rate" in e), default=None)
-
-
 _LOSSES = ("training loss at the end", "held-out loss at the end")
 _FACTS: dict[str, Callable[[Run], object]] = {
     "base model": lambda run: run.saved.lora.base_model_name_or_path,
@@ -126,7 +122,7 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "alpha": lambda run: run.saved.lora.lora_alpha,
     "modules": lambda run: len(run.depths()),
     "directions": lambda run: sum(depth.rank for depth in run.depths()),
-    "learning rate (largest logged)": _rate,
+    "learning rate": lambda run: peak_learning_rate(run.saved),
     "steps": lambda run: run.saved.step or (run.history[-1]["step"] if run.history else None),
     _LOSSES[0]: lambda run: final_losses(run.history)[0],
     _LOSSES[1]: lambda run: final_losses(run.history)[1],

@@ -53,6 +53,11 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
         script.dataset_test_split = "test"
 
 
+def names(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """What the user calls the data: names of data sets, files or folders. Before `as_mixture`."""
+    return [part.path for part in mixture.datasets] or ([script.dataset_name] if script.dataset_name else [])
+
+
 def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> None:
     """Load the data as the script will (the second time comes from the cache), and look at splits and
     columns.

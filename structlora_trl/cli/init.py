@@ -41,6 +41,7 @@ _DATA = {
 _TOKENS = ("max_length", 1024, "tokens; longer rows are cut")
 _ONLINE = [
     ("reward_funcs", ["accuracy_reward"], "names that TRL has, or import paths such as my_rewards.length"),
+    ("eval_strategy", "no", "the mean reward is logged; there is no held-out loss"),
     ("num_generations", 8, "completions of each prompt; they divide the batch"),
     ("max_completion_length", 256, "tokens"),
 ]

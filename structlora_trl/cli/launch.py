@@ -10,9 +10,11 @@ from importlib import resources
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import StructLoRAError, refusing
+from .main import INTERRUPTED
 
 # Each launcher sets one of them in the processes that it starts.
 _IN_STARTED_PROCESSES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
@@ -55,7 +57,7 @@ def launch(words: list[str], command: list[str]) -> None:
 
     Raises:
         StructLoRAError: an `accelerate_config` that there is not, or arguments that do not go together.
-        SystemExit: a process failed; it has said why.
+        SystemExit: a process failed, and has said why; or after Ctrl-C.
     """
     given = launch_parser().parse_args([*words, "--module", __package__, *command])
     if given.accelerate_config is not None:
@@ -70,17 +72,20 @@ def launch(words: list[str], command: list[str]) -> None:
     except (ChildFailedError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(1) from None
+    except SignalException:  # torch's agent was interrupted; the first process has said how to go on
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _path(config: str) -> str:
-    """A file of Accelerate's, or the one that TRL has under this name."""
+    """A file of Accelerate's, or the one that TRL has under this name; without `fsdp1`, which no engine serves."""
     if Path(config).is_file():
         return config
     bundled = resources.files("trl") / "accelerate_configs"
-    names = sorted(Path(entry.name).stem for entry in bundled.iterdir() if entry.name.endswith(".yaml"))
+    found = {Path(entry.name).stem for entry in bundled.iterdir() if entry.name.endswith(".yaml")}
+    names = sorted(found - {"fsdp1"})
     if config not in names:
         raise StructLoRAError(
-            f"accelerate_config={config!r}, neither a file nor a name that TRL has",
+            f"accelerate_config={config!r}, neither a file nor a name of TRL's that StructLoRA trains with",
             f"a file that `accelerate config` writes, or one of {', '.join(names)}",
             "correct `accelerate_config`",
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from structlora_trl.cli import launch, main
 from tests.support.cli_runs import config_file
 from tests.support.launching import ROOT, free_port, one_at_a_time, run, torchrun
 from tests.support.left import assert_acted
@@ -99,6 +102,17 @@ def test_a_mistake_in_started_processes_is_an_exit_code(place):
     )
     assert done.returncode == 1 and "missing.jsonl" in done.stderr
     assert done.stderr.count("Traceback") == 0, done.stderr[-3000:]
+
+
+def test_ctrl_c_ends_started_processes_without_a_traceback(place, monkeypatch, capsys):
+    """As torch's agent passes it on. Its processes are interrupted too, and the first one says how to go on."""
+
+    def interrupted(given):
+        raise SignalException("Process got signal: 2", signal.SIGINT)
+
+    monkeypatch.setattr(launch, "launch_command", interrupted)
+    assert main(["sft", "--config", config_file(), "--num_processes", "2"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @one_at_a_time

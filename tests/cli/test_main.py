@@ -87,6 +87,7 @@ MISTAKES = [
     ([*RUN, "--structlora.edges", "none"], 1, "edges='none'"),
     ([*RUN, "--structlora", "false", "--structlora.prior", "0.3"], 1, "structlora.prior"),
     ([*RUN, "--accelerate_config", "zero9"], 1, "fsdp2"),
+    ([*RUN, "--accelerate_config", "fsdp1"], 1, "fsdp2"),
     ([*RUN, "--use_peft", "false"], 1, "`use_peft`"),
     ([*RUN, "--load_in_4bit", "--load_in_8bit"], 1, "4 bit"),
     ([*RUN, "--per_device_train_batch_size", "0"], 1, "per_device_train_batch_size"),

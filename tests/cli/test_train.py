@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from structlora_trl import StructLoRAConfig
+from structlora_trl.adapters.inspecting import peak_learning_rate, training_data
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.model_card import HEADING, TAG
 from structlora_trl.state import STATE_NAME
@@ -71,8 +73,10 @@ def test_what_init_prints_trains(command, place, monkeypatch, capsys):
     options, _ = assert_acted("out")
     assert options == StructLoRAConfig().options() | {"seed": options["seed"]}
     assert trainer.model.peft_config["default"].r == yaml.safe_load(printed)["lora_r"]
-    if "eval_steps" in yaml.safe_load(printed):
-        assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert yaml.safe_load(printed)["save_steps"] > 0
+    is_online = command in ("grpo", "rloo")  # which log rewards in place of a held-out loss
+    logged = "reward" if is_online else "eval_loss"
+    assert any(logged in entry for entry in trainer.state.log_history)
     if command != "reward":
         assert_plain_peft_agrees(trainer.model, "out")
 
@@ -111,6 +115,9 @@ def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
     assert not Path("plain", STATE_NAME).exists()
     plain, off = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "off"))
     assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
+    for folder in ("plain", "off"):  # what the report page says of both, in a log whose first rate is lower
+        saved = read_saved(folder)
+        assert training_data(saved) == "data.jsonl" and peak_learning_rate(saved) == 1e-2
 
 
 def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from importlib.metadata import entry_points
 
 import pytest
@@ -50,15 +52,41 @@ def test_commands_take_the_arguments_that_the_pages_give_them(command, capsys):
         assert all(re.search(rf"{option}\b", known) for option in options), line
 
 
-@pytest.mark.parametrize("row", [row for row in README.splitlines() if "](benchmarks/" in row])
-def test_figures_stand_where_they_link(row):
-    page, anchor = re.search(r"\((benchmarks/[\w/.]+)#([\w-]+)\)", row).groups()
-    sections = re.split(r"^## ", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+PAGE_OF_RUNS = "benchmarks/quality/README.md"  # which docs/benchmarks.md includes
+WITH_FIGURES = [
+    (line, anchor)
+    for text in (README, (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))
+    for line in text.splitlines()
+    for anchor in re.findall(rf"\]\((?:{PAGE_OF_RUNS}|benchmarks\.md)#([\w-]+)\)", line)
+]
+
+
+@pytest.mark.parametrize("line, anchor", WITH_FIGURES)
+def test_figures_stand_where_they_link(line, anchor):
+    sections = re.split(r"^## ", (ROOT / PAGE_OF_RUNS).read_text(encoding="utf-8"), flags=re.MULTILINE)
     (section,) = (
         s for s in sections if re.sub(r"[^\w -]", "", s.split("\n")[0]).lower().replace(" ", "-") == anchor
     )
-    missing = [figure for figure in re.findall(r"\d+\.\d+", row.split("](")[0]) if figure not in section]
+    before = line.partition(f"#{anchor})")[0].rpartition("](")[0]
+    missing = [figure for figure in re.findall(r"\d+\.\d+", before) if figure not in section]
     assert not missing
+
+
+def test_a_release_has_absolute_links(tmp_path):
+    """The README as the release workflow rewrites it for PyPI."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    (rewrite,) = (
+        step["run"]
+        for step in workflow["jobs"]["build"]["steps"]
+        if "sed" in step.get("run", "") and "README" in step["run"]
+    )
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    named = {"GITHUB_SERVER_URL": "https://host", "GITHUB_REPOSITORY": "us/it", "GITHUB_REF_NAME": "v1"}
+    subprocess.run(["bash", "-ec", rewrite], cwd=tmp_path, env={**os.environ, **named}, check=True)
+    links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert all(link.startswith("https://") for link in links)
+    assert "https://host/us/it/blob/v1/README.md#results" in links
+    assert "https://host/us/it/raw/v1/docs/map.svg" in links
 
 
 @pytest.mark.parametrize("name", FILES)
