@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import weakref
+from pathlib import Path
 
 import peft
 import torch
@@ -23,6 +24,7 @@ from .errors import StructLoRAError
 from .model_card import describe_adapter
 from .rank_check import refuse_disagreement, world_size
 from .runtime import DEFAULT_SEED, Runtime
+from .yaml_block import read_switch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: StructLoRAConfig | dict | None = None,
+    config: StructLoRAConfig | dict | str | Path | None = None,
     *,
     parts: Parts = DEFAULT_PARTS,
     **overrides,
@@ -56,12 +58,16 @@ def attach(
     From then on `optimizer.step()` steps latent factors, a forward under `model.train()` sees training
     weights, and a forward under `model.eval()` or any saving sees evaluation weights, a plain LoRA adapter.
 
+    The call may change lora_A of a fresh adapter (B = 0): by default all depths of a kind of module get the
+    same one. Code that keeps a copy of the weights, such as a moving average, has to copy them afterwards.
+
     Args:
         model (`PeftModel`): a model with a trainable LoRA adapter, or a module that holds one such model
             (`peft_module` names it where there are several).
         optimizer (`torch.optim.Optimizer`): owns all trainable LoRA parameters; Accelerate's wrapper is seen
             through.
-        config (`StructLoRAConfig` or `dict`, *optional*): defaults where omitted.
+        config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
+            has them under the key `structlora`; defaults where omitted.
         parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
         **overrides: single options, as keywords.
 
@@ -84,6 +90,14 @@ def attach(
         True
         >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
+    if isinstance(config, (str, Path, bool)):
+        source, config = config, read_switch(config)
+        if config is None:
+            raise StructLoRAError(
+                f"`structlora: false` in {str(source)!r}, given to `attach`",
+                "options, or true for the defaults",
+                "leave the call of `attach` out to train plain LoRA",
+            )
     return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
 
 
@@ -145,7 +159,11 @@ def build_runtime(
         description = describe_adapter(model, adapter_name, config, runtime.lora_parameters())
         runtime.on_detach.append(description.end)
     _warn_of_moved_base(adapter_name, start)
-    logger.info("%r", runtime)
+    aligned = (
+        "; lora_A of the fresh adapter is now one for all depths of a kind: copies of the weights (a moving average, say) that "
+        "were made before are stale, make them after this"
+    )
+    logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
     if config.is_off:
         logger.warning(
             "StructLoRA: filter, coordinator and regularizer are all 'none'; this run trains as without StructLoRA."
@@ -250,6 +268,12 @@ def find_peft_model(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Pe
     Raises:
         StructLoRAError: there is none, or several and `peft_module` names none of them.
     """
+    if not isinstance(model, nn.Module):
+        raise StructLoRAError(
+            f"an object of type {type(model).__name__} where the model is expected",
+            "a model, and after it the optimizer that steps it",
+            "call `attach(model, optimizer)`, in this order",
+        )
     model = _unwrapped_model(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))}
     if config.peft_module is not None:

@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -267,10 +267,17 @@ class StructLoRAConfig:
         """A configuration from another one (or a mapping) plus keyword overrides.
 
         Raises:
-            StructLoRAError: an unknown option; the message names the nearest known one.
+            StructLoRAError: an unknown option; the message names the nearest known one. Or `config` is neither
+                a configuration nor a mapping.
         """
         if isinstance(config, StructLoRAConfig):
             config = config.options()
+        if config is not None and not isinstance(config, Mapping):
+            raise StructLoRAError(
+                f"{config!r} where StructLoRA's options are expected",
+                "a `StructLoRAConfig`, or a mapping of options to values",
+                "pass `StructLoRAConfig(...)`, a dict such as {'gate_init': 0.8}, or the options as keywords",
+            )
         options = {**(config or {}), **overrides}
         cls.refuse_unknown(options)
         return StructLoRAConfig(**options)

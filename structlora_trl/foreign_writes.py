@@ -104,6 +104,15 @@ def refuse_early_graph(count: int) -> NoReturn:
     )
 
 
+def refuse_detached() -> NoReturn:
+    """Weights are to be written by a runtime that has let go of its model."""
+    raise StructLoRAError(
+        "a detached runtime that is to write weights",
+        "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
+        "call `attach` again, with an optimizer of the model's parameters",
+    )
+
+
 def refuse_reload() -> NoReturn:
     """`reload` between a training forward and its optimizer step."""
     raise StructLoRAError(

@@ -1,4 +1,4 @@
-"""The torch state in which the map runs, whatever surrounds the call: fp32 without autocast, outside
+"""The torch state in which the map runs, whatever surrounds the call: fp32, without autocast and outside
 inference mode.
 """
 
@@ -19,14 +19,22 @@ _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 @contextmanager
 def map_context(device: torch.device) -> Iterator[None]:
-    """Full fp32 precision for what runs within, whatever autocast, inference mode or matmul precision
-    surrounds it.
+    """Full fp32 precision for what runs within, whatever autocast, inference mode, default dtype or matmul
+    precision surrounds it.
+
+    Args:
+        device (`torch.device`): where the map runs.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in {device.type, "cpu"}:
             if torch.is_autocast_enabled(kind):
+                # It keeps casts of the weights that the next forward would take for those that stand then.
+                stack.callback(torch.clear_autocast_cache)
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_dtype() != torch.float32:  # of AdamW's count of steps, for one
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
         for matmul in _MATMULS:
             if matmul.fp32_precision not in ("ieee", "none"):
                 stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)

@@ -42,7 +42,8 @@ _READERS = (
     "unmerge_adapter",
     "add_weighted_adapter",
 )
-# Of these, the ones after which the adapter is gone.
+# Of these, the ones after which the adapter is gone. Not `delete_adapter`: training that goes on without the adapter
+# is to be refused by name.
 _ENDING = ("merge_and_unload", "unload")
 
 
@@ -96,6 +97,7 @@ class ReadHooks:
             handle.remove()
         for reader in self._readers:
             reader.unmount()
+        self._leave()  # what an interrupt has left would keep the model
         self._runtime, self._outer, self._readers, self._hooked = None, [], [], set()
 
     @contextmanager
@@ -163,9 +165,10 @@ class ReadHooks:
         """
         if self._call is None or not is_running(self._call):  # an interrupt leaves what it broke off
             return False
-        return (
-            self._visit is not None or module.training or torch.is_grad_enabled() or module not in self._outer
-        )
+        if self._visit is not None:  # evaluation weights stand for as long as the call around this one runs
+            return True
+        reads = module in self._outer and not module.training and not torch.is_grad_enabled()
+        return not reads
 
     def _before_load(self, module, state: dict, prefix: str, *_) -> None:
         """Before `module.load_state_dict()`, where it holds some of our parameters."""

@@ -24,6 +24,7 @@ from .core.regularizers import cosines, neighbour_products
 from .core.selection import relevance, select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
+from .engines.slices import Slices
 from .map_context import in_map_context
 from .rank_check import world_size
 from .read_hooks import ReadHooks
@@ -146,15 +147,13 @@ class Runtime(StandingWeights):
     def _build(self, align: bool) -> None:
         """Build maps and optimizer from the factors that stand, and align those factors where asked."""
         latents = self.engine.read_latents(everything=True)
-        aligned = [align and self._is_fresh(*pair) for pair in zip(self.kinds, latents, strict=True)]
+        slices = self.engine.slices
+        aligned = [align and _is_fresh(*of_kind) for of_kind in zip(self.kinds, latents, slices, strict=True)]
         starts = [
             Factors(first_everywhere(f.A), f.B) if same else f
             for f, same in zip(latents, aligned, strict=True)
         ]
-        self.maps = [
-            self._map(kind, start, same)
-            for kind, start, same in zip(self.kinds, starts, aligned, strict=True)
-        ]
+        self.maps = [self._map(*of_kind) for of_kind in zip(self.kinds, starts, aligned, slices, strict=True)]
         self._gate_count = sum(m.gate_count for m in self.maps)
         self._optimizer = _small_optimizer(self.maps, self.config, self._gate_count)
         self.has_aligned = any(aligned)
@@ -166,8 +165,7 @@ class Runtime(StandingWeights):
             self._select()
             self._write(None)
 
-    def _map(self, kind: Kind, start: Factors, aligned: bool) -> KindMap:
-        slices = self.engine.slices[self.kinds.index(kind)]
+    def _map(self, kind: Kind, start: Factors, aligned: bool, slices: Slices) -> KindMap:
         side = kind.heads.side if kind.heads else None
         head_of = slices.part(head_numbers(kind), side).flatten() if side else None
         A = start.A[:1] if aligned else start.A
@@ -177,13 +175,6 @@ class Runtime(StandingWeights):
             if hasattr(part, "sum_over_width"):
                 part.sum_over_width = slices.sum_with_gradient
         return m
-
-    def _is_fresh(self, kind: Kind, latent: Factors) -> bool:
-        """Whether a kind's lora_A may be aligned: there is one, it is trained, and lora_B is zero."""
-        if not kind.A or not kind.A[0].requires_grad:
-            return False
-        slices = self.engine.slices[self.kinds.index(kind)]
-        return bool(slices.every(~latent.B.any()))
 
     def __repr__(self) -> str:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
@@ -207,6 +198,7 @@ class Runtime(StandingWeights):
             f"coordinator {config.coordinator}{graph}{left_out}, seed {self.seed}"
         )
 
+    @in_map_context
     def detach(self) -> None:
         """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
 
@@ -234,6 +226,7 @@ class Runtime(StandingWeights):
         for call in self.on_detach:
             call()
 
+    @in_map_context
     def reload(self) -> None:
         """Start again from the LoRA weights that stand in the model, which other code has written.
 
@@ -242,8 +235,10 @@ class Runtime(StandingWeights):
         closed. To continue a run of StructLoRA, use `load_state` instead.
 
         Raises:
-            StructLoRAError: training weights stand (between a training forward and its optimizer step).
+            StructLoRAError: training weights stand (between a training forward and its optimizer step); or the
+                runtime is detached.
         """
+        self._refuse_detached()
         if self.weights == TRAINING:
             foreign_writes.refuse_reload()
         self.engine.write_latents(self.engine.read_working())
@@ -302,13 +297,14 @@ class Runtime(StandingWeights):
 
         Raises:
             StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped
-                its weights. Nothing has changed then.
+                its weights; or the runtime is detached. Nothing has changed then.
         """
         self.restore(State.parse(state))
 
     @in_map_context
     def restore(self, state: State) -> None:
         """Continue from a state that has been read already; see `load_state_dict`."""
+        self._refuse_detached()
         latents = self.engine.read_latents(everything=True)
         kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
         state.refuse_other_run(self.config, kinds)
@@ -389,11 +385,14 @@ class Runtime(StandingWeights):
         wanted = (self._cosine is None and self.step > 0) or (m.coordinators and m.graph.follows_gradients)
         is_there = not self.is_sharded or set(m.sides) <= set(mapped_sides(m.kind, self.config, self._parts))
         sides = m.sides if wanted and is_there and m.kind.depth_count > 1 else ()
+        passing = (
+            gradient if m.selection is None else m.selection(gradient)
+        )  # closed directions join no depths
         return _Pulled(
             factors,
             {name: value / scale for name, value in own.items()},
             # Unscaled and clipped, whichever engine.
-            {side: getattr(gradient, side) / scale for side in sides},
+            {side: getattr(passing, side) / scale for side in sides},
             gathered,
         )
 
@@ -488,6 +487,13 @@ class Runtime(StandingWeights):
         """Whether no entry of any gradient, on any rank, is other than zero."""
         zeros = [not bool(part.any()) for kind in gradients for part in kind]
         return bool(self._slices.every(torch.tensor(all(zeros), dtype=torch.bool, device=self.device)))
+
+
+def _is_fresh(kind: Kind, latent: Factors, slices: Slices) -> bool:
+    """Whether a kind's lora_A may be aligned: there is one, it is trained, and lora_B is zero."""
+    if not kind.A or not kind.A[0].requires_grad:
+        return False
+    return bool(slices.every(~latent.B.any()))
 
 
 def _small_optimizer(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import foreign_writes
 from .core.gates import LogisticNoise
 from .core.kinds import SIDES, Factors, Kind
-from .core.mapping import KindMap, Noise
+from .core.mapping import KindMap, Noise, Parts
 from .engines import Engine
 from .engines.slices import Slices
 from .map_context import in_map_context
@@ -44,6 +44,7 @@ class StandingWeights:
     noise: LogisticNoise
     noise_off: str | None
     step: int
+    _parts: Parts
     device: torch.device
     stopwatch: Stopwatch
     weights = EVALUATION
@@ -63,8 +64,9 @@ class StandingWeights:
 
         Raises:
             StructLoRAError: other code has written to the LoRA weights since StructLoRA did; or, the first time, a
-                graph that is still alive reads them.
+                graph that is still alive reads them; or the runtime is detached.
         """
+        self._refuse_detached()
         if self.weights == TRAINING:
             if self.engine.was_touched() and self._were_changed():
                 foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
@@ -136,7 +138,7 @@ class StandingWeights:
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The model's LoRA parameters that the maps have; the maps' own are `parameters()` of each in `maps`."""
-        return [p for kind in self.kinds for p in (*kind.A, *kind.B)]
+        return [p for kind in self.kinds for p in kind.parameters]
 
     @in_map_context
     def evaluation_values(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -149,6 +151,10 @@ class StandingWeights:
         shards.
         """
         return self._effective(None)
+
+    def _refuse_detached(self) -> None:
+        if not self.is_attached:
+            foreign_writes.refuse_detached()
 
     def _check_standing_weights(self, parameter: nn.Parameter) -> None:
         """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
@@ -167,6 +173,7 @@ class StandingWeights:
                 foreign_writes.refuse_early_graph(len(early))
         self._in_graphs = None
 
+    @in_map_context
     def _were_changed(self) -> bool:
         """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in
         and out, are fine.
@@ -196,8 +203,11 @@ class StandingWeights:
         return [[next(drawn).to(m.kind.device) for _ in m.filters] for m in self.maps]
 
     def _noisy_sides(self) -> tuple[str, ...]:
-        """The factors that noise reaches; both in the first step, in which nothing has been written yet."""
-        on_A = self.step == 0 or any(m.kind.heads and m.kind.heads.side == "A" for m in self.maps)
+        """The factors that noise reaches; both in the first step, in which nothing has been written yet, and
+        where a filter of the user's own may act on either.
+        """
+        on_A = self.step == 0 or self._parts.filter is not None
+        on_A = on_A or any(m.kind.heads and m.kind.heads.side == "A" for m in self.maps)
         return SIDES if on_A else ("B",)
 
     @torch.no_grad()

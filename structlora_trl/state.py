@@ -233,14 +233,12 @@ class State:
         shapes = {}
         for m, *_ in kinds:
             shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m, self.step).items()}
-        unknown, missing = (
-            sorted(self.tensors.keys() - shapes),
-            sorted(
-                name
-                for name, (allowed, _) in shapes.items()
-                if None not in allowed and name not in self.tensors
-            ),
-        )
+        unknown = sorted(self.tensors.keys() - shapes)
+        missing = sorted(n for n, (sizes, _) in shapes.items() if None not in sizes and n not in self.tensors)
+        for m, *_ in kinds:
+            for parameter, _ in m.named_parameters():  # all moments of its optimizer, or none
+                moments = {f"{m.kind.name}/optimizer.{parameter}.{key}" for key in _MOMENTS}
+                missing += sorted(moments - self.tensors.keys()) if moments & self.tensors.keys() else []
         if unknown or missing:
             raise _misfit(
                 f"a state of other parts (only in the state: {unknown[:3]}; only in this run: {missing[:3]})",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
+import logging
 
 import peft
 import pytest
@@ -10,7 +13,7 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from structlora_trl import StructLoRAError, attach
+from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, lora
 from tests.support.tiny import adamw, base_model, logits_of, peft_model, train
@@ -51,15 +54,18 @@ def test_every_type_of_peft_is_served_or_refused_by_name(name):
     assert runtime.step == 2
 
 
-@pytest.mark.parametrize("name", [*NOT_REPEATED, *REPEATED, "LoRA", "Gaussian init", "orthogonal init"])
+@pytest.mark.parametrize(
+    "name", [*NOT_REPEATED, *REPEATED, "LoftQ", "LoRA", "Gaussian init", "orthogonal init"]
+)
 def test_a_start_that_moves_the_base_is_told(name, caplog):
     (row,) = (row for row in SETUPS["Adapters"] if row.name == name)
     skip_without(row.needs)
     model = row.model()
     attach(model, adamw(model))
-    moved = name in NOT_REPEATED + REPEATED
-    assert ("path_initial_model_for_weight_conversion" in caplog.text) is moved
+    assert ("path_initial_model_for_weight_conversion" in caplog.text) is (name in NOT_REPEATED + REPEATED)
     assert ("PEFT does not repeat" in caplog.text) is (name in NOT_REPEATED)
+    assert ("PEFT repeats the move" in caplog.text) is (name in [*REPEATED, "LoftQ"])
+    assert ("To use it elsewhere: save the base too" in caplog.text) is (name == "LoftQ")
 
 
 @pytest.mark.parametrize("name", [*NOT_REPEATED, *REPEATED])
@@ -120,3 +126,130 @@ def test_a_wrapper_is_seen_through():
     runtime = attach(torch.nn.ModuleDict({"policy": inner}), optimizer)
     train(inner, "llama", optimizer, 2)
     assert runtime.step == 2
+
+
+@pytest.mark.parametrize(
+    "start, align, told",
+    [(True, True, True), ("gaussian", True, True), (True, False, False), ("pissa", True, False)],
+)
+def test_the_log_tells_whether_lora_A_was_aligned(start, align, told, caplog):
+    """A copy of the weights that is older than `attach` holds another lora_A then."""
+    model = get_peft_model(base_model("llama"), lora(init_lora_weights=start))
+    copy = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
+    caplog.set_level(logging.INFO, "structlora_trl")
+    attach(model, adamw(model), align_init=align)
+    changed = any(not torch.equal(p, copy[name]) for name, p in model.named_parameters() if name in copy)
+    assert changed is told
+    line = next(record.getMessage() for record in caplog.records if "StructLoRA on" in record.getMessage())
+    assert ("one for all depths of a kind: copies of the weights" in line) is told
+
+
+def test_kinds_of_unknown_role_are_named_where_depths_are_compared():
+    (row,) = (row for row in SETUPS["Adapters"] if "unknown role" in row.name)
+    model = row.model()
+    runtime = attach(model, row.optimizer(model), row.method)
+    assert "not coordinated (role unknown, see `roles`): blocks.*.mixing, seed" in repr(runtime)
+    coordinated = {m.kind.name: bool(m.coordinators) for m in runtime.maps}
+    assert coordinated == {"blocks.*.fc1": True, "blocks.*.mixing": False, "blocks.*.fc2": True}
+    runtime.detach()
+    runtime = attach(model, row.optimizer(model), {**row.method, "roles": {"mixing": "read"}})
+    assert "not coordinated" not in repr(runtime)
+
+
+# Dispatcher of PEFT's LoRA -> the package whose quantised modules it adapts, and the end of its row's name; None where no row
+# tries it, since the package needs a GPU or another stack than ours.
+BACKENDS = {
+    "bnb_4bit": ("bitsandbytes", "4-bit base"),
+    "bnb_8bit": ("bitsandbytes", "8-bit base"),
+    "torchao": ("torchao", "base by torchao"),
+    "gptq": ("gptqmodel", None),
+    "awq": ("gptqmodel", None),
+    "aqlm": ("aqlm", None),
+    "eetq": ("eetq", None),
+    "hqq": ("hqq", None),
+    "inc": ("neural_compressor", None),
+}
+NOT_QUANTISED = {"default", "megatron", "transformer_engine"}
+
+
+def test_every_quantised_base_that_peft_serves_has_a_row_or_is_named():
+    """Where PEFT adds one, or one's package is installed, it is to be tried."""
+    found = {**vars(peft.tuners.lora.model), **vars(importlib.import_module("peft.tuners.lora.bnb"))}
+    dispatchers = {name.removeprefix("dispatch_") for name in found if name.startswith("dispatch_")}
+    assert dispatchers - NOT_QUANTISED <= BACKENDS.keys()
+    assert {"torchao", "gptq"} <= dispatchers  # the names above are PEFT's
+    rows = [row.name for rows in SETUPS.values() for row in rows]
+    for package, words in BACKENDS.values():
+        if words is None:
+            assert importlib.util.find_spec(package) is None, f"{package} imports here, and no row tries it"
+        else:
+            assert any(words in name for name in rows), f"no row of {package} '{words}'"
+
+
+def options_in(folder, kind: str):
+    """The same options in each form that `attach` takes them in."""
+    file = folder / f"run.{'json' if kind == 'JSON' else 'yaml'}"
+    options = {"gate_init": 0.7, "edges": "adjacency"}
+    file.write_text(json.dumps({"structlora": options, "learning_rate": 1e-3}))
+    return {
+        "a path": file,
+        "text of a path": str(file),
+        "JSON": str(file),
+        "JSON text": json.dumps(options),
+        "a dict": options,
+        "a configuration": StructLoRAConfig(**options),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["a path", "text of a path", "JSON", "JSON text", "a dict", "a configuration"]
+)
+def test_options_are_read_as_the_callback_reads_them(kind, tmp_path):
+    model = peft_model()
+    runtime = attach(model, adamw(model), options_in(tmp_path, kind), prior=0.3)
+    assert (runtime.config.gate_init, runtime.config.edges, runtime.config.prior) == (0.7, "adjacency", 0.3)
+
+
+@pytest.mark.parametrize("nothing", [None, True, {}])
+def test_no_options_are_the_defaults(nothing):
+    model = peft_model()
+    assert attach(model, adamw(model), nothing).config == StructLoRAConfig()
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        ("missing.yaml", "missing.yaml"),
+        ("keyless.yaml", "no `structlora` key"),
+        ("some words", "'some words' for `structlora`"),
+        (False, "leave the call of `attach` out"),
+        (3, "3 where StructLoRA's options are expected"),
+        ([("gate_init", 0.8)], "a mapping of options to values"),
+    ],
+)
+def test_options_of_another_form_are_refused_by_name(config, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keyless.yaml").write_text("learning_rate: 1e-3")
+    model = peft_model()
+    optimizer = adamw(model)
+    with pytest.raises(StructLoRAError, match=named):
+        attach(model, optimizer, config)
+    attach(model, optimizer)  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (
+            lambda model, optimizer: (optimizer, model),
+            "type AdamW where the model.*`attach.model, optimizer.`",
+        ),
+        (lambda model, optimizer: (None, optimizer), "type NoneType where the model"),
+        (lambda model, optimizer: (model, model), "an optimizer of type PeftModel"),
+        (lambda model, optimizer: (model, [optimizer]), "an optimizer of type list"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(arguments, named):
+    model = peft_model()
+    with pytest.raises(StructLoRAError, match=named):
+        attach(*arguments(model, adamw(model)))

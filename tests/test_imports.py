@@ -46,10 +46,17 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def modules_of_the_repository() -> dict[str, Path]:
+    """Name -> file, without the package's own `__init__`, which names what others import and loads it on first use."""
+    found = {module_name(path): path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    del found["structlora_trl"]
+    return found
+
+
 def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
-    """Modules of the repository that a file imports while it is imported itself."""
+    """Modules of the repository that a file imports, at its top, for types alone, or within a function."""
     package = module_name(path).split(".")[: None if path.name == "__init__.py" else -1]
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -63,7 +70,7 @@ def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
 
 
 def test_no_circle_of_imports_in_the_repository():
-    modules = {module_name(path): path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    modules = modules_of_the_repository()
     graph = {name: set(imports(path, modules)) - {name} for name, path in modules.items()}
     assert "benchmarks.quality.settings" in graph["benchmarks.quality.selection"]
     assert "structlora_trl.config" in graph["structlora_trl.core.mapping"]
@@ -97,8 +104,7 @@ LAYERS = [
 
 
 def test_imports_point_down():
-    modules = {module_name(path): path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    del modules["structlora_trl"]  # names what others import, and loads it on first use
+    modules = modules_of_the_repository()
 
     def layer(name: str) -> int:
         name = "tests" if name.startswith("structlora_trl.integrations.") and ".tests" in name else name

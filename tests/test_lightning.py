@@ -71,3 +71,23 @@ def test_trainer(tmp_path):
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     trainer.fit(module, batches, batches)
     assert_equals_a_bare_loop(module.runtime, 4)
+
+
+def test_fabric_in_mixed_precision():
+    """Its autocast surrounds the forward: training weights are those of a forward outside, in fp32."""
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = peft_model()
+    model, optimizer = fabric.setup(model, adamw(model))
+    runtime = attach(model, optimizer, coordinator_lr=0.3, side="both")
+    twin, _, other = attached(coordinator_lr=0.3, side="both")
+    model.train(), twin.train()
+    for seed in range(3):
+        fabric.backward(model(input_ids=tokens(seed), labels=tokens(seed)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    other.load_state_dict(runtime.state_dict())
+    for each in (model, twin):
+        each(input_ids=tokens(9))
+    assert runtime.weights == other.weights == "training"
+    for ours, theirs in zip(runtime.lora_parameters(), other.lora_parameters(), strict=True):
+        assert torch.equal(ours, theirs)

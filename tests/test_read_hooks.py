@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -221,6 +223,50 @@ def test_an_interrupted_forward_decides_nothing_later(mode):
         optimizer.step()
         optimizer.zero_grad()
     assert runtime.step == 5
+
+
+def in_a_forward(mode: bool):
+    """A Ctrl-C within a forward, which leaves what hooks of modules noted at its start."""
+
+    def leave(model, optimizer):
+        after_the_forward(model, optimizer)
+        model.train(mode)
+        with pytest.raises(KeyboardInterrupt):
+            fail_in_the_forward(model, KeyboardInterrupt)
+
+    return leave
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [after_the_backward, in_a_forward(True), in_a_forward(False), in_the_optimizer],
+    ids=["backward", "training forward", "evaluation", "optimizer"],
+)
+def test_a_detached_runtime_keeps_neither_model_nor_optimizer(leave):
+    model, optimizer, runtime = trained(optimizer=lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    leave(model, optimizer)
+    runtime.detach()
+    let_go = weakref.ref(model), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in let_go] == [None, None]
+    assert runtime.metrics() and runtime.state_dict() and runtime.engine.read_working()
+
+
+@pytest.mark.parametrize("leave", [None, after_the_backward], ids=["between steps", "within a step"])
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+def test_the_runtime_ends_with_the_adapter(end, leave):
+    model, optimizer, runtime = trained()
+    if leave:
+        leave(model, optimizer)
+    base = model.get_base_model()
+    getattr(model, end)()
+    assert not runtime.is_attached and runtime.weights == "evaluation"
+    assert not any(m._forward_pre_hooks or m._forward_hooks or m._state_dict_hooks for m in base.modules())
+    A = weakref.ref(runtime.kinds[0].A[0])
+    del model, optimizer, runtime
+    gc.collect()
+    assert A() is None
 
 
 def test_a_module_that_calls_itself_is_one_visit():

@@ -447,3 +447,15 @@ def test_the_kl_moves_gates_by_their_rate_however_many_there_are(rank):
     train(model, "llama", optimizer, 1)
     moved = before - torch.cat([m.filter.logits.detach().flatten() for m in runtime.maps])
     torch.testing.assert_close(moved, torch.full_like(moved, 0.03), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("call", ["train", "reload", "load_state_dict"])
+def test_a_detached_runtime_writes_nothing(call):
+    model, optimizer, runtime = attached()
+    train(model, "llama", optimizer, 2)
+    runtime.detach()
+    state, weights = runtime.state_dict(), weights_of(model)
+    with pytest.raises(StructLoRAError, match="detached"):
+        getattr(runtime, call)(*([state] if call == "load_state_dict" else []))
+    assert all(map(torch.equal, weights, weights_of(model)))
+    assert_same(runtime.state_dict(), state)

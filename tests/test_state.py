@@ -341,6 +341,16 @@ def rewritten(source: Path, target: Path, **metadata) -> None:
         save_file({name: file.get_tensor(name) for name in file.keys()}, target / STATE_NAME, kept)
 
 
+def test_a_state_with_half_of_an_optimizer_is_refused(two):
+    """AdamW would stop with a KeyError, in the step after."""
+    _, _, loop = two
+    state = loop.runtime.state_dict()
+    moment = next(name for name in state if name.endswith("optimizer.filters.0.logits.step"))
+    del state[moment]
+    with pytest.raises(StructLoRAError, match=re.escape(moment)):
+        loop.runtime.load_state_dict(state)
+
+
 @pytest.mark.parametrize("format", ["1", "99", None])
 def test_states_of_other_formats_are_named(two, tmp_path, format):
     folder, _, loop = two

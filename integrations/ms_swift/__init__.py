@@ -35,4 +35,5 @@ class SwiftCallback(StructLoRACallback):
         super().__init__(config)
 
 
+# ms-swift has no public way to register one (4.6.0; `upstream/ms-swift-callbacks.md`).
 callbacks_map["structlora"] = SwiftCallback

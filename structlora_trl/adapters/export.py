@@ -103,12 +103,13 @@ def export(
         `Export`.
 
     Raises:
-        StructLoRAError: a folder that is not empty, an adapter that cannot be made smaller, a base model that
-            cannot be loaded or probed, or one that training changed in a way that PEFT does not repeat.
-            Nothing is written then.
+        StructLoRAError: a folder that is not empty, or a file in its place; an adapter that cannot be made
+            smaller; a base model that cannot be loaded or probed, or one that training changed in a way that
+            PEFT does not repeat. Nothing is written then.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    refuse_file_in_path(out)
+    if out.exists() and any(out.iterdir()):
         raise StructLoRAError(
             f"{out}, which is not empty", "a new or empty folder", "name another, or empty it"
         )
@@ -177,6 +178,25 @@ def export(
     return done
 
 
+def refuse_file_in_path(folder: Path) -> None:
+    """Stop where a folder cannot be made, since a file has its name or the name of one above it.
+
+    Args:
+        folder (`Path`): it may exist already.
+
+    Raises:
+        StructLoRAError: the message names the file.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            where = "" if path == folder else f", above {folder}"
+            raise StructLoRAError(
+                f"a file {path}{where}, where a folder is to be written",
+                "a folder, or a path at which one can be made",
+                "name another path, or move the file",
+            )
+
+
 class SizeCurve(NamedTuple):
     """What a smaller adapter keeps of one thing: points (share of the directions, value) of each `order` of
     the directions.
@@ -218,7 +238,7 @@ def information_curves(
         for share in _SHARES:
             best = order[: max(1, round(share * len(order)))]
             is_kept = (
-                torch.zeros(len(order)).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
+                torch.zeros_like(order).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
             )
             for (module, x), part in zip(sigma.items(), is_kept, strict=True):
                 # lora_B's columns are in the order (r, expert).

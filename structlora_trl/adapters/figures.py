@@ -82,7 +82,7 @@ class Run:
 
     @classmethod
     def of(cls, name: str, saved: Saved, curves: Iterable[SizeCurve] = ()) -> Run:
-        """With its figures computed.
+        """The run of an adapter that was read: its log, and the figures of each kind.
 
         Raises:
             StructLoRAError: the Trainer's log is damaged.
@@ -415,7 +415,7 @@ def _name(runs: list[Run], run: Run) -> str:
 
 
 def _plain(label: str) -> str:
-    """As it is: matplotlib reads $ as mathematics, and hides what begins with _."""
+    """A label that matplotlib shows as it is: it reads $ as mathematics, and hides what begins with _."""
     return f" {label}".replace("$", r"\$")
 
 

@@ -186,7 +186,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     kind = saved.kinds[index]
 
     def own(values: Tensor | None) -> Tensor | None:
-        """Of this expert."""
+        """The part of a kind's values that belongs to this expert."""
         return values[expert] if kind.experts > 1 and values is not None else values
 
     factors = saved.factors(index)
@@ -199,7 +199,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     features = own(saved.features(index))  # (L, n)
     unit = None if features is None else normalize(features, dim=1)
     similarity = None if unit is None else unit @ unit.mT
-    scales = torch.tensor([saved.scale(module) for module in modules]).double()
+    scales = torch.tensor([saved.scale(module) for module in modules], dtype=torch.float64, device="cpu")
     singular = scales[:, None] * singular_directions(*factors).sigma  # (L, r)
     energy = singular.square()
     total = energy.sum(1, keepdim=True)

@@ -29,6 +29,7 @@ from ..core.mapping import KindMap
 from ..core.residual_roles import RESIDUAL_ROLES
 from ..engines.slices import WHOLE
 from ..errors import StructLoRAError
+from ..map_context import map_context
 from ..state import STATE_NAME, State, damaged, read_state
 from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
 
@@ -133,7 +134,7 @@ class Saved:
         return dict(zip(kind.modules, nodes.unflatten(0, (len(kind.modules), -1)), strict=True))
 
     def _openness(self, index: int) -> list[Tensor | None]:
-        with torch.no_grad():
+        with torch.no_grad(), map_context(torch.device("cpu")):
             return self.maps[index].openness(self.latents[index])
 
     def _nodes(self, index: int) -> Factors:
@@ -191,6 +192,7 @@ class Saved:
         return self.role(index) == "write" and self.kinds[index].adapted.experts == 1
 
 
+@map_context(torch.device("cpu"))
 def read_saved(folder: str | Path) -> Saved:
     """Read a saved adapter, a checkpoint of any engine, or what `zero_to_fp32.py` made inside one.
 

@@ -131,14 +131,27 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A base model with an adapter that lies in a folder, in evaluation mode.
 
     Raises:
-        StructLoRAError: they do not fit each other.
+        StructLoRAError: they do not fit each other; or the adapter began from LoftQ, which PEFT repeats, and
+            PEFT cannot compute it here.
     """
-    with refusing(
-        "loading the adapter onto the base model",
-        "the base model as it was trained on, its vocabulary too",
-        "save the base model after `resize_token_embeddings`, and give `--base MODEL`",
-        (RuntimeError,),
-    ):
+    if str(LoraConfig.from_pretrained(str(folder)).init_lora_weights).lower() == "loftq":
+        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
+        loading = refusing(
+            "loading the adapter, with what LoftQ takes out of the base model,",
+            "an accelerator and bitsandbytes, with which PEFT computes LoftQ",
+            "run this on a machine that has them; or save the base model as training had it "
+            '(`model.unload().save_pretrained(BASE)`), write `"init_lora_weights": true` to adapter_config.json, and give '
+            "`--base BASE`",
+            (RuntimeError, AssertionError),
+        )
+    else:
+        loading = refusing(
+            "loading the adapter onto the base model",
+            "the base model as it was trained on, its vocabulary too",
+            "save the base model after `resize_token_embeddings`, and give `--base MODEL`",
+            (RuntimeError,),
+        )
+    with loading:
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
@@ -239,7 +252,10 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
             sides[match["module"]] = parameter
     ranks = {module: rank_of(lora, module) for module in sides}
     experts = {module: B.shape[1] // ranks[module] for module, B in sides.items()}
-    found = {module: torch.zeros(experts[module], ranks[module]) for module in sides}
+    found = {
+        module: torch.zeros(experts[module], ranks[module], dtype=torch.float32, device="cpu")
+        for module in sides
+    }
     for row in rows:
         loss = model(**_moved(row, model)).get("loss")
         if loss is None or not loss.isfinite():
@@ -269,26 +285,31 @@ def text_probe(base: PreTrainedModel, base_name: str, revision: str | None, give
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
     if not ids:
         raise StructLoRAError(f"no text in {given}", "a text of some words", "correct `--probe`")
-    return Probe([_of_tokens(base, torch.tensor([ids]))], f"1 x {len(ids)} tokens of {given}")
+    return Probe(
+        [_of_tokens(base, torch.tensor([ids], dtype=torch.int64, device="cpu"))],
+        f"1 x {len(ids)} tokens of {given}",
+    )
 
 
 def _random_probe(base: PreTrainedModel) -> Probe:
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    generator = torch.Generator("cpu").manual_seed(_PROBE_SEED)
     if base.main_input_name == "input_ids":
         settings = base.config.to_dict()
         special = {
             v for k, v in settings.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)
         }
-        usable = torch.tensor(
-            [i for i in range(base.get_input_embeddings().num_embeddings) if i not in special]
-        )
-        tokens = usable[torch.randint(len(usable), (_PROBE_ROWS, _PROBE_LENGTH), generator=generator)]
+        usable = [i for i in range(base.get_input_embeddings().num_embeddings) if i not in special]
+        usable = torch.tensor(usable, dtype=torch.int64, device="cpu")
+        drawn = torch.empty(_PROBE_ROWS, _PROBE_LENGTH, dtype=torch.int64, device="cpu")
+        tokens = usable[drawn.random_(len(usable), generator=generator)]
         rows = [_of_tokens(base, row) for row in tokens.split(1)]
         return Probe(rows, f"{_PROBE_ROWS} x {_PROBE_LENGTH} random tokens")
     if base.main_input_name == "pixel_values":
         size = base.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.randn(_PROBE_ROWS, base.config.num_channels, height, width, generator=generator)
+        pixels = torch.empty(
+            _PROBE_ROWS, base.config.num_channels, height, width, dtype=torch.float32, device="cpu"
+        ).normal_(generator=generator)
         rows = [{"pixel_values": picture} for picture in pixels.to(base.dtype).split(1)]
         return Probe(rows, f"{_PROBE_ROWS} random pictures")
     raise StructLoRAError(

@@ -66,7 +66,7 @@ def singular_directions(A: Tensor, B: Tensor) -> Directions:
 def with_singular_directions(
     lora: LoraConfig, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same adapter with each module's directions replaced by the singular ones of its update.
+    """Replace each module's directions by the singular ones of its update; the adapter computes the same.
 
     Args:
         lora (`LoraConfig`): of the adapter.
@@ -208,7 +208,7 @@ def with_one_scale(
 
 
 def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The same adapter with one rank, one alpha and no patterns.
+    """Write an adapter of several ranks with one rank, one alpha and no patterns; it computes the same.
 
     Raises:
         StructLoRAError: as `with_one_scale`.

@@ -161,7 +161,7 @@ def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:
     for index, kind in enumerate(saved.kinds):
         A, B = saved.factors(index)
         gram = (B.mT @ B) * (A @ A.mT)  # (..., L, r, r)
-        scales = torch.tensor([saved.scale(module) for module in kind.modules], dtype=gram.dtype).square()
+        scales = gram.new_tensor([saved.scale(module) for module in kind.modules]).square()
         gram = torch.stack([*saved.by_module(index, gram).values()]) * scales[:, None, None, None]
         gates = torch.stack([*saved.by_module(index, saved.gates(index)).values()])
         pieces.append((gates.flatten(0, 1), gram.flatten(0, 1)))  # (n, r), (n, r, r)
@@ -180,5 +180,6 @@ def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:
 
 def _sampled(carried: Tensor, count: int = 64) -> list[tuple[float, float]]:
     """Points (share, value) of a curve over all directions, evenly spread and with its end."""
-    places = torch.linspace(1, len(carried), min(count, len(carried))).round().long()
+    count = min(count, len(carried))
+    places = torch.linspace(1, len(carried), count, dtype=torch.float64, device="cpu").round().long()
     return [(int(place) / len(carried), float(carried[place - 1])) for place in places]

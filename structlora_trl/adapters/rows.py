@@ -91,7 +91,7 @@ def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, file: str | Path) 
         whole += end
     # A template writes the special tokens itself.
     ids, masked = (tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in (whole, prompt))
-    tokens = torch.tensor([ids[:_LENGTH]])
+    tokens = torch.tensor([ids[:_LENGTH]], dtype=torch.int64, device="cpu")
     labels = tokens.clone()
     if prompt:
         # Of the prompt as it stands in the whole: its own end may be tokenized otherwise.

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import datasets
-from datasets.exceptions import DatasetsError
+from datasets.arrow_writer import SchemaInferenceError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.scripts.utils import DatasetConfig
 
@@ -76,12 +77,22 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
         "correct `dataset_name` or `datasets`: files or a folder, or a data set of the hub that can be reached",
         also=(AttributeError, DatasetsError),  # AttributeError: streamed rows have no split
     ):
-        if mixture.datasets:
-            splits = get_dataset(mixture)
-        else:
-            splits = datasets.load_dataset(
-                script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
-            )
+        try:
+            if mixture.datasets:
+                splits = get_dataset(mixture)
+            else:
+                splits = datasets.load_dataset(
+                    script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
+                )
+        # A JSON file without a row: the first from datasets 5, the second before.
+        except (StopIteration, DatasetGenerationError) as error:
+            if not isinstance(error, StopIteration) and not isinstance(error.__cause__, SchemaInferenceError):
+                raise
+            raise StructLoRAError(
+                f"a file without rows in {', '.join(_sources(script, mixture))}",
+                "rows in each file",
+                "remove the empty file, or write its rows",
+            ) from error
     rows = _split(splits, script.dataset_train_split, "dataset_train_split")
     if training.eval_strategy != "no":
         _split(splits, script.dataset_test_split, "dataset_test_split")
@@ -111,6 +122,12 @@ def _builder(path: str, files):
     if not Path(path).read_bytes()[:4096].strip():
         raise StructLoRAError(f"{path} empty", "rows to train on", "write the rows, or correct the path")
     return builder, path
+
+
+def _sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """Where the rows are read from: the files that are named, else the folders and data sets."""
+    files = [str(part.data_files or part.path) for part in mixture.datasets]
+    return files or [script.dataset_name]
 
 
 def _split(splits, name: str, argument: str):

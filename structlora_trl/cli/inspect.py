@@ -45,7 +45,8 @@ def run(command: str, arguments: list[str]) -> None:
     """Print a table, or JSON; with `--plot`, write figures; with `--html`, a page.
 
     Raises:
-        StructLoRAError: nothing there to read; or figures are asked for and matplotlib or jinja2 is missing.
+        StructLoRAError: nothing there to read; or figures are asked for and matplotlib or jinja2 is missing, or
+            a file stands where a folder is to be written, or a folder where the page is.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("adapter", type=Path, help="folder of the adapter or checkpoint")
@@ -71,14 +72,18 @@ def run(command: str, arguments: list[str]) -> None:
     if given.base and not given.data:
         parser.error("--base needs --data")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
-    from ..adapters.export import information_curves
+    from ..adapters.export import information_curves, refuse_file_in_path
     from ..adapters.inspecting import final_losses, log_history, report
     from ..adapters.load_adapter import read_saved
 
     if is_drawn:
         from ..adapters import figures
     if given.html:
-        from ..adapters.page import write_page
+        from ..adapters.page import refuse_folder, write_page
+
+        refuse_folder(given.html)
+    if given.plot:
+        refuse_file_in_path(given.plot)
     folders = [folder for folder in (given.adapter, given.against) if folder]
     # Both before the work: a wrong path is told at once.
     adapters = [read_saved(folder) for folder in folders]

@@ -32,7 +32,7 @@ class GCN(nn.Module):
     def __init__(self, rank: int, layers: int, activation: str):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.theta = nn.Parameter(torch.zeros(layers, rank, rank, dtype=torch.float32))
+        self.theta = nn.Parameter(torch.zeros(layers, rank, rank, dtype=torch.float32, device="cpu"))
 
     def forward(self, features: Tensor, graph: DepthGraph) -> Tensor:
         """What message passing adds to the features: (N, r, n) -> (N, r, n)."""
@@ -69,7 +69,7 @@ class GAT(GCN):
         super().__init__(rank, layers, activation)
         self.sum_over_width = lambda x: x
         # Of each layer, towards the target and towards the source.
-        self.attention = nn.Parameter(torch.zeros(layers, 2, rank, dtype=torch.float32))
+        self.attention = nn.Parameter(torch.zeros(layers, 2, rank, dtype=torch.float32, device="cpu"))
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:
         h = graph.by_expert(features)  # (E, L, r, n)

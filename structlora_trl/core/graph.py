@@ -23,7 +23,7 @@ _SMALLEST_NORM = 1e-12  # as in `torch.nn.functional.normalize`
 def adjacency_edges(depth_count: int) -> Tensor:
     """Edges between neighbours in depth: (L, L) bool on the CPU, symmetric, no self-loops."""
     edges = torch.zeros(depth_count, depth_count, dtype=torch.bool, device="cpu")
-    node = torch.arange(depth_count - 1, device="cpu")
+    node = torch.arange(depth_count - 1, dtype=torch.int64, device="cpu")
     edges[node, node + 1] = edges[node + 1, node] = True
     return edges
 

@@ -120,6 +120,11 @@ class Kind:
     per_depth: int = 1
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All its factors: lora_A of each module, then lora_B."""
+        return [*self.A, *self.B]
+
+    @property
     def depth_count(self) -> int:
         return len(self.modules) // self.per_depth
 

@@ -30,10 +30,10 @@ class Map(nn.Module):
         super().__init__()
         depths, rank, _ = A.shape
         self.A0, self.side, self.config = A.clone(), side, config
-        self.phi = nn.Parameter(torch.full((depths, rank), logit(config.gate_init)))  # gate logits
+        self.phi = nn.Parameter(A.new_full((depths, rank), logit(config.gate_init)))  # gate logits
         # m₀, so that the mean gate starts at 1.
         self.start = expected_gate(self.phi.detach(), config.temperature)
-        self.theta = nn.Parameter(torch.zeros(rank, rank))  # zero: message passing starts as the identity
+        self.theta = nn.Parameter(A.new_zeros(rank, rank))  # zero: message passing starts as the identity
         self.edges = adjacency_edges(depths)
         self.mean: Tensor | None = None  # running-mean gradient, (L, n)
 

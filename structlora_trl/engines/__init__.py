@@ -38,7 +38,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         return DeepSpeedEngine(model, kinds)
     _refuse_divided_experts(model, kinds)
     if any(isinstance(m, FSDPModule) for m in model.modules()):
-        if not any(isinstance(p, DTensor) for kind in kinds for p in (*kind.A, *kind.B)):
+        if not any(isinstance(p, DTensor) for kind in kinds for p in kind.parameters):
             return ReplicatedEngine(model, optimizer, kinds)
         return FSDP2Engine(model, optimizer, kinds)
     if any(isinstance(p, DTensor) for p in model.parameters()):

@@ -29,7 +29,7 @@ class Engine(ABC):
     """One way of owning parameters. `name` is what logs and errors call it."""
 
     name: str
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # None after `remove`
     slices: list[Slices]  # one per kind
 
     @abstractmethod

@@ -49,7 +49,7 @@ class DeepSpeedEngine(ShardedEngine):
         self.stage = engine.zero_optimization_stage()
         self.name = f"DeepSpeed ZeRO-{self.stage}"
         self._refuse_unfit()
-        parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        parameters = [p for kind in kinds for p in kind.parameters]
         self._parameters = [p for p in parameters if p.requires_grad]
         self._trained_ids = {id(p) for p in self._parameters}
         self._frozen_ids = {id(p) for p in parameters} - self._trained_ids
@@ -70,9 +70,11 @@ class DeepSpeedEngine(ShardedEngine):
         self._map_sides(mapped)
         self._latent_slices = self._mapped.to_slices(self._master)
         step = self.engine.step
+        self._covered_step = vars(self.engine).get("step")  # set on the instance by someone before us
 
         def step_through_the_map(*args, **kwargs):
-            if not self.engine.is_gradient_accumulation_boundary():
+            # After `remove`, someone who wrapped it may still call it.
+            if self.engine is None or not self.engine.is_gradient_accumulation_boundary():
                 return step(*args, **kwargs)
             with self._clipping_before_the_map():
                 if not before_step():
@@ -84,14 +86,18 @@ class DeepSpeedEngine(ShardedEngine):
             after_step(not overflow)
             return result
 
-        self.engine.step = step_through_the_map
+        self.engine.step = self._step = step_through_the_map
 
     @torch.no_grad()
     def remove(self) -> None:
         super().remove()
-        del self.engine.step  # the class's own shows again
+        if vars(self.engine).get("step") is self._step:
+            del self.engine.step  # the class's own shows again
+            if self._covered_step is not None:
+                self.engine.step = self._covered_step
         mapped = [p for p in self._mapped.parameters if id(p) in self._trained_ids]
         copy_values([self._master(p) for p in mapped], [self._working(p) for p in mapped])
+        self.engine = self.optimizer = self._step = self._covered_step = None
 
     def read_gradients(self) -> list[Factors] | None:
         return self._mapped.to_slices(self._gradient)
@@ -202,6 +208,8 @@ class DeepSpeedEngine(ShardedEngine):
         configured = (self.engine.optimizer_params() or {}).get("lr") or 0.0
         return Rate(rate.current, rate.declared_peak or float(configured))
 
+    # From here to `_separate_masters`, insides of DeepSpeed that nothing public leads to (0.19.8;
+    # `upstream/deepspeed-fragments.md`).
     def _groups_of_lora(self) -> list[int]:
         """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat
         masters.
@@ -269,7 +277,7 @@ class DeepSpeedEngine(ShardedEngine):
         """This rank's part of the gradient; zeros of a frozen factor."""
         if id(parameter) in self._frozen_ids or not self._is_held(parameter):
             start, stop = self._span(parameter)
-            return torch.zeros(stop - start, device=self.sharding.device)
+            return torch.zeros(stop - start, dtype=torch.float32, device=self.sharding.device)
         if self.stage == 3:
             return self._own_part(parameter, self.optimizer.get_local_fp32_grad_for_param(parameter))
         gradient = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
@@ -340,9 +348,12 @@ class DeepSpeedEngine(ShardedEngine):
         else:
             method = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
             found = getattr(optimizer, method)()
-            norms = torch.stack([torch.as_tensor(norm) for norm in (found if self.stage == 3 else [found])])
+            norms = [
+                torch.as_tensor(norm, dtype=torch.float32, device=self.sharding.device)
+                for norm in (found if self.stage == 3 else [found])
+            ]
             scale = float(optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
-            self._clip_still_to_come = 1 / ((norms.norm() / scale + 1e-6) / limit).clamp(min=1.0)
+            self._clip_still_to_come = 1 / ((torch.stack(norms).norm() / scale + 1e-6) / limit).clamp(min=1.0)
             setattr(optimizer, method, lambda: found)
             try:
                 yield

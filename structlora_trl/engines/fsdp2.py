@@ -43,7 +43,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         TorchEngine.__init__(self, optimizer, kinds, "FSDP2")
-        parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
+        parameters = [p for kind in kinds for p in kind.parameters]
         odd = [p for p in parameters if not isinstance(p, DTensor) or tuple(p.placements) not in _BY_ROWS]
         if odd:
             found = odd[0].placements if isinstance(odd[0], DTensor) else "none"
@@ -70,6 +70,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     def remove(self) -> None:
         ShardedEngine.remove(self)
         TorchEngine.remove(self)
+        self._sharded_modules = []
 
     def read_gradients(self) -> list[Factors] | None:
         if all(parameter.grad is None for parameter in self._trained):

@@ -39,7 +39,7 @@ class Sharding:
         self.kinds, self.group, self.span, self.device = kinds, group, span, kinds[0].device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         own = torch.tensor(
-            [span(p) for kind in kinds for p in (*kind.A, *kind.B)], dtype=torch.int64, device=self.device
+            [span(p) for kind in kinds for p in kind.parameters], dtype=torch.int64, device=self.device
         )
         everyone = own.new_empty(self.ranks * len(own), 2)
         dist.all_gather_into_tensor(everyone, own, group=group)

@@ -34,7 +34,7 @@ class TensorParallelEngine(TorchEngine):
 
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         super().__init__(optimizer, kinds, "tensor parallelism")
-        sliced = [p for kind in kinds for p in (*kind.A, *kind.B) if isinstance(p, DTensor)]
+        sliced = [p for kind in kinds for p in kind.parameters if isinstance(p, DTensor)]
         odd = [p for p in sliced if len(p.placements) != 1 or not isinstance(p.placements[0], Shard)]
         if odd or not sliced or sliced[0].device_mesh.size() != dist.get_world_size():
             raise StructLoRAError(
@@ -110,7 +110,7 @@ def _whole(tensors: list[Tensor]) -> Tensor:
         return torch.stack([t.detach() for t in tensors])
     stack = torch.stack([t.to_local() for t in tensors])
     shape = torch.Size([len(tensors), *first.shape])
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=torch.float32, device="meta").stride()
     placement = Shard(first.placements[0].dim + 1)
     return DTensor.from_local(
         stack, first.device_mesh, [placement], run_check=False, shape=shape, stride=stride

@@ -20,6 +20,7 @@ from ..call_stack import caller_in, is_running
 from ..core.expert_storage import stack_nodes, to_storage
 from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
+from ..map_context import map_context
 from .base import Engine, copy_values, differ, holds_nonfinite
 from .schedule import Rate, rate_of
 from .slices import WHOLE
@@ -45,7 +46,7 @@ class TorchEngine(Engine):
         self.slices = [WHOLE] * len(kinds)
         self._handles: list = []
         # Those that train at attach: `requires_grad` may change for a while, as in PEFT's `disable_adapter`.
-        self._trained = [p for kind in kinds for p in (*kind.A, *kind.B) if p.requires_grad]
+        self._trained = [p for kind in kinds for p in kind.parameters if p.requires_grad]
         self._trained_ids = {id(p) for p in self._trained}
         self._refuse_unfit()
         self._latents: list[Factors] = []  # in the parameters' own dtype
@@ -95,7 +96,8 @@ class TorchEngine(Engine):
             if self._step_depth:
                 return
             self._step_frame = None
-            self._take()
+            with map_context(self.kinds[0].device):
+                self._take()
             after_step(stepped)
 
         self._take()
@@ -109,7 +111,8 @@ class TorchEngine(Engine):
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        # A frame that an exception left would keep the model, and the optimizer its moments.
+        self._handles, self.optimizer, self._step_frame, self._step_depth = [], None, None, 0
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Evaluate a closure at the training weights, before latent ones take their place; the step gets its

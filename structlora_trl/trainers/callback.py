@@ -281,4 +281,6 @@ def _equal(weights: list[Factors], runtime: Runtime) -> bool:
     same = len(weights) == len(now) and all(
         torch.equal(a, b) for pair in zip(weights, now, strict=True) for a, b in zip(*pair, strict=True)
     )
-    return bool(runtime.engine.slices[0].every(torch.tensor(same, device=runtime.kinds[0].device)))
+    return bool(
+        runtime.engine.slices[0].every(torch.tensor(same, dtype=torch.bool, device=runtime.kinds[0].device))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -46,7 +47,7 @@ from tests.support.adapters import (
 )
 from tests.support.cli_runs import logits_of
 from tests.support.promises import skip_without
-from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, Setup, t5, variant
+from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, Setup, t5, variant
 from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
 
 
@@ -148,7 +149,9 @@ def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_pa
 
 
 STARTS = {row.name: row for row in SETUPS["Adapters"]}
-STARTS = {name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "orthogonal init", "EVA", "KaSA")}
+STARTS = {
+    name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "LoftQ", "orthogonal init", "EVA", "KaSA")
+}
 if hasattr(peft, "MontecloraConfig"):
     STARTS["MonteCLoRA"] = Setup("MonteCLoRA", wrap=variant("MontecloraConfig", "monteclora_config"))
 
@@ -168,7 +171,8 @@ def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_
     torch.manual_seed(7)  # whatever is drawn on loading is another draw than in training
 
     def merged(name, folder, **options):
-        export(read_saved(tmp_path / folder), tmp_path / name, merge=True, **options)
+        with OnCPU() if start == "LoftQ" and not torch.cuda.is_available() else contextlib.nullcontext():
+            export(read_saved(tmp_path / folder), tmp_path / name, merge=True, **options)
         return logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name), "llama")
 
     if start not in NOT_REPEATED:
@@ -195,6 +199,32 @@ def test_merged_models_are_the_trained_ones_whatever_they_began_from(start, tmp_
     torch.testing.assert_close(
         logits_of(on_base(tmp_path / "adapter", moved), "llama"), trained, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("smaller", [False, True])
+def test_loftq_without_an_accelerator_is_refused_by_name(smaller, tmp_path):
+    """And the way that the error names works: the base as training had it."""
+    skip_without(STARTS["LoftQ"].needs)
+    model = replace(STARTS["LoftQ"], base=partial(as_it_is("llama"), tmp_path / "base")).model()
+    take_steps(model, adamw(model), FAMILIES["llama"].batch)
+    trained = logits_of(model, "llama")
+    model.save_pretrained(tmp_path / "out")
+    rows = [{"input_ids": ids[None], "labels": ids[None]} for ids in FAMILIES["llama"].batch(9)["input_ids"]]
+    options = {"keep": 0.5, "data": rows} if smaller else {"merge": True}
+    with pytest.raises(
+        StructLoRAError, match="what LoftQ takes out of the base.*an accelerator.*init_lora_weights"
+    ):
+        export(read_saved(tmp_path / "out"), tmp_path / "refused", **options)
+    assert not (tmp_path / "refused").exists()
+
+    model.unload().save_pretrained(tmp_path / "moved")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    (tmp_path / "out" / CONFIG).write_text(json.dumps({**config, "init_lora_weights": True}))
+    export(read_saved(tmp_path / "out"), tmp_path / "done", base=str(tmp_path / "moved"), **options)
+    if not smaller:
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "done")
+        torch.testing.assert_close(logits_of(merged, "llama"), trained, atol=1e-5, rtol=0)
 
 
 MISTAKES = {
@@ -236,6 +266,15 @@ def test_an_option_without_effect_is_refused(arguments, words, runs, tmp_path, c
 def test_an_output_folder_that_is_not_empty(runs, capsys):
     assert main(["export", str(runs()), str(runs())]) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", ["", "adapter", "a/new/adapter"])
+def test_an_output_folder_below_a_file_is_refused_before_the_work(below, runs, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "notes.txt"
+    file.write_text("kept")
+    monkeypatch.setattr("structlora_trl.adapters.export.write_adapter", None)
+    assert main(["export", str(runs()), str(file / below)]) == 1
+    assert f"a file {file}" in capsys.readouterr().err and file.read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,26 @@ def test_a_missing_library_is_named(library, module, option, runs, tmp_path, mon
     assert "structlora-trl[plot]" in capsys.readouterr().err
 
 
+# What is to be written -> what stands there already, and words of the message.
+IN_THE_WAY = {
+    "--plot notes.txt": "a file notes.txt, where a folder is to be written",
+    "--plot notes.txt/figures": "a file notes.txt, above notes.txt/figures",
+    "--html pages": "a folder pages, where the page is to be written",
+    "--html notes.txt/a/page.html": "a file notes.txt, above notes.txt/a",
+}
+
+
+@pytest.mark.parametrize("given", IN_THE_WAY)
+def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "notes.txt").write_text("kept")
+    assert main(["inspect", "no adapter is read", *given.split()]) == 1
+    assert IN_THE_WAY[given] in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "kept"
+
+
 def test_inspect_begins_with_a_summary(runs, capsys):
     assert main(["inspect", str(runs())]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -105,6 +105,8 @@ MISTAKES = [
     ([*RUN, "--dataset_name", "broken.json"], 1, "loading the data"),
     ([*RUN, "--dataset_name", "empty.jsonl"], 1, "empty.jsonl"),
     ([*RUN, "--dataset_name", "blank.csv"], 1, "blank.csv"),
+    ([*RUN, "--dataset_name", "./hollow"], 1, "a file without rows in ./hollow"),
+    (["sft", "--config", "hollow.yaml"], 1, "a file without rows in empty.jsonl"),
     ([*RUN, "--dataset_name", "header.csv"], 1, "no data"),
     (
         [*RUN, "--dataset_name", "other.csv"],
@@ -150,6 +152,7 @@ def spoilt(place):
     config_file("range.yaml", structlora={"gate_init": 3})
     config_file("nothing.yaml", structlora=None)
     config_file("no_data.yaml", dataset_name=None)
+    config_file("hollow.yaml", dataset_name=None, datasets=[{"path": "json", "data_files": "empty.jsonl"}])
     for name, data in [("online", "data"), ("prompts", "prompts")]:
         online = {**SETTINGS, "dataset_name": f"{data}.jsonl", "num_generations": 4}
         Path(f"{name}.yaml").write_text(yaml.safe_dump(online), encoding="utf-8")
@@ -161,6 +164,8 @@ def spoilt(place):
     Path("blank.csv").write_text("\n\n")
     Path("header.csv").write_text("text\n")
     Path("other.csv").write_text("a,b\n1,2\n")
+    (place / "hollow").mkdir()
+    (place / "hollow" / "rows.json").write_text("")
     for file in (
         "done/adapter_config.json",
         "cut/checkpoint-2/trainer_state.json",

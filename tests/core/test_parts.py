@@ -11,7 +11,7 @@ from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import discover
 from structlora_trl.core.mapping import Parts
-from tests.support.tiny import LAYERS, adamw, logits_of, peft_model, train
+from tests.support.tiny import LAYERS, adamw, logits_of, loss_of, peft_model, train
 
 
 class MeanOverDepth(InformationBottleneck):
@@ -61,3 +61,22 @@ def test_every_part_can_be_replaced():
     assert gates.std() > 0
     spread = m.graph.propagate(torch.eye(LAYERS)[:, None])
     torch.testing.assert_close(spread, torch.full_like(spread, 1 / LAYERS))
+
+
+class GatesOfRows(InformationBottleneck):
+    """Gates on the rows of lora_A in place of the columns of lora_B."""
+
+    def forward(self, update, noise):
+        return update._replace(A=update.A * self.gates(update, noise).unsqueeze(-1))
+
+
+def test_noise_of_a_filter_of_ones_own_reaches_what_it_gates():
+    """In every step, the weights that a forward computes with are those that the gradients are carried back through."""
+    model = peft_model()
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, parts=Parts(filter=GatesOfRows), gate_init=0.6, coordinator="none")
+    train(model, "llama", optimizer, steps=2)
+    evaluation = [factors.A.clone() for factors in runtime.evaluation_factors()]
+    loss_of(model, "llama", 2)
+    for standing, quiet in zip(runtime.engine.read_working(), evaluation, strict=True):
+        assert not torch.equal(standing.A, quiet)

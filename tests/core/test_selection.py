@@ -176,3 +176,12 @@ def test_a_run_that_ends_before_its_selection_says_so(caplog):
     train(model, "llama", optimizer, CUT - 1)
     runtime.detach()
     assert "closed no direction" in caplog.text
+
+
+def test_closed_directions_join_no_depths():
+    """Semantic edges go by gradients, and what a closed direction would gain says nothing about two depths."""
+    model, optimizer, runtime = started(side="write", semantic_decay=0.0)
+    train(model, "llama", optimizer, LAST)
+    for m in runtime.maps:
+        seen = m.graph.mean_B.abs().amax(1) > 0  # (N, r)
+        assert torch.equal(seen, m.selection.kept)

@@ -210,6 +210,11 @@ def test_bare_loop(name, engine, finished, alone):
     seen, expected = (parts(run, "graph.mean_A", "graph.mean_B") for run in (many, one))
     assert (seen - expected).norm() <= (5e-2 if half else 1e-4) * expected.norm()
     assert torch.equal(parts(many, "graph.semantic"), parts(one, "graph.semantic"))
+    if "detach_at" in RUNS[name][0]:
+        wrappers = [] if not engine.startswith("zero") else [6] if "again_at" in RUNS[name][0] else [6, 6]
+        assert many["wrapper_calls"] == wrappers and many["wrapper_stands"] == bool(wrappers)
+        assert not one["is_kept"]
+        assert not many["is_kept"] or engine == "zero3"  # where DeepSpeed keeps it
     if "keep" in RUNS[name][0].get("method", {}):
         assert torch.equal(parts(many, "selection.kept"), parts(one, "selection.kept"))
         assert 0 < parts(one, "selection.kept").mean() < 1

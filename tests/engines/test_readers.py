@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.support.tiny import attached, logits_of, lora_parameters, loss_of, peft_model
+from tests.support.tiny import attached, logits_of, lora_parameters, loss_of, peft_model, train
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -75,3 +78,15 @@ def test_a_step_without_a_backward(mesh):
     loss_of(model, "llama", 0)
     optimizer.step()
     torch.testing.assert_close(latents(runtime), before, **CLOSE)
+
+
+def test_a_detached_runtime_does_not_keep_the_model(mesh):
+    """Sharded as a whole: of a model with sharded layers, FSDP2 itself keeps the last one that ran."""
+    model, optimizer, runtime = attached(fully_shard(peft_model(), mesh=mesh))
+    train(model, "llama", optimizer, 2)
+    runtime.detach()
+    let_go = weakref.ref(model), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in let_go] == [None, None]
+    assert runtime.metrics() and latents(runtime) and runtime.engine.read_working()

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +141,18 @@ class DeepSpeed:
         self.wrapped.step()
 
 
+class Counting:
+    """Wraps the `step` of DeepSpeed's engine on the instance, as other libraries do, and counts its calls."""
+
+    def __init__(self, engine):
+        self.step, self.calls = engine.step, 0
+        engine.step = self
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.step(*args, **kwargs)
+
+
 ENGINES = {
     "ddp": Loop,
     "fsdp2": FSDP2,
@@ -187,7 +201,9 @@ def train(
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
-        `state` and `skipped` of the last runtime.
+        `state` and `skipped` of the last runtime. Of a run that detaches, also `is_kept`, whether the model is still there
+        when the runtime alone is left, `wrapper_calls` of those who wrapped DeepSpeed's step before us, and after us unless
+        it is attached again, and whether the last of them stands at the end, `wrapper_stands`.
     """
     if four_bits:
         model = _quantised()
@@ -208,7 +224,11 @@ def train(
     loop = ENGINES[engine](model, clip, scaled, {"lr": RATE, "eps": epsilon})
     method = method or {}
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
+    wraps = isinstance(loop, DeepSpeed) and detach_at is not None
+    wrappers = [Counting(loop.wrapped)] if wraps else []
     runtime = attach(loop.wrapped, loop.optimizer, options)
+    if wraps and again_at is None:
+        wrappers.append(Counting(loop.wrapped))
     losses, evaluation_losses = [], []
     for step in range(STEPS):
         if step == detach_at:
@@ -231,7 +251,7 @@ def train(
         loop.step(loss)
         if hook is not None:
             hook.remove()
-    return {
+    finished = {
         "engine": runtime.engine.name,
         "losses": losses,
         "evaluation_losses": evaluation_losses,
@@ -239,6 +259,18 @@ def train(
         "state": runtime.state_dict(),
         "skipped": runtime.skipped_steps,
     }
+    if detach_at is not None:
+        runtime.detach()
+        finished["wrapper_calls"] = [wrapper.calls for wrapper in wrappers]
+        finished["wrapper_stands"] = wraps and vars(loop.wrapped).get("step") is wrappers[-1]
+        if isinstance(loop, DeepSpeed):
+            loop.wrapped.destroy()  # without which its hooks keep it
+        let_go = weakref.ref(model)
+        del model, loop, loss, parameter, wrappers
+        gc.collect()
+        finished["is_kept"] = let_go() is not None
+        runtime.state_dict(), runtime.metrics(), runtime.engine.read_working()
+    return finished
 
 
 def whole(runtime, factors) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import io
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,55 @@ class Autocast(Loop):
             return super().loss(index)
 
 
+class WholeAutocast(Loop):
+    """Forward, backward and the optimizer's step in one `with torch.autocast`."""
+
+    def step(self, index):
+        with torch.autocast(self.device, torch.bfloat16):
+            return super().step(index)
+
+
+class DefaultDtype(Loop):
+    """A script that sets torch's default dtype at its top, for its own tensors."""
+
+    dtype = torch.bfloat16
+
+    def begin(self, folder=None):
+        with self.default():
+            super().begin(folder)
+
+    def step(self, index):
+        with self.default():
+            return super().step(index)
+
+    @contextmanager
+    def default(self):
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+class DefaultDouble(DefaultDtype):
+    dtype = torch.float64
+
+
+class Inside(Loop):
+    """The PEFT model is a part of another module: a bi-encoder, a wrapper with a reward."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.encoder = model
+
+        def forward(self, **batch):
+            return self.encoder(**batch)
+
+    def wrap(self, model):
+        return self.Wrapper(model)
+
+
 class Scaling(Loop):
     """A GradScaler, with clipping."""
 
@@ -283,6 +333,20 @@ class ReentrantCheckpointing(Checkpointing):
 class Compiled(Loop):
     def wrap(self, model):
         return torch.compile(model, backend="aot_eager")
+
+
+class CompiledStep(Loop):
+    """PyTorch's recipe of a compiled optimizer."""
+
+    def prepare(self):
+        self.compiled = torch.compile(lambda: self.optimizer.step(), backend="eager")
+
+    def step(self, index):
+        loss = self.loss(index)
+        loss.backward()
+        self.compiled()
+        self.after_step(loss)
+        return loss.item()
 
 
 class Averaging(Loop):

@@ -192,6 +192,17 @@ class Blocks(nn.Module):
         return SimpleNamespace(loss=x.square().mean(), logits=x)
 
 
+class Between(nn.Module):
+    """A layer with a module between the one that reads the residual stream and the one that writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.mixing, self.fc2 = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.mixing(self.fc1(x))))
+
+
 def blocks(layer: Callable[[], nn.Module], *shape: int, **options) -> dict:
     def batch(seed):
         return {"x": torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))}
@@ -258,7 +269,7 @@ def pissa_niter(base):
     return get_peft_model(base, lora(init_lora_weights="pissa_niter_2"))
 
 
-class _OnCPU(TorchFunctionMode):
+class OnCPU(TorchFunctionMode):
     """What is to go to CUDA stays on the CPU: PEFT's LoftQ computes on accelerators alone (0.21)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -273,7 +284,7 @@ class _OnCPU(TorchFunctionMode):
 
 def loftq(base):
     config = lora(init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4))
-    with contextlib.nullcontext() if torch.cuda.is_available() else _OnCPU():
+    with contextlib.nullcontext() if torch.cuda.is_available() else OnCPU():
         return get_peft_model(base, config)
 
 
@@ -474,6 +485,10 @@ ADAPTERS = [
         **blocks(lambda: nn.Conv3d(4, 4, 3, padding=1), 4, 3, 3, 3),
         method={**WHOLE, "side": "both"},
     ),
+    Setup(
+        "modules of unknown role beside known ones",
+        **blocks(Between, 4, 8, target_modules=["fc1", "mixing", "fc2"]),
+    ),
     Setup("several adapters with one trained", wrap=with_(second_adapter)),
     Setup("an adapter of another name", adapter="mine"),
     Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
@@ -515,6 +530,7 @@ ADAPTERS = [
     Setup("MoE layers by 'all-linear'", **other_family(FAMILIES["qwen3_moe"].build, "all-linear")),
 ]
 # Starts that take a part out of the base model: PEFT does not take these again when it loads an adapter, and takes those.
+# (LoftQ, which it takes again too, leaves a quantised base, and its adapter cannot be converted to one of the original.)
 NOT_REPEATED = ["LoRA-GA", "CorDA", "PiSSA by fast SVD"]
 REPEATED = ["PiSSA", "OLoRA"]
 
@@ -657,6 +673,10 @@ LOOPS = [
     Setup("clipping by norm", loop=loops.Clipping),
     Setup("clipping by value", loop=loops.ClippingByValue),
     Setup("bf16 autocast", loop=loops.Autocast),
+    Setup("bf16 autocast around the optimizer's step too", loop=loops.WholeAutocast),
+    Setup("torch.set_default_dtype(bfloat16)", loop=loops.DefaultDtype),
+    Setup("torch.set_default_dtype(float64)", loop=loops.DefaultDouble),
+    Setup("the PEFT model inside another module", loop=loops.Inside),
     Setup("GradScaler", loop=loops.Scaling),
     Setup("step(closure)", loop=loops.WithClosure),
     Setup("Accelerate", loop=loops.Accelerated),
@@ -664,6 +684,7 @@ LOOPS = [
     Setup("gradient checkpointing", loop=loops.Checkpointing, lora={"lora_dropout": 0.1}),
     Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
     Setup("torch.compile", loop=loops.Compiled, slow=True),
+    Setup("torch.compile of the optimizer's step", loop=loops.CompiledStep),
     Setup("SAM by torch.func.functional_call", loop=loops.SharpnessAware),
     Setup("moving averages of the weights", loop=loops.Averaging),
     Setup("NEFTune", loop=loops.NoisyEmbeddings),

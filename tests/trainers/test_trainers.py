@@ -620,7 +620,7 @@ def test_snapshots_at_the_start_are_of_what_trains(tmp_path, caplog):
 
 
 def test_callbacks_between_steps_see_evaluation_weights(tmp_path):
-    """Training weights stand from a forward on: what `on_step_begin` reads is what `on_step_end` left, and it may write."""
+    """Training weights stand from a forward on: what `on_step_begin` reads is what `on_step_end` left."""
 
     class Looks(TrainerCallback):
         left = None
@@ -636,6 +636,42 @@ def test_callbacks_between_steps_see_evaluation_weights(tmp_path):
     looks = Looks()
     sft(tmp_path, [StructLoRACallback(), looks], gradient_accumulation_steps=2).train()
     assert looks.left is not None and looks.differs == 0
+
+
+class Clamps(TrainerCallback):
+    """Writes to the LoRA weights before each step, and tells the runtime where `runtime` gives one."""
+
+    def __init__(self, runtime=None):
+        self.runtime, self.written = runtime, 0
+
+    @torch.no_grad()
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for parameter in lora_parameters(model).values():
+            self.written += int((parameter.abs() > 0.02).sum())
+            parameter.clamp_(-0.02, 0.02)
+        if self.runtime is not None:
+            self.runtime().reload()
+
+
+def test_a_write_between_steps_is_refused_by_name(tmp_path):
+    clamps = Clamps()
+    with pytest.raises(StructLoRAError, match=r"other code has written.*`runtime.reload\(\)`"):
+        sft(tmp_path, [StructLoRACallback(), clamps]).train()
+    assert clamps.written > 0
+
+
+def test_a_write_between_steps_and_reload_train_on(tmp_path):
+    callback = StructLoRACallback()
+    clamps = Clamps(lambda: callback.runtime)
+    trainer = sft(tmp_path, [callback, clamps])
+    before = weights_of(trainer)
+    trainer.train()
+    assert callback.runtime.step == 3 and clamps.written > 0
+    after = weights_of(trainer)
+    assert not any(map(torch.equal, before, after))
+    # What was clamped is what the last step began from: AdamW moves it by little more than its rate.
+    moved = 2 * trainer.args.learning_rate
+    assert max(float(value.abs().max()) for value in after) <= 0.02 + moved
 
 
 LOADS_WITHOUT = """

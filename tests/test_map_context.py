@@ -1,0 +1,206 @@
+"""Whatever torch state surrounds a call, the map gives what it gives without: fp32, and nothing stale."""
+
+from __future__ import annotations
+
+import ast
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import structlora_trl
+from structlora_trl import attach, load_state, save_state
+from structlora_trl.adapters.load_adapter import read_saved
+from tests.support.tiny import (
+    attached,
+    logits_of,
+    lora_parameters,
+    loss_of,
+    peft_model,
+)
+
+STEPS = 3
+# Noise and messages both reach lora_B, and are large enough for bf16 to round.
+SHOWING_ROUNDING = {"gate_init": 0.6, "coordinator_lr": 0.3, "side": "both"}
+PACKAGE = Path(structlora_trl.__file__).parent
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+class default_dtype:
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __enter__(self):
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(self.before)
+
+
+SURROUNDINGS = {
+    "autocast": autocast,
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default dtype float64": lambda: default_dtype(torch.float64),
+}
+
+
+def whole_step(model, optimizer, step: int) -> None:
+    model.train()
+    loss_of(model, "llama", step).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def standing(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in lora_parameters(model).items()}
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_a_run_within_leaves_what_resumes_and_reads_outside(name, tmp_path):
+    """Attach, every step, saving and loading within: the adapter is its state's, and loads outside."""
+    options = {"keep": 0.5, "select_at": 2}
+    with SURROUNDINGS[name]():
+        model, optimizer, runtime = attached(**options)
+        for step in range(STEPS):
+            whole_step(model, optimizer, step)
+        save_state(runtime, tmp_path)
+        model.save_pretrained(tmp_path)
+        read_saved(tmp_path)  # adapter and state belong together
+    expected = standing(model)
+    for surroundings in (SURROUNDINGS[name], nullcontext):
+        with surroundings():
+            again, _, resumed = attached(**options)
+            load_state(resumed, tmp_path)
+            assert_equal(standing(again), expected)
+    assert read_saved(tmp_path).maps is not None
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_training_weights_are_those_of_a_forward_outside(name):
+    runs = []
+    for surroundings in (nullcontext, SURROUNDINGS[name]):
+        model, optimizer, runtime = attached(**SHOWING_ROUNDING)
+        for step in range(STEPS):
+            whole_step(model, optimizer, step)
+        model.train()
+        with surroundings(), torch.no_grad():
+            loss_of(model, "llama", 9)
+        assert runtime.weights == "training"
+        runs.append(standing(model))
+    assert_equal(runs[1], runs[0])
+
+
+def test_what_other_code_wrote_is_taken_in_full_precision():
+    """`reload` within autocast, with directions closed: what stands is what a reload outside leaves."""
+    runs = []
+    for surroundings in (nullcontext, autocast, torch.inference_mode):
+        model, optimizer, runtime = attached(keep=0.5, select_at=2)
+        for step in range(STEPS):
+            whole_step(model, optimizer, step)
+        with torch.no_grad():
+            for p in lora_parameters(model).values():
+                p.mul_(1.001)
+        with surroundings():
+            runtime.reload()
+        runs.append(standing(model))
+        whole_step(model, optimizer, STEPS)
+    assert_equal(runs[1], runs[0])
+    assert_equal(runs[2], runs[0])
+
+
+def test_a_step_in_inference_mode_leaves_nothing_that_cannot_train():
+    model, optimizer, runtime = attached()
+    for step in range(STEPS):
+        model.train()
+        loss_of(model, "llama", step).backward()
+        with torch.inference_mode():
+            optimizer.step()
+        optimizer.zero_grad()
+    assert runtime.step == STEPS
+
+
+def test_autocast_keeps_no_cast_of_weights_that_are_gone():
+    """An evaluation after a training forward, in one `with`: autocast reuses casts of weights until its end."""
+    model, optimizer, _ = attached(gate_init=0.6)
+    for step in range(STEPS):
+        whole_step(model, optimizer, step)
+    with autocast():
+        expected = logits_of(model, "llama")
+    with autocast():
+        model.train()
+        loss_of(model, "llama", 5).backward()
+        assert torch.equal(logits_of(model, "llama"), expected)
+
+
+@pytest.mark.parametrize("what", ["step", "whole step"])
+def test_compiled_around_the_step(what):
+    """PyTorch's recipe of a compiled optimizer, and a compiled training step, against the same uncompiled."""
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = peft_model()
+        optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, foreach=True)
+        runtime = attach(model, optimizer)
+        model.train()
+
+        def step(index, model=model, optimizer=optimizer):
+            loss_of(model, "llama", index).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if compiled and what == "whole step":
+            step = torch.compile(step, backend="eager")
+        elif compiled:
+            optimizer_step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager")
+
+            def step(index, model=model, optimizer=optimizer, optimizer_step=optimizer_step):
+                loss_of(model, "llama", index).backward()
+                optimizer_step()
+                optimizer.zero_grad()
+
+        for index in range(STEPS):
+            step(index)
+        assert runtime.step == STEPS
+        runs.append(standing(model))
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+FACTORIES = {
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+}
+
+
+def test_every_tensor_names_its_dtype_and_device():
+    """A default dtype or device of the user's is for the user's tensors."""
+    unnamed = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in {
+                f"torch.{f}" for f in FACTORIES
+            }:
+                continue
+            if not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}:
+                unnamed.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not unnamed
