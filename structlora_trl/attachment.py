@@ -160,8 +160,7 @@ def build_runtime(
         runtime.on_detach.append(description.end)
     _warn_of_moved_base(adapter_name, start)
     aligned = (
-        "; lora_A of the fresh adapter is now one for all depths of a kind: copies of the weights (a moving average, say) that "
-        "were made before are stale, make them after this"
+        "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
     if config.is_off:

@@ -131,7 +131,8 @@ def _quarter(seeds=QUARTER_RATE_SEEDS, chosen: dict[tuple, float] | None = None)
         for seed in seeds
         for task, _, examples in QUARTER
         for name, rank in QUARTER_METHODS
-        for lr in (RATES[task] if chosen is None else [chosen[task, rank, examples, name]])
+        for lr in (RATES[task] if chosen is None else [chosen.get((task, rank, examples, name))])
+        if lr is not None
     ]
 
 
@@ -158,7 +159,7 @@ GRIDS = {
     "kept": _kept,
     "quarter": _quarter,
     # once "quarter" is done
-    "quarter-finish": lambda: _quarter(QUARTER_SEEDS[3:], quarter_runs(store.read()).rates),
+    "quarter-finish": lambda: _quarter(QUARTER_SEEDS[3:], getattr(quarter_runs(store.read()), "rates", {})),
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

@@ -90,9 +90,10 @@ def test_runs(lines: list[dict]) -> Runs:
     return Runs([line for line in lines if line["seed"] not in LATER_SEEDS], SEEDS)
 
 
-def quarter_runs(lines: list[dict]) -> Runs:
-    """The runs of the table of a quarter of the directions."""
-    return Runs([line for line in lines if line["seed"] in QUARTER_SEEDS], QUARTER_RATE_SEEDS)
+def quarter_runs(lines: list[dict]) -> Runs | None:
+    """The runs of the table of a quarter of the directions; None where there are none yet."""
+    found = [line for line in lines if line["seed"] in QUARTER_SEEDS]
+    return Runs(found, QUARTER_RATE_SEEDS) if found else None
 
 
 def choose_rates(rows: pd.DataFrame) -> pd.Series:

@@ -412,11 +412,13 @@ def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
     return markdown([*header, *of_bases], rows) if rows else "No runs are kept yet."
 
 
-def quarter(runs: Runs, settings: Iterable[Setting], names: Sequence[tuple[str, int]]) -> str:
+def quarter(runs: Runs | None, settings: Iterable[Setting], names: Sequence[tuple[str, int]]) -> str:
     """Test figures of the first of `names` (a method and its rank), each at its own rate, and less those of the others.
 
     By setting, and last the mean over settings, of the seeds that all of them have. Differences have 95 % intervals.
     """
+    if runs is None:
+        return "No runs are kept yet."
     ours, *others = names
     rows, over_all = [], {figure: [] for figure in ("accuracy", "nll")}
     for task, _, examples in settings:
