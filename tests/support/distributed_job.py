@@ -216,8 +216,12 @@ class AliasMasters(TrainerCallback):
             master.data = working.data
 
 
-def halve(engine) -> None:
+def halve(trainer, kinds) -> None:
     """What another adapter loaded between two runs does: other values, for the model and for the optimizer."""
+    from structlora_trl.engines import select_engine
+
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # Accelerate's wrapper has it
+    engine = select_engine(trainer.model_wrapped, optimizer, kinds)
     halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
     engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved))
     engine.write_latents(halved)
@@ -318,10 +322,10 @@ def main():
     counted = Counted()
     trainer.train(resume_from_checkpoint=args.resume)
     if args.again:
+        if args.halve_between:
+            halve(trainer, callback.runtime.kinds)
         if args.anew:
             trainer.model_wrapped, trainer.optimizer = trainer.model, None
-        if args.halve_between:
-            halve(callback.runtime.engine)
         trainer.train()
 
     wrapped = trainer.model_wrapped
