@@ -24,7 +24,7 @@ from .errors import StructLoRAError
 from .model_card import describe_adapter
 from .rank_check import refuse_disagreement, world_size
 from .runtime import DEFAULT_SEED, Runtime
-from .yaml_block import read_switch
+from .yaml_block import read_given
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +90,7 @@ def attach(
         True
         >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
-    if isinstance(config, (str, Path, bool)):
-        source, config = config, read_switch(config)
-        if config is None:
-            raise StructLoRAError(
-                f"`structlora: false` in {str(source)!r}, given to `attach`",
-                "options, or true for the defaults",
-                "leave the call of `attach` out to train plain LoRA",
-            )
+    config = read_given(config, "`attach`", "the call of `attach`")
     return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
 
 

@@ -385,9 +385,8 @@ class Runtime(StandingWeights):
         wanted = (self._cosine is None and self.step > 0) or (m.coordinators and m.graph.follows_gradients)
         is_there = not self.is_sharded or set(m.sides) <= set(mapped_sides(m.kind, self.config, self._parts))
         sides = m.sides if wanted and is_there and m.kind.depth_count > 1 else ()
-        passing = (
-            gradient if m.selection is None else m.selection(gradient)
-        )  # closed directions join no depths
+        # Closed directions join no depths.
+        passing = gradient if m.selection is None else m.selection(gradient)
         return _Pulled(
             factors,
             {name: value / scale for name, value in own.items()},

@@ -41,6 +41,31 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
     )
 
 
+def read_given(
+    config: StructLoRAConfig | dict | bool | str | Path | None, taker: str, part: str
+) -> StructLoRAConfig | dict | None:
+    """Read options as code is given them: a file, text or True as under a `structlora` key, all else as it is.
+
+    Args:
+        config (`StructLoRAConfig`, `dict`, `bool`, `str` or `Path`, *optional*): options.
+        taker (`str`): what takes them, for the error.
+        part (`str`): what to leave out of a program to train plain LoRA, for the error.
+
+    Raises:
+        StructLoRAError: it says `false`; or as `read_switch`.
+    """
+    if not isinstance(config, (str, Path, bool)):
+        return config
+    found = read_switch(config)
+    if found is None:
+        raise StructLoRAError(
+            f"`structlora: false` in {str(config)!r}, given to {taker}",
+            "options, or true for the defaults",
+            f"leave {part} out to train plain LoRA",
+        )
+    return found
+
+
 def _parsed(text: str | Path) -> object:
     """The value that a file has under `structlora`, or that text stands for."""
     import yaml  # which `--help` of a command has no need of

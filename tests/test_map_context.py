@@ -14,10 +14,12 @@ from structlora_trl import attach, load_state, save_state
 from structlora_trl.adapters.load_adapter import read_saved
 from tests.support.tiny import (
     attached,
+    default_dtype,
     logits_of,
     lora_parameters,
     loss_of,
     peft_model,
+    train,
 )
 
 STEPS = 3
@@ -30,30 +32,11 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-class default_dtype:
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def __enter__(self):
-        self.before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_):
-        torch.set_default_dtype(self.before)
-
-
 SURROUNDINGS = {
     "autocast": autocast,
     "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
     "default dtype float64": lambda: default_dtype(torch.float64),
 }
-
-
-def whole_step(model, optimizer, step: int) -> None:
-    model.train()
-    loss_of(model, "llama", step).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def standing(model) -> dict[str, torch.Tensor]:
@@ -72,8 +55,7 @@ def test_a_run_within_leaves_what_resumes_and_reads_outside(name, tmp_path):
     options = {"keep": 0.5, "select_at": 2}
     with SURROUNDINGS[name]():
         model, optimizer, runtime = attached(**options)
-        for step in range(STEPS):
-            whole_step(model, optimizer, step)
+        train(model, "llama", optimizer, STEPS)
         save_state(runtime, tmp_path)
         model.save_pretrained(tmp_path)
         read_saved(tmp_path)  # adapter and state belong together
@@ -91,8 +73,7 @@ def test_training_weights_are_those_of_a_forward_outside(name):
     runs = []
     for surroundings in (nullcontext, SURROUNDINGS[name]):
         model, optimizer, runtime = attached(**SHOWING_ROUNDING)
-        for step in range(STEPS):
-            whole_step(model, optimizer, step)
+        train(model, "llama", optimizer, STEPS)
         model.train()
         with surroundings(), torch.no_grad():
             loss_of(model, "llama", 9)
@@ -106,15 +87,14 @@ def test_what_other_code_wrote_is_taken_in_full_precision():
     runs = []
     for surroundings in (nullcontext, autocast, torch.inference_mode):
         model, optimizer, runtime = attached(keep=0.5, select_at=2)
-        for step in range(STEPS):
-            whole_step(model, optimizer, step)
+        train(model, "llama", optimizer, STEPS)
         with torch.no_grad():
             for p in lora_parameters(model).values():
                 p.mul_(1.001)
         with surroundings():
             runtime.reload()
         runs.append(standing(model))
-        whole_step(model, optimizer, STEPS)
+        train(model, "llama", optimizer, 1, first=STEPS)
     assert_equal(runs[1], runs[0])
     assert_equal(runs[2], runs[0])
 
@@ -133,8 +113,7 @@ def test_a_step_in_inference_mode_leaves_nothing_that_cannot_train():
 def test_autocast_keeps_no_cast_of_weights_that_are_gone():
     """An evaluation after a training forward, in one `with`: autocast reuses casts of weights until its end."""
     model, optimizer, _ = attached(gate_init=0.6)
-    for step in range(STEPS):
-        whole_step(model, optimizer, step)
+    train(model, "llama", optimizer, STEPS)
     with autocast():
         expected = logits_of(model, "llama")
     with autocast():

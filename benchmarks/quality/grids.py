@@ -124,15 +124,27 @@ def _kept() -> list[tuple]:
     ]
 
 
-def _quarter(seeds=QUARTER_RATE_SEEDS, chosen: dict[tuple, float] | None = None) -> list[tuple]:
-    """A quarter of the directions beside LoRA at that size and both at full size: at all rates, or at the chosen ones."""
+def _quarter() -> list[tuple]:
+    """A quarter of the directions beside LoRA at that size and both at full size."""
     return [
         (task, name, rank, examples, lr, seed)
-        for seed in seeds
+        for seed in QUARTER_RATE_SEEDS
         for task, _, examples in QUARTER
         for name, rank in QUARTER_METHODS
-        for lr in (RATES[task] if chosen is None else [chosen.get((task, rank, examples, name))])
-        if lr is not None
+        for lr in RATES[task]
+    ]
+
+
+def _quarter_at_chosen_rates() -> list[tuple]:
+    """The same with further seeds, at the rate of each method that validation chose."""
+    runs = quarter_runs(store.read())
+    chosen = runs.rates if runs else {}
+    return [
+        (task, name, rank, examples, lr, seed)
+        for seed in QUARTER_SEEDS[len(QUARTER_RATE_SEEDS) :]
+        for task, _, examples in QUARTER
+        for name, rank in QUARTER_METHODS
+        if (lr := chosen.get((task, rank, examples, name))) is not None
     ]
 
 
@@ -158,8 +170,7 @@ GRIDS = {
     **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
     "kept": _kept,
     "quarter": _quarter,
-    # once "quarter" is done
-    "quarter-finish": lambda: _quarter(QUARTER_SEEDS[3:], getattr(quarter_runs(store.read()), "rates", {})),
+    "quarter-finish": _quarter_at_chosen_rates,  # once "quarter" is done
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

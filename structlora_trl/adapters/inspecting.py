@@ -117,12 +117,17 @@ def log_history(folder: Path) -> list[dict]:
     Raises:
         StructLoRAError: the file is damaged.
     """
+    return _trainer_state(folder)["log_history"]
+
+
+def _trainer_state(folder: Path) -> dict:
+    """What `trainer_state.json` of a folder holds; an empty log where there is none."""
     path = folder / LOG_NAME
     if not path.is_file():
-        return []
+        return {"log_history": []}
     try:
-        history = _trainer_state(path)["log_history"]
-        if not all(isinstance(entry["step"], int) for entry in history):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(entry["step"], int) for entry in state["log_history"]):
             raise TypeError("a step that is no number")
     except (ValueError, TypeError, KeyError) as error:
         raise StructLoRAError(
@@ -130,7 +135,7 @@ def log_history(folder: Path) -> list[dict]:
             "the Trainer's log",
             "remove the file, or use another checkpoint",
         ) from error
-    return history
+    return state
 
 
 def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
@@ -142,25 +147,20 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
     return tuple(values[0] if values else None for values in last)
 
 
-def _trainer_state(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def peak_learning_rate(saved: Saved) -> float | None:
     """The rate that the command line was given, else the largest one in the log; None where neither is
     known.
     """
     given = _command_facts(saved.run_folder).get("learning_rate")
-    logged = (e["learning_rate"] for e in log_history(saved.run_folder) if "learning_rate" in e)
-    return max(logged, default=None) if given is None else given
+    if given is not None:
+        return given
+    logged = log_history(saved.run_folder)
+    return max((e["learning_rate"] for e in logged if "learning_rate" in e), default=None)
 
 
 def _command_facts(folder: Path) -> dict:
     """What the command line was given in the run of a folder; nothing where another script trained."""
-    path = folder / LOG_NAME
-    if not path.is_file():
-        return {}
-    callbacks = _trainer_state(path).get("stateful_callbacks") or {}
+    callbacks = _trainer_state(folder).get("stateful_callbacks") or {}
     return callbacks.get(COMMAND_FACTS, {}).get("args", {})
 
 

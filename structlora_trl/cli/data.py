@@ -54,11 +54,6 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
         script.dataset_test_split = "test"
 
 
-def names(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
-    """What the user calls the data: names of data sets, files or folders. Before `as_mixture`."""
-    return [part.path for part in mixture.datasets] or ([script.dataset_name] if script.dataset_name else [])
-
-
 def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> None:
     """Load the data as the script will (the second time comes from the cache), and look at splits and
     columns.
@@ -89,7 +84,7 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
             if not isinstance(error, StopIteration) and not isinstance(error.__cause__, SchemaInferenceError):
                 raise
             raise StructLoRAError(
-                f"a file without rows in {', '.join(_sources(script, mixture))}",
+                f"a file without rows in {', '.join(sources(script, mixture))}",
                 "rows in each file",
                 "remove the empty file, or write its rows",
             ) from error
@@ -124,7 +119,7 @@ def _builder(path: str, files):
     return builder, path
 
 
-def _sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
     """Where the rows are read from: the files that are named, else the folders and data sets."""
     files = [str(part.data_files or part.path) for part in mixture.datasets]
     return files or [script.dataset_name]

@@ -30,27 +30,19 @@ class _Around(TrainerCallback):
 
     Args:
         given (`Arguments`): the command's arguments.
-        data (`list[str]`): what the user calls the data.
         callback (`StructLoRACallback` or None): the trainer's; None in a run of plain LoRA.
         setting_up (`ExitStack`): turns other libraries' errors into ours; emptied when training begins.
     """
 
-    def __init__(
-        self,
-        given: Arguments,
-        data: list[str],
-        callback: StructLoRACallback | None,
-        setting_up: ExitStack,
-    ):
-        self.given, self.data, self.callback, self._setting_up = given, data, callback, setting_up
+    def __init__(self, given: Arguments, callback: StructLoRACallback | None, setting_up: ExitStack):
+        self.given, self.callback, self._setting_up = given, callback, setting_up
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._setting_up.pop_all()
         # Into every `trainer_state.json`, from where the report page takes what neither adapter nor log says.
-        state.stateful_callbacks[COMMAND_FACTS] = {
-            "args": {"data": self.data, "learning_rate": args.learning_rate},
-            "attributes": {},
-        }
+        read = data.sources(self.given.script, self.given.mixture)
+        facts = {"data": read, "learning_rate": args.learning_rate}
+        state.stateful_callbacks[COMMAND_FACTS] = {"args": facts, "attributes": {}}
         if state.is_world_process_zero and self.callback is None:
             print("structlora: false, so this run is plain LoRA.", flush=True)
         if state.is_world_process_zero and self.given.training.resume_from_checkpoint:
@@ -92,7 +84,6 @@ def run(command: str, arguments: list[str]) -> None:
         return launch(given.launcher, [command, *arguments])
     checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
     check_arguments(given)
-    names = data.names(given.script, given.mixture)
     data.as_mixture(given.script, given.mixture)
     data.check(command, given.script, given.mixture, given.training)
     set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
@@ -111,7 +102,7 @@ def run(command: str, arguments: list[str]) -> None:
                 )
             )
             DEFAULT_CALLBACKS.extend(
-                [*([callback] if callback else []), _Around(given, names, callback, setting_up)]
+                [*([callback] if callback else []), _Around(given, callback, setting_up)]
             )
             script.main(given.script, given.training, given.model, given.mixture)
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
 from ..state import load_state, save_state
-from ..yaml_block import read_switch
+from ..yaml_block import read_given, read_switch
 from .compat import calling_trainer, refuse_engine_taken_down, run_first, why_quiet
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,7 @@ class StructLoRACallback(TrainerCallback):
         **overrides,
     ):
         self._has_own_options = bool(config or overrides)
-        if isinstance(config, (str, Path, bool)):
-            source, config = config, read_switch(config)
-            if config is None:
-                raise StructLoRAError(
-                    f"`structlora: false` in {str(source)!r}, given to a StructLoRACallback",
-                    "options, or true for the defaults",
-                    "leave the callback out to train plain LoRA",
-                )
+        config = read_given(config, "a StructLoRACallback", "the callback")
         self.config = StructLoRAConfig.build(config, **overrides)
         self.parts = parts
         self.runtime: Runtime | None = None

@@ -10,7 +10,6 @@ import copy
 import inspect
 import io
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, attach, load_state, save_state
 from tests.support.jobs import StopAt
+from tests.support.tiny import default_dtype
 
 STEPS, HALF = 6, 3
 
@@ -208,20 +208,12 @@ class DefaultDtype(Loop):
     dtype = torch.bfloat16
 
     def begin(self, folder=None):
-        with self.default():
+        with default_dtype(self.dtype):
             super().begin(folder)
 
     def step(self, index):
-        with self.default():
+        with default_dtype(self.dtype):
             return super().step(index)
-
-    @contextmanager
-    def default(self):
-        torch.set_default_dtype(self.dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(torch.float32)
 
 
 class DefaultDouble(DefaultDtype):

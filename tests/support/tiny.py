@@ -277,6 +277,17 @@ def batch_of(model: torch.nn.Module, family: str, seed: int) -> dict:
     return {name: values.to(device) for name, values in FAMILIES[family].batch(seed).items()}
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    """torch's default dtype, as a script sets it at its top."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def casting(model: torch.nn.Module, autocast: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Autocast to a dtype, or nothing."""
     if autocast is None:
