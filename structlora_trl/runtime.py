@@ -30,7 +30,6 @@ from .rank_check import world_size
 from .read_hooks import ReadHooks
 from .standing_weights import EVALUATION, LATENT, TRAINING, StandingWeights
 from .state import State
-from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +112,13 @@ class Runtime(StandingWeights):
         readers: tuple[nn.Module, ...] = (),
         select_step: int | None = None,
     ):
-        self.model, self.kinds, self.config, self.engine = model, kinds, config, engine
-        self.seed = seed if config.seed is None else config.seed
-        self.noise = parts.noise(self.seed)
-        self.noise_off = {"on": None, "off": "as configured", "auto": noise_off}[config.noise]
-        self.step = self.skipped_steps = self.hook_calls = 0
+        seed = seed if config.seed is None else config.seed
+        why_quiet = {"on": None, "off": "as configured", "auto": noise_off}[config.noise]
+        super().__init__(kinds, engine, parts.noise(seed), why_quiet, parts)
+        self.model, self.config, self.seed = model, config, seed
+        self.skipped_steps = self.hook_calls = 0
         self.schedule = ScheduleShare()
-        self.device, self.stopwatch = kinds[0].device, Stopwatch(kinds[0].device)
-        self._select_step = select_step
-        self._parts, self._absorbs_base, self._frozen = parts, absorbs_base, frozen or []
+        self._select_step, self._absorbs_base, self._frozen = select_step, absorbs_base, frozen or []
         self._rate: Rate | None = None  # of the step under way, where it counts
         self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
         self._relevance: list[Tensor] = []  # of the directions in the step under way, while it is gathered
@@ -199,57 +196,173 @@ class Runtime(StandingWeights):
         )
 
     @in_map_context
-    def detach(self) -> None:
-        """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
+    def _before_step(self) -> bool:
+        """Carry the gradients back through the map. False where the optimizer must not step."""
+        self.hook_calls += 1
+        self._rate = None
+        foreign_writes.refuse_replaced(self.owners)
+        gradients = self.engine.read_gradients()
+        if gradients is None or (not self._trained_forward and self._are_zeros(gradients)):
+            # No backward has run: there is nothing to step, with or without us. Zeros are what
+            # `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
+            # optimizer step with.
+            foreign_writes.refuse_replaced_by_name(self.model, self.owners)
+            if self.weights != LATENT and self._were_changed():
+                foreign_writes.refuse_changed()
+            self.weights, self._trained_forward, self._mixed_gradients = LATENT, False, False
+            return True
+        self._refuse_step()
+        written = self.engine.written()
+        scale = self.engine.gradient_scale()
+        pulled = [
+            self._pull(m, *parts, scale)
+            for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True)
+        ]
+        summed = self._summed(pulled, written)
+        if summed.is_written and self._were_changed():
+            foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
+        self.weights, self._trained_forward = LATENT, False
+        if summed.is_bad:
+            self.skipped_steps += 1
+            logger.warning(
+                "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
+                self.skipped_steps,
+            )
+            return False
+        if summed.products:
+            self._cosine = torch.stack(
+                [cosines(product).mean().to(self.device) for product in summed.products]
+            ).mean()
+        self._relevance = summed.relevance
+        for m, part, task in zip(self.maps, pulled, summed.own, strict=True):
+            for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
+                m.get_parameter(name).grad = value
+            if m.coordinators and m.graph.follows_gradients:
+                m.graph.observe(part.features)
+        self.engine.write_gradients(
+            [part.factors for part in pulled], fill_missing=self.config.compares_depths
+        )
+        self._rate = self.engine.learning_rate()
+        return True
 
-        A detached runtime keeps its state (`state_dict()`, `metrics()`). Once detached, it does nothing.
-        """
-        if not self.is_attached:
-            return
-        if self.weights == TRAINING and self._were_changed():
-            logger.warning(
-                "What other code wrote to training weights is dropped: the model keeps evaluation weights."
+    def _refuse_step(self) -> None:
+        """Stop where the gradients are not of what the maps made, or would move what no map has."""
+        if not self._trained_forward:
+            foreign_writes.refuse_step_without_training_forward()
+        if self._mixed_gradients:
+            foreign_writes.refuse_mixed_gradients()
+        moved = {id(p) for p in self._frozen if p.grad is not None}
+        if moved and any(
+            id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]
+        ):
+            foreign_writes.refuse_unfrozen(len(moved))
+
+    def _are_zeros(self, gradients: list[Factors]) -> bool:
+        """Whether no entry of any gradient, on any rank, is other than zero."""
+        zeros = [not bool(part.any()) for kind in gradients for part in kind]
+        return bool(self._slices.every(torch.tensor(all(zeros), dtype=torch.bool, device=self.device)))
+
+    def _pull(
+        self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor
+    ) -> _Pulled:
+        """One kind's gradients, carried back through its map. `scale` is the loss scale of mixed precision."""
+        scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
+        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its
+        # objective.
+        sign = -1 if self.engine.maximizes() else 1
+        factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
+        gathered = [relevance(latent, factors) / scale] if self._gathers_relevance() else []
+        penalty = m.regularizer_gradient(latent, self._slices.sum)
+        if penalty is not None:
+            factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
+        factors = Factors(*(sign * part for part in factors))
+        wanted = (self._cosine is None and self.step > 0) or (m.coordinators and m.graph.follows_gradients)
+        is_there = not self.is_sharded or set(m.sides) <= set(mapped_sides(m.kind, self.config, self._parts))
+        sides = m.sides if wanted and is_there and m.kind.depth_count > 1 else ()
+        # Closed directions join no depths.
+        passing = gradient if m.selection is None else m.selection(gradient)
+        return _Pulled(
+            factors,
+            {name: value / scale for name, value in own.items()},
+            # Unscaled and clipped, whichever engine.
+            {side: getattr(passing, side) / scale for side in sides},
+            gathered,
+        )
+
+    def _gathers_relevance(self) -> bool:
+        """Whether the step under way is one whose relevance counts for the selection to come."""
+        return (
+            self._select_step is not None
+            and self.step >= self._select_step // 2
+            and not self.maps[0].selection.is_made
+        )
+
+    def _summed(self, pulled: list[_Pulled], written: Tensor) -> _Summed:
+        """Sums over ranks, in one collective, and the one place where a step waits for the device."""
+        wants_cosine = self._cosine is None and self.step > 0
+        products = [
+            neighbour_products(
+                torch.cat([m.graph.by_expert(g).flatten(2) for g in part.features.values()], dim=-1)
             )
-            self.weights = LATENT
-        self.eval()
-        if self._select_step is not None and not self.maps[0].selection.is_made:
-            logger.warning(
-                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
-                self.config.keep,
-                self.step,
-                self._select_step,
-            )
-        self.is_attached = False
-        self._remove_hooks()
-        # Whoever keeps the runtime for its state or figures does not keep the model.
-        self.model, self.owners = None, []
-        for call in self.on_detach:
-            call()
+            for m, part in zip(self.maps, pulled, strict=True)
+            if wants_cosine and part.features
+        ]
+        own = [value for part in pulled for value in part.own.values()]
+        bad = self.engine.bad_gradients()
+        flags = torch.stack([bad, written.to(bad.device, bad.dtype)])
+        gathered = [d for part in pulled for d in part.relevance]
+        flags, *sums = self._slices.sums([flags, *gathered, *own, *products])
+        is_bad, is_written = flags.bool().tolist()
+        gathered, sums = sums[: len(gathered)], iter(sums[len(gathered) :])
+        own = [{name: next(sums) for name in part.own} for part in pulled]
+        return _Summed(is_bad, is_written, own, list(sums), gathered)
 
     @in_map_context
-    def reload(self) -> None:
-        """Start again from the LoRA weights that stand in the model, which other code has written.
+    def _after_step(self, stepped: bool) -> None:
+        """Step logits and Θ where the optimizer stepped, then put the new evaluation weights in place."""
+        if self._rate is not None and not stepped:  # an overflow that only the engine saw
+            self.skipped_steps += 1
+            self._rate = None
+        if self._rate is not None:
+            share = self.schedule.advance(self._rate)
+            if self._optimizer:
+                for group in self._optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * share
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            if self._relevance:
+                for m, d in zip(self.maps, self._relevance, strict=True):
+                    m.selection.observe(d)
+            self.step += 1
+            self._metric_steps += 1
+            if self._select_step is not None and self.step >= self._select_step:
+                self._select()
+            if self.step % self.config.semantic_every == 0:
+                graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
+                products = self._slices.sums([graph.gradient_products() for graph in graphs])
+                for graph, of_graph in zip(graphs, products, strict=True):
+                    graph.rebuild(of_graph)
+            self._rate = None
+        self._write(None)
+        self.weights, self._mixed_gradients = EVALUATION, False
 
-        They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at
-        `attach`; the step's number goes on, and with it the noise. Directions that selection has closed stay
-        closed. To continue a run of StructLoRA, use `load_state` instead.
-
-        Raises:
-            StructLoRAError: training weights stand (between a training forward and its optimizer step); or the
-                runtime is detached.
-        """
-        self._refuse_detached()
-        if self.weights == TRAINING:
-            foreign_writes.refuse_reload()
-        self.engine.write_latents(self.engine.read_working())
+    def _select(self) -> None:
+        """Make the selection, once."""
         selections = [m.selection for m in self.maps]
-        self._build(align=False)
-        if self._select_step is not None:
-            for m, selection in zip(self.maps, selections, strict=True):
-                m.selection = selection
-            self._write(None)
-        self.schedule = ScheduleShare()
-        self.weights, self._trained_forward = EVALUATION, False
+        if selections[0].is_made or not select(selections, self.config, self.seed):
+            return
+        count, total = (
+            sum(int(s.kept.sum()) for s in selections),
+            sum(s.kept.numel() for s in selections),
+        )
+        empty = sum(int((~s.kept.any(-1)).sum()) for s in selections)
+        logger.info(
+            "StructLoRA keeps %d of %d directions from step %d on (%d modules keep none).",
+            count,
+            total,
+            self.step,
+            empty,
+        )
 
     @property
     def is_sharded(self) -> bool:
@@ -319,173 +432,57 @@ class Runtime(StandingWeights):
         self.weights, self._trained_forward = EVALUATION, False
 
     @in_map_context
-    def _before_step(self) -> bool:
-        """Carry the gradients back through the map. False where the optimizer must not step."""
-        self.hook_calls += 1
-        self._rate = None
-        foreign_writes.refuse_replaced(self.owners)
-        gradients = self.engine.read_gradients()
-        if gradients is None or (not self._trained_forward and self._are_zeros(gradients)):
-            # No backward has run: there is nothing to step, with or without us. Zeros are what
-            # `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
-            # optimizer step with.
-            foreign_writes.refuse_replaced_by_name(self.model, self.owners)
-            if self.weights != LATENT and self._were_changed():
-                foreign_writes.refuse_changed()
-            self.weights, self._trained_forward, self._mixed_gradients = LATENT, False, False
-            return True
-        self._refuse_step()
-        written = self.engine.written()
-        scale = self.engine.gradient_scale()
-        pulled = [
-            self._pull(m, *parts, scale)
-            for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True)
-        ]
-        summed = self._summed(pulled, written)
-        if summed.is_written and self._were_changed():
-            foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
-        self.weights, self._trained_forward = LATENT, False
-        if summed.is_bad:
-            self.skipped_steps += 1
-            logger.warning(
-                "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
-                self.skipped_steps,
-            )
-            return False
-        if summed.products:
-            self._cosine = torch.stack(
-                [cosines(product).mean().to(self.device) for product in summed.products]
-            ).mean()
-        self._relevance = summed.relevance
-        for m, part, task in zip(self.maps, pulled, summed.own, strict=True):
-            for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
-                m.get_parameter(name).grad = value
-            if m.coordinators and m.graph.follows_gradients:
-                m.graph.observe(part.features)
-        self.engine.write_gradients(
-            [part.factors for part in pulled], fill_missing=self.config.compares_depths
-        )
-        self._rate = self.engine.learning_rate()
-        return True
+    def reload(self) -> None:
+        """Start again from the LoRA weights that stand in the model, which other code has written.
 
-    def _pull(
-        self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor
-    ) -> _Pulled:
-        """One kind's gradients, carried back through its map. `scale` is the loss scale of mixed precision."""
-        scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
-        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its
-        # objective.
-        sign = -1 if self.engine.maximizes() else 1
-        factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
-        gathered = [relevance(latent, factors) / scale] if self._gathers_relevance() else []
-        penalty = m.regularizer_gradient(latent, self._slices.sum)
-        if penalty is not None:
-            factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
-        factors = Factors(*(sign * part for part in factors))
-        wanted = (self._cosine is None and self.step > 0) or (m.coordinators and m.graph.follows_gradients)
-        is_there = not self.is_sharded or set(m.sides) <= set(mapped_sides(m.kind, self.config, self._parts))
-        sides = m.sides if wanted and is_there and m.kind.depth_count > 1 else ()
-        # Closed directions join no depths.
-        passing = gradient if m.selection is None else m.selection(gradient)
-        return _Pulled(
-            factors,
-            {name: value / scale for name, value in own.items()},
-            # Unscaled and clipped, whichever engine.
-            {side: getattr(passing, side) / scale for side in sides},
-            gathered,
-        )
+        They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at
+        `attach`; the step's number goes on, and with it the noise. Directions that selection has closed stay
+        closed. To continue a run of StructLoRA, use `load_state` instead.
 
-    def _summed(self, pulled: list[_Pulled], written: Tensor) -> _Summed:
-        """Sums over ranks, in one collective, and the one place where a step waits for the device."""
-        wants_cosine = self._cosine is None and self.step > 0
-        products = [
-            neighbour_products(
-                torch.cat([m.graph.by_expert(g).flatten(2) for g in part.features.values()], dim=-1)
-            )
-            for m, part in zip(self.maps, pulled, strict=True)
-            if wants_cosine and part.features
-        ]
-        own = [value for part in pulled for value in part.own.values()]
-        bad = self.engine.bad_gradients()
-        flags = torch.stack([bad, written.to(bad.device, bad.dtype)])
-        gathered = [d for part in pulled for d in part.relevance]
-        flags, *sums = self._slices.sums([flags, *gathered, *own, *products])
-        is_bad, is_written = flags.bool().tolist()
-        gathered, sums = sums[: len(gathered)], iter(sums[len(gathered) :])
-        own = [{name: next(sums) for name in part.own} for part in pulled]
-        return _Summed(is_bad, is_written, own, list(sums), gathered)
+        Raises:
+            StructLoRAError: training weights stand (between a training forward and its optimizer step); or the
+                runtime is detached.
+        """
+        self._refuse_detached()
+        if self.weights == TRAINING:
+            foreign_writes.refuse_reload()
+        self.engine.write_latents(self.engine.read_working())
+        selections = [m.selection for m in self.maps]
+        self._build(align=False)
+        if self._select_step is not None:
+            for m, selection in zip(self.maps, selections, strict=True):
+                m.selection = selection
+            self._write(None)
+        self.schedule = ScheduleShare()
+        self.weights, self._trained_forward = EVALUATION, False
 
     @in_map_context
-    def _after_step(self, stepped: bool) -> None:
-        """Step logits and Θ where the optimizer stepped, then put the new evaluation weights in place."""
-        if self._rate is not None and not stepped:  # an overflow that only the engine saw
-            self.skipped_steps += 1
-            self._rate = None
-        if self._rate is not None:
-            share = self.schedule.advance(self._rate)
-            if self._optimizer:
-                for group in self._optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * share
-                self._optimizer.step()
-                self._optimizer.zero_grad()
-            if self._relevance:
-                for m, d in zip(self.maps, self._relevance, strict=True):
-                    m.selection.observe(d)
-            self.step += 1
-            self._metric_steps += 1
-            if self._select_step is not None and self.step >= self._select_step:
-                self._select()
-            if self.step % self.config.semantic_every == 0:
-                graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
-                products = self._slices.sums([graph.gradient_products() for graph in graphs])
-                for graph, of_graph in zip(graphs, products, strict=True):
-                    graph.rebuild(of_graph)
-            self._rate = None
-        self._write(None)
-        self.weights, self._mixed_gradients = EVALUATION, False
+    def detach(self) -> None:
+        """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
 
-    def _gathers_relevance(self) -> bool:
-        """Whether the step under way is one whose relevance counts for the selection to come."""
-        return (
-            self._select_step is not None
-            and self.step >= self._select_step // 2
-            and not self.maps[0].selection.is_made
-        )
-
-    def _select(self) -> None:
-        """Make the selection, once."""
-        selections = [m.selection for m in self.maps]
-        if selections[0].is_made or not select(selections, self.config, self.seed):
+        A detached runtime keeps its state (`state_dict()`, `metrics()`). Once detached, it does nothing.
+        """
+        if not self.is_attached:
             return
-        count, total = (
-            sum(int(s.kept.sum()) for s in selections),
-            sum(s.kept.numel() for s in selections),
-        )
-        empty = sum(int((~s.kept.any(-1)).sum()) for s in selections)
-        logger.info(
-            "StructLoRA keeps %d of %d directions from step %d on (%d modules keep none).",
-            count,
-            total,
-            self.step,
-            empty,
-        )
-
-    def _refuse_step(self) -> None:
-        """Stop where the gradients are not of what the maps made, or would move what no map has."""
-        if not self._trained_forward:
-            foreign_writes.refuse_step_without_training_forward()
-        if self._mixed_gradients:
-            foreign_writes.refuse_mixed_gradients()
-        moved = {id(p) for p in self._frozen if p.grad is not None}
-        if moved and any(
-            id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]
-        ):
-            foreign_writes.refuse_unfrozen(len(moved))
-
-    def _are_zeros(self, gradients: list[Factors]) -> bool:
-        """Whether no entry of any gradient, on any rank, is other than zero."""
-        zeros = [not bool(part.any()) for kind in gradients for part in kind]
-        return bool(self._slices.every(torch.tensor(all(zeros), dtype=torch.bool, device=self.device)))
+        if self.weights == TRAINING and self._were_changed():
+            logger.warning(
+                "What other code wrote to training weights is dropped: the model keeps evaluation weights."
+            )
+            self.weights = LATENT
+        self.eval()
+        if self._select_step is not None and not self.maps[0].selection.is_made:
+            logger.warning(
+                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
+                self.config.keep,
+                self.step,
+                self._select_step,
+            )
+        self.is_attached = False
+        self._remove_hooks()
+        # Whoever keeps the runtime for its state or figures does not keep the model.
+        self.model, self.owners = None, []
+        for call in self.on_detach:
+            call()
 
 
 def _is_fresh(kind: Kind, latent: Factors, slices: Slices) -> bool:

@@ -32,26 +32,32 @@ EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
 class StandingWeights:
     """Puts training and evaluation weights in place; the base of `Runtime`, which steps them.
 
+    Args:
+        kinds (`list[Kind]`): what is trained.
+        engine (`Engine`): who owns the parameters.
+        noise (`LogisticNoise`): what draws the gates' noise.
+        noise_off (`str` or None): why there is none in this run.
+        parts (`Parts`): what the maps are built of.
+
     Attributes:
         weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer
             step, 'latent'.
         is_attached (`bool`): whether the model and its optimizer are still in use.
+        step (`int`): optimizer steps that counted.
+        maps (`list[KindMap]`): one per kind; `Runtime` builds them.
     """
 
-    kinds: list[Kind]
-    maps: list[KindMap]
-    engine: Engine
-    noise: LogisticNoise
-    noise_off: str | None
-    step: int
-    _parts: Parts
-    device: torch.device
-    stopwatch: Stopwatch
-    weights = EVALUATION
-    is_attached = True
-    _trained_forward = False  # whether training weights have stood since the last step
-    _mixed_gradients = False  # whether a gradient since then arrived while others stood
-    _in_graphs: set[int] | None = None  # ids of parameters in graphs at attach, until a training forward
+    def __init__(
+        self, kinds: list[Kind], engine: Engine, noise: LogisticNoise, noise_off: str | None, parts: Parts
+    ):
+        self.kinds, self.engine, self.noise, self.noise_off = kinds, engine, noise, noise_off
+        self.device, self.stopwatch = kinds[0].device, Stopwatch(kinds[0].device)
+        self.weights, self.is_attached, self.step = EVALUATION, True, 0
+        self.maps: list[KindMap] = []
+        self._parts = parts
+        self._trained_forward = False  # whether training weights have stood since the last step
+        self._mixed_gradients = False  # whether a gradient since then arrived while others stood
+        self._in_graphs: set[int] | None = None  # parameters in graphs at attach, until a training forward
 
     @property
     def is_noisy(self) -> bool:
