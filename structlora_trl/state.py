@@ -1,8 +1,7 @@
 """What a run is between two steps, and the only place that knows how it is written down.
 
 A state is one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the adapter,
-    written whole
-or not at all:
+written whole or not at all:
 
     header                       JSON: format, seed, step, skipped_steps, schedule, options; of each kind its modules,
                                  shape, compared sides and what it adapts

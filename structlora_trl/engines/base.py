@@ -1,11 +1,17 @@
-"""What the runtime needs from whatever owns the parameters: four verbs, and a place in the optimizer step.
+"""What the runtime needs from whatever owns the parameters: four verbs, a place in the optimizer step, and
+answers about both.
 
     read_gradients    reduced gradients of the effective factors
     write_gradients   gradients of the latent factors, for the optimizer to step with
     read_latents      master values, which the optimizer steps
     write_working     effective values, which the model computes with
 
-All speak in stacked factors of nodes, one `Factors` per kind, in fp32. An engine that shards parameters
+    install, remove                                           the place in the step
+    bad_gradients, gradient_scale, learning_rate, maximizes   of the step under way
+    stamp, written, was_touched, keep_versions                whether other code wrote to the model
+    read_working, stored, write_latents                       for `reload`, state dicts and a state that is loaded
+
+The verbs speak in stacked factors of nodes, one `Factors` per kind, in fp32. An engine that shards parameters
 speaks of this rank's slices of the width (`slices.py`), and where it may of the mapped sides alone, those
 that the map changes or reads: the others are empty then. Its verbs are collectives.
 """
