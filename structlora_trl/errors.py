@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # What other libraries raise about files, values, columns and packages.
 _ABOUT_INPUT = (OSError, ValueError, TypeError, LookupError, ArithmeticError, ImportError)
@@ -59,3 +61,29 @@ def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception],
         raise StructLoRAError(
             f"that {what} failed ({type(cause).__name__}: {message})", expected, remedy
         ) from error
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Stop where a folder cannot be made or written to: a file has its name or the name of one above it, or
+    the user has no permission.
+
+    Args:
+        folder (`Path`): it may exist already.
+
+    Raises:
+        StructLoRAError: the message names the file or the folder that is in the way.
+    """
+    path = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    where = "" if path == folder else f", above {folder}"
+    if not path.is_dir():
+        raise StructLoRAError(
+            f"a file {path}{where}, where a folder is to be written",
+            "a folder, or a path at which one can be made",
+            "name another path, or move the file",
+        )
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StructLoRAError(
+            f"no permission to write in {path}{where}",
+            "a folder that can be written to",
+            "name another path, or change its permissions",
+        )

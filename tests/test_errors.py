@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from structlora_trl import StructLoRACallback, StructLoRAError, attach
 from structlora_trl.core.filters import Filter
 from structlora_trl.core.mapping import Parts
+from structlora_trl.errors import refuse_unwritable
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import said_by
@@ -278,3 +279,11 @@ def test_errors_have_three_parts_and_survive_pickling():
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == "StructLoRA found this. Expected that. Fix: do so."
     assert re.search(r"found .* Expected .* Fix: ", str(error))
+
+
+def test_a_folder_that_the_user_may_not_write_to(tmp_path, monkeypatch):
+    """Before the work, with the folder's name. Root may write anywhere, so that the answer is asked for here."""
+    refuse_unwritable(tmp_path / "new" / "adapter")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(StructLoRAError, match=re.escape(f"no permission to write in {tmp_path}, above")):
+        refuse_unwritable(tmp_path / "new" / "adapter")

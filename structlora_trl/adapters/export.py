@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..errors import StructLoRAError, refusing
+from ..errors import StructLoRAError, refuse_unwritable, refusing
 from .load_adapter import Saved
 from .measuring import (
     NO_PROBE,
@@ -108,7 +108,7 @@ def export(
             PEFT does not repeat. Nothing is written then.
     """
     out = Path(out)
-    refuse_file_in_path(out)
+    refuse_unwritable(out)
     if out.exists() and any(out.iterdir()):
         raise StructLoRAError(
             f"{out}, which is not empty", "a new or empty folder", "name another, or empty it"
@@ -176,25 +176,6 @@ def export(
         for path in result.iterdir():
             path.rename(out / path.name)
     return done
-
-
-def refuse_file_in_path(folder: Path) -> None:
-    """Stop where a folder cannot be made, since a file has its name or the name of one above it.
-
-    Args:
-        folder (`Path`): it may exist already.
-
-    Raises:
-        StructLoRAError: the message names the file.
-    """
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            where = "" if path == folder else f", above {folder}"
-            raise StructLoRAError(
-                f"a file {path}{where}, where a folder is to be written",
-                "a folder, or a path at which one can be made",
-                "name another path, or move the file",
-            )
 
 
 class SizeCurve(NamedTuple):

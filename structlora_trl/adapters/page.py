@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import StructLoRAError
-from .export import refuse_file_in_path
+from ..errors import StructLoRAError, refuse_unwritable
 from .figures import RUN_COLOURS, Run, charts
 from .inspecting import final_losses, peak_learning_rate, short_names, training_data
 
@@ -36,7 +35,7 @@ def refuse_folder(path: Path) -> None:
             "the name of an HTML file",
             f"name a file, such as {path / 'report.html'}",
         )
-    refuse_file_in_path(path.parent)
+    refuse_unwritable(path.parent)
 
 
 def write_page(path: str | Path, runs: list[Run]) -> None:

@@ -131,7 +131,7 @@ def _training_parser(name: str, script: ModuleType):
     parser.set_defaults(use_peft=True)
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")  # TRL leaves it to the user
-    output = "Replace a finished adapter that `output_dir` holds."
+    output = "Write over the adapter or the checkpoints that `output_dir` holds."
     parser.add_argument("--overwrite", nargs="?", type=_yaml_value, const=True, default=False, help=output)
     group = parser.add_argument_group("StructLoRA")
     switch = "Train StructLoRA. 'false' trains plain LoRA, with all else equal."

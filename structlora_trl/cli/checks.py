@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import StructLoRAError
+from ..errors import StructLoRAError, refuse_unwritable
 from ..state import STATE_NAME
 from .arguments import Arguments
 
@@ -42,16 +42,9 @@ def check_arguments(given: Arguments) -> None:
             "set `reward_funcs` to names or import paths of functions, or `reward_model_name_or_path` to a model",
         )
     output = Path(given.training.output_dir)
-    if output.exists() and not output.is_dir():
-        raise StructLoRAError(
-            f"output_dir={output}, which is a file", "a folder to write to", "correct `output_dir`"
-        )
-    if (output / CONFIG_NAME).exists() and not given.overwrite and not given.training.resume_from_checkpoint:
-        raise StructLoRAError(
-            f"a finished adapter in output_dir={output}",
-            "a new folder, so that nothing is lost",
-            "choose another `output_dir`, or give `--overwrite`; `--resume_from_checkpoint true` continues a run",
-        )
+    refuse_unwritable(output)
+    if not given.overwrite and not given.training.resume_from_checkpoint:
+        _refuse_earlier_run(output)
     # The other way round the callback refuses. Its optimizer's moments are of latent factors, not of the adapter.
     checkpoint = given.training.resume_from_checkpoint
     if checkpoint and given.structlora is None and (Path(checkpoint) / STATE_NAME).is_file():
@@ -59,6 +52,23 @@ def check_arguments(given: Arguments) -> None:
             f"a checkpoint that StructLoRA wrote in {checkpoint}, and structlora=false",
             "a checkpoint of plain LoRA",
             "resume without `structlora: false`, or choose another `output_dir` for a run of plain LoRA",
+        )
+
+
+def _refuse_earlier_run(output: Path) -> None:
+    """Stop where a run's adapter or its checkpoints would be written over, or mixed with those to come."""
+    unfinished = whole_checkpoints(output)
+    if (output / CONFIG_NAME).exists():
+        raise StructLoRAError(
+            f"a finished adapter in output_dir={output}",
+            "a new folder, so that nothing is lost",
+            "choose another `output_dir`, or give `--overwrite`; `--resume_from_checkpoint true` continues a run",
+        )
+    if unfinished:
+        raise StructLoRAError(
+            f"checkpoints of an unfinished run in output_dir={output}, the last one {unfinished[-1].name}",
+            "a new folder, so that nothing is lost",
+            "give `--resume_from_checkpoint true` to continue that run; or choose another `output_dir`, or give `--overwrite`",
         )
 
 

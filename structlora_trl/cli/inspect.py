@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import refuse_unwritable
 from .arguments import parser_of
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run(command: str, arguments: list[str]) -> None:
     if given.base and not given.data:
         parser.error("--base needs --data")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
-    from ..adapters.export import information_curves, refuse_file_in_path
+    from ..adapters.export import information_curves
     from ..adapters.inspecting import final_losses, log_history, report
     from ..adapters.load_adapter import read_saved
 
@@ -83,7 +84,7 @@ def run(command: str, arguments: list[str]) -> None:
 
         refuse_folder(given.html)
     if given.plot:
-        refuse_file_in_path(given.plot)
+        refuse_unwritable(given.plot)
     folders = [folder for folder in (given.adapter, given.against) if folder]
     # Both before the work: a wrong path is told at once.
     adapters = [read_saved(folder) for folder in folders]
