@@ -166,7 +166,7 @@ class Runtime(StandingWeights):
         side = kind.heads.side if kind.heads else None
         head_of = slices.part(head_numbers(kind), side).flatten() if side else None
         A = start.A[:1] if aligned else start.A
-        B = start.B.clone() if self._absorbs_base or not kind.A else None
+        B = start.B.clone() if self._absorbs_base or kind.is_vera else None
         m = KindMap(kind, self.config, A.clone(), B, self._parts, head_of)
         for part in m.modules():
             if hasattr(part, "sum_over_width"):
@@ -487,7 +487,7 @@ class Runtime(StandingWeights):
 
 def _is_fresh(kind: Kind, latent: Factors, slices: Slices) -> bool:
     """Whether a kind's lora_A may be aligned: there is one, it is trained, and lora_B is zero."""
-    if not kind.A or not kind.A[0].requires_grad:
+    if kind.is_vera or not kind.A[0].requires_grad:
         return False
     return bool(slices.every(~latent.B.any()))
 

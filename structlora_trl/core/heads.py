@@ -27,7 +27,7 @@ def heads_of(model: nn.Module, kind: Kind) -> Heads | None:
     width.
     """
     side = heads_side(kind)
-    if side is None or not kind.A:  # VeRA's λ_d has neither rows nor columns of heads
+    if side is None or kind.is_vera:  # VeRA's λ_d has neither rows nor columns of heads
         return None
     _, _, columns, rows = kind.shape
     width = columns if side == "A" else rows

@@ -144,9 +144,14 @@ class Kind:
         return self.depth_count * self.experts
 
     @property
+    def is_vera(self) -> bool:
+        """Whether its modules train VeRA's λ_d, and have no lora_A of their own."""
+        return not self.A
+
+    @property
     def sides(self) -> tuple[str, ...]:
         """The factors that its modules have of their own: 'A' and 'B', or 'B' alone (VeRA)."""
-        return SIDES if self.A else ("B",)
+        return ("B",) if self.is_vera else SIDES
 
     @property
     def rank(self) -> int:
@@ -157,7 +162,7 @@ class Kind:
     def shape(self) -> list[int]:
         """[modules, rows of lora_A, k, d]."""
         d, rows = matrix_shape(self.B[0])
-        return [len(self.modules), rows, matrix_shape(self.A[0])[1] if self.A else 0, d]
+        return [len(self.modules), rows, 0 if self.is_vera else matrix_shape(self.A[0])[1], d]
 
     @property
     def device(self) -> torch.device:

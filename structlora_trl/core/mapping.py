@@ -189,7 +189,7 @@ class KindMap(nn.Module):
         A₀ was not kept, or there is no other side (VeRA).
         """
         side = residual_side(self.kind, self.config.roles)
-        if side is None or (side == "A" and self.origin_A is None) or not self.kind.A:
+        if side is None or (side == "A" and self.origin_A is None) or self.kind.is_vera:
             return None
         other = factors.A if side == "B" else factors.B.mT
         return Factors(self._feature(side, getattr(factors, side)), other)
@@ -237,7 +237,7 @@ class KindMap(nn.Module):
     @property
     def _unfiltered(self) -> Tensor | None:
         """The part of lora_B that holds base weights, which no gate may close; None where there is none."""
-        return self.origin_B if self.kind.A else None
+        return None if self.kind.is_vera else self.origin_B
 
     def _coordinated(self, side: str, factor: Tensor) -> Tensor:
         """A filtered factor with what message passing adds."""
@@ -266,7 +266,7 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
     """The factors of a kind that are compared across depth: ('A',), ('B',), both; none where its role is
     unknown. Of VeRA always λ_d, since all modules share their directions.
     """
-    if not kind.A:
+    if kind.is_vera:
         return ("B",)
     if config.side == "both":
         return SIDES
