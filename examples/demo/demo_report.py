@@ -92,8 +92,9 @@ Both runs have the same arguments; StructLoRA adds `callbacks=[StructLoRACallbac
 
 The table is of {held_out} other sentences. Accuracy: how often the right one of the two answers is the likelier.
 NLL: mean negative log-likelihood of the right answer, where the probabilities of the two answers are scaled to sum to
-one. CPU seconds per step: the median, over all cores; on two idle cores a step takes about half as long. Peak memory: of
-each row's own process."""
+one. CPU seconds per step: the median, over all cores; on two idle cores a step takes about half as long. The two runs follow
+each other, and other work on the machine lengthens steps, so that a difference here may be that: for a ratio, run
+`benchmarks/cost`, which takes steps of both in turn. Peak memory: of each row's own process."""
 
 
 def _comparison(results: dict[str, dict]) -> str:
