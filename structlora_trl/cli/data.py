@@ -121,8 +121,11 @@ def _builder(path: str, files):
 
 def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
     """Where the rows are read from: the files that are named, else the folders and data sets."""
-    files = [str(part.data_files or part.path) for part in mixture.datasets]
-    return files or [script.dataset_name]
+    found = []
+    for part in mixture.datasets:
+        files = part.data_files or part.path
+        found += files if isinstance(files, list) else [str(files)]
+    return found or [script.dataset_name]
 
 
 def _split(splits, name: str, argument: str):

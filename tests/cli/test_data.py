@@ -6,7 +6,9 @@ import json
 
 import pytest
 from datasets import Dataset
+from trl import DatasetMixtureConfig, ScriptArguments
 
+from structlora_trl.cli.data import sources
 from tests.support.cli_runs import assert_plain_peft_agrees, config_file, trained
 from tests.support.data import chats, save_base, save_pictures, texts, write_rows
 from tests.support.left import assert_acted, state_of
@@ -81,3 +83,10 @@ def test_llava_with_pictures(place, monkeypatch):
     assert any("vision_tower" in name for name in state)
     assert_acted("out")
     assert_plain_peft_agrees(trainer.model, "out", "llava")
+
+
+def test_where_rows_come_from_names_each_file():
+    """As the report page and the error about empty files say it."""
+    files = {"path": "json", "data_files": ["a.jsonl", "b.jsonl"]}
+    mixture = DatasetMixtureConfig(datasets=[files, {"path": "owner/set"}])
+    assert sources(ScriptArguments(), mixture) == ["a.jsonl", "b.jsonl", "owner/set"]
