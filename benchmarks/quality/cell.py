@@ -7,12 +7,14 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from . import methods, pretrain
+from . import after_training, methods, pretrain
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .store import KEY
 from .tasks import TASKS, ViT
 
-SCALED_RANK = 8  # of LoRA, at which a scalar on the update is tried
+CUT_RANK = (
+    8  # from which on LoRA and StructLoRA are cut after training, and LoRA's update is tried with a scalar
+)
 WARMUP = 0.06  # of the steps, as in the paper
 
 
@@ -87,9 +89,13 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         runtime.detach()
     if selection:
         return line | {"selection": selection.summary()}
-    if method_name == "lora" and rank == SCALED_RANK:
-        figures = scaled(
-            model, line["validation"], lambda: evaluate(model, validation), lambda: evaluate(model, test)
-        )
+
+    def tested() -> dict:
+        return evaluate(model, test)
+
+    if method_name == "lora" and rank >= CUT_RANK:
+        figures = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = figures or {"scale": 1.0, **line["test"]}
-    return line | truncated(model, rank, lambda: evaluate(model, test))
+    if method_name in ("lora", "structlora") and rank >= CUT_RANK:
+        line["cut"] = after_training.cut(model, training, validation, seed, tested)
+    return line | truncated(model, rank, tested)

@@ -31,6 +31,7 @@ from .settings import (
     OTHERS,
     PARTS,
     QUARTER,
+    QUARTER_CHANCE,
     QUARTER_METHODS,
     QUARTER_RATE_SEEDS,
     QUARTER_SEEDS,
@@ -136,15 +137,19 @@ def _quarter() -> list[tuple]:
 
 
 def _quarter_at_chosen_rates() -> list[tuple]:
-    """The same with further seeds, at the rate of each method that validation chose."""
+    """The same with further seeds, and chance with all of them, at the rate of each method that validation chose."""
     runs = quarter_runs(store.read())
     chosen = runs.rates if runs else {}
+    further = QUARTER_SEEDS[len(QUARTER_RATE_SEEDS) :]
+    (ours, size), *_ = QUARTER_METHODS
+    methods = [(name, rank, name, further) for name, rank in QUARTER_METHODS]
+    methods.append((QUARTER_CHANCE, size, ours, QUARTER_SEEDS))
     return [
         (task, name, rank, examples, lr, seed)
-        for seed in QUARTER_SEEDS[len(QUARTER_RATE_SEEDS) :]
+        for seed in (*further, *QUARTER_RATE_SEEDS)
         for task, _, examples in QUARTER
-        for name, rank in QUARTER_METHODS
-        if (lr := chosen.get((task, rank, examples, name))) is not None
+        for name, rank, rate_of, seeds in methods
+        if seed in seeds and (lr := chosen.get((task, rank, examples, rate_of))) is not None
     ]
 
 

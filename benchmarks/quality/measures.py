@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
@@ -90,23 +89,29 @@ def truncated(model: nn.Module, rank: int, test: Callable[[], dict]) -> dict[str
     return {"truncated": found} if found else {}
 
 
-@torch.no_grad()
 def truncate(model: nn.Module, rank: int) -> int:
     """Leave the `rank` largest singular directions of each adapter's BA, in place. Returns how many adapters there were."""
-    count = 0
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
-            continue
-        for name in layer.lora_A:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-            left, left_triangle = torch.linalg.qr(B)
-            right, right_triangle = torch.linalg.qr(A.T)
-            U, S, V = torch.linalg.svd(left_triangle @ right_triangle.T)
-            S[rank:] = 0
-            B.copy_(left @ U * S)
-            A.copy_(V @ right.T)
-            count += 1
-    return count
+    found = lora_factors(model)
+    to_singular_directions(found.values())
+    with torch.no_grad():
+        for _, B in found.values():
+            B[:, rank:] = 0
+    return len(found)
+
+
+@torch.no_grad()
+def to_singular_directions(factors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Write B <- U S and A <- Vᵀ of the singular value decomposition BA = U S Vᵀ, largest first, in place.
+
+    Args:
+        factors (`Iterable[tuple[Tensor, Tensor]]`): of each module A (r, k) and B (d, r).
+    """
+    for A, B in factors:
+        left, left_triangle = torch.linalg.qr(B)
+        right, right_triangle = torch.linalg.qr(A.T)
+        U, S, Vt = torch.linalg.svd(left_triangle @ right_triangle.T)
+        B.copy_(left @ U * S)
+        A.copy_(Vt @ right.T)
 
 
 def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:

@@ -383,6 +383,9 @@ QUARTER = tuple(
     for modules in ("", "-all")
 )
 QUARTER_METHODS = (("structlora:keep=0.25", 8), ("structlora", 8), ("lora", 2), ("lora", 8))
+QUARTER_CHANCE = (
+    "structlora:keep=0.25,select_by=random"  # the control, at the rate of selection by information
+)
 QUARTER_SEEDS = range(100, 112)
 QUARTER_RATE_SEEDS = QUARTER_SEEDS[:3]  # which choose the rates
 

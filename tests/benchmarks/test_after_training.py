@@ -1,0 +1,71 @@
+"""A cut after training: how many directions each rule leaves, that the adapter stands again afterwards, and what is chosen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.quality import after_training, cell, measures
+from benchmarks.quality.after_training import AT_HALF, SHARES, cut
+from benchmarks.quality.tasks import TASKS
+from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
+
+RANK = 8
+
+
+@pytest.fixture
+def trained(tiny_task, monkeypatch):  # noqa: F811
+    """The model of a short run, with its task's splits."""
+    found = {}
+    monkeypatch.setattr(
+        after_training, "cut", lambda model, *splits: found.update(model=copy.deepcopy(model), splits=splits)
+    )
+    cell.run("digits", "structlora", RANK, 20, 1e-2, 3)
+    return found["model"], *found["splits"][:2]
+
+
+def test_each_rule_leaves_its_share_and_the_whole_adapter_stands_afterwards(trained):
+    model, training, validation = trained
+    factors = measures.lora_factors(model)
+    updates = {name: (B @ A).detach() for name, (A, B) in factors.items()}
+    total = len(factors) * RANK
+    whole = measures.evaluate(model, TASKS["digits"].load()[2])
+
+    def left() -> dict:
+        return {"accuracy": sum(int(B.any(0).sum()) for _, B in factors.values()), "nll": 0.0}
+
+    found = cut(model, training, validation, 0, left)
+    for rule, by_share in found.items():
+        assert by_share.keys() == {name for name in SHARES if name != "half" or rule in AT_HALF}
+        for name, figures in by_share.items():
+            assert figures["accuracy"] == round(total * SHARES[name])
+    for name, (A, B) in factors.items():
+        torch.testing.assert_close(B @ A, updates[name])
+    assert measures.evaluate(model, TASKS["digits"].load()[2])["nll"] == pytest.approx(whole["nll"], abs=1e-4)
+
+
+def test_the_largest_singular_values_are_nearest_to_the_update(trained):
+    model, training, validation = trained
+    factors = measures.lora_factors(model)
+    updates = {name: (B @ A).detach() for name, (A, B) in factors.items()}
+
+    def error() -> dict:
+        return {
+            "accuracy": float(sum((B @ A - updates[n]).square().sum() for n, (A, B) in factors.items())),
+            "nll": 0.0,
+        }
+
+    errors = {
+        rule: by_share["eighth"]["accuracy"]
+        for rule, by_share in cut(model, training, validation, 0, error).items()
+    }
+    assert min(errors, key=errors.get) == "singular"
+
+
+def test_a_cell_keeps_the_figures_of_adapters_that_are_plain_lora(tiny_task):  # noqa: F811
+    for method, is_cut in (("lora", True), ("structlora", True), ("dora", False)):
+        line = cell.run("digits", method, RANK, 20, 1e-2, 3)
+        assert ("cut" in line) == is_cut
+    assert "cut" not in cell.run("digits", "lora", 4, 20, 1e-2, 3)
