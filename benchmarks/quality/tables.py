@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control, ttest_1samp
 from scipy.stats import t as student
 
-from . import heldout, methods
+from . import after_training, heldout, methods
 from .selection import BASE, GATES, OURS, Runs, Setting, quarter_runs, test_runs
 from .settings import (
     ABLATIONS,
@@ -88,6 +88,15 @@ RULE_LABELS = {
     "norm": "top-k norm",
 }
 
+CUT_LABELS = {
+    "information": "information of training examples, singular directions",
+    "held-out": "information of validation examples, singular directions",
+    "singular": "largest singular values",
+    "norm": "top-k norm",
+    "random": "random",
+    "random-singular": "random, singular directions",
+}
+
 Place = tuple[Setting, float]  # a setting and a learning rate
 
 
@@ -129,6 +138,8 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "aims": aims(runs, every_seed),
         "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
         "quarter": quarter(quarter_runs(lines), QUARTER, QUARTER_METHODS),
+        "at-a-quarter": at_equal_size(quarter_runs(lines), QUARTER, "quarter"),
+        "at-an-eighth": at_equal_size(quarter_runs(lines), QUARTER, "eighth"),
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -445,6 +456,77 @@ def quarter(runs: Runs | None, settings: Iterable[Setting], names: Sequence[tupl
     for start in ("", "NLL "):
         header += [cell for title in titles[1:] for cell in (f"{start}− {title}", "p (q, Holm)")]
     return markdown(header, rows) if rows else "No runs are kept yet."
+
+
+def at_equal_size(runs: Runs | None, settings: Iterable[Setting], share: str) -> str:
+    """Adapters with that share of the directions, and whole ones: mean test figures over the settings, each at its own rate.
+
+    Less LoRA trained at that rank, and less the adapter that was not cut, with 95 % intervals over the seeds that all
+    settings have. What is cut after training has the rate of the whole adapter.
+
+    Args:
+        runs (`Runs`, *optional*): of the comparison.
+        settings (`Iterable`): (task, rank, examples), of the whole adapter.
+        share (`str`): a name of `after_training.SHARES`.
+    """
+    if runs is None:
+        return "No runs are kept yet."
+    keep = after_training.SHARES[share]
+    selection, chance = f"{OURS}:keep={keep:g}", f"{OURS}:keep={keep:g},select_by=random"
+
+    def of(
+        method: str, column: str = "test", shrunk: float = 1, rate_of: str | None = None
+    ) -> list[pd.DataFrame]:
+        found = []
+        for task, rank, examples in settings:
+            setting = (task, round(rank * shrunk), examples)
+            found.append(
+                _test_figures(runs.at(setting, method, runs.rates.get((*setting, rate_of or method))), column)
+            )
+        return found
+
+    small, whole = of(BASE, shrunk=keep), {name: of(name) for name in (BASE, OURS)}
+    rows = [
+        ("LoRA trained at that rank", small, whole[BASE]),
+        (f"{label(selection)}, in training, by information", of(selection), whole[OURS]),
+        (f"{label(chance)}, in training", of(chance, rate_of=selection), whole[OURS]),
+    ]
+    for name, uncut in whole.items():
+        rows += [
+            (f"{label(name)}, cut after training: {of_rule}", of(name, f"cut.{rule}.{share}"), uncut)
+            for rule, of_rule in CUT_LABELS.items()
+        ]
+        rows.append(
+            (f"{label(name)}, cut after training: uniform SVD", of(name, f"truncated.{share}"), uncut)
+        )
+    rows += [
+        ("LoRA, whole, update times a scalar chosen on validation", of(BASE, "scaled"), whole[BASE]),
+        ("LoRA, whole", whole[BASE], whole[BASE]),
+        ("StructLoRA, whole", whole[OURS], whole[OURS]),
+    ]
+    cells = []
+    for name, figures, uncut in rows:
+        means = _mean_over_settings(figures)
+        if len(means) < 2:
+            continue
+        row = [name, len(means), f"{_mean(means['accuracy']):.1f}", f"{_mean(means['nll']):.3f}"]
+        for base in (small, uncut):
+            if figures is base:
+                row += [""] * 4
+                continue
+            gaps = _mean_over_settings([one - other for one, other in zip(figures, base, strict=True)])
+            for figure in ("accuracy", "nll"):
+                row += _intervals(gaps[[figure]], figure) if len(gaps) > 1 else ["", ""]
+        cells.append(row)
+    header = ["adapter", "seeds", "accuracy", "NLL"]
+    for base in ("LoRA trained at that rank", "the same, whole"):
+        header += [f"accuracy − {base}", "p (q, Holm)", f"NLL − {base}", "p (q, Holm)"]
+    return markdown(header, cells) if cells else "No runs are kept yet."
+
+
+def _mean_over_settings(figures: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The mean of the tables over settings, of the seeds that all of them have."""
+    return (sum(figures) / len(figures)).dropna()
 
 
 def _intervals(gaps: pd.DataFrame, figure: str) -> list:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.quality import after_training, cell, measures
+from benchmarks.quality import after_training, cell, measures, selection, tables
 from benchmarks.quality.after_training import AT_HALF, SHARES, cut
 from benchmarks.quality.tasks import TASKS
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
@@ -69,3 +69,40 @@ def test_a_cell_keeps_the_figures_of_adapters_that_are_plain_lora(tiny_task):  #
         line = cell.run("digits", method, RANK, 20, 1e-2, 3)
         assert ("cut" in line) == is_cut
     assert "cut" not in cell.run("digits", "lora", 4, 20, 1e-2, 3)
+
+
+def test_the_table_at_equal_size_pairs_by_seed_and_averages_over_settings():
+    """Two tasks, three seeds; the last seed lacks a run of one task, so that no figure counts it."""
+
+    def line(task, method, rank, seed, accuracy, cut=None):
+        keys = {"task": task, "rank": rank, "examples": 9, "method": method, "lr": 0.1, "seed": seed}
+        figures = {"accuracy": accuracy, "nll": 1.0}
+        found = {"cut": {"singular": {"quarter": {"accuracy": cut, "nll": 1.5}}}} if cut is not None else {}
+        return {**keys, "validation": figures, "test": figures, **found}
+
+    lines = []
+    for task, easier in (("a", 0), ("b", 10)):
+        for seed in range(3 if task == "a" else 2):
+            lines += [
+                line(task, "lora", 2, seed, 60 + easier + seed),
+                line(task, "lora", 8, seed, 64 + easier + seed, cut=63 + easier - seed),
+                line(task, "structlora:keep=0.25", 8, seed, 65 + easier + 3 * seed),
+                line(task, "structlora", 8, seed, 66 + easier),
+            ]
+    found = tables.at_equal_size(selection.Runs(lines), [("a", 8, 9), ("b", 8, 9)], "quarter")
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()[2:]]
+    shown = {row[0]: row[1:] for row in rows}
+    assert list(shown) == [
+        "LoRA trained at that rank",
+        "StructLoRA, keep=0.25, in training, by information",
+        "LoRA, cut after training: largest singular values",
+        "LoRA, whole",
+        "StructLoRA, whole",
+    ]
+    assert shown["LoRA trained at that rank"][:3] == ["2", "65.5", "1.000"]
+    ours = shown["StructLoRA, keep=0.25, in training, by information"]
+    reach = 12.706 * (2**0.5 / 2**0.5)  # of +5 and +7 over two seeds, Student's t at one degree of freedom
+    assert ours[1] == "71.5" and ours[3] == f"+6.0 ({6 - reach:+.1f} to {6 + reach:+.1f})"
+    assert ours[7].startswith("+0.5 (")  # less StructLoRA's own whole adapter: -1 and +2
+    cut = shown["LoRA, cut after training: largest singular values"]
+    assert cut[1:3] == ["67.5", "1.500"] and cut[7].startswith("-2.0 (")
