@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import after_training, methods, pretrain
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
+from .settings import CUT_SEEDS
 from .store import KEY
 from .tasks import TASKS, ViT
 
@@ -96,6 +97,8 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     if method_name == "lora" and rank >= CUT_RANK:
         figures = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = figures or {"scale": 1.0, **line["test"]}
-    if method_name in ("lora", "structlora") and rank >= CUT_RANK:
+    if method_name in ("lora", "structlora") and rank >= CUT_RANK and seed in CUT_SEEDS:
         line["cut"] = after_training.cut(model, training, validation, seed, tested)
+    if "keep" in (method.structlora or {}):
+        return line  # its directions are fewer already
     return line | truncated(model, rank, tested)

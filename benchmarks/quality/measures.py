@@ -75,11 +75,12 @@ def scaled(
 
 
 def truncated(model: nn.Module, rank: int, test: Callable[[], dict]) -> dict[str, dict]:
-    """Figures of a trained plain adapter after each update is cut to its largest singular directions: shares of its rank.
+    """Figures of a trained plain adapter after each update is cut to its largest singular directions: shares of its rank, from
+    4 on.
 
     The adapter is left as cut.
     """
-    shares = {"half": rank // 2, "quarter": rank // 4}
+    shares = {"half": rank // 2, "quarter": rank // 4} if rank >= 4 else {}
     if rank >= 8:
         shares["eighth"] = rank // 8
     found = {}

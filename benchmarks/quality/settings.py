@@ -388,6 +388,7 @@ QUARTER_CHANCE = (
 )
 QUARTER_SEEDS = range(100, 112)
 QUARTER_RATE_SEEDS = QUARTER_SEEDS[:3]  # which choose the rates
+CUT_SEEDS = QUARTER_SEEDS[3:]  # whose runs are cut after training too
 
 # Seeds of runs on another ViT than those of the tables over settings.
 LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS}

@@ -9,10 +9,11 @@ import torch
 
 from benchmarks.quality import after_training, cell, measures, selection, tables
 from benchmarks.quality.after_training import AT_HALF, SHARES, cut
+from benchmarks.quality.settings import CUT_SEEDS
 from benchmarks.quality.tasks import TASKS
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
 
-RANK = 8
+RANK, SEED = 8, CUT_SEEDS[0]
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def trained(tiny_task, monkeypatch):  # noqa: F811
     monkeypatch.setattr(
         after_training, "cut", lambda model, *splits: found.update(model=copy.deepcopy(model), splits=splits)
     )
-    cell.run("digits", "structlora", RANK, 20, 1e-2, 3)
+    cell.run("digits", "structlora", RANK, 20, 1e-2, SEED)
     return found["model"], *found["splits"][:2]
 
 
@@ -66,9 +67,9 @@ def test_the_largest_singular_values_are_nearest_to_the_update(trained):
 
 def test_a_cell_keeps_the_figures_of_adapters_that_are_plain_lora(tiny_task):  # noqa: F811
     for method, is_cut in (("lora", True), ("structlora", True), ("dora", False)):
-        line = cell.run("digits", method, RANK, 20, 1e-2, 3)
+        line = cell.run("digits", method, RANK, 20, 1e-2, SEED)
         assert ("cut" in line) == is_cut
-    assert "cut" not in cell.run("digits", "lora", 4, 20, 1e-2, 3)
+    assert "cut" not in cell.run("digits", "lora", 4, 20, 1e-2, SEED)
 
 
 def test_the_table_at_equal_size_pairs_by_seed_and_averages_over_settings():
