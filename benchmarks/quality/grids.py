@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 from . import store
-from .selection import BASE, OURS, quarter_runs, test_runs
+from .selection import BASE, OURS, quarter_runs, size_rate, test_runs
 from .settings import (
     ABLATIONS,
     AGAINST,
     AVERAGED,
     COMPARED,
     CONTROLS,
+    CUT_SEEDS,
     EARLY,
     EQUAL_PLACES,
     EQUAL_RULES,
@@ -31,16 +33,17 @@ from .settings import (
     OTHERS,
     PARTS,
     QUARTER,
-    QUARTER_CHANCE,
     QUARTER_METHODS,
     QUARTER_RATE_SEEDS,
-    QUARTER_SEEDS,
     RANKS,
     RATE_SEEDS,
     RATES,
     ROUNDS,
+    SAME_RATE,
     SEEDS,
     SETTINGS,
+    SIZE_METHODS,
+    SIZE_SEEDS,
     WHERE_IT_GAINS,
     selected,
 )
@@ -48,10 +51,14 @@ from .settings import (
 
 def rates(setting: tuple, method: str) -> list[float]:
     """The learning rates that a method is tried at."""
-    common = RATES[setting[0]]
-    end, factors = FURTHER_RATES.get(method, (0, ()))
     more = MORE_RATES.get(setting, ()) if method in MAIN else ()
-    return sorted([*common, *more, *(common[end] * factor for factor in factors)])
+    return sorted([*_rates_of_task(setting[0], method), *more])
+
+
+def _rates_of_task(task: str, method: str) -> list[float]:
+    common = RATES[task]
+    end, factors = FURTHER_RATES.get(method, (0, ()))
+    return sorted([*common, *(common[end] * factor for factor in factors)])
 
 
 def _cells(settings, names, seeds) -> list[tuple]:
@@ -125,31 +132,34 @@ def _kept() -> list[tuple]:
     ]
 
 
-def _quarter() -> list[tuple]:
-    """A quarter of the directions beside LoRA at that size and both at full size."""
+def _by_rate(methods: Iterable[tuple[str, int]]) -> list[tuple]:
+    """Methods of the comparison at equal size, at every rate: validation chooses the rate with these."""
     return [
         (task, name, rank, examples, lr, seed)
         for seed in QUARTER_RATE_SEEDS
         for task, _, examples in QUARTER
-        for name, rank in QUARTER_METHODS
-        for lr in RATES[task]
+        for name, rank in methods
+        for lr in _rates_of_task(task, name)
     ]
 
 
-def _quarter_at_chosen_rates() -> list[tuple]:
-    """The same with further seeds, and chance with all of them, at the rate of each method that validation chose."""
+def _at_size(methods: Iterable[tuple[str, int]], seeds: Iterable[int]) -> list[tuple]:
+    """The same with further seeds, at the rates that were chosen."""
     runs = quarter_runs(store.read())
-    chosen = runs.rates if runs else {}
-    further = QUARTER_SEEDS[len(QUARTER_RATE_SEEDS) :]
-    (ours, size), *_ = QUARTER_METHODS
-    methods = [(name, rank, name, further) for name, rank in QUARTER_METHODS]
-    methods.append((QUARTER_CHANCE, size, ours, QUARTER_SEEDS))
     return [
         (task, name, rank, examples, lr, seed)
-        for seed in (*further, *QUARTER_RATE_SEEDS)
+        for seed in seeds
         for task, _, examples in QUARTER
-        for name, rank, rate_of, seeds in methods
-        if seed in seeds and (lr := chosen.get((task, rank, examples, rate_of))) is not None
+        for name, rank in methods
+        if runs and (lr := size_rate(runs, (task, rank, examples), name)) is not None
+    ]
+
+
+def _quarter_finish() -> list[tuple]:
+    chance = [next(iter(SAME_RATE))]  # the control of selection at a quarter
+    return [
+        *_at_size([*QUARTER_METHODS, *chance], CUT_SEEDS),
+        *_at_size(chance, QUARTER_RATE_SEEDS),
     ]
 
 
@@ -174,8 +184,12 @@ GRIDS = {
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
     **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
     "kept": _kept,
-    "quarter": _quarter,
-    "quarter-finish": _quarter_at_chosen_rates,  # once "quarter" is done
+    "quarter": lambda: _by_rate(QUARTER_METHODS),
+    "quarter-finish": _quarter_finish,  # once "quarter" is done
+    "sizes": lambda: _by_rate(SIZE_METHODS),
+    "sizes-finish": lambda: _at_size(
+        [*SIZE_METHODS, *list(SAME_RATE)[1:]], SIZE_SEEDS
+    ),  # once "sizes" is done
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

@@ -13,7 +13,7 @@ from functools import cached_property
 import pandas as pd
 
 from . import store
-from .settings import LATER_SEEDS, QUARTER_RATE_SEEDS, QUARTER_SEEDS, RATES, SEEDS
+from .settings import LATER_SEEDS, QUARTER_RATE_SEEDS, QUARTER_SEEDS, RATES, SAME_RATE, SEEDS
 
 BASE, OURS, GATES = "lora", "structlora", "gates"
 METHOD = ["task", "rank", "examples", "method"]
@@ -94,6 +94,13 @@ def quarter_runs(lines: list[dict]) -> Runs | None:
     """The runs of the table of a quarter of the directions; None where there are none yet."""
     found = [line for line in lines if line["seed"] in QUARTER_SEEDS]
     return Runs(found, QUARTER_RATE_SEEDS) if found else None
+
+
+def size_rate(runs: Runs, setting: Setting, method: str) -> float | None:
+    """The rate of a method in the comparison at equal size: its own, or that of the method that `SAME_RATE` has for it."""
+    task, rank, examples = setting
+    name, of_rank = SAME_RATE.get((method, rank), (method, rank))
+    return runs.rates.get((task, of_rank, examples, name))
 
 
 def choose_rates(rows: pd.DataFrame) -> pd.Series:

@@ -383,12 +383,24 @@ QUARTER = tuple(
     for modules in ("", "-all")
 )
 QUARTER_METHODS = (("structlora:keep=0.25", 8), ("structlora", 8), ("lora", 2), ("lora", 8))
-QUARTER_CHANCE = (
-    "structlora:keep=0.25,select_by=random"  # the control, at the rate of selection by information
-)
 QUARTER_SEEDS = range(100, 112)
 QUARTER_RATE_SEEDS = QUARTER_SEEDS[:3]  # which choose the rates
 CUT_SEEDS = QUARTER_SEEDS[3:]  # whose runs are cut after training too
+# Of the same comparison: methods whose rates are chosen too, and methods that have the rate of another (method, rank).
+SIZE_METHODS = (("lora", 1), ("lora", 4), ("adalora", 2))
+SIZE_SEEDS = CUT_SEEDS[:6]
+_BY_CHANCE, _KEEPS = "structlora:keep={:g},select_by=random", "structlora:keep={:g}"
+_SELECTED = ("structlora:keep=0.25", 8)
+SAME_RATE = {
+    (_BY_CHANCE.format(0.25), 8): _SELECTED,
+    (_KEEPS.format(0.125), 8): _SELECTED,
+    (_BY_CHANCE.format(0.125), 8): _SELECTED,
+    (_KEEPS.format(0.5), 8): _SELECTED,
+    ("structlora:keep=99%", 8): ("structlora", 8),
+    ("lora", 16): ("lora", 8),
+    ("structlora", 16): ("structlora", 8),
+    **{(_KEEPS.format(keep), 16): _SELECTED for keep in (0.125, 0.25, 0.5)},
+}
 
 # Seeds of runs on another ViT than those of the tables over settings.
 LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS}

@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control, ttest_1samp
 from scipy.stats import t as student
 
 from . import after_training, heldout, methods
-from .selection import BASE, GATES, OURS, Runs, Setting, quarter_runs, test_runs
+from .selection import BASE, GATES, OURS, Runs, Setting, quarter_runs, size_rate, test_runs
 from .settings import (
     ABLATIONS,
     AGAINST,
@@ -138,8 +138,13 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "aims": aims(runs, every_seed),
         "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
         "quarter": quarter(quarter_runs(lines), QUARTER, QUARTER_METHODS),
-        "at-a-quarter": at_equal_size(quarter_runs(lines), QUARTER, "quarter"),
-        "at-an-eighth": at_equal_size(quarter_runs(lines), QUARTER, "eighth"),
+        **{
+            f"at-{share}-of-{rank}": at_equal_size(
+                quarter_runs(lines), [(task, rank, examples) for task, _, examples in QUARTER], share
+            )
+            for rank in (8, 16)
+            for share in after_training.SHARES
+        },
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
@@ -462,7 +467,7 @@ def at_equal_size(runs: Runs | None, settings: Iterable[Setting], share: str) ->
     """Adapters with that share of the directions, and whole ones: mean test figures over the settings, each at its own rate.
 
     Less LoRA trained at that rank, and less the adapter that was not cut, with 95 % intervals over the seeds that all
-    settings have. What is cut after training has the rate of the whole adapter.
+    settings have. What is cut after training has the rate of the whole adapter, other rates are as `size_rate` says.
 
     Args:
         runs (`Runs`, *optional*): of the comparison.
@@ -472,24 +477,22 @@ def at_equal_size(runs: Runs | None, settings: Iterable[Setting], share: str) ->
     if runs is None:
         return "No runs are kept yet."
     keep = after_training.SHARES[share]
-    selection, chance = f"{OURS}:keep={keep:g}", f"{OURS}:keep={keep:g},select_by=random"
 
-    def of(
-        method: str, column: str = "test", shrunk: float = 1, rate_of: str | None = None
-    ) -> list[pd.DataFrame]:
+    def of(method: str, column: str = "test", shrunk: float = 1) -> list[pd.DataFrame]:
         found = []
         for task, rank, examples in settings:
             setting = (task, round(rank * shrunk), examples)
-            found.append(
-                _test_figures(runs.at(setting, method, runs.rates.get((*setting, rate_of or method))), column)
-            )
+            found.append(_test_figures(runs.at(setting, method, size_rate(runs, setting, method)), column))
         return found
 
     small, whole = of(BASE, shrunk=keep), {name: of(name) for name in (BASE, OURS)}
     rows = [
         ("LoRA trained at that rank", small, whole[BASE]),
-        (f"{label(selection)}, in training, by information", of(selection), whole[OURS]),
-        (f"{label(chance)}, in training", of(chance, rate_of=selection), whole[OURS]),
+        ("AdaLoRA with that target rank", of("adalora", shrunk=keep), whole[BASE]),
+        *(
+            (f"{label(name)}, in training", of(name), whole[OURS])
+            for name in (f"{OURS}:keep={keep:g}", f"{OURS}:keep={keep:g},select_by=random")
+        ),
     ]
     for name, uncut in whole.items():
         rows += [

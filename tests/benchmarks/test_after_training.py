@@ -95,13 +95,13 @@ def test_the_table_at_equal_size_pairs_by_seed_and_averages_over_settings():
     shown = {row[0]: row[1:] for row in rows}
     assert list(shown) == [
         "LoRA trained at that rank",
-        "StructLoRA, keep=0.25, in training, by information",
+        "StructLoRA, keep=0.25, in training",
         "LoRA, cut after training: largest singular values",
         "LoRA, whole",
         "StructLoRA, whole",
     ]
     assert shown["LoRA trained at that rank"][:3] == ["2", "65.5", "1.000"]
-    ours = shown["StructLoRA, keep=0.25, in training, by information"]
+    ours = shown["StructLoRA, keep=0.25, in training"]
     reach = 12.706 * (2**0.5 / 2**0.5)  # of +5 and +7 over two seeds, Student's t at one degree of freedom
     assert ours[1] == "71.5" and ours[3] == f"+6.0 ({6 - reach:+.1f} to {6 + reach:+.1f})"
     assert ours[7].startswith("+0.5 (")  # less StructLoRA's own whole adapter: -1 and +2
