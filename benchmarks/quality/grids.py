@@ -24,7 +24,7 @@ from .settings import (
     FIRST,
     FURTHER_RATES,
     FURTHER_SEEDS,
-    KEPT_METHODS,
+    KEPT_LANGUAGE,
     KEPT_PLACES,
     LANGUAGE,
     MAIN,
@@ -45,6 +45,7 @@ from .settings import (
     SIZE_METHODS,
     SIZE_SEEDS,
     WHERE_IT_GAINS,
+    kept_methods,
     selected,
 )
 
@@ -116,20 +117,22 @@ def _equal_size(setting: tuple) -> list[tuple]:
     ]
 
 
-def _kept() -> list[tuple]:
+def _kept(settings: Iterable[tuple], seeds: Iterable[range]) -> list[tuple]:
     """Selection by the package itself: by information and by chance first, then beside gates and LoRA at both ranks."""
-    others = [
-        *((name, 8) for name in KEPT_METHODS[2:]),
-        *((name, r) for name in ("gates", BASE) for r in (2, 8)),
-    ]
-    return [
-        (setting[0], name, rank, setting[2], EQUAL_PLACES[setting][0], seed)
-        for seeds in (EQUAL_SEEDS[:6], EQUAL_SEEDS[6:])
-        for methods in ([(name, 8) for name in KEPT_METHODS[:2]], others)
-        for setting in KEPT_PLACES
-        for seed in seeds
-        for name, rank in methods
-    ]
+    cells = []
+    for some in seeds:
+        for first in (True, False):
+            for setting in settings:
+                task, rank, examples = setting
+                lr, keep = EQUAL_PLACES[setting]
+                ours = [(name, rank) for name in kept_methods(keep)]
+                others = [(name, r) for name in ("gates", BASE) for r in (round(rank * keep), rank)]
+                cells += [
+                    (task, name, r, examples, lr, seed)
+                    for seed in some
+                    for name, r in (ours[:2] if first else [*ours[2:], *others])
+                ]
+    return cells
 
 
 def _by_rate(methods: Iterable[tuple[str, int]]) -> list[tuple]:
@@ -183,7 +186,8 @@ GRIDS = {
     "sweeps": lambda: _cells(_swept(), MAIN, RATE_SEEDS),
     "sweeps-finish": lambda: _at_chosen_rates(_swept(), MAIN),  # once "sweeps" is done
     **{f"equal-{setting[0]}": functools.partial(_equal_size, setting) for setting in EQUAL_PLACES},
-    "kept": _kept,
+    "kept": lambda: _kept(KEPT_PLACES, (EQUAL_SEEDS[:6], EQUAL_SEEDS[6:])),
+    "kept-language": lambda: _kept([KEPT_LANGUAGE], (EQUAL_SEEDS[:3], EQUAL_SEEDS[3:6])),
     "quarter": lambda: _by_rate(QUARTER_METHODS),
     "quarter-finish": _quarter_finish,  # once "quarter" is done
     "sizes": lambda: _by_rate(SIZE_METHODS),

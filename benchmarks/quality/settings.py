@@ -372,8 +372,18 @@ EQUAL_RULES = (
 
 # The package's own selection, with noisy gates before and after it, by information and by chance, and the gates of a full adapter.
 KEPT_PLACES = (("digits-all", 8, 100), ("movie-all", 8, 200), ("fashion-all", 8, 200))
-KEPT_CHANCE = "gates:keep=0.25,select_by=random"
-KEPT_METHODS = ("gates:keep=0.25", KEPT_CHANCE, "gates", "structlora:keep=0.25")
+KEPT_LANGUAGE = ("smollm-reviews", 8, 64)
+
+
+def kept_methods(keep: float) -> tuple[str, ...]:
+    """The package's selection of a share `keep` by information and by chance, all gates, and the whole method with selection."""
+    return (
+        f"gates:keep={keep:g}",
+        f"gates:keep={keep:g},select_by=random",
+        "gates",
+        f"structlora:keep={keep:g}",
+    )
+
 
 # A quarter of the directions, selected in training by the package's own option, beside the whole adapter and LoRA at both
 # sizes, each method at its own rate: (method, rank), the one in question first.

@@ -32,8 +32,6 @@ from .settings import (
     EXAMPLES,
     FINAL_PLACES,
     FINAL_ROUNDS,
-    KEPT_CHANCE,
-    KEPT_METHODS,
     LANGUAGE,
     MAIN,
     NOISE,
@@ -45,6 +43,7 @@ from .settings import (
     ROUNDS,
     SETTINGS,
     WHERE_IT_GAINS,
+    kept_methods,
     selected,
 )
 
@@ -405,9 +404,9 @@ def equal_size(runs: Runs, places: dict[Setting, tuple[float, float]]) -> str:
         chance = dict.fromkeys(found, bases[0])
         ours = {
             f"{methods.find(name).summary}, r {r}": _test_figures(runs.at((task, r, examples), name, lr))
-            for name, r in (*((name, rank) for name in KEPT_METHODS), ("gates", kept))
+            for name, r in (*((name, rank) for name in kept_methods(keep)), ("gates", kept))
         }
-        by_chance = f"{methods.find(KEPT_CHANCE).summary}, r {rank}"
+        by_chance = f"{label(kept_methods(keep)[1])}, r {rank}"
         found, chance = found | ours, chance | dict.fromkeys(ours, ours[by_chance])
         for name, figures in found.items():
             if len(figures):
