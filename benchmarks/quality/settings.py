@@ -310,7 +310,8 @@ LONG_PLACES = ((("smollm-movie-long", 4, 1000), 2e-3),)
 # Less noise, where StructLoRA does worst on few examples.
 FEW_IDEAS = ("structlora", "structlora:x_bounded_noise=true")
 # What the table of a grid compares with, where that is not LoRA.
-AGAINST = {"linear-ideas": "structlora", "vera": "vera"}
+OBJECTIVE_BASE = "structlora:keep=0.25"
+AGAINST = {"linear-ideas": "structlora", "vera": "vera", "objective": OBJECTIVE_BASE}
 # What StructLoRA is for, and where it must do no harm: name -> settings, each method at its own rate, and places.
 _FEW, _MORE = [s for s in SETTINGS if s[2] <= 200], [s for s in SETTINGS if s[2] > 200]
 AIMS = {
@@ -328,10 +329,22 @@ AGAIN_PLACES = ((SETTINGS[0], 1e-2), (SETTINGS[4], 2e-2), (SETTINGS[5], 2e-3))
 VERA_SEEDS = range(120, 132)
 VERA_PLACES = ((SETTINGS[0], 0.16), (SETTINGS[1], 0.02), (SETTINGS[3], 0.016))
 VERA_METHODS = ("structlora-vera", "structlora-vera:coordinator=none")
+# What the KL term and the gates' rate do to selection: a lower prior, a weight near a variational bound's own (the number of
+# gates over that of examples, here 1.4 to 5.8), both, and gates that go further in as many steps.
+OBJECTIVE_METHODS = tuple(
+    f"{OBJECTIVE_BASE},{options}"
+    for options in ("prior=0.1", "kl_weight=3", "prior=0.1,kl_weight=3", "gate_lr=0.1")
+)
+OBJECTIVE_PLACES = (
+    (("digits-all", 8, 100), 5e-3),
+    (("fashion-all", 8, 200), 2e-3),
+    (("movie-all", 8, 200), 2e-3),
+)
 # name -> methods beside LoRA, places, seeds
 EVIDENCE = {
     "another-vit": ((*MAIN[1:2], *FAIR, AVERAGED), AGAIN_PLACES, AGAIN_SEEDS),
     "vera": (VERA_METHODS, VERA_PLACES, VERA_SEEDS),
+    "objective": (OBJECTIVE_METHODS, OBJECTIVE_PLACES, EVIDENCE_SEEDS[:6]),
     "linear": (LINEAR_METHODS, LINEAR_PLACES, EVIDENCE_SEEDS),
     "linear-fair": ((*FAIR, AVERAGED), LINEAR_PLACES, EVIDENCE_SEEDS),
     "linear-ideas": (LINEAR_IDEAS, LINEAR_PLACES, EVIDENCE_SEEDS[:6]),
