@@ -146,6 +146,25 @@ def _by_rate(methods: Iterable[tuple[str, int]]) -> list[tuple]:
     ]
 
 
+def _beyond(methods: Iterable[tuple[str, int]]) -> list[tuple]:
+    """One rate beyond the range of those that were tried, wherever the best of these lies at an end of it.
+
+    Run it until it has no cells.
+    """
+    runs = quarter_runs(store.read())
+    cells = []
+    for seed in QUARTER_RATE_SEEDS:
+        for task, _, examples in QUARTER:
+            for name, rank in methods:
+                key = task, rank, examples, name
+                if runs and key in runs.rates:
+                    tried = [lr for *other, lr in runs.by_rate if tuple(other) == key]
+                    ends = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}
+                    if (best := runs.rates[key]) in ends:
+                        cells.append((task, name, rank, examples, ends[best], seed))
+    return cells
+
+
 def _at_size(methods: Iterable[tuple[str, int]], seeds: Iterable[int]) -> list[tuple]:
     """The same with further seeds, at the rates that were chosen."""
     runs = quarter_runs(store.read())
@@ -189,7 +208,8 @@ GRIDS = {
     "kept": lambda: _kept(KEPT_PLACES, (EQUAL_SEEDS[:6], EQUAL_SEEDS[6:])),
     "kept-language": lambda: _kept([KEPT_LANGUAGE], (EQUAL_SEEDS[:3], EQUAL_SEEDS[3:6])),
     "quarter": lambda: _by_rate(QUARTER_METHODS),
-    "quarter-finish": _quarter_finish,  # once "quarter" is done
+    "quarter-beyond": lambda: _beyond(QUARTER_METHODS),  # once "quarter" is done, until it is empty
+    "quarter-finish": _quarter_finish,  # then
     "sizes": lambda: _by_rate(SIZE_METHODS),
     "sizes-finish": lambda: _at_size(
         [*SIZE_METHODS, *list(SAME_RATE)[1:]], SIZE_SEEDS
