@@ -218,7 +218,8 @@ def _outputs(model: torch.nn.Module, rows: list[Row]) -> tuple[Tensor, float | N
 
 
 def _moved(row: Row, model: torch.nn.Module) -> Row:
-    return {name: value.to(model.device) for name, value in row.items()}
+    device = next(model.parameters()).device  # which any module tells
+    return {name: value.to(device) for name, value in row.items()}
 
 
 def mean_loss(model: torch.nn.Module, rows: list[Row]) -> float:
