@@ -27,6 +27,8 @@ from .settings import (
     KEPT_LANGUAGE,
     KEPT_PLACES,
     LANGUAGE,
+    LANGUAGE_SIZE_SEEDS,
+    LANGUAGE_SIZES,
     MAIN,
     MAIN_SEEDS,
     MORE_RATES,
@@ -214,6 +216,12 @@ GRIDS = {
     "sizes-finish": lambda: _at_size(
         [*SIZE_METHODS, *list(SAME_RATE)[1:]], SIZE_SEEDS
     ),  # once "sizes" is done
+    "sizes-language": lambda: [
+        (setting[0], name, rank, setting[2], lr, seed)
+        for setting, lr in LANGUAGE_SIZES.items()
+        for seed in LANGUAGE_SIZE_SEEDS
+        for name, rank in (*QUARTER_METHODS, next(iter(SAME_RATE)))
+    ],
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

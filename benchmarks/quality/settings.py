@@ -425,8 +425,13 @@ SAME_RATE = {
     **{(_KEEPS.format(keep), 16): _SELECTED for keep in (0.125, 0.25, 0.5)},
 }
 
-# Seeds of runs on another ViT than those of the tables over settings.
-LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS}
+# The same on the language model, at the rate that validation chose for both methods at rank 4, and on few examples at the lower
+# of the two rates of `few-low`.
+LANGUAGE_SIZES = {("smollm-numbers", 8, 320): 8e-3, ("smollm-movie-few-all", 8, 128): 2e-3}
+LANGUAGE_SIZE_SEEDS = range(130, 136)
+
+# Seeds of runs that the tables over settings do not have: of another ViT, or at equal size.
+LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS, *LANGUAGE_SIZE_SEEDS}
 
 
 def selected(rule: str, keep: float) -> str:

@@ -33,6 +33,8 @@ from .settings import (
     FINAL_PLACES,
     FINAL_ROUNDS,
     LANGUAGE,
+    LANGUAGE_SIZE_SEEDS,
+    LANGUAGE_SIZES,
     MAIN,
     NOISE,
     OTHERS,
@@ -135,7 +137,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
             for name, given in EVIDENCE.items()
         },
         "aims": aims(runs, every_seed),
-        "equal-size": equal_size(Runs([line for line in lines if line["seed"] in EQUAL_SEEDS]), EQUAL_PLACES),
+        "equal-size": equal_size(_of_seeds(lines, EQUAL_SEEDS), EQUAL_PLACES),
         "quarter": quarter(quarter_runs(lines), QUARTER, QUARTER_METHODS),
         **{
             f"at-{share}-of-{rank}": at_equal_size(
@@ -144,11 +146,22 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
             for rank in (8, 16)
             for share in after_training.SHARES
         },
+        **{
+            f"at-quarter-of-{setting[0]}": at_equal_size(
+                _of_seeds(lines, LANGUAGE_SIZE_SEEDS), [setting], "quarter"
+            )
+            for setting in LANGUAGE_SIZES
+        },
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
         "cost": cost(measured_cost),
         "coherence": coherence(measured_coherence),
     }
+
+
+def _of_seeds(lines: list[dict], seeds: Collection[int]) -> Runs | None:
+    found = [line for line in lines if line["seed"] in seeds]
+    return Runs(found) if found else None
 
 
 def comparison(runs: Runs, settings: Iterable[Setting], names: Sequence[str]) -> str:
