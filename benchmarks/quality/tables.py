@@ -89,13 +89,15 @@ RULE_LABELS = {
     "norm": "top-k norm",
 }
 
+# Column of a cut after training, for the name of a share -> what it keeps.
 CUT_LABELS = {
-    "information": "information of training examples, singular directions",
-    "held-out": "information of validation examples, singular directions",
-    "singular": "largest singular values",
-    "norm": "top-k norm",
-    "random": "random",
-    "random-singular": "random, singular directions",
+    "cut.information.{}": "information of training examples, singular directions",
+    "cut.held-out.{}": "information of validation examples, singular directions",
+    "cut.singular.{}": "largest singular values",
+    "truncated.{}": "uniform SVD",
+    "cut.norm.{}": "top-k norm",
+    "cut.random.{}": "random",
+    "cut.random-singular.{}": "random, singular directions",
 }
 
 Place = tuple[Setting, float]  # a setting and a learning rate
@@ -478,8 +480,9 @@ def quarter(runs: Runs | None, settings: Iterable[Setting], names: Sequence[tupl
 def at_equal_size(runs: Runs | None, settings: Iterable[Setting], share: str) -> str:
     """Adapters with that share of the directions, and whole ones: mean test figures over the settings, each at its own rate.
 
-    Less LoRA trained at that rank, and less the adapter that was not cut, with 95 % intervals over the seeds that all
-    settings have. What is cut after training has the rate of the whole adapter, other rates are as `size_rate` says.
+    Less LoRA trained at that rank, less the adapter that was not cut, and less as many directions drawn at random, with 95 %
+    intervals over the seeds that all settings have. What is cut after training has the rate of the whole adapter, other rates
+    are as `size_rate` says.
 
     Args:
         runs (`Runs`, *optional*): of the comparison.
@@ -498,45 +501,47 @@ def at_equal_size(runs: Runs | None, settings: Iterable[Setting], share: str) ->
         return found
 
     small, whole = of(BASE, shrunk=keep), {name: of(name) for name in (BASE, OURS)}
-    rows = [
-        ("LoRA trained at that rank", small, whole[BASE]),
-        ("AdaLoRA with that target rank", of("adalora", shrunk=keep), whole[BASE]),
-        *(
-            (f"{label(name)}, in training", of(name), whole[OURS])
-            for name in (f"{OURS}:keep={keep:g}", f"{OURS}:keep={keep:g},select_by=random")
-        ),
+    chance = of(f"{OURS}:keep={keep:g},select_by=random")
+    rows = [  # name, figures, those of the whole adapter, those of chance
+        ("LoRA trained at that rank", small, whole[BASE], None),
+        ("AdaLoRA with that target rank", of("adalora", shrunk=keep), whole[BASE], None),
+        (f"StructLoRA, keep={keep:g}, by information", of(f"{OURS}:keep={keep:g}"), whole[OURS], chance),
+        (f"StructLoRA, keep={keep:g}, random", chance, whole[OURS], None),
     ]
     for name, uncut in whole.items():
-        rows += [
-            (f"{label(name)}, cut after training: {of_rule}", of(name, f"cut.{rule}.{share}"), uncut)
-            for rule, of_rule in CUT_LABELS.items()
-        ]
-        rows.append(
-            (f"{label(name)}, cut after training: uniform SVD", of(name, f"truncated.{share}"), uncut)
-        )
+        drawn = of(name, f"cut.random.{share}")
+        for rule, of_rule in CUT_LABELS.items():
+            figures = of(name, rule.format(share))
+            control = None if of_rule == CUT_LABELS["cut.random.{}"] else drawn
+            rows.append((f"{label(name)}, cut after training: {of_rule}", figures, uncut, control))
     rows += [
-        ("LoRA, whole, update times a scalar chosen on validation", of(BASE, "scaled"), whole[BASE]),
-        ("LoRA, whole", whole[BASE], whole[BASE]),
-        ("StructLoRA, whole", whole[OURS], whole[OURS]),
+        ("LoRA, whole, update times a scalar chosen on validation", of(BASE, "scaled"), whole[BASE], None),
+        ("LoRA, whole", whole[BASE], None, None),
+        ("StructLoRA, whole", whole[OURS], None, None),
     ]
     cells = []
-    for name, figures, uncut in rows:
+    for name, figures, *others in rows:
         means = _mean_over_settings(figures)
         if len(means) < 2:
             continue
         row = [name, len(means), f"{_mean(means['accuracy']):.1f}", f"{_mean(means['nll']):.3f}"]
-        for base in (small, uncut):
-            if figures is base:
-                row += [""] * 4
-                continue
-            gaps = _mean_over_settings([one - other for one, other in zip(figures, base, strict=True)])
-            for figure in ("accuracy", "nll"):
-                row += _intervals(gaps[[figure]], figure) if len(gaps) > 1 else ["", ""]
+        gaps = [
+            None
+            if base is None or base is figures
+            else _mean_over_settings([one - other for one, other in zip(figures, base, strict=True)])
+            for base in (small, *others)
+        ]
+        for figure in ("accuracy", "nll"):
+            for gap in gaps:
+                given = ["", ""] if gap is None or len(gap) < 2 else _intervals(gap[[figure]], figure)
+                row += given if figure == "accuracy" else given[:1]
         cells.append(row)
     header = ["adapter", "seeds", "accuracy", "NLL"]
-    for base in ("LoRA trained at that rank", "the same, whole"):
-        header += [f"accuracy − {base}", "p (q, Holm)", f"NLL − {base}", "p (q, Holm)"]
-    return markdown(header, cells) if cells else "No runs are kept yet."
+    bases = ("LoRA trained at that rank", "the same, whole", "random")
+    header += [title for base in bases for title in (f"accuracy − {base}", "p (q, Holm)")]
+    return (
+        markdown([*header, *(f"NLL − {base}" for base in bases)], cells) if cells else "No runs are kept yet."
+    )
 
 
 def _mean_over_settings(figures: Sequence[pd.DataFrame]) -> pd.DataFrame:

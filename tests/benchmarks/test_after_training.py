@@ -88,6 +88,7 @@ def test_the_table_at_equal_size_pairs_by_seed_and_averages_over_settings():
                 line(task, "lora", 2, seed, 60 + easier + seed),
                 line(task, "lora", 8, seed, 64 + easier + seed, cut=63 + easier - seed),
                 line(task, "structlora:keep=0.25", 8, seed, 65 + easier + 3 * seed),
+                line(task, "structlora:keep=0.25,select_by=random", 8, seed, 64 + easier),
                 line(task, "structlora", 8, seed, 66 + easier),
             ]
     found = tables.at_equal_size(selection.Runs(lines), [("a", 8, 9), ("b", 8, 9)], "quarter")
@@ -95,15 +96,17 @@ def test_the_table_at_equal_size_pairs_by_seed_and_averages_over_settings():
     shown = {row[0]: row[1:] for row in rows}
     assert list(shown) == [
         "LoRA trained at that rank",
-        "StructLoRA, keep=0.25, in training",
+        "StructLoRA, keep=0.25, by information",
+        "StructLoRA, keep=0.25, random",
         "LoRA, cut after training: largest singular values",
         "LoRA, whole",
         "StructLoRA, whole",
     ]
     assert shown["LoRA trained at that rank"][:3] == ["2", "65.5", "1.000"]
-    ours = shown["StructLoRA, keep=0.25, in training"]
+    ours = shown["StructLoRA, keep=0.25, by information"]
     reach = 12.706 * (2**0.5 / 2**0.5)  # of +5 and +7 over two seeds, Student's t at one degree of freedom
     assert ours[1] == "71.5" and ours[3] == f"+6.0 ({6 - reach:+.1f} to {6 + reach:+.1f})"
-    assert ours[7].startswith("+0.5 (")  # less StructLoRA's own whole adapter: -1 and +2
+    assert ours[5].startswith("+0.5 (")  # less StructLoRA's own whole adapter: -1 and +2
+    assert ours[7].startswith("+2.5 (")  # less the random draw: +1 and +4
     cut = shown["LoRA, cut after training: largest singular values"]
-    assert cut[1:3] == ["67.5", "1.500"] and cut[7].startswith("-2.0 (")
+    assert cut[1:3] == ["67.5", "1.500"] and cut[5].startswith("-2.0 (")
