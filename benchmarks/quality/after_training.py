@@ -86,12 +86,11 @@ def _at_shares(
     for name, share in SHARES.items():
         if name == "half" and rule not in AT_HALF:
             continue
-        kept = best(scores.flatten().double(), share).view_as(scores)
+        kept = best(scores.flatten(), share).view_as(scores)
         for (_, B), trained, of_module in zip(factors.values(), whole, kept, strict=True):
             B.copy_(trained * of_module)
-        found[name] = {
-            figure: test_figure for figure, test_figure in test().items() if figure in ("accuracy", "nll")
-        }
+        figures = test()
+        found[name] = {figure: figures[figure] for figure in ("accuracy", "nll")}
     for (_, B), trained in zip(factors.values(), whole, strict=True):
         B.copy_(trained)
     return found

@@ -13,9 +13,8 @@ from .settings import CUT_SEEDS
 from .store import KEY
 from .tasks import TASKS, ViT
 
-CUT_RANK = (
-    8  # from which on LoRA and StructLoRA are cut after training, and LoRA's update is tried with a scalar
-)
+# From which on LoRA and StructLoRA are cut after training, and LoRA's update is tried with a scalar.
+CUT_RANK = 8
 WARMUP = 0.06  # of the steps, as in the paper
 
 

@@ -35,6 +35,7 @@ from .settings import (
     OTHERS,
     PARTS,
     QUARTER,
+    QUARTER_CHANCE,
     QUARTER_METHODS,
     QUARTER_RATE_SEEDS,
     RANKS,
@@ -180,10 +181,9 @@ def _at_size(methods: Iterable[tuple[str, int]], seeds: Iterable[int]) -> list[t
 
 
 def _quarter_finish() -> list[tuple]:
-    chance = [next(iter(SAME_RATE))]  # the control of selection at a quarter
     return [
-        *_at_size([*QUARTER_METHODS, *chance], CUT_SEEDS),
-        *_at_size(chance, QUARTER_RATE_SEEDS),
+        *_at_size([*QUARTER_METHODS, QUARTER_CHANCE], CUT_SEEDS),
+        *_at_size([QUARTER_CHANCE], QUARTER_RATE_SEEDS),
     ]
 
 
@@ -213,14 +213,15 @@ GRIDS = {
     "quarter-beyond": lambda: _beyond(QUARTER_METHODS),  # once "quarter" is done, until it is empty
     "quarter-finish": _quarter_finish,  # then
     "sizes": lambda: _by_rate(SIZE_METHODS),
-    "sizes-finish": lambda: _at_size(
-        [*SIZE_METHODS, *list(SAME_RATE)[1:]], SIZE_SEEDS
-    ),  # once "sizes" is done
+    "sizes-beyond": lambda: _beyond(SIZE_METHODS),  # once "sizes" is done, until it is empty
+    "sizes-finish": lambda: _at_size(  # then
+        [*SIZE_METHODS, *(method for method in SAME_RATE if method != QUARTER_CHANCE)], SIZE_SEEDS
+    ),
     "sizes-language": lambda: [
         (setting[0], name, rank, setting[2], lr, seed)
         for setting, lr in LANGUAGE_SIZES.items()
         for seed in LANGUAGE_SIZE_SEEDS
-        for name, rank in (*QUARTER_METHODS, next(iter(SAME_RATE)))
+        for name, rank in (*QUARTER_METHODS, QUARTER_CHANCE)
     ],
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done

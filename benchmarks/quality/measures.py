@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from structlora_trl.adapters.peft_scaling import singular_directions
+
 from .store import packed
 from .tasks import Split
 
@@ -102,17 +104,15 @@ def truncate(model: nn.Module, rank: int) -> int:
 
 @torch.no_grad()
 def to_singular_directions(factors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Write B <- U S and A <- Vᵀ of the singular value decomposition BA = U S Vᵀ, largest first, in place.
+    """Give each module the singular directions of its BA, largest first, in place; BA stays.
 
     Args:
         factors (`Iterable[tuple[Tensor, Tensor]]`): of each module A (r, k) and B (d, r).
     """
     for A, B in factors:
-        left, left_triangle = torch.linalg.qr(B)
-        right, right_triangle = torch.linalg.qr(A.T)
-        U, S, Vt = torch.linalg.svd(left_triangle @ right_triangle.T)
-        B.copy_(left @ U * S)
-        A.copy_(Vt @ right.T)
+        found = singular_directions(A, B)
+        A.copy_(found.A)
+        B.copy_(found.B)
 
 
 def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:

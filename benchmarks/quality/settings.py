@@ -414,8 +414,9 @@ SIZE_METHODS = (("lora", 1), ("lora", 4), ("adalora", 2))
 SIZE_SEEDS = CUT_SEEDS[:6]
 _BY_CHANCE, _KEEPS = "structlora:keep={:g},select_by=random", "structlora:keep={:g}"
 _SELECTED = ("structlora:keep=0.25", 8)
+QUARTER_CHANCE = (_BY_CHANCE.format(0.25), 8)  # the control of selection at a quarter
 SAME_RATE = {
-    (_BY_CHANCE.format(0.25), 8): _SELECTED,
+    QUARTER_CHANCE: _SELECTED,
     (_KEEPS.format(0.125), 8): _SELECTED,
     (_BY_CHANCE.format(0.125), 8): _SELECTED,
     (_KEEPS.format(0.5), 8): _SELECTED,

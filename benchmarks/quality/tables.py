@@ -75,7 +75,7 @@ ELSEWHERE = {
     "truncated.quarter": "a quarter of the rank",
 }
 
-NAMES_OF_SHARES = {1 / 2: "half", 1 / 4: "quarter", 1 / 8: "eighth"}
+NAMES_OF_SHARES = {share: name for name, share in after_training.SHARES.items()}
 RULE_LABELS = {
     "random": "random",
     "snr": "signal to noise of the gate's gradient",
