@@ -84,7 +84,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         line["diagnostics"] |= {
             name.removeprefix("structlora/"): round(value, 4)
             for name, value in runtime.metrics().items()
-            if name.split("/")[1] in ("gate_openness", "kl", "semantic_edges", "theta_norm")
+            if name.split("/")[1] in ("gate_openness", "kept_share", "kl", "semantic_edges", "theta_norm")
         }
         runtime.detach()
     if selection:

@@ -20,6 +20,7 @@ from .settings import (
     ABLATIONS,
     AGAINST,
     AIMS,
+    BY_INFORMATION,
     CHANCE,
     COMPARED,
     CONTROLS,
@@ -141,6 +142,9 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         "aims": aims(runs, every_seed),
         "equal-size": equal_size(_of_seeds(lines, EQUAL_SEEDS), EQUAL_PLACES),
         "quarter": quarter(quarter_runs(lines), QUARTER, QUARTER_METHODS),
+        "information": quarter(
+            quarter_runs(lines), QUARTER, [BY_INFORMATION, *((name, 8) for name in (OURS, BASE))]
+        ),
         **{
             f"at-{share}-of-{rank}": at_equal_size(
                 quarter_runs(lines), [(task, rank, examples) for task, _, examples in QUARTER], share
