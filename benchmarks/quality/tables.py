@@ -456,10 +456,11 @@ def quarter(runs: Runs | None, settings: Iterable[Setting], names: Sequence[tupl
     ours, *others = names
     rows, over_all = [], {figure: [] for figure in ("accuracy", "nll")}
     for task, _, examples in settings:
-        found = {
-            (name, rank): runs.best((task, rank, examples), name)[["test.accuracy", "test.nll"]]
-            for name, rank in names
-        }
+        found = {}
+        for name, rank in names:
+            setting = (task, rank, examples)
+            of_method = runs.at(setting, name, size_rate(runs, setting, name))
+            found[name, rank] = of_method[["test.accuracy", "test.nll"]]
         if any(len(of_method) < 2 for of_method in found.values()):
             continue
         row = [f"{task}, {examples}", len(found[ours]), _mean_and_sd(found[ours]["test.accuracy"])]
