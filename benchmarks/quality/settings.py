@@ -409,16 +409,14 @@ QUARTER_METHODS = (("structlora:keep=0.25", 8), ("structlora", 8), ("lora", 2), 
 QUARTER_SEEDS = range(100, 112)
 QUARTER_RATE_SEEDS = QUARTER_SEEDS[:3]  # which choose the rates
 CUT_SEEDS = QUARTER_SEEDS[3:]  # whose runs are cut after training too
-# Of the same comparison: methods whose rates are chosen too, and methods that have the rate of another (method, rank).
+# Of the same comparison, other sizes.
 SIZE_SEEDS = CUT_SEEDS[:6]
 _BY_CHANCE, _KEEPS = "structlora:keep={:g},select_by=random", "structlora:keep={:g}"
 _SELECTED, _SELECTED_16 = (("structlora:keep=0.25", rank) for rank in (8, 16))
 BY_INFORMATION = ("structlora:keep=99%", 8)
 QUARTER_CHANCE = (_BY_CHANCE.format(0.25), 8)  # the control of selection at a quarter
-SIZE_METHODS = (
-    *(("lora", 1), ("lora", 4), ("adalora", 2)),
-    *(("lora", 16), ("structlora", 16), _SELECTED_16),
-)
+# Methods whose rates are chosen too, and methods that have the rate of another (method, rank).
+SIZE_METHODS = (*(("lora", rank) for rank in (1, 4, 16)), ("adalora", 2), ("structlora", 16), _SELECTED_16)
 SAME_RATE = {
     QUARTER_CHANCE: _SELECTED,
     (_KEEPS.format(0.125), 8): _SELECTED,

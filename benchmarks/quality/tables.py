@@ -112,7 +112,7 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         measured_cost (`dict`): what `benchmarks.cost.overhead` printed.
         measured_coherence (`dict`): what `benchmarks.quality.coherence` kept; empty where it has kept nothing.
     """
-    runs, every_seed = test_runs(lines), Runs(lines)
+    runs, every_seed, at_sizes = test_runs(lines), Runs(lines), quarter_runs(lines)
     rank_settings = [s for s in runs.settings if (s[0], s[2]) in RANKS]
     few_shot = [s for s in runs.settings if (s[0], s[1]) in EXAMPLES]
     return {
@@ -141,13 +141,11 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
         },
         "aims": aims(runs, every_seed),
         "equal-size": equal_size(_of_seeds(lines, EQUAL_SEEDS), EQUAL_PLACES),
-        "quarter": quarter(quarter_runs(lines), QUARTER, QUARTER_METHODS),
-        "information": quarter(
-            quarter_runs(lines), QUARTER, [BY_INFORMATION, *((name, 8) for name in (OURS, BASE))]
-        ),
+        "quarter": quarter(at_sizes, QUARTER, QUARTER_METHODS),
+        "information": quarter(at_sizes, QUARTER, [BY_INFORMATION, *((name, 8) for name in (OURS, BASE))]),
         **{
             f"at-{share}-of-{rank}": at_equal_size(
-                quarter_runs(lines), [(task, rank, examples) for task, _, examples in QUARTER], share
+                at_sizes, [(task, rank, examples) for task, _, examples in QUARTER], share
             )
             for rank in (8, 16)
             for share in after_training.SHARES
