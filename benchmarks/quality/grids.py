@@ -10,10 +10,9 @@ from .selection import BASE, OURS, quarter_runs, size_rate, test_runs
 from .settings import (
     ABLATIONS,
     AGAINST,
-    AVERAGED,
     COMPARED,
-    CONTROLS,
     CUT_SEEDS,
+    DROPOUT,
     EARLY,
     EQUAL_PLACES,
     EQUAL_RULES,
@@ -32,7 +31,10 @@ from .settings import (
     MAIN,
     MAIN_SEEDS,
     MORE_RATES,
+    NOISE_CONTROLS,
+    ON_TEXT,
     OTHERS,
+    OURS_FAIR,
     PARTS,
     QUARTER,
     QUARTER_CHANCE,
@@ -196,10 +198,15 @@ GRIDS = {
     "early": lambda: _cells(EARLY, MAIN, RATE_SEEDS),
     "early-finish": lambda: _at_chosen_rates(EARLY, MAIN),
     "main-finish": lambda: _at_chosen_rates(SETTINGS, MAIN, MAIN_SEEDS),  # once "main" is done
-    "controls": lambda: _cells(COMPARED, CONTROLS, RATE_SEEDS),
+    "controls": lambda: [
+        *_cells(COMPARED, (DROPOUT, *NOISE_CONTROLS), RATE_SEEDS),
+        *_cells(ON_TEXT, [DROPOUT], RATE_SEEDS),
+    ],
+    # Once "controls" is done. Images are compared in "another-vit": the ViT of the main table's runs is not kept.
     "fair": lambda: [
-        *_at_chosen_rates(SETTINGS, FAIR, SEEDS, BASE),
-        *_at_chosen_rates(SETTINGS, [AVERAGED], SEEDS, OURS),
+        *_at_chosen_rates(ON_TEXT, [DROPOUT], SEEDS),
+        *_at_chosen_rates(ON_TEXT, FAIR[1:], SEEDS, BASE),
+        *_at_chosen_rates(ON_TEXT, OURS_FAIR, SEEDS, OURS),
     ],
     "others": lambda: _cells(COMPARED, OTHERS, RATE_SEEDS),
     "ablations": lambda: _at_chosen_rates(COMPARED, ABLATIONS, RATE_SEEDS, OURS),

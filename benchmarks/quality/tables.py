@@ -31,6 +31,8 @@ from .settings import (
     EVIDENCE,
     EVIDENCE_SEEDS,
     EXAMPLES,
+    FAIR,
+    FAIR_GROUPS,
     FINAL_PLACES,
     FINAL_ROUNDS,
     LANGUAGE,
@@ -38,7 +40,9 @@ from .settings import (
     LANGUAGE_SIZES,
     MAIN,
     NOISE,
+    NOISE_CONTROLS,
     OTHERS,
+    OURS_FAIR,
     PARTS,
     QUARTER,
     QUARTER_METHODS,
@@ -124,7 +128,8 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
             every_seed, NOISE, FINAL_PLACES, [s for name in FINAL_ROUNDS for s in ROUNDS[name][2]]
         ),
         "overall-coordinator": overall(runs, SETTINGS, [GATES], OURS),
-        "overall": overall(runs, SETTINGS, [OURS, GATES, *CONTROLS]),
+        "overall": overall(runs, SETTINGS, [OURS, GATES, *NOISE_CONTROLS]),
+        "fair": fair(runs, every_seed),
         "short": short(runs, [*SETTINGS, *LANGUAGE]),
         **{name: search(every_seed, *given) for name, given in ROUNDS.items()},
         "others": comparison(runs, [*COMPARED, EARLY[1]], [BASE, OURS, *OTHERS]),
@@ -263,6 +268,58 @@ def overall(runs: Runs, settings: Iterable[Setting], names: Sequence[str], base:
     p = ["p over seeds (q, Holm)", "p over settings (q, Holm)"]
     header = ["method", "settings", f"accuracy − {other}", *p, "better on", "worst", f"NLL − {other}", *p]
     return markdown([*header, f"accuracy, mean over rates, − {other}"], rows)
+
+
+def fair(tuned: Runs, fixed: Runs) -> str:
+    """What else regularises LoRA for nothing, and StructLoRA with it: means over settings, less LoRA and of StructLoRA less it.
+
+    Args:
+        tuned (`Runs`): of which settings have test figures at the rates that validation chose.
+        fixed (`Runs`): of which places have figures of all held-out examples at one rate.
+    """
+    rows = []
+    for group, (settings, places, seeds) in FAIR_GROUPS.items():
+        for name in (OURS, *FAIR, *OURS_FAIR):
+            found = [
+                *(_at_own_rates(tuned, setting, name) for setting in settings),
+                *(_at_fixed_rate(fixed, place, name, seeds) for place in places),
+            ]
+            found = [of_place for of_place in found if of_place is not None]
+            if len(found) < 2:
+                continue
+            row = [group, label(name), len(found)]
+            for column in ("− lora", "structlora −"):
+                for figure, digits in (("accuracy", 1), ("nll", 3)):
+                    if name == OURS and column == "structlora −":
+                        row += ["", "", ""]
+                    else:
+                        row += _overall_difference([gaps[f"{column} {figure}"] for gaps in found], digits)
+            rows.append(row)
+    p = ["p over seeds (q, Holm)", "p over settings (q, Holm)"]
+    header = ["settings", "method", "number", "accuracy − LoRA", *p, "NLL − LoRA", *p]
+    return markdown([*header, "accuracy, StructLoRA − it", *p, "NLL, StructLoRA − it", *p], rows)
+
+
+def _at_own_rates(runs: Runs, setting: Setting, name: str) -> pd.DataFrame | None:
+    """Test figures of a method at the chosen rates, by seed (`_beside`)."""
+    return _beside(*(_test_figures(runs.best(setting, which)) for which in (name, BASE, OURS)))
+
+
+def _at_fixed_rate(runs: Runs, place: Place, name: str, seeds: Collection[int]) -> pd.DataFrame | None:
+    """Figures of a method over all held-out examples at one rate, by seed (`_beside`)."""
+    kept = [_of_kept(runs, which, [place], seeds).get(0) for which in (name, BASE, OURS)]
+    return None if any(found is None for found in kept) else _beside(*map(heldout.figures, kept))
+
+
+def _beside(figures: pd.DataFrame, base: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame | None:
+    """By seed, figures less `base` and of `ours` less these; None where fewer than two seeds have them all."""
+    gaps = {
+        f"{column} {figure}": one[figure] - other[figure]
+        for column, one, other in (("− lora", figures, base), ("structlora −", ours, figures))
+        for figure in ("accuracy", "nll")
+    }
+    found = pd.DataFrame(gaps).dropna()
+    return found if len(found) > 1 else None
 
 
 def _gaps_by_setting(
