@@ -25,6 +25,7 @@ from .core.selection import relevance, select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .engines.slices import Slices
+from .errors import StructLoRAError
 from .map_context import in_map_context
 from .rank_check import world_size
 from .read_hooks import ReadHooks
@@ -247,14 +248,27 @@ class Runtime(StandingWeights):
     def _refuse_step(self) -> None:
         """Stop where the gradients are not of what the maps made, or would move what no map has."""
         if not self._trained_forward:
-            foreign_writes.refuse_step_without_training_forward()
+            raise StructLoRAError(
+                "an optimizer step on gradients taken at the evaluation weights",
+                "a forward at the training weights before each step, that is, one under `model.train()`",
+                "call `model.train()` before the forward (`runtime.train()` where it calls no module that contains adapted "
+                "layers); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
+            )
         if self._mixed_gradients:
-            foreign_writes.refuse_mixed_gradients()
-        moved = {id(p) for p in self._frozen if p.grad is not None}
-        if moved and any(
-            id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]
+            raise StructLoRAError(
+                "gradients of a backward that ran at other LoRA weights than its forward",
+                "the training weights of the step from its first training forward until `optimizer.step()`",
+                "call `runtime.eval()` or load weights after the step, not between a training forward and its backward",
+            )
+        unfrozen = {id(p) for p in self._frozen if p.grad is not None}
+        if unfrozen and any(
+            id(p) in unfrozen for group in self.engine.optimizer.param_groups for p in group["params"]
         ):
-            foreign_writes.refuse_unfrozen(len(moved))
+            raise StructLoRAError(
+                f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
+                "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
+                "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+            )
 
     def _are_zeros(self, gradients: list[Factors]) -> bool:
         """Whether no entry of any gradient, on any rank, is other than zero."""
@@ -444,7 +458,12 @@ class Runtime(StandingWeights):
         """
         self._refuse_detached()
         if self.weights == TRAINING:
-            foreign_writes.refuse_reload()
+            raise StructLoRAError(
+                "`reload()` between a training forward and its optimizer step, when noisy training weights stand",
+                "evaluation weights to start from",
+                "write the weights and call `reload()` between two steps; or drop what was written to training weights, by "
+                "`runtime.load_state_dict(runtime.state_dict())`",
+            )
         self.engine.write_latents(self.engine.read_working())
         selections = [m.selection for m in self.maps]
         self._build(align=False)

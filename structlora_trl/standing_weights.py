@@ -21,6 +21,7 @@ from .core.kinds import SIDES, Factors, Kind
 from .core.mapping import KindMap, Noise, Parts
 from .engines import Engine
 from .engines.slices import Slices
+from .errors import StructLoRAError
 from .map_context import in_map_context
 from .stopwatch import Stopwatch
 
@@ -131,7 +132,13 @@ class StandingWeights:
 
     def _refuse_backward_of_reader(self, saved: Tensor) -> Tensor:
         if self.weights != EVALUATION:
-            foreign_writes.refuse_backward_of_evaluation()
+            raise StructLoRAError(
+                "a backward through a forward under `eval()`, which saw evaluation weights, after a training forward of the "
+                "same step",
+                "a loss of forwards under `model.train()` alone",
+                "call `model.train()` before each forward that the loss is made of; to leave dropout out of one, put the dropout "
+                "modules alone into `eval()`",
+            )
         return saved
 
     @property
@@ -157,7 +164,11 @@ class StandingWeights:
 
     def _refuse_detached(self) -> None:
         if not self.is_attached:
-            foreign_writes.refuse_detached()
+            raise StructLoRAError(
+                "a detached runtime that is to write weights",
+                "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
+                "call `attach` again, with an optimizer of the model's parameters",
+            )
 
     def _check_standing_weights(self, parameter: nn.Parameter) -> None:
         """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
