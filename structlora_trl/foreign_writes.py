@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .errors import StructLoRAError
@@ -29,11 +29,6 @@ def owners_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[Owner]:
         for name, p in module._parameters.items()
         if id(p) in ours
     ]
-
-
-def is_same(expected: Tensor, found: Tensor) -> Tensor:
-    """Whether two tensors are equal, NaN being what NaN is: a bool tensor, without waiting for the device."""
-    return ((expected == found) | (expected.isnan() & found.isnan())).all()
 
 
 def refuse_replaced(owners: list[Owner]) -> None:

@@ -20,6 +20,7 @@ from .core.gates import LogisticNoise
 from .core.kinds import SIDES, Factors, Kind
 from .core.mapping import KindMap, Noise, Parts
 from .engines import Engine
+from .engines.base import is_same
 from .engines.slices import Slices
 from .errors import StructLoRAError
 from .map_context import in_map_context
@@ -184,7 +185,7 @@ class StandingWeights:
             return False
         expected = self._effective(self._noise() if self.weights == TRAINING else None)
         same = [
-            foreign_writes.is_same(value.to(parameters[0].dtype).float(), stands)
+            is_same(value.to(parameters[0].dtype).float(), stands)
             for kind, factors, standing in zip(self.kinds, expected, self.engine.read_working(), strict=True)
             for parameters, value, stands in zip((kind.A, kind.B), factors, standing, strict=True)
         ]

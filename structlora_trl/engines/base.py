@@ -37,6 +37,8 @@ class Engine(ABC):
     name: str
     optimizer: torch.optim.Optimizer  # None after `remove`
     slices: list[Slices]  # one per kind
+    # Places of the optimizer's groups that hold LoRA parameters: loading its state replaces the groups.
+    _groups: list[int]
 
     @abstractmethod
     def install(
@@ -121,7 +123,7 @@ class Engine(ABC):
 
     def maximizes(self) -> bool:
         """Whether the optimizer ascends."""
-        return bool(self.optimizer.param_groups[0].get("maximize", False))
+        return bool(self.optimizer.param_groups[self._groups[0]].get("maximize", False))
 
     @abstractmethod
     def bad_gradients(self) -> Tensor:
@@ -151,9 +153,9 @@ def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
     return 1 - torch.stack([peak.to(device) for peak in peaks]).isfinite().all().float()
 
 
-def differ(norms: Tensor, known: Tensor) -> Tensor:
-    """1.0 where some norm is not what it was, else 0.0; NaN is what NaN was."""
-    return 1 - ((norms == known) | (norms.isnan() & known.isnan())).all().float()
+def is_same(expected: Tensor, found: Tensor) -> Tensor:
+    """Whether two tensors are equal, NaN being what NaN is: a bool tensor, without waiting for the device."""
+    return ((expected == found) | (expected.isnan() & found.isnan())).all()
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ..core.expert_storage import to_storage
 from ..core.kinds import SIDES, Factors, Kind, full_shape
 from ..errors import StructLoRAError
-from .base import copy_values, differ, holds_nonfinite
+from .base import copy_values, holds_nonfinite, is_same
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
 from .slices import Piece, join_slices
@@ -67,7 +67,7 @@ class DeepSpeedEngine(ShardedEngine):
         mapped: list[tuple[str, ...]],
     ) -> None:
         self._separate_masters()
-        self._map_sides(mapped)
+        super().install(before_step, after_step, mapped)
         self._latent_slices = self._mapped.to_slices(self._master)
         step = self.engine.step
         self._covered_step = vars(self.engine).get("step")  # set on the instance by someone before us
@@ -195,7 +195,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._stamp = self._norms()
 
     def written(self) -> torch.Tensor:
-        return differ(self._norms(), self._stamp)
+        return 1 - is_same(self._stamp, self._norms()).float()
 
     def gradient_scale(self) -> float | torch.Tensor:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
