@@ -66,7 +66,6 @@ class DeepSpeedEngine(ShardedEngine):
         after_step: Callable[[bool], None],
         mapped: list[tuple[str, ...]],
     ) -> None:
-        self._separate_masters()
         super().install(before_step, after_step, mapped)
         self._latent_slices = self._mapped.to_slices(self._master)
         step = self.engine.step
@@ -208,7 +207,7 @@ class DeepSpeedEngine(ShardedEngine):
         configured = (self.engine.optimizer_params() or {}).get("lr") or 0.0
         return Rate(rate.current, rate.declared_peak or float(configured))
 
-    # From here to `_separate_masters`, insides of DeepSpeed that nothing public leads to (0.19.8;
+    # From here to `_mark_gradients`, insides of DeepSpeed that nothing public leads to (0.19.8;
     # `upstream/deepspeed-fragments.md`).
     def _groups_of_lora(self) -> list[int]:
         """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat
@@ -310,19 +309,6 @@ class DeepSpeedEngine(ShardedEngine):
                     flags[index] = True
                     marked.add(id(parameter))
         return marked
-
-    def _separate_masters(self) -> None:
-        """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing
-        effective values would overwrite the latents. DeepSpeed 0.19 never takes it, by a comparison that is
-        never true.
-        """
-        if self.stage == 3:
-            working = {
-                shard.data_ptr() for shard in self.optimizer.fp16_partitioned_groups_flat if shard is not None
-            }
-            for master in self.optimizer.fp32_partitioned_groups_flat:
-                if master.data_ptr() in working and master.numel():
-                    master.data = master.data.clone()  # the same Parameter, so that its optimizer state stays
 
     @contextmanager
     def _clipping_before_the_map(self) -> Iterator[None]:
