@@ -19,9 +19,9 @@ from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.heads import head_numbers
 from .core.kinds import Factors, Kind
-from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, first_everywhere, mapped_sides
+from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, mapped_sides
 from .core.regularizers import cosines, neighbour_products
-from .core.selection import relevance, select
+from .core.selection import select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .engines.slices import Slices
@@ -146,8 +146,8 @@ class Runtime(StandingWeights):
         latents = self.engine.read_latents(everything=True)
         slices = self.engine.slices
         aligned = [align and _is_fresh(*of_kind) for of_kind in zip(self.kinds, latents, slices, strict=True)]
-        starts = [
-            Factors(first_everywhere(f.A), f.B) if same else f
+        starts = [  # aligned: the first lora_A at all depths, and of all experts
+            Factors(f.A[:1].expand_as(f.A).clone(), f.B) if same else f
             for f, same in zip(latents, aligned, strict=True)
         ]
         self.maps = [self._map(*of_kind) for of_kind in zip(self.kinds, starts, aligned, slices, strict=True)]
@@ -177,7 +177,7 @@ class Runtime(StandingWeights):
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
         config = self.config
-        gates = sum(logits.numel() for m in self.maps for logits in m.gate_logits.values())
+        gates = sum(logits.numel() for m in self.maps for logits in m.gate_logits)
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
         noise = f", noise off ({self.noise_off})" if self.noise_off else ", noise on"
@@ -284,7 +284,11 @@ class Runtime(StandingWeights):
         # objective.
         sign = -1 if self.engine.maximizes() else 1
         factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
-        gathered = [relevance(latent, factors) / scale] if self._gathers_relevance() else []
+        relevance = []
+        if self._gathers_relevance():
+            # Effective lora_B is linear in the gate that multiplies latent lora_B, so that the gradient with
+            # respect to its logarithm is this product (`core/selection.py`). Those of slices add up.
+            relevance.append(torch.linalg.vecdot(factors.B, latent.B, dim=-2) / scale)
         penalty = m.regularizer_gradient(latent, self._slices.sum)
         if penalty is not None:
             factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
@@ -299,7 +303,7 @@ class Runtime(StandingWeights):
             {name: value / scale for name, value in own.items()},
             # Unscaled and clipped, whichever engine.
             {side: getattr(passing, side) / scale for side in sides},
-            gathered,
+            relevance,
         )
 
     def _gathers_relevance(self) -> bool:
@@ -518,7 +522,7 @@ def _small_optimizer(
     The KL is a mean over gates: its gradient with respect to each is smaller the more there are, and so is
     epsilon then.
     """
-    logits = [parameter for m in maps for parameter in m.gate_logits.values()]
+    logits = [parameter for m in maps for parameter in m.gate_logits]
     weights = [parameter for m in maps for parameter in m.coordinators.parameters()]
     groups = [(logits, config.gate_lr, 1e-8 / gate_count), (weights, config.coordinator_lr, 1e-8)]
     groups = [{"params": params, "lr": lr, "base_lr": lr, "eps": eps} for params, lr, eps in groups if params]

@@ -37,7 +37,8 @@ class Filter(nn.Module):
     def __init__(self, shape: tuple[int, int], config: StructLoRAConfig, device: torch.device):
         super().__init__()
         self.shape, self.config = shape, config
-        self.register_parameter("logits", None)  # gate logits φ, of a filter that learns
+        # Gate logits φ, of a filter that learns; it has an `objective_gradient` then.
+        self.register_parameter("logits", None)
 
     def forward(self, update: Factors, noise: Tensor | None) -> Factors:
         """The filtered update.
@@ -56,16 +57,6 @@ class Filter(nn.Module):
     def openness(self, update: Factors) -> Tensor | None:
         """Probability that each gate is open, or None where the filter does not choose between directions."""
         return None
-
-    def objective_gradient(self, task: Tensor, kl_scale: float) -> Tensor:
-        """The task's gradient of the logits turned into that of L_task + λ(β·KL − γ·I).
-
-        Args:
-            task (`Tensor`): of the logits' shape.
-            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of
-                them.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no logits")
 
 
 class InformationBottleneck(Filter):
@@ -106,6 +97,13 @@ class InformationBottleneck(Filter):
         return torch.sigmoid(self.logits.detach()).expand(self.shape)
 
     def objective_gradient(self, task: Tensor, kl_scale: float) -> Tensor:
+        """The task's gradient of the logits turned into that of L_task + λ(β·KL − γ·I).
+
+        Args:
+            task (`Tensor`): of the logits' shape.
+            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of
+                them.
+        """
         gates_per_logit = self.shape[0] / len(self.logits)
         kl = gates_per_logit * kl_scale * kl_gradient(self.logits.detach(), self.config.prior)
         return self.config.label_weight * task + kl

@@ -213,10 +213,9 @@ class KindMap(nn.Module):
         return self.filters[0]
 
     @property
-    def gate_logits(self) -> dict[str, nn.Parameter]:
-        """Logits of all gates that learn, by parameter name."""
-        found = {f"filters.{i}.logits": gate.logits for i, gate in enumerate(self.filters)}
-        return {name: logits for name, logits in found.items() if logits is not None}
+    def gate_logits(self) -> list[nn.Parameter]:
+        """Logits of all gates that learn."""
+        return [gate.logits for gate in self.filters if gate.logits is not None]
 
     @property
     def gate_count(self) -> int:
@@ -290,11 +289,6 @@ def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PA
     if kind.heads:
         mapped.add(kind.heads.side)
     return tuple(side for side in kind.sides if side in mapped)
-
-
-def first_everywhere(A: Tensor) -> Tensor:
-    """Stacked lora_A that are all the first one, of all depths and of all experts: (N, r, k)."""
-    return A[:1].expand_as(A).clone()
 
 
 def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
