@@ -30,7 +30,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gates import gate_entropy, kl_to_prior
+from .gates import kl_to_prior
 from .kinds import Factors
 from .mapping import KindMap
 from .regularizers import laplacian
@@ -57,7 +57,9 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums 
     directions, *groups = _logits(maps)
     if directions is not None:
         metrics["gate_openness"] = torch.sigmoid(directions).mean().item()
-        metrics["gate_entropy"] = gate_entropy(directions).mean().item()
+        # Without checks: logits that have diverged make the figure NaN, and must not end a run.
+        gates = torch.distributions.Bernoulli(logits=directions, validate_args=False)
+        metrics["gate_entropy"] = gates.entropy().mean().item()
         metrics["kl"] = kl_to_prior(directions, maps[0].config.prior).mean().item()
     if groups[0] is not None:
         metrics["group_openness"] = torch.sigmoid(groups[0]).mean().item()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
-from .gates import expected_gate, kl_gradient, logit, sample_gates, top_k_mask
+from .gates import expected_gate, kl_gradient, logit, sample_gates
 from .kinds import Factors
 
 
@@ -184,7 +184,8 @@ class TopKFilter(Filter):
     def gates(self, update: Factors, noise: Tensor | None) -> Tensor:
         squares = torch.stack([update.A.square().sum(-1), update.B.square().sum(-2)])  # (2, N, r)
         A, B = self.sum_over_width(squares).sqrt()
-        return top_k_mask(torch.where(A.any(), A * B, B), int(self.keep))  # VeRA has no lora_A
+        norms = torch.where(A.any(), A * B, B)  # VeRA has no lora_A
+        return torch.zeros_like(norms).scatter_(-1, norms.topk(int(self.keep), dim=-1).indices, 1.0)
 
     def openness(self, update: Factors) -> Tensor:
         return self.gates(update, None)

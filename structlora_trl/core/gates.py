@@ -120,24 +120,3 @@ def kl_gradient(logits: Tensor, prior: float) -> Tensor:
     """Derivative of `kl_to_prior` in closed form: σ(φ)(1 − σ(φ))(φ − logit(prior))."""
     open_ = torch.sigmoid(logits)
     return open_ * (1 - open_) * (logits - logit(prior))
-
-
-def gate_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each gate, in nats."""
-    open_ = torch.sigmoid(logits)
-    return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(
-        -logits
-    )
-
-
-def top_k_mask(norms: Tensor, keep: int) -> Tensor:
-    """1 for the `keep` largest norms ‖b_j‖‖a_j‖ of each module, 0 for the rest (the paper's Top-k norm
-    filter).
-
-    Args:
-        norms (`Tensor`): (N, r).
-
-    Returns:
-        `Tensor` of shape (N, r).
-    """
-    return torch.zeros_like(norms).scatter_(-1, norms.topk(keep, dim=-1).indices, 1.0)
