@@ -31,21 +31,18 @@ EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
 
 
 class StandingWeights:
-    """Puts training and evaluation weights in place; the base of `Runtime`, which steps them.
+    """Puts training and evaluation weights in place; the base of `Runtime`, which steps them and builds the maps.
 
     Args:
-        kinds (`list[Kind]`): what is trained.
-        engine (`Engine`): who owns the parameters.
         noise (`LogisticNoise`): what draws the gates' noise.
-        noise_off (`str` or None): why there is none in this run.
-        parts (`Parts`): what the maps are built of.
 
     Attributes:
         weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer
             step, 'latent'.
         is_attached (`bool`): whether the model and its optimizer are still in use.
-        step (`int`): optimizer steps that counted.
-        maps (`list[KindMap]`): one per kind; `Runtime` builds them.
+        maps (`list[KindMap]`): one per kind.
+
+    All else is told by `Runtime`.
     """
 
     def __init__(
@@ -155,13 +152,6 @@ class StandingWeights:
     def evaluation_values(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each LoRA parameter with its evaluation value, as the model would hold it."""
         return list(self.engine.stored(self._effective(None)))
-
-    @in_map_context
-    def evaluation_factors(self) -> list[Factors]:
-        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that
-        shards.
-        """
-        return self._effective(None)
 
     def _refuse_detached(self) -> None:
         if not self.is_attached:
