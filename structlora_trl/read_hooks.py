@@ -18,8 +18,7 @@ the values that its forward read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import update_wrapper
 from types import FrameType
 
@@ -99,21 +98,6 @@ class ReadHooks:
             reader.unmount()
         self._leave()  # what an interrupt has left would keep the model
         self._runtime, self._outer, self._readers, self._hooked = None, [], [], set()
-
-    @contextmanager
-    def reading(self, ends: bool = False) -> Iterator[None]:
-        """Evaluation weights for as long as this is open; where it `ends` the adapter's life, the runtime is
-        detached.
-        """
-        runtime = self._runtime
-        with ExitStack() as visit:
-            if runtime is not None:
-                visit.enter_context(runtime.evaluation_weights())
-            self._reading += 1
-            visit.callback(setattr, self, "_reading", self._reading - 1)
-            yield
-        if ends and runtime is not None:
-            runtime.detach()
 
     @_disable_dynamo
     def _before_forward(self, module, *_):
@@ -230,8 +214,16 @@ class _Reader:
                 self.module.__dict__[self.name] = self._covered
 
     def __call__(self, *args, **kwargs):
-        with self.hooks.reading(self.name in _ENDING):
-            return self.method(*args, **kwargs)
+        hooks, runtime = self.hooks, self.hooks._runtime
+        with ExitStack() as visit:
+            if runtime is not None:
+                visit.enter_context(runtime.evaluation_weights())
+            hooks._reading += 1
+            visit.callback(setattr, hooks, "_reading", hooks._reading - 1)
+            result = self.method(*args, **kwargs)
+        if self.name in _ENDING and runtime is not None:
+            runtime.detach()
+        return result
 
     def __reduce__(self):
         if self._covered is None:

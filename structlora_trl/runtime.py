@@ -444,7 +444,7 @@ class Runtime(StandingWeights):
                 "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
             )
         self.engine.write_latents([state.load_into(m, slices, self._optimizer) for m, _, slices in kinds])
-        self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule.copy()
+        self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule
         self._write(None)
         self.weights, self._trained_forward = EVALUATION, False
 

@@ -40,18 +40,13 @@ Sums = Callable[[list[Tensor]], list[Tensor]]
 """
 
 
-def whole(parts: list[Tensor]) -> list[Tensor]:
-    """The `Sums` of factors that are whole."""
-    return parts
-
-
-def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums = whole) -> dict[str, float]:
+def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums) -> dict[str, float]:
     """The figures above except `gradient_cosine`, which needs a step's gradients.
 
     Args:
         maps (`list[KindMap]`): one per kind.
         effective (`list[Factors]`): evaluation factors, one per kind.
-        sums (`Callable`, *optional*): sums over the slices of all ranks, where the factors are slices.
+        sums (`Callable`): sums over the slices of all ranks, where the factors are slices.
     """
     metrics: dict[str, float] = {}
     directions, *groups = _logits(maps)

@@ -281,14 +281,18 @@ def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PA
     """
     if parts.filter is not None or parts.coordinator is not None:
         return kind.sides
-    mapped = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
-    if config.filters_directions:
-        mapped.add("B")
-    if config.filter == "topk_norm":
-        mapped.add("A")
-    if kind.heads:
-        mapped.add(kind.heads.side)
+    mapped = _changed_sides(kind, config) | ({"A"} if config.filter == "topk_norm" else set())
     return tuple(side for side in kind.sides if side in mapped)
+
+
+def _changed_sides(kind: Kind, config: StructLoRAConfig) -> set[str]:
+    """The factors of a kind that the package's own parts change."""
+    changed = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
+    if config.filters_directions:
+        changed.add("B")
+    if kind.heads:
+        changed.add(kind.heads.side)
+    return changed
 
 
 def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
@@ -313,12 +317,7 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
             "adapt more layers, or set `coordinator='none'`",
         )
     for kind in kinds:
-        mapped = {"B"} if config.filters_directions else set()
-        if kind.heads:
-            mapped.add(kind.heads.side)
-        if config.compares_depths and kind.depth_count > 1:
-            mapped |= set(compared_sides(kind, config))
-        for side in sorted(mapped):
+        for side in sorted(_changed_sides(kind, config)):
             if not getattr(kind, side)[0].requires_grad:
                 remedy = (
                     "set `side='write'` or `coordinator='none'`"

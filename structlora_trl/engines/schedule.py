@@ -47,9 +47,6 @@ class ScheduleShare:
     def __init__(self, largest: float = 0.0, warms_up: bool = True, peak: float = 0.0):
         self.largest, self.warms_up, self.peak = float(largest), bool(warms_up), float(peak)
 
-    def copy(self) -> ScheduleShare:
-        return ScheduleShare(**vars(self))
-
     def advance(self, rate: Rate) -> float:
         """Take in the rate of a step that counts; its share of the peak."""
         if rate.current > 0 and self.largest == 0:

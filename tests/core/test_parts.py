@@ -36,7 +36,7 @@ class Diagonal(GCN):
 
 
 def all_joined(kind, config):
-    return DepthGraph(~torch.eye(kind.depth_count, dtype=torch.bool)[None], False, 1, 0.5, 0.9)
+    return DepthGraph(~torch.eye(kind.depth_count, dtype=torch.bool)[None], config, False)
 
 
 def values_alone(model, adapter_name):
