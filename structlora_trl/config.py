@@ -1,6 +1,4 @@
-"""Every option of StructLoRA, in one dataclass. Each field's help is its manual, in Python, YAML and on the
-command line.
-"""
+"""Every option in one dataclass. A field's help is its manual, in Python, YAML and on the command line."""
 
 from __future__ import annotations
 

@@ -188,9 +188,7 @@ class ReadHooks:
         return ReadHooks()
 
     def __reduce__(self):
-        """Hooks are pickled before the parameters are, and storages after all else: what stands must be right
-        by then.
-        """
+        """Pickled before the parameters, whose storages come last: what stands must be right by then."""
         if self._runtime is not None:
             self._runtime.eval()
         return ReadHooks, ()
@@ -232,9 +230,7 @@ class _Reader:
 
 
 def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Module]:
-    """The modules of a model that contain adapted layers, from the outside in. An adapted layer itself is
-    left out.
-    """
+    """The modules that contain adapted layers, from the outside in, without the adapted layers themselves."""
     ours, around = {id(p) for p in parameters}, {}
     for path, module in model.named_modules():
         if any(id(p) in ours for p in module._parameters.values()):
@@ -245,9 +241,7 @@ def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn
 
 
 def _own(module: nn.Module, name: str):
-    """A module's own method; `getattr` would also find what PEFT's modules hand through from the model
-    inside.
-    """
+    """A module's own method; `getattr` on PEFT's modules would also find those of the model inside."""
     return module.__dict__.get(name) or getattr(type(module), name, None)
 
 

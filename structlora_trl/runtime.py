@@ -1,5 +1,4 @@
-"""One optimizer step: the pullback, the optimizer's own step on latent factors, the small optimizer of gates
-and Θ.
+"""One optimizer step: the pullback, the optimizer's step on latents, the small optimizer of gates and Θ.
 
 What stands in the model before and after it, and who may change that, is told by `standing_weights.py`.
 """
@@ -383,9 +382,7 @@ class Runtime(StandingWeights):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks have slices: `state_dict()`, `save_state` and `metrics()` are to be called on every
-        rank then.
-        """
+        """Whether ranks have slices: call `state_dict()`, `save_state` and `metrics()` on every rank then."""
         return self._slices.is_shared
 
     @property
@@ -396,8 +393,7 @@ class Runtime(StandingWeights):
     @in_map_context
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over the steps since the last
-        call.
+        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over steps since the last call.
 
         Under FSDP2 and ZeRO, call it on every rank.
         """
@@ -412,8 +408,7 @@ class Runtime(StandingWeights):
 
     @in_map_context
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as
-        one flat dict.
+        """Latents, logits, Θ, their optimizer's state, graphs, options and the noise's step, as one flat dict.
 
         Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
         """

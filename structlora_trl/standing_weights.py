@@ -31,7 +31,7 @@ EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
 
 
 class StandingWeights:
-    """Puts training and evaluation weights in place; the base of `Runtime`, which steps them and builds the maps.
+    """Puts training and evaluation weights in place; the base of `Runtime`, which builds the maps.
 
     Args:
         noise (`LogisticNoise`): what draws the gates' noise.
@@ -86,8 +86,7 @@ class StandingWeights:
 
     @in_map_context
     def eval(self) -> None:
-        """Put the evaluation weights in place. After a step that an exception broke off, those of before that
-        step.
+        """Put the evaluation weights in place; after a step that broke off, those of before that step.
 
         Raises:
             StructLoRAError: other code has written to training weights.
@@ -103,9 +102,7 @@ class StandingWeights:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Evaluation weights for a reader. Training weights that a backward may still need stand again
-        afterwards.
-        """
+        """Evaluation weights for a reader. Training weights that a backward may need stand again after."""
         if self.weights != TRAINING or not self.is_noisy:
             if self.weights == LATENT:
                 self.eval()
@@ -168,9 +165,7 @@ class StandingWeights:
 
     @in_map_context
     def _were_changed(self) -> bool:
-        """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in
-        and out, are fine.
-        """
+        """Whether other weights stand than StructLoRA's. Equal values (of a swapped average) are fine."""
         if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
             return False
         expected = self._effective(self._noise() if self.weights == TRAINING else None)

@@ -83,9 +83,7 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums)
 
 
 def _logits(maps: list[KindMap]) -> tuple[Tensor | None, Tensor | None]:
-    """Logits of all gates of directions, and of all gates of experts and heads: (n,) on the CPU, None without
-    any.
-    """
+    """Logits of all gates: of directions, and of experts and heads; (n,) on the CPU, None without any."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for m in maps:
         for place, gate in enumerate(m.filters):

@@ -1,5 +1,4 @@
-"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering", and what it
-compares with).
+"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering") and baselines.
 
 A filter multiplies parts of an update with gates: each direction (a column of B), each expert, or each
 attention head. In training a gate may be random; at evaluation it is the deterministic figure that is saved.
@@ -60,9 +59,7 @@ class Filter(nn.Module):
 
 
 class InformationBottleneck(Filter):
-    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, E[m] at the
-    start.
-    """
+    """Learned gates: m = σ((φ + noise)/τ) in training, else E[m]; both divided by m₀, E[m] at the start."""
 
     is_stochastic = True
 
@@ -145,9 +142,7 @@ class HeadGates(InformationBottleneck):
 
 
 class RandomFilter(Filter):
-    """Each direction kept with the same probability, drawn in each step, divided by it; at evaluation all are
-    kept.
-    """
+    """Each direction kept with one probability, drawn in each step, divided by it; at evaluation all are."""
 
     is_stochastic = True
 

@@ -1,8 +1,7 @@
-"""The depth graph (paper, "Graph Neural Network-Style Inter-Layer Update Coordination"): one node per depth
-of a kind.
+"""The depth graph of a kind (paper, "Graph Neural Network-Style Inter-Layer Update Coordination").
 
-Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same
-way.
+Each depth is a node. Edges join neighbours in depth and, as training goes on, nodes whose running-mean
+gradients point the same way.
 
 Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number
 at other depths, and is joined to the other experts of its layer by one edge in all, shared out among them:
@@ -135,17 +134,13 @@ class DepthGraph(nn.Module):
                 mean.lerp_(gradient, 1 - self.config.semantic_decay)
 
     def gradient_products(self) -> Tensor:
-        """Products of the running-mean gradients of an expert's depths, (E, L, L). Over slices of the width,
-        they add up.
-        """
+        """Products of the running-mean gradients of an expert's depths, (E, L, L). Those of slices add up."""
         means = [mean for mean in (self.mean_A, self.mean_B) if mean is not None]
         flat = [self.by_expert(mean).flatten(2) for mean in means]  # (E, L, n)
         return sum((x @ x.mT for x in flat), torch.zeros_like(self.fixed, dtype=torch.float32))
 
     def rebuild(self, gradient_products: Tensor) -> None:
-        """Redraw the semantic edges by the cosine of running-mean gradients (`gradient_products`, summed over
-        slices).
-        """
+        """Redraw semantic edges by cosines of mean gradients, from `gradient_products` summed over slices."""
         top_k, threshold = self.config.semantic_top_k, self.config.semantic_threshold
         self.semantic = semantic_edges(gradient_products, top_k, threshold, self.fixed)
         self._refresh()

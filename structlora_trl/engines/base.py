@@ -1,5 +1,4 @@
-"""What the runtime needs from whatever owns the parameters: four verbs, a place in the optimizer step, and
-answers about both.
+"""What the runtime needs of whatever owns the parameters: four verbs, a place in the step, answers on both.
 
     read_gradients    reduced gradients of the effective factors
     write_gradients   gradients of the latent factors, for the optimizer to step with
@@ -79,15 +78,11 @@ class Engine(ABC):
 
     @abstractmethod
     def write_latents(self, latents: list[Factors]) -> None:
-        """Replace the latent factors of all sides. Those of sides that are not mapped also stand in the model
-        then.
-        """
+        """Replace the latent factors of all sides. Those that are not mapped then stand in the model too."""
 
     @abstractmethod
     def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        """Put effective values where the model reads them: of the mapped sides, those in `sides`. The latents
-        stay.
-        """
+        """Put effective values where the model reads them, of the mapped sides in `sides`. Latents stay."""
 
     @abstractmethod
     def stamp(self) -> None:
@@ -100,9 +95,7 @@ class Engine(ABC):
         """
 
     def was_touched(self) -> bool:
-        """Whether autograd has seen other code write since `stamp`. Free; a write through `.data` is not
-        seen.
-        """
+        """Whether autograd has seen other code write since `stamp`. Free; blind to writes through `.data`."""
         return False
 
     @abstractmethod
@@ -116,9 +109,7 @@ class Engine(ABC):
         """
 
     def keep_versions(self) -> ExitStack:
-        """Closing it makes autograd take what stands for what stood: for values that return before a backward
-        reads them.
-        """
+        """When closed, autograd takes what stands for what stood: for values put back before a backward."""
         return ExitStack()
 
     def maximizes(self) -> bool:

@@ -1,5 +1,4 @@
-"""DeepSpeed ZeRO, stages 1 to 3: the latents are DeepSpeed's own fp32 masters, the working weights are the
-effective ones.
+"""DeepSpeed ZeRO 1 to 3: the latents are DeepSpeed's own fp32 masters, the model holds effective weights.
 
 Under DeepSpeed, Accelerate steps inside `backward`, so that Trainer's events and gradient callbacks come too
 late (accelerate issues 2951 and 3303, DeepSpeed issue 5199). `engine.step` is wrapped on the instance
@@ -153,9 +152,7 @@ class DeepSpeedEngine(ShardedEngine):
         exchange: Exchange,
         sides: tuple[str, ...] = SIDES,
     ) -> None:
-        """Put values on some sides of the kinds where the model reads them; `exchange` has those that it
-        holds in shards.
-        """
+        """Put values on some sides where the model reads them; `exchange` has those it holds in shards."""
         fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
         for parameter, _ in fragments:
@@ -210,17 +207,13 @@ class DeepSpeedEngine(ShardedEngine):
     # From here to `_mark_gradients`, insides of DeepSpeed that nothing public leads to (0.19.8;
     # `upstream/deepspeed-fragments.md`).
     def _groups_of_lora(self) -> list[int]:
-        """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat
-        masters.
-        """
+        """Places of the optimizer's groups of LoRA parameters; the groups themselves hold flat masters."""
         ours = {id(p) for p in self._parameters}
         found = [i for i, parameters in enumerate(self._stepped()) if any(id(p) in ours for p in parameters)]
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
 
     def _norms(self) -> torch.Tensor:
-        """Norms of this rank's part of each parameter. DeepSpeed writes through `.data`, which versions do
-        not see.
-        """
+        """Norms of this rank's parts. DeepSpeed writes through `.data`, which versions do not see."""
         working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
         return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
@@ -254,9 +247,7 @@ class DeepSpeedEngine(ShardedEngine):
         return parameter.data.numel() == full_shape(parameter).numel()
 
     def _own_part(self, parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
-        """This rank's part, flat, of values that lie as the parameter does: in shards at stage 3, and whole
-        before.
-        """
+        """This rank's part, flat, of values that lie as the parameter does: in shards only at stage 3."""
         start, stop = self._span(parameter)
         return values.view(-1)[: stop - start] if self.stage == 3 else values.view(-1)[start:stop]
 
@@ -284,9 +275,7 @@ class DeepSpeedEngine(ShardedEngine):
         return self._own_part(parameter, gradient) if is_whole else gradient
 
     def _stepped(self) -> list[list[nn.Parameter]]:
-        """The model's parameters that the optimizer steps, LoRA's or others', by group; by sub-group at stage
-        3.
-        """
+        """The model's parameters that the optimizer steps, LoRA's or not, by group; at stage 3 sub-group."""
         if self.stage == 3:
             return self.optimizer.fp16_groups
         return self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
@@ -296,9 +285,7 @@ class DeepSpeedEngine(ShardedEngine):
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
     def _mark_gradients(self, fill_missing: bool) -> set[int]:
-        """Tell which LoRA parameters of a BF16_Optimizer have a gradient; where missing ones are to be
-        filled, all get one.
-        """
+        """Mark LoRA parameters of a BF16_Optimizer that have, or get, a gradient: all if `fill_missing`."""
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
         marked = set()
         for group, flags in zip(
@@ -348,9 +335,7 @@ class DeepSpeedEngine(ShardedEngine):
                 self._clip_still_to_come = 1.0
 
     def _skip(self, step, after_step, *args, **kwargs):
-        """Let DeepSpeed's own overflow check, which bf16 runs without, see the bad gradients and skip the
-        step.
-        """
+        """Let DeepSpeed's own overflow check, switched on in bf16 too, see the bad gradients and skip."""
         checks = getattr(self.optimizer, "check_grad_overflow", None)
         if checks is not None:
             self.optimizer.check_grad_overflow = True
@@ -430,9 +415,7 @@ class DeepSpeedEngine(ShardedEngine):
 def _in_lots(
     wholes: list[tuple[list[nn.Parameter], Piece]],
 ) -> Iterator[list[tuple[list[nn.Parameter], Piece]]]:
-    """Which factors share an all-gather: small ones do, to wait once; large ones have one each, to hold less
-    at once.
-    """
+    """Which factors share an all-gather: small ones, to wait once; a large one has its own, to hold less."""
     lot, size = [], 0
     for parameters, piece in wholes:
         nbytes = sum(p.data.nbytes for p in parameters)

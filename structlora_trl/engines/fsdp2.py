@@ -1,5 +1,4 @@
-"""FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's
-shards.
+"""FSDP2 (`fully_shard`): parameters are sharded DTensors, and a torch optimizer steps each rank's shards.
 
 As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. The
 shards of lora_B are slices of its width already; those of lora_A hold whole rows, and are moved where the map

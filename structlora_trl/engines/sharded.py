@@ -1,6 +1,4 @@
-"""What the engines that shard parameters share: slices of the mapped sides are kept, those of the others are
-read anew.
-"""
+"""What engines that shard parameters share: slices of mapped sides are kept, others are read anew."""
 
 from __future__ import annotations
 

@@ -116,9 +116,7 @@ class TorchEngine(Engine):
         self._handles, self.optimizer, self._step_frame, self._step_depth = [], None, None, 0
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Evaluate a closure at the training weights, before latent ones take their place; the step gets its
-        result.
-        """
+        """Evaluate a closure at the training weights, before latents take over; the step gets its result."""
         with torch.enable_grad():
             loss = closure()
         unread = [loss]
@@ -209,9 +207,7 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def _look(self) -> tuple[list[int], Tensor]:
-        """Autograd's version of each parameter, and its norm: a write through `.data` leaves the version as
-        it was.
-        """
+        """Autograd's version of each parameter, and its norm: a write through `.data` keeps the version."""
         versions = [p._version for p in self._trained]
         if not self._compares_norms:
             return versions, torch.empty(0, dtype=torch.float32, device="cpu")
