@@ -15,6 +15,7 @@ from tests.support.tiny import (
     adamw,
     attached,
     base_model,
+    evaluation_factors,
     logits_of,
     lora_parameters,
     loss_of,
@@ -388,7 +389,7 @@ def test_detach_leaves_plain_lora():
     train(model, "llama", optimizer, 2)
     runtime.train()
     runtime.detach()
-    for kind, factors in zip(runtime.kinds, runtime.evaluation_factors(), strict=True):
+    for kind, factors in zip(runtime.kinds, evaluation_factors(runtime), strict=True):
         assert torch.equal(torch.stack(list(kind.A)), factors.A) and torch.equal(
             torch.stack(list(kind.B)), factors.B
         )

@@ -14,7 +14,16 @@ from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.state import load_state, save_state
 from tests.support.jobs import sft
-from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
+from tests.support.tiny import (
+    FAMILIES,
+    adamw,
+    base_model,
+    evaluation_factors,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+)
 
 FIRST, CUT, LAST = 2, 4, 7  # gathers from step FIRST on, selects at CUT
 OPTIONS = {"keep": 0.25, "select_at": CUT}
@@ -89,7 +98,7 @@ def test_closed_stays_closed(family, init, options):
             assert not (factors.B != 0).any(1)[~k].any()
         optimizer.step()
         optimizer.zero_grad()
-        for factors, k in zip(runtime.evaluation_factors(), kept, strict=True):
+        for factors, k in zip(evaluation_factors(runtime), kept, strict=True):
             assert not (factors.B != 0).any(1)[~k].any()
     for now, then, m, k in zip(
         runtime.engine.read_latents(everything=True), before, runtime.maps, kept, strict=True

@@ -263,7 +263,6 @@ SET_UPS = {
         {"vera": {"r": 4}, "trainer": STEADY, "method": {"keep": 0.5, "select_at": 3, "semantic_every": 2}},
         ENGINES,
     ),
-    "masters that are the working shards": ({"alias_masters": True, "trainer": STEADY}, ["zero3"]),
     # Contexts of two ranks. Sequences of 8 tokens deal out evenly.
     "context parallelism": ({"trainer": {**STEADY, "pad_to_multiple_of": 8}, **SEMANTIC}, ["cp"]),
     "sequence parallelism": (
@@ -300,9 +299,7 @@ def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_proces
     options = {**SET_UPS[name][0], "steps": 6}
     world = {"uneven adapter": 3, "VeRA": 3, "context parallelism": 4}.get(name, 2)
     facts = launch(tmp_path, engine, world, **options)
-    alone = one_process(
-        **{k: v for k, v in options.items() if k not in ("alias_masters", "sequence_parallel")}
-    )
+    alone = one_process(**{k: v for k, v in options.items() if k != "sequence_parallel"})
     assert facts["step"] == 6
     if name == "context parallelism":
         assert facts["mesh"] == {"dp_shard_cp": 4}  # parameters are sharded over contexts too

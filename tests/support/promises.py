@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from structlora_trl.core.expert_storage import to_storage
 from tests.support.loops import HALF, STEPS, trainable
 from tests.support.setups import Setup
+from tests.support.tiny import evaluation_factors
 
 OFF = {"filter": "none", "coordinator": "none"}
 LEAST_MOVE = 1e-3  # of the gate logit that moved most
@@ -60,7 +61,7 @@ class Evaluation:
         assert difference <= self.row.tolerance, (
             f"moment {self.moments}: evaluation is not the saved adapter's"
         )
-        for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors(), strict=True):
+        for kind, factors in zip(run.runtime.kinds, evaluation_factors(run.runtime), strict=True):
             for side in kind.sides:
                 own, values = getattr(kind, side), to_storage(getattr(factors, side), side, kind)
                 for name, value in (

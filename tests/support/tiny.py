@@ -356,6 +356,14 @@ def attached(model=None, optimizer=adamw, **options):
     return model, optimizer, attach(model, optimizer, options)
 
 
+def evaluation_factors(runtime) -> list:
+    """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
+    from structlora_trl.map_context import map_context
+
+    with map_context(runtime.device):
+        return runtime._effective(None)
+
+
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):
     """`attached` after some steps, with LoRA on all linear modules."""
     model = peft_model(targets=FAMILIES["llama"].linear, dtype=dtype)

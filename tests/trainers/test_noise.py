@@ -15,7 +15,7 @@ from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError
 from structlora_trl.trainers.compat import why_quiet
 from tests.support.jobs import JOBS, sft
 from tests.support.left import LEAST_MOVE
-from tests.support.tiny import adamw, peft_model, warm_up
+from tests.support.tiny import adamw, evaluation_factors, peft_model, warm_up
 
 NOISE = {
     # job: the noise under `auto`, and what the line at the start says of it
@@ -36,7 +36,7 @@ def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
     class Look(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):
             weights = torch.cat([p.detach().flatten() for p in callback.runtime.lora_parameters()])
-            expected = [f for pair in callback.runtime.evaluation_factors() for f in pair]
+            expected = [f for pair in evaluation_factors(callback.runtime) for f in pair]
             stood = [torch.stack(list(side)) for kind in callback.runtime.kinds for side in (kind.A, kind.B)]
             equal.append(all(map(torch.equal, stood, expected)) and bool(weights.any()))
 
