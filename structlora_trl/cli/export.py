@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..adapters.load_adapter import Saved
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP,
-FSDP2 or DeepSpeed ZeRO, and of what DeepSpeed's zero_to_fp32.py made inside a checkpoint (its fp32 masters
-are latent factors: the map is applied). The result loads in PEFT, and needs nothing of this package.
+FSDP2 or DeepSpeed ZeRO. Of a folder that DeepSpeed's zero_to_fp32.py made inside a checkpoint, the checkpoint
+is read: the fp32 masters are latent factors. The result loads in PEFT, and needs nothing of this package.
 
 --keep SHARE makes any LoRA adapter smaller, of StructLoRA or not: it keeps 0.25 of all directions, or with
 --keep 99% the fewest that carry 99 % of the information, chosen over the whole model among the singular
