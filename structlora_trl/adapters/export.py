@@ -34,7 +34,7 @@ from .measuring import (
     output_change,
     text_probe,
 )
-from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_rank, with_singular_directions
+from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_scale, with_singular_directions
 from .pruning import Pruned, prune, select
 from .rows import read_rows
 
@@ -146,7 +146,7 @@ def export(
         if done.pruned:
             lora, tensors = done.pruned.lora, done.pruned.tensors
         if one_rank:
-            lora, tensors = with_one_rank(lora, tensors)
+            lora, tensors = with_one_scale(lora, tensors, {}, one_rank=True)
         write_adapter(after, lora, tensors)
         if done.pruned:
             write_adapter(before, saved.lora, saved.tensors)

@@ -32,7 +32,7 @@ from ..engines.slices import WHOLE
 from ..errors import StructLoRAError
 from ..map_context import map_context
 from ..state import STATE_NAME, State, damaged, read_state
-from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
+from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
 _USE_ANOTHER = "use another checkpoint"
@@ -421,7 +421,7 @@ def _refuse_misfits(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfi
                 f"{_USE_ANOTHER}; load grouped convolutions with PEFT itself",
             )
         rows, rank = shapes["A"][0], rank_of(lora, module)
-        if rows % rank if holds_experts(lora, module) else rows != rank:
+        if rows % rank if parameters_of(lora, module) else rows != rank:
             raise StructLoRAError(
                 f"lora_A of '{module}' with {rows} rows in {path}",
                 f"rank {rank}, as adapter_config.json has it",

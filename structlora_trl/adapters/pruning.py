@@ -22,7 +22,7 @@ from ..config import share_to_keep
 from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
-from .peft_scaling import holds_experts, modules_with_more, with_one_scale, with_singular_directions
+from .peft_scaling import LORA_NAME, SAMPLER, parameters_of, with_one_scale, with_singular_directions
 
 
 @dataclass
@@ -131,11 +131,14 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
         )
     mask = best(flat, keep)
     parts = mask.split([worth[module].numel() for module in sigma])
-    kept, spared, left_out, with_more = {}, [], [], modules_with_more(saved.tensors)
+    # More than two factors of each module: DoRA's magnitude, a bias.
+    more = (name for name in saved.tensors if ".lora_" in name and not LORA_NAME.match(name))
+    has_more = saved.lora.bias != "none" or any(SAMPLER not in name for name in more)
+    kept, spared, left_out = {}, [], []
     for (module, values), part in zip(sigma.items(), parts, strict=True):
         kept[module] = [row.nonzero().flatten().tolist() for row in part.view_as(values)]
         if not any(kept[module]):
-            if module in with_more or holds_experts(saved.lora, module) or saved.lora.bias != "none":
+            if has_more or parameters_of(saved.lora, module):
                 kept[module][0] = [int(worth[module][0].argmax())]
                 spared.append(module)
             else:
