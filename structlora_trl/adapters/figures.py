@@ -18,7 +18,7 @@ from ..errors import StructLoRAError
 from .export import SizeCurve
 from .inspecting import KindReport, final_losses, log_history, report, short_names
 from .load_adapter import Saved
-from .pruning import size_curves
+from .pruning import size_curve
 
 try:
     from matplotlib import colormaps, rc_context
@@ -34,7 +34,7 @@ except ImportError as error:
     ) from error
 
 RUN_COLOURS = ("#c2410c", "#1d4ed8")
-_LINES = ("-", "--", ":")
+_LINES = ("-", "--")
 _GREY = "#8b949e"  # is seen on a white page and on a dark one
 # Text stays text, so that the page's own font and colour apply; nothing in the file depends on the time.
 _STYLE = {
@@ -282,8 +282,9 @@ def _sizes(runs: list[Run]) -> Chart:
     values = {}  # what is on the y axis -> lines
     told = []
     for run, colour in zip(runs, RUN_COLOURS, strict=False):
-        orders = size_curves(run.saved)
-        curves = [*run.curves, SizeCurve("share of the squared norm", orders)] if orders else run.curves
+        curves = run.curves
+        if points := size_curve(run.saved):
+            curves = [*curves, SizeCurve("share of the squared norm", {"largest singular values": points})]
         at_quarter = []
         for curve in curves:
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
