@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from ..core.diagnostics import effective_rank
 from ..core.kinds import Kind, split_depth
-from ..errors import StructLoRAError
+from ..errors import refusing
 from .load_adapter import LOG_NAME, Saved
 from .peft_scaling import singular_directions
 
@@ -125,16 +125,10 @@ def _trainer_state(folder: Path) -> dict:
     path = folder / LOG_NAME
     if not path.is_file():
         return {"log_history": []}
-    try:
+    with refusing(f"reading {path}", "the Trainer's log", "remove the file, or use another checkpoint"):
         state = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(entry["step"], int) for entry in state["log_history"]):
             raise TypeError("a step that is no number")
-    except (ValueError, TypeError, KeyError) as error:
-        raise StructLoRAError(
-            f"{path} damaged ({type(error).__name__}: {error})",
-            "the Trainer's log",
-            "remove the file, or use another checkpoint",
-        ) from error
     return state
 
 

@@ -31,14 +31,11 @@ def words_of(file: dict, parser: argparse.ArgumentParser) -> list[str]:
     """The keys of a YAML file that are the launcher's, as words of a command line."""
     words = []
     for action in parser._actions:
-        flag = next((flag for flag in action.option_strings if flag[2:] in file), None)
-        if flag is None:
-            continue
-        value = file[flag[2:]]
-        if action.nargs != 0:
-            words += [flag, str(value)]
-        elif value:
-            words.append(flag)
+        for flag in action.option_strings:
+            if action.nargs != 0 and flag[2:] in file:
+                words += [flag, str(file[flag[2:]])]
+            elif file.get(flag[2:]):
+                words.append(flag)
     return words
 
 
