@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import StructLoRAError, refuse_unwritable
+from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
 from .inspecting import final_losses, peak_learning_rate, short_names, training_data
 
@@ -20,22 +20,6 @@ except ImportError as error:
         "jinja2, which `--html` fills its page with",
         'install it: `pip install "structlora-trl[plot]"`, or leave `--html` out',
     ) from error
-
-
-def refuse_folder(path: Path) -> None:
-    """Stop where a page cannot be written, since a folder has its name, or a file the name of a folder above
-    it.
-
-    Raises:
-        StructLoRAError: the message names the folder or the file.
-    """
-    if path.is_dir():
-        raise StructLoRAError(
-            f"a folder {path}, where the page is to be written",
-            "the name of an HTML file",
-            f"name a file, such as {path / 'report.html'}",
-        )
-    refuse_unwritable(path.parent)
 
 
 def write_page(path: str | Path, runs: list[Run]) -> None:
