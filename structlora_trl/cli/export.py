@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from .arguments import parser_of
@@ -44,7 +45,6 @@ _EXAMPLES = """examples:
   structlora export out small --prune 0.05 --probe sample.txt
   structlora export out merged --merge
 """
-_SHARES = (0.01, 0.1, 0.25, 0.5)  # of the directions, for which a threshold is told
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -105,7 +105,7 @@ def run(command: str, arguments: list[str]) -> None:
     if done.pruned:
         print(table(saved, done))
         if given.prune is not None and done.sizes[0].before == done.sizes[0].after:
-            print(thresholds(openness(saved), given.prune))
+            print(all_open(openness(saved), given.prune))
         if given.keep is not None:
             told = "the information in the rows of --data" if given.data else "the squared singular values"
             print(f"The directions kept carry {done.pruned.share:.1%} of {told}.")
@@ -149,18 +149,10 @@ def table(saved: Saved, done: Export) -> str:
     return "\n".join(lines)
 
 
-def thresholds(gates: dict[str, Tensor], asked: float) -> str:
-    """Why a threshold drops nothing, and what others would drop; `gates` as `openness` gives them."""
+def all_open(gates: dict[str, Tensor], threshold: float) -> str:
+    """That no gate is below a threshold; `gates` as `openness` gives them."""
     values = sorted(gate for part in gates.values() for gate in part.flatten().tolist())
-    least = min(gates, key=lambda module: float(gates[module].min()))
-    lines = [
-        f"No gate is below {asked:g}, so nothing was dropped: the least open one is at {values[0]:.3f} "
-        f"({least.removeprefix('base_model.model.')})."
-    ]
-    others = (min(1, round(values[round(share * (len(values) - 1))] + 5e-4, 3)) for share in _SHARES)
-    for threshold in dict.fromkeys(others):  # gates close together round to one
-        lines.append(
-            f"  --prune {threshold:g} is above {sum(v < threshold for v in values):,} of {len(values):,} gates"
-        )
-    lines.append("Or choose by what a task needs: `--keep 0.25 --data ROWS`.")
-    return "\n".join(lines)
+    return (
+        f"No gate is below {threshold:g}, so nothing was dropped: the least open one is at {values[0]:.3f}, the median at "
+        f"{median(values):.3f}. To choose by what a task needs: `--keep 0.25 --data ROWS`."
+    )
