@@ -28,6 +28,7 @@ LIGHT = {
     "--help": (0, "inspect"),
     "": (2, "structlora sft --config"),
     "init": (0, "structlora:"),
+    "--local-rank 0 init": (0, "structlora:"),
     "init --help": (0, "run.yaml"),
     "inspect --help": (0, "--html"),
     "export --help": (0, "--prune"),
