@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
+from ..core.selection import best
 from ..errors import StructLoRAError, refuse_unwritable, refusing
 from .load_adapter import Saved
 from .measuring import (
@@ -213,19 +214,15 @@ def information_curves(
     whole = {module: B.detach().clone() for module, B in weights.items()}
     carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
     for name, values in worth.items():
-        order = torch.cat([values[module].flatten() for module in sigma]).argsort(
-            descending=True, stable=True
-        )
+        flat = torch.cat([values[module].flatten() for module in sigma])
         for share in _SHARES:
-            best = order[: max(1, round(share * len(order)))]
-            is_kept = (
-                torch.zeros_like(order).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
-            )
-            for (module, x), part in zip(sigma.items(), is_kept, strict=True):
+            kept = best(flat, share)
+            parts = kept.split([x.numel() for x in sigma.values()])
+            for (module, x), part in zip(sigma.items(), parts, strict=True):
                 # lora_B's columns are in the order (r, expert).
                 columns = part.view_as(x).T.reshape(1, -1, *[1] * (weights[module].ndim - 2))
                 weights[module].data.copy_(whole[module] * columns.to(whole[module]))
-            carried[name].append((share, float(known[best].sum() / known.sum())))
+            carried[name].append((share, float(known[kept].sum() / known.sum())))
             losses[name].append((share, mean_loss(model, _held_out(rows).rows)))
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses)]
 

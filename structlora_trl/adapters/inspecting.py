@@ -208,8 +208,8 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             groups=None if groups is None else groups[depth].tolist(),
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
-            coherence=_coherence(similarity, depth),
-            stream=_stream(stream, depth),
+            coherence=_beside(None if similarity is None else similarity.diagonal(1), depth),
+            stream=_beside(stream, depth),
             semantic=None if semantic is None else semantic[depth].nonzero().flatten().tolist(),
         )
         for depth, module in enumerate(modules)
@@ -231,13 +231,7 @@ def _name(kind: Kind, expert: int) -> str:
     return f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name
 
 
-def _coherence(similarity: Tensor | None, depth: int) -> float | None:
-    if similarity is None or len(similarity) == 1:
-        return None
-    neighbours = [other for other in (depth - 1, depth + 1) if 0 <= other < len(similarity)]
-    return float(similarity[depth, neighbours].mean())
-
-
-def _stream(cosines: Tensor | None, depth: int) -> float | None:
+def _beside(cosines: Tensor | None, depth: int) -> float | None:
+    """Mean of a depth's cosines with its neighbours, of those of all neighbours, (L - 1,); None where unknown."""
     mean = math.nan if cosines is None else float(cosines[max(depth - 1, 0) : depth + 1].nanmean())
     return None if math.isnan(mean) else mean

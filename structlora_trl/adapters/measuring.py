@@ -329,7 +329,8 @@ def _class_count(tensors: dict[str, Tensor]) -> int | None:
     heads = [
         name
         for name in tensors
-        if name.endswith(".weight") and {"classifier", "score"} & set(name.split("."))
+        if name.endswith(".weight")
+        and {"classifier", "score"} & {*name.split(".")}
+        and not LORA_NAME.match(name)
     ]
-    heads = [name for name in heads if not LORA_NAME.match(name)]
     return len(tensors[max(heads)]) if heads else None

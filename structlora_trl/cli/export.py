@@ -58,13 +58,14 @@ def run(command: str, arguments: list[str]) -> None:
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
-    parser.add_argument(
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument(
         "--keep", metavar="SHARE", help="keep this share of all directions, or N%% of the information"
     )
+    rule.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="rows that tell what to keep (.jsonl, .csv, .parquet)"
     )
-    parser.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
     parser.add_argument("--one-rank", action="store_true", help="fill all modules up to one rank with zeros")
     parser.add_argument("--merge", action="store_true", help="write the merged model instead of the adapter")
     parser.add_argument(
@@ -72,8 +73,6 @@ def run(command: str, arguments: list[str]) -> None:
     )
     parser.add_argument("--probe", metavar="FILE", help="text to measure the change on, or 'none' to skip it")
     given = parser.parse_args(arguments)
-    if given.keep is not None and given.prune is not None:
-        parser.error("--keep and --prune are two rules for what to drop; give one of them")
     if given.data is not None and given.keep is None:
         parser.error("--data needs --keep, which it tells what to keep")
     if given.probe is not None and (given.data is not None or (given.prune is None and given.keep is None)):

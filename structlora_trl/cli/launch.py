@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from importlib import resources
@@ -15,9 +14,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import StructLoRAError, refusing
 from .main import INTERRUPTED
-
-# Each launcher sets one of them in the processes that it starts.
-_IN_STARTED_PROCESSES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
 def launch_parser() -> argparse.ArgumentParser:
@@ -37,11 +33,6 @@ def words_of(file: dict, parser: argparse.ArgumentParser) -> list[str]:
             elif file.get(flag[2:]):
                 words.append(flag)
     return words
-
-
-def is_started() -> bool:
-    """Whether a launcher started this process, so that it is to train."""
-    return any(name in os.environ for name in _IN_STARTED_PROCESSES)
 
 
 def launch(words: list[str], command: list[str]) -> None:

@@ -20,7 +20,7 @@ from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
 from .checks import check_arguments, last_checkpoint, whole_checkpoints
-from .launch import is_started, launch
+from .launch import launch
 from .main import INTERRUPTED
 
 
@@ -80,7 +80,9 @@ def run(command: str, arguments: list[str]) -> None:
     ):
         script = compat.trl_script(command)
     given = parse(command, script, arguments)
-    if given.launcher and not is_started():
+    # Each launcher sets one of them in the processes that it starts.
+    is_started = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if given.launcher and not is_started:
         return launch(given.launcher, [command, *arguments])
     checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
     check_arguments(given)

@@ -252,7 +252,7 @@ def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, ca
         (["--probe", "sample.txt"], "--probe needs --keep or --prune"),
         (["--merge", "--probe", "none"], "--probe needs --keep or --prune"),
         (["--keep", "0.5", "--data", "rows.jsonl", "--probe", "none"], "--probe needs --keep or --prune"),
-        (["--keep", "0.5", "--prune", "0.5"], "give one of them"),
+        (["--keep", "0.5", "--prune", "0.5"], "--prune: not allowed with argument --keep"),
         (["--data", "rows.jsonl"], "--data needs --keep"),
         (["--merge", "--one-rank"], "give one of them"),
     ],
