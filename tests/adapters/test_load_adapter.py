@@ -13,20 +13,17 @@ import sys
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from trl import SFTConfig, SFTTrainer
 
-from structlora_trl import StructLoRACallback, save_state
+from structlora_trl import save_state
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.inspecting import log_history, report
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
-from tests.support.adapters import ADAPTER, CONFIG, DEPTHS, KINDS, llama_run, only_adapter
-from tests.support.data import save_base, texts
+from tests.support.adapters import ADAPTER, CONFIG, KINDS, llama_run, only_adapter
 from tests.support.launching import launch, one_at_a_time
 from tests.support.tiny import attached, base_model, peft_model, train
 
@@ -98,31 +95,6 @@ def test_a_plain_run_has_the_log_of_its_checkpoint(runs, tmp_path):
     (tmp_path / "out" / "checkpoint-6" / STATE_NAME).unlink()
     saved = read_saved(tmp_path / "adapter")
     assert saved.maps is None and log_history(saved.run_folder)[-1]["step"] == 6
-
-
-def test_save_model_in_a_script(tmp_path, monkeypatch, capsys):
-    """The README's script: `trainer.save_model("adapter")`, with the checkpoints elsewhere."""
-    monkeypatch.chdir(tmp_path)
-    trainer = SFTTrainer(
-        model=save_base(tmp_path / "base"),
-        args=SFTConfig(
-            output_dir="trainer_output",
-            max_steps=2,
-            learning_rate=1e-2,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-        ),
-        train_dataset=Dataset.from_list(texts()),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        callbacks=[StructLoRACallback(gate_lr=1.0)],
-    )
-    trainer.train()
-    trainer.save_model("adapter")
-    capsys.readouterr()
-    assert main(["inspect", "adapter"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
-    assert len(rows) == 2 * DEPTHS and all(0 < float(row[2]) < 0.9 for row in rows)
 
 
 def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):

@@ -283,29 +283,6 @@ def test_rows_are_read_as_the_trainer_reads_them(name, planted, tmp_path):
     assert torch.equal(found["labels"][0, -predicted:], found["input_ids"][0, -predicted:])
 
 
-MISTAKES = {
-    "a share of nothing": (["--keep", "0"], "`keep` 0"),
-    "a share above all": (["--keep", "1.5"], "`keep` 1.5"),
-    "no number": (["--keep", "most"], "`keep` most"),
-    "no file": (["--keep", "0.5", "--data", "missing.jsonl"], "missing.jsonl"),
-    "a file of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
-    "other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
-    "no rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_gets_a_message(mistake, planted, tmp_path, monkeypatch, capsys):
-    arguments, words = MISTAKES[mistake]
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "rows.txt", texts())
-    write_rows(tmp_path / "other.jsonl", [{"question": "w1", "answer": "w2"}])
-    (tmp_path / "empty.jsonl").touch()
-    assert main(["export", str(planted / "out"), str(tmp_path / "new"), *arguments]) == 1
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
     model = as_it_is("llama")(tmp_path / "base")
     peft.get_peft_model(model, LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(
