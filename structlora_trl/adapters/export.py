@@ -1,6 +1,4 @@
-"""Writing a finished adapter: a plain LoRA adapter, smaller if asked, or the base model with it merged; and
-what that costs.
-"""
+"""Writing a finished adapter: plain LoRA, smaller if asked, or merged into its base; what that costs."""
 
 from __future__ import annotations
 
@@ -180,9 +178,7 @@ def export(
 
 
 class SizeCurve(NamedTuple):
-    """What a smaller adapter keeps of one thing: points (share of the directions, value) of each `order` of
-    the directions.
-    """
+    """What a smaller adapter keeps of one thing: (share of directions, value) for each of their `orders`."""
 
     value: str
     orders: dict[str, list[tuple[float, float]]]
@@ -278,9 +274,7 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
 
 
 def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
-    """Give the head a weight of its own where it shares the embeddings' and LoRA adds to either: merged, they
-    differ.
-    """
+    """Give a head tied to the embeddings its own weight where LoRA adds to either: merged, they differ."""
     head = base.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         return

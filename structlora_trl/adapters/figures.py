@@ -1,6 +1,4 @@
-"""The charts of one run or two, drawn with matplotlib: panels that the page shows as SVG and `--plot` writes
-as PNG and PDF.
-"""
+"""The charts of one run or two, by matplotlib: panels, as SVG on the page, as PNG and PDF by `--plot`."""
 
 from __future__ import annotations
 
@@ -95,9 +93,7 @@ class Run:
 
 
 class Panel(NamedTuple):
-    """A drawing: what it is of, in short and in full, what draws it, its size in inches, and of which run it
-    is, if of one.
-    """
+    """A drawing: what it is of, in short and in full, what draws it, its size in inches, its run."""
 
     title: str
     name: str

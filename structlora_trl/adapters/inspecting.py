@@ -58,8 +58,7 @@ class DepthReport:
 
 @dataclass
 class KindReport:
-    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures
-    show.
+    """One kind (modules that differ only in depth): its modules, and the matrices that figures show.
 
     Args:
         name (`str`): of the kind.
@@ -142,9 +141,7 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
 
 
 def peak_learning_rate(saved: Saved) -> float | None:
-    """The rate that the command line was given, else the largest one in the log; None where neither is
-    known.
-    """
+    """The rate that the command line was given, else the largest one in the log; None without either."""
     given = _command_facts(saved.run_folder).get("learning_rate")
     if given is not None:
         return given

@@ -108,22 +108,16 @@ class Saved:
         return any(m.origin_B is not None for m in self.maps or ())
 
     def gates(self, index: int) -> Tensor | None:
-        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without
-        state or gates.
-        """
+        """Probability that each direction is open, (L, r), with experts (E, L, r); None without gates."""
         return self._by_expert(index, self._openness(index)[0]) if self.maps else None
 
     def group_gates(self, index: int) -> Tensor | None:
-        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of
-        these.
-        """
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without such gates."""
         groups = self._openness(index)[1:] if self.maps else []
         return self._by_expert(index, groups[0]) if groups else None
 
     def factors(self, index: int) -> Factors:
-        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E,
-        L, ...).
-        """
+        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
         return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
 
     def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
@@ -166,9 +160,7 @@ class Saved:
         return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
 
     def stream_cosines(self, index: int) -> Tensor | None:
-        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as
-        for `features`.
-        """
+        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown."""
         A, B = self._nodes(index)
         if self.maps:
             pair = self.maps[index].stream_factors(Factors(A, B))
@@ -274,9 +266,7 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
-    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is
-    damaged.
-    """
+    """An adapter with a checkpoint's state and log; None where that one is damaged or of another adapter."""
     path = _weights_file(checkpoint)
     try:
         if path and not _equal(path, saved):
@@ -459,9 +449,7 @@ def _map(name: str, state: State, path: Path) -> KindMap:
 
 
 def _tensors_of(lora: LoraConfig, state: dict, folder: Path) -> dict[str, Tensor]:
-    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no
-    adapter).
-    """
+    """An adapter file's tensors from the state alone, for ZeRO-3 that gathers no weights writes none."""
     others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
     others += ["bias"] if lora.bias != "none" else []
     tensors = {}
@@ -484,9 +472,7 @@ def _tensors_of(lora: LoraConfig, state: dict, folder: Path) -> dict[str, Tensor
 
 
 def _difference(state: dict, tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
-    """The first side and module of which a file has other factors than the state, and by how much of their
-    norm.
-    """
+    """The first side and module that a file has otherwise than the state, and by how much of its norm."""
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
     for kind, stacks in zip(state["kinds"], state["effective"], strict=True):

@@ -1,6 +1,4 @@
-"""A finished adapter on its base model: what two adapters of one model change in its output, and how
-informative a gate is.
-"""
+"""A finished adapter on its base model: how two adapters' outputs differ, how informative a gate is."""
 
 from __future__ import annotations
 
@@ -71,8 +69,7 @@ def load_base(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The base model an adapter was trained on, with the head that it was trained with, in the model's own
-    precision.
+    """The base model of an adapter, with the head that it was trained with, in the model's own precision.
 
     Args:
         name (`str`, *optional*): name or path.

@@ -23,8 +23,7 @@ except ImportError as error:
 
 
 def write_page(path: str | Path, runs: list[Run]) -> None:
-    """Write the page: facts and which run did better, all charts with a sentence each, a table of all
-    modules.
+    """Write the page: facts, which run did better, all charts with a sentence each, a table of modules.
 
     Args:
         path (`str` or `Path`): the HTML file; its folder is made where missing.
@@ -81,9 +80,7 @@ def _lowest(values: list) -> object:
 
 
 def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
-    """Heads and rows of the table of modules: a row's kind in full and in short, its layer, and its
-    figures.
-    """
+    """Heads and rows of the table of modules: a row's kind in full and in short, layer and figures."""
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     found = {}
     for index, run in enumerate(runs):

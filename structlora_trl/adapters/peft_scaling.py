@@ -1,5 +1,4 @@
-"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the
-same.
+"""Ranks and scales of an adapter: where PEFT reads them, how to write them so that others read the same.
 
 A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`;
 vLLM and SGLang take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by
@@ -96,8 +95,7 @@ def by_expert(B: Tensor, experts: int) -> Tensor:
 
 
 def base_is_moved_for_good(lora: LoraConfig) -> bool:
-    """Whether the run changed base weights when it began in a way that PEFT cannot repeat when it loads the
-    adapter.
+    """Whether the run changed base weights, when it began, in a way that PEFT does not repeat on loading.
 
     LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a
     random start. (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
@@ -205,9 +203,7 @@ def with_one_scale(
 def _refuse_other_base(
     lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]
 ) -> None:
-    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
-    training.
-    """
+    """Stop where PEFT, loading the new adapter, would change base weights otherwise than in training."""
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]

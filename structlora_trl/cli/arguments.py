@@ -1,6 +1,4 @@
-"""Arguments of the commands; those of a training command are TRL's own, from a YAML file and the command
-line.
-"""
+"""Arguments of the commands; for training they are TRL's own, from a YAML file and the command line."""
 
 from __future__ import annotations
 

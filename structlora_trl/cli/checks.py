@@ -1,6 +1,4 @@
-"""Checks of a training command's arguments: what TRL's script would meet late, or would put in words of its
-own.
-"""
+"""Checks of a training command's arguments: what TRL's script would meet late, or say less plainly."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradie
 
 
 def check_arguments(given: Arguments) -> None:
-    """Look at model, batches, rewards and output folder, and write paths and target modules as TRL's script
-    takes them.
+    """Look at model, batches, rewards and output folder; write paths and target modules as TRL takes them.
 
     Args:
         given (`Arguments`): with `resume_from_checkpoint` as `last_checkpoint` found it.

@@ -25,8 +25,7 @@ from .main import INTERRUPTED
 
 
 class _Around(TrainerCallback):
-    """What a command says and does around TRL's script: where training begins, and beside the adapter it
-    saves.
+    """What a command says and does around TRL's script: where training begins, and beside its adapter.
 
     Args:
         given (`Arguments`): the command's arguments.
