@@ -178,7 +178,7 @@ def export(
 
 
 class SizeCurve(NamedTuple):
-    """What a smaller adapter keeps of one thing: (share of directions, value) for each of their `orders`."""
+    """What a smaller adapter keeps of one thing: points (share of directions, value) by their order."""
 
     value: str
     orders: dict[str, list[tuple[float, float]]]

@@ -68,16 +68,12 @@ def parser_of(command: str, description: str, examples: str) -> argparse.Argumen
 
 
 def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
-    """Read a training command's arguments.
-
-    Args:
-        name (`str`): the command.
-        script (module): TRL's script of that name.
-        arguments (`list[str]`): the command line after the command.
+    """Read a training command's arguments: what stands after it on the command line.
 
     Raises:
         StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is
-            refused. SystemExit: `--help`, or an unknown argument on the command line.
+            refused.
+        SystemExit: `--help`, or an unknown argument on the command line.
     """
     from .launch import launch_parser, words_of
 

@@ -54,12 +54,7 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
 
 
 def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> None:
-    """Load the data as the script will (then from the cache), and look at splits and columns.
-
-    Args:
-        name (`str`): the script.
-        script (`ScriptArguments`), mixture (`DatasetMixtureConfig`): the data, as `as_mixture` left them.
-        training (`TrainingArguments`): whether there is an evaluation.
+    """Load what `as_mixture` wrote, as the script will (then from the cache), and look at splits and columns.
 
     Raises:
         StructLoRAError: files that cannot be read, a missing split, or columns that the script does not take.

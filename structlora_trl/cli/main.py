@@ -51,14 +51,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments (`list[str]`, *optional*): those of the process where omitted.
-
-    Returns:
-        `int`: the exit code: 0, 1, 2, 130 after Ctrl-C, or 141 where the reader of the output has closed it.
-    """
+    """Run one command, of the process where none is given; the exit code."""
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

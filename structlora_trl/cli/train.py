@@ -64,10 +64,6 @@ class _Around(TrainerCallback):
 def run(command: str, arguments: list[str]) -> None:
     """Train, and save to `output_dir`: the adapter, StructLoRA's state and the trainer's log.
 
-    Args:
-        command (`str`): the name of one of TRL's training scripts.
-        arguments (`list[str]`): the command line after it.
-
     Raises:
         StructLoRAError: an argument, data, model or set-up that cannot be used; the message says why.
         SystemExit: after Ctrl-C.
