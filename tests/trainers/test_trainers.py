@@ -534,8 +534,10 @@ LOADS_WITHOUT = """
 import sys
 sys.modules["structlora_trl"] = None
 import torch
+from peft import PeftModel
 model = torch.load(sys.argv[1], weights_only=False)
 model.save_pretrained(sys.argv[2])
+PeftModel.from_pretrained(model.unload(), sys.argv[2])
 """
 
 
