@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import structlora_trl
-from structlora_trl import attach, load_state, save_state
+from structlora_trl import load_state, save_state
 from structlora_trl.adapters.load_adapter import read_saved
 from tests.support.tiny import (
     attached,
@@ -18,7 +18,6 @@ from tests.support.tiny import (
     logits_of,
     lora_parameters,
     loss_of,
-    peft_model,
     train,
 )
 
@@ -122,15 +121,12 @@ def test_autocast_keeps_no_cast_of_weights_that_are_gone():
         assert torch.equal(logits_of(model, "llama"), expected)
 
 
-@pytest.mark.parametrize("what", ["step", "whole step"])
-def test_compiled_around_the_step(what):
-    """PyTorch's recipe of a compiled optimizer, and a compiled training step, against the same uncompiled."""
+def test_a_compiled_training_step():
+    """Forward, backward and optimizer in one function, against the same uncompiled; of the optimizer's step alone, see set-ups."""
     runs = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = peft_model()
-        optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, foreach=True)
-        runtime = attach(model, optimizer)
+        model, optimizer, runtime = attached()
         model.train()
 
         def step(index, model=model, optimizer=optimizer):
@@ -138,16 +134,8 @@ def test_compiled_around_the_step(what):
             optimizer.step()
             optimizer.zero_grad()
 
-        if compiled and what == "whole step":
+        if compiled:
             step = torch.compile(step, backend="eager")
-        elif compiled:
-            optimizer_step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager")
-
-            def step(index, model=model, optimizer=optimizer, optimizer_step=optimizer_step):
-                loss_of(model, "llama", index).backward()
-                optimizer_step()
-                optimizer.zero_grad()
-
         for index in range(STEPS):
             step(index)
         assert runtime.step == STEPS
