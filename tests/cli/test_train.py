@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -41,7 +40,7 @@ from tests.support.data import (
 from tests.support.jobs import reward_model
 from tests.support.launching import ROOT
 from tests.support.left import assert_acted, state_of
-from tests.support.tiny import tokenizer
+from tests.support.tiny import assert_same, tokenizer
 
 SHORT = {"max_completion_length": 6, "num_generations": 4}
 WORDS = {"reward_funcs": ["tests.support.data.distinct_words"]}
@@ -113,8 +112,7 @@ def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
     trained(monkeypatch, "sft", "--config", block, "--structlora", "false")
     assert "plain LoRA" in capsys.readouterr().out
     assert not Path("plain", STATE_NAME).exists()
-    plain, off = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "off"))
-    assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
+    assert_same(*(load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "off")))
     for folder in ("plain", "off"):  # what the report page says of both, in a log whose first rate is lower
         saved = read_saved(folder)
         assert training_data(saved) == "data.jsonl" and peak_learning_rate(saved) == 1e-2
@@ -152,8 +150,8 @@ def test_resume_goes_on_where_the_run_ended(more, place, monkeypatch, capsys):
     trained(monkeypatch, "sft", "--config", given, "--max_steps", "2")
     trained(monkeypatch, "sft", "--config", given, "--resume_from_checkpoint", "true", *more)
     assert "checkpoint-2" in capsys.readouterr().out
-    whole, parts = (load_file(f"{folder}/{STATE_NAME}") for folder in ("whole", "out"))
-    assert state_of("out")[0]["step"] == 4 and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert_same(*(load_file(f"{folder}/{STATE_NAME}") for folder in ("whole", "out")))
+    assert state_of("out")[0]["step"] == 4
 
 
 @pytest.mark.parametrize("save_steps, words", [(1, "--resume_from_checkpoint true"), (9, "save_steps")])
@@ -193,8 +191,7 @@ def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
     trainer = trained(monkeypatch, "sft", "--config", config_file(**every, **worst, **more))
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-4"
-    ours, theirs = (load_file(folder / STATE_NAME) for folder in (Path("out"), best))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same(*(load_file(folder / STATE_NAME) for folder in (Path("out"), best)))
     assert_plain_peft_agrees(trainer.model, "out")
     assert main(["inspect", "out"]) == 0  # adapter and state belong together
 

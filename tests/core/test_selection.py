@@ -13,7 +13,16 @@ from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.state import save_state
 from tests.support.jobs import sft
-from tests.support.tiny import FAMILIES, adamw, base_model, lora_parameters, loss_of, peft_model, train
+from tests.support.tiny import (
+    FAMILIES,
+    adamw,
+    assert_same,
+    base_model,
+    lora_parameters,
+    loss_of,
+    peft_model,
+    train,
+)
 
 FIRST, CUT, LAST = 2, 4, 7  # gathers from step FIRST on, selects at CUT
 OPTIONS = {"keep": 0.25, "select_at": CUT}
@@ -123,9 +132,9 @@ def test_reload_keeps_what_is_closed():
             p.add_(0.1)
     runtime.reload()
     model.eval()
-    assert all(torch.equal(kept[name], now) for name, now in directions(model).items())
+    assert_same(kept, directions(model))
     train(model, "llama", optimizer, LAST - CUT, CUT)
-    assert all(torch.equal(kept[name], now) for name, now in directions(model).items())
+    assert_same(kept, directions(model))
 
 
 def test_random_is_drawn_once_from_the_seed():

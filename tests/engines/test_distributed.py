@@ -18,6 +18,7 @@ from tests.support.launching import (
     state,
     trained,
 )
+from tests.support.tiny import assert_same
 
 pytestmark = one_at_a_time
 slow = pytest.mark.slow
@@ -320,8 +321,7 @@ def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_proces
 def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
     launch(tmp_path / "plain", engine, method=None, steps=4)
     launch(tmp_path / "off", engine, method={"filter": "none", "coordinator": "none"}, steps=4)
-    plain, off = adapter(tmp_path / "plain"), adapter(tmp_path / "off")
-    assert plain.keys() == off.keys() and all(torch.equal(plain[name], off[name]) for name in plain)
+    assert_same(adapter(tmp_path / "plain"), adapter(tmp_path / "off"))
 
 
 AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
@@ -363,10 +363,8 @@ def test_resume_is_bit_for_bit(engine, tmp_path):
     launch(tmp_path / "whole", engine, **SAVING)
     launch(tmp_path / "parts", engine, stop_at=3, **SAVING)
     launch(tmp_path / "parts", engine, resume=str(tmp_path / "parts" / "checkpoint-3"), **SAVING)
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    adapters = [adapter(tmp_path / run) for run in ("whole", "parts")]
-    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    for left in (state, adapter):
+        assert_same(left(tmp_path / "whole"), left(tmp_path / "parts"))
 
 
 @slow

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.launching import (
     ENVIRONMENT,
@@ -26,6 +25,7 @@ from tests.support.launching import (
     torchrun,
     trained,
 )
+from tests.support.tiny import assert_same
 
 pytestmark = one_at_a_time
 slow = pytest.mark.slow
@@ -39,10 +39,7 @@ SAVING = {**STEADY, "save_strategy": "steps", "save_steps": 3}
 def assert_goes_on(output, whole, engine):
     """The checkpoint of step 3 resumes and ends as the uninterrupted run does, bit for bit."""
     launch(output, engine, steps=6, resume=str(output / "checkpoint-3"), trainer=SAVING)
-    resumed, expected = state(output), state(whole)
-    assert resumed.keys() == expected.keys() and all(
-        torch.equal(resumed[name], expected[name]) for name in resumed
-    )
+    assert_same(state(output), state(whole))
 
 
 @pytest.mark.parametrize(

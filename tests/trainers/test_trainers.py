@@ -40,7 +40,16 @@ from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.mapping import Parts
 from tests.support.jobs import StopAt, arguments, checkpoints, plain, sft
 from tests.support.left import state_of
-from tests.support.tiny import FAMILIES, base_model, logits_of, lora_parameters, peft_model
+from tests.support.tiny import (
+    FAMILIES,
+    assert_same,
+    base_model,
+    differing,
+    logits_of,
+    lora_parameters,
+    peft_model,
+    weights_of,
+)
 
 STATE = "structlora.safetensors"
 EVERY_OTHER_STEP = {
@@ -124,7 +133,7 @@ def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
     names = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if "lora" in n}
-    assert all(torch.equal(best[name], names[name]) for name in best)
+    assert_same(best, names)
     assert callback.runtime.step == 2
     trainer.train()
     assert state_of(tmp_path / "checkpoint-6")[0]["step"] == 8
@@ -379,8 +388,7 @@ def test_killed_during_a_save_the_checkpoint_before_still_resumes(tmp_path):
     assert callback.runtime.step == 6
     whole = tmp_path / "whole"
     sft(whole, [StructLoRACallback()], **options).train()
-    ours, theirs = state_of(tmp_path / "checkpoint-6")[1], state_of(whole / "checkpoint-6")[1]
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same(state_of(tmp_path / "checkpoint-6")[1], state_of(whole / "checkpoint-6")[1])
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
@@ -478,7 +486,7 @@ class Snapshot(TrainerCallback):
     """Copies the adapter when training begins, as moving averages do."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.taken = {name: p.detach().clone() for name, p in lora_parameters(model).items()}
+        self.taken = weights_of(model)
 
 
 def test_snapshots_at_the_start_are_of_what_trains(tmp_path, caplog):
@@ -498,8 +506,7 @@ def test_snapshots_at_the_start_are_of_what_trains(tmp_path, caplog):
         lambda taken: sft(tmp_path, [taken, StructLoRACallback()]),
         lambda taken: sft(tmp_path, [taken], StructLoRASFTTrainer),
     ):
-        found = snapshot(build)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert_same(snapshot(build), expected)
     assert "Snapshot" not in caplog.text
 
     def added_later(taken):
@@ -519,11 +526,10 @@ def test_callbacks_between_steps_see_evaluation_weights(tmp_path):
         differs = 0
 
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            found = [p.detach().clone() for p in lora_parameters(model).values()]
-            self.differs += self.left is not None and not all(map(torch.equal, found, self.left))
+            self.differs += self.left is not None and bool(differing(weights_of(model), self.left))
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            self.left = [p.detach().clone() for p in lora_parameters(model).values()]
+            self.left = weights_of(model)
 
     looks = Looks()
     sft(tmp_path, [StructLoRACallback(), looks], gradient_accumulation_steps=2).train()
@@ -591,13 +597,13 @@ def encoders(output, callback, *names):
 def test_a_peft_model_inside_the_model(towers, option, tmp_path, capsys):
     callback = StructLoRACallback(peft_module=option)
     trainer = encoders(tmp_path, callback, *towers)
-    untouched = {name: p.detach().clone() for name, p in lora_parameters(trainer.model).items()}
+    untouched = weights_of(trainer.model)
     trainer.train()
     name = option or "towers.query"
     assert f"`{name}`" in capsys.readouterr().out and callback.runtime.step == 3
     ours = {id(p) for p in callback.runtime.lora_parameters()}
     assert ours == {id(p) for n, p in lora_parameters(trainer.model).items() if n.startswith(name)}
-    moved = {n for n, p in lora_parameters(trainer.model).items() if not torch.equal(p, untouched[n])}
+    moved = differing(weights_of(trainer.model), untouched)
     # The others train as plain LoRA.
     assert all(any(n.startswith(f"towers.{tower}") for n in moved) for tower in towers)
 
