@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
+import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 
 from .errors import StructLoRAError
@@ -29,6 +31,18 @@ def owners_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[Owner]:
         for name, p in module._parameters.items()
         if id(p) in ours
     ]
+
+
+def in_graphs(parameters: list[nn.Parameter]) -> set[int]:
+    """The ids of parameters that are read by some autograd graph which is still alive."""
+    return {id(p) for p in parameters if p.requires_grad and _is_in_graph(p)}
+
+
+def _is_in_graph(parameter: nn.Parameter) -> bool:
+    """A parameter's node lives as long as a graph that ends in it: is it the same one when asked twice?"""
+    with torch.enable_grad():
+        get_gradient_edge(parameter).node.metadata[__name__] = True
+        return __name__ in get_gradient_edge(parameter).node.metadata
 
 
 def refuse_replaced(owners: list[Owner]) -> None:
@@ -69,6 +83,17 @@ def refuse_changed() -> NoReturn:
         "before the next training forward",
         "call `runtime.reload()` to start again from the weights that stand, or load the run's own state after them "
         "(`load_state`, or `accelerator.register_for_checkpointing(runtime)`)",
+    )
+
+
+def refuse_early_graph(count: int) -> NoReturn:
+    """At the first training forward: a graph reads LoRA weights that training weights are about to replace."""
+    raise StructLoRAError(
+        f"a computation on {count} LoRA parameters, made before the first training forward, whose graph is still alive",
+        "no graph of LoRA weights when a training forward replaces them: a backward through it would fail with `modified by "
+        "an inplace operation`",
+        "compute a penalty on LoRA weights after the model's forward, or call `runtime.train()` before it; compute what needs "
+        "no gradient under `torch.no_grad()`",
     )
 
 

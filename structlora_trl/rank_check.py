@@ -8,9 +8,14 @@ import torch.distributed as dist
 from .errors import StructLoRAError
 
 
+def is_distributed() -> bool:
+    """Whether this process belongs to a process group, if only to one of its own."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Number of processes in this run, 1 where nothing is distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def refuse_disagreement(facts: dict, device: torch.device) -> None:

@@ -134,6 +134,7 @@ class Runtime(StandingWeights):
             for parameter in (p for p in self.lora_parameters() if p.requires_grad):
                 handle = parameter.register_post_accumulate_grad_hook(self._check_standing_weights)
                 on_error.callback(handle.remove)
+            self._in_graphs = foreign_writes.in_graphs(self.lora_parameters())
             self._hooks = ReadHooks(self, model, readers)
             on_error.callback(self._hooks.remove)
             self._remove_hooks = on_error.pop_all().close

@@ -24,6 +24,7 @@ from .engines.base import is_same
 from .engines.slices import Slices
 from .errors import StructLoRAError
 from .map_context import in_map_context
+from .rank_check import is_distributed
 from .stopwatch import Stopwatch
 
 # Latent weights stand during an optimizer step, and after one that an exception broke off.
@@ -55,6 +56,7 @@ class StandingWeights:
         self._parts = parts
         self._trained_forward = False  # whether training weights have stood since the last step
         self._mixed_gradients = False  # whether a gradient since then arrived while others stood
+        self._in_graphs: set[int] | None = None  # parameters in graphs at attach, until a training forward
 
     @property
     def is_noisy(self) -> bool:
@@ -66,8 +68,8 @@ class StandingWeights:
         """Put the training weights of the coming step in place (the same ones until the step is done).
 
         Raises:
-            StructLoRAError: other code has written to the LoRA weights since StructLoRA did, or the runtime is
-                detached.
+            StructLoRAError: other code has written to the LoRA weights since StructLoRA did; or, the first time, a
+                graph that is still alive reads them; or the runtime is detached.
         """
         self._refuse_detached()
         if self.weights == TRAINING:
@@ -77,6 +79,7 @@ class StandingWeights:
             if self._were_changed():
                 foreign_writes.refuse_changed()
             if self.is_noisy:
+                self._refuse_early_graphs()
                 self._write(self._noise(), self._noisy_sides())
         else:
             self._write(self._noise())
@@ -162,6 +165,18 @@ class StandingWeights:
         """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
         if self._trained_forward and self.weights != TRAINING and self.is_noisy:
             self._mixed_gradients = True
+
+    def _refuse_early_graphs(self) -> None:
+        """Once: stop where a graph made since attach reads weights that are about to be replaced.
+
+        Whoever builds a penalty before the forward does so in the first step, too. Not where torch.distributed
+        is on: DDP keeps the ends of graphs alive.
+        """
+        if self._in_graphs is not None and not is_distributed():
+            early = foreign_writes.in_graphs(self.lora_parameters()) - self._in_graphs
+            if early:
+                foreign_writes.refuse_early_graph(len(early))
+        self._in_graphs = None
 
     @in_map_context
     def _were_changed(self) -> bool:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -15,6 +16,7 @@ from tests.support.tiny import (
     adamw,
     assert_same,
     attached,
+    batch_of,
     logits_of,
     lora_parameters,
     loss_of,
@@ -185,12 +187,15 @@ def penalty(model):
     return sum(p.square().sum() for p in lora_parameters(model).values())
 
 
-def test_a_penalty_built_before_the_forward_is_stopped_by_autograd():
+def test_a_penalty_built_before_the_first_forward_is_refused_by_name():
     model, *_ = attached(peft_model())
     model.train()
     early = penalty(model)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss_of(model, "llama", 7) + early).backward()
+    for _ in range(2):
+        with pytest.raises(StructLoRAError, match="penalty.*after the model's forward.*runtime.train"):
+            loss_of(model, "llama", 7)
+    del early
+    assert loss_of(model, "llama", 7).requires_grad
 
 
 @pytest.mark.parametrize("trains_first", [False, True])
@@ -212,6 +217,19 @@ def test_a_penalty_trains_where_training_weights_stand(trains_first):
         optimizer.step()
         optimizer.zero_grad()
     assert runtime.step == 3 and kept.requires_grad
+
+
+def test_ddp_around_an_attached_model_is_no_penalty():
+    """DDP keeps the ends of graphs alive, whether it comes before or after attach."""
+    model, optimizer, runtime = attached(peft_model())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        ddp(**batch_of(model, "llama", 0)).loss.backward()
+        optimizer.step()
+    finally:
+        dist.destroy_process_group()
+    assert runtime.step == 1
 
 
 def test_an_average_swapped_in_and_out_changes_nothing():

@@ -133,8 +133,8 @@ class DeepSpeedEngine(ShardedEngine):
         in_shards = self._in_shards(mapped)
         # Persistent parameters of stage 3 are whole from the first forward on.
         if self._scattered is None or self._scattered[0] != in_shards:
-            is_same = self.stage == 3 and in_shards == mapped
-            self._scattered = in_shards, self._mapped if is_same else Exchange(self.sharding, in_shards)
+            sides_equal = self.stage == 3 and in_shards == mapped
+            self._scattered = in_shards, self._mapped if sides_equal else Exchange(self.sharding, in_shards)
         self._put(effective, mapped, self._scattered[1], sides)
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
