@@ -7,15 +7,14 @@ import json
 import re
 import runpy
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from peft import LoraConfig
 
 from structlora_trl import StructLoRAConfig
+from tests.support.launching import ROOT
 from tests.support.tiny import attached, peft_model, train
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 REFUSALS = runpy.run_path(str(DOCS / "refusals.py"))
 

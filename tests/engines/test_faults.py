@@ -6,15 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.support.launching import (
+    BIN,
     ENVIRONMENT,
     ROOT,
+    STEADY,
     facts_of,
     job_arguments,
     largest_difference,
@@ -32,8 +32,8 @@ slow = pytest.mark.slow
 
 GROUP_TIMEOUT = 15  # seconds; a rank that waits for a dead one gives up by then
 MARGIN = 30  # seconds for a launcher to notice and to stop its other processes
-STEADY = {"adam_epsilon": 1e-6, "lr_scheduler_type": "constant"}
-SAVING = {**STEADY, "save_strategy": "steps", "save_steps": 3}
+CONSTANT = {**STEADY, "lr_scheduler_type": "constant"}
+SAVING = {**CONSTANT, "save_strategy": "steps", "save_steps": 3}
 
 
 def assert_goes_on(output, whole, engine):
@@ -103,7 +103,7 @@ class Nodes:
         for node, (name, device) in enumerate(zip(self.names, self.devices, strict=True)):
             environment = {
                 **ENVIRONMENT,
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PATH": f"{BIN}:{os.environ['PATH']}",
                 "NODE_RANK": str(node),
                 "MASTER_ADDR": self.addresses[0],
                 "PROCESSES_PER_NODE": "1",
@@ -150,7 +150,7 @@ def nodes():
     "launcher, engine", [("torchrun", "ddp"), ("accelerate", "zero2"), ("deepspeed", "zero3")]
 )
 def test_two_nodes_train_as_one_process(launcher, engine, nodes, tmp_path):
-    options = {"steps": 6, "trainer": STEADY}
+    options = {"steps": 6, "trainer": CONSTANT}
     launch(tmp_path / "one", **options)
     job = job_arguments(tmp_path / "two", "launcher" if launcher == "accelerate" else engine, options)
     processes = nodes.start(launcher, job)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.support.device import BACKEND, ON_GPU, hide_gpus
+from tests.support.device import BACKEND, ON_GPU, hide_gpus, without_shm_op
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 if not ON_GPU:
@@ -88,8 +88,7 @@ def deepspeed_config(args) -> dict:
     import deepspeed
 
     if not ON_GPU:
-        # The shared-memory collectives take a minute to compile and are only faster.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        without_shm_op()
     if args.dtype == "float16" and not ON_GPU:
         # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True

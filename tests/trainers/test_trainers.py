@@ -39,6 +39,7 @@ from structlora_trl import (
 from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.mapping import Parts
 from tests.support.jobs import StopAt, arguments, checkpoints, plain, sft
+from tests.support.launching import ROOT
 from tests.support.left import state_of
 from tests.support.tiny import (
     FAMILIES,
@@ -351,8 +352,7 @@ def test_metrics_reach_tensorboard_and_the_history(tmp_path, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 import structlora_trl.state as state
 from tests.support.jobs import sft
 from structlora_trl import StructLoRACallback
@@ -371,9 +371,8 @@ sft({output!r}, [StructLoRACallback()], max_steps=6, save_strategy="steps", save
 
 def test_killed_during_a_save_the_checkpoint_before_still_resumes(tmp_path):
     """Trainer deletes older checkpoints before `on_save`, so with room for two, one is whole at any moment."""
-    tests = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(tests=tests, output=str(tmp_path))], capture_output=True
+        [sys.executable, "-c", KILLED.format(output=str(tmp_path))], capture_output=True, cwd=ROOT
     )
     assert done.returncode == -signal.SIGKILL
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
