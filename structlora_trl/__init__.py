@@ -1,6 +1,4 @@
-"""StructLoRA (arXiv 2603.14228) for TRL, Transformers and plain PyTorch: LoRA with gated directions,
-coordinated over depth.
-"""
+"""StructLoRA (arXiv 2603.14228) for TRL, Transformers, PyTorch: LoRA with gates, coordinated over depth."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

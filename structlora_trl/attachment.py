@@ -386,17 +386,13 @@ def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None
 
 def _facts(runtime: Runtime) -> dict:
     """What all ranks must have in common."""
+    latents = runtime.engine.read_latents(everything=True)
+    sums = [part.sum() for factors in latents for part in factors]
     return {
         "configuration": runtime.config.options(),
         "seed": runtime.seed,
         "engine": runtime.engine.name,
         "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "structlora-trl": __version__},
-        "latent weights": _sums_of_latents(runtime),
+        "latent weights": [float(total) for total in runtime.engine.slices[0].sums(sums)],
     }
-
-
-def _sums_of_latents(runtime: Runtime) -> list[float]:
-    latents = runtime.engine.read_latents(everything=True)
-    sums = [part.sum() for factors in latents for part in factors]
-    return [float(total) for total in runtime.engine.slices[0].sums(sums)]

@@ -1,6 +1,4 @@
-"""Whether a call still runs: what was noted at its start is stale once an exception or an interrupt went
-through it.
-"""
+"""Whether a call still runs: a note made at its start is stale once an exception or an interrupt ended it."""
 
 from __future__ import annotations
 

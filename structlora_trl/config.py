@@ -1,6 +1,4 @@
-"""Every option of StructLoRA, in one dataclass. Each field's help is its manual, in Python, YAML and on the
-command line.
-"""
+"""Every option in one dataclass. A field's help is its manual, in Python, YAML and on the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -279,22 +277,13 @@ class StructLoRAConfig:
                 "pass `StructLoRAConfig(...)`, a dict such as {'gate_init': 0.8}, or the options as keywords",
             )
         options = {**(config or {}), **overrides}
-        cls.refuse_unknown(options)
-        return StructLoRAConfig(**options)
-
-    @staticmethod
-    def refuse_unknown(names: Iterable[str]) -> None:
-        """Stop at a name that is no option.
-
-        Raises:
-            StructLoRAError: the message names the nearest known one.
-        """
         known = [f.name for f in fields(StructLoRAConfig)]
-        for name in names:
+        for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, 1)
                 remedy = f"write `{near[0]}`" if near else "remove it"
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
+        return StructLoRAConfig(**options)
 
     def options(self) -> dict:
         """Name and value of each option."""

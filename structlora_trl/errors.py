@@ -37,8 +37,7 @@ class StructLoRAError(RuntimeError):
 
 @contextmanager
 def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn another library's error about the user's input into a `StructLoRAError`. Never wrapped around
-    training itself.
+    """Turn another library's error about the user's input into a `StructLoRAError`. Not around training.
 
     Args:
         what (`str`): what was tried.
@@ -64,8 +63,7 @@ def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception],
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Stop where a folder cannot be made or written to: a file has its name or the name of one above it, or
-    the user has no permission.
+    """Stop where a folder cannot be made or written to: a file is in its place or above, or no permission.
 
     Args:
         folder (`Path`): it may exist already.

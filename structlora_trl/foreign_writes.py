@@ -1,6 +1,4 @@
-"""Weights that other code writes, replaces or reads at the wrong time: the checks, and the errors that say
-what to do.
-"""
+"""LoRA weights that other code writes or replaces: the checks, and the errors that say what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 
@@ -33,11 +31,6 @@ def owners_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[Owner]:
         for name, p in module._parameters.items()
         if id(p) in ours
     ]
-
-
-def is_same(expected: Tensor, found: Tensor) -> Tensor:
-    """Whether two tensors are equal, NaN being what NaN is: a bool tensor, without waiting for the device."""
-    return ((expected == found) | (expected.isnan() & found.isnan())).all()
 
 
 def in_graphs(parameters: list[nn.Parameter]) -> set[int]:
@@ -104,25 +97,6 @@ def refuse_early_graph(count: int) -> NoReturn:
     )
 
 
-def refuse_detached() -> NoReturn:
-    """Weights are to be written by a runtime that has let go of its model."""
-    raise StructLoRAError(
-        "a detached runtime that is to write weights",
-        "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
-        "call `attach` again, with an optimizer of the model's parameters",
-    )
-
-
-def refuse_reload() -> NoReturn:
-    """`reload` between a training forward and its optimizer step."""
-    raise StructLoRAError(
-        "`reload()` between a training forward and its optimizer step, when noisy training weights stand",
-        "evaluation weights to start from",
-        "write the weights and call `reload()` between two steps; or drop what was written to training weights, by "
-        "`runtime.load_state_dict(runtime.state_dict())`",
-    )
-
-
 def refuse_write_before_step(optimizer: str) -> NoReturn:
     """Training weights were written between a forward and its step."""
     raise StructLoRAError(
@@ -131,42 +105,4 @@ def refuse_write_before_step(optimizer: str) -> NoReturn:
         "write to them after the step, before the next forward, and call `runtime.reload()`; or attach to the optimizer "
         "whose `step` is called (SAM, which takes gradients at perturbed weights, needs the perturbed loss from "
         "`torch.func.functional_call`); to drop what was written, `runtime.load_state_dict(runtime.state_dict())`",
-    )
-
-
-def refuse_step_without_training_forward() -> NoReturn:
-    """A step on gradients of evaluation weights."""
-    raise StructLoRAError(
-        "an optimizer step on gradients taken at the evaluation weights",
-        "a forward at the training weights before each step, that is, one under `model.train()`",
-        "call `model.train()` before the forward (`runtime.train()` where it calls no module that contains adapted "
-        "layers); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
-    )
-
-
-def refuse_mixed_gradients() -> NoReturn:
-    """A backward ran at other weights than its forward."""
-    raise StructLoRAError(
-        "gradients of a backward that ran at other LoRA weights than its forward",
-        "the training weights of the step from its first training forward until `optimizer.step()`",
-        "call `runtime.eval()` or load weights after the step, not between a training forward and its backward",
-    )
-
-
-def refuse_backward_of_evaluation() -> NoReturn:
-    """A backward through a forward that was made under `eval()` within a step."""
-    raise StructLoRAError(
-        "a backward through a forward under `eval()`, which saw evaluation weights, after a training forward of the same step",
-        "a loss of forwards under `model.train()` alone",
-        "call `model.train()` before each forward that the loss is made of; to leave dropout out of one, put the dropout "
-        "modules alone into `eval()`",
-    )
-
-
-def refuse_unfrozen(count: int) -> NoReturn:
-    """LoRA parameters that no map has get gradients."""
-    raise StructLoRAError(
-        f"{count} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
-        "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
-        "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
     )

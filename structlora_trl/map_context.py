@@ -1,6 +1,4 @@
-"""The torch state in which the map runs, whatever surrounds the call: fp32, without autocast and outside
-inference mode.
-"""
+"""The torch state that the map runs in, whatever surrounds it: fp32, no autocast, no inference mode."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ _MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 @contextmanager
 def map_context(device: torch.device) -> Iterator[None]:
-    """Full fp32 precision for what runs within, whatever autocast, inference mode, default dtype or matmul
-    precision surrounds it.
+    """Full fp32 precision within, whatever autocast, inference mode, dtype or matmul precision is around it.
 
     Args:
         device (`torch.device`): where the map runs.

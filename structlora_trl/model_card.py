@@ -1,6 +1,4 @@
-"""The model card that PEFT, TRL and Trainer write: a tag and a section that say how the adapter was trained
-and how to load it.
-"""
+"""Model cards of PEFT, TRL and Trainer: a tag, and a section on how an adapter was trained and loads."""
 
 from __future__ import annotations
 
@@ -49,8 +47,7 @@ def describe(path: Path, text: str) -> None:
 
 
 def undescribe(path: Path) -> None:
-    """Take the tag and the section off a card that an earlier run left, if there is one; all other text is
-    kept.
+    """Take the tag and the section that an earlier run left off a card, if there; other text is kept.
 
     Args:
         path (`Path`): the card, a `README.md`.
@@ -84,9 +81,7 @@ class Description:
         self._left: list[int] | None = None  # versions of the weights when training ended
 
     def end(self) -> None:
-        """Training with StructLoRA is over: once anything else writes the weights, the section says nothing
-        about them.
-        """
+        """Training is over: once anything else writes the weights, the section says nothing about them."""
         self._left = self._versions()
 
     @property
@@ -105,8 +100,7 @@ class Description:
 
 
 class DescribedSave:
-    """Replaces `save_pretrained` of one model, so that cards have the section where they go with a described
-    adapter.
+    """Replaces `save_pretrained` of one model, so that cards of a described adapter have the section.
 
     It can be copied with the model; in a pickle there is the method that it replaced. PEFT has no public way
     to add to a card (0.21; `upstream/peft-save-hook.md`).
@@ -166,9 +160,7 @@ def describe_adapter(
 
 
 def describe_trainer(trainer, save: DescribedSave) -> None:
-    """From now on the cards that `trainer.create_model_card` writes, on `push_to_hub` too, have tag and
-    section.
-    """
+    """Cards by `trainer.create_model_card`, on `push_to_hub` too, have tag and section from now on."""
     create = type(trainer).create_model_card
 
     def create_model_card(*args, **kwargs):

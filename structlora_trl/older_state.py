@@ -24,9 +24,7 @@ def upgrade(header: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, T
 
 
 def _from_3(header: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """Format 3 kept factors as PEFT stores them, running-mean gradients of all sides in one, and counts as
-    tensors.
-    """
+    """Format 3 kept factors as PEFT does, mean gradients of all sides in one, and counts as tensors."""
     new = {name: header[name] for name in ("seed", "kinds")} | {"format": FORMAT, "options": header["config"]}
     new["step"], new["skipped_steps"] = int(tensors["step"]), int(tensors["skipped_steps"])
     new["schedule"] = {

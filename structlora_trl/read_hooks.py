@@ -18,8 +18,7 @@ the values that its forward read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import update_wrapper
 from types import FrameType
 
@@ -99,21 +98,6 @@ class ReadHooks:
             reader.unmount()
         self._leave()  # what an interrupt has left would keep the model
         self._runtime, self._outer, self._readers, self._hooked = None, [], [], set()
-
-    @contextmanager
-    def reading(self, ends: bool = False) -> Iterator[None]:
-        """Evaluation weights for as long as this is open; where it `ends` the adapter's life, the runtime is
-        detached.
-        """
-        runtime = self._runtime
-        with ExitStack() as visit:
-            if runtime is not None:
-                visit.enter_context(runtime.evaluation_weights())
-            self._reading += 1
-            visit.callback(setattr, self, "_reading", self._reading - 1)
-            yield
-        if ends and runtime is not None:
-            runtime.detach()
 
     @_disable_dynamo
     def _before_forward(self, module, *_):
@@ -204,9 +188,7 @@ class ReadHooks:
         return ReadHooks()
 
     def __reduce__(self):
-        """Hooks are pickled before the parameters are, and storages after all else: what stands must be right
-        by then.
-        """
+        """Pickled before the parameters, whose storages come last: what stands must be right by then."""
         if self._runtime is not None:
             self._runtime.eval()
         return ReadHooks, ()
@@ -230,8 +212,16 @@ class _Reader:
                 self.module.__dict__[self.name] = self._covered
 
     def __call__(self, *args, **kwargs):
-        with self.hooks.reading(self.name in _ENDING):
-            return self.method(*args, **kwargs)
+        hooks, runtime = self.hooks, self.hooks._runtime
+        with ExitStack() as visit:
+            if runtime is not None:
+                visit.enter_context(runtime.evaluation_weights())
+            hooks._reading += 1
+            visit.callback(setattr, hooks, "_reading", hooks._reading - 1)
+            result = self.method(*args, **kwargs)
+        if self.name in _ENDING and runtime is not None:
+            runtime.detach()
+        return result
 
     def __reduce__(self):
         if self._covered is None:
@@ -240,9 +230,7 @@ class _Reader:
 
 
 def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Module]:
-    """The modules of a model that contain adapted layers, from the outside in. An adapted layer itself is
-    left out.
-    """
+    """The modules that contain adapted layers, from the outside in, without the adapted layers themselves."""
     ours, around = {id(p) for p in parameters}, {}
     for path, module in model.named_modules():
         if any(id(p) in ours for p in module._parameters.values()):
@@ -253,9 +241,7 @@ def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn
 
 
 def _own(module: nn.Module, name: str):
-    """A module's own method; `getattr` would also find what PEFT's modules hand through from the model
-    inside.
-    """
+    """A module's own method; `getattr` on PEFT's modules would also find those of the model inside."""
     return module.__dict__.get(name) or getattr(type(module), name, None)
 
 

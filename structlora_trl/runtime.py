@@ -1,5 +1,4 @@
-"""One optimizer step: the pullback, the optimizer's own step on latent factors, the small optimizer of gates
-and Θ.
+"""One optimizer step: the pullback, the optimizer's step on latents, the small optimizer of gates and Θ.
 
 What stands in the model before and after it, and who may change that, is told by `standing_weights.py`.
 """
@@ -19,12 +18,13 @@ from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.heads import head_numbers
 from .core.kinds import Factors, Kind
-from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, first_everywhere, mapped_sides
+from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, mapped_sides
 from .core.regularizers import cosines, neighbour_products
-from .core.selection import relevance, select
+from .core.selection import select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .engines.slices import Slices
+from .errors import StructLoRAError
 from .map_context import in_map_context
 from .rank_check import world_size
 from .read_hooks import ReadHooks
@@ -146,8 +146,8 @@ class Runtime(StandingWeights):
         latents = self.engine.read_latents(everything=True)
         slices = self.engine.slices
         aligned = [align and _is_fresh(*of_kind) for of_kind in zip(self.kinds, latents, slices, strict=True)]
-        starts = [
-            Factors(first_everywhere(f.A), f.B) if same else f
+        starts = [  # aligned: the first lora_A at all depths, and of all experts
+            Factors(f.A[:1].expand_as(f.A).clone(), f.B) if same else f
             for f, same in zip(latents, aligned, strict=True)
         ]
         self.maps = [self._map(*of_kind) for of_kind in zip(self.kinds, starts, aligned, slices, strict=True)]
@@ -177,7 +177,7 @@ class Runtime(StandingWeights):
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
         config = self.config
-        gates = sum(logits.numel() for m in self.maps for logits in m.gate_logits.values())
+        gates = sum(logits.numel() for m in self.maps for logits in m.gate_logits)
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
         noise = f", noise off ({self.noise_off})" if self.noise_off else ", noise on"
@@ -248,14 +248,27 @@ class Runtime(StandingWeights):
     def _refuse_step(self) -> None:
         """Stop where the gradients are not of what the maps made, or would move what no map has."""
         if not self._trained_forward:
-            foreign_writes.refuse_step_without_training_forward()
+            raise StructLoRAError(
+                "an optimizer step on gradients taken at the evaluation weights",
+                "a forward at the training weights before each step, that is, one under `model.train()`",
+                "call `model.train()` before the forward (`runtime.train()` where it calls no module that contains adapted "
+                "layers); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
+            )
         if self._mixed_gradients:
-            foreign_writes.refuse_mixed_gradients()
-        moved = {id(p) for p in self._frozen if p.grad is not None}
-        if moved and any(
-            id(p) in moved for group in self.engine.optimizer.param_groups for p in group["params"]
+            raise StructLoRAError(
+                "gradients of a backward that ran at other LoRA weights than its forward",
+                "the training weights of the step from its first training forward until `optimizer.step()`",
+                "call `runtime.eval()` or load weights after the step, not between a training forward and its backward",
+            )
+        unfrozen = {id(p) for p in self._frozen if p.grad is not None}
+        if unfrozen and any(
+            id(p) in unfrozen for group in self.engine.optimizer.param_groups for p in group["params"]
         ):
-            foreign_writes.refuse_unfrozen(len(moved))
+            raise StructLoRAError(
+                f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
+                "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
+                "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+            )
 
     def _are_zeros(self, gradients: list[Factors]) -> bool:
         """Whether no entry of any gradient, on any rank, is other than zero."""
@@ -271,7 +284,11 @@ class Runtime(StandingWeights):
         # objective.
         sign = -1 if self.engine.maximizes() else 1
         factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
-        gathered = [relevance(latent, factors) / scale] if self._gathers_relevance() else []
+        relevance = []
+        if self._gathers_relevance():
+            # Effective lora_B is linear in the gate that multiplies latent lora_B, so that the gradient with
+            # respect to its logarithm is this product (`core/selection.py`). Those of slices add up.
+            relevance.append(torch.linalg.vecdot(factors.B, latent.B, dim=-2) / scale)
         penalty = m.regularizer_gradient(latent, self._slices.sum)
         if penalty is not None:
             factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
@@ -286,7 +303,7 @@ class Runtime(StandingWeights):
             {name: value / scale for name, value in own.items()},
             # Unscaled and clipped, whichever engine.
             {side: getattr(passing, side) / scale for side in sides},
-            gathered,
+            relevance,
         )
 
     def _gathers_relevance(self) -> bool:
@@ -366,9 +383,7 @@ class Runtime(StandingWeights):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks have slices: `state_dict()`, `save_state` and `metrics()` are to be called on every
-        rank then.
-        """
+        """Whether ranks have slices: call `state_dict()`, `save_state` and `metrics()` on every rank then."""
         return self._slices.is_shared
 
     @property
@@ -379,8 +394,7 @@ class Runtime(StandingWeights):
     @in_map_context
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over the steps since the last
-        call.
+        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over steps since the last call.
 
         Under FSDP2 and ZeRO, call it on every rank.
         """
@@ -395,8 +409,7 @@ class Runtime(StandingWeights):
 
     @in_map_context
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, logits, Θ, their optimizer's state, graphs, options and the step that seeds the noise, as
-        one flat dict.
+        """Latents, logits, Θ, their optimizer's state, graphs, options and the noise's step, as one flat dict.
 
         Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
         """
@@ -427,7 +440,7 @@ class Runtime(StandingWeights):
                 "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
             )
         self.engine.write_latents([state.load_into(m, slices, self._optimizer) for m, _, slices in kinds])
-        self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule.copy()
+        self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule
         self._write(None)
         self.weights, self._trained_forward = EVALUATION, False
 
@@ -445,7 +458,12 @@ class Runtime(StandingWeights):
         """
         self._refuse_detached()
         if self.weights == TRAINING:
-            foreign_writes.refuse_reload()
+            raise StructLoRAError(
+                "`reload()` between a training forward and its optimizer step, when noisy training weights stand",
+                "evaluation weights to start from",
+                "write the weights and call `reload()` between two steps; or drop what was written to training weights, by "
+                "`runtime.load_state_dict(runtime.state_dict())`",
+            )
         self.engine.write_latents(self.engine.read_working())
         selections = [m.selection for m in self.maps]
         self._build(align=False)
@@ -500,7 +518,7 @@ def _small_optimizer(
     The KL is a mean over gates: its gradient with respect to each is smaller the more there are, and so is
     epsilon then.
     """
-    logits = [parameter for m in maps for parameter in m.gate_logits.values()]
+    logits = [parameter for m in maps for parameter in m.gate_logits]
     weights = [parameter for m in maps for parameter in m.coordinators.parameters()]
     groups = [(logits, config.gate_lr, 1e-8 / gate_count), (weights, config.coordinator_lr, 1e-8)]
     groups = [{"params": params, "lr": lr, "base_lr": lr, "eps": eps} for params, lr, eps in groups if params]

@@ -20,7 +20,9 @@ from .core.gates import LogisticNoise
 from .core.kinds import SIDES, Factors, Kind
 from .core.mapping import KindMap, Noise, Parts
 from .engines import Engine
+from .engines.base import is_same
 from .engines.slices import Slices
+from .errors import StructLoRAError
 from .map_context import in_map_context
 from .rank_check import is_distributed
 from .stopwatch import Stopwatch
@@ -30,21 +32,18 @@ EVALUATION, TRAINING, LATENT = "evaluation", "training", "latent"
 
 
 class StandingWeights:
-    """Puts training and evaluation weights in place; the base of `Runtime`, which steps them.
+    """Puts training and evaluation weights in place; the base of `Runtime`, which builds the maps.
 
     Args:
-        kinds (`list[Kind]`): what is trained.
-        engine (`Engine`): who owns the parameters.
         noise (`LogisticNoise`): what draws the gates' noise.
-        noise_off (`str` or None): why there is none in this run.
-        parts (`Parts`): what the maps are built of.
 
     Attributes:
         weights (`str`): which weights stand in the model: 'evaluation', 'training' or, during an optimizer
             step, 'latent'.
         is_attached (`bool`): whether the model and its optimizer are still in use.
-        step (`int`): optimizer steps that counted.
-        maps (`list[KindMap]`): one per kind; `Runtime` builds them.
+        maps (`list[KindMap]`): one per kind.
+
+    All else is told by `Runtime`.
     """
 
     def __init__(
@@ -90,8 +89,7 @@ class StandingWeights:
 
     @in_map_context
     def eval(self) -> None:
-        """Put the evaluation weights in place. After a step that an exception broke off, those of before that
-        step.
+        """Put the evaluation weights in place; after a step that broke off, those of before that step.
 
         Raises:
             StructLoRAError: other code has written to training weights.
@@ -107,9 +105,7 @@ class StandingWeights:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Evaluation weights for a reader. Training weights that a backward may still need stand again
-        afterwards.
-        """
+        """Evaluation weights for a reader. Training weights that a backward may need stand again after."""
         if self.weights != TRAINING or not self.is_noisy:
             if self.weights == LATENT:
                 self.eval()
@@ -134,7 +130,13 @@ class StandingWeights:
 
     def _refuse_backward_of_reader(self, saved: Tensor) -> Tensor:
         if self.weights != EVALUATION:
-            foreign_writes.refuse_backward_of_evaluation()
+            raise StructLoRAError(
+                "a backward through a forward under `eval()`, which saw evaluation weights, after a training forward of the "
+                "same step",
+                "a loss of forwards under `model.train()` alone",
+                "call `model.train()` before each forward that the loss is made of; to leave dropout out of one, put the dropout "
+                "modules alone into `eval()`",
+            )
         return saved
 
     @property
@@ -151,16 +153,13 @@ class StandingWeights:
         """Each LoRA parameter with its evaluation value, as the model would hold it."""
         return list(self.engine.stored(self._effective(None)))
 
-    @in_map_context
-    def evaluation_factors(self) -> list[Factors]:
-        """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that
-        shards.
-        """
-        return self._effective(None)
-
     def _refuse_detached(self) -> None:
         if not self.is_attached:
-            foreign_writes.refuse_detached()
+            raise StructLoRAError(
+                "a detached runtime that is to write weights",
+                "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
+                "call `attach` again, with an optimizer of the model's parameters",
+            )
 
     def _check_standing_weights(self, parameter: nn.Parameter) -> None:
         """Called when a backward has left a gradient: the weights that stand must be those of the forward."""
@@ -181,14 +180,12 @@ class StandingWeights:
 
     @in_map_context
     def _were_changed(self) -> bool:
-        """Whether other weights stand than StructLoRA put there. Equal values, as of an average swapped in
-        and out, are fine.
-        """
+        """Whether other weights stand than StructLoRA's. Equal values (of a swapped average) are fine."""
         if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
             return False
         expected = self._effective(self._noise() if self.weights == TRAINING else None)
         same = [
-            foreign_writes.is_same(value.to(parameters[0].dtype).float(), stands)
+            is_same(value.to(parameters[0].dtype).float(), stands)
             for kind, factors, standing in zip(self.kinds, expected, self.engine.read_working(), strict=True)
             for parameters, value, stands in zip((kind.A, kind.B), factors, standing, strict=True)
         ]

@@ -258,9 +258,7 @@ class State:
         return [f"{name} ({theirs[name]!r} -> {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
 
     def load_into(self, m: KindMap, slices: Slices, optimizer: torch.optim.Optimizer | None) -> Factors:
-        """Load a kind's part into its map and the maps' optimizer. Returns its latent factors, this rank's
-        slices.
-        """
+        """Load a kind's part into its map and the optimizer. Returns its latents, this rank's slices."""
         device, own, moments = m.kind.device, {}, {}
         for name, x in self.of_kind(m.kind.name).items():
             x = _part(x, name, slices)

@@ -31,7 +31,7 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
     if isinstance(value, bool):
         return StructLoRAConfig() if value else None
     if isinstance(value, dict):
-        return StructLoRAConfig.build(read_options(value))
+        return StructLoRAConfig.build({name: _number(name, option) for name, option in value.items()})
     if isinstance(value, StructLoRAConfig):
         return value
     raise StructLoRAError(
@@ -94,17 +94,6 @@ def _parsed(text: str | Path) -> object:
             "write `structlora: true`, options such as '{\"gate_init\": 0.8}', or a path that ends in .yaml, .yml or .json",
         )
     return value
-
-
-def read_options(block: dict) -> dict:
-    """The options of a block, numbers as numbers; their values are not looked at, for a command line may add
-    to them.
-
-    Raises:
-        StructLoRAError: an unknown option, with the nearest known one.
-    """
-    StructLoRAConfig.refuse_unknown(block)
-    return {name: _number(name, option) for name, option in block.items()}
 
 
 def _number(name: str, option):

@@ -1,3 +1,4 @@
+import json
 import os
 
 # Tests never ask a hub, and each worker keeps to one thread unless the environment says otherwise (`make test-portable`).
@@ -22,6 +23,23 @@ transformers.logging.set_verbosity_error()
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and CHOSEN is None:
         pytest.skip("for a GPU, or on a CPU as a rehearsal: `make gpu`")
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """A run of `support/distributed_job.py` in one process, by its options; the same options run once."""
+    from tests.support.launching import launch
+
+    finished = {}
+
+    def run(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in finished:
+            finished[key] = tmp_path_factory.mktemp("one")
+            launch(finished[key], **options)
+        return finished[key]
+
+    return run
 
 
 @pytest.fixture(autouse=True)

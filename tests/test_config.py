@@ -201,8 +201,13 @@ def test_arguments_share_no_name_with_us(tmp_path):
 def test_callback_reads_a_file(suffix, tmp_path):
     path = tmp_path / f"run.{suffix}"
     path.write_text('{"model_name_or_path": "x", "structlora": {"gate_init": 0.8}}')
-    for given in (path, str(path)):
+    for given in (path, str(path), '{"gate_init": 0.8}'):
         assert StructLoRACallback(given, prior=0.3).config == StructLoRAConfig(gate_init=0.8, prior=0.3)
+
+
+@pytest.mark.parametrize("nothing", [None, True, {}])
+def test_no_options_are_the_defaults(nothing):
+    assert StructLoRACallback(nothing).config == StructLoRAConfig()
 
 
 @pytest.mark.parametrize(
@@ -210,8 +215,11 @@ def test_callback_reads_a_file(suffix, tmp_path):
     [
         ("nowhere.yaml", "nowhere.yaml"),
         ("gate_init", "gate_init"),
+        ("some words", "'some words' for `structlora`"),
         ("{", "JSON"),
-        ("plain.yaml", "structlora: true"),
+        (3, "3 where StructLoRA's options are expected"),
+        ([("gate_init", 0.8)], "a mapping of options to values"),
+        ("plain.yaml", "no `structlora` key.*structlora: true"),
         ("off.yaml", "leave the callback out"),
     ],
 )

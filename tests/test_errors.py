@@ -73,6 +73,22 @@ CASES = {
     "in modules_to_save": (all_saved_in_full, {}, "`modules_to_save`"),
     "role of nothing": (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mx": "read"}}, "'mx'.*mix"),
     "one depth": (lambda: peft_model(layers_to_transform=[1]), {}, "one depth.*coordinator='none'"),
+    "no heads": (
+        lambda: peft_model(targets=["down_proj"]),
+        {"head_gates": True},
+        "head_gates=True and no attention projection",
+    ),
+    "no experts": (peft_model, {"expert_gates": True}, "expert_gates=True and no experts"),
+    "heads without gates": (
+        peft_model,
+        {"head_gates": True, "filter": "random"},
+        "head_gates=True and filter='random'",
+    ),
+    "heads that hold base weights": (
+        lambda: peft_model(init="pissa", targets=["o_proj"]),
+        {"head_gates": True},
+        "holds part of the base weights",
+    ),
 }
 
 
@@ -143,11 +159,6 @@ def test_a_failed_attachment_leaves_nothing_behind():
         attach(model, optimizer, parts=Parts(filter=Broken))
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
     attach(model, optimizer)
-
-
-def test_what_is_no_optimizer():
-    with pytest.raises(StructLoRAError, match="an optimizer of type dict"):
-        attach(peft_model(), {})
 
 
 class Unhooked(torch.optim.Optimizer):

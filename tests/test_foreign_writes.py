@@ -14,14 +14,17 @@ from structlora_trl import StructLoRAError, attach
 from tests.support.tiny import (
     FAMILIES,
     adamw,
+    assert_same,
     attached,
     batch_of,
     logits_of,
     lora_parameters,
     loss_of,
     peft_model,
+    tensors_of,
     train,
     trained,
+    weights_of,
 )
 
 
@@ -75,7 +78,7 @@ def test_other_weights_are_shown_refused_and_reloaded(writer):
     WRITERS[writer](model, new)
     expected, saved = with_adapter(new), get_peft_model_state_dict(model)
     assert (logits_of(model, "llama") - expected).abs().max() <= 1e-6  # what stands is evaluated and saved
-    assert all(torch.equal(saved[name], value) for name, value in new.items())
+    assert_same(saved, new)
     model.train()
     for _ in range(2):
         with pytest.raises(StructLoRAError, match="reload"):
@@ -107,9 +110,7 @@ def test_reload_is_attaching_anew():
     fresh = adamw(twin)
     anew = attach(twin, fresh)
     runtime.reload()
-    ours, theirs = runtime.state_dict(), anew.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "header")
+    assert_same(tensors_of(runtime), tensors_of(anew))
     assert runtime.metrics()["structlora/peak_lr"] == 0
 
 
@@ -245,8 +246,7 @@ def test_an_average_swapped_in_and_out_changes_nothing():
             train(model, "llama", optimizer, 1, first=step)
         return runtime.state_dict()
 
-    expected, found = run(False), run(True)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_same(run(True), run(False))
 
 
 def test_figures_while_an_average_stands_change_nothing():
@@ -267,14 +267,11 @@ def test_figures_while_an_average_stands_change_nothing():
 def test_hooks_on_the_step_that_stood_before_see_evaluation_weights():
     model = peft_model(targets=FAMILIES["llama"].linear)
     optimizer, seen = adamw(model), {}
-    parameters = lora_parameters(model)
-    optimizer.register_step_post_hook(
-        lambda *_: seen.update({n: p.detach().clone() for n, p in parameters.items()})
-    )
+    optimizer.register_step_post_hook(lambda *_: seen.update(weights_of(model)))
     attach(model, optimizer)
     for step in range(3):
         train(model, "llama", optimizer, 1, first=step)
-        assert all(torch.equal(seen[name], p) for name, p in parameters.items())
+        assert_same(seen, weights_of(model))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import structlora_trl
-from structlora_trl import attach, load_state, save_state
+from structlora_trl import load_state, save_state
 from structlora_trl.adapters.load_adapter import read_saved
 from tests.support.tiny import (
+    assert_same,
     attached,
     default_dtype,
     logits_of,
     lora_parameters,
     loss_of,
-    peft_model,
     train,
+    weights_of,
 )
 
 STEPS = 3
@@ -39,16 +40,6 @@ SURROUNDINGS = {
 }
 
 
-def standing(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in lora_parameters(model).items()}
-
-
-def assert_equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-
-
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_a_run_within_leaves_what_resumes_and_reads_outside(name, tmp_path):
     """Attach, every step, saving and loading within: the adapter is its state's, and loads outside."""
@@ -59,12 +50,12 @@ def test_a_run_within_leaves_what_resumes_and_reads_outside(name, tmp_path):
         save_state(runtime, tmp_path)
         model.save_pretrained(tmp_path)
         read_saved(tmp_path)  # adapter and state belong together
-    expected = standing(model)
+    expected = weights_of(model)
     for surroundings in (SURROUNDINGS[name], nullcontext):
         with surroundings():
             again, _, resumed = attached(**options)
             load_state(resumed, tmp_path)
-            assert_equal(standing(again), expected)
+            assert_same(weights_of(again), expected)
     assert read_saved(tmp_path).maps is not None
 
 
@@ -78,8 +69,8 @@ def test_training_weights_are_those_of_a_forward_outside(name):
         with surroundings(), torch.no_grad():
             loss_of(model, "llama", 9)
         assert runtime.weights == "training"
-        runs.append(standing(model))
-    assert_equal(runs[1], runs[0])
+        runs.append(weights_of(model))
+    assert_same(runs[1], runs[0])
 
 
 def test_what_other_code_wrote_is_taken_in_full_precision():
@@ -93,10 +84,10 @@ def test_what_other_code_wrote_is_taken_in_full_precision():
                 p.mul_(1.001)
         with surroundings():
             runtime.reload()
-        runs.append(standing(model))
+        runs.append(weights_of(model))
         train(model, "llama", optimizer, 1, first=STEPS)
-    assert_equal(runs[1], runs[0])
-    assert_equal(runs[2], runs[0])
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
 
 
 def test_a_step_in_inference_mode_leaves_nothing_that_cannot_train():
@@ -122,15 +113,12 @@ def test_autocast_keeps_no_cast_of_weights_that_are_gone():
         assert torch.equal(logits_of(model, "llama"), expected)
 
 
-@pytest.mark.parametrize("what", ["step", "whole step"])
-def test_compiled_around_the_step(what):
-    """PyTorch's recipe of a compiled optimizer, and a compiled training step, against the same uncompiled."""
+def test_a_compiled_training_step():
+    """Forward, backward and optimizer in one function, against the same uncompiled; of the optimizer's step alone, see set-ups."""
     runs = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = peft_model()
-        optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, foreach=True)
-        runtime = attach(model, optimizer)
+        model, optimizer, runtime = attached()
         model.train()
 
         def step(index, model=model, optimizer=optimizer):
@@ -138,20 +126,12 @@ def test_compiled_around_the_step(what):
             optimizer.step()
             optimizer.zero_grad()
 
-        if compiled and what == "whole step":
+        if compiled:
             step = torch.compile(step, backend="eager")
-        elif compiled:
-            optimizer_step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager")
-
-            def step(index, model=model, optimizer=optimizer, optimizer_step=optimizer_step):
-                loss_of(model, "llama", index).backward()
-                optimizer_step()
-                optimizer.zero_grad()
-
         for index in range(STEPS):
             step(index)
         assert runtime.step == STEPS
-        runs.append(standing(model))
+        runs.append(weights_of(model))
     for name, value in runs[0].items():
         torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5)
 

@@ -17,7 +17,17 @@ from safetensors.torch import load_file, save_file
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.state import SHAPING, STATE_NAME, load_state, save_state
 from tests.golden.write import GOLDEN, GOLDEN_RUNS, OPTIONS, STEPS
-from tests.support.tiny import FAMILIES, adamw, lora_parameters, peft_model, train
+from tests.support.tiny import (
+    FAMILIES,
+    adamw,
+    assert_same,
+    differing,
+    lora_parameters,
+    peft_model,
+    tensors_of,
+    train,
+    weights_of,
+)
 
 
 @dataclass
@@ -39,7 +49,7 @@ class Loop:
         return self
 
     def weights(self):
-        return [p.detach().clone() for p in lora_parameters(self.model).values()]
+        return weights_of(self.model)
 
     def leave(self, folder):
         save_state(self.runtime, folder)
@@ -47,29 +57,19 @@ class Loop:
 
     def enter(self, folder, weights, moments):
         with torch.no_grad():
-            for parameter, value in zip(lora_parameters(self.model).values(), weights, strict=True):
-                parameter.copy_(value)
+            for name, parameter in lora_parameters(self.model).items():
+                parameter.copy_(weights[name])
         self.optimizer.load_state_dict(copy.deepcopy(moments))
         load_state(self.runtime, folder)
         return self
-
-
-def same(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(value, right[name]) for name, value in left.items()
-    )
-
-
-def tensors_of(runtime) -> dict:
-    """The state without the header, where options stand."""
-    return {name: value for name, value in runtime.state_dict().items() if name != "header"}
 
 
 def assert_refused(load, loop: Loop, message: str):
     before, weights = loop.runtime.state_dict(), loop.weights()
     with pytest.raises(StructLoRAError, match=f"(?s){message}"):
         load()
-    assert same(before, loop.runtime.state_dict()) and all(map(torch.equal, weights, loop.weights()))
+    assert_same(before, loop.runtime.state_dict())
+    assert_same(weights, loop.weights())
 
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -134,9 +134,9 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
         return
     changed.enter(tmp_path, *saved)
     assert f"{name} (" in caplog.text
-    assert all(map(torch.equal, saved[0], changed.weights()))
+    assert_same(saved[0], changed.weights())
     going_on = start(**others).enter(tmp_path, *saved)
-    assert not same(tensors_of(going_on.train().runtime), tensors_of(changed.train().runtime))
+    assert differing(tensors_of(going_on.train().runtime), tensors_of(changed.train().runtime))
 
 
 FILTERS = ("ib", "random", "topk_norm", "none")
@@ -164,7 +164,7 @@ def test_another_adapter_name_may_go_on(tmp_path):
     model.set_adapter("b")
     loop = Loop.start(model, adapter_name="b")
     load_state(loop.runtime, tmp_path)
-    assert all(map(torch.equal, weights, loop.weights()))
+    assert_same({name.replace(".default.", ".b."): value for name, value in weights.items()}, loop.weights())
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,9 @@ def test_a_state_dict_can_be_loaded_again_and_again():
     for _ in range(2):
         loop.train()
         loop.runtime.load_state_dict(state)
-        assert same(state, kept) and same(state, loop.runtime.state_dict())
-        assert all(map(torch.equal, weights, loop.weights()))
+        assert_same(state, kept)
+        assert_same(state, loop.runtime.state_dict())
+        assert_same(weights, loop.weights())
 
 
 # --- damage --------------------------------------------------------------------------------------------------------
@@ -220,10 +221,10 @@ def refuses_or_loads(load, loop: Loop, weights) -> bool:
     try:
         load()
     except StructLoRAError:
-        assert same(before, loop.runtime.state_dict()) and all(map(torch.equal, present, loop.weights()))
+        assert_same(before, loop.runtime.state_dict())
+        assert_same(present, loop.weights())
         return True
-    assert [w.shape for w in weights] == [w.shape for w in loop.weights()]
-    assert all(w.isfinite().all() for w in loop.weights())
+    assert all(w.isfinite().all() and w.shape == weights[name].shape for name, w in loop.weights().items())
     loop.runtime.load_state_dict(before)
     return False
 
@@ -366,7 +367,7 @@ def test_options_that_a_state_lacks_take_the_value_they_had(two, tmp_path):
         options = json.loads(file.metadata()["options"])
     rewritten(folder, tmp_path, options=json.dumps({n: v for n, v in options.items() if n != "expert_gates"}))
     load_state(loop.runtime, tmp_path)
-    assert all(map(torch.equal, weights, loop.weights()))
+    assert_same(weights, loop.weights())
     rewritten(folder, tmp_path, options=json.dumps({**options, "of_a_later_version": 1}))
     assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, "of_a_later_version")
 
@@ -388,6 +389,6 @@ def test_states_that_older_versions_wrote_load(version, run):
     assert loop.runtime.step == 3
     again = loop.runtime.state_dict()
     loop.runtime.load_state_dict(again)
-    assert same(again, loop.runtime.state_dict())
+    assert_same(again, loop.runtime.state_dict())
     train(loop.model, model["family"], loop.optimizer, 1)
     assert loop.runtime.step == 4

@@ -1,6 +1,4 @@
-"""Writing a finished adapter: a plain LoRA adapter, smaller if asked, or the base model with it merged; and
-what that costs.
-"""
+"""Writing a finished adapter: plain LoRA, smaller if asked, or merged into its base; what that costs."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
+from ..core.selection import best
 from ..errors import StructLoRAError, refuse_unwritable, refusing
 from .load_adapter import Saved
 from .measuring import (
@@ -34,7 +33,7 @@ from .measuring import (
     output_change,
     text_probe,
 )
-from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_rank, with_singular_directions
+from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_scale, with_singular_directions
 from .pruning import Pruned, prune, select
 from .rows import read_rows
 
@@ -146,7 +145,7 @@ def export(
         if done.pruned:
             lora, tensors = done.pruned.lora, done.pruned.tensors
         if one_rank:
-            lora, tensors = with_one_rank(lora, tensors)
+            lora, tensors = with_one_scale(lora, tensors, {}, one_rank=True)
         write_adapter(after, lora, tensors)
         if done.pruned:
             write_adapter(before, saved.lora, saved.tensors)
@@ -179,9 +178,7 @@ def export(
 
 
 class SizeCurve(NamedTuple):
-    """What a smaller adapter keeps of one thing: points (share of the directions, value) of each `order` of
-    the directions.
-    """
+    """What a smaller adapter keeps of one thing: points (share of directions, value) by their order."""
 
     value: str
     orders: dict[str, list[tuple[float, float]]]
@@ -213,19 +210,15 @@ def information_curves(
     whole = {module: B.detach().clone() for module, B in weights.items()}
     carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
     for name, values in worth.items():
-        order = torch.cat([values[module].flatten() for module in sigma]).argsort(
-            descending=True, stable=True
-        )
+        flat = torch.cat([values[module].flatten() for module in sigma])
         for share in _SHARES:
-            best = order[: max(1, round(share * len(order)))]
-            is_kept = (
-                torch.zeros_like(order).index_fill(0, best, 1).split([x.numel() for x in sigma.values()])
-            )
-            for (module, x), part in zip(sigma.items(), is_kept, strict=True):
+            kept = best(flat, share)
+            parts = kept.split([x.numel() for x in sigma.values()])
+            for (module, x), part in zip(sigma.items(), parts, strict=True):
                 # lora_B's columns are in the order (r, expert).
                 columns = part.view_as(x).T.reshape(1, -1, *[1] * (weights[module].ndim - 2))
                 weights[module].data.copy_(whole[module] * columns.to(whole[module]))
-            carried[name].append((share, float(known[best].sum() / known.sum())))
+            carried[name].append((share, float(known[kept].sum() / known.sum())))
             losses[name].append((share, mean_loss(model, _held_out(rows).rows)))
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses)]
 
@@ -281,9 +274,7 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
 
 
 def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
-    """Give the head a weight of its own where it shares the embeddings' and LoRA adds to either: merged, they
-    differ.
-    """
+    """Give a head tied to the embeddings its own weight where LoRA adds to either: merged, they differ."""
     head = base.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         return

@@ -1,12 +1,10 @@
-"""The charts of one run or two, drawn with matplotlib: panels that the page shows as SVG and `--plot` writes
-as PNG and PDF.
-"""
+"""The charts of one run or two, by matplotlib: panels, as SVG on the page, as PNG and PDF by `--plot`."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +16,7 @@ from ..errors import StructLoRAError
 from .export import SizeCurve
 from .inspecting import KindReport, final_losses, log_history, report, short_names
 from .load_adapter import Saved
-from .pruning import size_curves
+from .pruning import size_curve
 
 try:
     from matplotlib import colormaps, rc_context
@@ -34,7 +32,7 @@ except ImportError as error:
     ) from error
 
 RUN_COLOURS = ("#c2410c", "#1d4ed8")
-_LINES = ("-", "--", ":")
+_LINES = ("-", "--")
 _GREY = "#8b949e"  # is seen on a white page and on a dark one
 # Text stays text, so that the page's own font and colour apply; nothing in the file depends on the time.
 _STYLE = {
@@ -95,9 +93,7 @@ class Run:
 
 
 class Panel(NamedTuple):
-    """A drawing: what it is of, in short and in full, what draws it, its size in inches, and of which run it
-    is, if of one.
-    """
+    """A drawing: what it is of, in short and in full, what draws it, its size in inches, its run."""
 
     title: str
     name: str
@@ -205,11 +201,10 @@ def write(folder: Path, drawn: list[Chart]) -> list[str]:
 
 def _gates(runs: list[Run], names: dict[str, str], attribute: str, title: str, gated: str) -> Chart:
     panels, told = [], []
-    for name, short in names.items():
-        for run in _having(runs, name):
-            rows = [getattr(depth, attribute) for depth in run.kinds[name].depths]
-            if rows[0] is not None:
-                panels.append(_map(runs, run, name, short, rows, ("viridis", 0, 1), gated))
+    for run, kind, short in _by_kind(runs, names):
+        rows = [getattr(depth, attribute) for depth in kind.depths]
+        if rows[0] is not None:
+            panels.append(_map(runs, run, kind, short, rows, ("viridis", 0, 1), gated))
     for run in runs:
         values = np.array([gate for depth in run.depths() for gate in getattr(depth, attribute) or ()])
         if len(values):
@@ -229,11 +224,9 @@ def _gates(runs: list[Run], names: dict[str, str], attribute: str, title: str, g
 
 def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
     panels, told = [], []
-    for name, short in names.items():
-        for run in _having(runs, name):
-            kind = run.kinds[name]
-            if kind.similarity is not None and len(kind.depths) > 1:
-                panels.append(_map(runs, run, name, short, kind.similarity, ("RdBu_r", -1, 1), "layer"))
+    for run, kind, short in _by_kind(runs, names):
+        if kind.similarity is not None and len(kind.depths) > 1:
+            panels.append(_map(runs, run, kind, short, kind.similarity, ("RdBu_r", -1, 1), "layer"))
     for run in runs:
         means = {
             names[name]: float(np.mean(np.diag(kind.similarity, 1)))
@@ -254,16 +247,13 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
 
 
 def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
-    panels, told = [], []
-    for name, short in names.items():
-        having = _having(runs, name)
-        values = [
-            value for run in having for row in run.kinds[name].singular_values for value in row if value > 0
-        ]
-        span = (min(values) / 1.3, max(values) * 1.3) if values else None
-        panels += [
-            Panel(short, name, _spectrum(run.kinds[name], span), _CHART, _name(runs, run)) for run in having
-        ]
+    values, told = {name: [] for name in names}, []
+    for _, kind, _ in _by_kind(runs, names):
+        values[kind.name] += [value for row in kind.singular_values for value in row if value > 0]
+    panels = [
+        Panel(short, kind.name, _spectrum(kind, values[kind.name]), _CHART, _name(runs, run))
+        for run, kind, short in _by_kind(runs, names)
+    ]
     for run in runs:
         rows = [(row, kind.shape[1]) for kind in run.kinds.values() for row in kind.coverage]
         needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row, _ in rows])
@@ -282,8 +272,9 @@ def _sizes(runs: list[Run]) -> Chart:
     values = {}  # what is on the y axis -> lines
     told = []
     for run, colour in zip(runs, RUN_COLOURS, strict=False):
-        orders = size_curves(run.saved)
-        curves = [*run.curves, SizeCurve("share of the squared norm", orders)] if orders else run.curves
+        curves = run.curves
+        if points := size_curve(run.saved):
+            curves = [*curves, SizeCurve("share of the squared norm", {"largest singular values": points})]
         at_quarter = []
         for curve in curves:
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
@@ -301,7 +292,11 @@ def _sizes(runs: list[Run]) -> Chart:
             else "give some rows with --data to see the loss at each size."
         )
     )
-    panels = [Panel(value, value, _size_lines(value, lines), _WIDE) for value, lines in values.items()]
+    panels = []
+    for value, lines in values.items():
+        limits = {"xlim": (0, 1.02), **({"ylim": (0, 1.03)} if value.startswith("share") else {})}
+        draw = _lines(lines, xlabel="share of the directions kept", **limits)
+        panels.append(Panel(value, value, draw, _WIDE))
     return Chart("size", "What a smaller adapter keeps", text, told, panels)
 
 
@@ -312,9 +307,9 @@ def _training(runs: list[Run]) -> Chart:
         for run, colour in zip(runs, RUN_COLOURS, strict=False):
             points = [(e["step"], e[key]) for e in run.history if isinstance(e.get(key), (int, float))]
             if points:
-                lines.append((_name(runs, run), points, colour, "-"))
+                lines.append(("", points, colour, "-"))
         if lines:
-            panels.append(Panel(title, key, _step_lines(lines), _CHART))
+            panels.append(Panel(title, key, _lines(lines, xlabel="step"), _CHART))
     told = []
     for run in runs:
         train, held_out = final_losses(run.history)
@@ -335,9 +330,11 @@ def _gap(train: float, held_out: float) -> str:
     return "new examples fare about as well as those trained on"
 
 
-def _map(runs: list[Run], run: Run, name: str, short: str, rows: list, colours: tuple, across: str) -> Panel:
+def _map(
+    runs: list[Run], run: Run, kind: KindReport, short: str, rows: list, colours: tuple, across: str
+) -> Panel:
     colour, low, high = colours
-    labels = [depth.layer for depth in run.kinds[name].depths]
+    labels = [depth.layer for depth in kind.depths]
 
     def draw(axis: Axes) -> None:
         axis.imshow(np.array(rows), interpolation="none", cmap=colour, vmin=low, vmax=high, aspect="auto")
@@ -348,17 +345,19 @@ def _map(runs: list[Run], run: Run, name: str, short: str, rows: list, colours: 
         axis.spines[:].set_visible(False)
         axis.set(xlabel=across)
 
-    return Panel(short, name, draw, _MAP, _name(runs, run))
+    return Panel(short, kind.name, draw, _MAP, _name(runs, run))
 
 
-def _spectrum(kind: KindReport, span: tuple[float, float] | None) -> Callable[[Axes], None]:
+def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
+    """Singular values on an axis that has room for all that are shown beside them, which are positive."""
+
     def draw(axis: Axes) -> None:
         for depth, row in zip(kind.depths, kind.singular_values, strict=True):
             shade = depth.depth / max(len(kind.depths) - 1, 1)
             positive = [value if value > 0 else np.nan for value in row]
             axis.plot(range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1)
-        if span:
-            axis.set(yscale="log", ylim=span)
+        if shown:
+            axis.set(yscale="log", ylim=(min(shown) / 1.3, max(shown) * 1.3))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
@@ -369,44 +368,26 @@ def _spectrum(kind: KindReport, span: tuple[float, float] | None) -> Callable[[A
     return draw
 
 
-def _plot_lines(axis: Axes, lines: list[tuple]) -> None:
-    """Draw (label, points, colour, line style) each; few points are marked."""
-    for label, points, colour, line in lines:
-        marker = "o" if len(points) < 12 else None
-        axis.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            linestyle=line,
-            label=_plain(label),
-            marker=marker,
-            markersize=3,
-        )
+def _lines(lines: list[tuple], **axes) -> Callable[[Axes], None]:
+    """(Label, points, colour, line style) each; few points are marked."""
 
-
-def _size_lines(value: str, lines: list[tuple]) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
-        _plot_lines(axis, lines)
-        axis.set(xlabel="share of the directions kept", xlim=(0, 1.02))
-        if value.startswith("share"):
-            axis.set_ylim(0, 1.03)
+        for label, points, colour, line in lines:
+            marker = {"marker": "o", "markersize": 3} if len(points) < 12 else {}
+            axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, label=_plain(label), **marker)
+        axis.set(**axes)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=axes["xlabel"] == "step"))
         axis.grid()
-        axis.legend(frameon=False, fontsize=7)
+        if any(label for label, *_ in lines):
+            axis.legend(frameon=False, fontsize=7)
 
     return draw
 
 
-def _step_lines(lines: list[tuple]) -> Callable[[Axes], None]:
-    def draw(axis: Axes) -> None:
-        _plot_lines(axis, lines)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.grid(axis="y")
-        axis.set(xlabel="step")
-
-    return draw
-
-
-def _having(runs: list[Run], name: str) -> list[Run]:
-    return [run for run in runs if name in run.kinds]
+def _by_kind(runs: list[Run], names: dict[str, str]) -> Iterator[tuple[Run, KindReport, str]]:
+    """Each kind of each run with its short name, the runs of one kind together."""
+    for name, short in names.items():
+        yield from ((run, run.kinds[name], short) for run in runs if name in run.kinds)
 
 
 def _name(runs: list[Run], run: Run) -> str:

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from ..core.diagnostics import effective_rank
 from ..core.kinds import Kind, split_depth
-from ..errors import StructLoRAError
+from ..errors import refusing
 from .load_adapter import LOG_NAME, Saved
 from .peft_scaling import singular_directions
 
@@ -58,8 +58,7 @@ class DepthReport:
 
 @dataclass
 class KindReport:
-    """One kind (a set of modules that differ only in depth): its modules, and the matrices that the figures
-    show.
+    """One kind (modules that differ only in depth): its modules, and the matrices that figures show.
 
     Args:
         name (`str`): of the kind.
@@ -125,16 +124,10 @@ def _trainer_state(folder: Path) -> dict:
     path = folder / LOG_NAME
     if not path.is_file():
         return {"log_history": []}
-    try:
+    with refusing(f"reading {path}", "the Trainer's log", "remove the file, or use another checkpoint"):
         state = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(entry["step"], int) for entry in state["log_history"]):
             raise TypeError("a step that is no number")
-    except (ValueError, TypeError, KeyError) as error:
-        raise StructLoRAError(
-            f"{path} damaged ({type(error).__name__}: {error})",
-            "the Trainer's log",
-            "remove the file, or use another checkpoint",
-        ) from error
     return state
 
 
@@ -148,9 +141,7 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
 
 
 def peak_learning_rate(saved: Saved) -> float | None:
-    """The rate that the command line was given, else the largest one in the log; None where neither is
-    known.
-    """
+    """The rate that the command line was given, else the largest one in the log; None without either."""
     given = _command_facts(saved.run_folder).get("learning_rate")
     if given is not None:
         return given
@@ -214,8 +205,8 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             groups=None if groups is None else groups[depth].tolist(),
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
-            coherence=_coherence(similarity, depth),
-            stream=_stream(stream, depth),
+            coherence=_beside(None if similarity is None else similarity.diagonal(1), depth),
+            stream=_beside(stream, depth),
             semantic=None if semantic is None else semantic[depth].nonzero().flatten().tolist(),
         )
         for depth, module in enumerate(modules)
@@ -237,13 +228,7 @@ def _name(kind: Kind, expert: int) -> str:
     return f"{kind.name}[{expert}]" if kind.experts > 1 else kind.name
 
 
-def _coherence(similarity: Tensor | None, depth: int) -> float | None:
-    if similarity is None or len(similarity) == 1:
-        return None
-    neighbours = [other for other in (depth - 1, depth + 1) if 0 <= other < len(similarity)]
-    return float(similarity[depth, neighbours].mean())
-
-
-def _stream(cosines: Tensor | None, depth: int) -> float | None:
+def _beside(cosines: Tensor | None, depth: int) -> float | None:
+    """Mean of a depth's cosines with its neighbours, of those of all neighbours, (L - 1,); None where unknown."""
     mean = math.nan if cosines is None else float(cosines[max(depth - 1, 0) : depth + 1].nanmean())
     return None if math.isnan(mean) else mean

@@ -1,7 +1,8 @@
 """What a run left behind: a LoRA adapter, and where StructLoRA's state lies beside it, the map that made it.
 
-Wherever a file holds latent factors (the state itself, and the fp32 masters that DeepSpeed's
-`zero_to_fp32.py` collects), the map is applied; `adapter_model.safetensors` holds effective factors already.
+The state holds latent factors, to which the map is applied; `adapter_model.safetensors` holds effective
+factors already. The fp32 masters that DeepSpeed's `zero_to_fp32.py` collects are the state's latent factors
+once more, and are not read.
 """
 
 from __future__ import annotations
@@ -31,11 +32,9 @@ from ..engines.slices import WHOLE
 from ..errors import StructLoRAError
 from ..map_context import map_context
 from ..state import STATE_NAME, State, damaged, read_state
-from .peft_scaling import LORA_NAME, adapted_by, holds_experts, rank_of, scale_of
+from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
-# As `zero_to_fp32.py` names them (FSDP's `pytorch_model_fsdp.bin` is another thing: effective factors).
-_MASTERS = re.compile(r"(pytorch_model(-\d+-of-\d+)?\.bin|model(-\d+-of-\d+)?\.safetensors)")
 _USE_ANOTHER = "use another checkpoint"
 _SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
 # What the state alone does not hold of an adapter.
@@ -109,22 +108,16 @@ class Saved:
         return any(m.origin_B is not None for m in self.maps or ())
 
     def gates(self, index: int) -> Tensor | None:
-        """Probability that each direction of a kind is open, (L, r), with experts (E, L, r); None without
-        state or gates.
-        """
+        """Probability that each direction is open, (L, r), with experts (E, L, r); None without gates."""
         return self._by_expert(index, self._openness(index)[0]) if self.maps else None
 
     def group_gates(self, index: int) -> Tensor | None:
-        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without gates of
-        these.
-        """
+        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without such gates."""
         groups = self._openness(index)[1:] if self.maps else []
         return self._by_expert(index, groups[0]) if groups else None
 
     def factors(self, index: int) -> Factors:
-        """Effective factors of a kind in fp64, of one module each: A (L, r, k), B (L, d, r), with experts (E,
-        L, ...).
-        """
+        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
         return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
 
     def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
@@ -167,9 +160,7 @@ class Saved:
         return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
 
     def stream_cosines(self, index: int) -> Tensor | None:
-        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown, as
-        for `features`.
-        """
+        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown."""
         A, B = self._nodes(index)
         if self.maps:
             pair = self.maps[index].stream_factors(Factors(A, B))
@@ -194,7 +185,8 @@ class Saved:
 
 @map_context(torch.device("cpu"))
 def read_saved(folder: str | Path) -> Saved:
-    """Read a saved adapter, a checkpoint of any engine, or what `zero_to_fp32.py` made inside one.
+    """Read a saved adapter, or a checkpoint of any engine. Of a folder that `zero_to_fp32.py` made inside a
+    checkpoint, the checkpoint is read.
 
     Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
     are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
@@ -204,16 +196,19 @@ def read_saved(folder: str | Path) -> Saved:
         StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong
             together.
     """
-    given = Path(folder)
-    masters = _read_masters(given)
-    home = given.parent if masters and not (given / "adapter_config.json").is_file() else given
+    home = Path(folder)
+    is_bare = home.is_dir() and not any(
+        (home / name).is_file() for name in ("adapter_config.json", STATE_NAME)
+    )
+    if is_bare and (home.parent / "zero_to_fp32.py").is_file():
+        home = home.parent
     if (home / STATE_NAME).is_file():
-        return _read_with_state(home, masters)
+        return _read_with_state(home)
     lora = _read_config(home)
     tensors = _read_adapter(home, lora)
     if not tensors:
         raise StructLoRAError(
-            f"no adapter weights in {home}, nor a {STATE_NAME}" + (" (only fp32 masters)" if masters else ""),
+            f"no adapter weights in {home}, nor a {STATE_NAME}",
             "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
             "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
         )
@@ -225,36 +220,33 @@ def read_saved(folder: str | Path) -> Saved:
     return next((run for run in runs if run is not None and (run.maps or not has_log)), saved)
 
 
-def _read_with_state(home: Path, masters: dict[str, dict[str, Tensor]]) -> Saved:
-    config, step, maps, latents = _read_state(home)
-    effective = _effective(maps, latents)
-    kinds = [m.kind for m in maps]
-    stored = [_stored(latent, kind) for latent, kind in zip(latents, kinds, strict=True)]
-    trained = config.adapter_name
-    if masters and trained not in masters:
-        same = (name for name, own in masters.items() if _difference(kinds, stored, own) is None)
-        trained = next(same, next(iter(masters)))
-    masters = masters.get(trained, {})
-    _refuse_difference(kinds, stored, masters, "fp32 masters", home)
-    adapter_home = _adapter_home(home, trained, kinds, effective)
+def _read_with_state(home: Path) -> Saved:
+    state = _read_state(home)
+    adapter_home = _adapter_home(home, state)
     lora = _read_config(adapter_home)
-    tensors = _read_adapter(adapter_home, lora)
-    if not _modules(tensors):
-        tensors = _tensors_of(lora, kinds, effective, masters, home)
-    _refuse_difference(kinds, effective, tensors, "adapter", home)
-    return Saved(home, lora, tensors, kinds, effective, home, maps, latents, step)
-
-
-def _read_state(home: Path) -> tuple[StructLoRAConfig, int, list[KindMap], list[Factors]]:
-    state = read_state(home / STATE_NAME)
-    maps = [_map(name, state, home / STATE_NAME) for name in state.header["kinds"]]
-    state.refuse_other_run(state.config, [(m, None, WHOLE) for m in maps])
-    return state.config, state.step, maps, [state.load_into(m, WHOLE, None) for m in maps]
+    tensors = _read_adapter(adapter_home, lora) or _tensors_of(lora, state, home)
+    different = _difference(state, tensors)
+    if different:
+        side, module, difference = different
+        raise StructLoRAError(
+            f"adapter and {STATE_NAME} of different weights in {home} (lora_{side} of '{module}' differs by "
+            f"{difference:.1e} of its norm)",
+            "both of one moment of one run",
+            f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
+        )
+    return Saved(home, lora, tensors, run_folder=home, **state)
 
 
 @torch.no_grad()
-def _effective(maps: list[KindMap], latents: list[Factors]) -> list[Factors]:
-    return [_stored(m(latent), m.kind) for m, latent in zip(maps, latents, strict=True)]
+def _read_state(home: Path) -> dict:
+    """What a folder's state says of the fields of `Saved` that have these names."""
+    state = read_state(home / STATE_NAME)
+    maps = [_map(name, state, home / STATE_NAME) for name in state.header["kinds"]]
+    state.refuse_other_run(state.config, [(m, None, WHOLE) for m in maps])
+    latents = [state.load_into(m, WHOLE, None) for m in maps]
+    effective = [_stored(m(latent), m.kind) for m, latent in zip(maps, latents, strict=True)]
+    kinds = [m.kind for m in maps]
+    return {"kinds": kinds, "effective": effective, "maps": maps, "latents": latents, "step": state.step}
 
 
 def _stored(nodes: Factors, kind: Kind) -> Factors:
@@ -274,23 +266,19 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
-    """An adapter with the state and the log of a checkpoint; None where that one holds another adapter, or is
-    damaged.
-    """
+    """An adapter with a checkpoint's state and log; None where that one is damaged or of another adapter."""
     path = _weights_file(checkpoint)
     try:
         if path and not _equal(path, saved):
             return None
         if not (checkpoint / STATE_NAME).is_file():
             return replace(saved, run_folder=checkpoint) if path else None
-        _, step, maps, latents = _read_state(checkpoint)
+        state = _read_state(checkpoint)
     except StructLoRAError:
         return None
-    effective = _effective(maps, latents)
-    kinds = [m.kind for m in maps]
-    if _difference(kinds, effective, saved.tensors) is not None:
+    if _difference(state, saved.tensors):
         return None
-    return Saved(saved.folder, saved.lora, saved.tensors, kinds, effective, checkpoint, maps, latents, step)
+    return replace(saved, run_folder=checkpoint, **state)
 
 
 def _equal(path: Path, saved: Saved) -> bool:
@@ -303,7 +291,7 @@ def _equal(path: Path, saved: Saved) -> bool:
     )
 
 
-def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective: list[Factors]) -> Path:
+def _adapter_home(home: Path, state: dict) -> Path:
     """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it.
 
     Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the
@@ -313,23 +301,21 @@ def _adapter_home(home: Path, trained: str | None, kinds: list[Kind], effective:
     for path in sorted(home.glob("*/adapter_config.json")):
         if not (path.parent / STATE_NAME).is_file():  # a checkpoint
             folders.setdefault(path.parent.name, path.parent)
+    trained = state["maps"][0].config.adapter_name
     if trained in folders or len(folders) < 2:
         return folders.get(trained) or next(iter(folders.values()), home)
-    bare = [name for name, folder in folders.items() if _weights_file(folder) is None]
-    for name in [name for name in folders if name not in bare]:
+    for folder in folders.values():
         try:
-            tensors = _read_adapter(folders[name], _read_config(folders[name]))
+            tensors = _read_adapter(folder, _read_config(folder))
         except StructLoRAError:
             continue
-        if _difference(kinds, effective, tensors) is None:
-            return folders[name]
-    if len(bare) > 1:
-        raise StructLoRAError(
-            f"several adapters without weights in {home} ({', '.join(bare)})",
-            "one, or the trained one's name in the options of the run",
-            f"set `adapter_name`, or {_SAVE_AGAIN}",
-        )
-    return folders[bare[0]] if bare else next(iter(folders.values()))
+        if tensors and not _difference(state, tensors):
+            return folder
+    raise StructLoRAError(
+        f"several adapters in {home} ({', '.join(folders)}), none of them with the weights that {STATE_NAME} gives",
+        "the trained adapter's weights, or its name in the options of the run",
+        f"train with `adapter_name` set to it, or give another checkpoint; under ZeRO-3 {_SAVE_AGAIN}",
+    )
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -387,19 +373,6 @@ def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_masters(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """LoRA factors among whole-model fp32 weights, by adapter; without a copy of the rest."""
-    found = defaultdict(dict)
-    for path in sorted(
-        path for path in folder.glob("*model*") if _MASTERS.fullmatch(path.name) and path.is_file()
-    ):
-        factors = {name: value for name, value in _load(path).items() if LORA_NAME.match(name)}
-        _refuse_odd_numbers(factors, path)
-        for name, value in factors.items():
-            found[LORA_NAME.match(name)["adapter"]][name] = value
-    return dict(found)
-
-
 def _load(path: Path) -> dict[str, Tensor]:
     """A weights file, as it is."""
     try:
@@ -438,7 +411,7 @@ def _refuse_misfits(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfi
                 f"{_USE_ANOTHER}; load grouped convolutions with PEFT itself",
             )
         rows, rank = shapes["A"][0], rank_of(lora, module)
-        if rows % rank if holds_experts(lora, module) else rows != rank:
+        if rows % rank if parameters_of(lora, module) else rows != rank:
             raise StructLoRAError(
                 f"lora_A of '{module}' with {rows} rows in {path}",
                 f"rank {rank}, as adapter_config.json has it",
@@ -475,68 +448,34 @@ def _map(name: str, state: State, path: Path) -> KindMap:
     return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"), head_of=numbers)
 
 
-def _tensors_of(
-    lora: LoraConfig, kinds: list[Kind], effective: list[Factors], masters: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
-    """An adapter file's tensors, from the map alone (ZeRO-3 that does not gather weights on saving writes no
-    adapter).
-    """
+def _tensors_of(lora: LoraConfig, state: dict, folder: Path) -> dict[str, Tensor]:
+    """An adapter file's tensors from the state alone, for ZeRO-3 that gathers no weights writes none."""
     others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
     others += ["bias"] if lora.bias != "none" else []
+    tensors = {}
+    for kind, factors in zip(state["kinds"], state["effective"], strict=True):
+        if not kind.adapted.parameter and not _LINEAR.fullmatch(kind.modules[0]):
+            others.append(kind.name)
+        for side, stack in zip("AB", factors, strict=True):
+            tensors |= {
+                f"{module}.lora_{side}.weight": value.clone()
+                for module, value in zip(kind.modules, stack, strict=True)
+            }
     if others:
         raise StructLoRAError(
-            f"no adapter weights in {folder}, and an adapter with more than LoRA factors ({', '.join(others)})",
+            f"no adapter weights in {folder}, and an adapter with more than factors of layers known to be linear "
+            f"({', '.join(others)})",
             f"{SAFETENSORS_WEIGHTS_NAME}, where these lie",
             _SAVE_AGAIN,
         )
-    known = {}  # PEFT's name and the shape of each factor, as masters tell them
-    for name, value in masters.items():
-        match = LORA_NAME.match(name)
-        factor = f"{match['module']}.lora_{match['embedding'] or ''}{match['factor']}"
-        known[match["module"], match["factor"]] = (
-            factor + ("" if match["embedding"] else ".weight"),
-            value.shape,
-        )
-    tensors = {}
-    for kind, factors in zip(kinds, effective, strict=True):
-        for index, module in enumerate(kind.modules):
-            if not (known or kind.adapted.parameter or _LINEAR.fullmatch(module)):
-                raise StructLoRAError(
-                    f"no adapter weights in {folder}, and '{module}', which may be an embedding or a convolution",
-                    f"{SAFETENSORS_WEIGHTS_NAME}, or fp32 masters, which tell what it is",
-                    f"run `python zero_to_fp32.py . fp32` in the checkpoint and give its folder fp32; or {_SAVE_AGAIN}",
-                )
-            for side, stack in zip("AB", factors, strict=True):
-                value = stack[index]
-                name, shape = known.get((module, side), (f"{module}.lora_{side}.weight", value.shape))
-                tensors[name] = value.reshape(shape).clone()
     return tensors
 
 
-def _refuse_difference(
-    kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor], what: str, folder: Path
-) -> None:
-    """Stop where a file's factors are not those of the state."""
-    different = _difference(kinds, factors, tensors)
-    if different:
-        side, module, difference = different
-        raise StructLoRAError(
-            f"{what} and {STATE_NAME} of different weights in {folder} (lora_{side} of '{module}' differs by "
-            f"{difference:.1e} of its norm)",
-            "both of one moment of one run",
-            f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
-        )
-
-
-def _difference(
-    kinds: list[Kind], factors: list[Factors], tensors: dict[str, Tensor]
-) -> tuple[str, str, float] | None:
-    """The first side and module whose factors in a file, if it has any, are others, and by how much of their
-    norm.
-    """
+def _difference(state: dict, tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
+    """The first side and module that a file has otherwise than the state, and by how much of its norm."""
     modules = _modules(tensors)
     tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
-    for kind, stacks in zip(kinds, factors, strict=True) if modules else ():
+    for kind, stacks in zip(state["kinds"], state["effective"], strict=True):
         for index, module in enumerate(kind.modules):
             for side, stack in zip("AB", stacks, strict=True):
                 ours, theirs = stack[index], modules.get(module, {}).get(side)

@@ -1,6 +1,4 @@
-"""A finished adapter on its base model: what two adapters of one model change in its output, and how
-informative a gate is.
-"""
+"""A finished adapter on its base model: how two adapters' outputs differ, how informative a gate is."""
 
 from __future__ import annotations
 
@@ -71,8 +69,7 @@ def load_base(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """The base model an adapter was trained on, with the head that it was trained with, in the model's own
-    precision.
+    """The base model of an adapter, with the head that it was trained with, in the model's own precision.
 
     Args:
         name (`str`, *optional*): name or path.
@@ -329,7 +326,8 @@ def _class_count(tensors: dict[str, Tensor]) -> int | None:
     heads = [
         name
         for name in tensors
-        if name.endswith(".weight") and {"classifier", "score"} & set(name.split("."))
+        if name.endswith(".weight")
+        and {"classifier", "score"} & {*name.split(".")}
+        and not LORA_NAME.match(name)
     ]
-    heads = [name for name in heads if not LORA_NAME.match(name)]
     return len(tensors[max(heads)]) if heads else None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import StructLoRAError, refuse_unwritable
+from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
 from .inspecting import final_losses, peak_learning_rate, short_names, training_data
 
@@ -22,25 +22,8 @@ except ImportError as error:
     ) from error
 
 
-def refuse_folder(path: Path) -> None:
-    """Stop where a page cannot be written, since a folder has its name, or a file the name of a folder above
-    it.
-
-    Raises:
-        StructLoRAError: the message names the folder or the file.
-    """
-    if path.is_dir():
-        raise StructLoRAError(
-            f"a folder {path}, where the page is to be written",
-            "the name of an HTML file",
-            f"name a file, such as {path / 'report.html'}",
-        )
-    refuse_unwritable(path.parent)
-
-
 def write_page(path: str | Path, runs: list[Run]) -> None:
-    """Write the page: facts and which run did better, all charts with a sentence each, a table of all
-    modules.
+    """Write the page: facts, which run did better, all charts with a sentence each, a table of modules.
 
     Args:
         path (`str` or `Path`): the HTML file; its folder is made where missing.
@@ -97,9 +80,7 @@ def _lowest(values: list) -> object:
 
 
 def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
-    """Heads and rows of the table of modules: a row's kind in full and in short, its layer, and its
-    figures.
-    """
+    """Heads and rows of the table of modules: a row's kind in full and in short, layer and figures."""
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     found = {}
     for index, run in enumerate(runs):

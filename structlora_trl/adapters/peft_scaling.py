@@ -1,5 +1,4 @@
-"""Ranks and scales of an adapter: where PEFT reads them, and how to write them so that other loaders read the
-same.
+"""Ranks and scales of an adapter: where PEFT reads them, how to write them so that others read the same.
 
 A module's update is s·B·A. PEFT takes s from `lora_alpha`, `alpha_pattern`, `rank_pattern` and `use_rslora`;
 vLLM and SGLang take `lora_alpha / r` for every module, whatever its rank; llama.cpp divides `lora_alpha` by
@@ -28,7 +27,7 @@ LORA_NAME = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )
 # What draws MonteCLoRA's noise in training, of the module's rank.
-_SAMPLER = ".lora_monteclora_sampler."
+SAMPLER = ".lora_monteclora_sampler."
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
 # Initialisations that take part of the base weights out of the model by the module's rank.
@@ -76,20 +75,16 @@ def with_singular_directions(
         Tensors of the new adapter's file, and module -> (E or 1, r) singular values of its update as it is
         added to the weight.
     """
-    names = {}
-    for name in tensors:
-        if match := LORA_NAME.match(name):
-            names.setdefault(match["module"], {})[match["factor"]] = name
     written, values = dict(tensors), {}
-    for module, sides in names.items():
-        A, B = tensors[sides["A"]], tensors[sides["B"]]
+    for module, names in factor_names(tensors).items():
+        A, B = tensors[names["A"]], tensors[names["B"]]
         experts = len(A) // rank_of(lora, module)
         parts = singular_directions(
             A.double().unflatten(0, (experts, -1)).flatten(2),
             by_expert(B.double().flatten(1), experts),  # lora_B of a convolution is 1 x 1
         )
-        written[sides["A"]] = parts.A.reshape(A.shape).to(A.dtype)
-        written[sides["B"]] = parts.B.movedim(0, 2).reshape(B.shape).to(B.dtype)
+        written[names["A"]] = parts.A.reshape(A.shape).to(A.dtype)
+        written[names["B"]] = parts.B.movedim(0, 2).reshape(B.shape).to(B.dtype)
         values[module] = scale_of(lora, module) * parts.sigma
     return written, values
 
@@ -100,21 +95,12 @@ def by_expert(B: Tensor, experts: int) -> Tensor:
 
 
 def base_is_moved_for_good(lora: LoraConfig) -> bool:
-    """Whether the run changed base weights when it began in a way that PEFT cannot repeat when it loads the
-    adapter.
+    """Whether the run changed base weights, when it began, in a way that PEFT does not repeat on loading.
 
     LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a
     random start. (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
     """
     return str(lora.init_lora_weights).lower().startswith(("lora_ga", "corda", "pissa_niter"))
-
-
-def modules_with_more(tensors: dict[str, Tensor]) -> set[str]:
-    """Modules of which an adapter file holds more than two factors (DoRA's magnitude, a bias)."""
-    more = (
-        name for name in tensors if ".lora_" in name and not LORA_NAME.match(name) and _SAMPLER not in name
-    )
-    return {name.rpartition(".lora_")[0] for name in more}
 
 
 def scale_of(lora: LoraConfig, module: str) -> float:
@@ -130,14 +116,18 @@ def rank_of(lora: LoraConfig, module: str) -> int:
     return _looked_up(lora, module, lora.rank_pattern, lora.r)
 
 
-def holds_experts(lora: LoraConfig, module: str) -> bool:
-    """Whether a module wraps parameters (`target_parameters`), with factors for each expert in one matrix."""
-    return bool(_parameters(lora, module))
+def parameters_of(lora: LoraConfig, module: str) -> list[str]:
+    """Full names of the parameters that a module may wrap (`target_parameters`), with factors for each expert
+    in one matrix; several where wrappers are nested, none of other modules.
+    """
+    name = module.removeprefix("base_model.model.").replace(".base_layer", "")
+    names = {target: f"{name}.{target.rpartition('.')[-1]}" for target in lora.target_parameters or ()}
+    return [full for target, full in names.items() if full == target or full.endswith(f".{target}")]
 
 
 def adapted_by(lora: LoraConfig, module: str, rows: int) -> Adapted:
     """What a module with so many rows of lora_A adapts, as far as an adapter's files tell."""
-    parameters = _parameters(lora, module)
+    parameters = parameters_of(lora, module)
     if not parameters:
         return Adapted()
     # Wrappers of several parameters of one module are nested, and the file does not say which is whose.
@@ -146,10 +136,13 @@ def adapted_by(lora: LoraConfig, module: str, rows: int) -> Adapted:
     return Adapted(parameter, rows // rank_of(lora, module))
 
 
-def rows_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Module -> rows of its lora_A."""
-    matches = ((LORA_NAME.match(name), value) for name, value in tensors.items())
-    return {match["module"]: len(value) for match, value in matches if match and match["factor"] == "A"}
+def factor_names(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Module -> "A" or "B" -> that factor's name in an adapter's file."""
+    names = {}
+    for name in tensors:
+        if match := LORA_NAME.match(name):
+            names.setdefault(match["module"], {})[match["factor"]] = name
+    return names
 
 
 def with_one_scale(
@@ -172,7 +165,7 @@ def with_one_scale(
     Raises:
         StructLoRAError: PEFT would take another part of the base weights out of the model.
     """
-    rows = rows_of(tensors)
+    rows = {module: len(tensors[names["A"]]) for module, names in factor_names(tensors).items()}
     scales = {module: scale_of(lora, module) for module in rows}
     whole = {
         module: [list(range(rank_of(lora, module)))] * (count // rank_of(lora, module))
@@ -183,14 +176,14 @@ def with_one_scale(
     rank, scale = max(ranks.values()), max(scales.values())
     for module in rows:
         # A pattern names parameters, and the file does not say which is which.
-        if one_rank or holds_experts(lora, module):
+        if one_rank or parameters_of(lora, module):
             ranks[module] = rank
     _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
     resized = any(own != rank_of(lora, module) for module, own in ranks.items())
     written = {}
     for name, value in tensors.items():
         match, bias = LORA_NAME.match(name), _BIAS.match(name)
-        if (match and not ranks[match["module"]]) or (resized and _SAMPLER in name):
+        if (match and not ranks[match["module"]]) or (resized and SAMPLER in name):
             continue
         if match:
             module = match["module"]
@@ -207,35 +200,19 @@ def with_one_scale(
     return smaller, written
 
 
-def with_one_rank(lora: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Write an adapter of several ranks with one rank, one alpha and no patterns; it computes the same.
-
-    Raises:
-        StructLoRAError: as `with_one_scale`.
-    """
-    return with_one_scale(lora, tensors, {}, one_rank=True)
-
-
 def _refuse_other_base(
     lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]
 ) -> None:
-    """Stop where PEFT, when it loads the new adapter, would change base weights otherwise than in
-    training.
-    """
+    """Stop where PEFT, loading the new adapter, would change base weights otherwise than in training."""
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
-    if changed and getattr(lora, "kasa_config", None):  # PEFT before 0.21 has none
+    has_kasa = getattr(lora, "kasa_config", None)  # PEFT before 0.21 has none
+    if changed and (has_kasa or init.startswith(_MOVING_BASE)):
+        start = "of KaSA (`kasa_config`)" if has_kasa else f"initialised with '{lora.init_lora_weights}'"
         raise StructLoRAError(
-            f"an adapter of KaSA (`kasa_config`), which takes base weights out of the model by rank, and another rank for "
+            f"an adapter {start}, which takes base weights out of the model by rank or scale, and another rank or scale for "
             f"'{changed[0]}'",
-            "the ranks of training",
-            "export without pruning and without `--one-rank`",
-        )
-    if changed and init.startswith(_MOVING_BASE):
-        raise StructLoRAError(
-            f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank and "
-            f"scale, and another rank or scale for '{changed[0]}'",
             "the ranks and scales of training",
             "export without pruning and without `--one-rank`",
         )
@@ -283,16 +260,9 @@ def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> T
     return kept.movedim(0, 2).flatten(1, 2)
 
 
-def _parameters(lora: LoraConfig, module: str) -> list[str]:
-    """Full names of the parameters that a module may wrap; several where wrappers are nested."""
-    name = module.removeprefix("base_model.model.").replace(".base_layer", "")
-    names = {target: f"{name}.{target.rpartition('.')[-1]}" for target in lora.target_parameters or ()}
-    return [full for target, full in names.items() if full == target or full.endswith(f".{target}")]
-
-
 def _looked_up(lora: LoraConfig, module: str, pattern: dict, default):
     """What PEFT finds for a module in one of its patterns."""
-    names = _parameters(lora, module) or [module.removeprefix("base_model.model.")]
+    names = parameters_of(lora, module) or [module.removeprefix("base_model.model.")]
     found = {pattern.get(get_pattern_key(pattern.keys(), name), default) for name in names}
     if len(found) > 1:
         raise StructLoRAError(

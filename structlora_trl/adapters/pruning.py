@@ -22,7 +22,7 @@ from ..config import share_to_keep
 from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
-from .peft_scaling import holds_experts, modules_with_more, with_one_scale, with_singular_directions
+from .peft_scaling import LORA_NAME, SAMPLER, parameters_of, with_one_scale, with_singular_directions
 
 
 @dataclass
@@ -131,11 +131,14 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
         )
     mask = best(flat, keep)
     parts = mask.split([worth[module].numel() for module in sigma])
-    kept, spared, left_out, with_more = {}, [], [], modules_with_more(saved.tensors)
+    # More than two factors of each module: DoRA's magnitude, a bias.
+    more = (name for name in saved.tensors if ".lora_" in name and not LORA_NAME.match(name))
+    has_more = saved.lora.bias != "none" or any(SAMPLER not in name for name in more)
+    kept, spared, left_out = {}, [], []
     for (module, values), part in zip(sigma.items(), parts, strict=True):
         kept[module] = [row.nonzero().flatten().tolist() for row in part.view_as(values)]
         if not any(kept[module]):
-            if module in with_more or holds_experts(saved.lora, module) or saved.lora.bias != "none":
+            if has_more or parameters_of(saved.lora, module):
                 kept[module][0] = [int(worth[module][0].argmax())]
                 spared.append(module)
             else:
@@ -144,42 +147,14 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
     return Pruned(lora, tensors, kept, spared, left_out, float(flat[mask].sum() / total))
 
 
-def size_curves(saved: Saved) -> dict[str, list[tuple[float, float]]]:
-    """What a smaller adapter keeps of the update: order of the directions -> points (share of the directions,
-    share of the squared norm of the update that is left), for the largest singular values, and for the most
-    open gates where these are known.
+def size_curve(saved: Saved, count: int = 64) -> list[tuple[float, float]]:
+    """What the largest singular values of a smaller adapter keep: points (share of the directions, share of
+    the squared norm of the update), evenly spread and with the end; none of an adapter that adds nothing.
     """
     _, sigma = with_singular_directions(saved.lora, saved.tensors)
     energy = torch.cat([values.flatten() for values in sigma.values()]).square().sort(descending=True).values
-    total = energy.sum()
-    if not total > 0:
-        return {}
-    curves = {"largest singular values": _sampled(energy.cumsum(0) / total)}
-    if saved.maps is None or saved.holds_base_weights or saved.gates(0) is None:
-        return curves
-    pieces = []  # (openness, module) of each direction, and the Gram matrix of each module's directions
-    for index, kind in enumerate(saved.kinds):
-        A, B = saved.factors(index)
-        gram = (B.mT @ B) * (A @ A.mT)  # (..., L, r, r)
-        scales = gram.new_tensor([saved.scale(module) for module in kind.modules]).square()
-        gram = torch.stack([*saved.by_module(index, gram).values()]) * scales[:, None, None, None]
-        gates = torch.stack([*saved.by_module(index, saved.gates(index)).values()])
-        pieces.append((gates.flatten(0, 1), gram.flatten(0, 1)))  # (n, r), (n, r, r)
-    ranked = torch.cat([gates.flatten() for gates, _ in pieces]).sort(descending=True).values
-    points = []
-    for share, _ in curves["largest singular values"]:
-        least = ranked[round(share * len(ranked)) - 1]
-        lost = kept = 0.0
-        for gates, gram in pieces:
-            closed = (gates < least).to(gram.dtype)
-            kept += float((gates >= least).sum())
-            lost += float(torch.einsum("ni,nij,nj->", closed, gram, closed))
-        points.append((kept / len(ranked), max(0.0, 1 - lost / float(total))))
-    return {**curves, "most open gates": points}
-
-
-def _sampled(carried: Tensor, count: int = 64) -> list[tuple[float, float]]:
-    """Points (share, value) of a curve over all directions, evenly spread and with its end."""
-    count = min(count, len(carried))
-    places = torch.linspace(1, len(carried), count, dtype=torch.float64, device="cpu").round().long()
-    return [(int(place) / len(carried), float(carried[place - 1])) for place in places]
+    if not energy.sum() > 0:
+        return []
+    carried = (energy.cumsum(0) / energy.sum()).tolist()
+    places = torch.linspace(1, len(carried), min(count, len(carried)), dtype=torch.float64, device="cpu")
+    return [(place / len(carried), carried[place - 1]) for place in places.round().long().tolist()]

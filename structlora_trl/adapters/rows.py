@@ -23,8 +23,7 @@ _FORMATS = "`messages`, `prompt` and `completion`, or `text`"
 def read_rows(
     file: str | Path, saved: Saved, base_name: str | None, revision: str | None, count: int
 ) -> list[Row]:
-    """Read the first rows of a file, with labels: the completion's tokens where there is a prompt, else all
-    of them.
+    """Read the first rows of a file, with labels: the completion's tokens where there is a prompt, else all.
 
     Args:
         file (`str` or `Path`): .json, .jsonl, .csv or .parquet; columns `messages`, `prompt` and `completion`

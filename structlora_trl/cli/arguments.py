@@ -1,6 +1,4 @@
-"""Arguments of the commands; those of a training command are TRL's own, from a YAML file and the command
-line.
-"""
+"""Arguments of the commands; for training they are TRL's own, from a YAML file and the command line."""
 
 from __future__ import annotations
 
@@ -70,16 +68,12 @@ def parser_of(command: str, description: str, examples: str) -> argparse.Argumen
 
 
 def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
-    """Read a training command's arguments.
-
-    Args:
-        name (`str`): the command.
-        script (module): TRL's script of that name.
-        arguments (`list[str]`): the command line after the command.
+    """Read a training command's arguments: what stands after it on the command line.
 
     Raises:
         StructLoRAError: a YAML file that is missing, broken or has an unknown key; or a value that is
-            refused. SystemExit: `--help`, or an unknown argument on the command line.
+            refused.
+        SystemExit: `--help`, or an unknown argument on the command line.
     """
     from .launch import launch_parser, words_of
 
@@ -87,17 +81,14 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     own = _names(parser)
     launchers = _names(launcher) - own
     known = own | launchers
-    words = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    path = None
-    if "--config" in words:
-        at = words.index("--config")
-        path = next(iter(words[at + 1 : at + 2]), None) or parser.error("--config needs a file")
-        del words[at : at + 2]
+    file_parser = argparse.ArgumentParser(parser.prog, parser.usage, add_help=False, allow_abbrev=False)
+    file_parser.add_argument("--config")
+    given, words = file_parser.parse_known_args(arguments)
     for word in words:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:] not in known:
             parser.error(f"unknown argument {flag}{_hint(flag[2:], known)}")
-    file = {} if path is None else _read_file(path, known | {"env"})
+    file = {} if given.config is None else _read_file(given.config, known | {"env"})
     os.environ.update({variable: str(value) for variable, value in (file.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**file)
     with refusing(
@@ -184,17 +175,13 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 def _read_file(path: str, known: set[str]) -> dict:
     """The keys and values of the YAML file, every key known."""
-    if not Path(path).is_file():
-        raise StructLoRAError(
-            f"no file {path}", "a YAML file of arguments", "correct the path after `--config`"
-        )
-    try:
+    with refusing(
+        f"reading {path}",
+        "a YAML file of arguments",
+        "correct the path after `--config`, or the file where the message points",
+        also=(yaml.YAMLError,),
+    ):
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())
-        raise StructLoRAError(
-            f"{path} unreadable ({message})", "YAML", "fix the file where it points"
-        ) from error
     if not isinstance(options, dict):
         raise StructLoRAError(f"{path} without keys", "lines of `key: value`", "write one argument a line")
     for name in options:

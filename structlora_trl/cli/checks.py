@@ -1,6 +1,4 @@
-"""Checks of a training command's arguments: what TRL's script would meet late, or would put in words of its
-own.
-"""
+"""Checks of a training command's arguments: what TRL's script would meet late, or say less plainly."""
 
 from __future__ import annotations
 
@@ -17,12 +15,10 @@ from ..state import STATE_NAME
 from .arguments import Arguments
 
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_CHECKPOINT = "checkpoint-"
 
 
 def check_arguments(given: Arguments) -> None:
-    """Look at model, batches, rewards and output folder, and write paths and target modules as TRL's script
-    takes them.
+    """Look at model, batches, rewards and output folder; write paths and target modules as TRL takes them.
 
     Args:
         given (`Arguments`): with `resume_from_checkpoint` as `last_checkpoint` found it.
@@ -43,32 +39,20 @@ def check_arguments(given: Arguments) -> None:
         )
     output = Path(given.training.output_dir)
     refuse_unwritable(output)
-    if not given.overwrite and not given.training.resume_from_checkpoint:
-        _refuse_earlier_run(output)
-    # The other way round the callback refuses. Its optimizer's moments are of latent factors, not of the adapter.
     checkpoint = given.training.resume_from_checkpoint
+    has_run = (output / CONFIG_NAME).exists() or whole_checkpoints(output)
+    if has_run and not given.overwrite and not checkpoint:
+        raise StructLoRAError(
+            f"an adapter or checkpoints of an earlier run in output_dir={output}",
+            "a new folder, so that nothing is lost",
+            "choose another `output_dir`; or give `--resume_from_checkpoint true` to continue that run, or `--overwrite`",
+        )
+    # The other way round the callback refuses. Its optimizer's moments are of latent factors, not of the adapter.
     if checkpoint and given.structlora is None and (Path(checkpoint) / STATE_NAME).is_file():
         raise StructLoRAError(
             f"a checkpoint that StructLoRA wrote in {checkpoint}, and structlora=false",
             "a checkpoint of plain LoRA",
             "resume without `structlora: false`, or choose another `output_dir` for a run of plain LoRA",
-        )
-
-
-def _refuse_earlier_run(output: Path) -> None:
-    """Stop where a run's adapter or its checkpoints would be written over, or mixed with those to come."""
-    unfinished = whole_checkpoints(output)
-    if (output / CONFIG_NAME).exists():
-        raise StructLoRAError(
-            f"a finished adapter in output_dir={output}",
-            "a new folder, so that nothing is lost",
-            "choose another `output_dir`, or give `--overwrite`; `--resume_from_checkpoint true` continues a run",
-        )
-    if unfinished:
-        raise StructLoRAError(
-            f"checkpoints of an unfinished run in output_dir={output}, the last one {unfinished[-1].name}",
-            "a new folder, so that nothing is lost",
-            "give `--resume_from_checkpoint true` to continue that run; or choose another `output_dir`, or give `--overwrite`",
         )
 
 
@@ -99,54 +83,31 @@ def _check_model(model) -> None:
         )
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
-    found = [path for path in output.glob(f"{_CHECKPOINT}*") if path.name.removeprefix(_CHECKPOINT).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_CHECKPOINT)))
-
-
 def whole_checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a folder that were written to their end, the oldest first."""
-    return [path for path in _checkpoints(output) if _is_whole(path)]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_STATE_NAME).is_file()  # which Trainer writes last
+    found = (file.parent for file in output.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"))  # written last
+    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(training: TrainingArguments) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` asks for: a path, or with 'true' the last one of
-    `output_dir`.
-
-    Returns:
-        `str` or None: None where the run starts anew.
+    """The checkpoint that `resume_from_checkpoint` asks for: a path, or with 'true' the last whole one of
+    `output_dir`; None where the run starts anew.
 
     Raises:
         StructLoRAError: there is none, or its writing was cut short.
     """
-    asked, output = str(training.resume_from_checkpoint), Path(training.output_dir)
+    asked, whole = str(training.resume_from_checkpoint), whole_checkpoints(Path(training.output_dir))
     if asked.lower() in ("false", "none", ""):
         return None
-    found = _checkpoints(output)
-    if asked.lower() == "true" and not found:
-        raise StructLoRAError(
-            f"no checkpoint in {output}",
-            "one to resume from",
-            "remove `resume_from_checkpoint` to start over, or correct `output_dir`",
-        )
-    checkpoint = found[-1] if asked.lower() == "true" else Path(asked)
-    if not checkpoint.is_dir():
-        raise StructLoRAError(
-            f"no folder {asked}",
-            "a checkpoint to resume from",
-            "correct `resume_from_checkpoint`, or set it to `true`",
-        )
-    if not _is_whole(checkpoint):
-        whole = whole_checkpoints(checkpoint.parent)
-        remedy = f"set `resume_from_checkpoint: {whole[-1]}`" if whole else "remove `resume_from_checkpoint`"
-        raise StructLoRAError(
-            f"no {TRAINER_STATE_NAME} in {checkpoint}, so that its writing was cut short",
-            "a whole checkpoint",
-            f"{remedy}, and delete that folder",
-        )
-    return str(checkpoint)
+    if asked.lower() == "true" and whole:
+        return str(whole[-1])
+    if (Path(asked) / TRAINER_STATE_NAME).is_file():
+        return asked
+    where = f"in {training.output_dir}" if asked.lower() == "true" else f"at {asked}"
+    remedy = f"set `resume_from_checkpoint: {whole[-1]}`" if whole else "correct `output_dir`"
+    raise StructLoRAError(
+        f"no whole checkpoint {where}",
+        f"a folder with {TRAINER_STATE_NAME}, which Trainer writes last",
+        f"{remedy}, or remove `resume_from_checkpoint` to start over",
+    )

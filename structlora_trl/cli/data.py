@@ -27,8 +27,7 @@ _COLUMNS = {
 
 
 def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
-    """Write local files, and a data set that `test_split_size` splits, as the mixtures that TRL's scripts
-    load.
+    """Write local files, and data that `test_split_size` splits, as the mixtures that TRL's scripts load.
 
     Raises:
         StructLoRAError: no data, a path that does not exist, or an empty file.
@@ -55,13 +54,7 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
 
 
 def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> None:
-    """Load the data as the script will (the second time comes from the cache), and look at splits and
-    columns.
-
-    Args:
-        name (`str`): the script.
-        script (`ScriptArguments`), mixture (`DatasetMixtureConfig`): the data, as `as_mixture` left them.
-        training (`TrainingArguments`): whether there is an evaluation.
+    """Load what `as_mixture` wrote, as the script will (then from the cache), and look at splits and columns.
 
     Raises:
         StructLoRAError: files that cannot be read, a missing split, or columns that the script does not take.

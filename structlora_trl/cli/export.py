@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from .arguments import parser_of
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from ..adapters.load_adapter import Saved
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP,
-FSDP2 or DeepSpeed ZeRO, and of what DeepSpeed's zero_to_fp32.py made inside a checkpoint (its fp32 masters
-are latent factors: the map is applied). The result loads in PEFT, and needs nothing of this package.
+FSDP2 or DeepSpeed ZeRO. Of a folder that DeepSpeed's zero_to_fp32.py made inside a checkpoint, the checkpoint
+is read: the fp32 masters are latent factors. The result loads in PEFT, and needs nothing of this package.
 
 --keep SHARE makes any LoRA adapter smaller, of StructLoRA or not: it keeps 0.25 of all directions, or with
 --keep 99% the fewest that carry 99 % of the information, chosen over the whole model among the singular
@@ -44,7 +45,6 @@ _EXAMPLES = """examples:
   structlora export out small --prune 0.05 --probe sample.txt
   structlora export out merged --merge
 """
-_SHARES = (0.01, 0.1, 0.25, 0.5)  # of the directions, for which a threshold is told
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -58,13 +58,14 @@ def run(command: str, arguments: list[str]) -> None:
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
-    parser.add_argument(
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument(
         "--keep", metavar="SHARE", help="keep this share of all directions, or N%% of the information"
     )
+    rule.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
     parser.add_argument(
         "--data", type=Path, metavar="FILE", help="rows that tell what to keep (.jsonl, .csv, .parquet)"
     )
-    parser.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
     parser.add_argument("--one-rank", action="store_true", help="fill all modules up to one rank with zeros")
     parser.add_argument("--merge", action="store_true", help="write the merged model instead of the adapter")
     parser.add_argument(
@@ -72,8 +73,6 @@ def run(command: str, arguments: list[str]) -> None:
     )
     parser.add_argument("--probe", metavar="FILE", help="text to measure the change on, or 'none' to skip it")
     given = parser.parse_args(arguments)
-    if given.keep is not None and given.prune is not None:
-        parser.error("--keep and --prune are two rules for what to drop; give one of them")
     if given.data is not None and given.keep is None:
         parser.error("--data needs --keep, which it tells what to keep")
     if given.probe is not None and (given.data is not None or (given.prune is None and given.keep is None)):
@@ -105,7 +104,7 @@ def run(command: str, arguments: list[str]) -> None:
     if done.pruned:
         print(table(saved, done))
         if given.prune is not None and done.sizes[0].before == done.sizes[0].after:
-            print(thresholds(openness(saved), given.prune))
+            print(all_open(openness(saved), given.prune))
         if given.keep is not None:
             told = "the information in the rows of --data" if given.data else "the squared singular values"
             print(f"The directions kept carry {done.pruned.share:.1%} of {told}.")
@@ -149,18 +148,10 @@ def table(saved: Saved, done: Export) -> str:
     return "\n".join(lines)
 
 
-def thresholds(gates: dict[str, Tensor], asked: float) -> str:
-    """Why a threshold drops nothing, and what others would drop; `gates` as `openness` gives them."""
+def all_open(gates: dict[str, Tensor], threshold: float) -> str:
+    """That no gate is below a threshold; `gates` as `openness` gives them."""
     values = sorted(gate for part in gates.values() for gate in part.flatten().tolist())
-    least = min(gates, key=lambda module: float(gates[module].min()))
-    lines = [
-        f"No gate is below {asked:g}, so nothing was dropped: the least open one is at {values[0]:.3f} "
-        f"({least.removeprefix('base_model.model.')})."
-    ]
-    others = (min(1, round(values[round(share * (len(values) - 1))] + 5e-4, 3)) for share in _SHARES)
-    for threshold in dict.fromkeys(others):  # gates close together round to one
-        lines.append(
-            f"  --prune {threshold:g} is above {sum(v < threshold for v in values):,} of {len(values):,} gates"
-        )
-    lines.append("Or choose by what a task needs: `--keep 0.25 --data ROWS`.")
-    return "\n".join(lines)
+    return (
+        f"No gate is below {threshold:g}, so nothing was dropped: the least open one is at {values[0]:.3f}, the median at "
+        f"{median(values):.3f}. To choose by what a task needs: `--keep 0.25 --data ROWS`."
+    )

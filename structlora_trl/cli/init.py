@@ -70,11 +70,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def template(name: str) -> str:
-    """The text of the file, YAML.
-
-    Args:
-        name (`str`): one of the training commands.
-    """
+    """The text of the file, YAML, of one of the training commands."""
     data, columns = _DATA[name]
     settings = [
         ("model_name_or_path", "Qwen/Qwen3-0.6B", "a folder, or a model of the hub"),

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import refuse_unwritable
+from ..errors import StructLoRAError, refuse_unwritable
 from .arguments import parser_of
 
 if TYPE_CHECKING:
@@ -80,9 +80,15 @@ def run(command: str, arguments: list[str]) -> None:
     if is_drawn:
         from ..adapters import figures
     if given.html:
-        from ..adapters.page import refuse_folder, write_page
+        from ..adapters.page import write_page
 
-        refuse_folder(given.html)
+        if given.html.is_dir():
+            raise StructLoRAError(
+                f"a folder {given.html}, where the page is to be written",
+                "the name of an HTML file",
+                f"name a file, such as {given.html / 'report.html'}",
+            )
+        refuse_unwritable(given.html.parent)
     if given.plot:
         refuse_unwritable(given.plot)
     folders = [folder for folder in (given.adapter, given.against) if folder]
@@ -104,23 +110,13 @@ def run(command: str, arguments: list[str]) -> None:
         runs.append(figures.Run.of(name, adapter, curves))
     lines = []
     if given.plot:
-        drawn = figures.charts(runs)
-        lines += [f"\nWrote {', '.join(figures.write(given.plot, drawn))} to {given.plot}."]
-        lines += [
-            f"No {reason}." for key, reason in _LACKING.items() if key not in {chart.key for chart in drawn}
-        ]
+        written = figures.write(given.plot, figures.charts(runs))
+        lines += [f"\nWrote {', '.join(written)} to {given.plot}."]
     if given.html:
         write_page(given.html, runs)
         lines += [f"\nWrote {given.html}."]
     if not given.json:
         print("\n".join(lines))
-
-
-_LACKING = {
-    "gates": "gate map: the adapter has no learned gates, or no state beside it",
-    "similarity": "similarity map: it needs StructLoRA's state and two depths",
-    "training": "curves of the training: no trainer_state.json beside the adapter",
-}
 
 
 def _run_names(folders: list[Path]) -> list[str]:

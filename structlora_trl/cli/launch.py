@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from importlib import resources
@@ -15,9 +14,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import StructLoRAError, refusing
 from .main import INTERRUPTED
-
-# Each launcher sets one of them in the processes that it starts.
-_IN_STARTED_PROCESSES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
 def launch_parser() -> argparse.ArgumentParser:
@@ -31,20 +27,12 @@ def words_of(file: dict, parser: argparse.ArgumentParser) -> list[str]:
     """The keys of a YAML file that are the launcher's, as words of a command line."""
     words = []
     for action in parser._actions:
-        flag = next((flag for flag in action.option_strings if flag[2:] in file), None)
-        if flag is None:
-            continue
-        value = file[flag[2:]]
-        if action.nargs != 0:
-            words += [flag, str(value)]
-        elif value:
-            words.append(flag)
+        for flag in action.option_strings:
+            if action.nargs != 0 and flag[2:] in file:
+                words += [flag, str(file[flag[2:]])]
+            elif file.get(flag[2:]):
+                words.append(flag)
     return words
-
-
-def is_started() -> bool:
-    """Whether a launcher started this process, so that it is to train."""
-    return any(name in os.environ for name in _IN_STARTED_PROCESSES)
 
 
 def launch(words: list[str], command: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -47,22 +46,12 @@ _EXAMPLES = f"""examples:
 `structlora COMMAND --help` says more. {TRACEBACK}=1 in the environment shows where an error comes from.
 """
 _TRAINING_SCRIPT = "def main(script_args, training_args, model_args, dataset_args)"
-# The DeepSpeed launcher puts it before the script's own arguments; LOCAL_RANK in the environment says the
-# same.
-_LOCAL_RANK = re.compile(r"--local[_-]rank(=.*)?")
 # What a shell reports of a process that ended by the signals SIGINT and SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments (`list[str]`, *optional*): those of the process where omitted.
-
-    Returns:
-        `int`: the exit code: 0, 1, 2, 130 after Ctrl-C, or 141 where the reader of the output has closed it.
-    """
+    """Run one command, of the process where none is given; the exit code."""
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
@@ -90,10 +79,12 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"structlora {__version__}")
+    # The DeepSpeed launcher puts it before the script's own arguments; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     try:
-        given = parser.parse_args(_without_local_rank(arguments))
+        given = parser.parse_args(arguments)
         if given.command is None:
             parser.print_help()
             return 2
@@ -120,13 +111,3 @@ def _more_scripts() -> list[str]:
     files = [path for folder in folders for path in sorted(Path(folder, "scripts").glob("*.py"))]
     found = [path.stem for path in files if _TRAINING_SCRIPT in path.read_text(encoding="utf-8")]
     return [name for name in found if name not in TRAINING]
-
-
-def _without_local_rank(arguments: list[str]) -> list[str]:
-    kept, skip = [], False
-    for argument in arguments:
-        match = _LOCAL_RANK.fullmatch(argument)
-        if not match and not skip:
-            kept.append(argument)
-        skip = bool(match) and match[1] is None
-    return kept

@@ -20,13 +20,12 @@ from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
 from .checks import check_arguments, last_checkpoint, whole_checkpoints
-from .launch import is_started, launch
+from .launch import launch
 from .main import INTERRUPTED
 
 
 class _Around(TrainerCallback):
-    """What a command says and does around TRL's script: where training begins, and beside the adapter it
-    saves.
+    """What a command says and does around TRL's script: where training begins, and beside its adapter.
 
     Args:
         given (`Arguments`): the command's arguments.
@@ -65,10 +64,6 @@ class _Around(TrainerCallback):
 def run(command: str, arguments: list[str]) -> None:
     """Train, and save to `output_dir`: the adapter, StructLoRA's state and the trainer's log.
 
-    Args:
-        command (`str`): the name of one of TRL's training scripts.
-        arguments (`list[str]`): the command line after it.
-
     Raises:
         StructLoRAError: an argument, data, model or set-up that cannot be used; the message says why.
         SystemExit: after Ctrl-C.
@@ -80,7 +75,9 @@ def run(command: str, arguments: list[str]) -> None:
     ):
         script = compat.trl_script(command)
     given = parse(command, script, arguments)
-    if given.launcher and not is_started():
+    # Each launcher sets one of them in the processes that it starts.
+    is_started = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if given.launcher and not is_started:
         return launch(given.launcher, [command, *arguments])
     checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
     check_arguments(given)

@@ -1,3 +1,1 @@
-"""The method of the paper, on torch alone: gates, depth graph, coordinator, the map of a kind, and the kinds
-of a model.
-"""
+"""The method of the paper, on torch alone: gates, depth graph, coordinator, a kind's map, a model's kinds."""

@@ -50,8 +50,7 @@ class GCN(nn.Module):
 
 
 class GAT(GCN):
-    """Graph attention: learned weights of the same edges, in place of the fixed ones of Â (Veličković et al.,
-    2018).
+    """Graph attention (Veličković et al., 2018): learned weights of the same edges, in place of the fixed Â.
 
     A node attends by the profile of its direction norms (r numbers that do not depend on the basis of the
     shared space). Attention starts uniform over neighbours and self; the other experts of a layer are one

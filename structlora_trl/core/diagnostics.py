@@ -30,7 +30,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gates import gate_entropy, kl_to_prior
+from .gates import kl_to_prior
 from .kinds import Factors
 from .mapping import KindMap
 from .regularizers import laplacian
@@ -40,24 +40,21 @@ Sums = Callable[[list[Tensor]], list[Tensor]]
 """
 
 
-def whole(parts: list[Tensor]) -> list[Tensor]:
-    """The `Sums` of factors that are whole."""
-    return parts
-
-
-def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums = whole) -> dict[str, float]:
+def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums) -> dict[str, float]:
     """The figures above except `gradient_cosine`, which needs a step's gradients.
 
     Args:
         maps (`list[KindMap]`): one per kind.
         effective (`list[Factors]`): evaluation factors, one per kind.
-        sums (`Callable`, *optional*): sums over the slices of all ranks, where the factors are slices.
+        sums (`Callable`): sums over the slices of all ranks, where the factors are slices.
     """
     metrics: dict[str, float] = {}
     directions, *groups = _logits(maps)
     if directions is not None:
         metrics["gate_openness"] = torch.sigmoid(directions).mean().item()
-        metrics["gate_entropy"] = gate_entropy(directions).mean().item()
+        # Without checks: logits that have diverged make the figure NaN, and must not end a run.
+        gates = torch.distributions.Bernoulli(logits=directions, validate_args=False)
+        metrics["gate_entropy"] = gates.entropy().mean().item()
         metrics["kl"] = kl_to_prior(directions, maps[0].config.prior).mean().item()
     if groups[0] is not None:
         metrics["group_openness"] = torch.sigmoid(groups[0]).mean().item()
@@ -86,9 +83,7 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums 
 
 
 def _logits(maps: list[KindMap]) -> tuple[Tensor | None, Tensor | None]:
-    """Logits of all gates of directions, and of all gates of experts and heads: (n,) on the CPU, None without
-    any.
-    """
+    """Logits of all gates: of directions, and of experts and heads; (n,) on the CPU, None without any."""
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for m in maps:
         for place, gate in enumerate(m.filters):

@@ -1,5 +1,4 @@
-"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering", and what it
-compares with).
+"""Filters of updates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering") and baselines.
 
 A filter multiplies parts of an update with gates: each direction (a column of B), each expert, or each
 attention head. In training a gate may be random; at evaluation it is the deterministic figure that is saved.
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError
-from .gates import expected_gate, kl_gradient, logit, sample_gates, top_k_mask
+from .gates import expected_gate, kl_gradient, logit, sample_gates
 from .kinds import Factors
 
 
@@ -37,7 +36,8 @@ class Filter(nn.Module):
     def __init__(self, shape: tuple[int, int], config: StructLoRAConfig, device: torch.device):
         super().__init__()
         self.shape, self.config = shape, config
-        self.register_parameter("logits", None)  # gate logits φ, of a filter that learns
+        # Gate logits φ, of a filter that learns; it has an `objective_gradient` then.
+        self.register_parameter("logits", None)
 
     def forward(self, update: Factors, noise: Tensor | None) -> Factors:
         """The filtered update.
@@ -57,21 +57,9 @@ class Filter(nn.Module):
         """Probability that each gate is open, or None where the filter does not choose between directions."""
         return None
 
-    def objective_gradient(self, task: Tensor, kl_scale: float) -> Tensor:
-        """The task's gradient of the logits turned into that of L_task + λ(β·KL − γ·I).
-
-        Args:
-            task (`Tensor`): of the logits' shape.
-            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of
-                them.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no logits")
-
 
 class InformationBottleneck(Filter):
-    """Learned gates: m = σ((φ + noise)/τ) in training, E[m] at evaluation, both divided by m₀, E[m] at the
-    start.
-    """
+    """Learned gates: m = σ((φ + noise)/τ) in training, else E[m]; both divided by m₀, E[m] at the start."""
 
     is_stochastic = True
 
@@ -106,6 +94,13 @@ class InformationBottleneck(Filter):
         return torch.sigmoid(self.logits.detach()).expand(self.shape)
 
     def objective_gradient(self, task: Tensor, kl_scale: float) -> Tensor:
+        """The task's gradient of the logits turned into that of L_task + λ(β·KL − γ·I).
+
+        Args:
+            task (`Tensor`): of the logits' shape.
+            kl_scale (`float`): λβ over the number of gates in the model, so that the KL is a mean over all of
+                them.
+        """
         gates_per_logit = self.shape[0] / len(self.logits)
         kl = gates_per_logit * kl_scale * kl_gradient(self.logits.detach(), self.config.prior)
         return self.config.label_weight * task + kl
@@ -147,9 +142,7 @@ class HeadGates(InformationBottleneck):
 
 
 class RandomFilter(Filter):
-    """Each direction kept with the same probability, drawn in each step, divided by it; at evaluation all are
-    kept.
-    """
+    """Each direction kept with one probability, drawn in each step, divided by it; at evaluation all are."""
 
     is_stochastic = True
 
@@ -186,7 +179,8 @@ class TopKFilter(Filter):
     def gates(self, update: Factors, noise: Tensor | None) -> Tensor:
         squares = torch.stack([update.A.square().sum(-1), update.B.square().sum(-2)])  # (2, N, r)
         A, B = self.sum_over_width(squares).sqrt()
-        return top_k_mask(torch.where(A.any(), A * B, B), int(self.keep))  # VeRA has no lora_A
+        norms = torch.where(A.any(), A * B, B)  # VeRA has no lora_A
+        return torch.zeros_like(norms).scatter_(-1, norms.topk(int(self.keep), dim=-1).indices, 1.0)
 
     def openness(self, update: Factors) -> Tensor:
         return self.gates(update, None)

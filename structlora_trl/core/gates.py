@@ -1,9 +1,8 @@
-"""Information-bottleneck gates on rank-one directions (paper, "Information Bottleneck-Driven Low-Rank
-Direction Filtering").
+"""Information-bottleneck gates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
 
-Gate logits φ have one entry per direction; sigmoid(φ) is the probability that the direction is open. In
-training a gate is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it is the
-mean of such samples.
+Gate logits φ have one entry per rank-one direction; sigmoid(φ) is the probability that the direction is
+open. In training a gate is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it
+is the mean of such samples.
 """
 
 from __future__ import annotations
@@ -92,8 +91,7 @@ def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Ten
 
 @functools.cache
 def _noise_quadrature(points: int = 64) -> tuple[Tensor, Tensor]:
-    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and the weights, which sum
-    to 1.
+    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and weights of sum 1.
 
     Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969). Both fp64,
     CPU.
@@ -120,24 +118,3 @@ def kl_gradient(logits: Tensor, prior: float) -> Tensor:
     """Derivative of `kl_to_prior` in closed form: σ(φ)(1 − σ(φ))(φ − logit(prior))."""
     open_ = torch.sigmoid(logits)
     return open_ * (1 - open_) * (logits - logit(prior))
-
-
-def gate_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each gate, in nats."""
-    open_ = torch.sigmoid(logits)
-    return -open_ * torch.nn.functional.logsigmoid(logits) - (1 - open_) * torch.nn.functional.logsigmoid(
-        -logits
-    )
-
-
-def top_k_mask(norms: Tensor, keep: int) -> Tensor:
-    """1 for the `keep` largest norms ‖b_j‖‖a_j‖ of each module, 0 for the rest (the paper's Top-k norm
-    filter).
-
-    Args:
-        norms (`Tensor`): (N, r).
-
-    Returns:
-        `Tensor` of shape (N, r).
-    """
-    return torch.zeros_like(norms).scatter_(-1, norms.topk(keep, dim=-1).indices, 1.0)

@@ -1,8 +1,7 @@
-"""The depth graph (paper, "Graph Neural Network-Style Inter-Layer Update Coordination"): one node per depth
-of a kind.
+"""The depth graph of a kind (paper, "Graph Neural Network-Style Inter-Layer Update Coordination").
 
-Edges join neighbours in depth and, as training goes on, nodes whose running-mean gradients point the same
-way.
+Each depth is a node. Edges join neighbours in depth and, as training goes on, nodes whose running-mean
+gradients point the same way.
 
 Experts of a mixture are nodes of their layer's depth. Each has these edges to the expert of the same number
 at other depths, and is joined to the other experts of its layer by one edge in all, shared out among them:
@@ -76,25 +75,20 @@ class DepthGraph(nn.Module):
 
     Args:
         fixed (`Tensor`): (E, L, L) bool, symmetric, no self-loops: edges that stand whatever is learned.
+        config (`StructLoRAConfig`): the options of semantic edges.
         follows_gradients (`bool`): whether semantic edges are drawn too.
-        top_k (`int`): semantic edges each node may ask for.
-        threshold (`float`): cosine above which a semantic edge is drawn.
-        decay (`float`): decay of the running-mean gradient.
         joins_experts (`bool`, *optional*, defaults to False): whether the experts of a layer are joined, too.
     """
 
     def __init__(
         self,
         fixed: Tensor,
+        config: StructLoRAConfig,
         follows_gradients: bool,
-        top_k: int,
-        threshold: float,
-        decay: float,
         joins_experts: bool = False,
     ):
         super().__init__()
-        self.follows_gradients, self.joins_experts = follows_gradients, joins_experts
-        self.top_k, self.threshold, self.decay = top_k, threshold, decay
+        self.config, self.follows_gradients, self.joins_experts = config, follows_gradients, joins_experts
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("semantic", torch.zeros_like(fixed))  # (E, L, L)
         # Running-mean gradients of the nodes on each compared side: (N, r, k), (N, d, r); None before the
@@ -109,9 +103,8 @@ class DepthGraph(nn.Module):
         fixed = adjacency_edges(kind.depth_count).to(kind.device).expand(kind.experts, -1, -1)
         if config.edges == "similarity":
             fixed = torch.zeros_like(fixed)
-        semantic = (config.semantic_top_k, config.semantic_threshold, config.semantic_decay)
         joins_experts = kind.experts > 1 and config.edges != "similarity"
-        return cls(fixed, config.edges != "adjacency", *semantic, joins_experts)
+        return cls(fixed, config, config.edges != "adjacency", joins_experts)
 
     @property
     def edges(self) -> Tensor:
@@ -138,21 +131,18 @@ class DepthGraph(nn.Module):
             if mean is None:
                 setattr(self, f"mean_{side}", gradient.clone())
             else:
-                mean.lerp_(gradient, 1 - self.decay)
+                mean.lerp_(gradient, 1 - self.config.semantic_decay)
 
     def gradient_products(self) -> Tensor:
-        """Products of the running-mean gradients of an expert's depths, (E, L, L). Over slices of the width,
-        they add up.
-        """
+        """Products of the running-mean gradients of an expert's depths, (E, L, L). Those of slices add up."""
         means = [mean for mean in (self.mean_A, self.mean_B) if mean is not None]
         flat = [self.by_expert(mean).flatten(2) for mean in means]  # (E, L, n)
         return sum((x @ x.mT for x in flat), torch.zeros_like(self.fixed, dtype=torch.float32))
 
     def rebuild(self, gradient_products: Tensor) -> None:
-        """Redraw the semantic edges by the cosine of running-mean gradients (`gradient_products`, summed over
-        slices).
-        """
-        self.semantic = semantic_edges(gradient_products, self.top_k, self.threshold, self.fixed)
+        """Redraw semantic edges by cosines of mean gradients, from `gradient_products` summed over slices."""
+        top_k, threshold = self.config.semantic_top_k, self.config.semantic_threshold
+        self.semantic = semantic_edges(gradient_products, top_k, threshold, self.fixed)
         self._refresh()
 
     def propagate(self, features: Tensor) -> Tensor:

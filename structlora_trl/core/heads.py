@@ -23,9 +23,7 @@ _NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head
 
 
 def heads_of(model: nn.Module, kind: Kind) -> Heads | None:
-    """The heads of a kind; None where it is no attention projection, or its attention does not tell a head's
-    width.
-    """
+    """The heads of a kind; None where it is no attention projection, or nothing tells a head's width."""
     side = heads_side(kind)
     if side is None or kind.is_vera:  # VeRA's λ_d has neither rows nor columns of heads
         return None
@@ -51,9 +49,7 @@ def head_numbers(kind: Kind) -> Tensor:
 
 
 def _sizes(model: nn.Module, module: str) -> Iterator[int]:
-    """Head widths that the modules around one tell of: its parent, or a module beside that (BERT's
-    `attention.self`).
-    """
+    """Head widths that a module's parent, or a module beside that (BERT's `attention.self`), tells of."""
     path = module.split(".")
     for depth in (1, 2):
         holder = model.get_submodule(".".join(path[:-depth]))

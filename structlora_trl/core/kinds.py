@@ -30,8 +30,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
 
 class Factors(NamedTuple):
-    """Stacked factors of a kind's nodes, or anything of their shapes: A (N, r, k), B (N, d, r), and ΔW =
-    s·B·A of each.
+    """Stacked factors of a kind's nodes, or what has their shapes: A (N, r, k), B (N, d, r), ΔW = s·B·A.
 
     A node is a module, or one expert of a mixture: N = L·E nodes in the order (depth, expert). Of VeRA, k is
     0 and d is 1.
@@ -45,24 +44,19 @@ SIDES = Factors._fields
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's whole shape; under ZeRO-3 its own is that of an empty placeholder, and DeepSpeed keeps
-    the other.
-    """
+    """A parameter's whole shape; under ZeRO-3 DeepSpeed keeps it, and its own is an empty placeholder's."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
-    """Rows and columns of a factor: of a convolution's, (r, k·kernel); of a vector's, which is one row,
-    (1, r).
-    """
+    """Rows and columns of a factor: a convolution's (r, k·kernel); of a vector, which is one row, (1, r)."""
     rows, *columns = full_shape(parameter)
     return (rows, math.prod(columns)) if columns else (1, rows)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a LoRA module adapts, where that is one parameter of a module and not the module (PEFT's
-    `target_parameters`).
+    """What a LoRA module adapts, where that is a parameter and no module (PEFT's `target_parameters`).
 
     Experts that a mixture keeps in one parameter share one LoRA module. Its rows of lora_A are in the order
     (expert, r), its columns of lora_B in the order (r, expert).
@@ -94,8 +88,7 @@ class Heads(NamedTuple):
 
 @dataclass
 class Kind:
-    """LoRA modules that differ in depth alone, in order of depth; or experts of a mixture, which are several
-    at each depth.
+    """LoRA modules that differ in depth alone, in its order; experts of a mixture are several at each depth.
 
     Args:
         name (`str`): the modules' name with `*` for the layer's number, and for the expert's.

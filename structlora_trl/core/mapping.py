@@ -37,8 +37,7 @@ Noise = list[Tensor | None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a map is built of. `attach(..., parts=Parts(filter=Mine))` tries an idea without changing the
-    package.
+    """What a map is built of. `attach(..., parts=Parts(filter=Mine))` tries an idea outside the package.
 
     Args:
         discover (`Callable`): (model, adapter_name) -> list of `Kind`, which modules are trained and what is
@@ -127,8 +126,7 @@ class KindMap(nn.Module):
     def pullback(
         self, latent: Factors, gradient: Factors, noise: Noise | None
     ) -> tuple[Factors, dict[str, Tensor]]:
-        """The gradient with respect to effective factors, carried to latent factors and to the map's own
-        parameters.
+        """The gradient of effective factors, carried to latent factors and to the map's own parameters.
 
         One vector-Jacobian product; by the chain rule this is training through the map.
 
@@ -149,8 +147,7 @@ class KindMap(nn.Module):
         return Factors(*grads[:2]), dict(zip(names, grads[2:], strict=True))
 
     def objective_gradients(self, task: dict[str, Tensor], kl_scale: float) -> dict[str, Tensor]:
-        """Task gradients of the map's parameters turned into those of L_task + λ(β·KL − γ·I), for the gate
-        logits.
+        """The map's task gradients turned into those of L_task + λ(β·KL − γ·I), for the gate logits.
 
         Args:
             task (`dict`): what `pullback` returned.
@@ -163,8 +160,7 @@ class KindMap(nn.Module):
     def regularizer_gradient(
         self, latent: Factors, sum_over_width: Callable[[Tensor], Tensor] = lambda x: x
     ) -> Factors | None:
-        """Gradient of `regularizer_weight` times the static regulariser of the latent updates; None where
-        none acts.
+        """Gradient of `regularizer_weight` times the regulariser of latent updates; None where none acts.
 
         Args:
             latent (`Factors`): fp32.
@@ -195,8 +191,7 @@ class KindMap(nn.Module):
         return Factors(self._feature(side, getattr(factors, side)), other)
 
     def openness(self, latent: Factors) -> list[Tensor | None]:
-        """Probability that each gate of each filter is open: directions (N, r), then experts (N, 1) and heads
-        (N, H).
+        """Probability that each gate is open, by filter: directions (N, r), experts (N, 1), heads (N, H).
 
         0 or 1 for 'topk_norm', and 0 for what selection has closed; None for a filter that does not decide.
         """
@@ -213,10 +208,9 @@ class KindMap(nn.Module):
         return self.filters[0]
 
     @property
-    def gate_logits(self) -> dict[str, nn.Parameter]:
-        """Logits of all gates that learn, by parameter name."""
-        found = {f"filters.{i}.logits": gate.logits for i, gate in enumerate(self.filters)}
-        return {name: logits for name, logits in found.items() if logits is not None}
+    def gate_logits(self) -> list[nn.Parameter]:
+        """Logits of all gates that learn."""
+        return [gate.logits for gate in self.filters if gate.logits is not None]
 
     @property
     def gate_count(self) -> int:
@@ -277,24 +271,21 @@ def compared_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
 
 
 def mapped_sides(kind: Kind, config: StructLoRAConfig, parts: Parts = DEFAULT_PARTS) -> tuple[str, ...]:
-    """The factors of a kind that its map changes, or reads to change others. Ranks that share factors bring
-    no more.
-    """
+    """The factors of a kind that its map changes, or reads to change others. Ranks move no more."""
     if parts.filter is not None or parts.coordinator is not None:
         return kind.sides
-    mapped = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
-    if config.filters_directions:
-        mapped.add("B")
-    if config.filter == "topk_norm":
-        mapped.add("A")
-    if kind.heads:
-        mapped.add(kind.heads.side)
+    mapped = _changed_sides(kind, config) | ({"A"} if config.filter == "topk_norm" else set())
     return tuple(side for side in kind.sides if side in mapped)
 
 
-def first_everywhere(A: Tensor) -> Tensor:
-    """Stacked lora_A that are all the first one, of all depths and of all experts: (N, r, k)."""
-    return A[:1].expand_as(A).clone()
+def _changed_sides(kind: Kind, config: StructLoRAConfig) -> set[str]:
+    """The factors of a kind that the package's own parts change."""
+    changed = set(compared_sides(kind, config)) if config.compares_depths and kind.depth_count > 1 else set()
+    if config.filters_directions:
+        changed.add("B")
+    if kind.heads:
+        changed.add(kind.heads.side)
+    return changed
 
 
 def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
@@ -319,12 +310,7 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
             "adapt more layers, or set `coordinator='none'`",
         )
     for kind in kinds:
-        mapped = {"B"} if config.filters_directions else set()
-        if kind.heads:
-            mapped.add(kind.heads.side)
-        if config.compares_depths and kind.depth_count > 1:
-            mapped |= set(compared_sides(kind, config))
-        for side in sorted(mapped):
+        for side in sorted(_changed_sides(kind, config)):
             if not getattr(kind, side)[0].requires_grad:
                 remedy = (
                     "set `side='write'` or `coordinator='none'`"

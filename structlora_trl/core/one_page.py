@@ -1,5 +1,4 @@
-"""StructLoRA on one page: the default method as a plain training loop, for one process in fp32. Read this
-first.
+"""StructLoRA on one page: the default method as a plain loop, for one process in fp32. Read this first.
 
 Nothing in the package imports this file. It does what `attach` does with default options (learned gates with
 noise, KL, a graph network with semantic edges, the pullback), without engines, saving or checks, and a test
@@ -69,8 +68,7 @@ def train(
     config: StructLoRAConfig,
     seed: int = 42,
 ) -> None:
-    """Train a fresh LoRA adapter as StructLoRA; afterwards the model holds the evaluation weights, a plain
-    LoRA adapter.
+    """Train a fresh LoRA adapter as StructLoRA; the model ends with the evaluation weights, plain LoRA.
 
     Args:
         model (`nn.Module`): a PEFT model with a LoRA adapter 'default' whose lora_B is zero.

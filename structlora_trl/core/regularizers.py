@@ -1,5 +1,4 @@
-"""The static regularisers that the paper compares with, on the updates of neighbouring depths, and the cosine
-they share.
+"""Static regularisers that the paper compares with, on updates of neighbouring depths, and their cosine.
 
 Each takes node features, (..., L, n), and returns a scalar. Where features are slices of the width,
 `sum_over_width` sums a tensor over all slices; the gradient is then that of the whole penalty with respect to

@@ -49,16 +49,6 @@ class Selection(nn.Module):
         return effective._replace(B=effective.B * self.kept[:, None, :]) if self.is_made else effective
 
 
-def relevance(latent: Factors, gradient: Factors) -> Tensor:
-    """d of each direction, (N, r), from latent factors and the task's gradients of them. Of slices of the
-    width, they add up.
-
-    Effective lora_B is linear in the gate that multiplies latent lora_B, so that the gradient with respect to
-    its logarithm is the product of the two.
-    """
-    return torch.linalg.vecdot(gradient.B, latent.B, dim=-2)
-
-
 def select(selections: list[Selection], config: StructLoRAConfig, seed: int) -> bool:
     """Keep the best directions over all kinds and close the others. A module may lose all of its own: it is
     the model whose size is asked for, and PEFT leaves such modules out.

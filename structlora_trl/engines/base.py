@@ -1,5 +1,4 @@
-"""What the runtime needs from whatever owns the parameters: four verbs, a place in the optimizer step, and
-answers about both.
+"""What the runtime needs of whatever owns the parameters: four verbs, a place in the step, answers on both.
 
     read_gradients    reduced gradients of the effective factors
     write_gradients   gradients of the latent factors, for the optimizer to step with
@@ -37,6 +36,8 @@ class Engine(ABC):
     name: str
     optimizer: torch.optim.Optimizer  # None after `remove`
     slices: list[Slices]  # one per kind
+    # Places of the optimizer's groups that hold LoRA parameters: loading its state replaces the groups.
+    _groups: list[int]
 
     @abstractmethod
     def install(
@@ -77,15 +78,11 @@ class Engine(ABC):
 
     @abstractmethod
     def write_latents(self, latents: list[Factors]) -> None:
-        """Replace the latent factors of all sides. Those of sides that are not mapped also stand in the model
-        then.
-        """
+        """Replace the latent factors of all sides. Those that are not mapped then stand in the model too."""
 
     @abstractmethod
     def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        """Put effective values where the model reads them: of the mapped sides, those in `sides`. The latents
-        stay.
-        """
+        """Put effective values where the model reads them, of the mapped sides in `sides`. Latents stay."""
 
     @abstractmethod
     def stamp(self) -> None:
@@ -98,9 +95,7 @@ class Engine(ABC):
         """
 
     def was_touched(self) -> bool:
-        """Whether autograd has seen other code write since `stamp`. Free; a write through `.data` is not
-        seen.
-        """
+        """Whether autograd has seen other code write since `stamp`. Free; blind to writes through `.data`."""
         return False
 
     @abstractmethod
@@ -114,14 +109,12 @@ class Engine(ABC):
         """
 
     def keep_versions(self) -> ExitStack:
-        """Closing it makes autograd take what stands for what stood: for values that return before a backward
-        reads them.
-        """
+        """When closed, autograd takes what stands for what stood: for values put back before a backward."""
         return ExitStack()
 
     def maximizes(self) -> bool:
         """Whether the optimizer ascends."""
-        return bool(self.optimizer.param_groups[0].get("maximize", False))
+        return bool(self.optimizer.param_groups[self._groups[0]].get("maximize", False))
 
     @abstractmethod
     def bad_gradients(self) -> Tensor:
@@ -151,9 +144,9 @@ def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
     return 1 - torch.stack([peak.to(device) for peak in peaks]).isfinite().all().float()
 
 
-def differ(norms: Tensor, known: Tensor) -> Tensor:
-    """1.0 where some norm is not what it was, else 0.0; NaN is what NaN was."""
-    return 1 - ((norms == known) | (norms.isnan() & known.isnan())).all().float()
+def is_same(expected: Tensor, found: Tensor) -> Tensor:
+    """Whether two tensors are equal, NaN being what NaN is: a bool tensor, without waiting for the device."""
+    return ((expected == found) | (expected.isnan() & found.isnan())).all()
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -1,5 +1,4 @@
-"""DeepSpeed ZeRO, stages 1 to 3: the latents are DeepSpeed's own fp32 masters, the working weights are the
-effective ones.
+"""DeepSpeed ZeRO 1 to 3: the latents are DeepSpeed's own fp32 masters, the model holds effective weights.
 
 Under DeepSpeed, Accelerate steps inside `backward`, so that Trainer's events and gradient callbacks come too
 late (accelerate issues 2951 and 3303, DeepSpeed issue 5199). `engine.step` is wrapped on the instance
@@ -19,7 +18,7 @@ from torch.nn.functional import pad
 from ..core.expert_storage import to_storage
 from ..core.kinds import SIDES, Factors, Kind, full_shape
 from ..errors import StructLoRAError
-from .base import copy_values, differ, holds_nonfinite
+from .base import copy_values, holds_nonfinite, is_same
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
 from .slices import Piece, join_slices
@@ -66,8 +65,7 @@ class DeepSpeedEngine(ShardedEngine):
         after_step: Callable[[bool], None],
         mapped: list[tuple[str, ...]],
     ) -> None:
-        self._separate_masters()
-        self._map_sides(mapped)
+        super().install(before_step, after_step, mapped)
         self._latent_slices = self._mapped.to_slices(self._master)
         step = self.engine.step
         self._covered_step = vars(self.engine).get("step")  # set on the instance by someone before us
@@ -135,8 +133,8 @@ class DeepSpeedEngine(ShardedEngine):
         in_shards = self._in_shards(mapped)
         # Persistent parameters of stage 3 are whole from the first forward on.
         if self._scattered is None or self._scattered[0] != in_shards:
-            is_same = self.stage == 3 and in_shards == mapped
-            self._scattered = in_shards, self._mapped if is_same else Exchange(self.sharding, in_shards)
+            sides_equal = self.stage == 3 and in_shards == mapped
+            self._scattered = in_shards, self._mapped if sides_equal else Exchange(self.sharding, in_shards)
         self._put(effective, mapped, self._scattered[1], sides)
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -154,9 +152,7 @@ class DeepSpeedEngine(ShardedEngine):
         exchange: Exchange,
         sides: tuple[str, ...] = SIDES,
     ) -> None:
-        """Put values on some sides of the kinds where the model reads them; `exchange` has those that it
-        holds in shards.
-        """
+        """Put values on some sides where the model reads them; `exchange` has those it holds in shards."""
         fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
         for parameter, _ in fragments:
@@ -195,7 +191,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._stamp = self._norms()
 
     def written(self) -> torch.Tensor:
-        return differ(self._norms(), self._stamp)
+        return 1 - is_same(self._stamp, self._norms()).float()
 
     def gradient_scale(self) -> float | torch.Tensor:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
@@ -208,20 +204,16 @@ class DeepSpeedEngine(ShardedEngine):
         configured = (self.engine.optimizer_params() or {}).get("lr") or 0.0
         return Rate(rate.current, rate.declared_peak or float(configured))
 
-    # From here to `_separate_masters`, insides of DeepSpeed that nothing public leads to (0.19.8;
+    # From here to `_mark_gradients`, insides of DeepSpeed that nothing public leads to (0.19.8;
     # `upstream/deepspeed-fragments.md`).
     def _groups_of_lora(self) -> list[int]:
-        """Places of the optimizer's groups that hold LoRA parameters. The groups themselves hold flat
-        masters.
-        """
+        """Places of the optimizer's groups of LoRA parameters; the groups themselves hold flat masters."""
         ours = {id(p) for p in self._parameters}
         found = [i for i, parameters in enumerate(self._stepped()) if any(id(p) in ours for p in parameters)]
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
 
     def _norms(self) -> torch.Tensor:
-        """Norms of this rank's part of each parameter. DeepSpeed writes through `.data`, which versions do
-        not see.
-        """
+        """Norms of this rank's parts. DeepSpeed writes through `.data`, which versions do not see."""
         working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
         return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
@@ -255,9 +247,7 @@ class DeepSpeedEngine(ShardedEngine):
         return parameter.data.numel() == full_shape(parameter).numel()
 
     def _own_part(self, parameter: nn.Parameter, values: torch.Tensor) -> torch.Tensor:
-        """This rank's part, flat, of values that lie as the parameter does: in shards at stage 3, and whole
-        before.
-        """
+        """This rank's part, flat, of values that lie as the parameter does: in shards only at stage 3."""
         start, stop = self._span(parameter)
         return values.view(-1)[: stop - start] if self.stage == 3 else values.view(-1)[start:stop]
 
@@ -285,9 +275,7 @@ class DeepSpeedEngine(ShardedEngine):
         return self._own_part(parameter, gradient) if is_whole else gradient
 
     def _stepped(self) -> list[list[nn.Parameter]]:
-        """The model's parameters that the optimizer steps, LoRA's or others', by group; by sub-group at stage
-        3.
-        """
+        """The model's parameters that the optimizer steps, LoRA's or not, by group; at stage 3 sub-group."""
         if self.stage == 3:
             return self.optimizer.fp16_groups
         return self.optimizer.bf16_groups if self._keeps_whole_gradients() else self.optimizer.bit16_groups
@@ -297,9 +285,7 @@ class DeepSpeedEngine(ShardedEngine):
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
     def _mark_gradients(self, fill_missing: bool) -> set[int]:
-        """Tell which LoRA parameters of a BF16_Optimizer have a gradient; where missing ones are to be
-        filled, all get one.
-        """
+        """Mark LoRA parameters of a BF16_Optimizer that have, or get, a gradient: all if `fill_missing`."""
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
         marked = set()
         for group, flags in zip(
@@ -310,19 +296,6 @@ class DeepSpeedEngine(ShardedEngine):
                     flags[index] = True
                     marked.add(id(parameter))
         return marked
-
-    def _separate_masters(self) -> None:
-        """Stage 3 in fp32 has a branch that lets master and working shard be one tensor, where writing
-        effective values would overwrite the latents. DeepSpeed 0.19 never takes it, by a comparison that is
-        never true.
-        """
-        if self.stage == 3:
-            working = {
-                shard.data_ptr() for shard in self.optimizer.fp16_partitioned_groups_flat if shard is not None
-            }
-            for master in self.optimizer.fp32_partitioned_groups_flat:
-                if master.data_ptr() in working and master.numel():
-                    master.data = master.data.clone()  # the same Parameter, so that its optimizer state stays
 
     @contextmanager
     def _clipping_before_the_map(self) -> Iterator[None]:
@@ -362,9 +335,7 @@ class DeepSpeedEngine(ShardedEngine):
                 self._clip_still_to_come = 1.0
 
     def _skip(self, step, after_step, *args, **kwargs):
-        """Let DeepSpeed's own overflow check, which bf16 runs without, see the bad gradients and skip the
-        step.
-        """
+        """Let DeepSpeed's own overflow check, switched on in bf16 too, see the bad gradients and skip."""
         checks = getattr(self.optimizer, "check_grad_overflow", None)
         if checks is not None:
             self.optimizer.check_grad_overflow = True
@@ -444,9 +415,7 @@ class DeepSpeedEngine(ShardedEngine):
 def _in_lots(
     wholes: list[tuple[list[nn.Parameter], Piece]],
 ) -> Iterator[list[tuple[list[nn.Parameter], Piece]]]:
-    """Which factors share an all-gather: small ones do, to wait once; large ones have one each, to hold less
-    at once.
-    """
+    """Which factors share an all-gather: small ones, to wait once; a large one has its own, to hold less."""
     lot, size = [], 0
     for parameters, piece in wholes:
         nbytes = sum(p.data.nbytes for p in parameters)

@@ -1,5 +1,4 @@
-"""FSDP2 (`fully_shard`): parameters are DTensors, sharded over ranks, and a torch optimizer steps each rank's
-shards.
+"""FSDP2 (`fully_shard`): parameters are sharded DTensors, and a torch optimizer steps each rank's shards.
 
 As with one process, latent values are swapped in for `optimizer.step()`; each rank swaps its own shards. The
 shards of lora_B are slices of its width already; those of lora_A hold whole rows, and are moved where the map
@@ -10,7 +9,7 @@ reduces gradients over both; the map of each replica is then the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import torch
@@ -41,6 +40,9 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
             parallelism).
     """
 
+    # Every rank sees the same versions; an error on some ranks would leave the others waiting.
+    _compares_norms = False
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         TorchEngine.__init__(self, optimizer, kinds, "FSDP2")
         parameters = [p for kind in kinds for p in kind.parameters]
@@ -58,18 +60,8 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
             self.name = "HSDP"
         self._shard(kinds, mesh.get_group(mesh.ndim - 1), _span)
 
-    def install(
-        self,
-        before_step: Callable[[], bool],
-        after_step: Callable[[bool], None],
-        mapped: list[tuple[str, ...]],
-    ) -> None:
-        self._map_sides(mapped)
-        super().install(before_step, after_step, mapped)
-
     def remove(self) -> None:
-        ShardedEngine.remove(self)
-        TorchEngine.remove(self)
+        super().remove()
         self._sharded_modules = []
 
     def read_gradients(self) -> list[Factors] | None:
@@ -111,11 +103,6 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     def keep_versions(self) -> ExitStack:
         return ExitStack()  # a backward reads gathered copies, which we do not write to
 
-    def _look(self) -> tuple[list[int], Tensor]:
-        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others
-        # waiting.
-        return [p._version for p in self._trained], torch.empty(0, dtype=torch.float32, device="cpu")
-
     def _swap_in_latents(self) -> None:
         self._put_fragments(list(self._latents.items()))
 
@@ -126,11 +113,10 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         copy_values(list(self._latents.values()), list(shards.values()))
         self._latent_slices = self._mapped.to_slices(self._latents.__getitem__)
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        return _local(parameter)
-
     def _working(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)
+
+    _master = _working
 
     @torch.no_grad()
     def _put_fragments(self, fragments: list[tuple[nn.Parameter, Tensor]]) -> None:

@@ -1,5 +1,4 @@
-"""FSDP2 of the base alone, with the adapter whole on every rank: what
-`from_pretrained(distributed_config=...)` leads to.
+"""FSDP2 of the base alone, the adapter whole on each rank: `from_pretrained(distributed_config=...)`.
 
 Transformers shards the base before PEFT adds the adapter, whose parameters stay plain tensors. Trainer
 broadcasts them before training and averages their gradients within the backward (transformers issues 48210
@@ -74,9 +73,7 @@ def _refuse_differing(what: str, largest: Tensor, smallest: Tensor) -> None:
 
 
 def _refuse_narrow(model: nn.Module) -> None:
-    """Stop where PEFT has taken a shard of a weight for the whole, as PEFT 0.21 does where replicas share the
-    shards (HSDP).
-    """
+    """Stop where PEFT took a shard of a weight for the whole, as PEFT 0.21 does with replicas (HSDP)."""
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if not isinstance(base, nn.Linear):

@@ -1,5 +1,4 @@
-"""The trainer's learning-rate schedule, as the map's own optimizer follows it: the current rate as a share of
-the peak.
+"""The trainer's learning-rate schedule as the map's optimizer follows it: the rate as a share of the peak.
 
 A schedule does not say what its peak is. torch's and Transformers' schedulers write the rate they start from
 into `initial_lr`, which is the peak of most of them, but not of OneCycleLR or CyclicLR, nor of lambdas over a
@@ -25,9 +24,7 @@ class Rate(NamedTuple):
 
 
 def rate_of(groups: Iterable[dict]) -> Rate:
-    """The learning rate of some parameter groups of an optimizer: the largest among them (LoRA+ has two; one
-    may be 0).
-    """
+    """The learning rate of parameter groups: the largest among them (LoRA+ has two; one may be 0)."""
     groups = list(groups)
     if any(group.get("lr") is None or group.get("relative_step") for group in groups):
         return Rate(1.0, 0.0)  # Adafactor computes its rate inside the step, relative to the parameters
@@ -46,9 +43,6 @@ class ScheduleShare:
 
     def __init__(self, largest: float = 0.0, warms_up: bool = True, peak: float = 0.0):
         self.largest, self.warms_up, self.peak = float(largest), bool(warms_up), float(peak)
-
-    def copy(self) -> ScheduleShare:
-        return ScheduleShare(**vars(self))
 
     def advance(self, rate: Rate) -> float:
         """Take in the rate of a step that counts; its share of the peak."""

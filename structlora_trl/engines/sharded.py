@@ -1,13 +1,11 @@
-"""What the engines that shard parameters share: slices of the mapped sides are kept, those of the others are
-read anew.
-"""
+"""What engines that shard parameters share: slices of mapped sides are kept, others are read anew."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.kinds import SIDES, Factors, Kind
 from .base import Engine
@@ -15,7 +13,11 @@ from .slicing import Exchange, Sharding
 
 
 class ShardedEngine(Engine):
-    """An engine whose ranks own fragments of each parameter."""
+    """An engine whose ranks own fragments of each parameter.
+
+    Subclasses have `_master(parameter)`, this rank's fragment of the latent values on sides that are not mapped,
+    and `_working(parameter)`, its fragment of what the model computes with.
+    """
 
     def _shard(
         self, kinds: list[Kind], group: dist.ProcessGroup, span: Callable[[nn.Parameter], tuple[int, int]]
@@ -26,22 +28,19 @@ class ShardedEngine(Engine):
         self._latent_slices: list[Factors] = []  # of the mapped sides
         self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
 
-    def _map_sides(self, mapped: list[tuple[str, ...]]) -> None:
-        """Prepare to move the mapped sides, at `install`."""
+    def install(
+        self,
+        before_step: Callable[[], bool],
+        after_step: Callable[[bool], None],
+        mapped: list[tuple[str, ...]],
+    ) -> None:
         self._unmapped = [
             tuple(side for side in kind.sides if side not in sides)
             for kind, sides in zip(self.sharding.kinds, mapped, strict=True)
         ]
         self._mapped = Exchange(self.sharding, mapped)
         self._last = None
-
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's fragment of the latent values, on sides that are not mapped."""
-        raise NotImplementedError
-
-    def _working(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's fragment of what the model computes with."""
-        raise NotImplementedError
+        super().install(before_step, after_step, mapped)
 
     def read_latents(self, everything: bool = False) -> list[Factors]:
         if not everything:
@@ -60,6 +59,7 @@ class ShardedEngine(Engine):
     def remove(self) -> None:
         # What the optimizer makes of the other sides from here on is no latent.
         self._last = self.read_latents(everything=True)
+        super().remove()
 
     def _everything(self) -> Exchange:
         return Exchange(self.sharding, [kind.sides for kind in self.sharding.kinds])

@@ -1,8 +1,7 @@
-"""Slices of factors: ranks that share parameters each map a slice of the width (k of A, d of B), for all
-modules of a kind.
+"""Slices of factors: ranks that share parameters each map a slice of the width, for all modules of a kind.
 
-The map acts on depth and rank, and the width is a batch to it. What sums over the width is summed over ranks
-here.
+The map acts on depth and rank, and the width (k of A, d of B) is a batch to it. What sums over the width is
+summed over ranks here.
 """
 
 from __future__ import annotations

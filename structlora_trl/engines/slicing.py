@@ -85,8 +85,7 @@ class Sharding:
 
 
 class Exchange:
-    """Moves factors between fragments and slices, on some sides of some kinds. To build one is a collective,
-    and so are its verbs.
+    """Moves factors of some sides between fragments and slices. To build one is a collective, as its verbs.
 
     Args:
         sharding (`Sharding`): who owns what.
@@ -105,9 +104,7 @@ class Exchange:
 
     @torch.no_grad()
     def to_slices(self, of: Reader) -> list[Factors]:
-        """This rank's slices of nodes, fp32, from everyone's fragments; empty on the sides that are not
-        moved.
-        """
+        """This rank's slices of nodes, fp32, from all fragments; empty on the sides that are not moved."""
         stored = {name: side.to_slices(of) for name, side in self._each.items()}
         kinds = self.sharding.kinds
         return [
@@ -121,9 +118,7 @@ class Exchange:
     def to_fragments(
         self, slices: list[Factors], sides: tuple[str, ...] = SIDES
     ) -> list[tuple[nn.Parameter, Tensor]]:
-        """This rank's fragments, flat and fp32, from everyone's slices; of the sides that are moved, those in
-        `sides`.
-        """
+        """This rank's fragments, flat and fp32, from all slices; of the moved sides, those in `sides`."""
         return [
             pair for name, side in self._each.items() if name in sides for pair in side.to_fragments(slices)
         ]

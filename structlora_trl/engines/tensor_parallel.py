@@ -32,6 +32,9 @@ class TensorParallelEngine(TorchEngine):
         StructLoRAError: another parallelism beside it.
     """
 
+    # Every rank sees the same versions; an error on some ranks would leave the others waiting.
+    _compares_norms = False
+
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         super().__init__(optimizer, kinds, "tensor parallelism")
         sliced = [p for kind in kinds for p in kind.parameters if isinstance(p, DTensor)]
@@ -72,14 +75,9 @@ class TensorParallelEngine(TorchEngine):
         dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._group)
         return bad
 
-    def _look(self) -> tuple[list[int], Tensor]:
-        # Versions alone: every rank sees the same ones, and an error on some ranks would leave the others
-        # waiting.
-        return [p._version for p in self._trained], torch.empty(0, dtype=torch.float32, device="cpu")
-
     @torch.no_grad()
-    def _put(self, values: list[Factors], sides: tuple[str, ...]) -> None:
-        for parameter, value in self._with_values(values, sides):
+    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
+        for parameter, value in self._with_values(effective, sides):
             parameter.copy_(_as_placed(parameter, value))
 
     def _standing(self) -> list[Factors]:

@@ -21,7 +21,7 @@ from ..core.expert_storage import stack_nodes, to_storage
 from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
 from ..map_context import map_context
-from .base import Engine, copy_values, differ, holds_nonfinite
+from .base import Engine, copy_values, holds_nonfinite, is_same
 from .schedule import Rate, rate_of
 from .slices import WHOLE
 
@@ -41,6 +41,8 @@ class TorchEngine(Engine):
             step.
     """
 
+    _compares_norms = True  # whether writes are seen by norms too, or by versions alone
+
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
         self.optimizer, self.kinds, self.name = optimizer, kinds, name
         self.slices = [WHOLE] * len(kinds)
@@ -53,7 +55,6 @@ class TorchEngine(Engine):
         self._step_depth = 0  # calls of `step` within each other
         self._step_frame = None  # of the outermost; no longer running where an exception left it
         self._stamp: tuple[list[int], Tensor] | None = None
-        # By place: loading an optimizer's state replaces the groups.
         self._groups = [
             i
             for i, group in enumerate(optimizer.param_groups)
@@ -115,9 +116,7 @@ class TorchEngine(Engine):
         self._handles, self.optimizer, self._step_frame, self._step_depth = [], None, None, 0
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Evaluate a closure at the training weights, before latent ones take their place; the step gets its
-        result.
-        """
+        """Evaluate a closure at the training weights, before latents take over; the step gets its result."""
         with torch.enable_grad():
             loss = closure()
         unread = [loss]
@@ -158,8 +157,12 @@ class TorchEngine(Engine):
             for pair in zip(self._latents, latents, strict=True)
         ]
 
+    @torch.no_grad()
     def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        self._put(effective, sides)
+        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
+        # them, and a backward through weights that are gone must fail.
+        pairs = self._with_values(effective, sides)
+        copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
 
     def read_working(self) -> list[Factors]:
         return [Factors(A.float(), B.float()) for A, B in self._standing()]
@@ -190,7 +193,7 @@ class TorchEngine(Engine):
         versions, norms = self._look()
         known_versions, known_norms = self._stamp
         if versions == known_versions:
-            return differ(norms, known_norms)
+            return 1 - is_same(known_norms, norms).float()
         return torch.ones((), dtype=torch.float32, device=self.kinds[0].device)
 
     def was_touched(self) -> bool:
@@ -202,28 +205,19 @@ class TorchEngine(Engine):
             versions.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
         return versions
 
-    def maximizes(self) -> bool:
-        return bool(self.optimizer.param_groups[self._groups[0]].get("maximize", False))
-
     @torch.no_grad()
     def _look(self) -> tuple[list[int], Tensor]:
-        """Autograd's version of each parameter, and its norm: a write through `.data` leaves the version as
-        it was.
-        """
+        """Autograd's version of each parameter, and its norm: a write through `.data` keeps the version."""
+        versions = [p._version for p in self._trained]
+        if not self._compares_norms:
+            return versions, torch.empty(0, dtype=torch.float32, device="cpu")
         device = self._trained[0].device
         exact = torch.float32 if device.type == "mps" else torch.float64
         norms = torch._foreach_norm(self._trained, 2, exact)
-        return [p._version for p in self._trained], torch.stack([norm.to(device) for norm in norms])
+        return versions, torch.stack([norm.to(device) for norm in norms])
 
     def _swap_in_latents(self) -> None:
-        self._put(self._latents, SIDES)
-
-    @torch.no_grad()
-    def _put(self, values: list[Factors], sides: tuple[str, ...]) -> None:
-        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
-        # them, and a backward through weights that are gone must fail.
-        pairs = self._with_values(values, sides)
-        copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
+        self.write_working(self._latents, SIDES)
 
     def _with_values(
         self, values: list[Factors], sides: tuple[str, ...], trained: bool = True

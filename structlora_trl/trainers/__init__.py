@@ -1,3 +1,1 @@
-"""The method in `transformers.Trainer` and TRL's trainers: the callback, the mixin, and what depends on their
-versions.
-"""
+"""The method in `transformers.Trainer` and TRL: the callback, the mixin, and what depends on versions."""

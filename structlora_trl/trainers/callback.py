@@ -97,8 +97,7 @@ class StructLoRACallback(TrainerCallback):
     def start_over(
         self, trainer: Trainer, optimizer: torch.optim.Optimizer, reset: Callable[[], None]
     ) -> None:
-        """Train on with a fresh adapter within one run, as ReLoRA does. To be called between two optimizer
-        steps.
+        """Train on with a fresh adapter in the same run, as ReLoRA does. Call it between optimizer steps.
 
         Gates and coordinator start over: what they learned was about directions that are part of the base by
         then. Counts of steps, and the peak that the learning rate is a share of, go on.
@@ -209,9 +208,7 @@ class StructLoRACallback(TrainerCallback):
             )
 
     def _take_options(self, arguments) -> None:
-        """Read `args.structlora`, where the training arguments have it, and refuse other options than the
-        callback's own.
-        """
+        """Read `args.structlora`, where there is one, and refuse options other than the callback's."""
         theirs = read_switch(getattr(arguments, "structlora", True))
         if theirs is None:
             raise StructLoRAError(
@@ -235,9 +232,7 @@ class StructLoRACallback(TrainerCallback):
 
 
 def _warn_of_earlier(callbacks: list[TrainerCallback]) -> None:
-    """Name the callbacks that ran before lora_A was aligned, and may have kept values that do not stand any
-    more.
-    """
+    """Name callbacks that ran before lora_A was aligned, and may hold values that no longer stand."""
     looked = [
         type(callback).__name__
         for callback in callbacks

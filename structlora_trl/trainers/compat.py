@@ -64,8 +64,7 @@ def calling_trainer() -> tuple[Trainer, str | None]:
 
 
 def refuse_engine_taken_down(trainer: Trainer) -> None:
-    """Stop where a second `train()` under DeepSpeed has destroyed the engine of the first, and continues
-    without one.
+    """Stop where a second `train()` under DeepSpeed has destroyed the first's engine and goes on without.
 
     `train` begins with `Accelerator.free_memory`, which destroys the engine, and finds its model wrapped
     already (transformers 5.6 to 5.24; `upstream/transformers-second-train-under-deepspeed.md`). A plain LoRA
@@ -83,9 +82,7 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
 
 
 def why_quiet(trainer: Trainer) -> str | None:
-    """The reason why noise on the gates, which is a kind of dropout, is off in a trainer; None where it is
-    on.
-    """
+    """Why noise on the gates, which is a kind of dropout, is off in a trainer; None where it is on."""
     name, classes = type(trainer).__name__, [c.__name__ for c in type(trainer).__mro__]
     if any(c.endswith(_ON_POLICY) for c in classes):
         return f"{name} trains on samples of its own policy"

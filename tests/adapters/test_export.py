@@ -46,6 +46,7 @@ from tests.support.adapters import (
     train,
 )
 from tests.support.cli_runs import logits_of
+from tests.support.data import texts, write_rows
 from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, Setup, t5, variant
 from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
@@ -227,38 +228,45 @@ def test_loftq_without_an_accelerator_is_refused_by_name(smaller, tmp_path):
         torch.testing.assert_close(logits_of(merged, "llama"), trained, atol=1e-5, rtol=0)
 
 
+# What is wrong -> (arguments, words of the message)
 MISTAKES = {
     "no gates known": (["--prune", "0.1"], "its gates are unknown"),
     "no base": (["--merge", "--base", "missing"], "loading the base model missing failed"),
     "a threshold out of range": (["--prune", "5"], "above 0"),
     "no probe": (["--prune", "0.1", "--probe", "missing"], "reading the probe text failed"),
     "an empty probe": (["--prune", "0.1", "--probe", "/dev/null"], "no text in /dev/null"),
+    "a share of nothing": (["--keep", "0"], "`keep` 0"),
+    "a share above all": (["--keep", "1.5"], "`keep` 1.5"),
+    "a share that is no number": (["--keep", "most"], "`keep` most"),
+    "no data": (["--keep", "0.5", "--data", "missing.jsonl"], "missing.jsonl"),
+    "data of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
+    "data with other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
+    "data without rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
+}
+WITHOUT_EFFECT = {
+    "a probe alone": (["--probe", "sample.txt"], "--probe needs --keep or --prune"),
+    "a probe of a merge": (["--merge", "--probe", "none"], "--probe needs --keep or --prune"),
+    "a probe beside data": (
+        ["--keep", "0.5", "--data", "rows.txt", "--probe", "none"],
+        "--probe needs --keep or --prune",
+    ),
+    "two rules": (["--keep", "0.5", "--prune", "0.5"], "--prune: not allowed with argument --keep"),
+    "data alone": (["--data", "rows.txt"], "--data needs --keep"),
+    "one rank of a merge": (["--merge", "--one-rank"], "give one of them"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, capsys):
-    arguments, words = MISTAKES[mistake]
+@pytest.mark.parametrize("mistake", [*MISTAKES, *WITHOUT_EFFECT])
+def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, monkeypatch, capsys):
+    arguments, words = {**MISTAKES, **WITHOUT_EFFECT}[mistake]
     folder = plain_adapter if mistake == "no gates known" else runs()
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.txt", texts())
+    write_rows(tmp_path / "other.jsonl", [{"question": "w1", "answer": "w2"}])
+    (tmp_path / "empty.jsonl").touch()
     capsys.readouterr()
-    assert main(["export", str(folder), str(tmp_path / "new"), *arguments]) == 1
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--probe", "sample.txt"], "--probe needs --keep or --prune"),
-        (["--merge", "--probe", "none"], "--probe needs --keep or --prune"),
-        (["--keep", "0.5", "--data", "rows.jsonl", "--probe", "none"], "--probe needs --keep or --prune"),
-        (["--keep", "0.5", "--prune", "0.5"], "give one of them"),
-        (["--data", "rows.jsonl"], "--data needs --keep"),
-        (["--merge", "--one-rank"], "give one of them"),
-    ],
-)
-def test_an_option_without_effect_is_refused(arguments, words, runs, tmp_path, capsys):
-    assert main(["export", str(runs()), str(tmp_path / "new"), *arguments]) == 2
+    code = main(["export", str(folder), str(tmp_path / "new"), *arguments])
+    assert code == (2 if mistake in WITHOUT_EFFECT else 1)
     assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 

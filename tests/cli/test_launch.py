@@ -15,7 +15,6 @@ from tests.support.cli_runs import config_file
 from tests.support.launching import ROOT, free_port, one_at_a_time, run, torchrun
 from tests.support.left import assert_acted
 
-BIN = Path(sys.executable).parent
 DDP = str(ROOT / "configs" / "accelerate" / "ddp.yaml")
 
 
@@ -41,31 +40,11 @@ def test_console_script(place):
     )
 
 
-def _accelerate(place):
-    return [
-        *(str(BIN / "accelerate"), "launch", "--config_file", DDP, "--main_process_port", str(free_port())),
-        script(place),
-    ]
-
-
-def _deepspeed(place):
-    pytest.importorskip("deepspeed")
-    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), script(place)]
-
-
-LAUNCHERS = {
-    "torchrun": lambda place: torchrun(2, "-m", "structlora_trl.cli"),
-    "accelerate": _accelerate,
-    "deepspeed": _deepspeed,
-}
-
-
 @one_at_a_time
-@pytest.mark.parametrize(
-    "name", [n if n == "torchrun" else pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS]
-)
-def test_launchers(name, place):
-    started([*LAUNCHERS[name](place), "sft", "--config", config_file()], "DDP, 2 processes")
+def test_torchrun(place):
+    """Other launchers set the same variables (`tests/engines/test_launchers.py`)."""
+    command = [*torchrun(2, "-m", "structlora_trl.cli"), "sft", "--config", config_file()]
+    started(command, "DDP, 2 processes")
 
 
 LAUNCHES = {
@@ -113,11 +92,3 @@ def test_ctrl_c_ends_started_processes_without_a_traceback(place, monkeypatch, c
     monkeypatch.setattr(launch, "launch_command", interrupted)
     assert main(["sft", "--config", config_file(), "--num_processes", "2"]) == 130
     assert "Traceback" not in capsys.readouterr().err
-
-
-@one_at_a_time
-@pytest.mark.slow
-def test_deepspeed_config(place):
-    pytest.importorskip("deepspeed")
-    config = config_file(deepspeed=str(ROOT / "configs" / "deepspeed" / "zero2.json"))
-    started([*LAUNCHERS["torchrun"](place), "sft", "--config", config], "DeepSpeed ZeRO-2, 2 processes")

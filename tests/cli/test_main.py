@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from trl import SFTConfig
 
 from structlora_trl import __version__
 from structlora_trl.cli import main
+from structlora_trl.cli.checks import last_checkpoint
 from structlora_trl.cli.main import TRAINING
 from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import SETTINGS, config_file, skip_where_trl_cannot
@@ -26,6 +28,7 @@ LIGHT = {
     "--help": (0, "inspect"),
     "": (2, "structlora sft --config"),
     "init": (0, "structlora:"),
+    "--local-rank 0 init": (0, "structlora:"),
     "init --help": (0, "run.yaml"),
     "inspect --help": (0, "--html"),
     "export --help": (0, "--prune"),
@@ -123,9 +126,8 @@ MISTAKES = [
     (["grpo", "--config", "prompts.yaml", "--reward_funcs", "acuracy_reward"], 1, "accuracy_reward"),
     (["grpo", "--config", "prompts.yaml", "--reward_funcs", "absent.words"], 1, "absent"),
     (["rloo", "--config", "prompts.yaml", "--reward_funcs", "math.words"], 1, "words"),
-    ([*RUN, "--resume_from_checkpoint", "true"], 1, "no checkpoint in out"),
-    ([*RUN, "--resume_from_checkpoint", "gone"], 1, "no folder gone"),
-    ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "true"], 1, "cut/checkpoint-2"),
+    ([*RUN, "--resume_from_checkpoint", "true"], 1, "no whole checkpoint in out"),
+    ([*RUN, "--resume_from_checkpoint", "gone"], 1, "no whole checkpoint at gone"),
     ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "cut/checkpoint-10"], 1, "cut/checkpoint-2"),
     (
         [*RUN, "--output_dir", "gated", "--structlora", "false", "--resume_from_checkpoint", "true"],
@@ -186,6 +188,11 @@ def test_every_mistake_gets_a_message(arguments, code, words, spoilt, capsys):
     found = main(arguments)
     message = capsys.readouterr().err
     assert found == code and words in message and "Traceback" not in message, message
+
+
+def test_true_resumes_from_the_last_whole_checkpoint(spoilt):
+    asked = SFTConfig(output_dir="cut", resume_from_checkpoint="true", use_cpu=True, bf16=False)
+    assert last_checkpoint(asked) == "cut/checkpoint-2"
 
 
 def test_a_missing_bitsandbytes_is_named(place, monkeypatch, capsys):

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from structlora_trl.core.diagnostics import effective_rank, stream_cosine, stream_products, structure_metrics
 from structlora_trl.core.kinds import residual_role
-from tests.support.tiny import _SIZES, FAMILIES, attached, lora_parameters, peft_model, train
+from tests.support.tiny import (
+    _SIZES,
+    FAMILIES,
+    attached,
+    evaluation_factors,
+    lora_parameters,
+    peft_model,
+    train,
+)
 
 
 def factors(
@@ -136,11 +144,11 @@ def test_no_figure(why, targets, options, steps):
 def test_a_diverged_depth_leaves_the_others_their_figure(value):
     model, optimizer, runtime = attached(peft_model(targets=["o_proj"]), coordinator="none")
     train(model, "llama", optimizer, 2)
-    (effective,) = runtime.evaluation_factors()
+    (effective,) = evaluation_factors(runtime)
     expected = formed(effective.A.mT @ effective.B.mT)
     for depth, left in ((2, [expected[0].item()]), (1, [])):
         effective.B[depth, 0, 0] = value
-        found = structure_metrics(runtime.maps, [effective])
+        found = structure_metrics(runtime.maps, [effective], lambda whole: whole)
         assert [found[name] for name in ("stream_cosine",) if name in found] == pytest.approx(left, abs=1e-4)
 
 

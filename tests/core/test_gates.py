@@ -7,17 +7,14 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from structlora_trl.core.gates import (
     expected_gate,
-    gate_entropy,
     kl_gradient,
     kl_to_prior,
     logistic_noise,
     logit,
     sample_gates,
-    top_k_mask,
 )
 from tests.support.core import floats, probabilities, seeds
 from tests.support.reference import reference_expected_gate
@@ -37,13 +34,6 @@ def test_kl_is_zero_at_the_prior_alone(prior):
     at = torch.tensor([logit(prior)], dtype=torch.float64)
     assert kl_to_prior(at, prior).item() == pytest.approx(0, abs=1e-12)
     assert (kl_to_prior(torch.cat([at - 0.5, at + 0.5]), prior) > 0).all()
-
-
-@given(st.floats(-6, 6))
-def test_entropy_of_a_gate(value):
-    p = 1 / (1 + math.exp(-value))
-    expected = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    assert gate_entropy(torch.tensor(value, dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_noise_is_logistic_and_told_by_seed_and_step():
@@ -83,8 +73,3 @@ def test_hard_gates_are_binary_with_the_soft_gradient(logits, seed):
         gradients.append(torch.autograd.grad(gates.sum(), leaf)[0])
     assert set(gates.round(decimals=5).tolist()[0]) <= {0.0, 1.0}
     torch.testing.assert_close(*gradients)
-
-
-def test_top_k_mask_keeps_the_largest_directions():
-    norms = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
-    assert top_k_mask(norms, keep=2).tolist() == [[0, 1, 1], [1, 0, 1]]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from structlora_trl import StructLoRAError, attach
 from structlora_trl.core.heads import heads_of
 from structlora_trl.core.kinds import Heads, discover
 from tests.support.setups import gpt2, t5
-from tests.support.tiny import FAMILIES, adamw, base_model, peft_model
+from tests.support.tiny import FAMILIES, base_model
 
 
 def heads(base, targets) -> dict[str, Heads | None]:
@@ -41,25 +40,3 @@ def test_other_families(base, targets, expected):
     found = heads(model, targets)
     count = model.config.num_attention_heads * (3 if "c_attn" in targets else 1)  # of q, k and v
     assert found == {name: Heads(side, count) for name, side in expected.items()}
-
-
-@pytest.mark.parametrize(
-    ("options", "targets", "message"),
-    [
-        ({"head_gates": True}, ["down_proj"], "head_gates=True and no attention projection"),
-        ({"expert_gates": True}, ["q_proj"], "expert_gates=True and no experts"),
-        ({"head_gates": True, "filter": "random"}, ["q_proj"], "head_gates=True and filter='random'"),
-    ],
-)
-def test_groups_that_are_not_there_are_refused(options, targets, message):
-    model = peft_model("llama", targets=targets)
-    with pytest.raises(StructLoRAError, match=message):
-        attach(model, adamw(model), **options)
-
-
-def test_heads_that_hold_base_weights_are_refused():
-    model = get_peft_model(
-        base_model("llama"), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights="pissa")
-    )
-    with pytest.raises(StructLoRAError, match="holds part of the base weights"):
-        attach(model, adamw(model), head_gates=True)

@@ -149,21 +149,3 @@ def test_roles_of_the_user_come_first():
     assert residual_role(odd, None) is None
     assert residual_role(odd, {"dd": "read"}) is None  # a pattern matches whole names from a dot on
     assert residual_role(odd, {"odd": "read"}) == "read"
-
-
-def test_convolutions_and_embeddings_are_directions_too():
-    from peft import LoraConfig, get_peft_model
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(11, 8)
-            self.blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3)}) for _ in range(2))
-
-        def forward(self, x):
-            return x
-
-    model = get_peft_model(Net(), LoraConfig(r=4, target_modules=["embed", "conv"]))
-    shapes = {kind.name: kind.shape for kind in discover(model, "default")}
-    assert shapes == {"embed": [1, 4, 11, 8], "blocks.*.conv": [2, 4, 72, 8]}
-    assert torch.is_tensor(model.get_parameter("base_model.model.embed.lora_embedding_A.default"))

@@ -11,7 +11,7 @@ from structlora_trl.core.gates import LogisticNoise
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import discover
 from structlora_trl.core.mapping import Parts
-from tests.support.tiny import LAYERS, adamw, logits_of, loss_of, peft_model, train
+from tests.support.tiny import LAYERS, adamw, evaluation_factors, logits_of, loss_of, peft_model, train
 
 
 class MeanOverDepth(InformationBottleneck):
@@ -36,7 +36,7 @@ class Diagonal(GCN):
 
 
 def all_joined(kind, config):
-    return DepthGraph(~torch.eye(kind.depth_count, dtype=torch.bool)[None], False, 1, 0.5, 0.9)
+    return DepthGraph(~torch.eye(kind.depth_count, dtype=torch.bool)[None], config, False)
 
 
 def values_alone(model, adapter_name):
@@ -76,7 +76,7 @@ def test_noise_of_a_filter_of_ones_own_reaches_what_it_gates():
     optimizer = adamw(model)
     runtime = attach(model, optimizer, parts=Parts(filter=GatesOfRows), gate_init=0.6, coordinator="none")
     train(model, "llama", optimizer, steps=2)
-    evaluation = [factors.A.clone() for factors in runtime.evaluation_factors()]
+    evaluation = [factors.A.clone() for factors in evaluation_factors(runtime)]
     loss_of(model, "llama", 2)
     for standing, quiet in zip(runtime.engine.read_working(), evaluation, strict=True):
         assert not torch.equal(standing.A, quiet)

@@ -72,11 +72,11 @@ def test_6_off_is_plain_lora(precision, device, tmp_path):
     assert_same_weights(off, plain)
 
 
-NEVER_SILENT = ["full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers"]
+NEVER_SILENT = ("full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers")
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.name) for row in REFUSED if row.name in NEVER_SILENT]
+    "row", [pytest.param(row, id=row.name) for row in REFUSED if row.name.startswith(NEVER_SILENT)]
 )
 def test_7_a_set_up_is_refused(row, device, tmp_path):
     row = row.on(device)

@@ -18,11 +18,11 @@ from structlora_trl import StructLoRACallback
 from structlora_trl.state import STATE_NAME
 from tests.support import data
 from tests.support.cli_runs import assert_plain_peft_agrees
+from tests.support.launching import ROOT
 from tests.support.left import assert_acted
 from tests.support.readme import code_blocks
 from tests.support.tiny import FAMILIES, sentence
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 ROWS = 12
 pytestmark = pytest.mark.usefixtures("place")

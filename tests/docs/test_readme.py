@@ -1,4 +1,4 @@
-"""What the README, the integrations' pages and `configs/` tell users, as far as it can be read without other trainers."""
+"""What the README and the integrations' pages tell users, as far as it can be read without other trainers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,9 @@ from structlora_trl import StructLoRAConfig
 from structlora_trl.cli import main
 from structlora_trl.yaml_block import read_switch
 from tests.support.launching import ROOT
-from tests.support.readme import INTEGRATIONS, code_blocks, readme_block
+from tests.support.readme import code_blocks, readme_block
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FILES = {
-    f"{folder}/{name}": text
-    for title, folder in INTEGRATIONS.items()
-    if folder != "ms_swift"
-    for name, text in (
-        ("README", readme_block(title)),
-        *(
-            (path.name, path.read_text(encoding="utf-8"))
-            for path in (ROOT / "configs" / folder).glob("*.yaml")
-        ),
-    )
-}
 COMMANDS = {
     line
     for page in ("README.md", "docs/quickstart.md", "docs/guide.md", "docs/serving.md")
@@ -87,16 +75,6 @@ def test_a_release_has_absolute_links(tmp_path):
     assert all(link.startswith("https://") for link in links)
     assert "https://host/us/it/blob/v1/README.md#results" in links
     assert "https://host/us/it/raw/v1/docs/map.svg" in links
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_yaml_asks_for_structlora(name):
-    keys = yaml.safe_load(FILES[name])
-    if name.startswith("axolotl"):
-        assert keys["adapter"] == "structlora" or keys["structlora"]
-    else:
-        assert keys["finetuning_type"] == "lora"
-    assert isinstance(read_switch(keys.get("structlora", True)), StructLoRAConfig)
 
 
 def test_axolotl_finds_the_plugin_that_its_page_names():

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.support.launching import ROOT, facts_of, free_port, job_arguments, launch, one_at_a_time, run
+from tests.support.launching import BIN, ROOT, facts_of, free_port, job_arguments, launch, one_at_a_time, run
 
 pytestmark = one_at_a_time
 slow = pytest.mark.slow
 
-BIN = Path(sys.executable).parent
 ACCELERATE = sorted(path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 

@@ -25,8 +25,12 @@ def texts() -> list[dict]:
     return [{"text": sentence(i)} for i in range(ROWS)]
 
 
+def chat(index: int) -> dict:
+    return {"messages": [turn("user", index), turn("assistant", index + 1)]}
+
+
 def chats(count: int = ROWS) -> list[dict]:
-    return [{"messages": [turn("user", i), turn("assistant", i + 1)]} for i in range(count)]
+    return [chat(i) for i in range(count)]
 
 
 def preferences(count: int = ROWS) -> list[dict]:

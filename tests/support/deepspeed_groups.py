@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 
 os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", LOCAL_RANK="0")
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from structlora_trl import attach
+from tests.support.device import without_shm_op
 from tests.support.tiny import lora_parameters, loss_of, peft_model
 
 GATE_LR, STEPS = 0.5, 3
@@ -65,7 +65,7 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
 
 
 def main():
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
+    without_shm_op()
     dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
     warm_up = {"warmup_min_lr": 0, "warmup_max_lr": 1e-2, "warmup_num_steps": 2, "warmup_type": "linear"}
     found = {}

@@ -4,10 +4,18 @@ Imports nothing, since what it sets must be set before torch is imported.
 """
 
 import os
+import sys
 
 CHOSEN = os.environ.get("STRUCTLORA_DEVICE")
 ON_GPU = CHOSEN == "cuda"
 BACKEND = "nccl" if ON_GPU else "gloo"
+
+
+def without_shm_op() -> None:
+    """DeepSpeed, once it is imported, does without collectives in shared memory, which take a minute to compile and are only
+    faster.
+    """
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def hide_gpus() -> None:

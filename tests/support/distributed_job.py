@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.support.device import BACKEND, ON_GPU, hide_gpus
+from tests.support.device import BACKEND, ON_GPU, hide_gpus, without_shm_op
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 if not ON_GPU:
@@ -66,7 +66,6 @@ DEFAULTS = {
     "halve_between": False,  # with lora_B halved before that
     "whole_widths": False,  # have PEFT make adapters as wide as their base
     "never_average": False,  # keep Trainer from averaging a replicated adapter
-    "alias_masters": False,  # make stage 3's masters the working shards
     "seed_of_rank_1": None,
     "poison_at": None,  # step at which the loss is NaN
     "kill": None,  # {"rank": 1, "step": 4, "in": "step", "save" or "pullback"}
@@ -88,8 +87,7 @@ def deepspeed_config(args) -> dict:
     import deepspeed
 
     if not ON_GPU:
-        # The shared-memory collectives take a minute to compile and are only faster.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        without_shm_op()
     if args.dtype == "float16" and not ON_GPU:
         # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
@@ -202,20 +200,6 @@ class Counted:
         self.bytes_sent += leaving
 
 
-class AliasMasters(TrainerCallback):
-    """What stage 3 would do in fp32 without its comparison that is never true."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        from structlora_trl.trainers.compat import calling_trainer
-
-        optimizer = calling_trainer()[0].model_wrapped.optimizer
-        for master, working in zip(
-            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
-        ):
-            assert master.dtype == working.dtype and master.data_ptr() != working.data_ptr()
-            master.data = working.data
-
-
 def halve(trainer, kinds) -> None:
     """What another adapter loaded between two runs does: other values, for the model and for the optimizer."""
     from structlora_trl.engines import select_engine
@@ -312,8 +296,6 @@ def main():
     trainer = sft(args.output, callbacks, model=base, row_count=args.rows, **options)
     if args.never_average:
         trainer._sync_replicated_trainable_parameters = lambda model: None
-    if args.alias_masters:
-        trainer.callback_handler.callbacks.insert(0, AliasMasters())
     if args.subclass:
         callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback))
     for name, parameter in trainer.model.named_parameters():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -15,11 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from structlora_trl import attach, load_state
 from tests.support.data import picture as pixels_of
+from tests.support.launching import BIN, ROOT
 from tests.support.left import assert_acted
 from tests.support.tiny import sentence
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 STUBS = Path(__file__).with_name("stubs")
 STEPS = 3
 ROWS = 16
@@ -32,15 +30,6 @@ def save_rows(file: Path, row) -> str:
 
 def instruction(i: int) -> dict:
     return {"instruction": sentence(i, 4), "input": "", "output": sentence(i + 1, 4)}
-
-
-def chat(i: int) -> dict:
-    return {
-        "messages": [
-            {"role": "user", "content": sentence(i, 4)},
-            {"role": "assistant", "content": sentence(i + 1, 4)},
-        ]
-    }
 
 
 def save_pictures(file: Path) -> str:

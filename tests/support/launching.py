@@ -16,10 +16,11 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from tests.support.device import ON_GPU
+from tests.support.device import CHOSEN, ON_GPU
 from tests.support.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 JOB = Path(__file__).with_name("distributed_job.py")
 ENGINES = {
     "ddp": "DDP",
@@ -36,6 +37,10 @@ NAMES = {
     "tp": "tensor parallelism",
     "loaded": "FSDP2 (replicated adapter)",
 }
+# Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
+STEADY = {"adam_epsilon": 1e-6}
+# The loss scale starts at 2^20, where the first steps overflow.
+FP16 = {"bf16": {"enabled": False}, "fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 one_at_a_time = pytest.mark.xdist_group("distributed")  # a job is several processes
@@ -86,6 +91,7 @@ def facts_of(done: subprocess.CompletedProcess, engine: str, world: int) -> dict
     """What the job says has run, checked."""
     facts = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FACTS ")]
     assert done.returncode == 0 and facts, (done.stdout + done.stderr)[-4000:]
+    assert facts[0]["device"] == (CHOSEN or "cpu")
     if engine != "single":
         name = "loaded" if engine.startswith("loaded_") else engine.removesuffix("_offload")
         wrapped = {

@@ -9,7 +9,6 @@ import argparse
 import gc
 import json
 import os
-import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import attach
+from tests.support.device import without_shm_op
 from tests.support.tiny import FAMILIES, base_model, lora_parameters, peft_model, warm_up
 
 STEPS = 6
@@ -122,7 +122,7 @@ class DeepSpeed:
     def __init__(self, model, clip: float | None, scaled: bool, adamw: dict, stage: int, **zero):
         import deepspeed
 
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
+        without_shm_op()
         # DeepSpeed offers fp16 on accelerators alone; CPUs compute it, slowly.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         config = {

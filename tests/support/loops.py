@@ -406,10 +406,14 @@ class Copying(Loop):
 class ReferencePass(Loop):
     """A penalty on the distance to the base model, whose logits come from the same model with the adapter disabled."""
 
+    def prepare(self):
+        self.base = self.setup.base().train()
+
     def loss(self, index):
         batch = self.setup.batch(index)
         with torch.no_grad(), self.model.disable_adapter():
             reference = self.forward(**batch).logits
+            assert torch.equal(reference, self.base(**batch).logits)
         output = self.forward(**batch)
         return output.loss + torch.nn.functional.mse_loss(output.logits, reference)
 

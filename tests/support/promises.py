@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from structlora_trl.core.expert_storage import to_storage
 from tests.support.loops import HALF, STEPS, trainable
 from tests.support.setups import Setup
+from tests.support.tiny import assert_same, evaluation_factors
 
 OFF = {"filter": "none", "coordinator": "none"}
 LEAST_MOVE = 1e-3  # of the gate logit that moved most
@@ -60,7 +61,7 @@ class Evaluation:
         assert difference <= self.row.tolerance, (
             f"moment {self.moments}: evaluation is not the saved adapter's"
         )
-        for kind, factors in zip(run.runtime.kinds, run.runtime.evaluation_factors(), strict=True):
+        for kind, factors in zip(run.runtime.kinds, evaluation_factors(run.runtime), strict=True):
             for side in kind.sides:
                 own, values = getattr(kind, side), to_storage(getattr(factors, side), side, kind)
                 for name, value in (
@@ -101,16 +102,12 @@ def assert_it_acted(run):
 
 
 def assert_same_run(run, other):
-    ours, theirs = run.runtime.state_dict(), other.runtime.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert_same(run.runtime.state_dict(), other.runtime.state_dict())
     assert_same_weights(run, other)
 
 
 def assert_same_weights(run, other):
-    ours, theirs = trainable(run.model), trainable(other.model)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert_same(trainable(run.model), trainable(other.model))
 
 
 def keep_promises(row: Setup, folder) -> None:

@@ -695,23 +695,13 @@ LOOPS = [
     Setup("freezing layers for a while", loop=loops.Freezing),
 ]
 
-ON_ATTENTION = {"target_modules": TARGETS}
-VIRTUAL_TOKENS = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
-OTHER_TYPES = {
-    # name: (configuration, its type, its options)
-    "AdaLoRA": ("AdaLora", "ADALORA", {**ON_ATTENTION, "total_step": 20, "tinit": 1, "tfinal": 2}),
-    "LoHa": ("LoHa", "LOHA", ON_ATTENTION),
-    "LoKr": ("LoKr", "LOKR", ON_ATTENTION),
-    "OFT": ("OFT", "OFT", {**ON_ATTENTION, "r": 0, "oft_block_size": 4}),
-    "BOFT": ("BOFT", "BOFT", {**ON_ATTENTION, "boft_block_size": 4}),
-    "IA3": ("IA3", "IA3", {**ON_ATTENTION, "feedforward_modules": []}),
-    "prompt tuning": ("PromptTuning", "PROMPT_TUNING", VIRTUAL_TOKENS),
-    "prefix tuning": ("PrefixTuning", "PREFIX_TUNING", VIRTUAL_TOKENS),
-}
+ADALORA = {"target_modules": TARGETS, "total_step": 20, "tinit": 1, "tfinal": 2}
 REFUSED = [
-    *(
-        Setup(name, wrap=of_type(f"{config}Config", **options), refused=f"PEFT type {kind}.*`LoraConfig`")
-        for name, (config, kind, options) in OTHER_TYPES.items()
+    # Each of them: `tests/test_attachment.py`.
+    Setup(
+        "AdaLoRA and every other PEFT type but LoRA and VeRA",
+        wrap=of_type("AdaLoraConfig", **ADALORA),
+        refused="PEFT type ADALORA.*`LoraConfig`",
     ),
     Setup(
         "gates of heads with VeRA",

@@ -271,6 +271,27 @@ def lora_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the adapter's weights, as they stand."""
+    return {name: p.detach().clone() for name, p in lora_parameters(model).items()}
+
+
+def tensors_of(runtime) -> dict[str, torch.Tensor]:
+    """The state without its header, where options and counts stand."""
+    return {name: value for name, value in runtime.state_dict().items() if name != "header"}
+
+
+def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Names that one of the two lacks, or whose tensors are not the same bit for bit."""
+    return sorted(left.keys() ^ right.keys()) + [
+        name for name in left.keys() & right.keys() if not torch.equal(left[name], right[name])
+    ]
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert differing(left, right) == []
+
+
 def batch_of(model: torch.nn.Module, family: str, seed: int) -> dict:
     """A batch where the model is."""
     device = next(model.parameters()).device
@@ -354,6 +375,14 @@ def attached(model=None, optimizer=adamw, **options):
     model = peft_model() if model is None else model
     optimizer = optimizer(model)
     return model, optimizer, attach(model, optimizer, options)
+
+
+def evaluation_factors(runtime) -> list:
+    """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
+    from structlora_trl.map_context import map_context
+
+    with map_context(runtime.device):
+        return runtime._effective(None)
 
 
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):

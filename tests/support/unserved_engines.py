@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_module
 
 from structlora_trl import StructLoRAError, attach
+from tests.support.device import without_shm_op
+from tests.support.setups import lorafa, riemannian
 from tests.support.tiny import adamw, peft_model
 
 
@@ -42,7 +44,7 @@ def fsdp1():
 def deepspeed_stage(stage: int, optimizer=adamw, **zero):
     import deepspeed
 
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # takes a minute to compile
+    without_shm_op()
     model = peft_model()
     config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
     config |= {"zero_optimization": {"stage": stage, **zero}}
@@ -77,14 +79,6 @@ def muon():
     return engine
 
 
-def lora_fa(model):
-    return peft.optimizers.create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
-
-
-def riemannian(model):
-    return peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2)
-
-
 def engine_withheld():
     return deepspeed_stage(3).module
 
@@ -106,7 +100,7 @@ CASES = {
     "NVMe": lambda: with_optimizer(swap_optimizer=True),
     "Muon": muon,
     "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
-    "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lora_fa),
+    "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lorafa),
     "engine withheld": engine_withheld,
 }
 # Served, and writes to the model's weights are seen, though DeepSpeed writes them through `.data` itself.

@@ -1,20 +1,15 @@
-"""The tag and the section in every model card: on save, in checkpoints, and on the hub."""
+"""The tag and the section in every model card: on save, in checkpoints, and in what `push_to_hub` uploads."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import ModelCard
 
 from structlora_trl import StructLoRACallback, attach
 from structlora_trl.model_card import HEADING, TAG
-from tests.support.hub import Hub
 from tests.support.jobs import plain, sft
-from tests.support.launching import ROOT
 from tests.support.tiny import adamw, attached, logits_of, peft_model, train
 
 
@@ -30,7 +25,7 @@ def test_cards_of_a_trainer(job, tmp_path):
     trainer.train()
     trainer.save_model(tmp_path / "final")
     trainer.create_model_card()
-    trainer.create_model_card()
+    trainer.create_model_card(model_name="adapter", tags=["mine"])  # as `push_to_hub` calls it
     for folder in ("checkpoint-3", "final", "."):
         check((tmp_path / folder / "README.md").read_text())
 
@@ -101,28 +96,3 @@ def test_an_earlier_wrapper_of_save_pretrained_is_kept(tmp_path):
     model.save_pretrained(tmp_path)
     check((tmp_path / "README.md").read_text())
     assert len(saved) == 1
-
-
-PUSH = """
-import sys
-from structlora_trl import StructLoRACallback
-from tests.support.jobs import sft
-trainer = sft(sys.argv[1], [StructLoRACallback(gate_init=0.8)], hub_model_id="me/adapter", hub_token="hf_x", push_to_hub=True)
-trainer.train()
-trainer.push_to_hub()
-"""
-
-
-def test_card_on_the_hub(tmp_path):
-    with Hub() as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(tmp_path)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
-    check(hub.files["README.md"].decode())
-    assert "adapter_model.safetensors" in hub.files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError
 from structlora_trl.trainers.compat import why_quiet
 from tests.support.jobs import JOBS, sft
 from tests.support.left import LEAST_MOVE
-from tests.support.tiny import adamw, peft_model, warm_up
+from tests.support.tiny import adamw, evaluation_factors, peft_model, warm_up
 
 NOISE = {
     # job: the noise under `auto`, and what the line at the start says of it
@@ -36,7 +36,7 @@ def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
     class Look(TrainerCallback):
         def on_substep_end(self, args, state, control, model=None, **kwargs):
             weights = torch.cat([p.detach().flatten() for p in callback.runtime.lora_parameters()])
-            expected = [f for pair in callback.runtime.evaluation_factors() for f in pair]
+            expected = [f for pair in evaluation_factors(callback.runtime) for f in pair]
             stood = [torch.stack(list(side)) for kind in callback.runtime.kinds for side in (kind.A, kind.B)]
             equal.append(all(map(torch.equal, stood, expected)) and bool(weights.any()))
 
@@ -136,59 +136,41 @@ TRL = {
 }
 
 
-def trainers_of_trl() -> dict[str, tuple[list[str], bool]]:
-    """Names, names of bases, and whether dropout is off by default. Read from the source: some import what is not here."""
-    classes: dict[str, ast.ClassDef] = {}
+CLASS = re.compile(r"^class (\w+)\(([^)]*)\):(.*?)(?=^class |\Z)", re.MULTILINE | re.DOTALL)
+DISABLES = re.compile(r"disable_dropout: bool = field\(\s*default=(\w+)")
+
+
+def found_in_trl() -> dict[str, str | None]:
+    """What `why_quiet` says of each trainer in TRL's source: some import what is not here."""
+    classes = {}
     for path in Path(trl.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                # A class that derives from its namesake elsewhere says less than that one.
-                if all(name.lstrip("_") != node.name for name in bases_of(node)):
-                    classes[node.name] = node
+        for name, listed, body in CLASS.findall(path.read_text(encoding="utf-8")):
+            bases = re.findall(r"[\w.]+", listed)
+            # A class that derives from its namesake elsewhere says less than that one.
+            if name not in [base.lstrip("_") for base in bases]:
+                classes[name] = bases, body
 
-    def disables(config: str) -> bool:
-        node = classes.get(config)
-        if node is None:
-            return False
-        for field in node.body:
-            if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == "disable_dropout":
-                return "default=True" in ast.unparse(field.value)
-        return any(disables(base) for base in bases_of(node))
+    def lineage(name: str) -> list[str]:
+        return [name, *(above for base in classes.get(name, ([], ""))[0] for above in lineage(base))]
 
-    return {
-        name: (bases_of(node), disables(name.replace("Trainer", "Config")))
-        for name, node in classes.items()
-        if name.endswith("Trainer")
-        and not name.startswith(("_", "Base"))
-        and "Trainer" in lineage(classes, name)
-    }
+    def said(name: str) -> str | None:
+        above = [classes.get(c, ([], ""))[1] for c in lineage(name.replace("Trainer", "Config"))]
+        disables = next((match[1] == "True" for match in map(DISABLES.search, above) if match), False)
+        kind = object
+        for c in reversed(lineage(name)):
+            kind = type(c, (kind,), {})
+        trainer = kind()
+        trainer.args = SimpleNamespace(disable_dropout=disables)
+        return why_quiet(trainer)
 
-
-def bases_of(node: ast.ClassDef) -> list[str]:
-    return [ast.unparse(base) for base in node.bases]
-
-
-def lineage(classes: dict[str, ast.ClassDef], name: str) -> list[str]:
-    if name not in classes:
-        return [name]
-    return [name, *(above for base in bases_of(classes[name]) for above in lineage(classes, base))]
+    public = [n for n in classes if n.endswith("Trainer") and not n.startswith(("_", "Base"))]
+    return {name: said(name) for name in public if "Trainer" in lineage(name)}
 
 
 def test_every_trainer_of_trl():
-    found = trainers_of_trl()
-    assert len(found) > 5 and found.keys() - TRL.keys() == set(), (
-        "decide whether they have noise (`why_quiet`)"
-    )
-
-    def class_of(name: str) -> type:
-        return type(name, tuple(class_of(base) for base in found[name][0]) if name in found else (), {})
-
-    quiet = {}
-    for name, (_, disables) in found.items():
-        trainer = class_of(name)()
-        trainer.args = SimpleNamespace(disable_dropout=disables)
-        quiet[name] = why_quiet(trainer)
-    assert quiet == {name: TRL[name] and f"{name} {TRL[name]}" for name in found}
+    found = found_in_trl()
+    assert len(found) > 5 and found.keys() <= TRL.keys(), "decide whether they have noise (`why_quiet`)"
+    assert found == {name: TRL[name] and f"{name} {TRL[name]}" for name in found}
 
 
 @pytest.mark.parametrize(

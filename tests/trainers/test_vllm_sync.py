@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback
 from tests.support.jobs import JOBS, sft
-from tests.support.tiny import base_model, lora_parameters
+from tests.support.tiny import base_model, evaluation_factors, lora_parameters
 
 vllm_generation = pytest.importorskip("trl.generation.vllm_generation")
 
@@ -54,7 +54,7 @@ class SyncAtEvents(TrainerCallback):
         generation.vllm_client = generation.llm = received
         generation.enable_sleep_mode = False
         generation.sync_weights()
-        self.seen.append((received.weights, self.structlora.runtime.evaluation_factors()))
+        self.seen.append((received.weights, evaluation_factors(self.structlora.runtime)))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.sync(model)
@@ -99,7 +99,7 @@ class PublishesWithinSteps(TrainerCallback):
             model.merge_adapter()
             sent = {name: p.clone() for name, p in self.module._iter_vllm_named_params(model)}
             model.unmerge_adapter()
-        self.seen.append((sent, self.structlora.runtime.evaluation_factors()))
+        self.seen.append((sent, evaluation_factors(self.structlora.runtime)))
 
 
 @pytest.mark.parametrize("way", ["adapter", "merged"])

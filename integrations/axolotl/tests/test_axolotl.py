@@ -16,10 +16,9 @@ from axolotl.utils.dict import DictDefault
 from safetensors.torch import load_file
 
 from structlora_trl import StructLoRAConfig, StructLoRAError
-from tests.support.data import BLOCKS_OF_64, save_base
+from tests.support.data import BLOCKS_OF_64, chat, save_base
 from tests.support.doors import (
     ROOT,
-    chat,
     check,
     instruction,
     run,

@@ -9,8 +9,8 @@ import yaml
 
 pytest.importorskip("swift.callbacks", reason="run `make test-ms-swift`")
 
-from tests.support.data import save_base
-from tests.support.doors import ROWS, chat, check, run
+from tests.support.data import chat, save_base
+from tests.support.doors import ROWS, check, run
 from tests.support.launching import free_port
 
 PLUGIN = "import structlora_trl.integrations.ms_swift"  # the README's line
