@@ -168,9 +168,7 @@ METHODS = {
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
     "select": Method("LoRA, directions selected in training", cut={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
-    "structlora-dropout-0.1": Method(
-        "StructLoRA, lora_dropout 0.1", {"lora_dropout": 0.1}, structlora={}
-    ),
+    "structlora-dropout-0.1": Method("StructLoRA, lora_dropout 0.1", {"lora_dropout": 0.1}, structlora={}),
     "structlora-average": Method(
         "StructLoRA, mean of the weights over the last half", structlora={}, tail_average=True
     ),
