@@ -43,7 +43,12 @@ def refusals() -> list[Refusal]:
     Raises:
         ValueError: a call that does not name all three parts.
     """
-    paths = [path for home in HOMES for path in sorted(home.rglob("*.py")) if "tests" not in path.parts]
+    paths = [
+        path
+        for home in HOMES
+        for path in sorted(home.rglob("*.py"))
+        if "tests" not in path.relative_to(ROOT).parts
+    ]
     modules = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     constants = {
         name: text

@@ -343,9 +343,9 @@ def _read_config(folder: Path) -> LoraConfig:
             "a LoRA adapter, whose factors are its update",
             "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its gates",
         )
-    if not isinstance(config, LoraConfig):
+    if config.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         raise StructLoRAError(
-            f"an adapter of PEFT type {config.peft_type} in {folder}", "LORA", "give a LoRA adapter"
+            f"an adapter of PEFT type {config.peft_type.value} in {folder}", "LORA", "give a LoRA adapter"
         )
     if getattr(config, "use_bdlora", None):
         raise StructLoRAError(

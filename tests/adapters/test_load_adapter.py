@@ -308,6 +308,7 @@ DAMAGED = {
     "no PEFT type": (configuration(peft_type=None), "unreadable"),
     "an unknown PEFT type": (configuration(peft_type="LORE"), "unreadable"),
     "another PEFT type": (configuration(peft_type="LOHA"), "PEFT type"),
+    "AdaLoRA": (configuration(peft_type="ADALORA", total_step=10), "PEFT type ADALORA"),
     "block-diagonal factors": (configuration(use_bdlora={"target_modules_bd_a": ["q_proj"]}), "use_bdlora"),
     "a rank that is text": (configuration(r="four"), "with r='four'"),
     "no alpha": (configuration(lora_alpha=None), "with lora_alpha=None"),
