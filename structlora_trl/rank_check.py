@@ -1,6 +1,11 @@
-"""Whether all ranks train the same thing: one small all-gather at attach, and on a mismatch an error on each."""
+"""Whether all ranks train the same thing: one small all-reduce at attach, and on a mismatch an error on every
+rank.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import json
 
 import torch
 import torch.distributed as dist
@@ -19,23 +24,26 @@ def world_size() -> int:
 
 
 def refuse_disagreement(facts: dict, device: torch.device) -> None:
-    """Stop all ranks where their facts differ. A collective.
+    """Stop all ranks where their facts differ.
 
     Args:
-        facts (`dict`): what must be equal on all ranks, in what `repr` shows of it.
+        facts (`dict`): what must be equal on all ranks, of types that JSON has.
         device (`torch.device`): where the run's collectives work.
 
     Raises:
         StructLoRAError: on every rank; the message says which facts differ, and how.
     """
-    everyone: list = [None] * world_size()
-    # NCCL sends objects by way of the current device, which a loop of the user's own may have left at the first.
-    with torch.accelerator.device_index(device.index):
-        dist.all_gather_object(everyone, facts)
-    # By `repr`, in which NaN, of weights that have diverged, is equal to NaN.
-    differing = [name for name in facts if len({repr(other.get(name)) for other in everyone}) > 1]
-    if not differing:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")  # 56 bits, and its sign to spare
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if int(extremes[0]) == -int(extremes[1]):
         return
+    everyone: list = [None] * world_size()
+    dist.all_gather_object(everyone, facts)
+    differing = [
+        name for name in facts if any(other.get(name) != everyone[0].get(name) for other in everyone)
+    ]
     found = "; ".join(
         f"{name}: {', '.join(f'rank {r} has {f.get(name)!r}' for r, f in enumerate(everyone))}"
         for name in differing
