@@ -280,11 +280,10 @@ def fair(tuned: Runs, fixed: Runs) -> str:
     rows = []
     for group, (settings, places, seeds) in FAIR_GROUPS.items():
         for name in (OURS, *FAIR, *OURS_FAIR):
-            found = [
-                *(_at_own_rates(tuned, setting, name) for setting in settings),
-                *(_at_fixed_rate(fixed, place, name, seeds) for place in places),
-            ]
-            found = [of_place for of_place in found if of_place is not None]
+            compared = (name, BASE, OURS)
+            figures = [[_test_figures(tuned.best(setting, n)) for n in compared] for setting in settings]
+            figures += [[_held_out(fixed, n, place, seeds) for n in compared] for place in places]
+            found = [gaps for of_place in figures if (gaps := _beside(*of_place)) is not None]
             if len(found) < 2:
                 continue
             row = [group, label(name), len(found)]
@@ -298,17 +297,6 @@ def fair(tuned: Runs, fixed: Runs) -> str:
     p = ["p over seeds (q, Holm)", "p over settings (q, Holm)"]
     header = ["settings", "method", "number", "accuracy − LoRA", *p, "NLL − LoRA", *p]
     return markdown([*header, "accuracy, StructLoRA − it", *p, "NLL, StructLoRA − it", *p], rows)
-
-
-def _at_own_rates(runs: Runs, setting: Setting, name: str) -> pd.DataFrame | None:
-    """Test figures of a method at the chosen rates, by seed (`_beside`)."""
-    return _beside(*(_test_figures(runs.best(setting, which)) for which in (name, BASE, OURS)))
-
-
-def _at_fixed_rate(runs: Runs, place: Place, name: str, seeds: Collection[int]) -> pd.DataFrame | None:
-    """Figures of a method over all held-out examples at one rate, by seed (`_beside`)."""
-    kept = [_of_kept(runs, which, [place], seeds).get(0) for which in (name, BASE, OURS)]
-    return None if any(found is None for found in kept) else _beside(*map(heldout.figures, kept))
 
 
 def _beside(figures: pd.DataFrame, base: pd.DataFrame, ours: pd.DataFrame) -> pd.DataFrame | None:
@@ -695,12 +683,15 @@ def _gaps_tuned(runs: Runs, setting: Setting) -> tuple[pd.DataFrame, float]:
 
 def _gaps_fixed(runs: Runs, setting: Setting, lr: float) -> tuple[pd.DataFrame, float]:
     """The same over all held-out examples."""
-    ours, theirs = (_of_kept(runs, name, [(setting, lr)], EVIDENCE_SEEDS).get(0) for name in (OURS, BASE))
-    if ours is None or theirs is None:
-        return pd.DataFrame(), np.nan
-    shared = ours.index.intersection(theirs.index)
-    base = heldout.figures(theirs.loc[shared])
-    return heldout.figures(ours.loc[shared]) - base, base["nll"].mean()
+    ours, theirs = (_held_out(runs, name, (setting, lr), EVIDENCE_SEEDS) for name in (OURS, BASE))
+    gaps = (ours - theirs).dropna(subset=["accuracy"])
+    return gaps, theirs.loc[gaps.index, "nll"].mean()
+
+
+def _held_out(runs: Runs, name: str, place: Place, seeds: Collection[int]) -> pd.DataFrame:
+    """'accuracy', 'nll' and 'ece' over all held-out examples at one rate, by seed; none where it was not run."""
+    kept = _of_kept(runs, name, [place], seeds)
+    return heldout.figures(kept[0]) if kept else pd.DataFrame(columns=["accuracy", "nll", "ece"], dtype=float)
 
 
 def _p_over_seeds(gaps: Sequence[pd.Series]) -> P:
