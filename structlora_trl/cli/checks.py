@@ -97,15 +97,19 @@ def last_checkpoint(training: TrainingArguments) -> str | None:
     Raises:
         StructLoRAError: there is none, or its writing was cut short.
     """
-    asked, whole = str(training.resume_from_checkpoint), whole_checkpoints(Path(training.output_dir))
+    asked = str(training.resume_from_checkpoint)
     if asked.lower() in ("false", "none", ""):
         return None
-    if asked.lower() == "true" and whole:
-        return str(whole[-1])
-    if (Path(asked) / TRAINER_STATE_NAME).is_file():
-        return asked
-    where = f"in {training.output_dir}" if asked.lower() == "true" else f"at {asked}"
-    remedy = f"set `resume_from_checkpoint: {whole[-1]}`" if whole else "correct `output_dir`"
+    whole = whole_checkpoints(Path(training.output_dir))
+    if asked.lower() == "true":
+        if whole:
+            return str(whole[-1])
+        where, remedy = f"in {training.output_dir}", "correct `output_dir`"
+    else:
+        if (Path(asked) / TRAINER_STATE_NAME).is_file():
+            return asked
+        where = f"at {asked}"
+        remedy = f"set `resume_from_checkpoint: {whole[-1]}`" if whole else "correct the path"
     raise StructLoRAError(
         f"no whole checkpoint {where}",
         f"a folder with {TRAINER_STATE_NAME}, which Trainer writes last",

@@ -110,13 +110,23 @@ def run(command: str, arguments: list[str]) -> None:
         runs.append(figures.Run.of(name, adapter, curves))
     lines = []
     if given.plot:
-        written = figures.write(given.plot, figures.charts(runs))
-        lines += [f"\nWrote {', '.join(written)} to {given.plot}."]
+        drawn = figures.charts(runs)
+        lines += [f"\nWrote {', '.join(figures.write(given.plot, drawn))} to {given.plot}."]
+        lines += [
+            f"No {reason}." for key, reason in _LACKING.items() if key not in {chart.key for chart in drawn}
+        ]
     if given.html:
         write_page(given.html, runs)
         lines += [f"\nWrote {given.html}."]
     if not given.json:
         print("\n".join(lines))
+
+
+_LACKING = {
+    "gates": "gate map: the adapter has no learned gates, or no state beside it",
+    "similarity": "similarity map: it needs StructLoRA's state and two depths",
+    "training": "curves of the training: no trainer_state.json beside the adapter",
+}
 
 
 def _run_names(folders: list[Path]) -> list[str]:

@@ -51,7 +51,11 @@ INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command, of the process where none is given; the exit code."""
+    """Run one command, that of the process where no arguments are given.
+
+    Returns:
+        `int`: the exit code: 0, 1, 2, 130 after Ctrl-C, or 141 where the reader of the output has closed it.
+    """
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -123,7 +123,8 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
     for path in (tmp_path / "figures").glob("*.png"):
         assert imread(path).std() > 0.01, f"{path.name} is blank"
     assert main(["inspect", str(plain_adapter), "--plot", str(tmp_path / "few")]) == 0
-    assert "Wrote similarity, singular_values, size to" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Wrote similarity, singular_values, size to" in told and "No gate map" in told
     assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "singular_values", "size"}
 
 

@@ -127,7 +127,7 @@ MISTAKES = [
     (["grpo", "--config", "prompts.yaml", "--reward_funcs", "absent.words"], 1, "absent"),
     (["rloo", "--config", "prompts.yaml", "--reward_funcs", "math.words"], 1, "words"),
     ([*RUN, "--resume_from_checkpoint", "true"], 1, "no whole checkpoint in out"),
-    ([*RUN, "--resume_from_checkpoint", "gone"], 1, "no whole checkpoint at gone"),
+    ([*RUN, "--resume_from_checkpoint", "gone"], 1, "correct the path"),
     ([*RUN, "--output_dir", "cut", "--resume_from_checkpoint", "cut/checkpoint-10"], 1, "cut/checkpoint-2"),
     (
         [*RUN, "--output_dir", "gated", "--structlora", "false", "--resume_from_checkpoint", "true"],
