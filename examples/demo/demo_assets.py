@@ -57,7 +57,11 @@ def cached(path: Path, write: Callable[[Path, Path], None], size: str) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as scratch:
         finished = Path(scratch) / path.name
         write(finished, Path(scratch))
-        os.replace(finished, path)
+        try:
+            os.replace(finished, path)
+        except OSError:  # a directory that is there, as another process that downloaded it too leaves it
+            if not path.exists():
+                raise
     return path
 
 

@@ -27,6 +27,22 @@ def test_it_names_what_is_to_be_downloaded(demo, tmp_path, monkeypatch):
     assert not assets.missing()
 
 
+def test_two_processes_that_download_at_once_both_get_the_directory(demo, tmp_path):
+    assets = demo("demo_assets")
+    path = tmp_path / "model"
+
+    def written(finished, scratch):
+        finished.mkdir()
+        (finished / "weights").write_text("this process's")
+
+    def written_second(finished, scratch):
+        assets.cached(path, written, "93 MB")
+        written(finished, scratch)
+
+    assert assets.cached(path, written_second, "93 MB") == path
+    assert [file.name for file in path.iterdir()] == ["weights"] and [path] == list(tmp_path.iterdir())
+
+
 def test_a_machine_that_is_busy_with_something_else_makes_no_step_look_slow(demo):
     progress = demo("demo_train").Progress()
     for _ in range(3):
