@@ -16,6 +16,7 @@ from tests.support.launching import ROOT, free_port, one_at_a_time, run, torchru
 from tests.support.left import assert_acted
 
 DDP = str(ROOT / "configs" / "accelerate" / "ddp.yaml")
+ZERO1 = str(ROOT / "configs" / "deepspeed" / "zero1.json")
 
 
 def script(place: Path) -> str:
@@ -41,10 +42,20 @@ def test_console_script(place):
 
 
 @one_at_a_time
-def test_torchrun(place):
+@pytest.mark.parametrize(
+    ("in_file", "engine"),
+    [
+        ({}, "DDP, 2 processes"),
+        pytest.param({"deepspeed": ZERO1}, "DeepSpeed ZeRO-1, 2 processes", marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "deepspeed"],
+)
+def test_torchrun(in_file, engine, place):
     """Other launchers set the same variables (`tests/engines/test_launchers.py`)."""
-    command = [*torchrun(2, "-m", "structlora_trl.cli"), "sft", "--config", config_file()]
-    started(command, "DDP, 2 processes")
+    if "deepspeed" in in_file:
+        pytest.importorskip("deepspeed")
+    config = config_file(**in_file)
+    started([*torchrun(2, "-m", "structlora_trl.cli"), "sft", "--config", config], engine)
 
 
 LAUNCHES = {
