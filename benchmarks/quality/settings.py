@@ -437,12 +437,13 @@ QUARTER_CHANCE = (_BY_CHANCE.format(0.25), 8)  # the control of selection at a q
 # Methods whose rates are chosen too, and methods that have the rate of another (method, rank).
 SIZE_METHODS = (*(("lora", rank) for rank in (1, 4, 16)), ("adalora", 2), ("structlora", 16), _SELECTED_16)
 SAME_RATE = {
-    QUARTER_CHANCE: _SELECTED,
-    (_KEEPS.format(0.125), 8): _SELECTED,
-    (_BY_CHANCE.format(0.125), 8): _SELECTED,
-    (_KEEPS.format(0.5), 8): _SELECTED,
+    **{
+        (name.format(keep), rank): (method, rank)
+        for method, rank in (_SELECTED, _SELECTED_16)
+        for keep in (0.125, 0.25, 0.5)
+        for name in (_KEEPS, _BY_CHANCE)
+    },
     BY_INFORMATION: ("structlora", 8),
-    **{(_KEEPS.format(keep), 16): _SELECTED_16 for keep in (0.125, 0.5)},
 }
 
 # The same on the language model, at the rate that validation chose for both methods at rank 4, and on few examples at the lower
