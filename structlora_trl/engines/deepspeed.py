@@ -274,6 +274,11 @@ class DeepSpeedEngine(ShardedEngine):
         is_whole = gradient.numel() != parameter._hp_mapping.lp_fragment_address.numel
         return self._own_part(parameter, gradient) if is_whole else gradient
 
+    def _masters_are_working(self) -> bool:
+        """Whether masters of stage 3 share memory with what the model computes with: latents would be lost."""
+        working = {s.data_ptr() for s in self.optimizer.fp16_partitioned_groups_flat if s is not None}
+        return any(m.numel() and m.data_ptr() in working for m in self.optimizer.fp32_partitioned_groups_flat)
+
     def _stepped(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps, LoRA's or not, by group; at stage 3 sub-group."""
         if self.stage == 3:
@@ -405,6 +410,11 @@ class DeepSpeedEngine(ShardedEngine):
             found, remedy = (
                 "DeepSpeed's `torch_autocast` with a gradient scaler",
                 "use its `bf16` or `fp16` section instead",
+            )
+        elif self.stage == 3 and self._masters_are_working():
+            found, remedy = (
+                "ZeRO-3 in fp32 whose masters are the model's own shards, as no DeepSpeed up to 0.19 makes them",
+                "use the `bf16` or `fp16` section, or stage 1 or 2",
             )
         if found:
             raise StructLoRAError(

@@ -79,6 +79,13 @@ def muon():
     return engine
 
 
+def masters_in_the_model():
+    # A branch of DeepSpeed's for fp32 that no release up to 0.19 reaches.
+    engine = deepspeed_stage(3)
+    engine.optimizer.fp32_partitioned_groups_flat = engine.optimizer.fp16_partitioned_groups_flat
+    return engine
+
+
 def engine_withheld():
     return deepspeed_stage(3).module
 
@@ -101,6 +108,7 @@ CASES = {
     "Muon": muon,
     "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
     "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lorafa),
+    "masters in the model": masters_in_the_model,
     "engine withheld": engine_withheld,
 }
 # Served, and writes to the model's weights are seen, though DeepSpeed writes them through `.data` itself.
