@@ -18,6 +18,7 @@ the values that its forward read.
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from functools import update_wrapper
 from types import FrameType
@@ -29,6 +30,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from .call_stack import caller_in, is_running
+from .core.kinds import FACTOR
 from .foreign_writes import refuse_replaced
 
 # Methods that read the LoRA weights past any forward of the module they belong to, or whatever its mode.
@@ -235,7 +237,7 @@ def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn
     for path, module in model.named_modules():
         if any(id(p) in ours for p in module._parameters.values()):
             names = path.split(".")
-            layer = next((i for i, name in enumerate(names) if name.startswith("lora_")), 0) - 1
+            layer = next((i for i, name in enumerate(names) if re.fullmatch(FACTOR, name)), 0) - 1
             around |= {".".join(names[:end]): None for end in range(1, layer + 1)}
     return [model.get_submodule(path) for path in around]
 

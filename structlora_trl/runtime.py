@@ -17,7 +17,7 @@ from . import foreign_writes
 from .config import StructLoRAConfig
 from .core.diagnostics import structure_metrics
 from .core.heads import head_numbers
-from .core.kinds import Factors, Kind
+from .core.kinds import SIDES, Factors, Kind
 from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, mapped_sides
 from .core.regularizers import cosines, neighbour_products
 from .core.selection import select
@@ -145,7 +145,7 @@ class Runtime(StandingWeights):
         """Build maps and optimizer from the factors that stand, and align those factors where asked."""
         latents = self.engine.read_latents(everything=True)
         slices = self.engine.slices
-        aligned = [align and _is_fresh(*of_kind) for of_kind in zip(self.kinds, latents, slices, strict=True)]
+        aligned = self._to_align(latents) if align else [False] * len(self.kinds)
         starts = [  # aligned: the first lora_A at all depths, and of all experts
             Factors(f.A[:1].expand_as(f.A).clone(), f.B) if same else f
             for f, same in zip(latents, aligned, strict=True)
@@ -161,6 +161,21 @@ class Runtime(StandingWeights):
         if self._select_step == 0:
             self._select()
             self._write(None)
+
+    def _to_align(self, latents: list[Factors]) -> list[bool]:
+        """The kinds whose lora_A may be aligned, of a fresh adapter: lora_A is trained, and lora_B is zero.
+
+        An adapter is fresh where no kind adds anything. Where one does, a kind without any direction has lost
+        them to selection, and what stands in its lora_A was trained.
+        """
+        empty = torch.stack([~factor.any().to(self.device) for factors in latents for factor in factors])
+        empty = self._slices.every(empty).view(-1, len(SIDES))
+        if not bool(empty.any(-1).all()):
+            return [False] * len(self.kinds)
+        return [
+            is_empty and not kind.is_vera and kind.A[0].requires_grad
+            for kind, is_empty in zip(self.kinds, empty[:, SIDES.index("B")].tolist(), strict=True)
+        ]
 
     def _map(self, kind: Kind, start: Factors, aligned: bool, slices: Slices) -> KindMap:
         side = kind.heads.side if kind.heads else None
@@ -207,7 +222,7 @@ class Runtime(StandingWeights):
             # `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
             # optimizer step with.
             foreign_writes.refuse_replaced_by_name(self.model, self.owners)
-            if self.weights != LATENT and self._were_changed():
+            if self.weights != LATENT and self.were_changed():
                 foreign_writes.refuse_changed()
             self.weights, self._trained_forward, self._mixed_gradients = LATENT, False, False
             return True
@@ -219,7 +234,7 @@ class Runtime(StandingWeights):
             for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True)
         ]
         summed = self._summed(pulled, written)
-        if summed.is_written and self._were_changed():
+        if summed.is_written and self.were_changed():
             foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
         self.weights, self._trained_forward = LATENT, False
         if summed.is_bad:
@@ -453,16 +468,16 @@ class Runtime(StandingWeights):
         closed. To continue a run of StructLoRA, use `load_state` instead.
 
         Raises:
-            StructLoRAError: training weights stand (between a training forward and its optimizer step); or the
-                runtime is detached.
+            StructLoRAError: other than evaluation weights stand (between a training forward and the end of its
+                optimizer step, or after a step that an exception broke off); or the runtime is detached.
         """
         self._refuse_detached()
-        if self.weights == TRAINING:
+        if self.weights != EVALUATION:
             raise StructLoRAError(
-                "`reload()` between a training forward and its optimizer step, when noisy training weights stand",
+                f"`reload()` while {self.weights} weights stand, between a training forward and the end of its optimizer step",
                 "evaluation weights to start from",
-                "write the weights and call `reload()` between two steps; or drop what was written to training weights, by "
-                "`runtime.load_state_dict(runtime.state_dict())`",
+                "call `runtime.eval()`, write the weights and then call `reload()`; or drop what was written to training weights, "
+                "by `runtime.load_state_dict(runtime.state_dict())`",
             )
         self.engine.write_latents(self.engine.read_working())
         selections = [m.selection for m in self.maps]
@@ -482,7 +497,7 @@ class Runtime(StandingWeights):
         """
         if not self.is_attached:
             return
-        if self.weights == TRAINING and self._were_changed():
+        if self.weights == TRAINING and self.were_changed():
             logger.warning(
                 "What other code wrote to training weights is dropped: the model keeps evaluation weights."
             )
@@ -501,13 +516,6 @@ class Runtime(StandingWeights):
         self.model, self.owners = None, []
         for call in self.on_detach:
             call()
-
-
-def _is_fresh(kind: Kind, latent: Factors, slices: Slices) -> bool:
-    """Whether a kind's lora_A may be aligned: there is one, it is trained, and lora_B is zero."""
-    if kind.is_vera or not kind.A[0].requires_grad:
-        return False
-    return bool(slices.every(~latent.B.any()))
 
 
 def _small_optimizer(

@@ -73,10 +73,10 @@ class StandingWeights:
         """
         self._refuse_detached()
         if self.weights == TRAINING:
-            if self.engine.was_touched() and self._were_changed():
+            if self.engine.was_touched() and self.were_changed():
                 foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
         elif self.weights == EVALUATION:
-            if self._were_changed():
+            if self.were_changed():
                 foreign_writes.refuse_changed()
             if self.is_noisy:
                 self._refuse_early_graphs()
@@ -95,7 +95,7 @@ class StandingWeights:
             StructLoRAError: other code has written to training weights.
         """
         if self.weights == TRAINING:
-            if self._were_changed():
+            if self.were_changed():
                 foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
             if self.is_noisy:
                 self._write(None, self._noisy_sides())
@@ -123,7 +123,7 @@ class StandingWeights:
                     stack.enter_context(hooks)
                 yield
         finally:
-            if self.weights == EVALUATION and self.is_attached and not self._were_changed():
+            if self.weights == EVALUATION and self.is_attached and not self.were_changed():
                 self.train()
                 versions.close()
                 self.engine.stamp()
@@ -179,7 +179,7 @@ class StandingWeights:
         self._in_graphs = None
 
     @in_map_context
-    def _were_changed(self) -> bool:
+    def were_changed(self) -> bool:
         """Whether other weights stand than StructLoRA's. Equal values (of a swapped average) are fine."""
         if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
             return False

@@ -268,6 +268,7 @@ UNSERVED = {
     "torch_autocast": "`torch_autocast`.*`bf16` or `fp16`",
     "LoRA-FA's optimizer": "LoraFAOptimizer.*DDP",
     "Riemannian optimizer": "RiemannianPreconditionedOptimizer.*DDP",
+    "DataParallel": "`nn.DataParallel`.*`torchrun`",
     "masters in the model": "ZeRO-3 in fp32.*`bf16` or `fp16`",
     **{f"written under ZeRO-{n}": "reload" for n in (1, 2, 3)},
     "engine withheld": "wrapped model",

@@ -12,9 +12,11 @@ import torch
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from structlora_trl import StructLoRAError
 from tests.support.tiny import (
     FAMILIES,
     adamw,
+    attached,
     base_model,
     logits_of,
     lora_parameters,
@@ -147,6 +149,26 @@ def test_readers_within_a_step_see_evaluation_weights(leave, tmp_path):
         assert torch.equal(generated(model), expected_text)
 
 
+@pytest.mark.parametrize("part", ["base_model.model.model", "base_model.model.model.layers.1"])
+def test_parts_of_every_kind_of_adapter_are_ways_into_the_model(part):
+    """To be read at evaluation weights, and to be trained through."""
+    for init in ("fresh", "dora", "vera"):
+        model, optimizer, runtime = attached(peft_model(init=init))
+        train(model, "llama", optimizer, 1)
+        of_a_part(model, model.get_submodule(part))
+        optimizer.zero_grad()
+        runtime.eval()
+        model.train()
+        hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+        inner = model.get_submodule(part)
+        rotary = model.get_base_model().model.rotary_emb(hidden, torch.arange(4)[None])
+        given = {"inputs_embeds": hidden} if part.endswith("model") else {}
+        out = inner(**given) if given else inner(hidden, position_embeddings=rotary)
+        getattr(out, "last_hidden_state", out).square().mean().backward()
+        optimizer.step()
+        assert runtime.step == 2, init
+
+
 def test_training_goes_on_after_readers_as_if_there_were_none():
     def run(reads: bool):
         model, optimizer, runtime = trained()
@@ -178,6 +200,18 @@ def test_training_goes_on_after_an_interrupted_step():
     assert all(torch.equal(a, f.B) for a, f in zip(latents, runtime.engine.read_latents(), strict=True))
     train(model, "llama", optimizer, 2)
     assert runtime.step == 5
+
+
+def test_reload_after_a_step_that_broke_off_is_refused():
+    """The step's latents stand then, half of them stepped."""
+    model, optimizer, runtime = trained(optimizer=lambda m: Breaks(lora_parameters(m).values(), lr=1e-2))
+    expected = logits_of(model, "llama")
+    in_the_optimizer(model, optimizer)
+    with pytest.raises(StructLoRAError, match=r"latent weights stand.*`runtime.eval\(\)`"):
+        runtime.reload()
+    runtime.eval()
+    runtime.reload()
+    assert (logits_of(model, "llama") - expected).abs().max() <= 1e-6
 
 
 def test_pickles_need_no_optimizer_and_detached_models_are_untouched():

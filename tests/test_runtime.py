@@ -16,6 +16,7 @@ from tests.support.tiny import (
     adamw,
     assert_same,
     attached,
+    differing,
     evaluation_factors,
     logits_of,
     lora_parameters,
@@ -102,6 +103,29 @@ def test_optimizers_that_evaluate_within_a_step_are_refused():
         optimizer.step(closure)
     runtime.eval()
     assert_same(before, weights_of(model))
+
+
+@pytest.mark.parametrize("what", ["NaN", "no backward"])
+def test_a_closure_may_leave_a_step_out(what):
+    """As Lightning does where `training_step` returns None."""
+    model, optimizer, runtime = attached()
+
+    def closure(index):
+        optimizer.zero_grad()
+        loss = loss_of(model, "llama", index)
+        if index == 1 and what == "no backward":
+            return None
+        (loss * float("nan") if index == 1 else loss).backward()
+        return loss
+
+    for index in range(3):
+        before = weights_of(model)
+        optimizer.step(lambda index=index: closure(index))
+        model.eval()
+        model(**FAMILIES["llama"].batch(9))
+        assert (not differing(before, weights_of(model))) == (index == 1)
+        model.train()
+    assert (runtime.step, runtime.skipped_steps) == (2, int(what == "NaN"))
 
 
 class Twice(torch.optim.AdamW):
@@ -317,6 +341,19 @@ def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
     _, _, runtime = attached(peft_model(init=init), **options)
     for kind in runtime.kinds:
         assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is aligned
+
+
+def test_a_kind_without_directions_is_no_fresh_adapter():
+    """Selection, or pruning, leaves kinds whose lora_B is zero: what stands in their lora_A was trained."""
+    model = peft_model(init="warm")
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model).items():
+            if "q_proj" in name and "lora_B" in name:
+                parameter.zero_()
+    before = weights_of(model)
+    _, _, runtime = attached(model)
+    assert_same(before, weights_of(model))
+    assert not runtime.has_aligned
 
 
 @pytest.mark.parametrize("options", [{}, {"coordinator": "none"}])

@@ -155,11 +155,11 @@ def export(
                 done.change = output_change(load, before, after, lambda _: on)
             elif probe != NO_PROBE:
                 done.change = output_change(
-                    load, before, after, lambda model: text_probe(model, base_name, revision, probe)
+                    load, before, after, lambda model: text_probe(model, base_name, revision, probe, lora)
                 )
         if merge:
             model = load_base(base_name, saved.lora, saved.tensors, revision)
-            _untie(model, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
+            _untie(model, lora, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
             model = on_base(model, after)
             with refusing(
                 "merging the adapter",
@@ -250,9 +250,11 @@ def _rows(
 ) -> list[Row]:
     if data is None:
         return []
-    return (
-        read_rows(data, saved, base_name, revision, 2 * _ROWS) if isinstance(data, (str, Path)) else [*data]
-    )
+    if isinstance(data, (str, Path)):
+        return read_rows(data, saved, base_name, revision, 2 * _ROWS)
+    if not data:
+        raise StructLoRAError("no rows in `data`", "some examples", "give some, or leave `data` out")
+    return [*data]
 
 
 def _held_out(rows: list[Row]) -> Probe:
@@ -273,8 +275,12 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
     )
 
 
-def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
-    """Give a head tied to the embeddings its own weight where LoRA adds to either: merged, they differ."""
+def _untie(base: PreTrainedModel, lora: LoraConfig, adapted: set[str]) -> None:
+    """Give a head tied to the embeddings its own weight where LoRA adds to either: merged, they differ.
+
+    Raises:
+        StructLoRAError: the head cannot have its own weight.
+    """
     head = base.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         return
@@ -284,6 +290,12 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
     }
     if head.weight is not embeddings.weight or not tied & adapted:
         return
+    if getattr(lora, "ensure_weight_tying", False):  # PEFT leaves the head of an untied model without LoRA
+        raise StructLoRAError(
+            "LoRA with `ensure_weight_tying` on embeddings and head that share one weight, in a model to merge",
+            "adapted weights that only one module uses",
+            "export without merging, and load the adapter with PEFT",
+        )
     # With more than two uses of the weight; T5 scales by whether it is tied.
     if base.config.is_encoder_decoder:
         raise StructLoRAError(

@@ -32,7 +32,7 @@ from ..engines.slices import WHOLE
 from ..errors import StructLoRAError
 from ..map_context import map_context
 from ..state import STATE_NAME, State, damaged, read_state
-from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_of
+from .peft_scaling import LORA_NAME, adapted_by, diagonal_of, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
 _USE_ANOTHER = "use another checkpoint"
@@ -117,8 +117,14 @@ class Saved:
         return self._by_expert(index, groups[0]) if groups else None
 
     def factors(self, index: int) -> Factors:
-        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
-        return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
+        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
+        diagonal that KaSA trains between them is in B.
+        """
+        A, B = (self._by_expert(index, nodes) for nodes in self._nodes(index))
+        diagonals = [diagonal_of(self.tensors, module) for module in self.kinds[index].modules]
+        if diagonals[0] is not None:
+            B = B * torch.stack(diagonals).double().unsqueeze(1)
+        return Factors(A, B)
 
     def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
         """Module -> (E or 1, ...) of values that are (L, ...), or with experts (E, L, ...)."""
@@ -391,11 +397,11 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
+    """Modules that are saved whole may hold integers, as batch normalisation counts its batches."""
     for name, value in tensors.items():
-        if not value.is_floating_point() or not value.isfinite().all():
-            found = (
-                "NaN or infinite numbers" if value.is_floating_point() else f"numbers of type {value.dtype}"
-            )
+        is_number = value.is_floating_point() or not LORA_NAME.match(name)
+        if not is_number or not value.isfinite().all():
+            found = "NaN or infinite numbers" if is_number else f"numbers of type {value.dtype}"
             raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
 
 

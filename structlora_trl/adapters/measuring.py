@@ -29,10 +29,11 @@ RANDOM, NO_PROBE = "random", "none"
 # Inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss.
 Row = dict[str, Tensor]
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens
+_PICTURE = 224  # pixels
 _PROBE_SEED = 0
 # Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep
 # theirs: models of pictures and text have the same task type.)
-_HEADS = {
+HEADS = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
     "QUESTION_ANS": AutoModelForQuestionAnswering,
@@ -88,13 +89,17 @@ def load_base(
             "no base model named in adapter_config.json", "its name or path", "give `--base MODEL`"
         )
     with refusing(
-        f"loading the base model {name}", "the model that the adapter was trained on", "give `--base MODEL`"
+        f"loading the base model {name}",
+        "the model that the adapter was trained on",
+        "give `--base MODEL`",
+        (RuntimeError,),
     ):
         config = AutoConfig.from_pretrained(name, **_at(revision))
         named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
-        model_class = _HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
+        model_class = HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
         classes = _class_count(tensors)
-        labels = {"num_labels": classes} if classes else {}
+        # The adapter brings the head: the model's own may be of another number of classes.
+        labels = {"num_labels": classes, "ignore_mismatched_sizes": True} if classes else {}
         place = {"device_map": device_map} if device_map else {}
         return model_class.from_pretrained(name, dtype="auto", **labels, **place, **_at(revision))
 
@@ -144,8 +149,9 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
     else:
         loading = refusing(
             "loading the adapter onto the base model",
-            "the base model as it was trained on, its vocabulary too",
-            "save the base model after `resize_token_embeddings`, and give `--base MODEL`",
+            "the base model as it was trained on, its vocabulary and its modules' names too",
+            "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
+            "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one",
             (RuntimeError,),
         )
     with loading:
@@ -179,7 +185,7 @@ def output_change(
             torch.manual_seed(0)  # weights that no file holds are drawn at random: the same ones for both
             base = load()
         probe = probe_of(base)
-        measured.append(_outputs(on_base(base, folder).base_model, probe.rows))
+        measured.append(_outputs(on_base(base, folder), probe.rows))
         del base
     (logits, loss), (other, other_loss) = measured
     old, new = (part.log_softmax(-1) for part in (logits, other))
@@ -193,7 +199,7 @@ def output_change(
 
 
 @torch.no_grad()
-def _outputs(model: torch.nn.Module, rows: list[Row]) -> tuple[Tensor, float | None]:
+def _outputs(model: PeftModel, rows: list[Row]) -> tuple[Tensor, float | None]:
     """Logits (n, classes) of the first positions, and the mean loss. Row by row: some classifiers take a
     batch only where a padding token is known.
     """
@@ -202,7 +208,7 @@ def _outputs(model: torch.nn.Module, rows: list[Row]) -> tuple[Tensor, float | N
         output = model(**_moved(row, model))
         if output.get("logits") is None:
             raise StructLoRAError(
-                f"no logits in the output of {type(model).__name__}",
+                f"no logits in the output of {type(model.get_base_model()).__name__}",
                 "a model that predicts",
                 "give `--probe none`",
             )
@@ -219,7 +225,7 @@ def _moved(row: Row, model: torch.nn.Module) -> Row:
     return {name: value.to(device) for name, value in row.items()}
 
 
-def mean_loss(model: torch.nn.Module, rows: list[Row]) -> float:
+def mean_loss(model: PeftModel, rows: list[Row]) -> float:
     """Mean loss of a model over rows with labels."""
     return _outputs(model, rows)[1]
 
@@ -239,7 +245,7 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
         Module -> (E or 1, r), in fp32 on the CPU.
 
     Raises:
-        StructLoRAError: rows without a loss, or with one that is not finite.
+        StructLoRAError: rows that the model does not take, without a loss, or with one that is not finite.
     """
     model.eval()
     sides, (lora,) = {}, model.peft_config.values()
@@ -255,7 +261,8 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
         for module in sides
     }
     for row in rows:
-        loss = model(**_moved(row, model)).get("loss")
+        with refusing("the model on a row of the data", "its inputs, with `labels`", "correct the data"):
+            loss = model(**_moved(row, model)).get("loss")
         if loss is None or not loss.isfinite():
             raise StructLoRAError(
                 f"a loss of {loss} on a row of the data",
@@ -272,10 +279,12 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
     return found
 
 
-def text_probe(base: PreTrainedModel, base_name: str, revision: str | None, given: str) -> Probe:
+def text_probe(
+    base: PreTrainedModel, base_name: str, revision: str | None, given: str, lora: LoraConfig
+) -> Probe:
     """What `--probe` names: random inputs, or a text file."""
     if given == RANDOM:
-        return _random_probe(base)
+        return _random_probe(base, lora.alora_invocation_tokens or [])
     with refusing(
         "reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"
     ):
@@ -289,7 +298,8 @@ def text_probe(base: PreTrainedModel, base_name: str, revision: str | None, give
     )
 
 
-def _random_probe(base: PreTrainedModel) -> Probe:
+def _random_probe(base: PreTrainedModel, invocation: list[int]) -> Probe:
+    """Random inputs; of tokens, each row begins with those from which on an adapter acts (aLoRA)."""
     generator = torch.Generator("cpu").manual_seed(_PROBE_SEED)
     if base.main_input_name == "input_ids":
         settings = base.config.to_dict()
@@ -300,10 +310,11 @@ def _random_probe(base: PreTrainedModel) -> Probe:
         usable = torch.tensor(usable, dtype=torch.int64, device="cpu")
         drawn = torch.empty(_PROBE_ROWS, _PROBE_LENGTH, dtype=torch.int64, device="cpu")
         tokens = usable[drawn.random_(len(usable), generator=generator)]
+        tokens[:, : len(invocation)] = torch.tensor(invocation, dtype=torch.int64, device="cpu")
         rows = [_of_tokens(base, row) for row in tokens.split(1)]
         return Probe(rows, f"{_PROBE_ROWS} x {_PROBE_LENGTH} random tokens")
     if base.main_input_name == "pixel_values":
-        size = base.config.image_size
+        size = getattr(base.config, "image_size", _PICTURE)  # convolutions take any
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.empty(
             _PROBE_ROWS, base.config.num_channels, height, width, dtype=torch.float32, device="cpu"

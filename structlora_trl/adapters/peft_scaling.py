@@ -28,6 +28,9 @@ LORA_NAME = re.compile(
 )
 # What draws MonteCLoRA's noise in training, of the module's rank.
 SAMPLER = ".lora_monteclora_sampler."
+_DIAGONAL = ".lora_diag"
+# `nn.MultiheadAttention` is adapted as a whole: this part lies in it, and PEFT looks up both by its name.
+_OUT_PROJ = ".base_layer.out_proj"
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
 # Initialisations that take part of the base weights out of the model by the module's rank.
@@ -78,6 +81,10 @@ def with_singular_directions(
     written, values = dict(tensors), {}
     for module, names in factor_names(tensors).items():
         A, B = tensors[names["A"]], tensors[names["B"]]
+        diagonal = diagonal_of(tensors, module)
+        if diagonal is not None:
+            B = B * diagonal
+            written[module + _DIAGONAL] = torch.ones_like(diagonal)
         experts = len(A) // rank_of(lora, module)
         parts = singular_directions(
             A.double().unflatten(0, (experts, -1)).flatten(2),
@@ -87,6 +94,11 @@ def with_singular_directions(
         written[names["B"]] = parts.B.movedim(0, 2).reshape(B.shape).to(B.dtype)
         values[module] = scale_of(lora, module) * parts.sigma
     return written, values
+
+
+def diagonal_of(tensors: dict[str, Tensor], module: str) -> Tensor | None:
+    """What KaSA trains between lora_A and lora_B of a module, (r,); None of other adapters."""
+    return tensors.get(module + _DIAGONAL)
 
 
 def by_expert(B: Tensor, experts: int) -> Tensor:
@@ -123,6 +135,14 @@ def parameters_of(lora: LoraConfig, module: str) -> list[str]:
     name = module.removeprefix("base_model.model.").replace(".base_layer", "")
     names = {target: f"{name}.{target.rpartition('.')[-1]}" for target in lora.target_parameters or ()}
     return [full for target, full in names.items() if full == target or full.endswith(f".{target}")]
+
+
+def shares_pattern(lora: LoraConfig, module: str, modules: Iterable[str]) -> bool:
+    """Whether PEFT has no pattern for the rank of this module alone: experts in one parameter, where a
+    pattern names parameters and the file does not say which is which, and the two parts of torch's attention.
+    """
+    is_attention = module.endswith(_OUT_PROJ) or module + _OUT_PROJ in modules
+    return is_attention or bool(parameters_of(lora, module))
 
 
 def adapted_by(lora: LoraConfig, module: str, rows: int) -> Adapted:
@@ -175,8 +195,7 @@ def with_one_scale(
     ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
     rank, scale = max(ranks.values()), max(scales.values())
     for module in rows:
-        # A pattern names parameters, and the file does not say which is which.
-        if one_rank or parameters_of(lora, module):
+        if one_rank or shares_pattern(lora, module, rows):
             ranks[module] = rank
     _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
     resized = any(own != rank_of(lora, module) for module, own in ranks.items())
@@ -262,7 +281,8 @@ def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> T
 
 def _looked_up(lora: LoraConfig, module: str, pattern: dict, default):
     """What PEFT finds for a module in one of its patterns."""
-    names = parameters_of(lora, module) or [module.removeprefix("base_model.model.")]
+    own = module.removeprefix("base_model.model.").removesuffix(_OUT_PROJ)
+    names = parameters_of(lora, module) or [own]
     found = {pattern.get(get_pattern_key(pattern.keys(), name), default) for name in names}
     if len(found) > 1:
         raise StructLoRAError(

@@ -22,7 +22,7 @@ from ..config import share_to_keep
 from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
-from .peft_scaling import LORA_NAME, SAMPLER, parameters_of, with_one_scale, with_singular_directions
+from .peft_scaling import LORA_NAME, SAMPLER, shares_pattern, with_one_scale, with_singular_directions
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Pruned:
         kept (`dict[str, list[list[int]]]`): module -> directions kept, of each of its experts or of itself.
         spared (`list[str]`): modules none of whose directions would stay, and that keep their best one:
             `prune` spares all of them, `select` those that PEFT cannot leave out (experts in one parameter,
-            DoRA, biases).
+            torch's attention, DoRA, biases).
         left_out (`list[str]`): modules without any direction, which the new adapter does not adapt.
         share (`float`, *optional*): of the information, or of the squared singular values, that the
             directions kept carry.
@@ -120,6 +120,13 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
     share_to_keep(keep)  # refused before the work
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     worth = information or {module: values.square() for module, values in sigma.items()}
+    if worth.keys() != sigma.keys():
+        differing = min(worth.keys() ^ sigma.keys())
+        raise StructLoRAError(
+            f"an adapter whose file names other modules than the model that PEFT makes of it ('{differing}')",
+            "the names of the model, as this version of PEFT writes them",
+            "load it with PEFT, save it again (`PeftModel.from_pretrained(base, folder).save_pretrained(new)`), and export that",
+        )
     flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
     total = flat.sum()
     if not total > 0:
@@ -138,7 +145,7 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
     for (module, values), part in zip(sigma.items(), parts, strict=True):
         kept[module] = [row.nonzero().flatten().tolist() for row in part.view_as(values)]
         if not any(kept[module]):
-            if has_more or parameters_of(saved.lora, module):
+            if has_more or shares_pattern(saved.lora, module, sigma):
                 kept[module][0] = [int(worth[module][0].argmax())]
                 spared.append(module)
             else:

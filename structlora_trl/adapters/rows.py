@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trl import apply_chat_template, is_conversational, maybe_convert_to_chatml
 
 from ..errors import StructLoRAError, refusing
 from .load_adapter import Saved
-from .measuring import Row
+from .measuring import HEADS, Row
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _LENGTH = 1024  # tokens of a row that are read, TRL's default `max_length`
@@ -34,9 +35,15 @@ def read_rows(
         count (`int`): most rows to read.
 
     Raises:
-        StructLoRAError: no such file, no tokenizer, or rows of another format.
+        StructLoRAError: no such file, no tokenizer, rows of another format, or a model with another task.
     """
     path = Path(file)
+    if saved.lora.task_type in HEADS:
+        raise StructLoRAError(
+            f"rows of text for an adapter of task {saved.lora.task_type}, whose labels are no tokens of them",
+            "a language model that continues text",
+            "give rows with `labels` from Python (`export(..., data=rows)`), or select without `--data`",
+        )
     if path.suffix not in _BUILDERS or not path.is_file():
         raise StructLoRAError(
             f"no data file {file}",
@@ -79,10 +86,13 @@ def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, file: str | Path) 
             f"rows of text alone: {_FORMATS}",
             "rename the columns",
         )
-    chat = is_conversational(row)
     example = {name: row[name] for name in used}
+    chat = is_conversational(example)
     if chat:
-        example = apply_chat_template(example, tokenizer, tools=row.get("tools"))
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = row.get("chat_template_kwargs", {})
+        example = apply_chat_template(example, tokenizer, tools=tools, **options)
     prompt = example.get("prompt", "")
     whole = prompt + example["completion"] if "completion" in example else example["text"]
     end = tokenizer.eos_token or ""

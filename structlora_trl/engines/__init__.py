@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..core.kinds import Kind
 from ..errors import StructLoRAError
@@ -47,6 +47,9 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         found = "parameters sharded by FSDP1"
         remedy = "set `fsdp_version: 2` in the `fsdp_config` of accelerate's file, or `version: 2` in Trainer's `fsdp_config`"
+    elif any(isinstance(m, DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
+        found = "a model in `nn.DataParallel`, whose forward runs on copies that no hook reaches"
+        remedy = "launch with `torchrun` or `accelerate launch`, or show one GPU (`CUDA_VISIBLE_DEVICES=0`)"
     elif any(hasattr(p, "ds_id") for p in model.parameters()) or type(optimizer).__module__.startswith(
         "deepspeed"
     ):

@@ -3,7 +3,8 @@
 A schedule does not say what its peak is. torch's and Transformers' schedulers write the rate they start from
 into `initial_lr`, which is the peak of most of them, but not of OneCycleLR or CyclicLR, nor of lambdas over a
 base rate of 1 (Noam); rates set by hand write nothing. So the peak is the largest rate seen so far, and what
-the scheduler declares is believed only while the rates rise towards it.
+the scheduler declares is believed only until the rates fall. (They stay equal for an epoch where the
+scheduler is stepped once an epoch.)
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ScheduleShare:
 
     Args:
         largest (`float`, *optional*, defaults to 0.0): the largest rate of any step so far.
-        warms_up (`bool`, *optional*, defaults to True): whether every rate so far was above those before it.
+        warms_up (`bool`, *optional*, defaults to True): whether no rate so far was below those before it.
         peak (`float`, *optional*, defaults to 0.0): the peak that the last step's share was of.
     """
 
@@ -48,7 +49,7 @@ class ScheduleShare:
         """Take in the rate of a step that counts; its share of the peak."""
         if rate.current > 0 and self.largest == 0:
             self.warms_up = rate.declared_peak < max(LARGEST_PEAK, LONGEST_WARM_UP * rate.current)
-        elif rate.current <= self.largest > 0:
+        elif rate.current < self.largest:
             self.warms_up = False
         self.largest = max(self.largest, rate.current)
         self.peak = max(self.largest, rate.declared_peak) if self.warms_up else self.largest

@@ -78,7 +78,8 @@ class TorchEngine(Engine):
                 return None
             self._step_depth, self._step_frame = 1, caller_in(_OPTIMIZER_FILE)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
-            given = None if closure is None else self._evaluate(closure)
+            with torch.enable_grad():
+                loss = None if closure is None else closure()  # at the training weights
             stepped = before_step()
             if not stepped:
                 for group in optimizer.param_groups:
@@ -87,6 +88,7 @@ class TorchEngine(Engine):
             self._swap_in_latents()
             if closure is None:
                 return None
+            given = self._evaluated(loss)
             return tuple(given if a is closure else a for a in args), {
                 name: given if a is closure else a for name, a in kwargs.items()
             }
@@ -115,14 +117,15 @@ class TorchEngine(Engine):
         # A frame that an exception left would keep the model, and the optimizer its moments.
         self._handles, self.optimizer, self._step_frame, self._step_depth = [], None, None, 0
 
-    def _evaluate(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Evaluate a closure at the training weights, before latents take over; the step gets its result."""
-        with torch.enable_grad():
-            loss = closure()
-        unread = [loss]
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._trained)
+
+    def _evaluated(self, loss: Tensor | None) -> Callable[[], Tensor | None]:
+        """What a step gets in place of a closure that has been evaluated; it gives the loss, once."""
+        unread, had_gradients = [loss], self._has_gradients()  # none where the step is skipped
 
         def result():
-            if not unread or all(p.grad is None for p in self._trained):
+            if not unread or (had_gradients and not self._has_gradients()):
                 raise StructLoRAError(
                     f"{type(self.optimizer).__name__}, which evaluates its closure during a step, at intermediate weights",
                     "an optimizer that needs the closure once, before it steps",
@@ -133,7 +136,7 @@ class TorchEngine(Engine):
         return result
 
     def read_gradients(self) -> list[Factors] | None:
-        if all(parameter.grad is None for parameter in self._trained):
+        if not self._has_gradients():
             return None
         return [Factors(*(_stack_gradients(kind, side) for side in SIDES)) for kind in self.kinds]
 

@@ -17,6 +17,7 @@ from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
 from ..model_card import describe_trainer
 from ..runtime import Runtime
+from ..standing_weights import EVALUATION
 from ..state import load_state, save_state
 from ..yaml_block import read_given, read_switch
 from .compat import calling_trainer, refuse_engine_taken_down, run_first, why_quiet
@@ -69,7 +70,7 @@ class StructLoRACallback(TrainerCallback):
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
-        # State and weights at the end of the last `train()`.
+        # State and weights at the end of the last `train()`, or where it broke off.
         self._finished: tuple[dict, list[Factors]] | None = None
 
     def attach(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> Runtime:
@@ -134,8 +135,8 @@ class StructLoRACallback(TrainerCallback):
         self._take_options(args)
         earlier = callbacks[: callbacks.index(self)]
         run_first(trainer.callback_handler, self)
-        if self.runtime is not None:
-            self.runtime.detach()
+        if self.runtime is not None and self.runtime.is_attached:  # a `train()` that broke off
+            self._finish()
         self.runtime = self.attach(trainer, optimizer)
         if self.runtime.has_aligned:
             _warn_of_earlier(earlier)
@@ -186,8 +187,13 @@ class StructLoRACallback(TrainerCallback):
             )
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             load_state(self.runtime, state.best_model_checkpoint)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Detach, and keep what another `train()` continues from: nothing where other code has written weights."""
+        changed = self.runtime.weights == EVALUATION and self.runtime.were_changed()
         self.runtime.detach()
-        self._finished = self.runtime.state_dict(), self.runtime.engine.read_working()
+        self._finished = None if changed else (self.runtime.state_dict(), self.runtime.engine.read_working())
 
     def on_save(self, args, state, control, **kwargs):
         if self.runtime is None or not self.runtime.is_attached:

@@ -12,7 +12,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -20,8 +20,10 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    ViTForImageClassification,
 )
 
 from structlora_trl.adapters.export import export, information_curves
@@ -42,6 +44,7 @@ from tests.support.adapters import (
     bare_run,
     llama_run,
     on_base,
+    peft_run,
     take_steps,
     train,
 )
@@ -343,6 +346,14 @@ MODELS = {
         {"target_modules": FAMILIES["vit"].attention},
         PICTURES,
     ),
+    "vit with another number of classes": (
+        with_another_head(
+            lambda: base_model("vit"), ViTForImageClassification, num_labels=7, ignore_mismatched_sizes=True
+        ),
+        "vit",
+        {"target_modules": FAMILIES["vit"].attention, "modules_to_save": ["classifier"]},
+        PICTURES,
+    ),
     "llava": (as_it_is("llava"), "llava", ATTENTION, TOKENS),
     "t5": (as_it_is(t5), "llama", {"target_modules": ["q", "o"], "task_type": "SEQ_2_SEQ_LM"}, TOKENS),
     "mixtral": (as_it_is("mixtral"), "llama", {**ATTENTION, **EXPERTS}, TOKENS),
@@ -415,6 +426,20 @@ def test_a_merged_model_has_a_head_of_its_own_where_tied_weights_are_adapted(tie
     expected = logits_of(on_base(out, tmp_path / "base"), "llama")
     torch.testing.assert_close(logits_of(merged, "llama"), expected, atol=1e-5, rtol=0)
     assert not merged.config.tie_word_embeddings
+
+
+@pytest.mark.skipif(
+    not hasattr(LoraConfig, "ensure_weight_tying"), reason="this version of PEFT cannot tie adapters"
+)
+def test_adapters_that_are_tied_to_each_other_are_not_merged(tmp_path):
+    """PEFT gives the head of a model that is not tied no LoRA then: its update would be lost."""
+    settings = LlamaConfig(**{**base_model("llama").config.to_dict(), "tie_word_embeddings": True})
+    model = as_it_is(lambda: LlamaForCausalLM(settings))(tmp_path / "base")
+    lora = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    out = peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora)
+    with pytest.raises(StructLoRAError, match="ensure_weight_tying"):
+        export(read_saved(out), tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merged_model_stays_tied_where_tied_weights_are_not_adapted(tmp_path):
@@ -552,6 +577,7 @@ if hasattr(peft, "KasaConfig"):
     BOUND["KaSA pruned"] = (kasa, PRUNED, "kasa_config")
     BOUND["KaSA of two ranks"] = ({**kasa, "rank_pattern": {"q_proj": 2}}, ONE_RANK, "kasa_config")
     BOUND["KaSA of one rank"] = (kasa, ONE_RANK, 0)
+    BOUND["KaSA, all singular directions"] = (kasa, {"keep": 1.0, "probe": "none"}, 1e-5)
 
 
 @pytest.mark.parametrize("name", BOUND)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
@@ -23,7 +25,7 @@ from structlora_trl.errors import StructLoRAError
 from tests.support.adapters import ADAPTER, CONFIG, EXPERTS, RANK, RUNS, as_it_is, on_base, peft_run
 from tests.support.cli_runs import logits_of
 from tests.support.data import chats, texts, write_rows
-from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer
+from tests.support.tiny import FAMILIES, base_model, sentence, tokenizer, warm_up
 
 DEAD = slice(36, 48)  # neurons of each feed-forward layer that the base model does not read
 
@@ -38,7 +40,7 @@ def rows_of(family: str, count: int = 4) -> list[dict]:
     ][: max(count, len(batch))]
 
 
-# What is adapted -> a family and LoRA's options
+# What is adapted -> a family, LoRA's options, and how to build a model that is not the family's
 ADAPTERS = {
     "plain": ("llama", {"target_modules": FAMILIES["llama"].linear}),
     "rslora": ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
@@ -59,6 +61,21 @@ ADAPTERS = {
         "llama",
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
     ),
+    "from an invocation on": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "task_type": "CAUSAL_LM",
+            "alora_invocation_tokens": FAMILIES["llama"].batch(7)["input_ids"][0, 2:4].tolist(),
+        },
+    ),
+    "convolutions and counts of batches": (
+        "vit",
+        {"target_modules": ["convolution"], "modules_to_save": ["normalization"]},
+        lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+        ),
+    ),
 }
 if hasattr(peft, "MontecloraConfig"):
     more = {"monteclora_config": peft.MontecloraConfig(), "target_modules": ["q_proj", "v_proj"]}
@@ -70,8 +87,8 @@ def adapter(tmp_path):
     """Makes an adapter that PEFT alone has trained, and its base model beside it."""
 
     def make(name):
-        family, lora = ADAPTERS[name]
-        model = as_it_is(family)(tmp_path / "base")
+        family, lora, *build = ADAPTERS[name]
+        model = as_it_is(*(build or [family]))(tmp_path / "base")
         return read_saved(peft_run(model, tmp_path / "out", FAMILIES[family].batch, **lora)), family
 
     return make
@@ -249,6 +266,13 @@ def test_a_run_of_structlora_is_selected_from_too(variant, runs, tmp_path):
     assert 0 < (after - before).abs().max() < 1
 
 
+TOOL = {"type": "function", "function": {"name": "w8", "description": "", "parameters": {}}}
+TEMPLATE = (
+    "{% if thinking %}w7 {% endif %}{% for t in tools or [] %}{{ t['function']['name'] }} {% endfor %}"
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+)
+
+
 def conversation(index: int) -> dict:
     user, assistant = chats(index + 1)[index]["messages"]
     return {"prompt": [user], "completion": [assistant]}
@@ -268,6 +292,16 @@ FORMATS = {
         f"{sentence(0, 4)} {sentence(1, 4)}",
     ),
     "messages as prompt and completion": ([conversation(0)], 4, f"{sentence(0, 4)} {sentence(1, 4)}"),
+    "messages beside their first prompt": (
+        [{"prompt": "w9", **chats(1)[0]}],
+        8,
+        f"{sentence(0, 4)} {sentence(1, 4)}",
+    ),
+    "tools, as text, and options of the template": (
+        [{**chats(1)[0], "tools": json.dumps([TOOL]), "chat_template_kwargs": {"thinking": True}}],
+        10,
+        f"w7 w8 {sentence(0, 4)} {sentence(1, 4)}",
+    ),
 }
 
 
@@ -275,12 +309,80 @@ FORMATS = {
 def test_rows_are_read_as_the_trainer_reads_them(name, planted, tmp_path):
     rows, predicted, text = FORMATS[name]
     write_rows(tmp_path / "rows.jsonl", rows)
+    own = tokenizer()
+    own.chat_template = TEMPLATE
+    own.save_pretrained(tmp_path / "tokenizer")
     found, *others = read_rows(
-        tmp_path / "rows.jsonl", read_saved(planted / "out"), str(planted / "base"), None, 8
+        tmp_path / "rows.jsonl", read_saved(planted / "out"), str(tmp_path / "tokenizer"), None, 8
     )
     assert tokenizer().decode(found["input_ids"][0]) == text and len(others) == len(rows) - 1
     assert int((found["labels"] != -100).sum()) == predicted
     assert torch.equal(found["labels"][0, -predicted:], found["input_ids"][0, -predicted:])
+
+
+def test_texts_are_no_examples_of_a_classifier(adapter, planted, tmp_path):
+    saved, _ = adapter("encoder")
+    with pytest.raises(StructLoRAError, match="SEQ_CLS.*rows with `labels`"):
+        read_rows(planted / "rows.jsonl", saved, str(planted / "base"), None, 8)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    for rows, words in (([], "no rows"), ([{"input_ids": ids, "labels": ids}], "a row of the data")):
+        with pytest.raises(StructLoRAError, match=words):
+            export(saved, tmp_path / "small", keep=0.5, data=rows)
+    assert not (tmp_path / "small").exists()
+
+
+def test_random_text_calls_an_adapter_that_waits_for_its_invocation(adapter, tmp_path):
+    saved, _ = adapter("from an invocation on")
+    assert export(saved, tmp_path / "small", keep=0.1).change.largest > 1e-4
+
+
+def test_a_file_of_other_names_than_the_model_is_refused(adapter, tmp_path):
+    """PEFT renames the modules of adapters that older versions of transformers wrote, when it loads them."""
+    saved, _ = adapter("plain")
+    saved.tensors = {name.replace("model.layers", "decoder.layers"): x for name, x in saved.tensors.items()}
+    information = {
+        name.replace("decoder", "model"): x
+        for name, x in with_singular_directions(saved.lora, saved.tensors)[1].items()
+    }
+    with pytest.raises(StructLoRAError, match="decoder.layers.*save_pretrained"):
+        select(saved, 0.5, information)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0]
+
+
+def test_the_parts_of_torchs_attention_have_one_rank(tmp_path):
+    """PEFT looks up the rank of both by the name of the whole."""
+    torch.manual_seed(0)
+    base = Attention()
+    lora = LoraConfig(r=8, target_modules=["attn"], rank_pattern={"attn": RANK})
+    model = peft.get_peft_model(copy.deepcopy(base), lora)
+    warm_up(model)
+    model.save_pretrained(tmp_path / "out")
+    saved = read_saved(tmp_path / "out")
+    x, found = torch.randn(2, 3, 16), {}
+    for keep in (1.0, 0.5, 1 / (2 * RANK)):
+        export(saved, tmp_path / f"{keep}", keep=keep, probe="none")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"{keep}").eval()
+        found[keep] = loaded(x)
+    torch.testing.assert_close(found[1.0], model.eval()(x), atol=1e-5, rtol=1e-5)
+    # What half of the directions do, worked out from the update's singular values.
+    kept = select(saved, 0.5)
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "0.5")
+    for module, (directions,) in kept.kept.items():
+        layer = merged.get_submodule(module)
+        _, sigma = with_singular_directions(saved.lora, saved.tensors)
+        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+        expected = sigma[module][0, directions].float()
+        torch.testing.assert_close(
+            torch.linalg.svdvals(update)[: len(expected)], expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):

@@ -51,6 +51,10 @@ ROWS = {
         ),
         Setup("a warm-up from a thousandth", optimizer=partial(adamw, lr=1e-5), loop=FromAThousandth),
         Setup("a decay by hand", loop=Decaying),
+        Setup(
+            "a warm-up stepped once an epoch",
+            schedule=lambda o: lr_scheduler.LambdaLR(o, lambda i: min(1.0, (i // 2 + 1) / 3)),
+        ),
         RELATIVE,
         replace(RELATIVE, name="Adafactor with relative_step and schedule", schedule=AdafactorSchedule),
         Setup("lora_A at rate 0", optimizer=partial(two_groups, rate_of_A=0.0)),

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_module
+from torch.nn.parallel import DataParallel
 
 from structlora_trl import StructLoRAError, attach
 from tests.support.device import without_shm_op
@@ -86,6 +87,12 @@ def masters_in_the_model():
     return engine
 
 
+def data_parallel():
+    model = DataParallel(peft_model())
+    model.device_ids = [0, 1]  # as of two GPUs
+    return model
+
+
 def engine_withheld():
     return deepspeed_stage(3).module
 
@@ -109,6 +116,7 @@ CASES = {
     "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
     "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lorafa),
     "masters in the model": masters_in_the_model,
+    "DataParallel": data_parallel,
     "engine withheld": engine_withheld,
 }
 # Served, and writes to the model's weights are seen, though DeepSpeed writes them through `.data` itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import math
@@ -155,6 +156,84 @@ def test_second_train_goes_on(tmp_path):
     trainer.train()
     assert callback.runtime.step == 3
     assert first.keys() <= callback.runtime.state_dict().keys()
+
+
+# How the first `train()` ends -> options of the method, and what training does at the start of its fourth step
+FIRST_RUNS = {
+    "done": ({}, None),
+    "done, with kinds that lost all directions": ({"keep": 0.25, "select_at": 2}, None),
+    "interrupted": ({}, KeyboardInterrupt()),
+    "interrupted after the selection": ({"keep": 0.25, "select_at": 2}, KeyboardInterrupt()),
+    "too large a batch": ({}, RuntimeError("CUDA out of memory.")),
+}
+
+
+@pytest.mark.parametrize("ending", FIRST_RUNS)
+def test_another_train_continues_where_the_last_one_ended(ending, tmp_path):
+    options, error = FIRST_RUNS[ending]
+    ends, seen = [], []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0 and ends:
+                seen.append(callback.runtime.state_dict())
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 3 and error is not None and not ends:
+                ends.append(callback.runtime.state_dict())
+                raise error
+
+    callback = StructLoRACallback(options, gate_lr=0.3, coordinator_lr=0.3)
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    settings |= {"auto_find_batch_size": isinstance(error, RuntimeError)}
+    trainer = sft(tmp_path, [callback, Look()], **settings)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    else:  # a batch too large is made smaller, and training begins again by itself
+        trainer.train()
+    if error is None:
+        ends.append(callback.runtime.state_dict())
+    if not isinstance(error, RuntimeError):
+        trainer.train()
+    counted = 3 if error else 6
+    assert callback.runtime.step == counted + 6
+    for name in ends[0]:
+        if name != "header":
+            assert torch.equal(ends[0][name], seen[0][name]), name
+    if options:
+        kept = callback.runtime.metrics()["structlora/kept_share"]
+        open_ = [(p != 0).any(0) for n, p in lora_parameters(trainer.model).items() if "lora_B" in n]
+        assert float(torch.cat(open_).float().mean()) == pytest.approx(kept) == 0.25
+
+
+@pytest.mark.parametrize("when", ["interrupted", "done"])
+def test_another_train_starts_from_weights_that_other_code_has_written(when, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if when == "interrupted" and state.global_step == 2 and not interrupted:
+                interrupted.append(state.global_step)
+                raise KeyboardInterrupt
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 0:
+                starts.append(weights_of(trainer.model))
+
+    interrupted, starts = [], []
+    callback = StructLoRACallback()
+    trainer = sft(tmp_path, [callback, Interrupt()])
+    with pytest.raises(KeyboardInterrupt) if when == "interrupted" else contextlib.nullcontext():
+        trainer.train()
+    with torch.no_grad():
+        for parameter in lora_parameters(trainer.model).values():
+            parameter.mul_(0.5)
+    written = logits_of(trainer.model, "llama")
+    trainer.train()
+    assert callback.runtime.step == 3
+    with torch.no_grad():
+        for name, parameter in lora_parameters(trainer.model).items():
+            parameter.copy_(starts[1][name])
+    assert (logits_of(trainer.model, "llama") - written).abs().max() <= 1e-5
 
 
 def test_an_interrupted_run_leaves_evaluation_weights(tmp_path):
