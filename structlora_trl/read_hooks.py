@@ -30,7 +30,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from .call_stack import caller_in, is_running
-from .core.kinds import FACTOR
+from .core.kinds import CHECKPOINTED, FACTOR
 from .foreign_writes import refuse_replaced
 
 # Methods that read the LoRA weights past any forward of the module they belong to, or whatever its mode.
@@ -162,7 +162,9 @@ class ReadHooks:
         if runtime is None:
             return
         ours = {id(p) for p in runtime.lora_parameters()}
-        if any(id(p) in ours and prefix + name in state for name, p in module.named_parameters()):
+        if any(
+            id(p) in ours and _key(prefix + name, state) in state for name, p in module.named_parameters()
+        ):
             runtime.eval()
 
     def __call__(self, module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
@@ -174,7 +176,7 @@ class ReadHooks:
         names = {id(p): name for name, p in module.named_parameters()}
         for parameter, value in runtime.evaluation_values():
             if id(parameter) in names:  # an adapter that was deleted has none
-                state[prefix + names[id(parameter)]] = value
+                state[_key(prefix + names[id(parameter)], state)] = value
 
     def _of(self, module: nn.Module):
         """The runtime, where the module is one of its own and not part of a copy."""
@@ -240,6 +242,11 @@ def _modules_around(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn
             layer = next((i for i, name in enumerate(names) if re.fullmatch(FACTOR, name)), 0) - 1
             around |= {".".join(names[:end]): None for end in range(1, layer + 1)}
     return [model.get_submodule(path) for path in around]
+
+
+def _key(name: str, state: dict) -> str:
+    """A parameter's key in a state dict, out of which activation checkpointing's wrapper takes its own name."""
+    return name if name in state else name.replace(CHECKPOINTED, "")
 
 
 def _own(module: nn.Module, name: str):

@@ -254,9 +254,7 @@ class Runtime(StandingWeights):
                 m.get_parameter(name).grad = value
             if m.coordinators and m.graph.follows_gradients:
                 m.graph.observe(part.features)
-        self.engine.write_gradients(
-            [part.factors for part in pulled], fill_missing=self.config.compares_depths
-        )
+        self.engine.write_gradients([part.factors for part in pulled], [m.joins_depths for m in self.maps])
         self._rate = self.engine.learning_rate()
         return True
 
@@ -484,7 +482,7 @@ class Runtime(StandingWeights):
         self._build(align=False)
         if self._select_step is not None:
             for m, selection in zip(self.maps, selections, strict=True):
-                m.selection = selection
+                m.selection.load_state_dict(selection.state_dict())
             self._write(None)
         self.schedule = ScheduleShare()
         self.weights, self._trained_forward = EVALUATION, False

@@ -181,7 +181,10 @@ class StandingWeights:
     @in_map_context
     def were_changed(self) -> bool:
         """Whether other weights stand than StructLoRA's. Equal values (of a swapped average) are fine."""
-        if self.weights == LATENT or not self.is_attached or not bool(self.engine.written()):
+        if self.weights == LATENT or not self.is_attached:
+            return False
+        # Of slices, one rank's own may be all that was written; what follows is a collective.
+        if bool(self._slices.every(self.engine.written() == 0)):
             return False
         expected = self._effective(self._noise() if self.weights == TRAINING else None)
         same = [

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import StructLoRAConfig
-from .core.kinds import Adapted, Factors
+from .core.kinds import Adapted, Factors, unwrapped_name
 from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
@@ -285,7 +285,7 @@ def facts_of(m: KindMap) -> dict:
     """What a header says of a kind."""
     kind = m.kind
     return {
-        "modules": [module.replace("_orig_mod.", "") for module in kind.modules],  # torch.compile's
+        "modules": [unwrapped_name(module) for module in kind.modules],
         "shape": kind.shape,
         "per_depth": kind.per_depth,
         "adapted": asdict(kind.adapted),

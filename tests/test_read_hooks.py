@@ -10,18 +10,21 @@ import weakref
 import pytest
 import torch
 from peft import PeftModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from structlora_trl import StructLoRAError
 from tests.support.tiny import (
     FAMILIES,
     adamw,
+    assert_same,
     attached,
     base_model,
     logits_of,
     lora_parameters,
     loss_of,
     peft_model,
+    tensors_of,
     train,
     trained,
 )
@@ -167,6 +170,25 @@ def test_parts_of_every_kind_of_adapter_are_ways_into_the_model(part):
         getattr(out, "last_hidden_state", out).square().mean().backward()
         optimizer.step()
         assert runtime.step == 2, init
+
+
+def test_activation_checkpointing_by_torchs_wrapper_changes_no_names(tmp_path):
+    """As accelerate's `fsdp_activation_checkpointing` does it."""
+    model = peft_model()
+    layers = model.get_base_model().model.layers
+    for index in range(len(layers)):
+        layers[index] = checkpoint_wrapper(layers[index])
+    model, optimizer, runtime = attached(model)
+    train(model, "llama", optimizer, 2)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    after_the_forward(model, optimizer)
+    assert_same(model.state_dict(), expected)
+    assert runtime.weights == "training"
+    model.load_state_dict(expected)
+    assert runtime.weights == "evaluation"
+    _, _, other = attached()
+    other.load_state_dict(runtime.state_dict())
+    assert_same(tensors_of(other), tensors_of(runtime))
 
 
 def test_training_goes_on_after_readers_as_if_there_were_none():

@@ -343,6 +343,23 @@ def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
         assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is aligned
 
 
+def test_a_kind_without_gradients_rests_in_that_step():
+    """As plain LoRA does, whose AdamW passes over what has none: here a tower that a batch of text does not use."""
+    targets = [*FAMILIES["llava"].attention, "linear_1"]
+    model, optimizer, runtime = attached(peft_model("llava", "warm", targets=targets))
+    for step in range(2):
+        train(model, "llava", optimizer, 1, first=step)
+    before = runtime.engine.read_latents(everything=True)
+    train(model, "llama", optimizer, 2)
+    moved = {
+        m.kind.name: any(not torch.equal(a, b) for a, b in zip(then, now, strict=True))
+        for m, then, now in zip(
+            runtime.maps, before, runtime.engine.read_latents(everything=True), strict=True
+        )
+    }
+    assert moved == {name: "language" in name for name in moved} and len({*moved.values()}) == 2
+
+
 def test_a_kind_without_directions_is_no_fresh_adapter():
     """Selection, or pruning, leaves kinds whose lora_B is zero: what stands in their lora_A was trained."""
     model = peft_model(init="warm")

@@ -27,10 +27,14 @@ class GCN(nn.Module):
         rank (`int`): r, the size of the axis that Θ mixes.
         layers (`int`): rounds of message passing.
         activation (`str`): a key of `ACTIVATIONS`.
+
+    Attributes:
+        passing (`Callable`): takes directions that are closed out of features, before each round.
     """
 
     def __init__(self, rank: int, layers: int, activation: str):
         super().__init__()
+        self.passing = lambda features: features
         self.activation = ACTIVATIONS[activation]
         self.theta = nn.Parameter(torch.zeros(layers, rank, rank, dtype=torch.float32, device="cpu"))
 
@@ -38,7 +42,8 @@ class GCN(nn.Module):
         """What message passing adds to the features: (N, r, n) -> (N, r, n)."""
         added = self.activation(self.aggregate(features, graph, 0, self.theta[0]))
         for layer in range(1, len(self.theta)):
-            added = added + self.activation(self.aggregate(features + added, graph, layer, self.theta[layer]))
+            reached = self.passing(features + added)
+            added = added + self.activation(self.aggregate(reached, graph, layer, self.theta[layer]))
         return added
 
     def aggregate(self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor) -> Tensor:

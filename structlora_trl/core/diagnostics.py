@@ -50,17 +50,18 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums)
     """
     metrics: dict[str, float] = {}
     directions, *groups = _logits(maps)
+    selections = [m.selection for m in maps if m.selection is not None and m.selection.is_made]
+    kept = torch.cat([s.kept.flatten().cpu() for s in selections]) if selections else None
     if directions is not None:
-        metrics["gate_openness"] = torch.sigmoid(directions).mean().item()
+        passing = directions if kept is None else directions[kept]  # what is closed counts as 0
+        metrics["gate_openness"] = torch.sigmoid(passing).sum().item() / len(directions)
         # Without checks: logits that have diverged make the figure NaN, and must not end a run.
-        gates = torch.distributions.Bernoulli(logits=directions, validate_args=False)
+        gates = torch.distributions.Bernoulli(logits=passing, validate_args=False)
         metrics["gate_entropy"] = gates.entropy().mean().item()
         metrics["kl"] = kl_to_prior(directions, maps[0].config.prior).mean().item()
     if groups[0] is not None:
         metrics["group_openness"] = torch.sigmoid(groups[0]).mean().item()
-    selections = [m.selection for m in maps if m.selection is not None and m.selection.is_made]
-    if selections:
-        kept = torch.cat([selection.kept.flatten() for selection in selections])
+    if kept is not None:
         metrics["kept_share"] = kept.float().mean().item()
     of_kinds = list(zip(maps, effective, strict=True))
     ranks = [effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT])).cpu() for m, f in of_kinds if m.kind.A]

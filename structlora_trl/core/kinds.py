@@ -22,6 +22,9 @@ from ..errors import StructLoRAError
 from .residual_roles import RESIDUAL_ROLES
 
 # What PEFT calls the factors of a module, LoRA's and VeRA's.
+CHECKPOINTED = (
+    "_checkpoint_wrapped_module."  # what torch's wrapper for activation checkpointing adds to names
+)
 FACTOR = r"(lora_(embedding_)?(?P<factor>[AB])|vera_lambda_d)"
 _PARAMETER = re.compile(rf"^(?P<module>.+)\.{FACTOR}\.(?P<adapter>[^.]+)(\.weight)?$")
 # Numbers that tell experts apart: experts of one layer are not depths.
@@ -305,8 +308,15 @@ def _adapted(module: nn.Module) -> Adapted:
     return Adapted(name, module.num_experts, "A" if inputs_first or follows_layout else "B")
 
 
+def unwrapped_name(name: str) -> str:
+    """A module's or a parameter's name without what torch's wrappers put into it: `torch.compile`, and
+    activation checkpointing of FSDP.
+    """
+    return name.replace("_orig_mod.", "").replace(CHECKPOINTED, "")
+
+
 def _target(module: str, adapted: Adapted = Adapted()) -> str:
-    name = module.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    name = unwrapped_name(module).removeprefix("base_model.model.")
     # PEFT nests the wrappers of one module's parameters, and a LoRA layer inside one of another method.
     while name.endswith(".base_layer"):
         name = name.removesuffix(".base_layer")

@@ -50,7 +50,8 @@ class Parts:
         noise (`Callable`): (seed) -> an object with the `draw` of `LogisticNoise`.
 
     Under FSDP2 and ZeRO each rank maps a slice of the width. A part that sums over the width has an attribute
-    `sum_over_width`, which is then set to the sum over all slices.
+    `sum_over_width`, which is then set to the sum over all slices. A coordinator of several rounds has an
+    attribute `passing`, which is then set to what takes closed directions out of features.
     """
 
     discover: Callable[[nn.Module, str], list[Kind]] = discover
@@ -108,6 +109,8 @@ class KindMap(nn.Module):
             build = parts.coordinator or COORDINATORS[config.coordinator]
             for side in self.sides:
                 coordinator = build(kind.rank, config.coordinator_layers, config.activation)
+                if self.selection is not None and hasattr(coordinator, "passing"):
+                    coordinator.passing = self.selection.messages
                 self.coordinators[side] = coordinator.to(kind.device)
 
     def forward(self, latent: Factors, noise: Noise | None = None) -> Factors:
@@ -166,7 +169,7 @@ class KindMap(nn.Module):
             latent (`Factors`): fp32.
             sum_over_width (`Callable`, *optional*): where factors are slices, sums a tensor over all slices.
         """
-        if self.config.regularizer == "none" or self.kind.depth_count == 1 or not self.sides:
+        if self.config.regularizer == "none" or not self.joins_depths:
             return None
         penalty = REGULARIZERS[self.config.regularizer]
         leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
@@ -175,9 +178,16 @@ class KindMap(nn.Module):
             total = self.config.regularizer_weight * sum(penalty(u, sum_over_width) for u in updates)
             return Factors(*torch.autograd.grad(total, leaves, materialize_grads=True))
 
+    @property
+    def joins_depths(self) -> bool:
+        """Whether a gradient at one depth may reach others."""
+        return self.config.compares_depths and self.kind.depth_count > 1 and bool(self.sides)
+
     def features(self, factors: Factors) -> dict[str, Tensor]:
-        """Node features by side, the updates that are comparable across depth: (N, r, n) each."""
-        return {side: self._feature(side, getattr(factors, side)) for side in self.sides}
+        """Node features by side, the updates that are comparable across depth: (N, r, n) each. Zero for
+        directions that selection has closed.
+        """
+        return {side: self._passing(self._feature(side, getattr(factors, side))) for side in self.sides}
 
     def stream_factors(self, factors: Factors) -> Factors | None:
         """The update as the residual stream sees it: the factor on the stream's side with its origin taken
@@ -237,11 +247,11 @@ class KindMap(nn.Module):
         """A filtered factor with what message passing adds."""
         if side not in self.coordinators:
             return factor
-        feature = self._feature(side, factor)
-        if self.selection is not None:
-            feature = self.selection.messages(feature)
-        added = self.coordinators[side](feature, self.graph)
+        added = self.coordinators[side](self._passing(self._feature(side, factor)), self.graph)
         return factor + (added if side == "A" else added.mT)
+
+    def _passing(self, features: Tensor) -> Tensor:
+        return features if self.selection is None else self.selection.messages(features)
 
     def _feature(self, side: str, factor: Tensor) -> Tensor:
         """The update on one side with the rank axis first, (N, r, n)."""

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..core.kinds import Factors
+from ..core.kinds import Factors, Kind
 from .schedule import Rate
 from .slices import Slices
 
@@ -35,6 +35,7 @@ class Engine(ABC):
 
     name: str
     optimizer: torch.optim.Optimizer  # None after `remove`
+    kinds: list[Kind]
     slices: list[Slices]  # one per kind
     # Places of the optimizer's groups that hold LoRA parameters: loading its state replaces the groups.
     _groups: list[int]
@@ -64,12 +65,12 @@ class Engine(ABC):
         """Gradients with respect to the effective factors, or None where no backward has run."""
 
     @abstractmethod
-    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+    def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
         """Replace them by gradients with respect to the latent factors.
 
         Args:
-            fill_missing (`bool`): also where the backward left no gradient, since another depth may pass one
-                on.
+            fill_missing (`list[bool]`): of each kind, whether also where the backward left no gradient, since
+                another depth may pass one on. A kind without any gradient has none to pass, and rests.
         """
 
     @abstractmethod
@@ -111,6 +112,16 @@ class Engine(ABC):
     def keep_versions(self) -> ExitStack:
         """When closed, autograd takes what stands for what stood: for values put back before a backward."""
         return ExitStack()
+
+    def _to_fill(self, fill_missing: list[bool], missing: Callable[[nn.Parameter], bool]) -> set[int]:
+        """Ids of the parameters that get a gradient where `missing` says that they have none."""
+        return {
+            id(p)
+            for kind, fills in zip(self.kinds, fill_missing, strict=True)
+            if fills and not all(map(missing, kind.parameters))
+            for p in kind.parameters
+            if p.requires_grad
+        }
 
     def maximizes(self) -> bool:
         """Whether the optimizer ascends."""

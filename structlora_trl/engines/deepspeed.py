@@ -105,7 +105,7 @@ class DeepSpeedEngine(ShardedEngine):
         return holds_nonfinite(gradients, self.sharding.device)
 
     @torch.no_grad()
-    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+    def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
         values = [(p, v) for p, v in self._mapped.to_fragments(gradients) if id(p) in self._trained_ids]
         if self.stage == 3:
             for parameter, value in values:
@@ -289,17 +289,18 @@ class DeepSpeedEngine(ShardedEngine):
         """BF16_Optimizer: every rank holds whole gradients, and clips by the norm of them."""
         return hasattr(self.optimizer, "fp32_groups_gradients")
 
-    def _mark_gradients(self, fill_missing: bool) -> set[int]:
-        """Mark LoRA parameters of a BF16_Optimizer that have, or get, a gradient: all if `fill_missing`."""
+    def _mark_gradients(self, fill_missing: list[bool]) -> set[int]:
+        """Mark LoRA parameters of a BF16_Optimizer that have, or get, a gradient; their ids."""
         # `safe_set_full_grad` changes nothing here, in DeepSpeed 0.19.
-        marked = set()
-        for group, flags in zip(
-            self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True
-        ):
+        groups = list(zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_has_gradients, strict=True))
+        has_gradient = {
+            id(p) for group, flags in groups for p, flag in zip(group, flags, strict=True) if flag
+        }
+        marked = has_gradient | self._to_fill(fill_missing, lambda p: id(p) not in has_gradient)
+        marked &= self._trained_ids
+        for group, flags in groups:
             for index, parameter in enumerate(group):
-                if id(parameter) in self._trained_ids and (flags[index] or fill_missing):
-                    flags[index] = True
-                    marked.add(id(parameter))
+                flags[index] = flags[index] or id(parameter) in marked
         return marked
 
     @contextmanager

@@ -72,11 +72,11 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         )
 
     @torch.no_grad()
-    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
-        if fill_missing:
-            for parameter in self._trained:
-                if parameter.grad is None and parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+    def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
+        filled = self._to_fill(fill_missing, lambda p: p.grad is None)
+        for parameter in self._trained:
+            if parameter.grad is None and id(parameter) in filled:
+                parameter.grad = torch.zeros_like(parameter)
         pulled = [(p, value) for p, value in self._mapped.to_fragments(gradients) if p.grad is not None]
         copy_values([_local(p.grad) for p, _ in pulled], [value for _, value in pulled])
 

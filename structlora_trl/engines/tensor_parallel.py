@@ -59,9 +59,10 @@ class TensorParallelEngine(TorchEngine):
         ]
 
     @torch.no_grad()
-    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+    def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
+        filled = self._to_fill(fill_missing, lambda p: p.grad is None)
         for parameter, value in self._with_values(gradients, SIDES):
-            if parameter.grad is None and fill_missing and parameter.requires_grad:
+            if parameter.grad is None and id(parameter) in filled:
                 parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 parameter.grad.copy_(_as_placed(parameter, value))

@@ -140,11 +140,12 @@ class TorchEngine(Engine):
             return None
         return [Factors(*(_stack_gradients(kind, side) for side in SIDES)) for kind in self.kinds]
 
-    def write_gradients(self, gradients: list[Factors], fill_missing: bool) -> None:
+    def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
+        filled = self._to_fill(fill_missing, lambda p: p.grad is None)
         targets, values = [], []
         for parameter, value in self._with_values(gradients, SIDES):
             if parameter.grad is None:
-                if not (fill_missing and parameter.requires_grad):
+                if id(parameter) not in filled:
                     continue
                 parameter.grad = torch.zeros_like(parameter)
             targets.append(parameter.grad)

@@ -12,6 +12,7 @@ from structlora_trl import StructLoRACallback, StructLoRAError, attach
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.state import save_state
+from tests.support.core import kind_map
 from tests.support.jobs import sft
 from tests.support.tiny import (
     FAMILIES,
@@ -72,6 +73,8 @@ def test_the_directions_of_most_information_are_kept(init):
         ("llama", "vera", {"coordinator": "gat"}),
         ("llama", "warm", {"coordinator": "gat", "head_gates": True}),
         ("llama", "warm", {"filter": "none"}),
+        ("llama", "warm", {"regularizer": "laplacian", "regularizer_weight": 1.0}),
+        ("llama", "warm", {"regularizer": "cosine", "regularizer_weight": 1.0}),
         ("llama", "warm", {"filter": "topk_norm", "gate_init": 0.5}),
         ("qwen3_moe", "warm", {"expert_gates": True}),
         ("mixture", "warm", {}),
@@ -107,6 +110,46 @@ def test_closed_stays_closed(family, init, options):
         moved = (now.B != then).any(1)
         assert not moved[~k].any()
         assert moved[k].any() or not k.any()
+
+
+@pytest.mark.parametrize("coordinator", ["gcn", "gat"])
+def test_closed_directions_relay_no_messages(coordinator):
+    """Round 1 reaches direction 1, and round 2 reads no other; it is closed everywhere, so that nothing arrives."""
+    m, latent = kind_map(keep=0.5, coordinator=coordinator, coordinator_layers=2, activation="identity")
+    (coordinator,) = m.coordinators.values()
+    with torch.no_grad():
+        coordinator.theta.zero_()
+        coordinator.theta[0, 0, 1] = coordinator.theta[1, 1, 2] = 1.0
+    arrived = [m(latent)]
+    kept = torch.ones_like(m.selection.kept)
+    kept[:, 1] = False
+    m.selection.close(kept)
+    arrived.append(m(latent))
+    with torch.no_grad():
+        coordinator.theta.zero_()
+    nothing, open_ = m(latent), [0, 2]
+    differences = [
+        max(
+            float((found.A - nothing.A)[:, open_].abs().max()),
+            float((found.B - nothing.B)[..., open_].abs().max()),
+        )
+        for found in arrived
+    ]
+    assert differences[0] > 1e-3 and differences[1] == 0
+
+
+def test_closed_gates_count_as_closed():
+    model, optimizer, runtime = started(keep=0.6)
+    train(model, "llama", optimizer, LAST)
+    openness = torch.cat(
+        [
+            m.openness(f)[0].flatten()
+            for m, f in zip(runtime.maps, runtime.engine.read_latents(everything=True), strict=True)
+        ]
+    )
+    metrics = runtime.metrics()
+    assert metrics["structlora/gate_openness"] == pytest.approx(openness.mean().item(), rel=1e-5)
+    assert openness.mean() < metrics["structlora/kept_share"]
 
 
 def test_what_is_saved_is_plain_and_exports_small(tmp_path):

@@ -1,4 +1,4 @@
-"""Readers within a step, and weights that others write, where parameters are sharded: FSDP2 in one process."""
+"""Readers within a step, and weights that others write, where parameters are sharded: FSDP2 in one process, or as told."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.support.launching import one_at_a_time, said_by, torchrun
 from tests.support.tiny import attached, logits_of, lora_parameters, loss_of, peft_model, train
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -68,6 +69,15 @@ def test_readers_within_a_step_and_weights_that_others_write(mesh):
     model.load_state_dict(shown, strict=False)
     runtime.reload()
     torch.testing.assert_close(after_a_training_forward(model), written, **CLOSE)
+
+
+@one_at_a_time
+def test_a_write_to_one_ranks_shard_stops_all_ranks():
+    """The others would wait in a collective: what they have is as they left it."""
+    said = said_by("written_job", *torchrun(2))
+    assert said.keys() == {"ZeRO-3", "FSDP2"}
+    for engine, messages in said.items():
+        assert all("reload" in message for message in messages), (engine, messages)
 
 
 def test_a_step_without_a_backward(mesh):
