@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -15,6 +16,9 @@ from .config import StructLoRAConfig
 TAG = "structlora"
 HEADING = "## StructLoRA"
 CARD_NAME = "README.md"
+# From the heading to the last paragraph that `section` writes; people may have written more below.
+_LAST = "To load it, nothing but"
+_SECTION = re.compile(rf"^{HEADING}[ \t\r]*$.*?(^{_LAST}[^\n]*$|(?=^#{{1,6}} )|\Z)", re.MULTILINE | re.DOTALL)
 # PEFT's type -> what people call it, and what loads it.
 _ADAPTERS = {"LORA": ("LoRA", "PEFT (or vLLM, SGLang, llama.cpp)"), "VERA": ("VeRA", "PEFT")}
 
@@ -29,7 +33,7 @@ This adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): {a
 information-bottleneck gate during training (filter `{config.filter}`), with updates coordinated across depth (coordinator
 `{config.coordinator}`). Options other than the defaults: {", ".join(changed) or "none"}.
 
-To load it, nothing but {loader} is needed: the file is a plain {adapter} adapter.
+{_LAST} {loader} is needed: the file is a plain {adapter} adapter.
 """
 
 
@@ -52,7 +56,7 @@ def undescribe(path: Path) -> None:
     Args:
         path (`Path`): the card, a `README.md`.
     """
-    if not path.is_file() or HEADING not in path.read_text(encoding="utf-8"):
+    if not path.is_file() or not _SECTION.search(path.read_text(encoding="utf-8")):
         return
     card = ModelCard.load(path)
     card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != TAG] or None
@@ -61,11 +65,9 @@ def undescribe(path: Path) -> None:
 
 
 def _put_section(card: ModelCard, text: str) -> None:
-    before, _, rest = card.text.partition(HEADING)
-    _, _, after = rest.partition("\n## ")
-    card.text = (
-        "\n\n".join(part for part in (before.rstrip(), text.rstrip(), after and f"## {after}") if part) + "\n"
-    )
+    found = _SECTION.search(card.text)
+    before, after = (card.text[: found.start()], card.text[found.end() :]) if found else (card.text, "")
+    card.text = "\n\n".join(part for part in (before.rstrip(), text.strip(), after.strip()) if part) + "\n"
 
 
 class Description:

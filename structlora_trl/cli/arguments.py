@@ -88,7 +88,9 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:] not in known:
             parser.error(f"unknown argument {flag}{_hint(flag[2:], known)}")
-    file = {} if given.config is None else _read_file(given.config, known | {"env"})
+    # `--learning-rate` and `--no_packing` are words of a command line alone: TRL reads them in no file.
+    keys = {action.dest for action in parser._actions} | launchers | {"env"}
+    file = {} if given.config is None else _read_file(given.config, keys)
     os.environ.update({variable: str(value) for variable, value in (file.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**file)
     with refusing(
@@ -122,7 +124,7 @@ def _training_parser(name: str, script: ModuleType):
     parser.set_defaults(use_peft=True)
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")  # TRL leaves it to the user
-    output = "Write over the adapter or the checkpoints that `output_dir` holds."
+    output = "Write over the adapter that `output_dir` holds, and remove its checkpoints."
     parser.add_argument("--overwrite", nargs="?", type=_yaml_value, const=True, default=False, help=output)
     group = parser.add_argument_group("StructLoRA")
     switch = "Train StructLoRA. 'false' trains plain LoRA, with all else equal."
@@ -143,20 +145,21 @@ def _yaml_value(text: str) -> Any:
 
 
 def _config(block: Any, options: dict) -> StructLoRAConfig | None:
-    """What stands under `structlora:`, with the options of the command line over it."""
-    if options and block is False:
+    """What stands under `structlora:`, or in the file that it names, with the options of the command line over it."""
+    if not options:
+        return read_switch(block)
+    below = block if isinstance(block, dict) else read_switch(block)
+    if below is None:
         raise StructLoRAError(
             f"structlora=false and {', '.join(f'{_PREFIX}{name}' for name in options)}",
             "options for a run that trains StructLoRA",
             "remove the options for plain LoRA, or `structlora=false`",
         )
-    if options:
-        block = {**(block if isinstance(block, dict) else {}), **options}
-    return read_switch(block)
+    return read_switch({**(below if isinstance(below, dict) else below.changed_options()), **options})
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
-    """What may stand after `--`, and as a key of the YAML file."""
+    """What may stand after `--`."""
     return {flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
 
 
@@ -168,7 +171,9 @@ def _hint(name: str, known: Iterable[str]) -> str:
     }
     # lora_rank is lora_r, not local_rank.
     begun = [n for n in names if name.startswith(n) and 2 * len(n) > len(name)]
-    near = difflib.get_close_matches(name, names, 1, 0.9) or sorted(begun, key=len)[-1:]
+    spelt = name.replace("-", "_").removeprefix("no_")
+    near = [n for n in (spelt,) if n in names] or difflib.get_close_matches(name, names, 1, 0.9)
+    near = near or sorted(begun, key=len)[-1:]
     near = near or difflib.get_close_matches(name, names, 1)
     return f" (did you mean `{names[near[0]]}`?)" if near else ""
 

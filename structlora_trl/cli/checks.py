@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,8 +29,10 @@ def check_arguments(given: Arguments) -> None:
     """
     _check_model(given.model)
     for name in _BATCHES:
-        if getattr(given.training, name) < 1:
+        if (getattr(given.training, name) or 0) < 1:
             raise StructLoRAError(f"{name}={getattr(given.training, name)}", "1 or more", f"correct `{name}`")
+    if given.training.seed is None:
+        raise StructLoRAError("`seed` without a value", "a number", "set it, or remove the key")
     script = vars(given.script)
     if "reward_funcs" in script and not (script["reward_funcs"] or script["reward_model_name_or_path"]):
         raise StructLoRAError(
@@ -57,14 +60,23 @@ def check_arguments(given: Arguments) -> None:
 
 
 def _check_model(model) -> None:
-    if not model.model_name_or_path:
+    if not isinstance(model.model_name_or_path, str) or not model.model_name_or_path:
         raise StructLoRAError(
-            "no `model_name_or_path`", "a model to adapt", "set it to a folder or to a model of the hub"
+            f"`model_name_or_path` of {model.model_name_or_path!r}",
+            "a model to adapt",
+            "set it to a folder or to a model of the hub",
         )
     path = os.path.expanduser(model.model_name_or_path)
     if path.startswith((".", "/")):
         if not os.path.isdir(path):
             raise StructLoRAError(f"no folder {path}", "a model to adapt", "correct `model_name_or_path`")
+        if os.path.isfile(f"{path}/{CONFIG_NAME}") and not os.path.isfile(f"{path}/config.json"):
+            raise StructLoRAError(
+                f"an adapter in {path}",
+                "a whole model, to which a new adapter is added",
+                f"merge it (`structlora export {path} MERGED --merge`) and train on MERGED; or continue its run with "
+                "`resume_from_checkpoint`",
+            )
         model.model_name_or_path = path
     if not model.use_peft:
         raise StructLoRAError(
@@ -72,7 +84,7 @@ def _check_model(model) -> None:
             "LoRA, which StructLoRA trains (and plain LoRA with `structlora: false`)",
             "remove `use_peft`",
         )
-    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+    if isinstance(model.lora_target_modules, str) and re.fullmatch(r"[\w.]+", model.lora_target_modules):
         # TRL makes a list of one name a string, which PEFT takes as a pattern.
         model.lora_target_modules = [model.lora_target_modules]
     if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from pathlib import Path
 
 import datasets
@@ -32,15 +34,29 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
     Raises:
         StructLoRAError: no data, a path that does not exist, or an empty file.
     """
+    if mixture.test_split_size is not None and (script.dataset_streaming or mixture.streaming):
+        raise StructLoRAError(
+            "`test_split_size` and streamed rows, whose number is not known",
+            "one of them",
+            "give the rows for evaluation a split or a file of their own, or remove `dataset_streaming`",
+        )
     if mixture.datasets:
+        mixture.datasets = _parts(mixture.datasets)
         for part in mixture.datasets:
             part.path, part.data_files = _builder(part.path, part.data_files)
         return
+    if not isinstance(script.dataset_name or "", str):
+        raise StructLoRAError(
+            f"dataset_name={script.dataset_name!r}",
+            "one name or path",
+            "write `dataset_name: rows.jsonl`; several stand under `datasets`",
+        )
     if not script.dataset_name:
         raise StructLoRAError(
             "neither `dataset_name` nor `datasets`",
             "one of them",
-            "set `dataset_name` to a file, a folder or a data set of the hub, or list several under `datasets`",
+            "set `dataset_name` to a file, a folder or a data set of the hub, or list several under `datasets` "
+            "(`- path: rows.jsonl`)",
         )
     path, files = _builder(script.dataset_name, None)
     if files is None and mixture.test_split_size is None:
@@ -107,9 +123,32 @@ def _builder(path: str, files):
         raise StructLoRAError(f"no {what} {path}", "data to train on", "correct the path, or make it")
     if builder is None or not os.path.isfile(path):
         return path, files
-    if not Path(path).read_bytes()[:4096].strip():
-        raise StructLoRAError(f"{path} empty", "rows to train on", "write the rows, or correct the path")
-    return builder, path
+    with open(path, "rb") as file:
+        if not file.read(4096).strip():
+            raise StructLoRAError(f"{path} empty", "rows to train on", "write the rows, or correct the path")
+    return builder, glob.escape(path)  # `datasets` takes paths for patterns
+
+
+def _parts(given) -> list[DatasetConfig]:
+    """The entries under `datasets`; a name or a path alone is one, too."""
+    entries = given if isinstance(given, list) else [given]
+    with refusing(
+        "reading `datasets`",
+        "a list of names, paths or entries such as `- path: rows.jsonl`",
+        "correct the entry",
+    ):
+        parts = [
+            DatasetConfig(**({"path": entry} if isinstance(entry, str) else entry))
+            if isinstance(entry, (str, dict))
+            else entry
+            for entry in entries
+        ]
+    odd = [part for part in parts if not isinstance(part, DatasetConfig)]
+    if odd:
+        raise StructLoRAError(
+            f"{odd[0]!r} under `datasets`", "a name, a path or `path: rows.jsonl`", "correct the entry"
+        )
+    return parts
 
 
 def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
@@ -117,7 +156,8 @@ def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]
     found = []
     for part in mixture.datasets:
         files = part.data_files or part.path
-        found += files if isinstance(files, list) else [str(files)]
+        files = files if isinstance(files, list) else [str(files)]
+        found += [re.sub(r"\[([*?\[])\]", r"\1", file) for file in files]  # what `glob.escape` did
     return found or [script.dataset_name]
 
 

@@ -28,7 +28,7 @@ def words_of(file: dict, parser: argparse.ArgumentParser) -> list[str]:
     words = []
     for action in parser._actions:
         for flag in action.option_strings:
-            if action.nargs != 0 and flag[2:] in file:
+            if action.nargs != 0 and file.get(flag[2:]) is not None:
                 words += [flag, str(file[flag[2:]])]
             elif file.get(flag[2:]):
                 words.append(flag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +39,10 @@ class _Around(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._setting_up.pop_all()
+        if self.given.overwrite and not args.resume_from_checkpoint and state.is_world_process_zero:
+            # They would pass for this run's, and are of later steps than its first ones.
+            for earlier in whole_checkpoints(Path(args.output_dir)):
+                shutil.rmtree(earlier)
         # Into every `trainer_state.json`, from where the report page takes what neither adapter nor log says.
         read = data.sources(self.given.script, self.given.mixture)
         facts = {"data": read, "learning_rate": args.learning_rate}

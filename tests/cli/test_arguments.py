@@ -67,6 +67,8 @@ GIVEN = {
     "both": (BLOCK, {"structlora.gate_init": 0.7}, {**BLOCK, "gate_lr": 0.05, "gate_init": 0.7}),
     "dotted": ({}, {"structlora.noise": "off", "structlora.roles": "{a: write}"}, {"noise": "off", "roles": {"a": "write"}}),
     "on": (True, {}, {}),
+    "file": ("options.yaml", {}, {**BLOCK, "gate_lr": 0.05}),
+    "file and more": ("options.yaml", {"structlora.gate_init": 0.7}, {**BLOCK, "gate_lr": 0.05, "gate_init": 0.7}),
     "off": (BLOCK, {"structlora": "false"}, None),
     "off in the file": (False, {}, None),
 }  # fmt: skip
@@ -75,10 +77,16 @@ GIVEN = {
 @pytest.mark.parametrize("name", GIVEN)
 def test_options_of_ours(name, place):
     block, words, expected = GIVEN[name]
+    (place / "options.yaml").write_text(yaml.safe_dump({"structlora": BLOCK}))
     given = ["--config", config_file(structlora=block, seed=3), *command_line(words)]
     found = parse("sft", trl_script("sft"), given)
     assert found.structlora == (None if expected is None else StructLoRAConfig(**expected))
     assert found.training.seed == 3
+
+
+def test_a_key_without_a_value_leaves_the_launcher_alone(place):
+    given = ["--config", config_file(accelerate_config=None, num_processes=None)]
+    assert parse("sft", trl_script("sft"), given).launcher == []
 
 
 def test_names_that_trl_has_too_are_trls(place):

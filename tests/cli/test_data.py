@@ -6,9 +6,9 @@ import json
 
 import pytest
 from datasets import Dataset
-from trl import DatasetMixtureConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
-from structlora_trl.cli.data import sources
+from structlora_trl.cli.data import as_mixture, sources
 from tests.support.cli_runs import assert_plain_peft_agrees, config_file, trained
 from tests.support.data import chats, save_base, save_pictures, texts, write_rows
 from tests.support.left import assert_acted, state_of
@@ -43,11 +43,18 @@ def _array(folder):
     return {"dataset_name": "rows.json", "test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
 
 
+def _names(folder):
+    write_rows(folder / "more.jsonl", texts())
+    names = {"dataset_name": None, "datasets": ["data.jsonl", "more.jsonl"]}
+    return {**names, "lora_target_modules": ["self_attn.q_proj"]}
+
+
 DATA = {
     **{suffix: _one_file(suffix) for suffix in ("json", "csv", "parquet")},
     "folder": _folder,
     "split folder": lambda folder: {**_folder(folder), "test_split_size": 0.25},
     "mixture": _mixture,
+    "names": _names,
     "array": _array,
 }
 
@@ -69,6 +76,15 @@ def test_the_mixture_wins_over_the_name_as_in_trl(place, monkeypatch):
     options = {**_mixture(place), "dataset_name": "absent.jsonl"}
     trainer = trained(monkeypatch, "sft", "--config", config_file(**options))
     assert len(trainer.train_dataset) == 36
+
+
+def test_a_file_is_read_by_its_name_and_not_by_a_pattern(place):
+    for name, text in (("rows[1].jsonl", "this"), ("rows1.jsonl", "another")):
+        write_rows(place / name, [{"text": text}])
+    script, mixture = ScriptArguments(dataset_name="rows[1].jsonl"), DatasetMixtureConfig()
+    as_mixture(script, mixture)
+    assert get_dataset(mixture)["train"]["text"][:] == ["this"]
+    assert sources(script, mixture) == ["rows[1].jsonl"]
 
 
 def test_llava_with_pictures(place, monkeypatch):

@@ -86,6 +86,15 @@ MISTAKES = [
     (["sft", "--config", "block.yaml"], 1, "`gate_init`"),
     (["sft", "--config", "range.yaml"], 1, "gate_init=3"),
     (["sft", "--config", "nothing.yaml"], 1, "`structlora:`"),
+    (["sft", "--config", "dashes.yaml"], 1, "`learning-rate` in dashes.yaml (did you mean `learning_rate`?)"),
+    (["sft", "--config", "negated.yaml"], 1, "(did you mean `packing`?)"),
+    (["sft", "--config", "seedless.yaml"], 1, "`seed`"),
+    (["sft", "--config", "batchless.yaml"], 1, "per_device_train_batch_size=None"),
+    (["sft", "--config", "names.yaml"], 1, "dataset_name=['data.jsonl']"),
+    (["sft", "--config", "entry.yaml"], 1, "'pth'"),
+    (["sft", "--config", "number.yaml"], 1, "`model_name_or_path` of 5"),
+    ([*RUN, "--model_name_or_path", "./done"], 1, "an adapter in ./done"),
+    ([*RUN, "--dataset_streaming", "true", "--test_split_size", "0.5"], 1, "`dataset_streaming`"),
     ([*RUN, "--structlora.gate_init", "3"], 1, "gate_init=3"),
     ([*RUN, "--structlora.edges", "none"], 1, "edges='none'"),
     ([*RUN, "--structlora", "false", "--structlora.prior", "0.3"], 1, "structlora.prior"),
@@ -156,6 +165,13 @@ def spoilt(place):
     config_file("range.yaml", structlora={"gate_init": 3})
     config_file("nothing.yaml", structlora=None)
     config_file("no_data.yaml", dataset_name=None)
+    config_file("dashes.yaml", **{"learning-rate": 0.1})
+    config_file("negated.yaml", no_packing=True)
+    config_file("seedless.yaml", seed=None)
+    config_file("batchless.yaml", per_device_train_batch_size=None)
+    config_file("names.yaml", dataset_name=["data.jsonl"])
+    config_file("entry.yaml", dataset_name=None, datasets=[{"pth": "data.jsonl"}])
+    config_file("number.yaml", model_name_or_path=5)
     config_file("hollow.yaml", dataset_name=None, datasets=[{"path": "json", "data_files": "empty.jsonl"}])
     for name, data in [("online", "data"), ("prompts", "prompts")]:
         online = {**SETTINGS, "dataset_name": f"{data}.jsonl", "num_generations": 4}

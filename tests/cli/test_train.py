@@ -160,6 +160,19 @@ def test_interrupted(save_steps, words, place, monkeypatch, capsys):
     assert ("checkpoint-2" in last[0]) == (save_steps == 1)
 
 
+def test_overwrite_leaves_no_checkpoint_of_the_run_before(place, monkeypatch):
+    """It would pass for one of this run, and be the one to continue from."""
+    given = config_file(save_strategy="steps", save_steps=2, max_steps=4)
+    trained(monkeypatch, "sft", "--config", given)
+    trained(monkeypatch, "sft", "--config", given, "--overwrite", "--max_steps", "3")
+    trained(monkeypatch, "sft", "--config", given, "--overwrite", "--resume_from_checkpoint", "true")
+    assert {path.name for path in Path("out").glob("checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-4",
+    }
+
+
 def test_an_error_in_training_keeps_its_traceback(place, monkeypatch):
     """It may be of anybody's code, so that it is not put down to what the user gave."""
 

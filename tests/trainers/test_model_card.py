@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from structlora_trl import StructLoRACallback, attach
-from structlora_trl.model_card import HEADING, TAG
+from structlora_trl.model_card import HEADING, TAG, undescribe
 from tests.support.jobs import plain, sft
 from tests.support.tiny import adamw, attached, logits_of, peft_model, train
 
@@ -16,7 +16,7 @@ from tests.support.tiny import adamw, attached, logits_of, peft_model, train
 def check(text: str, option: str = "gate_init=0.8") -> None:
     card = ModelCard(text)
     assert TAG in card.data.tags
-    assert text.count(HEADING) == 1 and option in text and "plain LoRA adapter" in text
+    assert text.count(f"\n{HEADING}\n") == 1 and option in text and "plain LoRA adapter" in text
 
 
 @pytest.mark.parametrize("job", [sft, plain])
@@ -48,16 +48,27 @@ def test_the_card_of_vera_names_what_loads_it(tmp_path):
     assert "plain VeRA adapter" in section and "LoRA adapter" not in section and "vLLM" not in section
 
 
-def test_text_around_the_section_is_kept(tmp_path):
+BESIDE = ["## My notes\n\nKeep this.", "Keep this.", "# My notes\n\nKeep this.", "### My notes\n\nKeep this."]
+BESIDE += ["## StructLoRA vs LoRA\n\nKeep this.", "### StructLoRA\n\nKeep this."]
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("above", [False, True])
+def test_text_around_the_section_is_kept(beside, above, tmp_path):
     model = peft_model()
-    attach(model, adamw(model))
+    runtime = attach(model, adamw(model))
     model.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
-    card.write_text(card.read_text() + "\n## My notes\n\nKeep this.\n")
+    text = card.read_text()
+    place = text.index(f"\n{HEADING}\n") if above else len(text)
+    card.write_text(f"{text[:place]}\n{beside}\n{text[place:]}")
     model.save_pretrained(tmp_path)
     text = card.read_text()
-    assert text.count("Keep this.") == 1 and text.count("## My notes") == 1
+    assert text.count(beside) == 1 and text.count(f"\n{HEADING}\n") == 1
     check(text, "Options other than the defaults: none")
+    runtime.detach()
+    undescribe(card)
+    assert card.read_text().count(beside) == 1 and f"\n{HEADING}\n" not in card.read_text()
 
 
 def test_plain_runs_have_plain_cards(tmp_path):
