@@ -125,7 +125,7 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
         busiest += times * left * FP32 * side.numel / holders
     gathers, gathered = sum(map(lots, wholes)), left * sum(map(sum, wholes))
     reduced = FP32 * reduced_count(stack, method)
-    return Communication(sum(travelling.values()), gathers, 1, exchanged, gathered, busiest, reduced)
+    return Communication(sum(travelling.values()), gathers, 2, exchanged, gathered, busiest, reduced)
 
 
 def lots(sizes: list[int]) -> int:
@@ -146,8 +146,9 @@ def is_whole_in_model(side: Side, engine: str) -> bool:
 
 
 def reduced_count(stack: Stack, method: str) -> int:
-    """Numbers of the one all-reduce: gradients of logits and Θ, and two flags: for NaN, and for weights written from outside.
-    The first step after a log has some more, which a metric is made of.
+    """Numbers of the two all-reduces: a flag before the first training forward, for weights written from outside; and at the
+    step gradients of logits and Θ, that flag again, and one for NaN. The first step after a log has some more, which a metric
+    is made of.
     """
     config = StructLoRAConfig(**OURS[method])
     logits = theta = 0
@@ -156,7 +157,7 @@ def reduced_count(stack: Stack, method: str) -> int:
             logits += side.depths * side.rank
         if side.is_compared and config.coordinator != "none":
             theta += config.coordinator_layers * side.rank**2
-    return 2 + logits + theta
+    return 3 + logits + theta
 
 
 @dataclass(frozen=True)

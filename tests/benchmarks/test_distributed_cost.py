@@ -43,7 +43,7 @@ def exchanged(count: int, ranks: int) -> float:
 
 
 def reduced(count: int, ranks: int) -> float:
-    flags = 2  # for NaN, and for weights written from outside
+    flags = 3  # for weights written from outside, twice, and for NaN
     return 2 * (ranks - 1) / ranks * 4 * (flags + count)
 
 
@@ -54,12 +54,12 @@ def reduced(count: int, ranks: int) -> float:
     [
         ("ddp", "gates", 0, 0, 0),
         ("ddp", "structlora", 0, 0, 0),
-        ("fsdp2", "gates", 0, 0, 1),
-        ("fsdp2", "structlora", 4 * OF_A, 0, 5),
-        ("zero1", "gates", 3 * OF_B, 2 * OF_B, 6),
-        ("zero2", "structlora", 3 * (OF_A + OF_B), OF_A + 2 * OF_B, 9),
-        ("zero3", "gates", 0, 2 * OF_B, 3),  # so small that they stay whole on every rank
-        ("zero3", "structlora", 3 * OF_A, OF_A + 2 * OF_B, 6),
+        ("fsdp2", "gates", 0, 0, 2),
+        ("fsdp2", "structlora", 4 * OF_A, 0, 6),
+        ("zero1", "gates", 3 * OF_B, 2 * OF_B, 7),
+        ("zero2", "structlora", 3 * (OF_A + OF_B), OF_A + 2 * OF_B, 10),
+        ("zero3", "gates", 0, 2 * OF_B, 4),  # so small that they stay whole on every rank
+        ("zero3", "structlora", 3 * OF_A, OF_A + 2 * OF_B, 7),
     ],
 )
 def test_communication_of_a_step(engine, method, moved, gathered, collectives, ranks):
@@ -115,7 +115,7 @@ def test_counts_that_the_model_does_not_predict_are_told():
     counts = {name: expected for name, (expected, _) in predicted.items()}
     assert not list(distributed.disagreements(2, "fsdp2", {"gates": counts}))
     (told,) = distributed.disagreements(2, "fsdp2", {"gates": {**counts, "collectives": 3}})
-    assert told == "fsdp2, 2 processes, gates: collectives is 3, the model predicts 1"
+    assert told == "fsdp2, 2 processes, gates: collectives is 3, the model predicts 2"
 
 
 def test_ratios_are_taken_within_a_round():
