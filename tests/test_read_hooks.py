@@ -175,6 +175,7 @@ def test_parts_of_every_kind_of_adapter_are_ways_into_the_model(part):
 def test_activation_checkpointing_by_torchs_wrapper_changes_no_names(tmp_path):
     """As accelerate's `fsdp_activation_checkpointing` does it."""
     model = peft_model()
+    model.config.use_cache = False  # which recomputing would fill once more
     layers = model.get_base_model().model.layers
     for index in range(len(layers)):
         layers[index] = checkpoint_wrapper(layers[index])
