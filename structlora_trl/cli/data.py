@@ -34,7 +34,8 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
     Raises:
         StructLoRAError: no data, a path that does not exist, or an empty file.
     """
-    if mixture.test_split_size is not None and (script.dataset_streaming or mixture.streaming):
+    is_streamed = mixture.streaming if mixture.datasets else script.dataset_streaming
+    if mixture.test_split_size is not None and is_streamed:
         raise StructLoRAError(
             "`test_split_size` and streamed rows, whose number is not known",
             "one of them",
@@ -137,12 +138,8 @@ def _parts(given) -> list[DatasetConfig]:
         "a list of names, paths or entries such as `- path: rows.jsonl`",
         "correct the entry",
     ):
-        parts = [
-            DatasetConfig(**({"path": entry} if isinstance(entry, str) else entry))
-            if isinstance(entry, (str, dict))
-            else entry
-            for entry in entries
-        ]
+        entries = [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+        parts = [DatasetConfig(**entry) if isinstance(entry, dict) else entry for entry in entries]
     odd = [part for part in parts if not isinstance(part, DatasetConfig)]
     if odd:
         raise StructLoRAError(

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from ..errors import StructLoRAError
 from .residual_roles import RESIDUAL_ROLES
 
+# What torch's wrapper for activation checkpointing adds to names.
+CHECKPOINTED = "_checkpoint_wrapped_module."
 # What PEFT calls the factors of a module, LoRA's and VeRA's.
-CHECKPOINTED = (
-    "_checkpoint_wrapped_module."  # what torch's wrapper for activation checkpointing adds to names
-)
 FACTOR = r"(lora_(embedding_)?(?P<factor>[AB])|vera_lambda_d)"
 _PARAMETER = re.compile(rf"^(?P<module>.+)\.{FACTOR}\.(?P<adapter>[^.]+)(\.weight)?$")
 # Numbers that tell experts apart: experts of one layer are not depths.

@@ -113,7 +113,9 @@ class Engine(ABC):
         """When closed, autograd takes what stands for what stood: for values put back before a backward."""
         return ExitStack()
 
-    def _to_fill(self, fill_missing: list[bool], missing: Callable[[nn.Parameter], bool]) -> set[int]:
+    def _to_fill(
+        self, fill_missing: list[bool], missing: Callable[[nn.Parameter], bool] = lambda p: p.grad is None
+    ) -> set[int]:
         """Ids of the parameters that get a gradient where `missing` says that they have none."""
         return {
             id(p)

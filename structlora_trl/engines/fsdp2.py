@@ -65,7 +65,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         self._sharded_modules = []
 
     def read_gradients(self) -> list[Factors] | None:
-        if all(parameter.grad is None for parameter in self._trained):
+        if not self._has_gradients():
             return None
         return self._mapped.to_slices(
             lambda p: torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad)
@@ -73,7 +73,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
-        filled = self._to_fill(fill_missing, lambda p: p.grad is None)
+        filled = self._to_fill(fill_missing)
         for parameter in self._trained:
             if parameter.grad is None and id(parameter) in filled:
                 parameter.grad = torch.zeros_like(parameter)

@@ -49,7 +49,7 @@ class TensorParallelEngine(TorchEngine):
         self._group = sliced[0].device_mesh.get_group()
 
     def read_gradients(self) -> list[Factors] | None:
-        if all(parameter.grad is None for parameter in self._trained):
+        if not self._has_gradients():
             return None
         return [
             Factors(
@@ -60,7 +60,7 @@ class TensorParallelEngine(TorchEngine):
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
-        filled = self._to_fill(fill_missing, lambda p: p.grad is None)
+        filled = self._to_fill(fill_missing)
         for parameter, value in self._with_values(gradients, SIDES):
             if parameter.grad is None and id(parameter) in filled:
                 parameter.grad = torch.zeros_like(parameter)

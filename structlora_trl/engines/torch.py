@@ -141,7 +141,7 @@ class TorchEngine(Engine):
         return [Factors(*(_stack_gradients(kind, side) for side in SIDES)) for kind in self.kinds]
 
     def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
-        filled = self._to_fill(fill_missing, lambda p: p.grad is None)
+        filled = self._to_fill(fill_missing)
         targets, values = [], []
         for parameter, value in self._with_values(gradients, SIDES):
             if parameter.grad is None:
