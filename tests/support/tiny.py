@@ -382,6 +382,9 @@ def standing(runtime) -> list:
     return runtime.engine.read_working()
 
 
+evaluation_factors = standing
+
+
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):
     """`attached` after some steps, with LoRA on all linear modules."""
     model = peft_model(targets=FAMILIES["llama"].linear, dtype=dtype)
