@@ -75,9 +75,13 @@ class TorchEngine(Engine):
                 return None
             self._step_depth, self._step_frame = 1, _caller_in(_OPTIMIZER_FILE)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
-            with torch.enable_grad():
-                loss = None if closure is None else closure()  # at the effective weights
-            stepped = before_step()
+            try:
+                with torch.enable_grad():
+                    loss = None if closure is None else closure()  # at the effective weights
+                stepped = before_step()
+            except BaseException:
+                self._step_depth, self._step_frame = 0, None  # nothing to put back: no latents stand yet
+                raise
             if not stepped:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
@@ -92,13 +96,13 @@ class TorchEngine(Engine):
 
         @_disable_dynamo
         def after(optimizer, args, kwargs):
-            self._step_depth -= 1
-            if self._step_depth:
+            if self._step_depth > 1:
+                self._step_depth -= 1
                 return
-            self._step_frame = None
             with map_context(self.kinds[0].device):
                 self._take()
             after_step(stepped)
+            self._step_depth, self._step_frame = 0, None
 
         self._sides = mapped
         self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
