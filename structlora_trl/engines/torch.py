@@ -94,13 +94,13 @@ class TorchEngine(Engine):
 
         @_disable_dynamo
         def after(optimizer, args, kwargs):
-            self._step_depth -= 1
-            if self._step_depth:
+            if self._step_depth > 1:
+                self._step_depth -= 1
                 return
-            self._step_frame, self._is_stepping = None, False
             with map_context(self.kinds[0].device):
                 self._take()
             after_step(stepped)
+            self._step_depth, self._step_frame, self._is_stepping = 0, None, False
 
         self._sides = mapped
         self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
