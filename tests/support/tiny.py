@@ -382,7 +382,13 @@ def standing(runtime) -> list:
     return runtime.engine.read_working()
 
 
-evaluation_factors = standing
+def evaluation_factors(runtime) -> list:
+    """What each kind's map makes of its latents, fp32; this rank's slices under an engine that shards."""
+    from structlora_trl.map_context import map_context
+
+    latents = runtime.engine.read_latents(everything=True)
+    with map_context(runtime.device), torch.no_grad():
+        return [m(latent) for m, latent in zip(runtime.maps, latents, strict=True)]
 
 
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):
