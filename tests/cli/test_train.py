@@ -65,13 +65,13 @@ def test_what_init_prints_trains(command, place, monkeypatch, capsys):
     reward_model().save_pretrained("judge")
     tokenizer().save_pretrained("judge")
     (place / "run.yaml").write_text(printed, encoding="utf-8")
-    here = {**SETTINGS, "dataset_name": "data.jsonl", "eval_steps": 3, **more}
+    here = {**SETTINGS, "dataset_name": "data.jsonl", **more}
     trainer = trained(monkeypatch, command, "--config", "run.yaml", *command_line(here))
     assert type(trainer).__name__ == trainer_name
     options, _ = assert_acted("out")
     assert options == StructLoRAConfig().options() | {"seed": options["seed"]}
     assert trainer.model.peft_config["default"].r == yaml.safe_load(printed)["lora_r"]
-    assert yaml.safe_load(printed)["save_steps"] > 0
+    assert {"save_steps", "save_strategy"} & yaml.safe_load(printed).keys()
     is_online = command in ("grpo", "rloo")  # which log rewards in place of a held-out loss
     logged = "reward" if is_online else "eval_loss"
     assert any(logged in entry for entry in trainer.state.log_history)
@@ -111,13 +111,33 @@ def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys)
     given, card = config_file(output_dir="my out"), Path("my out", "README.md")
     trained(monkeypatch, "sft", "--config", given)
     assert HEADING in card.read_text() and TAG in ModelCard.load(card).data.tags
-    assert "`structlora inspect 'my out'`" in capsys.readouterr().out
+    assert "structlora inspect 'my out' --html report.html" in capsys.readouterr().out
     card.write_text(card.read_text() + "\n## My notes\n\nKeep this.\n")
     trained(monkeypatch, "sft", "--config", given, "--structlora", "false", "--overwrite")
     assert HEADING not in card.read_text() and TAG not in ModelCard.load(card).data.tags
     assert card.read_text().count("## My notes\n\nKeep this.") == 1
-    assert not Path("my out", STATE_NAME).exists() and "inspect" not in capsys.readouterr().out
+    assert not Path("my out", STATE_NAME).exists() and "--structlora false" not in capsys.readouterr().out
     assert main(["inspect", "my out"]) == 0
+
+
+def test_a_run_says_what_it_is_and_what_may_come_next(place, monkeypatch, capsys):
+    """Before the first step: rows, batch, steps, passes, parameters. After the last: losses, size, commands."""
+    held_out = {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
+    given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=4, output_dir="my out")
+    trainer = trained(monkeypatch, "sft", "--config", given, "--seed", "7", "--output_dir", "out")
+    said = capsys.readouterr().out
+    assert "18 rows, 4 steps, batch 8, 1.6 passes over the rows, 6 rows held out." in said
+    parameters = [p for p in trainer.model.parameters()]
+    count = sum(p.numel() for p in parameters if p.requires_grad)
+    assert f"{count:,} of {sum(p.numel() for p in parameters):,} parameters are trained" in said
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert f"held-out loss {losses[-1]:.4g}" in said
+    weights = Path("out", "adapter_model.safetensors").stat().st_size
+    assert f"out: an adapter of {weights / 1e6:.3g} MB" in said
+    again = f"structlora sft --config {given} --seed 7 --structlora false --output_dir out-lora"
+    assert again in said and "structlora export out out-small --rank 1 --data data.jsonl" in said
+    assert main(["inspect", "out", "--html", "report.html"]) == 0
+    assert main(again.split()[1:]) == 0
 
 
 def test_8_bit(place, monkeypatch):
