@@ -91,7 +91,9 @@ def main() -> None:
     write_report(results, seed, OUTPUT)
     write_page(OUTPUT)
     print(f"\n{table(results)}\n")
-    print(f"On {SENTENCES_PER_SPLIT} held-out sentences. NLL: of the right answer, between the two answers.")
+    print(
+        f"On {SENTENCES_PER_SPLIT} held-out sentences. Held-out loss: negative log-likelihood of the right answer, between the two."
+    )
     print(
         f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT} and {GATE_PLOT}; both runs side by side: {OUTPUT / PAGE}"
     )

@@ -19,13 +19,14 @@ NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
 COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}
 SMOOTHING = 4  # steps to either side in the running mean of a loss curve
 LAST = 10  # steps whose mean is the loss at the end
+MEASURE = "held-out loss"  # as the report page calls it too
 
 LOSS_PLOT, GATE_PLOT, REPORT, PAGE = "loss.png", "gates.png", "report.md", "report.html"
 
 
 def table(results: dict[str, dict]) -> str:
     """A Markdown table that also reads well on a terminal."""
-    rows = [("", "accuracy", "NLL (nats)", "CPU s per step", "peak memory")]
+    rows = [("", "accuracy", MEASURE, "CPU s per step", "peak memory")]
     for method, result in results.items():
         speed = f"{result['cpu_seconds_per_step']:.2f}" if "cpu_seconds_per_step" in result else "–"
         memory = f"{result['peak_memory'] / 1e9:.2f} GB"
@@ -65,6 +66,8 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
 def write_page(directory: Path) -> None:
     """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
     runs = [Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
+    for run in runs:  # the page is to be shown to others: a model's name, and no path of this machine
+        run.saved.lora.base_model_name_or_path = Path(run.saved.lora.base_model_name_or_path).name
     write_runs(directory / PAGE, runs)
 
 
@@ -91,10 +94,11 @@ answer tokens alone: rank {recipe["rank"]}, {modules}, learning rate {recipe["le
 Both runs have the same arguments; StructLoRA adds `callbacks=[StructLoRACallback()]`.
 
 The table is of {held_out} other sentences. Accuracy: how often the right one of the two answers is the likelier.
-NLL: mean negative log-likelihood of the right answer, where the probabilities of the two answers are scaled to sum to
-one. CPU seconds per step: the median, over all cores; on two idle cores a step takes about half as long. The two runs follow
-each other, and other work on the machine lengthens steps, so that a difference here may be that: for a ratio, run
-`benchmarks/cost`, which takes steps of both in turn. Peak memory: of each row's own process."""
+Held-out loss: mean negative log-likelihood of the right answer in nats, where the probabilities of the two answers are
+scaled to sum to one; `{PAGE}` shows the same number. CPU seconds per step: the median, over all cores; on two idle
+cores a step takes about half as long. The two runs follow each other, and other work on the machine lengthens steps, so
+that a difference here may be that: for a ratio, run `benchmarks/cost`, which takes steps of both in turn. Peak memory:
+of each row's own process."""
 
 
 def _comparison(results: dict[str, dict]) -> str:
@@ -107,7 +111,7 @@ def _comparison(results: dict[str, dict]) -> str:
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     change = f"{difference.mean():+.3f}, with a standard error over sentences of {error:.3f}"
     return f"""{verdicts} (sign test: p = {_sign_test(gained, lost):.2f}).
-From LoRA to StructLoRA the NLL changes by {change}; less is better.
+From LoRA to StructLoRA the held-out loss changes by {change}; less is better.
 This is one seed of one small task: a demonstration, not a benchmark."""
 
 
