@@ -122,11 +122,6 @@ def _config_of(given: Arguments) -> PreTrainedConfig:
         causes = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
-        expected = "a folder with a model, or a model of the hub that can be reached"
-        found, remedy = (
-            f"a model that cannot be read, model_name_or_path={name!r}",
-            "correct `model_name_or_path`",
-        )
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             found = (
                 f"a model of the hub for which a licence is to be accepted first, model_name_or_path={name!r}"
@@ -138,12 +133,17 @@ def _config_of(given: Arguments) -> PreTrainedConfig:
         elif not Path(name).is_dir() and isinstance(error, OSError):
             found = f"no folder {name} here, and a hub that cannot be reached, model_name_or_path={name!r}"
             remedy = (
-                f"correct `model_name_or_path` (a folder begins with `./` or `/`), or connect to the hub; "
+                "correct `model_name_or_path` (a folder begins with `./` or `/`), or connect to the hub; "
                 f"`hf download {name}` fetches it for runs without a network"
             )
+        else:
+            found = f"a model that cannot be read, model_name_or_path={name!r}"
+            remedy = "correct `model_name_or_path`, or the files of the model"
         message = " ".join(str(causes[-1]).split()).rstrip(".")
         raise StructLoRAError(
-            f"{found} ({type(causes[-1]).__name__}: {message})", expected, remedy
+            f"{found} ({type(causes[-1]).__name__}: {message})",
+            "a folder with a model, or a model of the hub that can be reached",
+            remedy,
         ) from error
 
 
