@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from tests.support.cli_runs import (
 from tests.support.data import (
     BLOCKS_OF_64,
     better_and_worse,
-    chats,
     labelled,
     preferences,
     prompts,
@@ -37,7 +35,6 @@ from tests.support.data import (
     write_rows,
 )
 from tests.support.jobs import reward_model
-from tests.support.launching import ROOT
 from tests.support.left import assert_acted, state_of
 from tests.support.tiny import assert_same, tokenizer
 
@@ -215,19 +212,3 @@ def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
     assert_same(*(load_file(folder / STATE_NAME) for folder in (Path("out"), best)))
     assert_plain_peft_agrees(trainer.model, "out")
     assert main(["inspect", "out"]) == 0  # adapter and state belong together
-
-
-def test_the_readme_config_runs_as_pasted(place, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pasted = re.search(r"```yaml\n(model_name_or_path:.*?)```", text, re.DOTALL)[1]
-    config = yaml.safe_load(pasted)
-    Path("run.yaml").write_text(pasted)
-    (place / "base").rename(place / "there")
-    (place / config["model_name_or_path"]).parent.mkdir(parents=True)
-    (place / "there").rename(place / config["model_name_or_path"])
-    (place / config["dataset_name"]).mkdir(parents=True)
-    write_rows(place / config["dataset_name"] / "train.jsonl", chats())
-    here = command_line({"use_cpu": True, "bf16": False, "max_steps": 3})
-    trainer = trained(monkeypatch, "sft", "--config", "run.yaml", *here)
-    assert_acted(config["output_dir"])
-    assert_plain_peft_agrees(trainer.model, config["output_dir"])
