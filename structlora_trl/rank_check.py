@@ -23,6 +23,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
 def refuse_disagreement(facts: dict, device: torch.device) -> None:
     """Stop all ranks where their facts differ.
 

@@ -3,10 +3,10 @@
 A state is one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the adapter,
 written whole or not at all:
 
-    header                       JSON: format, seed, step, skipped_steps, schedule, options; of each kind its modules,
-                                 shape, compared sides and what it adapts
+    header                       JSON: format, step, skipped_steps, schedule, options; of each kind its modules, shape,
+                                 compared sides and what it adapts
     KIND/latent_A, latent_B      latent factors of the nodes, fp32
-    KIND/...                     `state_dict()` of the kind's map: filters, origins, graph, Θ
+    KIND/...                     `state_dict()` of the kind's map: origins, graph, Θ, selection
     KIND/optimizer.NAME.MOMENT   the map's AdamW, for each parameter of the map
 
 In the file the header is metadata that a person can read.
@@ -33,34 +33,21 @@ from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError
-from .older_state import FORMAT, upgrade
 
 STATE_NAME = "structlora.safetensors"
+FORMAT = 5  # those before it were never released
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act
 # on nothing. (`side` and `roles` are compared by what they come to.) All others may change on resume, and act
 # from there on.
-SHAPING = (
-    *(
-        "filter",
-        "temperature",
-        "hard_gates",
-        "gate_init",
-        "keep",
-        "share_gates",
-        "head_gates",
-        "expert_gates",
-        "align_init",
-    ),
-    *("coordinator", "coordinator_layers", "activation", "edges"),
-)
+SHAPING = ("keep", "align_init", "coordinator", "coordinator_layers", "edges")
 _START_ANEW = (
     "to start StructLoRA from this adapter's weights, load it with `PeftModel.from_pretrained(..., is_trainable=True)` and "
     "train without `resume_from_checkpoint`"
 )
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER = "header"
-_FACTS = ("format", "seed", "step", "skipped_steps", "schedule", "options", "kinds")
+_FACTS = ("format", "step", "skipped_steps", "schedule", "options", "kinds")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 SlicedMap = tuple[KindMap, Factors, Slices]
@@ -103,7 +90,7 @@ class State:
 
         Args:
             config (`StructLoRAConfig`): the run's options.
-            counts (`dict[str, int]`): seed, step and skipped_steps.
+            counts (`dict[str, int]`): step and skipped_steps.
             schedule (`ScheduleShare`): where the learning rates' schedule stands.
             kinds (`Iterable`): of each kind its map, latent factors and slices.
             optimizer (`torch.optim.Optimizer`, *optional*): the maps' own.
@@ -154,10 +141,10 @@ class State:
 
     @classmethod
     def parse(cls, flat: Mapping[str, Tensor]) -> State:
-        """The state that `flatten` wrote down, of this version or an older one.
+        """The state that `flatten` wrote down.
 
         Raises:
-            StructLoRAError: it has no header, or is of a newer format; it holds NaN or infinite numbers.
+            StructLoRAError: it has no header, or is of another format; it holds NaN or infinite numbers.
         """
         tensors = dict(flat)
         try:
@@ -168,26 +155,25 @@ class State:
 
     @classmethod
     def checked(cls, header: dict, tensors: dict[str, Tensor], where: str) -> State:
-        """A state of these parts, brought to the present format.
+        """A state of these parts.
 
         Raises:
-            StructLoRAError: of a newer format; damaged, `where` saying what.
+            StructLoRAError: of another format; damaged, `where` saying what.
         """
         found = header.get("format") if isinstance(header, dict) else None
-        if found not in range(3, FORMAT + 1):
+        if found != FORMAT:
             raise StructLoRAError(
                 f"{where} in format {found}",
-                f"format {FORMAT} or older",
+                f"format {FORMAT}",
                 "use the version of structlora-trl that wrote it",
             )
         for name, x in tensors.items():
             if not isinstance(x, Tensor) or not bool(x.isfinite().all()):
                 raise damaged(where, f"NaN or infinite numbers in '{name}'")
         try:
-            header, tensors = upgrade(header, tensors)
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
-            counts = [header[name] for name in ("seed", "step", "skipped_steps")]
+            counts = [header[name] for name in ("step", "skipped_steps")]
             if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not header["kinds"]:
                 raise ValueError(f"counts {counts}, {len(header['kinds'])} kinds")
             for facts in header["kinds"].values():
@@ -251,10 +237,9 @@ class State:
                     f"{allowed[0]} and {dtype}, as in this run",
                 )
 
-    def changes(self, config: StructLoRAConfig, seed: int) -> list[str]:
+    def changes(self, config: StructLoRAConfig) -> list[str]:
         """Options that differ in a run that continues from this state, and take effect from there on."""
-        theirs = {**self.header["options"], "seed": self.header["seed"]}
-        ours = {**config.options(), "seed": seed}
+        theirs, ours = self.header["options"], config.options()
         return [f"{name} ({theirs[name]!r} -> {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
 
     def load_into(self, m: KindMap, slices: Slices, optimizer: torch.optim.Optimizer | None) -> Factors:

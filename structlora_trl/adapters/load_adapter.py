@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from ..config import StructLoRAConfig
 from ..core.diagnostics import stream_cosine, stream_products
 from ..core.expert_storage import to_nodes, to_storage
-from ..core.heads import head_numbers, heads_side
-from ..core.kinds import SIDES, Adapted, Factors, Heads, Kind, group, residual_role
+from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role
 from ..core.mapping import KindMap
 from ..core.residual_roles import RESIDUAL_ROLES
 from ..engines.slices import WHOLE
@@ -107,14 +106,9 @@ class Saved:
         """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
         return any(m.origin_B is not None for m in self.maps or ())
 
-    def gates(self, index: int) -> Tensor | None:
-        """Probability that each direction is open, (L, r), with experts (E, L, r); None without gates."""
-        return self._by_expert(index, self._openness(index)[0]) if self.maps else None
-
-    def group_gates(self, index: int) -> Tensor | None:
-        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without such gates."""
-        groups = self._openness(index)[1:] if self.maps else []
-        return self._by_expert(index, groups[0]) if groups else None
+    def kept(self, index: int) -> Tensor | None:
+        """Which directions selection has kept, (L, r), with experts (E, L, r); None without a selection."""
+        return self._by_expert(index, self.maps[index].kept) if self.maps else None
 
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
@@ -131,10 +125,6 @@ class Saved:
         kind = self.kinds[index]
         nodes = values if kind.experts == 1 else values.transpose(0, 1).flatten(0, 1)
         return dict(zip(kind.modules, nodes.unflatten(0, (len(kind.modules), -1)), strict=True))
-
-    def _openness(self, index: int) -> list[Tensor | None]:
-        with torch.no_grad(), map_context(torch.device("cpu")):
-            return self.maps[index].openness(self.latents[index])
 
     def _nodes(self, index: int) -> Factors:
         """Effective factors of a kind's nodes in fp64: squares of what is finite in fp32 stay finite."""
@@ -347,7 +337,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise StructLoRAError(
             f"a VeRA adapter in {folder}, whose update takes matrices and widths that its file does not hold",
             "a LoRA adapter, whose factors are its update",
-            "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its gates",
+            "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its structure",
         )
     if config.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         raise StructLoRAError(
@@ -448,10 +438,7 @@ def _map(name: str, state: State, path: Path) -> KindMap:
     stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
     # Of VeRA, lora_A is empty.
     kind.A, kind.B = ([nn.Parameter(factor) for factor in side if factor.numel()] for side in stored)
-    if config.head_gates and "filters.1.logits" in own and (side := heads_side(kind)):
-        kind.heads = Heads(side, own["filters.1.logits"].shape[-1])
-    numbers = head_numbers(kind).flatten() if kind.heads else None
-    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"), head_of=numbers)
+    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"))
 
 
 def _tensors_of(lora: LoraConfig, state: dict, folder: Path) -> dict[str, Tensor]:

@@ -75,19 +75,6 @@ class Adapted:
     input_side: str = "A"
 
 
-class Heads(NamedTuple):
-    """The attention heads of a module (`core/heads.py` finds them).
-
-    Args:
-        side (`str`): 'B' where they are blocks of rows of lora_B, 'A' where they are blocks of columns of
-            lora_A.
-        count (`int`): how many, all of one width.
-    """
-
-    side: str
-    count: int
-
-
 @dataclass
 class Kind:
     """LoRA modules that differ in depth alone, in its order; experts of a mixture are several at each depth.
@@ -101,7 +88,6 @@ class Kind:
         B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a
             layer; λ_d of (r,) for VeRA.
         adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
-        heads (`Heads`, *optional*): the attention heads of each, where they are gated.
         per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of
             their own.
     """
@@ -111,7 +97,6 @@ class Kind:
     A: list[nn.Parameter]
     B: list[nn.Parameter]
     adapted: Adapted = Adapted()
-    heads: Heads | None = None
     per_depth: int = 1
 
     @property
@@ -127,11 +112,6 @@ class Kind:
     def experts(self) -> int:
         """E, of each depth; 1 for what is no mixture."""
         return self.adapted.experts * self.per_depth
-
-    @property
-    def is_expert(self) -> bool:
-        """Whether its modules are experts of a mixture: one each, or all of a layer's in one parameter."""
-        return self.experts > 1 or _EXPERT.search(self.modules[0]) is not None
 
     @property
     def node_count(self) -> int:

@@ -355,7 +355,7 @@ def train(
     model.train()
     losses = []
     for step in range(first, first + steps):
-        torch.manual_seed(step)  # dropout, and nothing else, draws from it
+        torch.manual_seed(step)  # dropout and gates draw from it
         loss = loss_of(model, family, step, autocast)
         (loss if scaler is None else scaler.scale(loss)).backward()
         step_with(optimizer, scaler)
@@ -377,12 +377,9 @@ def attached(model=None, optimizer=adamw, **options):
     return model, optimizer, attach(model, optimizer, options)
 
 
-def evaluation_factors(runtime) -> list:
-    """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
-    from structlora_trl.map_context import map_context
-
-    with map_context(runtime.device):
-        return runtime._effective(None)
+def standing(runtime) -> list:
+    """The factors that stand in the model, one per kind, fp32; this rank's slices under an engine that shards."""
+    return runtime.engine.read_working()
 
 
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):
