@@ -11,7 +11,7 @@ PICTURE = Path(__file__).parent / "map.svg"
 WIDTH, HEIGHT = 480, 732
 INK, FAINT, FORWARD, BACK, FACTOR = "#24292f", "#57606a", "#0969da", "#bc4c00", "#ddf4ff"
 LARGE, SMALL = 18, 15  # of the words, in units of which the picture is 480 wide
-NOISE = (3, 11, 5, 14, 8)  # of the sketch's gates: how far each one's noise reaches
+RANK, REACH = 5, 11  # of the sketch: its gates, and how far their noise reaches
 DEPTHS, SEMANTIC = 4, ((0, 2), (1, 3))  # edges of the sketch that are not between neighbours
 SPLIT = 352  # where the second half begins
 
@@ -43,9 +43,9 @@ def _forward() -> list[str]:
     start, end = 45, 435
     gates = [
         part
-        for place, reach in enumerate(NOISE)
+        for place in range(RANK)
         for part in (
-            _circle(230, low - 56 + 28 * place, reach, FORWARD, 0.25),
+            _circle(230, low - 56 + 28 * place, REACH, FORWARD, 0.25),
             _circle(230, low - 56 + 28 * place, 4, FORWARD),
         )
     ]
@@ -72,8 +72,8 @@ def _forward() -> list[str]:
         f'<circle cx="{end - 2}" cy="{low}" r="14" fill="white" stroke="{INK}"/>',
         _words(end - 2, low + 6, "+", LARGE, anchor="middle"),
         _words(end - 2, low + 42, "y", LARGE, anchor="middle"),
-        _words(20, 296, "m: one gate per direction, noise of mean one. Its size is", SMALL),
-        _words(20, 317, "what is learned. In eval() m is 1: plain LoRA.", SMALL),
+        _words(20, 296, "m: noise of mean one on each direction, drawn for each", SMALL),
+        _words(20, 317, "example. In eval() m is 1: plain LoRA.", SMALL),
     ]
 
 

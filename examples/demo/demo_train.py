@@ -107,20 +107,17 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    started = time.perf_counter()
     scores = evaluate(trainer.model, tokenizer, held_out)
+    seconds = time.perf_counter() - started
     # The held-out loss of the report page is the NLL of the table: one measure of one set of sentences.
-    trainer.log({"eval_loss": scores["nll"]})
+    speed = {"eval_runtime": seconds, "eval_samples_per_second": len(held_out) / seconds}
+    trainer.log({"eval_loss": scores["nll"], **speed})
     trainer.save_model()
     trainer.save_state()  # the log, which the report page draws
     recipe = {**RECIPE, "examples": len(examples)}
-    seconds = progress.cpu_seconds_per_step()
-    return {"recipe": recipe, "losses": progress.losses, "cpu_seconds_per_step": seconds, **scores}
-
-
-def gates(callback: StructLoRACallback) -> dict:
-    """For each kind of module, the probability that each direction is open: one row per layer."""
-    maps = callback.runtime.maps
-    return {m.kind.name.rsplit(".", 1)[-1]: torch.sigmoid(m.filter.logits.detach()).tolist() for m in maps}
+    speed = {"cpu_seconds_per_step": progress.cpu_seconds_per_step()}
+    return {"recipe": recipe, "losses": progress.losses, **speed, **scores}
 
 
 def peak_memory() -> int:
@@ -144,7 +141,6 @@ def main() -> None:
         folder = options.output / options.method
         result = train(model, tokenizer, training, held_out, options.seed, folder, callbacks)
         for callback in callbacks:
-            result |= {"gates": gates(callback), "gate_init": callback.config.gate_init}
             save_state(callback.runtime, folder)
     result["peak_memory"] = peak_memory()
     (options.output / f"{options.method}.json").write_text(json.dumps(result))

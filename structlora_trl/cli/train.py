@@ -14,7 +14,7 @@ from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
 from ..adapters.inspecting import COMMAND_FACTS
 from ..errors import refusing
-from ..model_card import CARD_NAME, undescribe
+from ..model_card import CARD_NAME, describe_run, undescribe
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
@@ -121,6 +121,8 @@ def run(command: str, arguments: list[str]) -> None:
     finally:
         DEFAULT_CALLBACKS[:] = before
     if _is_first_process():
+        if callback is not None and not callback.config.is_off:
+            describe_run(Path(given.training.output_dir) / CARD_NAME, callback.runtime)
         print(at_end(command, arguments, given, around.history))
 
 

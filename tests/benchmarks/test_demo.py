@@ -69,7 +69,6 @@ def test_report_and_page_tell_one_measure_and_no_path(demo, tmp_path, monkeypatc
     for name, callbacks in (("lora", []), ("structlora", [StructLoRACallback()])):
         found = training.train(*task.load_base(), examples, examples, 0, out / name, callbacks)
         results[name] = {**found, "peak_memory": 0}
-    results["structlora"] |= {"gates": training.gates(callbacks[0]), "gate_init": 0.9}
     report.write_report(results, 0, out)
     report.write_page(out)
     table, page = ((out / name).read_text() for name in (report.REPORT, report.PAGE))

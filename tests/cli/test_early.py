@@ -101,7 +101,7 @@ def test_the_file_to_start_from_is_short_and_says_what_a_run_needs(name):
     short, whole = template(name), template(name, all_options=True)
     options, more = yaml.safe_load(short), yaml.safe_load(whole)
     assert len(short.splitlines()) <= 20 and options["structlora"] is True
-    assert {"gate_init", "coordinator"} <= more.pop("structlora").keys()
+    assert {"noise_variance", "coordinator"} <= more.pop("structlora").keys()
     options.pop("structlora")
     assert options == more
     assert {*GOOD, "learning_rate", "lora_r", "num_train_epochs"} <= options.keys()
