@@ -14,7 +14,6 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from demo_assets import load_sentences
 from demo_task import ANSWERS, PROMPT, evaluate, load_base
