@@ -7,7 +7,7 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from . import after_training, methods, pretrain
+from . import after_training, methods, pretrain, shrinking
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .settings import CUT_SEEDS
 from .store import KEY
@@ -37,6 +37,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     batches = task.batches(examples, seed)
     selection = method.selection(model, optimizer, training, task, seed)
     average = AveragedModel(model) if method.tail_average else None
+    squeeze = shrinking.Squeeze(model, optimizer, rank, steps=task.steps, **method.squeeze) if method.squeeze else None
     model.train()
 
     def train(first: int, last: int) -> None:
@@ -53,6 +54,8 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
             if hasattr(model.base_model, "update_and_allocate"):
                 model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
             optimizer.zero_grad()
+            if squeeze:
+                squeeze.after(step + 1)
 
     if selection:
         selection.until_cut(train, schedule, (task_name, rank, examples, lr, seed))
@@ -93,6 +96,10 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     def tested() -> dict:
         return evaluate(model, test)
 
+    if method.shrink:
+        return line | {"shrunk": shrinking.shrink(model, training, seed=seed, test=tested, **method.shrink)}
+    if method.squeeze:
+        return line
     if method_name == "lora" and rank >= CUT_RANK:
         figures = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = figures or {"scale": 1.0, **line["test"]}

@@ -46,6 +46,8 @@ class Method:
         weight_decay (`float`): of AdamW.
         cut (`dict`, *optional*): arguments of `directions.Cut`: directions are selected in training.
         tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
+        shrink (`dict`, *optional*): arguments of `shrinking.shrink`: the adapter is made smaller after training.
+        squeeze (`dict`, *optional*): `to`, the rank to which it is halved in training (`shrinking.Squeeze`).
     """
 
     summary: str
@@ -56,6 +58,8 @@ class Method:
     weight_decay: float = WEIGHT_DECAY
     cut: dict | None = None
     tail_average: bool = False
+    shrink: dict | None = None
+    squeeze: dict | None = None
 
     def prepare(self, task: Task, rank: int, examples: int, lr: float, seed: int):
         """The model to train, its optimizer and, for StructLoRA, the runtime."""
@@ -167,6 +171,8 @@ METHODS = {
     "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
     "select": Method("LoRA, directions selected in training", cut={}),
+    "shrink": Method("LoRA, made smaller after training", shrink={}),
+    "squeeze": Method("LoRA-Squeeze", squeeze={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "structlora-dropout-0.1": Method("StructLoRA, lora_dropout 0.1", {"lora_dropout": 0.1}, structlora={}),
     "structlora-average": Method(
@@ -204,7 +210,8 @@ def find(name: str) -> Method:
     """The method of that name, with options of one's own after a colon.
 
     `structlora:temperature=0.2,edges=adjacency` is StructLoRA with these options; `select:rule=fisher,keep=0.25` selects a
-    quarter of the directions by that rule.
+    quarter of the directions by that rule; `shrink:keep=0.25` makes the trained adapter smaller by all rules, and
+    `squeeze:to=4` squeezes it to rank 4 in training.
     """
     base, _, given = name.partition(":")
     method = METHODS[base]
@@ -212,7 +219,9 @@ def find(name: str) -> Method:
         return method
     options = dict(part.split("=") for part in given.split(","))
     options = {option: _parse(value) for option, value in options.items()}
-    changed = "cut" if method.cut is not None else "structlora"
+    changed = next(
+        (name for name in ("cut", "shrink", "squeeze") if getattr(method, name) is not None), "structlora"
+    )
     return replace(
         method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}}
     )
