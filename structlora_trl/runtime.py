@@ -399,7 +399,7 @@ class Runtime:
         if is_first_rank():
             logger.warning(
                 "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the information (%d modules keep none). "
-                "`structlora export ADAPTER SMALL --prune 0` writes the saved adapter as a small file.",
+                "`structlora export ADAPTER SMALL --prune` writes the saved adapter as a small file.",
                 kept,
                 total,
                 self.step,

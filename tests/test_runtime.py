@@ -574,7 +574,7 @@ def test_semantic_edges_come_on_time(monkeypatch):
     [
         {"coordinator": "gat", "side": "both"},
         {"noise": "off"},
-        {"coordinator": "none", "noise_variance": 0.3},
+        {"coordinator": "none", "noise_variance": 0.3, "semantic_threshold": 0.5},
         {"keep": 0.25, "select_at": 10},  # saved while it gathers
     ],
     ids=str,

@@ -49,7 +49,8 @@ from .peft_scaling import (
     with_one_scale,
     with_singular_directions,
 )
-from .pruning import Pruned, prune, select, shrink
+from .pruning import Pruned, select, shrink
+from .pruning import prune as prune_zeros
 from .rows import Rows, read_rows
 from .servers import SERVERS, refuse_for
 
@@ -95,7 +96,7 @@ def export(
     *,
     rank: int | None = None,
     keep: float | str | None = None,
-    prune_below: float | None = None,
+    prune: bool = False,
     max_rank: int | None = None,
     data: str | Path | Sequence[dict] | None = None,
     split: str | None = None,
@@ -115,7 +116,7 @@ def export(
             of `data`, or without data the largest singular values; see `shrink`.
         keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a
             share of the information ("99%"), over the whole model; see `select`. Ranks differ then.
-        prune_below (`float`, *optional*): drop directions that are open with a probability below it.
+        prune (`bool`, *optional*, defaults to False): drop directions that add nothing, as `keep` leaves them.
         max_rank (`int`, *optional*): with `keep`, most directions of a module.
         data (`str`, `Path` or rows, *optional*): examples that tell which directions to keep, and what the loss
             becomes: what `read_rows` reads, or inputs of the model with `labels`, one example each. The first
@@ -140,7 +141,7 @@ def export(
             smaller, or that the server cannot load; a base model that cannot be loaded or probed, or one that
             training changed in a way that PEFT does not repeat; a full disk. Nothing is written then.
     """
-    sizes = [{"rank": rank, "keep": keep, "prune_below": prune_below}]
+    sizes = [{"rank": rank, "keep": keep, "prune": prune}]
     more = {"max_rank": max_rank, "data": data, "split": split, "distil": distil, "server": server}
     return _export(saved, Path(out), [""], sizes, **more, dtype=dtype, merge=merge, base=base, probe=probe)[0]
 
@@ -304,8 +305,8 @@ def _refuse_contradictions(
 
 
 def _smaller(saved: Saved, size: dict, max_rank: int | None, one_rank: bool, trial: _Trial) -> Pruned | None:
-    if size.get("prune_below") is not None:
-        return prune(saved, size["prune_below"], one_rank)
+    if size.get("prune"):
+        return prune_zeros(saved, one_rank)
     if size.get("keep") is not None:
         return select(saved, size["keep"], trial.information(), max_rank, one_rank)
     if size.get("rank") is not None:

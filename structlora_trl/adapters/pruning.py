@@ -83,60 +83,32 @@ class Pruned:
         return sum(len(expert) for experts in self.kept.values() for expert in experts)
 
 
-def openness(saved: Saved) -> dict[str, Tensor]:
-    """Module -> (E or 1, r), the probability that each of its directions is open.
-
-    Raises:
-        StructLoRAError: no state, no learned gates, or an adapter that holds base weights (PiSSA, KaSA).
-    """
-    if saved.maps is None:
-        raise StructLoRAError(
-            f"no StructLoRA state beside the adapter in {saved.folder}, so that its gates are unknown",
-            "structlora.safetensors, which each checkpoint and each output folder of `structlora sft` holds",
-            "give a checkpoint of the run that made the adapter, or select with `--rank` or `--keep`, which need no gates",
-        )
-    if saved.holds_base_weights:
-        raise StructLoRAError(
-            "an adapter whose directions began as part of the base weights",
-            "directions that start at zero",
-            "export without pruning",
-        )
-    found = {}
-    for index in range(len(saved.kinds)):
-        gates = saved.gates(index)
-        if gates is None:
-            raise StructLoRAError(
-                f"filter='{saved.config.filter}', which learns no gates",
-                "filter 'ib' or 'topk_norm'",
-                "select with `--rank` or `--keep`, which need no gates, or train with gates",
-            )
-        found |= saved.by_module(index, gates)
-    return found
-
-
-def prune(saved: Saved, threshold: float, one_rank: bool = False) -> Pruned:
-    """Drop directions whose gate is open with probability below `threshold`.
+def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
+    """Drop directions that add nothing: those that `keep` closed while training, whose lora_B is zero.
 
     Args:
-        saved (`Saved`): an adapter with StructLoRA's state.
-        threshold (`float`): above 0, at most 1.
+        saved (`Saved`): any adapter.
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
+    Returns:
+        `Pruned`, or None where every direction adds something.
+
     Raises:
-        StructLoRAError: a threshold out of range, one above every gate, or as `openness`.
+        StructLoRAError: no direction adds anything.
     """
-    if not 0 < threshold <= 1:
-        raise StructLoRAError(f"a threshold of {threshold}", "a probability above 0, at most 1", "try 0.05")
-    gates = openness(saved)
-    largest = max(float(values.max()) for values in gates.values())
-    if largest < threshold:
+    adds = {}
+    for index in range(len(saved.kinds)):
+        factors = saved.factors(index)  # A (L, r, k), B (L, d, r), with experts before them
+        adds |= saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
+    if not any(bool(of_module.any()) for of_module in adds.values()):
         raise StructLoRAError(
-            f"a threshold of {threshold:g} above every gate (the most open one is at {largest:.3g})",
-            "one that leaves some direction",
-            f"give a threshold below {largest:.3g}, or select with `--rank` or `--keep`, which need no gates",
+            "an adapter none of whose directions changes the model",
+            "a trained adapter",
+            "give a checkpoint of a later step",
         )
-    open_ = {module: values >= threshold for module, values in gates.items()}
-    kept, spared, left_out = _kept(saved, open_, gates)
+    if all(bool(of_module.all()) for of_module in adds.values()):
+        return None
+    kept, spared, left_out = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
     return Pruned(saved.lora, saved.tensors, kept, one_rank, spared, left_out)
 
 

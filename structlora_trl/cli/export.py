@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from ..config import share_to_keep
 from .arguments import parser_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..adapters.export import Export
     from ..adapters.load_adapter import Saved
 
@@ -24,8 +21,7 @@ Smaller:
   --keep SHARE   the share of all directions (0.25) that matters most over the whole model, or the fewest that carry a share
                  of the information (99%). Ranks then differ by module (`rank_pattern`), and modules that keep nothing are
                  left out: the smallest file for a given loss, and no smaller in a server's memory; --max-rank limits it.
-  --prune T      drops directions whose gate is open with a probability below T, in runs whose gates did close (`keep`, a
-                 lower `prior`, a higher `kl_weight`).
+  --prune        drops directions that add nothing: those that `keep` closed while training.
   --distil       then some hundred steps in which the smaller adapter learns the outputs of the whole one on these rows. No
                  labels are needed. One row in eight is held out, and the best weights on these are kept.
 Several sizes in one call (--rank 8 4 2) are written to folders of their own, with a table.
@@ -67,7 +63,7 @@ def run(command: str, arguments: list[str]) -> None:
     rule.add_argument(
         "--keep", nargs="+", metavar="SHARE", help="this share of all directions, or N%% of the information"
     )
-    rule.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
+    rule.add_argument("--prune", action="store_true", help="drop directions that add nothing")
     parser.add_argument("--max-rank", type=int, metavar="R", help="with --keep: most directions of a module")
     parser.add_argument(
         "--distil", action="store_true", help="let the smaller adapter learn from the whole one"
@@ -90,7 +86,6 @@ def run(command: str, arguments: list[str]) -> None:
     from ..adapters.export import export, export_sizes
     from ..adapters.load_adapter import read_saved
     from ..adapters.measuring import RANDOM
-    from ..adapters.pruning import openness
 
     saved = read_saved(given.checkpoint)
     options = {
@@ -103,13 +98,15 @@ def run(command: str, arguments: list[str]) -> None:
         done = export_sizes(saved, given.out, rank=given.rank or (), keep=given.keep or (), **options)
     else:
         one = {"rank": given.rank and given.rank[0], "keep": given.keep and given.keep[0]}
-        done = [export(saved, given.out, prune_below=given.prune, **one, **options)]
+        done = [export(saved, given.out, prune=given.prune, **one, **options)]
     if saved.maps and saved.run_folder != saved.folder:
-        print(f"Gates: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
+        print(f"State: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
     if done[0].pruned:
         print(table(saved, done))
-    if given.prune is not None and done[0].sizes[0].before == done[0].sizes[0].after:
-        print(all_open(openness(saved), given.prune))
+    if given.prune and not done[0].pruned:
+        print(
+            "Every direction adds something, so nothing was dropped. To choose by a task: `--rank 4 --data ROWS`."
+        )
     if given.keep and (lost := _costly(given.keep)):
         print(
             f"{lost} of the information is a share of what matters, and not of the size: below 90 % an adapter loses much of "
@@ -132,7 +129,7 @@ def _refuse_idle(parser, given) -> None:
         parser.error("--split needs --data")
     if given.max_rank is not None and given.keep is None:
         parser.error("--max-rank needs --keep, whose ranks it limits; --rank gives all modules one rank")
-    if given.probe is not None and (given.data is not None or not (is_chosen or given.prune is not None)):
+    if given.probe is not None and (given.data is not None or not (is_chosen or given.prune)):
         parser.error(
             "--probe needs --rank, --keep or --prune, whose cost it measures; with --data the rows are measured on"
         )
@@ -282,12 +279,3 @@ def _number(value: float) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}".replace("%", " %")
-
-
-def all_open(gates: dict[str, Tensor], threshold: float) -> str:
-    """That no gate is below a threshold; `gates` as `openness` gives them."""
-    values = sorted(gate for part in gates.values() for gate in part.flatten().tolist())
-    return (
-        f"No gate is below {threshold:g}, so nothing was dropped: the least open one is at {values[0]:.3f}, the median at "
-        f"{median(values):.3f}. To choose by what a task needs: `--rank 4 --data ROWS`."
-    )
