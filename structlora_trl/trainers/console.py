@@ -54,7 +54,7 @@ def end_lines(runtime: Runtime, trainer: Trainer, model: PeftModel) -> str:
         losses += [f"{words} {found[-1]:.4g}"] if found else []
     count, _ = model.get_nb_trainable_parameters()
     size = count * runtime.kinds[0].parameters[0].element_size()
-    smaller = ["--prune", "0"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
+    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
     commands = (["inspect", folder], ["export", folder, "SMALL", *smaller])
     lines = [
         f"StructLoRA ends: {', '.join(losses)}",
