@@ -226,7 +226,7 @@ def train(
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
     wraps = isinstance(loop, DeepSpeed) and detach_at is not None
     wrappers = [Counting(loop.wrapped)] if wraps else []
-    runtime = attach(loop.wrapped, loop.optimizer, options)
+    runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
     gates = [module.gate for module in runtime.plan.gated]
     if wraps and again_at is None:
         wrappers.append(Counting(loop.wrapped))
@@ -245,7 +245,7 @@ def train(
             runtime.detach()
             runtime.detach()
         if step == again_at:
-            runtime = attach(loop.wrapped, loop.optimizer, options)
+            runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
         evaluation_losses.append(evaluate())
         before = whole(runtime, runtime.engine.read_working())
         loop.wrapped.train()
