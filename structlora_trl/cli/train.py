@@ -113,9 +113,8 @@ def run(command: str, arguments: list[str]) -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         DEFAULT_CALLBACKS[:] = before
-    if _is_first_process():
-        hint = shlex.join(["structlora", "inspect", given.training.output_dir])
-        print("The adapter is plain LoRA." + (f" `{hint}` looks into it." if callback else ""))
+    if _is_first_process() and callback is None:
+        print("The adapter is plain LoRA.")
 
 
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:

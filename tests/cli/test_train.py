@@ -69,7 +69,7 @@ def test_what_init_prints_trains(command, place, monkeypatch, capsys):
     trainer = trained(monkeypatch, command, "--config", "run.yaml", *command_line(here))
     assert type(trainer).__name__ == trainer_name
     options, _ = assert_acted("out")
-    assert options == StructLoRAConfig().options() | {"seed": options["seed"]}
+    assert options == StructLoRAConfig().options()
     assert trainer.model.peft_config["default"].r == yaml.safe_load(printed)["lora_r"]
     assert yaml.safe_load(printed)["save_steps"] > 0
     is_online = command in ("grpo", "rloo")  # which log rewards in place of a held-out loss
@@ -94,9 +94,9 @@ def test_any_other_script_of_trl(place, monkeypatch):
 
 
 def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
-    off = ["--structlora.filter", "none", "--structlora.coordinator", "none"]
+    off = ["--structlora.noise", "off", "--structlora.coordinator", "none"]
     trained(monkeypatch, "sft", "--config", config_file(seed=3, output_dir="off"), *off)
-    block = config_file(seed=3, output_dir="plain", structlora={"gate_init": 0.6})
+    block = config_file(seed=3, output_dir="plain", structlora={"noise_variance": 0.6})
     trained(monkeypatch, "sft", "--config", block, "--structlora", "false")
     assert "plain LoRA" in capsys.readouterr().out
     assert not Path("plain", STATE_NAME).exists()
