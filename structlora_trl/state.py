@@ -189,6 +189,8 @@ class State:
             if not isinstance(x, Tensor) or not bool(x.isfinite().all()):
                 raise damaged(where, f"NaN or infinite numbers in '{name}'")
         try:
+            # An option that the writer's version lacked had today's default.
+            header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
             counts = [header[name] for name in ("step", "skipped_steps")]

@@ -32,8 +32,9 @@ class StructLoRASFTConfig(SFTConfig):
         StructLoRAError: an option is unknown or out of range.
 
     Example:
-        >>> options = {"noise_variance": 0.5}
-        >>> arguments = StructLoRASFTConfig(folder, structlora=options, learning_rate=2e-4, use_cpu=True, bf16=False)
+        >>> arguments = StructLoRASFTConfig(
+        ...     folder, structlora={"noise_variance": 0.5}, learning_rate=2e-4, use_cpu=True, bf16=False
+        ... )
         >>> arguments.structlora, arguments.learning_rate
         ({'noise_variance': 0.5}, 0.0002)
     """

@@ -369,12 +369,19 @@ def adamw(model, lr: float = 1e-2) -> torch.optim.AdamW:
 
 
 def attached(model=None, optimizer=adamw, **options):
-    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both."""
+    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both, as in a run of many
+    passes.
+    """
     from structlora_trl import attach  # here, since tests without the package use the rest of this file
 
     model = peft_model() if model is None else model
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, options)
+    return model, optimizer, attach(model, optimizer, options, passes=50)
+
+
+def standing(runtime) -> list:
+    """The factors that stand in the model, one per kind, fp32; this rank's slices under an engine that shards."""
+    return runtime.engine.read_working()
 
 
 def evaluation_factors(runtime) -> list:
