@@ -431,6 +431,11 @@ class Runtime:
         """Whether directions were selected."""
         return self.plan.select_step is not None and bool(self.maps[0].selection.is_made)
 
+    @in_map_context
+    def is_rewritten(self) -> bool:
+        """Whether other code has written weights since the last step, which the next one would refuse to drop."""
+        return not bool(self._slices.every(self.engine.written() == 0))
+
     @property
     def acted_steps(self) -> int:
         """Optimizer steps with gradients of the adapter: taken, or skipped for what was in them."""

@@ -120,10 +120,15 @@ def run(command: str, arguments: list[str]) -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         DEFAULT_CALLBACKS[:] = before
+<<<<<<< HEAD
+    if _is_first_process() and callback is None:
+        print("The adapter is plain LoRA.")
+=======
     if _is_first_process():
         if callback is not None and not callback.config.is_off:
             describe_run(Path(given.training.output_dir) / CARD_NAME, callback.runtime)
         print(at_end(command, arguments, given, around.history))
+>>>>>>> core
 
 
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:

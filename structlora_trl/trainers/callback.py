@@ -226,8 +226,9 @@ class StructLoRACallback(TrainerCallback):
 
     def _finish(self) -> None:
         """Detach, and keep what another `train()` continues from: state and weights."""
+        is_stale = self.runtime.is_rewritten()
         self.runtime.detach()
-        self._finished = self.runtime.state_dict(), self.runtime.engine.read_working()
+        self._finished = None if is_stale else (self.runtime.state_dict(), self.runtime.engine.read_working())
 
     def on_save(self, args, state, control, **kwargs):
         if self.runtime is None or not self.runtime.is_attached:
