@@ -40,7 +40,7 @@ class _Around(TrainerCallback):
     def __init__(self, given: Arguments, callback: StructLoRACallback | None, setting_up: ExitStack):
         self.given, self.callback, self._setting_up = given, callback, setting_up
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self._setting_up.pop_all()
         if self.given.overwrite and not args.resume_from_checkpoint and state.is_world_process_zero:
             # They would pass for this run's, and are of later steps than its first ones.
@@ -55,7 +55,7 @@ class _Around(TrainerCallback):
         if self.callback is None:  # which says the same
             trainer, _ = compat.calling_trainer()
             model = trainer.accelerator.unwrap_model(trainer.model)
-            print(plain_start_lines(trainer, model, train_dataloader))
+            print(plain_start_lines(trainer, model))
         if self.given.training.resume_from_checkpoint:
             print(f"Continuing from {self.given.training.resume_from_checkpoint}.")
         sys.stdout.flush()

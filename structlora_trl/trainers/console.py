@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from ..runtime import Runtime
+from .compat import passes_of
 
 # The first three of these that a run has are printed; all metrics go to trackers and the trainer's state.
 _SHOWN = ("effective_rank", "kept_share", "gradient_cosine", "stream_cosine", "drift_energy")
@@ -19,21 +20,20 @@ _PRINTED = 3
 _PREFIX = "structlora/"
 
 
-def start_lines(runtime: Runtime, trainer: Trainer, model: PeftModel, name: str, loader) -> str:
+def start_lines(runtime: Runtime, trainer: Trainer, model: PeftModel, name: str) -> str:
     """What trains, on what, and what acts.
 
     Args:
         model (`PeftModel`): that is trained; `name` is its name inside the trainer's model, "" for itself.
-        loader (`DataLoader`): of the training rows.
     """
     head, *acting = runtime.describe()
     where = f", in the PEFT model `{name}`" if name else ""
-    return _lines([f"{head}{where}", *_given(trainer, model, loader), *acting])
+    return _lines([f"{head}{where}", *_given(trainer, model), *acting])
 
 
-def plain_start_lines(trainer: Trainer, model: PeftModel, loader) -> str:
+def plain_start_lines(trainer: Trainer, model: PeftModel) -> str:
     """The same of a run without StructLoRA."""
-    return _lines(["Plain LoRA (structlora: false)", *_given(trainer, model, loader)])
+    return _lines(["Plain LoRA (structlora: false)", *_given(trainer, model)])
 
 
 def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[list[str]] = ()) -> str:
@@ -64,7 +64,7 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
 
 def next_commands(runtime: Runtime, folder: str) -> list[list[str]]:
     """What can be done with an adapter in a folder."""
-    smaller = ["--prune", "0"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
+    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
     return [["inspect", folder], ["export", folder, "SMALL", *smaller]]
 
 
@@ -81,7 +81,7 @@ def _print(printer: TrainerCallback, args, state, control, logs=None, **kwargs):
     return type(printer).on_log(printer, args, state, control, logs=brief, **kwargs)
 
 
-def _given(trainer: Trainer, model: PeftModel, loader) -> list[str]:
+def _given(trainer: Trainer, model: PeftModel) -> list[str]:
     """Rows, batch, steps and passes; parameters that are trained."""
     state, args = trainer.state, trainer.args
     is_known, held_out = has_length(trainer.train_dataset), trainer.eval_dataset
@@ -89,10 +89,8 @@ def _given(trainer: Trainer, model: PeftModel, loader) -> list[str]:
     if args.eval_strategy != "no" and not isinstance(held_out, dict) and has_length(held_out):
         rows += f", {len(held_out):,} held out"
     batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = ""
-    if has_length(loader) and len(loader):
-        share = state.max_steps * args.gradient_accumulation_steps / len(loader)
-        passes = f", {share:.3g} passes over the rows"
+    share = passes_of(trainer)
+    passes = "" if share is None else f", {share:.3g} passes over the rows"
     count, of = model.get_nb_trainable_parameters()
     return [
         f"{rows}, batch of {batch}, {state.max_steps:,} steps{passes}",
