@@ -105,7 +105,7 @@ def build_runtime(
     start = start_of(model.peft_config[adapter_name])
     kinds = parts.discover(model, adapter_name)
     refuse_unmappable(kinds, config)
-    select_step = _select_step(config, start, steps)
+    select_step = _select_step(config, model.peft_config[adapter_name], steps)
     gated, silent = [], {{"on": None, "off": "noise='off'", "auto": quiet}[config.noise]: _count(kinds)}
     if None in silent:
         gated, silent = gates_of(model, kinds, adapter_name, config, parts.gate)
@@ -149,13 +149,13 @@ def _count(kinds: list[Kind]) -> int:
     return sum(len(kind.modules) for kind in kinds)
 
 
-def _select_step(config: StructLoRAConfig, start: Start, steps: int | None) -> int | None:
+def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | None) -> int | None:
     """Optimizer steps after which directions are selected; None where they are not."""
     if config.keep is None:
         return None
-    if not start.is_zero:
+    if not start_of(adapter).is_zero:
         raise StructLoRAError(
-            f"keep={config.keep!r} and an adapter whose directions do not start at zero (`init_lora_weights`)",
+            f"keep={config.keep!r} and init_lora_weights={adapter.init_lora_weights!r}, whose directions do not start at zero",
             "directions that start at zero, so that one may be closed",
             "choose `init_lora_weights=True`, or remove `keep`",
         )

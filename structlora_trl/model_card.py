@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from .runtime import Runtime
 
@@ -22,9 +24,21 @@ _LAST = "To load it, nothing but"
 _SECTION = re.compile(rf"^{HEADING}[ \t\r]*$.*?(^{_LAST}[^\n]*$|(?=^#{{1,6}} )|\Z)", re.MULTILINE | re.DOTALL)
 
 
-def describe_run(path: Path, runtime: Runtime) -> None:
-    """Add tag and section on a run to a card, where there is a card."""
-    if path.is_file():
+def describe_run(path: Path, runtime: Runtime, model: PeftModel) -> None:
+    """Add tag and section on a run to the card of its adapter; where there is none yet, PEFT makes one.
+
+    Args:
+        path (`Path`): the card, a `README.md`. One without metadata is no model's card, and is left alone.
+        runtime (`Runtime`): of the run.
+        model (`PeftModel`): that was trained.
+    """
+    base = model.get_base_model()
+    if isinstance(base, PreTrainedModel):
+        base.add_model_tags([TAG])  # PEFT writes the tags of a card anew, from these
+    if not path.exists() and isinstance(model, PeftModel):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.create_or_update_model_card(str(path.parent))
+    if path.is_file() and path.read_text(encoding="utf-8").startswith("---"):
         describe(path, section(runtime))
 
 

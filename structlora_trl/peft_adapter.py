@@ -121,6 +121,10 @@ def _why_none(layer: nn.Module, adapter: PeftConfig, is_fused: bool) -> str | No
         return "VeRA"
     if start_of(adapter).moves_base:
         return f"init_lora_weights={adapter.init_lora_weights!r} keeps base weights in the adapter"
+    if getattr(adapter, "monteclora_config", None) is not None:  # PEFT 0.20 and later
+        return "MonteCLoRA, which has noise of its own on lora_A"
+    if getattr(adapter, "velora_config", None) is not None:  # PEFT 0.21 and later
+        return "VeLoRA, which computes lora_A by a function of its own"
     if isinstance(layer, ParamWrapper):
         return "experts in one parameter"
     if isinstance(layer, MultiheadAttention):

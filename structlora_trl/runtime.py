@@ -133,6 +133,7 @@ class Runtime:
         self._metric_steps = 0
         self._parameter_ids = {id(p) for p in self.lora_parameters() if p.requires_grad}
         self._places = _places_of(self.model, self.lora_parameters())
+        self._active = set(self.model.active_adapters)
         mapped = [mapped_sides(kind, self.config) for kind in self.kinds]
         self._maps_anything = any(mapped)
         self.engine.install(self._before_step, self._after_step, mapped)
@@ -232,23 +233,25 @@ class Runtime:
 
     def __repr__(self) -> str:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
+        return ", ".join(self.describe())
+
+    def describe(self) -> list[str]:
+        """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
         config, processes = self.config, f"{world_size()} process{'es' if world_size() > 1 else ''}"
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
         alone = [m.kind.name for m in self.maps if not m.sides and m.kind.depth_count > 1]
-        kept = (
-            ""
-            if self.plan.select_step is None
-            else f", keep={config.keep} from step {self.plan.select_step} on"
-        )
-        left_out = (
+        unknown = (
             f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if graph and alone else ""
         )
-        return (
-            f"StructLoRA on {self.engine.name}, {processes}: {len(self.kinds)} kinds ({depths}), "
-            f"{self._describe_gates()}, coordinator {config.coordinator}{graph}{left_out}{kept}"
-        )
+        step = self.plan.select_step
+        return [
+            f"StructLoRA on {self.engine.name}, {processes}: {len(self.kinds)} kinds ({depths})",
+            self._describe_gates(),
+            f"coordinator {config.coordinator}{graph}{unknown}",
+            *([] if step is None else [f"keep={config.keep} from step {step} on"]),
+        ]
 
     def _describe_gates(self) -> str:
         noise = f"gates on {self.gated_count} modules (variance {self.config.noise_variance:g})"
@@ -260,6 +263,7 @@ class Runtime:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         self.hook_calls += 1
         self._rate, self._relevance = None, []
+        self._warn_of_other_adapters()
         gradients = self.engine.read_gradients()
         if gradients is None:  # no backward has reached the adapter
             self._refuse_replaced()
@@ -326,7 +330,7 @@ class Runtime:
         select_step = self.plan.select_step
         if select_step is None or self.maps[0].selection.is_made:
             return False
-        return self.step >= min(select_step // 2, select_step - LEAST_STEPS)
+        return self.step >= self._first_informed_step()
 
     def _sum(self, pulled: list[_Pulled]) -> tuple[bool, bool, bool, list[dict[str, Tensor]]]:
         """Sum over ranks what a step needs, in one collective, the one place where it waits for the device.
@@ -399,7 +403,7 @@ class Runtime:
         if is_first_rank():
             logger.warning(
                 "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the information (%d modules keep none). "
-                "`structlora export ADAPTER SMALL --prune 0` writes the saved adapter as a small file.",
+                "`structlora export ADAPTER SMALL --prune` writes the saved adapter as a small file.",
                 kept,
                 total,
                 self.step,
@@ -474,6 +478,7 @@ class Runtime:
         latents = self.engine.read_latents(everything=True)
         kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
         state.refuse_other_run(self.config, kinds)
+        self._refuse_uninformed(state)
         changes = state.changes(self.config)
         if changes:
             logger.warning(
@@ -534,6 +539,23 @@ class Runtime:
                 "call `attach` again, with an optimizer of the model's parameters",
             )
 
+    def _refuse_uninformed(self, state: State) -> None:
+        """Stop where the selection would come before there is information on the directions."""
+        select_step, informed = self.plan.select_step, state.informed_steps
+        if select_step is None or informed is None:
+            return
+        begins = max(state.step, self._first_informed_step())
+        if informed + max(select_step - begins, 0) < LEAST_STEPS:
+            raise StructLoRAError(
+                f"a state of step {state.step}, with {informed} steps of information on its directions, and a selection at "
+                f"step {select_step} of this run",
+                f"{LEAST_STEPS} steps of information before the selection",
+                f"train for more steps, or set `select_at={max(state.step, begins) + LEAST_STEPS - informed}`",
+            )
+
+    def _first_informed_step(self) -> int:
+        return min(self.plan.select_step // 2, self.plan.select_step - LEAST_STEPS)
+
     def _refuse_unheard(self) -> None:
         """Stop where a module has a gradient and its gate has not fired: fused code went around its forward."""
         if not self._listening:
@@ -561,6 +583,17 @@ class Runtime:
                 f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
                 "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
                 "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+            )
+
+    def _warn_of_other_adapters(self) -> None:
+        """Say once of each adapter that was made active after `attach`: it is none of ours."""
+        others = set(self.model.active_adapters) - self._active
+        if others:
+            self._active |= others
+            logger.warning(
+                "Adapter %s was made active after StructLoRA was attached: what this optimizer trains of it is plain LoRA. To "
+                "train it as StructLoRA, `detach()` the runtime and attach again, with `adapter_name`.",
+                ", ".join(map(repr, sorted(others))),
             )
 
     def _refuse_replaced(self) -> None:

@@ -129,6 +129,24 @@ class State:
         """The options of the run that wrote the state."""
         return StructLoRAConfig.build(self.header["options"])
 
+    @property
+    def informed_steps(self) -> int | None:
+        """Steps of information on the directions; None where they are selected already, or never."""
+        of_kind = self.of_kind(next(iter(self.header["kinds"])))
+        is_open = not of_kind.get("selection.is_made", True)
+        return int(of_kind["selection.informed_steps"]) if is_open else None
+
+    def rewound(self) -> State:
+        """The same weights and coordinators at the start of another run: its schedule and its steps are its own."""
+        header = {**self.header, "step": 0, "skipped_steps": 0, "schedule": vars(ScheduleShare())}
+        is_open = self.informed_steps is not None
+        gathered = ("selection.information", "selection.informed_steps")
+        tensors = {
+            name: torch.zeros_like(x) if is_open and name.endswith(gathered) else x
+            for name, x in self.tensors.items()
+        }
+        return State(header, tensors)
+
     def of_kind(self, name: str) -> dict[str, Tensor]:
         """The tensors of one kind, by their names within it."""
         start = f"{name}/"
@@ -171,6 +189,8 @@ class State:
             if not isinstance(x, Tensor) or not bool(x.isfinite().all()):
                 raise damaged(where, f"NaN or infinite numbers in '{name}'")
         try:
+            # An option that the writer's version lacked had today's default.
+            header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
             counts = [header[name] for name in ("step", "skipped_steps")]
@@ -217,7 +237,7 @@ class State:
                 )
         shapes = {}
         for m, *_ in kinds:
-            shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m, self.step).items()}
+            shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m).items()}
         unknown = sorted(self.tensors.keys() - shapes)
         missing = sorted(n for n, (sizes, _) in shapes.items() if None not in sizes and n not in self.tensors)
         for m, *_ in kinds:
@@ -291,7 +311,7 @@ def _check_facts(
         raise ValueError(f"{len(modules)} modules, shape {shape}, {per_depth} at each depth, sides {sides}")
 
 
-def _shapes(m: KindMap, step: int) -> dict[str, tuple[list[tuple[int, ...] | None], torch.dtype]]:
+def _shapes(m: KindMap) -> dict[str, tuple[list[tuple[int, ...] | None], torch.dtype]]:
     """Shapes that each tensor of a kind's state may have, with None where it may be missing, and its dtype."""
     kind = m.kind
     _, _, k, d = kind.shape
@@ -303,11 +323,10 @@ def _shapes(m: KindMap, step: int) -> dict[str, tuple[list[tuple[int, ...] | Non
             shapes[f"origin_{side}"] = [shape, (1, *shape[1:])], torch.float32
         if side in m.coordinators:
             shapes[f"graph.mean_{side}"] = [shape, None], torch.float32
-    if step:
-        for name, parameter in m.named_parameters():
-            for key in _MOMENTS:
-                shape = () if key == "step" else tuple(parameter.shape)
-                shapes[f"optimizer.{name}.{key}"] = [shape, None], torch.float32
+    for name, parameter in m.named_parameters():
+        for key in _MOMENTS:
+            shape = () if key == "step" else tuple(parameter.shape)
+            shapes[f"optimizer.{name}.{key}"] = [shape, None], torch.float32
     return shapes
 
 

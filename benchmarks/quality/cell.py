@@ -7,7 +7,7 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from . import after_training, methods, pretrain
+from . import after_training, methods, pretrain, shrinking
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .settings import CUT_SEEDS
 from .store import KEY
@@ -34,6 +34,11 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     )
     start_A = {name: A.detach().clone() for name, (A, _) in lora_factors(model).items()}
     average = AveragedModel(model) if method.tail_average else None
+    squeeze = (
+        shrinking.Squeeze(model, optimizer, rank, steps=task.steps, **method.squeeze)
+        if method.squeeze
+        else None
+    )
     model.train()
     for step, chosen in enumerate(task.batches(examples, seed)):
         batch = training[chosen]
@@ -48,6 +53,8 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         if hasattr(model.base_model, "update_and_allocate"):
             model.base_model.update_and_allocate(step)  # AdaLoRA prunes here, while gradients stand
         optimizer.zero_grad()
+        if squeeze:
+            squeeze.after(step + 1)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = sum(
         p.numel() for name, p in model.named_parameters() if p.requires_grad and f".{task.head}." in name
@@ -78,11 +85,12 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         }
         runtime.detach()
 
+    def tested() -> dict:
+        return evaluate(model, test)
+
+    if method.shrink:
+        line["shrunk"] = shrinking.shrink(model, training, seed=seed, test=tested, **method.shrink)
     if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
-
-        def tested() -> dict:
-            return evaluate(model, test)
-
         figures = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = figures or {"scale": 1.0, **line["test"]}
         line["cut"] = after_training.cut(model, training, validation, seed, tested)

@@ -41,6 +41,8 @@ class Method:
         optimizer (`Callable`, *optional*): (model, rank, lr) -> another optimizer than AdamW.
         weight_decay (`float`): of AdamW.
         tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
+        shrink (`dict`, *optional*): arguments of `shrinking.shrink`: the adapter is made smaller after training.
+        squeeze (`dict`, *optional*): `to`, the rank to which it is halved in training (`shrinking.Squeeze`).
         is_former (`bool`): runs are in the store, made with an earlier version of the package; they cannot be made again.
     """
 
@@ -53,6 +55,8 @@ class Method:
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer] | None = None
     weight_decay: float = WEIGHT_DECAY
     tail_average: bool = False
+    shrink: dict | None = None
+    squeeze: dict | None = None
     is_former: bool = False
 
     def prepare(self, task: Task, rank: int, lr: float):
@@ -148,6 +152,8 @@ METHODS = {
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
     "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
+    "shrink": Method("LoRA, made smaller after training", shrink={}),
+    "squeeze": Method("LoRA-Squeeze", squeeze={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "gates": _ours("StructLoRA without coordinator", coordinator="none"),
     "former": Method("StructLoRA before gates were in the forward", is_former=True),
@@ -179,14 +185,19 @@ METHODS = {
 def find(name: str) -> Method:
     """The method of that name, with options of one's own after a colon.
 
-    `structlora:noise_variance=0.5,edges=adjacency` is StructLoRA with these options.
+    `structlora:noise_variance=0.5,edges=adjacency` is StructLoRA with these options; `shrink:keep=0.25` makes the trained
+    adapter smaller by all rules, and `squeeze:to=4` squeezes it to rank 4 in training.
     """
     base, _, given = name.partition(":")
     method = METHODS[base]
     if not given:
         return method
     options = {option: _parse(value) for option, value in (part.split("=") for part in given.split(","))}
-    return replace(method, summary=f"{method.summary}, {given}", structlora={**method.structlora, **options})
+    changed = next(
+        (name for name in ("shrink", "squeeze", "structlora") if getattr(method, name) is not None)
+    )
+    options = {**getattr(method, changed), **options}
+    return replace(method, summary=f"{method.summary}, {given}", **{changed: options})
 
 
 def _parse(value: str):

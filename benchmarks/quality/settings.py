@@ -201,9 +201,7 @@ def _cut(rank: int, name: str) -> Comparison:
 
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS),
-    "summary": Comparison(
-        _GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS, by_place=False
-    ),
+    "summary": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS, by_place=False),
     "coordinator": Comparison(_GROUPS["all"], _rows(GATES, OURS), groups=_GROUPS, by_place=False),
     "ablations": Comparison(
         _ABLATED,

@@ -184,13 +184,13 @@ def rated_prompts(kind: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _reviews() -> tuple[Split, Split, Split]:
-    found = rated_prompts("movie")[:1450]
+def _reviews(tested: int = 400) -> tuple[Split, Split, Split]:
+    found = rated_prompts("movie")[: 1050 + tested]
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm(), padding_side="left")
     encoded = tokenizer([prompt for prompt, _ in found], padding=True, return_tensors="pt")
     labels = torch.tensor([ANSWERS.index(answer) for _, answer in found])
     whole = Split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels)
-    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, 400])]
+    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, tested])]
     # Held-out sentences by length: less padding to compute.
     return (
         parts[0],
@@ -243,6 +243,16 @@ TASKS = {
     "smollm-reviews": Task(
         "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",
         _reviews,
+        SmolLM,
+        head=None,
+        targets=CHAT_LINEAR,
+        steps=40,
+        batch=8,
+        diagnosed=False,
+    ),
+    "smollm-reviews-large": Task(
+        "the same, tested on 2,000 sentences",
+        functools.partial(_reviews, 2000),
         SmolLM,
         head=None,
         targets=CHAT_LINEAR,

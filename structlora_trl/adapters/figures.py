@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 RUN_COLOURS = ("#c2410c", "#1d4ed8")
-_LINES = ("-", "--")
+_LINES = ("-", "--", ":")
 _GREY = "#8b949e"  # is seen on a white page and on a dark one
 # Text stays text, so that the page's own font and colour apply; nothing in the file depends on the time.
 _STYLE = {
@@ -280,6 +280,9 @@ def _sizes(runs: list[Run]) -> Chart:
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
                 label = " · ".join(filter(None, (_name(runs, run), order)))
                 values.setdefault(curve.value, []).append((label, points, colour, line))
+            for level, height in curve.levels.items():
+                label = " · ".join(filter(None, (_name(runs, run), level)))
+                values[curve.value].append((label, [(0, height), (1, height)], _GREY, "-"))
             shares = (f"{_at(points, 0.25):.3g} by {order}" for order, points in curve.orders.items())
             at_quarter.append(f"{curve.value} {', '.join(shares)}")
         if at_quarter:

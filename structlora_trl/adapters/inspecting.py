@@ -142,14 +142,14 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
 
 def peak_learning_rate(saved: Saved) -> float | None:
     """The rate that the command line was given, else the largest one in the log; None without either."""
-    given = _command_facts(saved.run_folder).get("learning_rate")
+    given = command_facts(saved.run_folder).get("learning_rate")
     if given is not None:
         return given
     logged = log_history(saved.run_folder)
     return max((e["learning_rate"] for e in logged if "learning_rate" in e), default=None)
 
 
-def _command_facts(folder: Path) -> dict:
+def command_facts(folder: Path) -> dict:
     """What the command line was given in the run of a folder; nothing where another script trained."""
     callbacks = _trainer_state(folder).get("stateful_callbacks") or {}
     return callbacks.get(COMMAND_FACTS, {}).get("args", {})
@@ -159,7 +159,7 @@ def training_data(saved: Saved) -> str | None:
     """What the data of a run is called: as the command line was given it, else as the model card beside the
     adapter, or beside its run, names it; None where neither says.
     """
-    given = _command_facts(saved.run_folder).get("data")
+    given = command_facts(saved.run_folder).get("data")
     if given:
         return ", ".join(given)
     for folder in (saved.folder, saved.run_folder):

@@ -106,9 +106,11 @@ class Saved:
         """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
         return any(m.origin_B is not None for m in self.maps or ())
 
-    def kept(self, index: int) -> Tensor | None:
-        """Which directions selection has kept, (L, r), with experts (E, L, r); None without a selection."""
-        return self._by_expert(index, self.maps[index].kept) if self.maps else None
+    def gates(self, index: int) -> Tensor | None:
+        return None
+
+    def group_gates(self, index: int) -> Tensor | None:
+        return None
 
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The

@@ -14,15 +14,17 @@ from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
 from ..adapters.inspecting import COMMAND_FACTS
 from ..errors import refusing
-from ..model_card import CARD_NAME, undescribe
+from ..model_card import CARD_NAME, describe_run, undescribe
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
 from . import data
 from .arguments import Arguments, parse
-from .checks import check_arguments, last_checkpoint, whole_checkpoints
+from .checks import check_arguments
+from .early import last_checkpoint, whole_checkpoints
 from .launch import launch
 from .main import INTERRUPTED
+from .summary import at_end, at_start
 
 
 class _Around(TrainerCallback):
@@ -36,6 +38,7 @@ class _Around(TrainerCallback):
 
     def __init__(self, given: Arguments, callback: StructLoRACallback | None, setting_up: ExitStack):
         self.given, self.callback, self._setting_up = given, callback, setting_up
+        self.history: list[dict] = []  # the Trainer's log, once training has ended
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._setting_up.pop_all()
@@ -47,14 +50,18 @@ class _Around(TrainerCallback):
         read = data.sources(self.given.script, self.given.mixture)
         facts = {"data": read, "learning_rate": args.learning_rate}
         state.stateful_callbacks[COMMAND_FACTS] = {"args": facts, "attributes": {}}
-        if state.is_world_process_zero and self.callback is None:
-            print("structlora: false, so this run is plain LoRA.", flush=True)
-        if state.is_world_process_zero and self.given.training.resume_from_checkpoint:
-            print(f"Continuing from {self.given.training.resume_from_checkpoint}.", flush=True)
+        if not state.is_world_process_zero:
+            return
+        if self.callback is None:
+            print("structlora: false, so this run is plain LoRA.")
+        print(at_start(compat.calling_trainer()[0]))
+        if self.given.training.resume_from_checkpoint:
+            print(f"Continuing from {self.given.training.resume_from_checkpoint}.")
+        sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Before the script saves the adapter, and perhaps pushes the folder."""
-        output = Path(args.output_dir)
+        output, self.history = Path(args.output_dir), state.log_history
         if state.is_world_process_zero:
             output.mkdir(parents=True, exist_ok=True)
             state.save_to_json(str(output / TRAINER_STATE_NAME))
@@ -84,8 +91,10 @@ def run(command: str, arguments: list[str]) -> None:
     is_started = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if given.launcher and not is_started:
         return launch(given.launcher, [command, *arguments])
-    checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
-    check_arguments(given)
+    checkpoint = given.training.resume_from_checkpoint = last_checkpoint(
+        given.training.resume_from_checkpoint, given.training.output_dir
+    )
+    check_arguments(command, given)
     data.as_mixture(given.script, given.mixture)
     data.check(command, given.script, given.mixture, given.training)
     set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
@@ -98,14 +107,12 @@ def run(command: str, arguments: list[str]) -> None:
                 refusing(
                     f"setting up TRL's script {command} with {given.model.model_name_or_path}",
                     "a model, a tokenizer and rows that it can train on",
-                    "correct `model_name_or_path` (a folder, or a model of the hub that can be reached), the columns of "
-                    "the data, or another argument that it names",
+                    "correct what the message is about: an argument, the columns or cells of the data, or the model's folder",
                     also=(AttributeError,),  # of `reward_funcs`
                 )
             )
-            DEFAULT_CALLBACKS.extend(
-                [*([callback] if callback else []), _Around(given, callback, setting_up)]
-            )
+            around = _Around(given, callback, setting_up)
+            DEFAULT_CALLBACKS.extend([*([callback] if callback else []), around])
             script.main(given.script, given.training, given.model, given.mixture)
     except KeyboardInterrupt:
         if _is_first_process():
@@ -114,8 +121,9 @@ def run(command: str, arguments: list[str]) -> None:
     finally:
         DEFAULT_CALLBACKS[:] = before
     if _is_first_process():
-        hint = shlex.join(["structlora", "inspect", given.training.output_dir])
-        print("The adapter is plain LoRA." + (f" `{hint}` looks into it." if callback else ""))
+        if callback is not None and not callback.config.is_off:
+            describe_run(Path(given.training.output_dir) / CARD_NAME, callback.runtime)
+        print(at_end(command, arguments, given, around.history))
 
 
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:

@@ -30,12 +30,14 @@ class Selection(nn.Module):
     def __init__(self, shape: tuple[int, int], device: torch.device):
         super().__init__()
         self.register_buffer("information", torch.zeros(shape, dtype=torch.float32, device=device))
+        self.register_buffer("informed_steps", torch.tensor(0, dtype=torch.int64, device="cpu"))
         self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=device))
         self.register_buffer("is_made", torch.tensor(False, dtype=torch.bool, device="cpu"))
 
     def observe(self, relevance: Tensor) -> None:
         """Take in d of a step, (N, r)."""
         self.information += relevance.square()
+        self.informed_steps += 1
 
     def close(self, kept: Tensor) -> None:
         """Close all directions but those in `kept`, (N, r) of bool."""

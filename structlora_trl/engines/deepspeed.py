@@ -81,14 +81,14 @@ class DeepSpeedEngine(ShardedEngine):
                 self._is_stepping = True
                 try:
                     result = step(*args, **kwargs)
+                    overflow = bool(self.optimizer.overflow)
+                    if not overflow:
+                        self._latent_slices = self._mapped.to_slices(self._master)
+                    after_step(not overflow)
                 except BaseException:
                     self.put_back()
                     raise
                 self._is_stepping = False
-            overflow = bool(self.optimizer.overflow)
-            if not overflow:
-                self._latent_slices = self._mapped.to_slices(self._master)
-            after_step(not overflow)
             return result
 
         self.engine.step = self._step = step_through_the_map
@@ -102,6 +102,10 @@ class DeepSpeedEngine(ShardedEngine):
     def put_back(self) -> None:
         self._is_stepping = False
         copy_values([self._held(p) for p in self._written], list(self._written.values()))
+        for parameter in self._written if self.stage == 3 else ():
+            parameter.ds_secondary_tensor = None
+            if self._is_whole(parameter):
+                parameter.partition()  # a persistent one, which the next forward gathers anew
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -196,8 +200,12 @@ class DeepSpeedEngine(ShardedEngine):
                     copy_values([self._working(p) for p in parameters], own)
 
     def written(self) -> torch.Tensor:
-        own = [self._held(p) for p in self._written]
-        return differs(list(self._written.values()), own, self.sharding.device)
+        expected, found = list(self._written.values()), [self._held(p) for p in self._written]
+        if self.stage == 3:  # persistent ones stand twice
+            for parameter in filter(self._is_whole, self._written):
+                expected.append(self._own_part(parameter, self._written[parameter]))
+                found.append(parameter.data.view(-1)[slice(*self._span(parameter))])
+        return differs(expected, found, self.sharding.device)
 
     def _held(self, parameter: nn.Parameter) -> torch.Tensor:
         """What the model holds of a parameter: this rank's shard at stage 3, else the whole."""
@@ -320,7 +328,9 @@ class DeepSpeedEngine(ShardedEngine):
         DeepSpeed takes the norm inside its step, after the map, and under optimizer offload partly before it.
         """
         optimizer, limit = self.optimizer, self.engine.gradient_clipping()
-        if self._keeps_whole_gradients():
+        if not self._mapped.parameters:
+            yield
+        elif self._keeps_whole_gradients():
             # Also without a limit: of the pulled gradients, each rank writes its own part alone.
             gradients = optimizer.get_grads_for_norm(for_clipping=True)
             norm = torch.nn.utils.get_total_norm(gradients)

@@ -89,7 +89,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         return differs(list(self._written.values()), list(self._shards().values()), self.sharding.device)
 
     def put_back(self) -> None:
-        self._step_depth, self._step_frame = 0, None
+        self._is_stepping = False
         self._put_fragments(list(self._written.items()))
 
     def _swap_in_latents(self) -> None:

@@ -52,6 +52,7 @@ class TorchEngine(Engine):
         self._refuse_unfit()
         self._step_depth = 0  # calls of `step` within each other
         self._step_frame: FrameType | None = None  # of the outermost
+        self._is_stepping = False
         self._groups = [
             i
             for i, group in enumerate(optimizer.param_groups)
@@ -82,6 +83,7 @@ class TorchEngine(Engine):
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
+            self._is_stepping = True
             self._swap_in_latents()
             if closure is None:
                 return None
@@ -92,13 +94,13 @@ class TorchEngine(Engine):
 
         @_disable_dynamo
         def after(optimizer, args, kwargs):
-            self._step_depth -= 1
-            if self._step_depth:
+            if self._step_depth > 1:
+                self._step_depth -= 1
                 return
-            self._step_frame = None
             with map_context(self.kinds[0].device):
                 self._take()
             after_step(stepped)
+            self._step_depth, self._step_frame, self._is_stepping = 0, None, False
 
         self._sides = mapped
         self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
@@ -114,38 +116,38 @@ class TorchEngine(Engine):
 
     def _guard_step(self) -> None:
         """Have working values stand again where `optimizer.step()` raises."""
-        optimizer, self._guard = self.optimizer, None
-        self._covered_step = vars(optimizer).get("step")  # a scheduler's wrapper, say
-        inner = getattr(optimizer.step, "__func__", None)
-        if inner is None:  # no method, which torch's schedulers cannot wrap either
-            return
+        optimizer = self.optimizer
+        self._covered_step, inner = vars(optimizer).get("step"), optimizer.step  # a scheduler's wrapper, say
+        function = getattr(inner, "__func__", None)
 
-        @functools.wraps(inner)
-        def step(optimizer, *args, **kwargs):
+        @functools.wraps(function or inner)
+        def step(*args, **kwargs):
             try:
-                return inner(optimizer, *args, **kwargs)
+                return (function or inner)(*args, **kwargs)
             except BaseException:
+                self._step_depth, self._step_frame = 0, None
                 if self.is_stepping:
                     self.put_back()
                 raise
 
-        optimizer.step = self._guard = MethodType(step, optimizer)
-
-    def put_back(self) -> None:
-        self._step_depth, self._step_frame = 0, None  # a step that broke off is over
-        self._put(self._written)
+        # A method where it was one: torch's schedulers wrap methods alone.
+        optimizer.step = self._guard = MethodType(step, optimizer) if function else step
 
     @property
     def is_stepping(self) -> bool:
-        return self._step_depth > 0
+        return self._is_stepping
+
+    def put_back(self) -> None:
+        self._is_stepping = False
+        self._put(self._written)
 
     def remove(self) -> None:
-        if self.is_stepping:
+        if self._is_stepping:  # and broke off in a way that nobody saw
             self.put_back()
         self._last = self.read_latents(everything=True)
         for handle in self._handles:
             handle.remove()
-        if self._guard is not None and vars(self.optimizer).get("step") is self._guard:
+        if vars(self.optimizer).get("step") is self._guard:
             del self.optimizer.step  # the class's own shows again
             if self._covered_step is not None:
                 self.optimizer.step = self._covered_step
@@ -284,6 +286,12 @@ class TorchEngine(Engine):
                 f"an optimizer ({name}) whose `step` runs no hooks, since its class does not call `torch.optim.Optimizer.__init__`",
                 "a torch.optim.Optimizer that runs its step hooks",
                 "attach to the optimizer that it wraps, or call `super().__init__(params, defaults)` in its class",
+            )
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise StructLoRAError(
+                f"{name}, which evaluates its closure during a step, at intermediate weights",
+                "an optimizer that needs the closure once, before it steps",
+                "choose a first-order optimizer, such as AdamW",
             )
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = sum(id(p) not in owned for p in self._trained)

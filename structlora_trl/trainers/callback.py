@@ -17,9 +17,10 @@ from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
 from ..model_card import CARD_NAME, describe_run
 from ..runtime import Runtime
-from ..state import load_state, save_state
+from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
 from .compat import calling_trainer, refuse_engine_taken_down, run_first, why_quiet
+from .console import end_lines, log_briefly, start_lines
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class StructLoRACallback(TrainerCallback):
         # Attaching may change lora_A: callbacks that copy weights in `on_train_begin` are to come after.
         run_first(calling_trainer()[0].callback_handler, self)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
         trainer, resumed_from = calling_trainer()
         refuse_engine_taken_down(trainer)
         callbacks = trainer.callback_handler.callbacks
@@ -143,22 +144,17 @@ class StructLoRACallback(TrainerCallback):
         if self.runtime.has_aligned:
             _warn_of_earlier(earlier)
         self._seen_hook_calls = 0
-        if state.is_world_process_zero:
-            name, _ = find_peft_model(trainer.model_wrapped, self.config)
-            where = f", in the PEFT model `{name}`" if name else ""
-            # As Trainer prints its logs: at its default log level, INFO is not shown.
-            print(f"{self.runtime}{where}", flush=True)
         if resumed_from is not None:
             load_state(self.runtime, resumed_from)
-        elif self._finished is not None:
-            finished_state, weights = self._finished
-            if _equal(weights, self.runtime):
-                schedule = self.runtime.schedule
-                # Another `train()` continues where the last one ended.
-                self.runtime.load_state_dict(finished_state)
-                # With a schedule and steps of its own.
-                self.runtime.schedule, self.runtime.step, self.runtime.skipped_steps = schedule, 0, 0
+        elif self._finished is not None and _equal(self._finished[1], self.runtime):
+            # Another `train()` goes on where the last one ended, with steps and a schedule of its own.
+            self.runtime.restore(State.parse(self._finished[0]).rewound())
         self._acted_before, self._had_selected = self.runtime.acted_steps, self.runtime.has_selected
+        log_briefly(trainer)
+        if state.is_world_process_zero:
+            name, peft_model = find_peft_model(trainer.model_wrapped, self.config)
+            # As Trainer prints its logs: at its default log level, INFO is not shown.
+            print(start_lines(self.runtime, trainer, peft_model, name, train_dataloader), flush=True)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
@@ -191,11 +187,36 @@ class StructLoRACallback(TrainerCallback):
                 "an adapter that the training loss depends on",
                 "activate it before training (`model.set_adapter(...)`), and leave its `requires_grad` as it is",
             )
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_state(self.runtime, state.best_model_checkpoint)
+        self._take_best(args, state)
+        trainer, _ = calling_trainer()
+        peft_model = self.runtime.model
         self._finish()
-        if state.is_world_process_zero and not self.config.is_off:
-            describe_run(Path(args.output_dir) / CARD_NAME, self.runtime)
+        if state.is_world_process_zero:
+            print(end_lines(self.runtime, trainer, peft_model), flush=True)
+            if not self.config.is_off:
+                describe_run(Path(args.output_dir) / CARD_NAME, self.runtime, peft_model)
+
+    def _take_best(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Follow Trainer to its best checkpoint, whose weights stand in the model by now.
+
+        Raises:
+            StructLoRAError: `keep` is set, and the checkpoint is of before the selection.
+        """
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        if self.config.keep is not None and not self.runtime.has_selected:
+            step = self.runtime.plan.select_step
+            self._finish()
+            raise StructLoRAError(
+                f"keep={self.config.keep!r} in a run that ended at step {state.global_step}, before directions are selected at "
+                f"step {step}, so that the best checkpoint ({state.best_model_checkpoint}) has them all",
+                "a run that goes on after the selection",
+                "lower `select_at`, stop later (a longer patience), or remove `keep`; the model has the weights of that checkpoint",
+            )
+        if (Path(state.best_model_checkpoint) / STATE_NAME).is_file():
+            load_state(self.runtime, state.best_model_checkpoint)
+        else:  # gone, or of an earlier run of plain LoRA: Trainer takes what it finds
+            self.runtime.reload()
 
     def _finish(self) -> None:
         """Detach, and keep what another `train()` continues from: state and weights."""
@@ -213,7 +234,7 @@ class StructLoRACallback(TrainerCallback):
         if folder.is_dir():
             save_state(self.runtime, folder, values)
             if not self.config.is_off:
-                describe_run(folder / CARD_NAME, self.runtime)
+                describe_run(folder / CARD_NAME, self.runtime, self.runtime.model)
         else:
             logger.warning(
                 "StructLoRA's state was not saved at step %d: there is no folder %s. To resume from a checkpoint that lies "

@@ -154,7 +154,10 @@ def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
     assert all(a[1] >= b[1] - 1e-6 for a, b in zip(*carried.values(), strict=True))
     model = on_base(plain_adapter, runs().parent / "base")
     expected = sum(float(model(**row).loss) for row in rows) / len(rows)
-    assert [points[-1] for points in losses.values()] == [(1, pytest.approx(expected, abs=1e-5))] * 2
+    assert [points[-1] for points in losses.values()] == [(1, pytest.approx(expected, abs=1e-5))] * 3
+    with model.disable_adapter():
+        alone = sum(float(model(**row).loss) for row in rows) / len(rows)
+    assert curves[1].levels == {"base model": pytest.approx(alone, abs=1e-5)}
     chart = next(chart for chart in charts([Run.of("run", saved, curves)]) if chart.key == "size")
     assert [panel.title for panel in chart.panels] == [
         "share of the information",

@@ -27,6 +27,16 @@ COMMANDS = {
 }
 
 
+def test_the_site_opens_with_the_figures_of_the_readme():
+    """Its landing page has the same tables and commands."""
+    landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| (?:LoRA,|rank).*?(?=\n\n)", README, re.DOTALL | re.MULTILINE)
+    blocks = code_blocks("README.md", "bash")
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("structlora")]
+    assert len(tables) == 2 and all(table in landing for table in tables)
+    assert all(line in landing for line in commands)
+
+
 def test_readme_is_short():
     assert len(README.split()) <= 1000
 

@@ -34,7 +34,6 @@ NAMES = {
     **ENGINES,
     "hsdp": "HSDP",
     "cp": "FSDP2",
-    "tp": "tensor parallelism",
     "loaded": "FSDP2 (replicated adapter)",
 }
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.

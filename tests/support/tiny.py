@@ -355,7 +355,7 @@ def train(
     model.train()
     losses = []
     for step in range(first, first + steps):
-        torch.manual_seed(step)  # dropout, and nothing else, draws from it
+        torch.manual_seed(step)  # dropout and gates draw from it
         loss = loss_of(model, family, step, autocast)
         (loss if scaler is None else scaler.scale(loss)).backward()
         step_with(optimizer, scaler)
@@ -377,12 +377,18 @@ def attached(model=None, optimizer=adamw, **options):
     return model, optimizer, attach(model, optimizer, options)
 
 
+def standing(runtime) -> list:
+    """The factors that stand in the model, one per kind, fp32; this rank's slices under an engine that shards."""
+    return runtime.engine.read_working()
+
+
 def evaluation_factors(runtime) -> list:
-    """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
+    """What each kind's map makes of its latents, fp32; this rank's slices under an engine that shards."""
     from structlora_trl.map_context import map_context
 
-    with map_context(runtime.device):
-        return runtime._effective(None)
+    latents = runtime.engine.read_latents(everything=True)
+    with map_context(runtime.device), torch.no_grad():
+        return [m(latent) for m, latent in zip(runtime.maps, latents, strict=True)]
 
 
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):
