@@ -193,9 +193,7 @@ def find(name: str) -> Method:
     if not given:
         return method
     options = {option: _parse(value) for option, value in (part.split("=") for part in given.split(","))}
-    changed = next(
-        (name for name in ("shrink", "squeeze", "structlora") if getattr(method, name) is not None)
-    )
+    changed = next(name for name in ("shrink", "squeeze", "structlora") if getattr(method, name) is not None)
     options = {**getattr(method, changed), **options}
     return replace(method, summary=f"{method.summary}, {given}", **{changed: options})
 

@@ -61,6 +61,7 @@ class Comparison:
         bases (`tuple[int, ...]`): the numbers of the rows that others are compared with.
         groups (`dict`): name -> the places that are averaged.
         by_place (`bool`): whether places are shown one by one, too.
+        figures (`tuple[str, ...]`): which figures are shown, of 'accuracy', 'nll' and 'ece'.
         goes_beyond (`bool`): whether more rates are run where the best of a method lies at an end of them.
     """
 
@@ -69,6 +70,7 @@ class Comparison:
     bases: tuple[int, ...] = (0,)
     groups: dict[str, tuple[Place, ...]] | None = None
     by_place: bool = True
+    figures: tuple[str, ...] = ("accuracy", "nll", "ece")
     goes_beyond: bool = False
 
 
@@ -220,4 +222,21 @@ COMPARISONS = {
         by_place=False,
     ),
     **{f"cut-{name}-of-{rank}": _cut(rank, name) for rank in (8, 16) for name in SHARES},
+}
+_quarter = COMPARISONS["cut-quarter-of-16"]
+# What the landing pages show of these.
+COMPARISONS |= {
+    "headline": replace(COMPARISONS["structlora"], rows=_rows(LORA, OURS, GATES), by_place=False),
+    "smaller": replace(
+        _quarter,
+        rows=(
+            Row(LORA, 1 / 4, label="LoRA trained at rank 4"),
+            Row(LORA, label="LoRA trained at rank 16"),
+            Row(LORA, column="cut.information.quarter", label="rank 16, a quarter kept by your data"),
+            Row(LORA, column="truncated.quarter", label="rank 16, a quarter kept by SVD of each module"),
+            Row(LORA, column="cut.random.quarter", label="rank 16, a quarter kept by chance"),
+        ),
+        bases=(0,),
+        figures=("accuracy",),
+    ),
 }
