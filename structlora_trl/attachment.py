@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -15,6 +16,7 @@ from torch import nn
 
 from . import __version__
 from .config import StructLoRAConfig
+from .core.gates import noise_share
 from .core.kinds import FACTOR, Kind
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
 from .core.selection import LEAST_STEPS
@@ -33,6 +35,7 @@ def attach(
     optimizer: torch.optim.Optimizer,
     config: StructLoRAConfig | dict | str | Path | None = None,
     *,
+    passes: float | None = None,
     parts: Parts = DEFAULT_PARTS,
     **overrides,
 ) -> Runtime:
@@ -56,6 +59,8 @@ def attach(
             through.
         config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
             has them under the key `structlora`; defaults where omitted.
+        passes (`float`, *optional*): passes over the data that the run will make (epochs), which the size of
+            the gates' noise follows. Where omitted, there is no noise but under `noise="on"`.
         parts (`Parts`, *optional*): gates, graph, coordinator or kinds of your own, for research.
         **overrides: single options, as keywords.
 
@@ -69,7 +74,7 @@ def attach(
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-        >>> runtime = attach(model, optimizer, noise_variance=0.5)
+        >>> runtime = attach(model, optimizer, passes=20, noise_variance=0.5)
         >>> for batch in batches:
         ...     model(**batch).loss.backward()
         ...     optimizer.step()
@@ -79,7 +84,7 @@ def attach(
         >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
     config = read_given(config, "`attach`", "the call of `attach`")
-    return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), parts)
+    return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), parts, passes=passes)
 
 
 def build_runtime(
@@ -89,6 +94,7 @@ def build_runtime(
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
     steps: int | None = None,
+    passes: float | None = None,
     ends_with_run: bool = False,
 ) -> Runtime:
     """Attach with a configuration that is built; see `attach`.
@@ -96,6 +102,7 @@ def build_runtime(
     Args:
         quiet (`str`, *optional*): why `noise='auto'` is off; where omitted, it is on.
         steps (`int`, *optional*): optimizer steps of the run, where they are known.
+        passes (`float`, *optional*): passes over the data, where they are known.
         ends_with_run (`bool`, *optional*, defaults to False): another optimizer that steps the adapter ends
             the run, and is no error.
     """
@@ -106,9 +113,11 @@ def build_runtime(
     kinds = parts.discover(model, adapter_name)
     refuse_unmappable(kinds, config)
     select_step = _select_step(config, model.peft_config[adapter_name], steps)
-    gated, silent = [], {{"on": None, "off": "noise='off'", "auto": quiet}[config.noise]: _count(kinds)}
-    if None in silent:
-        gated, silent = gates_of(model, kinds, adapter_name, config, parts.gate)
+    variance, why = _variance(config, quiet, passes)
+    if variance:
+        gated, silent = gates_of(model, kinds, adapter_name, config, partial(parts.gate, variance))
+    else:
+        gated, silent = [], {why: sum(len(kind.modules) for kind in kinds)}
     engine = select_engine(wrapped, optimizer, kinds)
     _detach_earlier(kinds, optimizer)
     runtime = Runtime(
@@ -118,6 +127,7 @@ def build_runtime(
             config,
             engine,
             gated=gated,
+            noise=f"variance {variance:.2g}{why}",
             quiet=silent,
             align=config.coordinator != "none" and config.align_init and start.is_drawn,
             moves_base=start.moves_base,
@@ -145,8 +155,18 @@ def build_runtime(
     return runtime
 
 
-def _count(kinds: list[Kind]) -> int:
-    return sum(len(kind.modules) for kind in kinds)
+def _variance(config: StructLoRAConfig, quiet: str | None, passes: float | None) -> tuple[float, str]:
+    """The variance of gates, and why it is that; 0 where there is no noise."""
+    if config.noise == "off":
+        return 0.0, "noise='off'"
+    if config.noise == "on":
+        return config.noise_variance, ""
+    if quiet is not None:
+        return 0.0, quiet
+    if passes is None:
+        return 0.0, "passes over the data unknown"
+    variance, of = config.noise_variance * noise_share(passes), f"{passes:.3g} passes over the data"
+    return variance, f" for {of}" if variance else f"{of}, too few for noise"
 
 
 def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | None) -> int | None:

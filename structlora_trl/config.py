@@ -74,14 +74,14 @@ class StructLoRAConfig:
 
     noise: Literal["auto", "on", "off"] = _option(
         "auto",
-        "Whether gates have noise in training. 'auto': wherever it can act, but not in trainers that switch dropout off or "
-        "train on samples of their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, ...), nor in fused LoRA kernels. 'on': in "
-        "these trainers, too; fused kernels are then an error. 'off': no gates.",
+        "Noise of the gates in training. 'auto': by the passes over the data, none up to 8 and `noise_variance` from 32 on; "
+        "none in trainers that switch dropout off or train on samples of their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, "
+        "...), nor in fused LoRA kernels. 'on': `noise_variance`, whatever the run; fused kernels are an error. 'off': no gates.",
     )
     noise_variance: Annotated[float, POSITIVE, WITH_NOISE] = _option(
         1.0,
-        "Variance of a gate, whose mean is 1: each example's activation of each rank-one direction is multiplied by "
-        "1 + sqrt(noise_variance) * e, e standard normal. More is stronger regularisation.",
+        "Variance of a gate, whose mean is 1, in runs of many passes: each example's activation of each rank-one direction is "
+        "multiplied by 1 + sqrt(noise_variance) * e, e standard normal. More is stronger regularisation.",
     )
     keep: Annotated[float | str | None, KEEP] = _option(
         None,

@@ -49,7 +49,7 @@ def section(runtime: Runtime) -> str:
     acted = []
     if runtime.gated_count:
         acted.append(
-            f"gates with noise (variance {config.noise_variance:g}) on the rank activations of {runtime.gated_count} modules"
+            f"gates with noise ({runtime.plan.noise}) on the rank activations of {runtime.gated_count} modules"
         )
     coordinated = sum(bool(m.coordinators) for m in runtime.maps)
     if coordinated:

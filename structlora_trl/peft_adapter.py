@@ -17,8 +17,10 @@ from .core.kinds import Kind
 from .errors import StructLoRAError
 from .runtime import GatedModule
 
-# Where functions come from that compute a LoRA layer without calling it.
+# Where functions come from that compute a LoRA layer without calling it; and the name of the forward that Unsloth
+# gives PEFT's classes, which reads the weight of lora_A alone.
 _FUSED = ("axolotl.kernels.lora", "axolotl.monkeypatch.lora_kernels", "unsloth.kernels")
+_FUSED_FORWARD = "unsloth_forward"
 
 
 class Start(NamedTuple):
@@ -101,7 +103,7 @@ def gates_of(
                 if getattr(adapter, "use_dora", False) and isinstance(lora_A, nn.Linear)
                 else None
             )
-            gate = build(config.noise_variance, 1 if isinstance(layer, _ConvNd) else -1, width)
+            gate = build(1 if isinstance(layer, _ConvNd) else -1, width)
             factor = next(p for p in (kind.B[place], kind.A[place]) if p.requires_grad)
             gated.append(GatedModule(name, lora_A, factor, gate))
     if config.noise == "on" and (fused or not gated):
@@ -135,7 +137,9 @@ def _why_none(layer: nn.Module, adapter: PeftConfig, is_fused: bool) -> str | No
 
 
 def _fused_modules(model: nn.Module) -> set[str]:
-    """Names of the modules within some module whose methods Axolotl's or Unsloth's kernels have replaced."""
+    """Names of the modules that Axolotl's or Unsloth's kernels compute without calling them: those within some
+    module whose methods were replaced, and those whose class was given another forward.
+    """
     fused = [
         f"{name}."
         for name, module in model.named_modules()
@@ -145,7 +149,11 @@ def _fused_modules(model: nn.Module) -> set[str]:
             if callable(value)
         )
     ]
-    return {name for name, _ in model.named_modules() if name.startswith(tuple(fused))} if fused else set()
+    return {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(tuple(fused)) or getattr(type(module).forward, "__name__", None) == _FUSED_FORWARD
+    }
 
 
 def is_lora(adapter: PeftConfig) -> bool:

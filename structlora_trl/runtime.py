@@ -66,6 +66,7 @@ class Plan:
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
         gated (`list[GatedModule]`): the modules whose gates have noise.
+        noise (`str`): how much noise these have, and why.
         quiet (`dict[str, int]`): why others have none -> number of modules.
         align (`bool`): give every node of a fresh kind (B = 0) the lora_A of the first.
         moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
@@ -79,6 +80,7 @@ class Plan:
     config: StructLoRAConfig
     engine: Engine
     gated: list[GatedModule] = field(default_factory=list)
+    noise: str = ""
     quiet: dict[str, int] = field(default_factory=dict)
     align: bool = False
     moves_base: bool = False
@@ -254,8 +256,7 @@ class Runtime:
         ]
 
     def _describe_gates(self) -> str:
-        noise = f"gates on {self.gated_count} modules (variance {self.config.noise_variance:g})"
-        on = noise if self.gated_count else "no gates"
+        on = f"gates on {self.gated_count} modules ({self.plan.noise})" if self.gated_count else "no gates"
         return on + "".join(f"; none on {count} ({why})" for why, count in self.plan.quiet.items())
 
     @in_map_context

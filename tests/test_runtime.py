@@ -113,7 +113,7 @@ def test_a_step_that_breaks_off_leaves_what_stood(scheduler):
     schedule = {"before": None, "after": None}
     if scheduler == "before":
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, passes=50)
     if scheduler == "after":
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     train(model, "llama", optimizer, 3)
@@ -358,7 +358,7 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
         model = peft_model()
         optimizer = adamw(model)
         called = torch.compile(model, backend="aot_eager") if compiled and first == "compile" else model
-        runtime = attach(called, optimizer)
+        runtime = attach(called, optimizer, passes=50)
         if compiled and first == "attach":
             called = torch.compile(model, backend="aot_eager")
         graphs = []

@@ -45,7 +45,7 @@ class Loop:
     def start(cls, model=None, **options):
         model = model or peft_model()
         optimizer = adamw(model)
-        return cls(model, optimizer, attach(model, optimizer, {**OPTIONS, **options}))
+        return cls(model, optimizer, attach(model, optimizer, {**OPTIONS, **options}, passes=50))
 
     def train(self, steps=STEPS):
         train(self.model, "llama", self.optimizer, steps, first=self.runtime.step)

@@ -26,7 +26,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     started, cpu_started = time.perf_counter(), time.process_time()
     task, method = TASKS[task_name], methods.find(method_name)
     torch.manual_seed(seed)  # head, adapter and dropout
-    model, optimizer, runtime = method.prepare(task, rank, lr)
+    model, optimizer, runtime = method.prepare(task, rank, lr, passes=task.steps * task.batch / examples)
     training = task.training_examples(examples, seed)
     warmup = max(1, round(WARMUP * task.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -59,8 +59,8 @@ class Method:
     squeeze: dict | None = None
     is_former: bool = False
 
-    def prepare(self, task: Task, rank: int, lr: float):
-        """The model to train, its optimizer and, for StructLoRA, the runtime.
+    def prepare(self, task: Task, rank: int, lr: float, passes: float):
+        """The model to train, its optimizer and, for StructLoRA, the runtime of a run of so many passes over its examples.
 
         Raises:
             SystemExit: the method is of an earlier version.
@@ -83,7 +83,7 @@ class Method:
         given = dict(self.structlora)
         if "keep" in given:  # a loop does not know its length
             given.setdefault("select_at", task.steps // 2)
-        return model, optimizer, attach(model, optimizer, parts=self.parts, **given)
+        return model, optimizer, attach(model, optimizer, passes=passes, parts=self.parts, **given)
 
     def options(self) -> dict | None:
         """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""

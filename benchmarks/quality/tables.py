@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from . import methods
 from .selection import FIGURES, Runs
-from .settings import COMPARISONS, LEVEL, LORA, OURS, Comparison, Place, Row
+from .settings import COMPARISONS, LORA, OURS, Comparison, Place, Row
 
 # What the paper reports (arXiv 2603.14228): step time and memory, LLaMA-7B on a GPU; cosine of gradients.
 PAPER_COST = {"structlora": ("1.06x", "1.04x")}
@@ -146,8 +146,7 @@ def coherence(found: dict[str, dict[str, list[float]]]) -> str:
 
 
 def label(row: Row) -> str:
-    """What a row is called in tables: without the level that all of StructLoRA's have."""
-    return row.label or methods.find(row.method).summary.replace(f", {LEVEL}", "")
+    return row.label or methods.find(row.method).summary
 
 
 def markdown(header: list[str], rows: Iterable[list]) -> str:

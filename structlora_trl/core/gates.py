@@ -20,6 +20,22 @@ def nats(variance: float) -> float:
     return math.inf if variance == 0 else 0.5 * math.log1p(1 / variance)
 
 
+# Passes over the data up to which noise costs more than it gives, and from which on it has its whole size.
+FEW_PASSES, MANY_PASSES = 8, 32
+
+
+def noise_share(passes: float) -> float:
+    """The share of the whole variance that noise has in a run of so many passes over its data.
+
+    Noise keeps an adapter from fitting its examples one by one, which many passes over few of them do; in a
+    few passes it only slows learning (`benchmarks/quality`, "Noise by passes"). 0 up to `FEW_PASSES`, 1 from
+    `MANY_PASSES` on, and between them linear in the logarithm of the passes.
+    """
+    if passes <= FEW_PASSES:
+        return 0.0
+    return min(math.log(passes / FEW_PASSES) / math.log(MANY_PASSES / FEW_PASSES), 1.0)
+
+
 class Gate:
     """The gates of one LoRA module: a forward hook on its lora_A.
 

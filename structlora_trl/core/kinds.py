@@ -13,6 +13,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -99,41 +100,41 @@ class Kind:
     adapted: Adapted = Adapted()
     per_depth: int = 1
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """All its factors: lora_A of each module, then lora_B."""
         return [*self.A, *self.B]
 
-    @property
+    @cached_property
     def depth_count(self) -> int:
         return len(self.modules) // self.per_depth
 
-    @property
+    @cached_property
     def experts(self) -> int:
         """E, of each depth; 1 for what is no mixture."""
         return self.adapted.experts * self.per_depth
 
-    @property
+    @cached_property
     def node_count(self) -> int:
         """N = L·E: its modules, or all experts of all of them."""
         return self.depth_count * self.experts
 
-    @property
+    @cached_property
     def is_vera(self) -> bool:
         """Whether its modules train VeRA's λ_d, and have no lora_A of their own."""
         return not self.A
 
-    @property
+    @cached_property
     def sides(self) -> tuple[str, ...]:
         """The factors that its modules have of their own: 'A' and 'B', or 'B' alone (VeRA)."""
         return ("B",) if self.is_vera else SIDES
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """r, of each expert."""
         return matrix_shape(self.B[0])[1] // self.adapted.experts
 
-    @property
+    @cached_property
     def shape(self) -> list[int]:
         """[modules, rows of lora_A, k, d]."""
         d, rows = matrix_shape(self.B[0])

@@ -19,7 +19,7 @@ from ..model_card import CARD_NAME, describe_run
 from ..runtime import Runtime
 from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
-from .compat import calling_trainer, refuse_engine_taken_down, run_first, why_quiet
+from .compat import calling_trainer, passes_of, refuse_engine_taken_down, run_first, why_quiet
 from .console import end_lines, log_briefly, start_lines
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,15 @@ class StructLoRACallback(TrainerCallback):
         Raises:
             StructLoRAError: StructLoRA cannot act on this model and optimizer.
         """
-        quiet, steps = why_quiet(trainer), trainer.state.max_steps
         return build_runtime(
-            trainer.model_wrapped, optimizer, self.config, self.parts, quiet, steps, ends_with_run=True
+            trainer.model_wrapped,
+            optimizer,
+            self.config,
+            self.parts,
+            quiet=why_quiet(trainer),
+            steps=trainer.state.max_steps,
+            passes=passes_of(trainer),
+            ends_with_run=True,
         )
 
     def refuse_starting_over(self) -> None:
@@ -124,7 +130,7 @@ class StructLoRACallback(TrainerCallback):
         # Attaching may change lora_A: callbacks that copy weights in `on_train_begin` are to come after.
         run_first(calling_trainer()[0].callback_handler, self)
 
-    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         trainer, resumed_from = calling_trainer()
         refuse_engine_taken_down(trainer)
         callbacks = trainer.callback_handler.callbacks
@@ -154,7 +160,7 @@ class StructLoRACallback(TrainerCallback):
         if state.is_world_process_zero:
             name, peft_model = find_peft_model(trainer.model_wrapped, self.config)
             # As Trainer prints its logs: at its default log level, INFO is not shown.
-            print(start_lines(self.runtime, trainer, peft_model, name, train_dataloader), flush=True)
+            print(start_lines(self.runtime, trainer, peft_model, name), flush=True)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:

@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from ..runtime import Runtime
+from .compat import passes_of
 
 # The first three of these that a run has are printed; all metrics go to trackers and the trainer's state.
 _SHOWN = ("effective_rank", "kept_share", "gradient_cosine", "stream_cosine", "drift_energy")
@@ -18,22 +19,19 @@ _PRINTED = 3
 _PREFIX = "structlora/"
 
 
-def start_lines(runtime: Runtime, trainer: Trainer, model: PeftModel, name: str, loader) -> str:
+def start_lines(runtime: Runtime, trainer: Trainer, model: PeftModel, name: str) -> str:
     """What trains, on what, and what acts.
 
     Args:
         model (`PeftModel`): that is trained; `name` is its name inside the trainer's model, "" for itself.
-        loader (`DataLoader`): of the training rows.
     """
     state, args = trainer.state, trainer.args
     rows = (
         f"{len(trainer.train_dataset):,} rows" if has_length(trainer.train_dataset) else "rows as they come"
     )
     batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = ""
-    if has_length(loader) and len(loader):
-        share = state.max_steps * args.gradient_accumulation_steps / len(loader)
-        passes = f", {share:.3g} passes over the rows"
+    share = passes_of(trainer)
+    passes = "" if share is None else f", {share:.3g} passes over the rows"
     head, *acting = runtime.describe()
     where = f", in the PEFT model `{name}`" if name else ""
     lines = [
@@ -54,7 +52,7 @@ def end_lines(runtime: Runtime, trainer: Trainer, model: PeftModel) -> str:
         losses += [f"{words} {found[-1]:.4g}"] if found else []
     count, _ = model.get_nb_trainable_parameters()
     size = count * runtime.kinds[0].parameters[0].element_size()
-    smaller = ["--prune", "0"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
+    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
     commands = (["inspect", folder], ["export", folder, "SMALL", *smaller])
     lines = [
         f"StructLoRA ends: {', '.join(losses)}",

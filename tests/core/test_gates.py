@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from structlora_trl.core.gates import Gate, nats
+from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES, Gate, nats, noise_share
 
 
 def gated(layer: nn.Module, **options) -> nn.Module:
@@ -80,3 +80,10 @@ def test_nats_fall_with_noise():
     assert nats(0) == math.inf
     assert nats(1) == pytest.approx(0.5 * math.log(2))
     assert nats(0.1) > nats(1) > nats(10) > 0
+
+
+def test_noise_grows_with_the_passes():
+    assert noise_share(1) == noise_share(FEW_PASSES) == 0
+    assert noise_share(MANY_PASSES) == noise_share(1000) == 1
+    between = [noise_share(passes) for passes in (9, 12, 16, 24)]
+    assert 0 < between[0] and between == sorted(between) and between[-1] < 1

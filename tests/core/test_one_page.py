@@ -19,7 +19,7 @@ STEPS = 12
 def test_one_page_trains_as_the_package_does(family, monkeypatch):
     """With the gates' noise on: both draw it from torch's generator."""
     monkeypatch.setattr(DepthGraph, "redraw_every", 3)
-    config = StructLoRAConfig(semantic_threshold=0.0)
+    config = StructLoRAConfig(semantic_threshold=0.0, noise="on")
 
     def model_of():
         torch.manual_seed(0)

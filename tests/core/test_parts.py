@@ -47,7 +47,7 @@ def test_every_part_can_be_replaced():
     optimizer = adamw(model)
     before = logits_of(model, "llama")
     parts = Parts(values_alone, Bernoulli, all_joined, Diagonal, the_last)
-    runtime = attach(model, optimizer, parts=parts, keep=0.25, select_at=10)
+    runtime = attach(model, optimizer, passes=50, parts=parts, keep=0.25, select_at=10)
     assert (logits_of(model, "llama") - before).abs().max() <= 1e-6
     seen = []
     layer = model.base_model.model.model.layers[0].self_attn.v_proj.lora_A["default"]

@@ -114,7 +114,7 @@ def assert_chain_rule(
 ) -> float:
     """Compare the gradients that reach latents and Θ, kind by kind; the largest relative error."""
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, **options)
+    runtime = attach(model, optimizer, passes=50, **options)
     randomise(runtime)
     # Away from A - A0 = 0.
     train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)

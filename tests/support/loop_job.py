@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import StructLoRAError, attach
@@ -62,8 +63,13 @@ class Loop:
     def __init__(self, model, clip: float | None, scaled: bool, adamw: dict):
         self.clip = clip
         self.wrapped = self.wrap(model)
+        # As Trainer does: torch's batched optimizers cannot mix parameters that are sharded with whole ones.
+        of_kind = {}
+        for parameter in lora_parameters(model).values():
+            of_kind.setdefault(type(parameter.data), []).append(parameter)
+        groups = [{"params": parameters} for parameters in of_kind.values()]
         # Of the optimizers of torch, the fused ones unscale in their step.
-        self.optimizer = Failing(lora_parameters(model).values(), **adamw, fused=scaled)
+        self.optimizer = Failing(groups, **adamw, fused=scaled)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**LOSS_SCALE_POWER, enabled=scaled)
 
     def wrap(self, model):
@@ -109,7 +115,7 @@ class Loaded(Loop):
 
     def reduce(self):
         for parameter in lora_parameters(self.wrapped).values():
-            if parameter.grad is not None:
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
                 dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
@@ -220,7 +226,7 @@ def train(
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
     wraps = isinstance(loop, DeepSpeed) and detach_at is not None
     wrappers = [Counting(loop.wrapped)] if wraps else []
-    runtime = attach(loop.wrapped, loop.optimizer, options)
+    runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
     gates = [module.gate for module in runtime.plan.gated]
     if wraps and again_at is None:
         wrappers.append(Counting(loop.wrapped))
@@ -239,7 +245,7 @@ def train(
             runtime.detach()
             runtime.detach()
         if step == again_at:
-            runtime = attach(loop.wrapped, loop.optimizer, options)
+            runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
         evaluation_losses.append(evaluate())
         before = whole(runtime, runtime.engine.read_working())
         loop.wrapped.train()

@@ -55,7 +55,7 @@ class Loop:
             self.load(torch.load(folder / "loop.pt", weights_only=True))
         self.before = weights_of(self.model)
         if self.method is not None:
-            self.runtime = attach(self.forward, self.optimizer, self.method)
+            self.runtime = attach(self.forward, self.optimizer, self.method, passes=50)
             self.start = self.runtime.state_dict()
             if folder is not None:
                 load_state(self.runtime, folder)

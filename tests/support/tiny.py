@@ -369,12 +369,14 @@ def adamw(model, lr: float = 1e-2) -> torch.optim.AdamW:
 
 
 def attached(model=None, optimizer=adamw, **options):
-    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both."""
+    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both, as in a run of many
+    passes.
+    """
     from structlora_trl import attach  # here, since tests without the package use the rest of this file
 
     model = peft_model() if model is None else model
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, options)
+    return model, optimizer, attach(model, optimizer, options, passes=50)
 
 
 def standing(runtime) -> list:
