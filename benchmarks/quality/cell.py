@@ -37,7 +37,11 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     batches = task.batches(examples, seed)
     selection = method.selection(model, optimizer, training, task, seed)
     average = AveragedModel(model) if method.tail_average else None
-    squeeze = shrinking.Squeeze(model, optimizer, rank, steps=task.steps, **method.squeeze) if method.squeeze else None
+    squeeze = (
+        shrinking.Squeeze(model, optimizer, rank, steps=task.steps, **method.squeeze)
+        if method.squeeze
+        else None
+    )
     model.train()
 
     def train(first: int, last: int) -> None:

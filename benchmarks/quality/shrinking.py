@@ -78,7 +78,9 @@ def shrink(
     return found
 
 
-def _candidates(model: PeftModel, rows: list[dict], keep: float, seed: int, rules) -> dict[str, dict[str, Tensor]]:
+def _candidates(
+    model: PeftModel, rows: list[dict], keep: float, seed: int, rules
+) -> dict[str, dict[str, Tensor]]:
     """rule -> factors with zeros in place of what is dropped. The model is left in its singular directions."""
     with torch.no_grad():
         for A, B in lora_factors(model).values():
@@ -87,7 +89,9 @@ def _candidates(model: PeftModel, rows: list[dict], keep: float, seed: int, rule
             B.copy_(directions.B)
     moments = rank_moments(model, rows)
     information = {module: values[0] for module, values in gate_information(model, rows).items()}
-    whole = {module: (sides["A"].detach(), sides["B"].detach()) for module, sides in factors_of(model).items()}
+    whole = {
+        module: (sides["A"].detach(), sides["B"].detach()) for module, sides in factors_of(model).items()
+    }
     sigma = {module: A.norm(dim=1) * B.norm(dim=0) for module, (A, B) in whole.items()}
     cost = {module: A.shape[1] + B.shape[0] for module, (A, B) in whole.items()}  # parameters of a direction
     rank = next(iter(sigma.values())).numel()
@@ -136,7 +140,9 @@ def _within(worth: dict[str, Tensor], cost: dict[str, int], budget: int) -> dict
     return masks
 
 
-def _at_one_share(sigma: dict[str, Tensor], cost: dict[str, int], budget: int, power: int) -> dict[str, Tensor]:
+def _at_one_share(
+    sigma: dict[str, Tensor], cost: dict[str, int], budget: int, power: int
+) -> dict[str, Tensor]:
     """Of each module the fewest singular values (at least one) with a share of the sum of their powers, one share for all: the
     largest with which there is room.
     """
@@ -206,6 +212,7 @@ def _short(figures: dict) -> dict:
 def _size(small: dict[str, Tensor]) -> dict[str, int]:
     ranks = {name: int(x.any(0).sum()) for name, x in small.items() if "lora_B" in name}
     parameters = sum(
-        rank * (len(small[name]) + small[name.replace("lora_B", "lora_A")].shape[1]) for name, rank in ranks.items()
+        rank * (len(small[name]) + small[name.replace("lora_B", "lora_A")].shape[1])
+        for name, rank in ranks.items()
     )
     return {"parameters": parameters, "rank": max(ranks.values())}

@@ -106,7 +106,9 @@ def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path,
     )
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(after, before, atol=1e-4)
-    before, after = (next(x.split() for x in printed.splitlines() if x.startswith(y)) for y in ("the adapter", "small"))
+    before, after = (
+        next(x.split() for x in printed.splitlines() if x.startswith(y)) for y in ("the adapter", "small")
+    )
     assert before[3] == str(gates.numel()) and after[4] == str(gates.numel() - closed)  # "4" and "1 to 4"
     assert "Output change on 4 x 64 random tokens" in printed
 
@@ -120,7 +122,14 @@ def test_prune_measures_on_a_text_and_leaves_empty_modules_out(variant, runs, tm
     gates = torch.cat([state[f"{kind}/filters.0.logits"].sigmoid() for kind in KINDS])
     best = gates.amax(1).sort().values  # (modules,)
     threshold = float((best[0] + best[1]) / 2)
-    given = [str(out), str(tmp_path / "one"), "--prune", str(threshold), "--probe", str(tmp_path / "probe.txt")]
+    given = [
+        str(out),
+        str(tmp_path / "one"),
+        "--prune",
+        str(threshold),
+        "--probe",
+        str(tmp_path / "probe.txt"),
+    ]
     assert main(["export", *given]) == 0
     printed, modules = capsys.readouterr().out, len(KINDS) * DEPTHS
     assert "1 x 5 tokens" in printed and ("1 modules keep no direction" in printed) == (variant == "plain")
@@ -603,7 +612,9 @@ def test_another_rank_is_the_same_model_or_refused(name, tmp_path):
 
     def write():
         if options is ONE_RANK:
-            write_adapter(tmp_path / "exported", *with_one_scale(saved.lora, saved.tensors, {}, one_rank=True))
+            write_adapter(
+                tmp_path / "exported", *with_one_scale(saved.lora, saved.tensors, {}, one_rank=True)
+            )
         else:
             export(saved, tmp_path / "exported", **options)
 

@@ -206,8 +206,17 @@ def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted
     torch.testing.assert_close(norm, bare, atol=1e-5, rtol=0)
     # One direction of four in each of three modules, on 24 rows that tell and are measured.
     lines = [line.split() for line in printed.splitlines()]
-    assert next(line for line in lines if line[:2] == ["directions", "of"])[3:] == ["12", "3", "25.0%", "1", "1", "1"]
-    alone, before, after = (next(line for line in lines if line[:1] == [name]) for name in ("base", "the", "task"))
+    assert next(line for line in lines if line[:2] == ["directions", "of"])[3:] == [
+        "12",
+        "3",
+        "25.0%",
+        "1",
+        "1",
+        "1",
+    ]
+    alone, before, after = (
+        next(line for line in lines if line[:1] == [name]) for name in ("base", "the", "task")
+    )
     before, after, alone = (float(line[i]) for line, i in ((before, -3), (after, -3), (alone, -3)))
     assert before == pytest.approx(after, abs=2e-3)
     assert "carries 100.0% of what its rows tell" in printed and "24 rows of" in printed
