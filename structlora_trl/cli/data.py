@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import re
@@ -156,6 +157,29 @@ def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]
         files = files if isinstance(files, list) else [str(files)]
         found += [re.sub(r"\[([*?\[])\]", r"\1", file) for file in files]  # what `glob.escape` did
     return found or [script.dataset_name]
+
+
+def held_out(script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> dict | None:
+    """Where the rows are that a run evaluates on, for `adapters.rows`, after `as_mixture`; None where it does not."""
+    if training.eval_strategy == "no":
+        return None
+    if not mixture.datasets:
+        path = (
+            os.path.abspath(script.dataset_name)
+            if os.path.exists(script.dataset_name)
+            else script.dataset_name
+        )
+        return {"path": path, "name": script.dataset_config, "split": script.dataset_test_split}
+    parts = [dataclasses.asdict(part) for part in mixture.datasets]
+    for part in parts:
+        if isinstance(part["data_files"], str) and part["path"] in _BUILDERS.values():
+            part["data_files"] = os.path.abspath(part["data_files"])
+    return {
+        "datasets": parts,
+        "test_split_size": mixture.test_split_size,
+        "split": script.dataset_test_split,
+        "seed": training.seed,
+    }
 
 
 def _split(splits, name: str, argument: str):

@@ -177,7 +177,11 @@ def test_the_page_shows_sizes_on_the_rows_of_a_file(plain_adapter, runs, tmp_pat
 
 @pytest.mark.parametrize(
     "option",
-    [["--data", "rows.jsonl"], ["--html", "page.html", "--base", "model"], ["--json", "--against", "another"]],
+    [
+        ["--data", "rows.jsonl"],
+        ["--html", "page.html", "--base", "model"],
+        ["--json", "--against", "another"],
+    ],
 )
 def test_an_option_without_effect_is_refused(option, runs, capsys):
     assert main(["inspect", str(runs()), *option]) == 2
