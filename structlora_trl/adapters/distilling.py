@@ -106,7 +106,7 @@ def distil(
                 if learning:
                     loss.backward()
             total += float(loss.detach())
-        return total
+        return max(total, 0.0)  # rounding leaves a little less of equal outputs
 
     best = start = distance(watched, learning=False)
     kept, at = [value.clone() for value in student], 0
