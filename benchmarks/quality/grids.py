@@ -47,8 +47,17 @@ from .settings import (
     SAME_RATE,
     SEEDS,
     SETTINGS,
+    SHRINK,
     SIZE_METHODS,
     SIZE_SEEDS,
+    SMALLER,
+    SMALLER_LANGUAGE,
+    SMALLER_LANGUAGE_RATE,
+    SMALLER_LANGUAGE_SEEDS,
+    SMALLER_RANKS,
+    SMALLER_SEEDS,
+    SMALLER_SHARES,
+    SQUEEZE,
     WHERE_IT_GAINS,
     kept_methods,
     selected,
@@ -189,6 +198,34 @@ def _quarter_finish() -> list[tuple]:
     ]
 
 
+def _smaller(
+    places: Iterable[tuple[str, int]], seeds: Iterable[int], rate: float | None = None
+) -> list[tuple]:
+    """Adapters made smaller after training, LoRA trained at the rank that is left, and LoRA-Squeeze to it.
+
+    What the primary question needs comes first: a quarter of rank 16, three seeds at a time.
+    """
+    runs = None if rate else quarter_runs(store.read())
+    seeds, cells = [*seeds], []
+    for rank in SMALLER_RANKS:
+        for keep in SMALLER_SHARES:
+            small = round(rank * keep)
+            methods = [
+                (SHRINK.format(keep), rank, rank),
+                (BASE, small, small),
+                (SQUEEZE.format(small), rank, rank),
+            ]
+            for some in (seeds[i : i + 3] for i in range(0, len(seeds), 3)):
+                cells += [
+                    (task, name, r, examples, lr, seed)
+                    for seed in some
+                    for task, examples in places
+                    for name, r, of_rank in methods
+                    if (lr := rate or (runs and size_rate(runs, (task, of_rank, examples), BASE))) is not None
+                ]
+    return cells
+
+
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
@@ -230,6 +267,8 @@ GRIDS = {
         for seed in LANGUAGE_SIZE_SEEDS
         for name, rank in (*QUARTER_METHODS, QUARTER_CHANCE)
     ],
+    "smaller": lambda: _smaller(SMALLER, SMALLER_SEEDS),
+    "smaller-language": lambda: _smaller([SMALLER_LANGUAGE], SMALLER_LANGUAGE_SEEDS, SMALLER_LANGUAGE_RATE),
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done
 }

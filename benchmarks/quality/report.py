@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 DEFAULTS = HERE / "defaults.json"
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
 COHERENCE = HERE / "coherence.json"
-PAGES = (HERE / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (HERE / "README.md", HERE / "smaller.md", ROOT / "docs" / "benchmarks.md")
 
 
 def written(lines: list[dict]) -> dict[Path, str]:

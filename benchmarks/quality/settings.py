@@ -451,8 +451,21 @@ SAME_RATE = {
 LANGUAGE_SIZES = {("smollm-numbers", 8, 320): 8e-3, ("smollm-movie-few-all", 8, 128): 2e-3}
 LANGUAGE_SIZE_SEEDS = range(130, 136)
 
+# Adapters made smaller after training (`shrinking.py`), beside LoRA trained at that rank and LoRA-Squeeze: the eight tasks of
+# the comparison at equal size, at the rates that it chose for LoRA of each rank, with fresh seeds. `smaller.md` says what is
+# asked, written down before the runs.
+SMALLER_SEEDS = range(300, 312)
+SMALLER_SHARES, SMALLER_RANKS = (0.25, 0.125, 0.5), (16, 8)  # in the order in which they are run
+SMALLER = tuple((task, examples) for task, _, examples in QUARTER)
+SMALLER_LANGUAGE, SMALLER_LANGUAGE_RATE = (
+    ("smollm-reviews-large", 64),
+    2e-3,
+)  # the rate of `equal-smollm-reviews`
+SMALLER_LANGUAGE_SEEDS = SMALLER_SEEDS[:6]
+SHRINK, SQUEEZE = "shrink:keep={:g}", "squeeze:to={}"
+
 # Seeds of runs that the tables over settings do not have: of another ViT, or at equal size.
-LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS, *LANGUAGE_SIZE_SEEDS}
+LATER_SEEDS = {*AGAIN_SEEDS, *QUARTER_SEEDS, *VERA_SEEDS, *LANGUAGE_SIZE_SEEDS, *SMALLER_SEEDS}
 
 
 def selected(rule: str, keep: float) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control, ttest_1samp
 from scipy.stats import t as student
 
-from . import after_training, heldout, methods
+from . import after_training, heldout, methods, shrinking
 from .selection import BASE, GATES, OURS, Runs, Setting, quarter_runs, size_rate, test_runs
 from .settings import (
     ABLATIONS,
@@ -49,6 +49,13 @@ from .settings import (
     RANKS,
     ROUNDS,
     SETTINGS,
+    SHRINK,
+    SMALLER,
+    SMALLER_LANGUAGE,
+    SMALLER_RANKS,
+    SMALLER_SEEDS,
+    SMALLER_SHARES,
+    SQUEEZE,
     WHERE_IT_GAINS,
     kept_methods,
     selected,
@@ -160,6 +167,12 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
                 _of_seeds(lines, LANGUAGE_SIZE_SEEDS), [setting], "quarter"
             )
             for setting in LANGUAGE_SIZES
+        },
+        **{
+            f"smaller-{keep:g}-of-{rank}{name}": smaller(_of_seeds(lines, SMALLER_SEEDS), places, rank, keep)
+            for rank in SMALLER_RANKS
+            for keep in SMALLER_SHARES
+            for name, places in (("", SMALLER), ("-language", [SMALLER_LANGUAGE]))
         },
         **{f"{name}-elsewhere": elsewhere(every_seed, *given) for name, given in EVIDENCE.items()},
         "diagnostics": diagnostics(runs, SETTINGS, [BASE, OURS, *ABLATIONS]),
@@ -589,6 +602,54 @@ def at_equal_size(runs: Runs | None, settings: Iterable[Setting], share: str) ->
     header += [title for base in bases for title in (f"accuracy − {base}", "p (q, Holm)")]
     return (
         markdown([*header, *(f"NLL − {base}" for base in bases)], cells) if cells else "No runs are kept yet."
+    )
+
+
+def smaller(runs: Runs | None, places: Iterable[tuple[str, int]], rank: int, keep: float) -> str:
+    """An adapter of a rank made smaller to a share of it, by rule: mean test figures over the places, less LoRA trained at the
+    rank that is left and less the whole adapter, with 95 % intervals over the seeds that all places have.
+
+    Args:
+        runs (`Runs`, *optional*): of the comparison.
+        places (`Iterable`): (task, examples).
+        rank (`int`), keep (`float`): of the whole adapter, and the share.
+    """
+    if runs is None:
+        return "No runs are kept yet."
+    small, places = round(rank * keep), [*places]
+
+    def of(method: str, of_rank: int, column: str = "test") -> list[pd.DataFrame]:
+        return [
+            _test_figures(runs.best((task, of_rank, examples), method), column) for task, examples in places
+        ]
+
+    trained, shrunk = of(BASE, small), SHRINK.format(keep)
+    whole = of(shrunk, rank)
+    rows = [
+        (f"LoRA trained at rank {small}", trained),
+        ("LoRA-Squeeze to it", of(SQUEEZE.format(small), rank)),
+    ]
+    for rule in shrinking.RULES:
+        for how in ("cut", "distilled"):
+            rows.append((f"{rule}, {how}", of(shrunk, rank, f"shrunk.{rule}.{how}")))
+    rows.append((f"the whole adapter, rank {rank}", whole))
+    cells = []
+    for name, figures in rows:
+        means = _mean_over_settings(figures)
+        if len(means) < 2:
+            continue
+        row = [name, len(means), f"{_mean(means['accuracy']):.1f}", f"{_mean(means['nll']):.3f}"]
+        for base in (trained, whole):
+            gaps = _mean_over_settings([one - other for one, other in zip(figures, base, strict=True)])
+            row += (
+                ["", ""] if base is figures or len(gaps) < 2 else _intervals(gaps[["accuracy"]], "accuracy")
+            )
+        cells.append(row)
+    titles = [f"− LoRA trained at {small}", "p (q, Holm)", "− the whole", "p (q, Holm)"]
+    return (
+        markdown(["adapter", "seeds", "accuracy", "NLL", *titles], cells)
+        if cells
+        else "No runs are kept yet."
     )
 
 
