@@ -255,9 +255,9 @@ def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
         for run, kind, short in _by_kind(runs, names)
     ]
     for run in runs:
-        rows = [(row, kind.shape[1]) for kind in run.kinds.values() for row in kind.coverage]
-        needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row, _ in rows])
-        rank = np.mean([rank for _, rank in rows])
+        rows = [row for kind in run.kinds.values() for row in kind.coverage]
+        needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row in rows])
+        rank = np.mean([len(row) for row in rows])
         told.append(
             f"{_of(runs, run)}{needed:.1f} of {rank:.3g} directions of a module hold 90 % of its update's squared norm, on average."
         )
@@ -343,7 +343,11 @@ def _map(
         axis.imshow(np.array(rows), interpolation="none", cmap=colour, vmin=low, vmax=high, aspect="auto")
         every = -(-len(labels) // 16)
         axis.set_yticks(range(0, len(labels), every), labels[::every])
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if across == "layer":
+            fewer = -(-len(labels) // 5)
+            axis.set_xticks(range(0, len(labels), fewer), labels[::fewer])
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set(xlabel=across)
@@ -358,7 +362,10 @@ def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
         for depth, row in zip(kind.depths, kind.singular_values, strict=True):
             shade = depth.depth / max(len(kind.depths) - 1, 1)
             positive = [value if value > 0 else np.nan for value in row]
-            axis.plot(range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1)
+            alone = {"marker": "o", "markersize": 3} if len(row) == 1 else {}
+            axis.plot(
+                range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1, **alone
+            )
         if shown:
             axis.set(yscale="log", ylim=(min(shown) / 1.3, max(shown) * 1.3))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))

@@ -17,7 +17,7 @@ from ..core.diagnostics import effective_rank
 from ..core.kinds import Kind, split_depth
 from ..errors import refusing
 from .load_adapter import LOG_NAME, Saved
-from .peft_scaling import singular_directions
+from .peft_scaling import LORA_NAME, rank_of, singular_directions
 
 # Among `stateful_callbacks` of `trainer_state.json`: what the command line was given, and no log says.
 COMMAND_FACTS = "structlora_command"
@@ -64,11 +64,12 @@ class KindReport:
         name (`str`): of the kind.
         role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None
             where unknown.
-        shape (`list[int]`): [L, r, k, d].
+        shape (`list[int]`): [L, r, k, d], of the largest rank.
         depths (`list[DepthReport]`): its modules, by depth.
         similarity (`list[list[float]]`, *optional*): (L, L) cosines.
-        singular_values (`list[list[float]]`): (L, r) of the update as it is added to the weight, descending.
-        coverage (`list[list[float]]`): (L, r) cumulative share of the squared singular values.
+        singular_values (`list[list[float]]`): of each module as many as its rank, of the update as it is added
+            to the weight, descending.
+        coverage (`list[list[float]]`): their cumulative share of the squared singular values.
     """
 
     name: str
@@ -78,6 +79,42 @@ class KindReport:
     similarity: list[list[float]] | None
     singular_values: list[list[float]]
     coverage: list[list[float]]
+
+
+@dataclass
+class Part:
+    """Where an adapter file's bytes are: `what`, how many `numbers` of which `dtype`, and their `bytes`."""
+
+    what: str
+    dtype: str
+    numbers: int
+    bytes: int
+
+
+def contents(tensors: dict[str, Tensor]) -> list[Part]:
+    """The parts of an adapter's file, the largest first: LoRA's factors, those of embeddings, and what is saved
+    whole, by its name (`modules_to_save`, embeddings that were resized, biases).
+    """
+    parts: dict[tuple[str, str], Part] = {}
+    for name, value in tensors.items():
+        if match := LORA_NAME.match(name):
+            what = "LoRA on embeddings" if match["embedding"] else "LoRA directions"
+        elif ".lora_" in name:
+            what = "of LoRA, beside its directions"
+        else:
+            what = name.removeprefix("base_model.model.").rpartition(".")[0] + ", saved whole"
+        dtype = str(value.dtype).removeprefix("torch.")
+        part = parts.setdefault((what, dtype), Part(what, dtype, 0, 0))
+        part.numbers += value.numel()
+        part.bytes += value.numel() * value.element_size()
+    return sorted(parts.values(), key=lambda part: -part.bytes)
+
+
+def held_out_rows(history: list[dict]) -> int | None:
+    """How many rows the last evaluation of a Trainer's log was of; None where it does not tell."""
+    speeds = ("eval_runtime", "eval_samples_per_second")
+    told = [e for e in history if all(isinstance(e.get(name), (int, float)) for name in speeds)]
+    return round(told[-1][speeds[0]] * told[-1][speeds[1]]) if told else None
 
 
 def report(saved: Saved) -> list[KindReport]:
@@ -200,7 +237,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             module=module.removeprefix("base_model.model."),
             layer=".".join(map(str, split_depth(module)[1])),
             depth=depth,
-            rank=kind.rank,
+            rank=rank_of(saved.lora, module),
             gates=None if gates is None else gates[depth].tolist(),
             groups=None if groups is None else groups[depth].tolist(),
             effective_rank=float(ranks[depth]),
@@ -217,8 +254,11 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
         shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
         similarity=None if similarity is None else similarity.tolist(),
-        singular_values=singular.tolist(),
-        coverage=(energy.cumsum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)).tolist(),
+        singular_values=[row[: d.rank].tolist() for row, d in zip(singular, depths, strict=True)],
+        coverage=[
+            (row.cumsum(0) / row.sum().clamp(min=torch.finfo(row.dtype).tiny))[: d.rank].tolist()
+            for row, d in zip(energy, depths, strict=True)
+        ],
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
-from .inspecting import final_losses, peak_learning_rate, short_names, training_data
+from .inspecting import final_losses, held_out_rows, peak_learning_rate, short_names, training_data
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -44,7 +44,7 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
     page = templates.get_template("page.html.j2").render(
         runs=[*zip(runs, RUN_COLOURS, strict=False)],
         facts={name: values for name, values in facts.items() if any(value is not None for value in values)},
-        lowest={name: _lowest(facts[name]) for name in _LOSSES},
+        lowest={_HELD_OUT: _lowest(facts[_HELD_OUT])},
         verdict=_verdict(runs),
         charts=charts(runs),
         heads=heads,
@@ -111,18 +111,24 @@ def _option(name: str) -> Callable[[Run], object]:
     return lambda run: getattr(run.saved.config, name) if run.saved.config else None
 
 
-_LOSSES = ("training loss at the end", "held-out loss at the end")
+def _ranks(run: Run) -> str:
+    ranks = {depth.rank for depth in run.depths()}
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+_HELD_OUT = "held-out loss at the end"  # training losses of StructLoRA are with noise: not to be compared
 _FACTS: dict[str, Callable[[Run], object]] = {
     "base model": lambda run: run.saved.lora.base_model_name_or_path,
     "data": lambda run: training_data(run.saved),
-    "r": lambda run: run.saved.lora.r,
+    "r": lambda run: _ranks(run),
     "alpha": lambda run: run.saved.lora.lora_alpha,
     "modules": lambda run: len(run.depths()),
     "directions": lambda run: sum(depth.rank for depth in run.depths()),
     "learning rate": lambda run: peak_learning_rate(run.saved),
     "steps": lambda run: run.saved.step or (run.history[-1]["step"] if run.history else None),
-    _LOSSES[0]: lambda run: final_losses(run.history)[0],
-    _LOSSES[1]: lambda run: final_losses(run.history)[1],
+    "training loss at the end": lambda run: final_losses(run.history)[0],
+    _HELD_OUT: lambda run: final_losses(run.history)[1],
+    "held-out rows": lambda run: held_out_rows(run.history),
     "filter": _option("filter"),
     "coordinator": _option("coordinator"),
     "mean openness": lambda run: _openness(run.depths()),
@@ -135,6 +141,7 @@ _FACTS: dict[str, Callable[[Run], object]] = {
 _COLUMNS: dict[str, Callable] = {
     "openness": lambda kind, depth: _openness([depth]),
     "groups": lambda kind, depth: _openness([depth], "groups"),
+    "rank": lambda kind, depth: depth.rank,
     "eff. rank": lambda kind, depth: depth.effective_rank,
     "norm": lambda kind, depth: depth.norm,
     "coherence": lambda kind, depth: depth.coherence,

@@ -49,6 +49,11 @@ class _Around(TrainerCallback):
         # Into every `trainer_state.json`, from where the report page takes what neither adapter nor log says.
         read = data.sources(self.given.script, self.given.mixture)
         facts = {"data": read, "learning_rate": args.learning_rate}
+        # For `structlora export`, which measures on the rows that the run held out.
+        facts |= {
+            "max_length": getattr(args, "max_length", None),
+            "held_out": data.held_out(self.given.script, self.given.mixture, args),
+        }
         state.stateful_callbacks[COMMAND_FACTS] = {"args": facts, "attributes": {}}
         if not state.is_world_process_zero:
             return
