@@ -512,7 +512,9 @@ class InTrainer:
     @classmethod
     def run(cls, setup, folder: Path, method: dict | None, steps=None, resume=False, watch=look_away):
         run = SimpleNamespace(setup=setup, runtime=None)
-        ours = [] if method is None else [StructLoRACallback(method)]
+        # These runs make few passes, in which gates have no noise by themselves.
+        noise = {} if setup.quiet else {"noise": "on"}
+        ours = [] if method is None else [StructLoRACallback({**noise, **method})]
         trainer = setup.trainer(
             folder,
             [*ours, _Watching(run, watch, ours)],

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl
+from datasets import IterableDataset
 
 from structlora_trl import StructLoRACallback
 from structlora_trl.trainers.compat import why_quiet
@@ -31,7 +32,8 @@ NOISE = {  # job: what the start says of its gates
 
 
 @pytest.mark.parametrize("job", NOISE)
-def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
+def test_noise_is_off_where_dropout_is(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("structlora_trl.trainers.callback.passes_of", lambda trainer: 50)
     callbacks = {noise: StructLoRACallback(noise=noise) for noise in ("auto", "on", "off")}
     for noise, callback in callbacks.items():
         JOBS[job](tmp_path / noise, [callback], max_steps=1).train()
@@ -39,6 +41,39 @@ def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
     assert NOISE[job] in said and "(noise='off')" in said
     gated = {noise: callback.runtime.gated_count > 0 for noise, callback in callbacks.items()}
     assert gated == {"auto": NOISE[job] == ON, "on": True, "off": False}
+
+
+# Training arguments, whether rows are streamed, and what the start says of the noise in 48 rows.
+PASSES = {
+    "few": ({"max_steps": 3}, False, "no gates; none on 9 (0.25 passes over the data, too few for noise)"),
+    "some": (
+        {"num_train_epochs": 12, "max_steps": -1},
+        False,
+        "gates on 9 modules (variance 0.29 for 12 passes",
+    ),
+    "many": (
+        {"num_train_epochs": 40, "max_steps": -1},
+        False,
+        "gates on 9 modules (variance 1 for 40 passes",
+    ),
+    "unknown": ({"max_steps": 2}, True, "none on 9 (passes over the data unknown)"),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_noise_follows_the_passes(case, tmp_path, capsys):
+    options, streams, said = PASSES[case]
+    whole = (
+        {}
+        if case in ("few", "unknown")
+        else {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 2}
+    )
+    trainer = JOBS["trainer" if streams else "sft"](tmp_path, [StructLoRACallback()], **whole, **options)
+    if streams:
+        trainer.train_dataset = IterableDataset.from_generator(lambda: iter(trainer.eval_dataset))
+        said = said.replace("9", "6")
+    trainer.train()
+    assert said in capsys.readouterr().out
 
 
 class Ratios:
