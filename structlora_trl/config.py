@@ -74,7 +74,7 @@ class StructLoRAConfig:
 
     noise: Literal["auto", "on", "off"] = _option(
         "auto",
-        "Noise of the gates in training. 'auto': by the passes over the data, none up to 8 and `noise_variance` from 32 on; "
+        "Noise of the gates in training. 'auto': by the passes over the data, none up to 5 and `noise_variance` from 45 on; "
         "none in trainers that switch dropout off or train on samples of their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, "
         "...), nor in fused LoRA kernels. 'on': `noise_variance`, whatever the run; fused kernels are an error. 'off': no gates.",
     )

@@ -592,7 +592,7 @@ class Runtime:
             )
 
     def _warn_of_other_adapters(self) -> None:
-        """Say once of each adapter that was made active after `attach`: it is none of ours."""
+        """Say once of each adapter that was made active after `attach`: its factors train as plain LoRA."""
         others = set(self.model.active_adapters) - self._active
         if others:
             self._active |= others

@@ -38,7 +38,7 @@ STATE_NAME = "structlora.safetensors"
 FORMAT = 5  # those before it were never released
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act
-# on nothing. (`side` and `roles` are compared by what they come to.) All others may change on resume, and act
+# on nothing. (`side` and `roles` are compared by the sides they resolve to.) All others may change on resume, and act
 # from there on.
 SHAPING = ("keep", "align_init", "coordinator", "coordinator_layers", "edges")
 _START_ANEW = (

@@ -89,12 +89,10 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         return evaluate(model, test)
 
     if method.shrink:
-        return line | {"shrunk": shrinking.shrink(model, training, seed=seed, test=tested, **method.shrink)}
-    if method.squeeze:
-        return line
-    if method_name == "lora" and rank >= CUT_RANK:
+        line["shrunk"] = shrinking.shrink(model, training, seed=seed, test=tested, **method.shrink)
+    if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
         figures = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = figures or {"scale": 1.0, **line["test"]}
-    if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
         line["cut"] = after_training.cut(model, training, validation, seed, tested)
-    return line | truncated(model, rank, tested) if method_name == "lora" else line
+        line |= truncated(model, rank, tested)
+    return line

@@ -28,7 +28,6 @@ from .tasks import CHAT_LINEAR
 
 COMPARED = {
     "LoRA": METHODS["lora"],
-    "without coordinator": METHODS["gates"],
     "StructLoRA": METHODS["structlora"],
 }
 WRITERS = ("o_proj", "down_proj")  # of the residual stream; the others read it

@@ -192,14 +192,10 @@ def find(name: str) -> Method:
     method = METHODS[base]
     if not given:
         return method
-    options = dict(part.split("=") for part in given.split(","))
-    options = {option: _parse(value) for option, value in options.items()}
-    changed = next(
-        (name for name in ("shrink", "squeeze") if getattr(method, name) is not None), "structlora"
-    )
-    return replace(
-        method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}}
-    )
+    options = {option: _parse(value) for option, value in (part.split("=") for part in given.split(","))}
+    changed = next(name for name in ("shrink", "squeeze", "structlora") if getattr(method, name) is not None)
+    options = {**getattr(method, changed), **options}
+    return replace(method, summary=f"{method.summary}, {given}", **{changed: options})
 
 
 def _parse(value: str):

@@ -1,4 +1,4 @@
-"""Tables and the plot from the store, written into README.md here and docs/benchmarks.md, between their marks.
+"""Tables and the plot from the store, written into the pages that show them, between their marks.
 
 python -m benchmarks.quality.report                    write them
 python -m benchmarks.quality.report --check            fail where they are not what the store gives
@@ -21,7 +21,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
 COHERENCE = HERE / "coherence.json"
-PAGES = (HERE / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (
+    HERE / "README.md",
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "index")),
+)
 
 
 def written(lines: list[dict]) -> dict[Path, str]:

@@ -15,8 +15,8 @@ Over the whole model, with as many parameters, so that ranks differ:
 |---|---|
 | global-information | the singular directions of largest Fisher information (`export --keep --data`) |
 | global-svd | the largest singular values (`export --keep`) |
-| sv-fro, sv-cumulative | of each module the fewest singular values that hold one share of their squares' root, or of their sum: kohya's
-`resize_lora.py`, with the share at which the size is right |
+| sv-fro, sv-cumulative | of each module the fewest singular values that hold a share of the norm, or of their sum, as kohya's
+  `resize_lora.py` does; the share is the one at which the size is right |
 
 Each as cut, and after 100 steps in which it learns the whole adapter's outputs on the training examples.
 """

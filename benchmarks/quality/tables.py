@@ -10,12 +10,13 @@ from scipy.stats import t as student
 
 from . import methods
 from .selection import FIGURES, Runs
-from .settings import COMPARISONS, LEVEL, LORA, OURS, Comparison, Place, Row
+from .settings import COMPARISONS, LORA, OURS, Comparison, Place, Row
 
 # What the paper reports (arXiv 2603.14228): step time and memory, LLaMA-7B on a GPU; cosine of gradients.
 PAPER_COST = {"structlora": ("1.06x", "1.04x")}
 PAPER_GRADIENT_COSINE = {LORA: "0.27 to 0.41", OURS: "0.55 to 0.69"}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
+WORDS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 NOTHING = "No runs are kept yet."
 
 
@@ -38,22 +39,23 @@ def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> 
 
 def compared(runs: Runs, comparison: Comparison) -> str:
     """Test figures of each row at each place and on average, and less those of the base rows."""
-    cells = []
+    cells, shown = [], comparison.figures
     titles = [label(comparison.rows[base]) for base in comparison.bases]
-    for name, places in _parts(comparison):
+    parts = list(_parts(comparison))
+    for name, places in parts:
         for row in comparison.rows:
             found = _mean([runs.figures(place, row) for place in places])
             if len(found) < 2:
                 continue
-            cells.append(
-                [name, label(row), len(found), *(f"{found[f].mean():.{DIGITS[f]}f}" for f in FIGURES)]
-            )
+            means = [_middle(found[figure], DIGITS[figure]) for figure in shown]
+            cells.append([name, label(row), len(found), *means])
             for base in comparison.bases:
                 gaps = _gaps(runs, places, row, comparison.rows[base])
-                cells[-1] += [_interval(gaps[f], DIGITS[f]) for f in FIGURES]
-    words = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
-    header = ["where", "method", "seeds", *words.values()]
-    header += [f"{words[f]} − {title}" for title in titles for f in FIGURES]
+                cells[-1] += [_interval(gaps[figure], DIGITS[figure]) for figure in shown]
+    header = ["where", "method", "seeds", *(WORDS[figure] for figure in shown)]
+    header += [f"{WORDS[figure]} − {title}" for title in titles for figure in shown]
+    if len(parts) == 1:
+        header, cells = header[1:], [row[1:] for row in cells]
     return markdown(header, cells) if cells else NOTHING
 
 
@@ -102,15 +104,18 @@ def half_width(gaps: Sequence[float]) -> float:
 
 
 def diagnostics(runs: Runs, comparison: Comparison) -> str:
-    """Figures of structure, mean over places and seeds, beside the paper's."""
+    """Figures of structure beside the paper's: the mean over places, each over its seeds."""
     figures = ("relative_drift", "gradient_cosine", "update_cosine", "moved_A_cosine", "first_singular_share")
     columns = [f"diagnostics.{figure}" for figure in figures]
     cells = []
     for row in comparison.rows:
-        found = pd.concat([runs.runs(place, row) for place in comparison.places])[columns].dropna()
-        if len(found):
-            means = [f"{found[column].mean():.3f}" for column in columns]
-            cells.append([label(row), len(found), *means, PAPER_GRADIENT_COSINE.get(row.method, "")])
+        found = [runs.runs(place, row).reindex(columns=columns).dropna() for place in comparison.places]
+        if all(map(len, found)):
+            means = sum(of_place.mean() for of_place in found) / len(found)
+            shown = [f"{means[column]:.3f}" for column in columns]
+            cells.append(
+                [label(row), sum(map(len, found)), *shown, PAPER_GRADIENT_COSINE.get(row.method, "")]
+            )
     header = ["method", "runs", *(figure.replace("_", " ") for figure in figures), "paper's gradient cosine"]
     return markdown(header, cells) if cells else NOTHING
 
@@ -141,8 +146,7 @@ def coherence(found: dict[str, dict[str, list[float]]]) -> str:
 
 
 def label(row: Row) -> str:
-    """What a row is called in tables: without the level that all of StructLoRA's have."""
-    return row.label or methods.find(row.method).summary.replace(f", {LEVEL}", "")
+    return row.label or methods.find(row.method).summary
 
 
 def markdown(header: list[str], rows: Iterable[list]) -> str:

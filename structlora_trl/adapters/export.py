@@ -278,7 +278,9 @@ def _refuse_used(out: Path) -> None:
 def _refuse_contradictions(
     sizes: list[dict], max_rank: int | None, distil: bool, server: str | None, dtype: str | None, merge: bool
 ) -> None:
-    given = [name for size in sizes for name, value in size.items() if value is not None]
+    given = [
+        name for size in sizes for name, value in size.items() if value is not None and value is not False
+    ]
     if len(given) > len(sizes):
         raise StructLoRAError(
             f"both `{given[0]}` and `{given[1]}`", "one rule for what to drop", "give one of them"

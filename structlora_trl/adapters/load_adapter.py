@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..config import StructLoRAConfig
 from ..core.diagnostics import stream_cosine, stream_products
 from ..core.expert_storage import to_nodes, to_storage
-from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role
+from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role, split_depth
 from ..core.mapping import KindMap
 from ..core.residual_roles import RESIDUAL_ROLES
 from ..engines.slices import WHOLE
@@ -73,7 +73,7 @@ class Saved:
         lora (`LoraConfig`): PEFT's configuration.
         tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's
             names.
-        kinds (`list[Kind]`): its LoRA modules, grouped.
+        kinds (`list[Kind]`): its LoRA modules, grouped; those of smaller ranks are filled with zeros.
         effective (`list[Factors]`): fp32, one per kind, stacked as PEFT stores them.
         run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the
             newest checkpoint near it that holds the same adapter.
@@ -105,12 +105,6 @@ class Saved:
     def holds_base_weights(self) -> bool:
         """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
         return any(m.origin_B is not None for m in self.maps or ())
-
-    def gates(self, index: int) -> Tensor | None:
-        return None
-
-    def group_gates(self, index: int) -> Tensor | None:
-        return None
 
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
@@ -211,7 +205,8 @@ def read_saved(folder: str | Path) -> Saved:
             "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
         )
     modules = _modules(tensors)
-    kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
+    adapted = {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()}
+    kinds = group(_filled(modules, lora), adapted)
     saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
     runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
     has_log = (home / LOG_NAME).is_file()
@@ -392,6 +387,12 @@ def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
     """Modules that are saved whole may hold integers, as batch normalisation counts its batches."""
     for name, value in tensors.items():
         is_number = value.is_floating_point() or not LORA_NAME.match(name)
+        if is_number and value.element_size() < 2 and value.is_floating_point():
+            raise StructLoRAError(
+                f"numbers of type {value.dtype} in '{name}' of {path}",
+                "weights of 16 or 32 bits, which PEFT computes with",
+                "convert the file (`tensor.to(torch.bfloat16)`), and scale the tensors as its maker says",
+            )
         if not is_number or not value.isfinite().all():
             found = "NaN or infinite numbers" if is_number else f"numbers of type {value.dtype}"
             raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
@@ -425,6 +426,34 @@ def _modules(tensors: dict[str, Tensor]) -> dict[str, dict[str, nn.Parameter]]:
         if match:
             modules[match["module"]][match["factor"]] = nn.Parameter(value.float(), requires_grad=False)
     return dict(modules)
+
+
+def _filled(
+    modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Factors of modules that differ in depth alone, filled with zeros to one rank, so that they are one kind."""
+    ranks: dict[tuple, int] = defaultdict(int)
+    likeness = {}
+    for module, factors in modules.items():
+        A, B = factors["A"], factors["B"]
+        likeness[module] = split_depth(module)[0], A.shape[1:], B.shape[0], B.shape[2:]
+        ranks[likeness[module]] = max(ranks[likeness[module]], len(A))
+    filled = {}
+    for module, factors in modules.items():
+        lacking = ranks[likeness[module]] - len(factors["A"])
+        if not lacking or parameters_of(lora, module):
+            filled[module] = factors
+            continue
+        A, B = factors["A"], factors["B"]
+        wider = (
+            A.new_zeros(len(A) + lacking, *A.shape[1:]),
+            B.new_zeros(len(B), B.shape[1] + lacking, *B.shape[2:]),
+        )
+        wider[0][: len(A)], wider[1][:, : B.shape[1]] = A, B
+        filled[module] = {
+            side: nn.Parameter(x, requires_grad=False) for side, x in zip("AB", wider, strict=True)
+        }
+    return filled
 
 
 def _stacked(kind: Kind) -> Factors:

@@ -186,6 +186,10 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
             "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one",
             (RuntimeError,),
         )
+    for module in base.modules():
+        # An evaluation would repack 4-bit weights into a layout that no gradient passes (bitsandbytes 0.50 on CPUs, AVX512-BF16).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     with loading:
         return PeftModel.from_pretrained(base, str(folder)).eval()
 

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ..core.kinds import Adapted
 from ..errors import StructLoRAError
 
-# With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
+# With or without the adapter's name, as it stands in a model or in a file; `lora_B.bias` is not matched.
 LORA_NAME = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
-from dataclasses import replace
+
 from typing import Any
 
 import datasets
@@ -15,7 +17,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
-from .early import local_data
+from .early import BUILDERS, local_data
 
 _PAIRS = (("chosen", "rejected"),)
 # Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
@@ -88,7 +90,9 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
                 splits = get_dataset(mixture)
                 # As the files have them: the split draws rows anew.
                 whole = (
-                    get_dataset(replace(mixture, test_split_size=None)) if mixture.test_split_size else splits
+                    get_dataset(dataclasses.replace(mixture, test_split_size=None))
+                    if mixture.test_split_size
+                    else splits
                 )
             else:
                 splits = datasets.load_dataset(
@@ -220,6 +224,29 @@ def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]
         files = files if isinstance(files, list) else [str(files)]
         found += [re.sub(r"\[([*?\[])\]", r"\1", file) for file in files]  # what `glob.escape` did
     return found or [script.dataset_name]
+
+
+def held_out(script: ScriptArguments, mixture: DatasetMixtureConfig, training) -> dict | None:
+    """Where the rows are that a run evaluates on, for `adapters.rows`, after `as_mixture`; None where it does not."""
+    if training.eval_strategy == "no":
+        return None
+    if not mixture.datasets:
+        path = (
+            os.path.abspath(script.dataset_name)
+            if os.path.exists(script.dataset_name)
+            else script.dataset_name
+        )
+        return {"path": path, "name": script.dataset_config, "split": script.dataset_test_split}
+    parts = [dataclasses.asdict(part) for part in mixture.datasets]
+    for part in parts:
+        if isinstance(part["data_files"], str) and part["path"] in BUILDERS.values():
+            part["data_files"] = os.path.abspath(part["data_files"])
+    return {
+        "datasets": parts,
+        "test_split_size": mixture.test_split_size,
+        "split": script.dataset_test_split,
+        "seed": training.seed,
+    }
 
 
 def _split(splits, name: str, argument: str):

@@ -18,7 +18,7 @@ from ..errors import StructLoRAError, refuse_unwritable, refusing
 
 # Names of PEFT, Transformers and this package, whose import takes seconds (`tests/cli/test_early.py`).
 ADAPTER_CONFIG, MODEL_CONFIG, TRAINER_STATE = "adapter_config.json", "config.json", "trainer_state.json"
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _PATHS = ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
 
 
@@ -117,7 +117,7 @@ def local_data(name: str, files: Any = None) -> tuple[str, Any]:
     Raises:
         StructLoRAError: no such file or folder, or an empty file.
     """
-    builder = _BUILDERS.get(Path(name).suffix)
+    builder = BUILDERS.get(Path(name).suffix)
     if builder is None and not name.startswith((".", "/", "~")):
         return name, files
     path = os.path.expanduser(name)

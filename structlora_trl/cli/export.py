@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import share_to_keep
+from ..errors import StructLoRAError
 from .arguments import parser_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def run(command: str, arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     _refuse_idle(parser, given)
     # After the arguments, and after a path that is wrong: these load torch and PEFT.
-    _refuse_missing(given.checkpoint)
+    refuse_missing(given.checkpoint)
     from ..adapters.export import export, export_sizes
     from ..adapters.load_adapter import read_saved
     from ..adapters.measuring import RANDOM
@@ -137,9 +138,12 @@ def _refuse_idle(parser, given) -> None:
         parser.error("--for and --dtype are of the adapter, and --merge writes none; give one of them")
 
 
-def _refuse_missing(folder: Path) -> None:
-    from ..errors import StructLoRAError
+def refuse_missing(folder: Path) -> None:
+    """Stop at a path that is no folder, before torch is imported.
 
+    Raises:
+        StructLoRAError: it names what is there.
+    """
     if not folder.is_dir():
         found = f"a file {folder}" if folder.exists() else f"no folder {folder}"
         raise StructLoRAError(
@@ -163,7 +167,7 @@ def table(saved: Saved, done: list[Export]) -> str:
     first = done[0]
     losses = first.change.losses if first.change else None
     heads = ["", "rank", "directions", "parameters", "size", *(["loss", "gain kept"] if losses else [])]
-    whole = _ranks([count // 1 for count in _whole_ranks(saved)])
+    whole = _ranks([depth for kind in saved.kinds for depth in _kind_ranks(saved, kind)])
     before = [size.before for size in first.sizes[:3]]
     rows = [["the adapter", whole, *_counts(before), *([_number(losses.before), "100 %"] if losses else [])]]
     if losses and losses.base is not None:
@@ -250,8 +254,10 @@ def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
     ]
 
 
-def _whole_ranks(saved: Saved) -> list[int]:
-    return [kind.rank for kind in saved.kinds for _ in kind.modules]
+def _kind_ranks(saved: Saved, kind) -> list[int]:
+    from ..adapters.peft_scaling import rank_of
+
+    return [rank_of(saved.lora, module) for module in kind.modules]
 
 
 def _ranks(ranks: list[int], one_rank: bool = False) -> str:

@@ -14,17 +14,18 @@ from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
 from ..adapters.inspecting import COMMAND_FACTS
 from ..errors import refusing
-from ..model_card import CARD_NAME, describe_run, undescribe
+from ..model_card import CARD_NAME, undescribe
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
+from ..trainers.console import end_lines, plain_start_lines
 from . import data
 from .arguments import Arguments, parse
 from .checks import check_arguments
 from .early import last_checkpoint, whole_checkpoints
 from .launch import launch
 from .main import INTERRUPTED
-from .summary import at_end, at_start
+from .summary import next_commands
 
 
 class _Around(TrainerCallback):
@@ -38,7 +39,6 @@ class _Around(TrainerCallback):
 
     def __init__(self, given: Arguments, callback: StructLoRACallback | None, setting_up: ExitStack):
         self.given, self.callback, self._setting_up = given, callback, setting_up
-        self.history: list[dict] = []  # the Trainer's log, once training has ended
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._setting_up.pop_all()
@@ -49,19 +49,28 @@ class _Around(TrainerCallback):
         # Into every `trainer_state.json`, from where the report page takes what neither adapter nor log says.
         read = data.sources(self.given.script, self.given.mixture)
         facts = {"data": read, "learning_rate": args.learning_rate}
+        # For `structlora export`, which measures on the rows that the run held out.
+        facts |= {
+            "max_length": getattr(args, "max_length", None),
+            "held_out": data.held_out(self.given.script, self.given.mixture, args),
+        }
         state.stateful_callbacks[COMMAND_FACTS] = {"args": facts, "attributes": {}}
         if not state.is_world_process_zero:
             return
-        if self.callback is None:
-            print("structlora: false, so this run is plain LoRA.")
-        print(at_start(compat.calling_trainer()[0]))
+        if self.callback is None:  # which says the same
+            trainer, _ = compat.calling_trainer()
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            print(plain_start_lines(trainer, model))
         if self.given.training.resume_from_checkpoint:
             print(f"Continuing from {self.given.training.resume_from_checkpoint}.")
         sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Before the script saves the adapter, and perhaps pushes the folder."""
-        output, self.history = Path(args.output_dir), state.log_history
+        output = Path(args.output_dir)
+        if state.is_world_process_zero and self.callback is None:
+            trainer, _ = compat.calling_trainer()
+            print(end_lines("LoRA", trainer, trainer.accelerator.unwrap_model(trainer.model)), flush=True)
         if state.is_world_process_zero:
             output.mkdir(parents=True, exist_ok=True)
             state.save_to_json(str(output / TRAINER_STATE_NAME))
@@ -99,6 +108,8 @@ def run(command: str, arguments: list[str]) -> None:
     data.check(command, given.script, given.mixture, given.training)
     set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
     callback = None if given.structlora is None else StructLoRACallback(given.structlora)
+    if callback is not None:
+        callback.names_next = False
     before = list(DEFAULT_CALLBACKS)
     try:
         with ExitStack() as setting_up, compat.resuming(checkpoint):
@@ -111,8 +122,9 @@ def run(command: str, arguments: list[str]) -> None:
                     also=(AttributeError,),  # of `reward_funcs`
                 )
             )
-            around = _Around(given, callback, setting_up)
-            DEFAULT_CALLBACKS.extend([*([callback] if callback else []), around])
+            DEFAULT_CALLBACKS.extend(
+                [*([callback] if callback else []), _Around(given, callback, setting_up)]
+            )
             script.main(given.script, given.training, given.model, given.mixture)
     except KeyboardInterrupt:
         if _is_first_process():
@@ -120,15 +132,8 @@ def run(command: str, arguments: list[str]) -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         DEFAULT_CALLBACKS[:] = before
-<<<<<<< HEAD
-    if _is_first_process() and callback is None:
-        print("The adapter is plain LoRA.")
-=======
     if _is_first_process():
-        if callback is not None and not callback.config.is_off:
-            describe_run(Path(given.training.output_dir) / CARD_NAME, callback.runtime)
-        print(at_end(command, arguments, given, around.history))
->>>>>>> core
+        print(next_commands(command, arguments, given))
 
 
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:

@@ -21,19 +21,17 @@ def nats(variance: float) -> float:
 
 
 # Passes over the data up to which noise costs more than it gives, and from which on it has its whole size.
-FEW_PASSES, MANY_PASSES = 8, 32
+FEW_PASSES, MANY_PASSES = 5, 45
 
 
 def noise_share(passes: float) -> float:
-    """The share of the whole variance that noise has in a run of so many passes over its data.
+    """The share of the whole variance that noise has in a run of so many passes over its data: 0 up to
+    `FEW_PASSES`, 1 from `MANY_PASSES` on, and linear between them.
 
     Noise keeps an adapter from fitting its examples one by one, which many passes over few of them do; in a
-    few passes it only slows learning (`benchmarks/quality`, "Noise by passes"). 0 up to `FEW_PASSES`, 1 from
-    `MANY_PASSES` on, and between them linear in the logarithm of the passes.
+    few passes it only slows learning.
     """
-    if passes <= FEW_PASSES:
-        return 0.0
-    return min(math.log(passes / FEW_PASSES) / math.log(MANY_PASSES / FEW_PASSES), 1.0)
+    return min(max((passes - FEW_PASSES) / (MANY_PASSES - FEW_PASSES), 0.0), 1.0)
 
 
 class Gate:

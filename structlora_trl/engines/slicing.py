@@ -136,7 +136,7 @@ class _Side:
         self.sharding, self.side, self.places = sharding, side, places
         factors = [getattr(sharding.kinds[i], side) for i in places]
         alike = all(bool((s == s[:1]).all()) for s in (sharding.spans(i, side) for i in places))
-        # Where each depth is owned alike, the places of one serve all; of experts, those of all at one depth.
+        # If every depth is sharded alike, indices are computed once; of experts, for all at one depth.
         self.rows = math.gcd(*map(len, factors)) if alike else 1
         self.parameters = [
             p

@@ -20,7 +20,7 @@ from ..runtime import Runtime
 from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
 from .compat import calling_trainer, passes_of, refuse_engine_taken_down, run_first, why_quiet
-from .console import end_lines, log_briefly, start_lines
+from .console import end_lines, log_briefly, next_commands, start_lines
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class StructLoRACallback(TrainerCallback):
         StructLoRA on torch, 1 process: ...
         >>> trainer.save_model(folder)  # a plain LoRA adapter
     """
+
+    names_next = True  # whether the end of a run names commands: `structlora sft` and the like name their own
 
     def __init__(
         self,
@@ -198,7 +200,8 @@ class StructLoRACallback(TrainerCallback):
         peft_model = self.runtime.model
         self._finish()
         if state.is_world_process_zero:
-            print(end_lines(self.runtime, trainer, peft_model), flush=True)
+            following = next_commands(self.runtime, args.output_dir) if self.names_next else ()
+            print(end_lines("StructLoRA", trainer, peft_model, following), flush=True)
             if not self.config.is_off:
                 describe_run(Path(args.output_dir) / CARD_NAME, self.runtime, peft_model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from functools import partial
 
 from peft import PeftModel
@@ -25,41 +26,46 @@ def start_lines(runtime: Runtime, trainer: Trainer, model: PeftModel, name: str)
     Args:
         model (`PeftModel`): that is trained; `name` is its name inside the trainer's model, "" for itself.
     """
-    state, args = trainer.state, trainer.args
-    rows = (
-        f"{len(trainer.train_dataset):,} rows" if has_length(trainer.train_dataset) else "rows as they come"
-    )
-    batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    share = passes_of(trainer)
-    passes = "" if share is None else f", {share:.3g} passes over the rows"
     head, *acting = runtime.describe()
     where = f", in the PEFT model `{name}`" if name else ""
-    lines = [
-        f"{head}{where}",
-        f"{rows}, batch of {batch}, {state.max_steps:,} steps{passes}",
-        _trained(model),
-        *acting,
-    ]
-    return "\n  ".join(lines)
+    return _lines([f"{head}{where}", *_given(trainer, model), *acting])
 
 
-def end_lines(runtime: Runtime, trainer: Trainer, model: PeftModel) -> str:
-    """How the run ended, the adapter's size, and what can be done with it next."""
-    state, folder = trainer.state, trainer.args.output_dir
-    losses = [f"{state.global_step:,} steps"]
-    for name, words in (("loss", "training loss"), ("eval_loss", "held-out loss")):
-        found = [entry[name] for entry in state.log_history if name in entry]
-        losses += [f"{words} {found[-1]:.4g}"] if found else []
+def plain_start_lines(trainer: Trainer, model: PeftModel) -> str:
+    """The same of a run without StructLoRA."""
+    return _lines(["Plain LoRA (structlora: false)", *_given(trainer, model)])
+
+
+def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[list[str]] = ()) -> str:
+    """How the run ended, the adapter's size, and what can be done with it next.
+
+    Args:
+        name (`str`): what was trained.
+        commands (`Iterable[list[str]]`, *optional*): that may come next.
+    """
+    state = trainer.state
+    told = [f"{state.global_step:,} steps"]
+    for key, words in (("loss", "training loss"), ("eval_loss", "held-out loss")):
+        found = [entry for entry in state.log_history if key in entry]
+        told += [f"{words} {found[-1][key]:.4g}"] if found else []
+    if found and (lowest := min(found, key=lambda entry: entry["eval_loss"])) is not found[-1]:
+        told[-1] += f" (lowest: {lowest['eval_loss']:.4g} after step {lowest['step']})"
     count, _ = model.get_nb_trainable_parameters()
-    size = count * runtime.kinds[0].parameters[0].element_size()
+    width = next(p.element_size() for p in model.parameters() if p.requires_grad)
+    following = " or ".join(f"`{shlex.join(['structlora', *words])}`" for words in commands)
+    return _lines(
+        [
+            f"{name} ends: {', '.join(told)}",
+            f"the adapter: {count:,} parameters, {_bytes(count * width)}, plain LoRA",
+            *([f"next, once it is saved: {following}"] if following else []),
+        ]
+    )
+
+
+def next_commands(runtime: Runtime, folder: str) -> list[list[str]]:
+    """What can be done with an adapter in a folder."""
     smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
-    commands = (["inspect", folder], ["export", folder, "SMALL", *smaller])
-    lines = [
-        f"StructLoRA ends: {', '.join(losses)}",
-        f"the adapter: {count:,} parameters, {_bytes(size)}, plain LoRA",
-        "next, once it is saved: " + " or ".join(f"`{shlex.join(['structlora', *c])}`" for c in commands),
-    ]
-    return "\n  ".join(lines)
+    return [["inspect", folder], ["export", folder, "SMALL", *smaller]]
 
 
 def log_briefly(trainer: Trainer) -> None:
@@ -75,9 +81,25 @@ def _print(printer: TrainerCallback, args, state, control, logs=None, **kwargs):
     return type(printer).on_log(printer, args, state, control, logs=brief, **kwargs)
 
 
-def _trained(model: PeftModel) -> str:
+def _given(trainer: Trainer, model: PeftModel) -> list[str]:
+    """Rows, batch, steps and passes; parameters that are trained."""
+    state, args = trainer.state, trainer.args
+    is_known, held_out = has_length(trainer.train_dataset), trainer.eval_dataset
+    rows = f"{len(trainer.train_dataset):,} rows" if is_known else "rows as they come"
+    if args.eval_strategy != "no" and not isinstance(held_out, dict) and has_length(held_out):
+        rows += f", {len(held_out):,} held out"
+    batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    share = passes_of(trainer)
+    passes = "" if share is None else f", {share:.3g} passes over the rows"
     count, of = model.get_nb_trainable_parameters()
-    return f"trains {count:,} of {of:,} parameters ({100 * count / of:.3g} %)"
+    return [
+        f"{rows}, batch of {batch}, {state.max_steps:,} steps{passes}",
+        f"trains {count:,} of {of:,} parameters ({100 * count / of:.3g} %), learning rate {args.learning_rate:g}",
+    ]
+
+
+def _lines(lines: list[str]) -> str:
+    return "\n  ".join(lines)
 
 
 def _bytes(count: float) -> str:

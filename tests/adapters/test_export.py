@@ -26,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from structlora_trl.adapters.export import export, export_sizes, information_curves, write_adapter
+from structlora_trl.adapters.export import export, information_curves, write_adapter
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import load_base
 from structlora_trl.adapters.peft_scaling import with_one_scale

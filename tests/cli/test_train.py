@@ -118,24 +118,28 @@ def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys)
     assert main(["inspect", "my out"]) == 0
 
 
-def test_a_run_says_what_it_is_and_what_may_come_next(place, monkeypatch, capsys):
-    """Before the first step: rows, batch, steps, passes, parameters. After the last: losses, size, commands."""
+@pytest.mark.parametrize("switch", [[], ["--structlora", "false"]], ids=["structlora", "lora"])
+def test_a_run_says_what_it_is_and_what_may_come_next(switch, place, monkeypatch, capsys):
+    """Before the first step: rows, batch, steps, passes, parameters. After the last: losses, size, commands that run."""
     held_out = {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
-    given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=4, output_dir="my out")
-    trainer = trained(monkeypatch, "sft", "--config", given, "--seed", "7", "--output_dir", "out")
+    given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=4)
+    trainer = trained(monkeypatch, "sft", "--config", given, "--seed", "7", "--output_dir", "my-out", *switch)
     said = capsys.readouterr().out
-    assert "18 rows, 4 steps, batch 8, 1.6 passes over the rows, 6 rows held out." in said
-    parameters = [p for p in trainer.model.parameters()]
-    count = sum(p.numel() for p in parameters if p.requires_grad)
-    assert f"{count:,} of {sum(p.numel() for p in parameters):,} parameters are trained" in said
+    assert said.count("18 rows, 6 held out, batch of 8, 4 steps, 1.6 passes over the rows") == 1
+    trains, of = trainer.model.get_nb_trainable_parameters()
+    assert said.count(f"trains {trains:,} of {of:,} parameters") == 1
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert f"held-out loss {losses[-1]:.4g}" in said
-    weights = Path("out", "adapter_model.safetensors").stat().st_size
-    assert f"out: an adapter of {weights / 1e6:.3g} MB" in said
-    again = f"structlora sft --config {given} --seed 7 --structlora false --output_dir out-lora"
-    assert again in said and "structlora export out out-small --rank 1 --data data.jsonl" in said
-    assert main(["inspect", "out", "--html", "report.html"]) == 0
-    assert main(again.split()[1:]) == 0
+    assert said.count(f"held-out loss {losses[-1]:.4g}") == 1
+    assert said.count(f"the adapter: {trains:,} parameters") == 1
+    following = [line.split("   #")[0].strip() for line in said.splitlines() if "   #" in line]
+    expected = [
+        "structlora inspect my-out --html report.html",
+        "structlora export my-out my-out-small --rank 1 --data data.jsonl",
+        f"structlora sft --config {given} --seed 7 --structlora false --output_dir my-out-lora",
+    ]
+    assert following == expected[: 2 if switch else 3]
+    for command in following:
+        assert main(command.split()[1:]) == 0, command
 
 
 def test_8_bit(place, monkeypatch):

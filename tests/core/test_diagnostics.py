@@ -15,9 +15,9 @@ from tests.support.tiny import (
     _SIZES,
     FAMILIES,
     attached,
-    standing,
     lora_parameters,
     peft_model,
+    standing,
     train,
 )
 
