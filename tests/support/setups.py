@@ -710,14 +710,10 @@ LOOPS = [
     Setup("torch.compile", loop=loops.Compiled, slow=True),
     Setup("torch.compile of the optimizer's step", loop=loops.CompiledStep),
     Setup("SAM", loop=loops.SharpnessAware),
-    Setup("SAM by torch.func.functional_call", loop=loops.FunctionalSharpnessAware),
     Setup("moving averages of the weights (AveragedModel)", loop=loops.Averaging),
     Setup("moving averages swapped in for evaluation", loop=loops.Swapping),
-    Setup("NEFTune", loop=loops.NoisyEmbeddings),
-    Setup("interrupted steps", loop=loops.Interrupted),
     Setup("deepcopy and torch.save of the model", loop=loops.Copying),
     Setup("reference logits under disable_adapter()", loop=loops.ReferencePass),
-    Setup("evaluation between forward and backward", loop=loops.Evaluating),
     Setup("freezing layers for a while", loop=loops.Freezing),
 ]
 
