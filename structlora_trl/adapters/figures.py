@@ -52,7 +52,6 @@ _COLUMNS = 4  # of panels in a file
 _CURVES = {
     "loss": "Training loss",
     "eval_loss": "Held-out loss",
-    "structlora/gate_openness": "Gate openness",
     "structlora/effective_rank": "Effective rank",
     "structlora/drift_energy": "Drift energy",
     "structlora/gradient_cosine": "Cosine of neighbouring gradients",
@@ -154,13 +153,11 @@ class Chart(NamedTuple):
 
 
 def charts(runs: list[Run]) -> list[Chart]:
-    """All that can be drawn of one run, or of two side by side: gates, similarity over depth, singular
+    """All that can be drawn of one run, or of two side by side: similarity over depth, singular
     values, what a smaller adapter keeps, the training.
     """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     drawn = (
-        _gates(runs, names, "gates", "Gates", "direction"),
-        _gates(runs, names, "groups", "Gates of heads and experts", "head or expert"),
         _similarity(runs, names),
         _singular_values(runs, names),
         _sizes(runs),
@@ -197,29 +194,6 @@ def write(folder: Path, drawn: list[Chart]) -> list[str]:
             for suffix in ("png", "pdf"):
                 figure.savefig(folder / f"{chart.key}.{suffix}", dpi=200)
     return [chart.key for chart in drawn]
-
-
-def _gates(runs: list[Run], names: dict[str, str], attribute: str, title: str, gated: str) -> Chart:
-    panels, told = [], []
-    for run, kind, short in _by_kind(runs, names):
-        rows = [getattr(depth, attribute) for depth in kind.depths]
-        if rows[0] is not None:
-            panels.append(_map(runs, run, kind, short, rows, ("viridis", 0, 1), gated))
-    for run in runs:
-        values = np.array([gate for depth in run.depths() for gate in getattr(depth, attribute) or ()])
-        if len(values):
-            told.append(
-                f"{_of(runs, run)}{len(values):,} gates, from {values.min():.2f} to {values.max():.2f}, {values.mean():.2f} on "
-                f"average; {(values < 0.5).sum():,} are more shut than open. "
-                + ("None is below 0.05: no direction is closed." if values.min() >= 0.05 else "")
-            )
-    starts = {run.saved.config.gate_init for run in runs if run.saved.config}
-    text = (
-        f"Probability that each {gated} is open. All began at {' or '.join(f'{start:g}' for start in sorted(starts))} (red mark): "
-        "darker ones have closed since, for the task did not hold them open."
-    )
-    scale = Scale("viridis", 0, 1, "probability of being open", tuple(sorted(starts)))
-    return Chart(attribute, title, text, told, panels, scale)
 
 
 def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:

@@ -1,4 +1,4 @@
-"""What an adapter has learned, by kind of module and depth: gates, singular values, coherence over depth."""
+"""What an adapter has learned, by kind of module and depth: singular values, coherence over depth."""
 
 from __future__ import annotations
 
@@ -32,10 +32,7 @@ class DepthReport:
         layer (`str`): the layer's number in its name.
         depth (`int`): its place among the kind's depths, from 0.
         rank (`int`): of its adapter.
-        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or
-            state.
-        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without
-            gates of these.
+        kept (`int`): directions of these that add something: all but those that `keep` closed while training.
         effective_rank (`float`): exp of the entropy of the update's normalised singular values.
         norm (`float`): Frobenius norm of the update as it is added to the weight.
         coherence (`float`, *optional*): mean similarity with the neighbouring depths.
@@ -47,8 +44,7 @@ class DepthReport:
     layer: str
     depth: int
     rank: int
-    gates: list[float] | None
-    groups: list[float] | None
+    kept: int
     effective_rank: float
     norm: float
     coherence: float | None
@@ -220,8 +216,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     factors = saved.factors(index)
     factors = type(factors)(*map(own, factors))
     modules = kind.modules[expert :: kind.per_depth] if kind.per_depth > 1 else kind.modules
-    gates = own(saved.gates(index))  # (L, r)
-    groups = own(saved.group_gates(index))  # (L, H) of heads, (L, 1) of an expert
+    adds = (factors.B != 0).any(-2) & (factors.A != 0).any(-1)  # (L, r)
     stream = own(saved.stream_cosines(index))  # (L - 1,)
     semantic = own(saved.semantic_edges(index))  # (L, L)
     features = own(saved.features(index))  # (L, n)
@@ -238,8 +233,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             layer=".".join(map(str, split_depth(module)[1])),
             depth=depth,
             rank=rank_of(saved.lora, module),
-            gates=None if gates is None else gates[depth].tolist(),
-            groups=None if groups is None else groups[depth].tolist(),
+            kept=int(adds[depth].sum()),
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
             coherence=_beside(None if similarity is None else similarity.diagonal(1), depth),

@@ -106,12 +106,6 @@ class Saved:
         """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
         return any(m.origin_B is not None for m in self.maps or ())
 
-    def gates(self, index: int) -> Tensor | None:
-        return None
-
-    def group_gates(self, index: int) -> Tensor | None:
-        return None
-
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
         diagonal that KaSA trains between them is in B.

@@ -87,24 +87,17 @@ def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
         for name in names:
             for depth in run.kinds[name].depths if name in run.kinds else ():
                 found.setdefault((name, depth.layer), [None] * len(runs))[index] = (run.kinds[name], depth)
-    is_grouped = any(depth.groups is not None for run in runs for depth in run.depths())
-    columns = {head: get for head, get in _COLUMNS.items() if head != "groups" or is_grouped}
-    heads = [head if len(runs) == 1 else f"{head}, {run.name}" for head in columns for run in runs]
+    heads = [head if len(runs) == 1 else f"{head}, {run.name}" for head in _COLUMNS for run in runs]
     rows = [
         (
             name,
             names[name],
             layer,
-            [get(*pair) if pair else None for get in columns.values() for pair in pairs],
+            [get(*pair) if pair else None for get in _COLUMNS.values() for pair in pairs],
         )
         for (name, layer), pairs in found.items()
     ]
     return ["kind", "layer", *heads], rows
-
-
-def _openness(depths, attribute: str = "gates") -> float | None:
-    gates = [gate for depth in depths for gate in getattr(depth, attribute) or ()]
-    return sum(gates) / len(gates) if gates else None
 
 
 def _option(name: str) -> Callable[[Run], object]:
@@ -129,9 +122,9 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "training loss at the end": lambda run: final_losses(run.history)[0],
     _HELD_OUT: lambda run: final_losses(run.history)[1],
     "held-out rows": lambda run: held_out_rows(run.history),
-    "filter": _option("filter"),
+    "noise": _option("noise"),
     "coordinator": _option("coordinator"),
-    "mean openness": lambda run: _openness(run.depths()),
+    "directions that add something": lambda run: sum(depth.kept for depth in run.depths()),
     "mean effective rank": lambda run: sum(d.effective_rank for d in run.depths()) / len(run.depths()),
     "folder": lambda run: str(run.saved.folder),
     "state and log from": lambda run: (
@@ -139,8 +132,7 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     ),
 }
 _COLUMNS: dict[str, Callable] = {
-    "openness": lambda kind, depth: _openness([depth]),
-    "groups": lambda kind, depth: _openness([depth], "groups"),
+    "adds": lambda kind, depth: depth.kept,
     "rank": lambda kind, depth: depth.rank,
     "eff. rank": lambda kind, depth: depth.effective_rank,
     "norm": lambda kind, depth: depth.norm,

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
 For each kind of module and each depth, named by its layer's number:
-  open       directions whose gate is open with probability above one half, of all
-  openness   mean probability that a direction is open
-  groups     the same of the attention heads, or of the expert, where `head_gates` or `expert_gates` gave them gates
+  adds       directions that add something: all but those that `keep` closed while training
   rank       of the module's adapter
   eff. rank  exp of the entropy of the normalised singular values of the update BA
   norm       Frobenius norm of the update as it is added to the weight
@@ -143,7 +141,6 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 _LACKING = {
-    "gates": "gate map: the adapter has no learned gates, or no state beside it",
     "similarity": "similarity map: it needs StructLoRA's state and two depths",
     "training": "curves of the training: no trainer_state.json beside the adapter",
 }
@@ -156,11 +153,11 @@ def _run_names(folders: list[Path]) -> list[str]:
 
 
 def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, float | None]) -> str:
-    """What matters most, in a few lines: what the adapter is, its gates, its last losses."""
+    """What matters most, in a few lines: what the adapter is, its directions, its last losses."""
     if saved.config:
         config = saved.config
         lines = [
-            f"{saved.folder}: StructLoRA after {saved.step} steps, filter {config.filter}, coordinator {config.coordinator} "
+            f"{saved.folder}: StructLoRA after {saved.step} steps, noise {config.noise}, coordinator {config.coordinator} "
             f"({config.edges})"
         ]
     else:
@@ -172,12 +169,8 @@ def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, f
     directions = sum(depth.rank for depth in depths)
     line = f"{directions:,} directions in {len(depths):,} modules, mean effective rank "
     line += f"{sum(depth.effective_rank for depth in depths) / len(depths):.2f}"
-    gates = [gate for depth in depths for gate in depth.gates or ()]
-    if gates:
-        line += (
-            f"; gates: mean openness {sum(gates) / len(gates):.3f}, the least {min(gates):.3f}, "
-            f"{sum(gate <= 0.5 for gate in gates):,} more shut than open"
-        )
+    kept = sum(depth.kept for depth in depths)
+    line += f"; {kept:,} of the directions add something" if kept < directions else ""
     for name, loss in zip(("training", "held-out"), losses, strict=True):
         line += "" if loss is None else f"; {name} loss {loss:.4g}"
     return "\n".join([*lines, line + "."])
@@ -209,16 +202,10 @@ def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
         rank = "to ".join(f"{value} " for value in sorted({min(ranks), max(ranks)})).strip()
         depths = f"{depth_count} {'depth' if depth_count == 1 else 'depths'}"
         lines += [f"\n{kind.name}  ({depths}, r {rank}, {k} -> {d}, {about})"]
-        groups = "groups  " if kind.depths[0].groups is not None else ""
         figures = f"{'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}"
         more = f"  | {'rank':>4}  {'eff. rank':>9}  {'norm':>9}" if others else ""
-        lines += [
-            f"{'layer':>5}  {'open':>7}  {'openness':>8}  {groups}{'rank':>4}  {figures}  semantic{more}"
-        ]
+        lines += [f"{'layer':>5}  {'adds':>4}  {'rank':>4}  {figures}  semantic{more}"]
         for row in kind.depths:
-            open_ = "-" if row.gates is None else f"{sum(gate > 0.5 for gate in row.gates)}/{row.rank}"
-            openness_ = "-" if row.gates is None else f"{sum(row.gates) / row.rank:.3f}"
-            groups = f"{sum(row.groups) / len(row.groups):>6.3f}  " if row.groups is not None else ""
             coherence, stream = (
                 "-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream)
             )
@@ -233,6 +220,6 @@ def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
             if other:
                 more = f"  | {other.rank:>4}  {other.effective_rank:>9.2f}  {other.norm:>9.3g}"
             lines.append(
-                f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {groups}{row.rank:>4}  {figures}  {semantic:<8}{more}".rstrip()
+                f"{row.layer:>5}  {row.kept:>4}  {row.rank:>4}  {figures}  {semantic:<8}{more}".rstrip()
             )
     return "\n".join(lines)
