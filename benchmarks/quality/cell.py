@@ -7,11 +7,11 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from . import after_training, methods, pretrain
+from . import after_training, methods, pretrain, tasks
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .settings import CUT_SEEDS
 from .store import KEY
-from .tasks import TASKS, ViT
+from .tasks import ViT
 
 # From which on LoRA and StructLoRA are cut after training, and LoRA's update is tried with a scalar.
 CUT_RANK = 8
@@ -20,12 +20,12 @@ WARMUP = 0.06  # of the steps, as in the paper
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure. The same arguments give the same line, except for the seconds."""
-    if task_name not in TASKS:
+    if task_name.partition(tasks.AT_PASSES)[0] not in tasks.TASKS:
         from . import language  # TRL, only where it is needed
 
         return language.run(task_name, method_name, rank, examples, lr, seed)
     started, cpu_started = time.perf_counter(), time.process_time()
-    task, method = TASKS[task_name], methods.find(method_name)
+    task, method = tasks.find(task_name, examples), methods.find(method_name)
     torch.manual_seed(seed)  # head, adapter and dropout
     model, optimizer, runtime = method.prepare(task, rank, examples, lr, seed)
     training = task.training_examples(examples, seed)

@@ -60,7 +60,9 @@ def closed_form(information: Tensor, beta: float) -> Tensor:
     return ((1 + 4 * beta / information.clamp_min(1e-30)).sqrt() - 1) / 2
 
 
-def train(task_name: str, examples: int, lr: float, seed: int, passes: float, variance: float, learned: float | None):
+def train(
+    task_name: str, examples: int, lr: float, seed: int, passes: float, variance: float, learned: float | None
+):
     """The trained model and, of every step, the gates' gradients.
 
     Returns:
@@ -98,7 +100,9 @@ def train(task_name: str, examples: int, lr: float, seed: int, passes: float, va
             for half in range(2):
                 if (gates.half == half).any():
                     log_alpha.grad[half] = moved[:, gates.half == half].mean(1)
-            log_alpha.grad -= learned / examples / (2 * (1 + log_alpha.exp()))  # d/dlog(alpha) of 1/2 log(1 + 1/alpha)
+            log_alpha.grad -= (
+                learned / examples / (2 * (1 + log_alpha.exp()))
+            )  # d/dlog(alpha) of 1/2 log(1 + 1/alpha)
             own.step()
             log_alpha.data.clamp_(max=1.4)
             gates.alpha = log_alpha.exp()
@@ -155,7 +159,9 @@ def leave_one_out(model: nn.Module, parts: list, chosen: Tensor) -> Tensor:
     start = 0
     for part in parts:
         hidden: list = []
-        handles = [layer.register_forward_hook(lambda _, __, out: hidden.append(out)) for layer in layers]
+        handles = [
+            layer.register_forward_hook(lambda *given, kept=hidden: kept.append(given[2])) for layer in layers
+        ]
 
         def losses(part=part) -> Tensor:
             return cross_entropy(model(**part.inputs).logits.float(), part.labels, reduction="none")
@@ -183,7 +189,13 @@ def leave_groups_out(model: nn.Module, parts: list, value: Tensor, groups: int =
     count = sum(len(part) for part in parts)
 
     def loss() -> float:
-        return sum(cross_entropy(model(**p.inputs).logits.float(), p.labels, reduction="sum").item() for p in parts) / count
+        return (
+            sum(
+                cross_entropy(model(**p.inputs).logits.float(), p.labels, reduction="sum").item()
+                for p in parts
+            )
+            / count
+        )
 
     whole, rises = loss(), []
     place = value.flatten().argsort().argsort().view(value.shape) * groups // value.numel()
@@ -204,14 +216,25 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     return float(spearmanr(x.flatten().numpy(), y.flatten().numpy()).statistic)
 
 
-def study(task_name: str, examples: int, lr: float, seed: int, passes: float, variance: float, learned: float | None,
-          directions: int, held_out: int) -> dict:
+def study(
+    task_name: str,
+    examples: int,
+    lr: float,
+    seed: int,
+    passes: float,
+    variance: float,
+    learned: float | None,
+    directions: int,
+    held_out: int,
+) -> dict:
     """One run: for each estimate, how its halves agree and how it orders directions."""
     started = time.perf_counter()
     model, open_, steps = train(task_name, examples, lr, seed, passes, variance, learned)
     parts = []
     for held in TASKS[task_name].load()[:0:-1]:  # test examples first
-        at = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[: held_out - sum(map(len, parts))]
+        at = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))[
+            : held_out - sum(map(len, parts))
+        ]
         parts += [held[part] for part in at.split(100) if len(part)]
     shape = open_.shape[1:]
     generator = torch.Generator().manual_seed(seed)
@@ -227,26 +250,50 @@ def study(task_name: str, examples: int, lr: float, seed: int, passes: float, va
     def against(value: Tensor, groups: bool = True) -> dict:
         without = leave_groups_out(model, parts, value) if groups else None
         value = value.flatten()[flat]
-        return {"groups": without,"rise": rank_correlation(value, rise), "size_of_rise": rank_correlation(value, rise.abs())}
+        return {
+            "groups": without,
+            "rise": rank_correlation(value, rise),
+            "size_of_rise": rank_correlation(value, rise.abs()),
+        }
 
     rows = {"|A||B|": against(sizes)}
     for name, F in estimates(steps).items():
         rows[name] = {
             "halves_rank": rank_correlation(F[0], F[1]),
-            **{f"halves_beta_{beta:g}": pearson(*(1 / (1 + closed_form(examples * F[h], beta)) for h in (0, 1)))
-               for beta in BETAS},
-            **{f"open_beta_{beta:g}": (1 / (1 + closed_form(examples * F[2], beta))).mean().item() for beta in BETAS},
+            **{
+                f"halves_beta_{beta:g}": pearson(
+                    *(1 / (1 + closed_form(examples * F[h], beta)) for h in (0, 1))
+                )
+                for beta in BETAS
+            },
+            **{
+                f"open_beta_{beta:g}": (1 / (1 + closed_form(examples * F[2], beta))).mean().item()
+                for beta in BETAS
+            },
             "median_nF": (examples * F[2]).median().item(),
             **against(F[2], name in GROUPED),
         }
     if learned is not None:
-        rows["learned"] = {"halves_rank": rank_correlation(open_[0], open_[1]), "halves": pearson(open_[0], open_[1]),
-                           "open": open_.mean().item(), "open_std": open_.std().item(), **against(open_.mean(0))}
+        rows["learned"] = {
+            "halves_rank": rank_correlation(open_[0], open_[1]),
+            "halves": pearson(open_[0], open_[1]),
+            "open": open_.mean().item(),
+            "open_std": open_.std().item(),
+            **against(open_.mean(0)),
+        }
     return {
-        "task": task_name, "seed": seed, "passes": passes, "variance": variance, "learned": learned, "lr": lr,
+        "task": task_name,
+        "seed": seed,
+        "passes": passes,
+        "variance": variance,
+        "learned": learned,
+        "lr": lr,
         "rise_reliability": rank_correlation(rises[:, order[:half]].mean(1), rises[:, order[half:]].mean(1)),
-        "rise_mean": rise.mean().item(), "rise_std": rise.std().item(), "positive": (rise > 0).float().mean().item(),
-        "rows": rows, "seconds": [trained_at, time.perf_counter() - started],
+        "rise_mean": rise.mean().item(),
+        "rise_std": rise.std().item(),
+        "positive": (rise > 0).float().mean().item(),
+        "rows": rows,
+        "seconds": [trained_at, time.perf_counter() - started],
     }
 
 
@@ -263,13 +310,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[300])
     o = parser.parse_args()
     for seed in o.seeds:
-        line = study(o.task, o.examples, o.lr, seed, o.passes, o.variance, o.learned, o.directions, o.held_out)
+        line = study(
+            o.task, o.examples, o.lr, seed, o.passes, o.variance, o.learned, o.directions, o.held_out
+        )
         with open(TRIALS / "gate_sizes.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         print({k: v for k, v in line.items() if k != "rows"}, flush=True)
         for name, row in line["rows"].items():
-            print(f"  {name:38s}", {k: round(v, 3) if isinstance(v, float) else v and [round(x, 3) for x in v]
-                                       for k, v in row.items() if not k.startswith("open_beta")}, flush=True)
+            print(
+                f"  {name:38s}",
+                {
+                    k: round(v, 3) if isinstance(v, float) else v and [round(x, 3) for x in v]
+                    for k, v in row.items()
+                    if not k.startswith("open_beta")
+                },
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

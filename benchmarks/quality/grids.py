@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 
 from . import store
-from .selection import BASE, OURS, quarter_runs, size_rate, test_runs
+from .selection import BASE, OURS, passes_runs, quarter_runs, size_rate, test_runs
 from .settings import (
     ABLATIONS,
     AGAINST,
@@ -35,7 +35,17 @@ from .settings import (
     ON_TEXT,
     OTHERS,
     OURS_FAIR,
+    PAPER_PLACES,
+    PAPER_RATES,
     PARTS,
+    PASSES,
+    PASSES_CONTROLS,
+    PASSES_DROPOUTS,
+    PASSES_LANGUAGE_SEEDS,
+    PASSES_METHODS,
+    PASSES_RATE_SEEDS,
+    PASSES_SEEDS,
+    PASSES_TASKS,
     QUARTER,
     QUARTER_CHANCE,
     QUARTER_METHODS,
@@ -189,6 +199,39 @@ def _quarter_finish() -> list[tuple]:
     ]
 
 
+def _passes() -> list[tuple]:
+    """Noise by passes, every method at every rate: the cheap tasks first."""
+    return [
+        (f"{task}@{passes}", name, rank, examples, lr, seed)
+        for task, (rank, examples, rates_of_task) in PASSES_TASKS.items()
+        for seed in PASSES_RATE_SEEDS
+        for passes in PASSES
+        for name in _averaging(task)
+        for lr in rates_of_task
+    ]
+
+
+def _passes_finish() -> list[tuple]:
+    """The same with further seeds, at the rates that were chosen; the controls with all seeds, at StructLoRA's rate."""
+    runs = passes_runs(store.read())
+    cells = []
+    for task, (rank, examples, _) in PASSES_TASKS.items():
+        seeds = PASSES_LANGUAGE_SEEDS if task.startswith("smollm") else PASSES_SEEDS
+        for seed in seeds:
+            for passes in PASSES:
+                setting = f"{task}@{passes}", rank, examples
+                for name in (*_averaging(task), *PASSES_CONTROLS):
+                    lr = runs and runs.rates.get((*setting, OURS if name in PASSES_CONTROLS else name))
+                    if lr:
+                        cells.append((setting[0], name, rank, examples, lr, seed))
+    return cells
+
+
+def _averaging(task: str) -> list[str]:
+    """The methods of the comparison by passes; TRL's runs average no weights."""
+    return [name for name in PASSES_METHODS if name != "lora-average" or task != "smollm-numbers-few"]
+
+
 GRIDS = {
     "quick": lambda: [("digits", name, 4, 100, 1e-2, seed) for seed in RATE_SEEDS for name in MAIN[:2]],
     "first": lambda: _cells(FIRST, MAIN, RATE_SEEDS),
@@ -229,6 +272,15 @@ GRIDS = {
         for setting, lr in LANGUAGE_SIZES.items()
         for seed in LANGUAGE_SIZE_SEEDS
         for name, rank in (*QUARTER_METHODS, QUARTER_CHANCE)
+    ],
+    "passes": _passes,
+    "passes-finish": _passes_finish,  # once "passes" is done
+    "paper-rates": lambda: [
+        (task, name, rank, examples, lr, seed)
+        for task, rank, examples in PAPER_PLACES
+        for seed in PASSES_RATE_SEEDS
+        for name in (BASE, PASSES_DROPOUTS[0], OURS)
+        for lr in PAPER_RATES
     ],
     "language": lambda: _cells(LANGUAGE, MAIN, range(2)),
     "language-finish": lambda: _at_chosen_rates(LANGUAGE, MAIN, range(2, 6)),  # once "language" is done

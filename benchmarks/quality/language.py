@@ -5,6 +5,7 @@
 | smollm-movie | a film-review sentence | negative or positive | accuracy of the likelier answer |
 | smollm-numbers | a number below 10 000 in digits | the same in words | exact match of the greedy continuation |
 
+`smollm-numbers-few` is the same with all linear modules adapted and 2000 test numbers.
 `smollm-movie-few` and `-few-all` are five passes over few film reviews, the second with all linear modules adapted;
 `smollm-movie-long` is three passes. These are also tested on tweets and product reviews, which they never saw.
 
@@ -18,7 +19,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from datasets import Dataset
@@ -31,7 +32,7 @@ from structlora_trl import StructLoRACallback
 from . import assets, methods
 from .measures import figures, truncated
 from .store import KEY, packed
-from .tasks import CHAT_LINEAR, SPLIT_SEED, rated_prompts
+from .tasks import AT_PASSES, CHAT_LINEAR, SPLIT_SEED, rated_prompts
 
 BATCH = 8
 TARGETS = ("q_proj", "v_proj")
@@ -74,10 +75,10 @@ def _movie() -> tuple[list[Example], ...]:
 
 
 @functools.cache
-def _numbers() -> tuple[list[Example], ...]:
-    numbers = random.Random(SPLIT_SEED).sample(range(1000, 10_000), 1200)
+def _numbers(validation: int = 60, test: int = 140) -> tuple[list[Example], ...]:
+    numbers = random.Random(SPLIT_SEED).sample(range(1000, 10_000), 1000 + validation + test)
     found = [(f"Number: {n}\nIn words:", f" {in_words(n)}") for n in numbers]
-    return found[:1000], found[1000:1060], found[1060:1200]
+    return found[:1000], found[1000 : 1000 + validation], found[1000 + validation :]
 
 
 LANGUAGE_TASKS = {
@@ -97,7 +98,22 @@ LANGUAGE_TASKS = {
     "smollm-numbers": LanguageTask(
         "numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40
     ),
+    "smollm-numbers-few": LanguageTask(
+        "the same, all linear modules adapted, 2000 test numbers",
+        functools.partial(_numbers, 200, 2000),
+        True,
+        passes=5,
+        targets=CHAT_LINEAR,
+    ),
 }
+
+
+def find(name: str) -> LanguageTask:
+    """The task of that name, as long as its passes say where it names them."""
+    base, _, passes = name.partition(AT_PASSES)
+    task = LANGUAGE_TASKS[base]
+    return replace(task, passes=int(passes), steps=None) if passes else task
+
 
 _ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()  # fmt: skip
@@ -140,8 +156,8 @@ class _Start(TrainerCallback):
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure: the line of one cell, as `cell.run` gives it for the other tasks."""
     started, cpu_started = time.perf_counter(), time.process_time()
-    task, method = LANGUAGE_TASKS[task_name], methods.find(method_name)
-    if method.peft is not None or method.optimizer is not None:
+    task, method = find(task_name), methods.find(method_name)
+    if method.peft is not None or method.optimizer is not None or method.tail_average:
         raise SystemExit(f"{method_name} is not made for {task_name}: of LoRA and StructLoRA alone")
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)

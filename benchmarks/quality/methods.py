@@ -164,6 +164,8 @@ METHODS = {
     "lora": Method("LoRA"),
     "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
+    "lora-dropout-0.3": Method("LoRA, lora_dropout 0.3", {"lora_dropout": 0.3}),
+    "lora-dropout-0.5": Method("LoRA, lora_dropout 0.5", {"lora_dropout": 0.5}),
     "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
     "select": Method("LoRA, directions selected in training", cut={}),

@@ -53,7 +53,11 @@ class Noise:
         """m, which broadcasts to (examples, ..., r)."""
         shape = {
             "token": rank_activations.shape,
-            "example": (len(rank_activations), *[1] * (rank_activations.dim() - 2), rank_activations.shape[-1]),
+            "example": (
+                len(rank_activations),
+                *[1] * (rank_activations.dim() - 2),
+                rank_activations.shape[-1],
+            ),
             "step": rank_activations.shape[-1:],
         }[self.per]
         if self.law == "gauss":
@@ -98,7 +102,9 @@ class Hooks:
     def _multiply(self, i: int, module: nn.Module, output: Tensor) -> Tensor:
         if not (module.training and self.on):
             return output
-        return output * self.noise.draw(output, self.variances[i] if self.noise.sized else self.noise.variance)
+        return output * self.noise.draw(
+            output, self.variances[i] if self.noise.sized else self.noise.variance
+        )
 
     def observe(self) -> None:
         """With the step's gradients in place: sizes follow the information, their mean openness stays."""
@@ -204,8 +210,29 @@ def level() -> list[dict]:
 LEVELS = {5: (0.0, 1.0, 0.25), 15: (0.0, 1.0, 0.25), 2: (0.0, 0.25), 50: (0.0, 1.0, 0.25)}
 GRIDS = {"form": form, "level": level}
 AVERAGED = 15  # passes, from which on the mean of the weights over the last half is measured too
-KEY = ("task", "rank", "examples", "lr", "seed", "passes", "variance", "per", "law", "after", "sized", "dropout")
-DEFAULTS = {"rank": 8, "variance": 0.0, "per": "token", "law": "gauss", "after": 0.0, "sized": False, "dropout": 0.0}
+KEY = (
+    "task",
+    "rank",
+    "examples",
+    "lr",
+    "seed",
+    "passes",
+    "variance",
+    "per",
+    "law",
+    "after",
+    "sized",
+    "dropout",
+)
+DEFAULTS = {
+    "rank": 8,
+    "variance": 0.0,
+    "per": "token",
+    "law": "gauss",
+    "after": 0.0,
+    "sized": False,
+    "dropout": 0.0,
+}
 
 
 def stored(path: Path = TRIALS / "noise.jsonl") -> list[dict]:
@@ -223,7 +250,13 @@ def work(keys: list[dict], path: Path = TRIALS / "noise.jsonl") -> None:
         with open(path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(line) + "\n")
-        print(i + 1, len(keys), {n: key[n] for n in KEY if n not in ("rank", "examples", "lr")}, line["test"], flush=True)
+        print(
+            i + 1,
+            len(keys),
+            {n: key[n] for n in KEY if n not in ("rank", "examples", "lr")},
+            line["test"],
+            flush=True,
+        )
 
 
 def table(keys: list[dict]) -> None:
@@ -239,7 +272,12 @@ def table(keys: list[dict]) -> None:
             if base:
                 found.setdefault((*place, *how), {})[key["seed"]] = line, base
     for row, pairs in sorted(found.items()):
-        print(*row, f"n={len(pairs)}", *("; ".join(_compared(list(pairs.values()), which)) for which in ("", "average")), sep=" | ")
+        print(
+            *row,
+            f"n={len(pairs)}",
+            *("; ".join(_compared(list(pairs.values()), which)) for which in ("", "average")),
+            sep=" | ",
+        )
 
 
 NONE = {name: DEFAULTS[name] for name in ("variance", "per", "law", "after", "sized", "dropout")}
@@ -248,7 +286,10 @@ NONE = {name: DEFAULTS[name] for name in ("variance", "per", "law", "after", "si
 def _compared(pairs: list[tuple[dict, dict]], which: str) -> list[str]:
     texts = []
     for name in ("accuracy", "nll", "ece"):
-        ours, base = (torch.tensor([_held_out(pair[i], which if i == 0 else "", name) for pair in pairs]) for i in range(2))
+        ours, base = (
+            torch.tensor([_held_out(pair[i], which if i == 0 else "", name) for pair in pairs])
+            for i in range(2)
+        )
         gap = ours - base
         error = gap.std().item() / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
         texts.append(f"{name} {ours.mean():.3f} ({gap.mean():+.3f} ± {error:.3f})")
@@ -259,11 +300,15 @@ def _held_out(line: dict, which: str, name: str) -> float:
     """Over validation and test examples: nothing is chosen with either."""
     of = line.get(which, line) if which else line
     counts = [len(split) for split in TASKS[line["task"]].load()[1:]]
-    return sum(n * of[split][name] for n, split in zip(counts, ("validation", "test"), strict=True)) / sum(counts)
+    return sum(n * of[split][name] for n, split in zip(counts, ("validation", "test"), strict=True)) / sum(
+        counts
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="+", choices=[*GRIDS, "table"])
     what = parser.parse_args().what
     for name in what:

@@ -13,7 +13,16 @@ from functools import cached_property
 import pandas as pd
 
 from . import store
-from .settings import LATER_SEEDS, QUARTER_RATE_SEEDS, QUARTER_SEEDS, RATES, SAME_RATE, SEEDS
+from .settings import (
+    LATER_SEEDS,
+    PASSES_RATE_SEEDS,
+    PASSES_SEEDS,
+    QUARTER_RATE_SEEDS,
+    QUARTER_SEEDS,
+    RATES,
+    SAME_RATE,
+    SEEDS,
+)
 
 BASE, OURS, GATES = "lora", "structlora", "gates"
 METHOD = ["task", "rank", "examples", "method"]
@@ -94,6 +103,12 @@ def quarter_runs(lines: list[dict]) -> Runs | None:
     """The runs of the table of a quarter of the directions; None where there are none yet."""
     found = [line for line in lines if line["seed"] in QUARTER_SEEDS]
     return Runs(found, QUARTER_RATE_SEEDS) if found else None
+
+
+def passes_runs(lines: list[dict]) -> Runs | None:
+    """The runs of the tables by passes; None where there are none yet."""
+    found = [line for line in lines if line["seed"] in PASSES_SEEDS]
+    return Runs(found, PASSES_RATE_SEEDS) if found else None
 
 
 def size_rate(runs: Runs, setting: Setting, method: str) -> float | None:

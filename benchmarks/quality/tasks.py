@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.datasets import load_digits
@@ -270,3 +270,12 @@ TASKS = {
     "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
     "product-all": _text("product", "product reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }
+
+AT_PASSES = "@"  # digits-all@15: the task in 15 passes over its examples
+
+
+def find(name: str, examples: int) -> Task:
+    """The task of that name, as long as its passes say where it names them."""
+    base, _, passes = name.partition(AT_PASSES)
+    task = TASKS[base]
+    return replace(task, steps=round(int(passes) * examples / task.batch)) if passes else task
