@@ -1,13 +1,20 @@
 """Sphinx builds the site from this folder: `make docs`."""
 
+import re
+import shutil
+from pathlib import Path
+
 import structlora_trl
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = "notebook.ipynb"  # a copy of the example, which lies outside of this folder
 
 project = "structlora-trl"
 author = "the structlora-trl authors"
 release = version = structlora_trl.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+nb_execution_mode = "off"  # the notebook is shown with the outputs that are stored in it
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -26,10 +33,20 @@ html_css_files = ["tables.css"]
 html_title = f"structlora-trl {release}"
 html_copy_source = False
 html_show_copyright = False
+html_theme_options = {}
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+if source := re.search(r'^Source = "(.+)"', PROJECT, re.MULTILINE):
+    # Links to the repository and to each page's source, as soon as pyproject.toml has its address.
+    html_theme_options = {
+        "source_repository": source[1],
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 
 
 def setup(app):
-    """Leave the fields of named tuples out: their docstrings say what they are."""
+    """Copy the notebook. Leave the fields of named tuples out: their docstrings say what they are."""
+    shutil.copyfile(ROOT / "examples" / "quickstart.ipynb", Path(app.srcdir) / NOTEBOOK)
     app.connect(
         "autodoc-skip-member", lambda app, what, name, item, skip, options: True if _is_field(item) else None
     )

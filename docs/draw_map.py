@@ -1,128 +1,142 @@
-"""Draw map.svg, the picture of how-it-works.md: latent factors, gates, depth graph, effective factors, and the way back."""
+"""Draw map.svg, the picture of the method: gates in the forward, the coordinator after the backward.
+
+Narrow and tall, so that its words can be read on a telephone: at 390 pixels they have 11 and more.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 PICTURE = Path(__file__).parent / "map.svg"
-WIDTH, HEIGHT = 960, 405
-DEPTHS, RANK = 5, 6
-INK, FAINT, FORWARD, BACK, NODE = "#24292f", "#8c959f", "#0969da", "#bc4c00", "#ddf4ff"
-TOP, BOTTOM = 100, 290  # of the four panels
-CENTRES = {"latent": 115, "gates": 360, "graph": 600, "effective": 845}
-SEMANTIC = ((0, 2), (1, 4))  # edges of the sketch that are not between neighbours
-GATES = (
-    "951862",
-    "916742",
-    "832951",
-    "724918",
-    "613829",
-)  # tenths: how open each direction is, a row per depth
+WIDTH, HEIGHT = 480, 732
+INK, FAINT, FORWARD, BACK, FACTOR = "#24292f", "#57606a", "#0969da", "#bc4c00", "#ddf4ff"
+LARGE, SMALL = 18, 15  # of the words, in units of which the picture is 480 wide
+RANK, REACH = 5, 11  # of the sketch: its gates, and how far their noise reaches
+DEPTHS, SEMANTIC = 4, ((0, 2), (1, 3))  # edges of the sketch that are not between neighbours
+SPLIT = 352  # where the second half begins
 
 
 def picture() -> str:
     """The whole drawing, SVG."""
     heads = "".join(
-        f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+        f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0,0 L8,4 L0,8 z" fill="{colour}"/></marker>'
         for name, colour in (("forward", FORWARD), ("back", BACK))
     )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" fill="{INK}">',
-        "<title>StructLoRA's map from latent to effective factors, and the way back</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-family="sans-serif" '
+        f'fill="{INK}">',
+        "<title>StructLoRA: gates in the forward, a coordinator over depth after the backward</title>",
         f"<defs>{heads}</defs>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="white"/>',
-        *_factors("latent", "latent A, B", "the optimizer steps these"),
-        *_gates(),
-        *_graph(),
-        *_factors("effective", "effective A′, B′", "the model computes with these"),
-        *_arrows(),
+        *_forward(),
+        f'<path d="M20,{SPLIT - 12} H{WIDTH - 20}" stroke="#d0d7de"/>',
+        *_after_backward(),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _factors(panel: str, title: str, role: str) -> list[str]:
-    """A kind's factors, one card per depth: A is wide (r x k), B is tall (d x r)."""
-    centre = CENTRES[panel]
-    parts = _heading(centre, title, role)
-    for depth in reversed(range(DEPTHS)):
-        x, y = centre - 80 + 12 * depth, BOTTOM - 118 - 14 * depth
-        parts += [
-            f'<rect x="{x}" y="{y}" width="112" height="112" rx="5" fill="white" stroke="{FAINT}"/>',
-            f'<rect x="{x + 10}" y="{y + 12}" width="22" height="88" fill="{NODE}" stroke="{INK}"/>',
-            f'<rect x="{x + 42}" y="{y + 45}" width="60" height="22" fill="{NODE}" stroke="{INK}"/>',
-        ]
-    mark = "′" if panel == "effective" else ""
+def _forward() -> list[str]:
+    """One module: the base weight above, its adapter below, a gate on each of the r activations between A and B."""
+    low, high = 205, 110  # heights of the adapter's and of the base weight's way
+    start, end = 45, 435
+    gates = [
+        part
+        for place in range(RANK)
+        for part in (
+            _circle(230, low - 56 + 28 * place, REACH, FORWARD, 0.25),
+            _circle(230, low - 56 + 28 * place, 4, FORWARD),
+        )
+    ]
     return [
-        *parts,
-        _text(centre - 59, BOTTOM - 57, f"B{mark}", 13),
-        _text(centre - 8, BOTTOM - 57, f"A{mark}", 13),
+        _words(20, 34, "1. In the forward: gates", LARGE, weight="bold"),
+        _words(20, 58, "y = W x + s·B (m ⊙ A x)", SMALL, FAINT),
+        _arrow(f"M{start + 14},{high} H204", "forward"),
+        f'<rect x="208" y="{high - 27}" width="44" height="44" fill="#f6f8fa" stroke="{FAINT}"/>',
+        _words(230, high, "W", SMALL, anchor="middle"),
+        _arrow(f"M254,{high} H{end - 2} V{low - 18}", "forward"),
+        _words(start, (high + low) / 2 + 5, "x", LARGE, anchor="middle"),
+        f'<path d="M{start + 14},{high} H{start} V{(high + low) / 2 - 14} M{start},{(high + low) / 2 + 14} V{low}" '
+        f'fill="none" stroke="{FORWARD}" stroke-width="2"/>',
+        _arrow(f"M{start},{low} H84", "forward"),
+        f'<rect x="88" y="{low - 14}" width="92" height="28" fill="{FACTOR}" stroke="{INK}"/>',
+        _words(134, low + 6, "A", SMALL, anchor="middle"),
+        _arrow(f"M182,{low} H208", "forward"),
+        *gates,
+        _words(206, low + 64, "m", SMALL, FAINT),
+        _arrow(f"M252,{low} H296", "forward"),
+        f'<rect x="300" y="{low - 50}" width="28" height="100" fill="{FACTOR}" stroke="{INK}"/>',
+        _words(314, low + 6, "B", SMALL, anchor="middle"),
+        _arrow(f"M330,{low} H{end - 18}", "forward"),
+        f'<circle cx="{end - 2}" cy="{low}" r="14" fill="white" stroke="{INK}"/>',
+        _words(end - 2, low + 6, "+", LARGE, anchor="middle"),
+        _words(end - 2, low + 42, "y", LARGE, anchor="middle"),
+        _words(20, 296, "m: noise of mean one on each direction, drawn for each", SMALL),
+        _words(20, 317, "example. In eval() m is 1: plain LoRA.", SMALL),
     ]
 
 
-def _gates() -> list[str]:
-    centre = CENTRES["gates"]
-    parts = _heading(centre, "gates", "B·diag(m) / m₀")
-    for depth, row in enumerate(GATES):
-        parts += [
-            f'<circle cx="{centre - 65 + 26 * direction}" cy="{TOP + 22 + 36 * depth}" r="10" stroke="{INK}" '
-            f'fill="{FORWARD}" fill-opacity="{int(tenths) / 10}"/>'
-            for direction, tenths in enumerate(row)
-        ]
-    return parts
-
-
-def _graph() -> list[str]:
-    """Neighbours in depth joined by solid lines, semantic edges by dashed arcs."""
-    centre = CENTRES["graph"]
-    heights = [TOP + 22 + 36 * depth for depth in range(DEPTHS)]
-    parts = _heading(centre, "depth graph", "h + σ(Â h Θ)")
-    parts.append(f'<path d="M{centre},{heights[0]} V{heights[-1]}" stroke="{INK}" stroke-width="2"/>')
-    for one, other in SEMANTIC:
-        bend = centre + 30 * (other - one)
-        parts.append(
-            f'<path d="M{centre},{heights[one]} Q{bend},{(heights[one] + heights[other]) / 2} {centre},{heights[other]}" '
-            f'fill="none" stroke="{FORWARD}" stroke-width="2" stroke-dasharray="5 4"/>'
+def _after_backward() -> list[str]:
+    """The layers of one kind as a graph over depth, and beside it what happens around the optimizer's step."""
+    top, gap, x = SPLIT + 92, 62, 72
+    heights = [top + gap * depth for depth in range(DEPTHS)]
+    graph = [f'<path d="M{x},{heights[0]} V{heights[-1]}" stroke="{INK}" stroke-width="2"/>']
+    for place, (one, other) in enumerate(SEMANTIC):
+        bend = x + (62 if place else -62)
+        graph.append(
+            f'<path d="M{x},{heights[one]} Q{bend},{(heights[one] + heights[other]) / 2} {x},{heights[other]}" fill="none" '
+            f'stroke="{FORWARD}" stroke-width="2" stroke-dasharray="5 4"/>'
         )
     for depth, y in enumerate(heights):
-        parts.append(f'<circle cx="{centre}" cy="{y}" r="12" fill="{NODE}" stroke="{INK}"/>')
-        parts.append(_text(centre, y + 4, str(depth), 11))
-    return parts
-
-
-def _arrows() -> list[str]:
-    middle, under = (TOP + BOTTOM) / 2, BOTTOM + 45
-    stops = ((205, 270), (455, 555), (665, 740))
-    parts = [_path(f"M{start},{middle} H{end}", "forward") for start, end in stops]
-    first, last = CENTRES["latent"], CENTRES["effective"]
-    parts.append(_path(f"M{last},{BOTTOM + 8} V{under} H{first} V{BOTTOM + 8}", "back"))
-    for panel, what in (("gates", "φ"), ("graph", "Θ")):
-        parts.append(_path(f"M{CENTRES[panel]},{under} V{BOTTOM + 8}", "back"))
-        parts.append(_text(CENTRES[panel] + 14, under - 14, what, 14, BACK))
+        graph.append(f'<circle cx="{x}" cy="{y}" r="17" fill="{FACTOR}" stroke="{INK}"/>')
+        graph.append(_words(x, y + 6, str(depth), SMALL, anchor="middle"))
+    steps = (
+        ("gradients of A′, B′", "plain backward, any engine"),
+        ("gradients of A, B, Θ", "one vector-Jacobian product"),
+        ("the optimizer's step", "on A, B and Θ"),
+        ("A′ = A + σ(Θᵀ Â (A − A₀))", "written into the model"),
+    )
+    flow = []
+    for place, (what, how) in enumerate(steps):
+        y = heights[place]
+        flow += [
+            f'<rect x="176" y="{y - 25}" width="284" height="46" rx="6" fill="white" stroke="{BACK}"/>',
+            _words(188, y - 6, what, SMALL),
+            _words(188, y + 13, how, SMALL, FAINT),
+        ]
+        if place:
+            flow.append(_arrow(f"M318,{y - gap + 22} V{y - 27}", "back"))
     return [
-        *parts,
-        _text(
-            WIDTH / 2,
-            under + 25,
-            "gradient of A′, B′ → one vector-Jacobian product → gradients of A, B, φ and Θ",
-            14,
-            BACK,
-        ),
-        _text(WIDTH / 2, under + 50, "computed around the optimizer step, never inside the model", 13, FAINT),
-        _text(WIDTH / 2, 30, "one kind of module, all depths at once (five drawn)", 13, FAINT),
+        _words(20, SPLIT + 20, "2. After the backward: a coordinator over depth", LARGE, weight="bold"),
+        _words(20, SPLIT + 44, "The same module at all depths (four drawn)", SMALL, FAINT),
+        *graph,
+        *flow,
+        _words(20, HEIGHT - 42, "Between steps the parameters are A′, B′: the plain LoRA", SMALL),
+        _words(20, HEIGHT - 20, "adapter that is evaluated and saved.", SMALL),
     ]
 
 
-def _heading(x: float, title: str, role: str) -> list[str]:
-    return [_text(x, TOP - 38, title, 16, weight="bold"), _text(x, TOP - 18, role, 12)]
+def _words(
+    x: float,
+    y: float,
+    words: str,
+    size: int,
+    colour: str = INK,
+    weight: str = "normal",
+    anchor: str = "start",
+) -> str:
+    return (
+        f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" fill="{colour}" '
+        f'text-anchor="{anchor}">{words}</text>'
+    )
 
 
-def _text(x: float, y: float, words: str, size: int, colour: str = INK, weight: str = "normal") -> str:
-    return f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}" fill="{colour}" text-anchor="middle">{words}</text>'
+def _circle(x: float, y: float, radius: float, colour: str, opacity: float = 1) -> str:
+    return f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{colour}" fill-opacity="{opacity:g}"/>'
 
 
-def _path(line: str, way: str) -> str:
+def _arrow(line: str, way: str) -> str:
     colour = FORWARD if way == "forward" else BACK
     return f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="2" marker-end="url(#{way})"/>'
 

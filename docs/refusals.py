@@ -9,6 +9,7 @@ parameters, at its callers (a row for each).
 from __future__ import annotations
 
 import ast
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +23,51 @@ StructLoRA never falls back to plain LoRA in silence. Where it cannot act as ask
 
     StructLoRA found <what it met>. Expected <what it needs>. Fix: <what to do>.
 
-All of them stand here, in the order of the first words after "StructLoRA found". `<...>` is filled in when it
-happens, `[...]` is not in every message, and `one / other` is either of two. The page is made from the source by
-`python docs/refusals.py`.
+All of them stand here, by what you were doing. Under each heading, **search words** are the names that its messages
+use. To look up a message, search this page for a few words of it that are not names of your own: `<...>` is filled in
+when it happens, `[...]` is not in every message, and `one / other` is either of two. Where another library failed, the
+message quotes it in brackets. `STRUCTLORA_TRACEBACK=1` in the environment shows where an error of the command line
+comes from. The page is made from the source by `python docs/refusals.py`.
 """
-VALUE_FIRST = "Messages that begin with a name or a value"
+# What a user was doing -> paths of the source, by their beginnings. The longest beginning wins.
+GROUPS = {
+    "Starting a command: arguments, files, model": ("structlora_trl/cli/", "structlora_trl/errors"),
+    "Giving it data": ("structlora_trl/cli/data", "structlora_trl/adapters/rows"),
+    "Choosing options": (
+        "structlora_trl/config",
+        "structlora_trl/yaml_block",
+        "structlora_trl/trainers/mixin",
+    ),
+    "Attaching to a model and its optimizer": (
+        "structlora_trl/attachment",
+        "structlora_trl/core/",
+        "structlora_trl/engines/",
+    ),
+    "Training": ("structlora_trl/", "structlora_trl/trainers/"),
+    "Training in several processes, with DeepSpeed or FSDP": (
+        "structlora_trl/rank_check",
+        "structlora_trl/engines/deepspeed",
+        "structlora_trl/engines/fsdp2",
+        "structlora_trl/engines/sharded",
+        "structlora_trl/engines/slic",
+        "structlora_trl/engines/tensor_parallel",
+        "structlora_trl/engines/replicated",
+    ),
+    "Saving, resuming, checkpoints": ("structlora_trl/state", "structlora_trl/older_state"),
+    "Looking into an adapter, or making it smaller (`inspect`, `export`)": (
+        "structlora_trl/adapters/",
+        "structlora_trl/cli/export",
+        "structlora_trl/cli/inspect",
+    ),
+    "Axolotl, LLaMA-Factory, ms-swift": ("integrations/",),
+}
+# Of functions that serve another purpose than the file they stand in.
+OF_FUNCTION = {
+    "last_checkpoint": "Saving, resuming, checkpoints",
+    "local_data": "Giving it data",
+    "refuse_unwritable": "Saving, resuming, checkpoints",
+}
+COMMON = {"structlora", "class", "key", "NAME", "super"}  # words that nobody searches for
 
 
 class Refusal(NamedTuple):
@@ -35,10 +76,11 @@ class Refusal(NamedTuple):
     found: str
     expected: str
     remedy: str
+    group: str  # of `GROUPS`
 
 
 def refusals() -> list[Refusal]:
-    """Every error of the package, in the order of its first words; those that begin with a value come last.
+    """Every error of the package, by what the user was doing; within a group, in the order of its first words.
 
     Raises:
         ValueError: a call that does not name all three parts.
@@ -63,25 +105,41 @@ def refusals() -> list[Refusal]:
             parts = _arguments(call, ("found", "expected", "remedy"))
             if len(parts) != 3:
                 raise ValueError(f"{path}:{call.lineno}: cannot tell found, expected and remedy apart")
-            for parameters in _bindings(function, module, modules.values()):
+            for parameters, caller in _bindings(function, path, modules):
                 for names in _branches(function, parts.values(), {**known, **parameters}):
-                    rows[Refusal(*(_text(part, names) for part in parts.values()))] = None
-    return sorted(rows, key=lambda row: (_letter(row) == VALUE_FIRST, [_plain(part) for part in row]))
+                    texts = [_text(part, names) for part in parts.values()]
+                    rows[Refusal(*texts, _group(caller, function))] = None
+    order = [*GROUPS]
+    return sorted(rows, key=lambda row: (order.index(row.group), [_plain(part) for part in row[:3]]))
 
 
 def page() -> str:
-    """The whole page, Markdown: a table for each first letter."""
+    """The whole page, Markdown: a table for each group, under its search words."""
     lines = [INTRODUCTION.rstrip()]
-    for letter, rows in groupby(refusals(), _letter):
-        lines += [f"\n## {letter}\n", "| found | expected | fix |", "|---|---|---|"]
-        lines += [f"| {' | '.join(map(_escape, row))} |" for row in rows]
+    for group, rows in ((group, [*rows]) for group, rows in groupby(refusals(), lambda row: row.group)):
+        lines += [f"\n## {group}\n", f"**Search words:** {', '.join(f'`{word}`' for word in _names(rows))}\n"]
+        lines += ["| found | expected | fix |", "|---|---|---|"]
+        lines += [f"| {' | '.join(map(_escape, row[:3]))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _letter(row: Refusal) -> str:
-    """The heading that an error stands under."""
-    first = _plain(row.found)[:1]
-    return first.upper() if first.isalpha() else VALUE_FIRST
+def _group(path: Path, function: ast.FunctionDef | None) -> str:
+    """What a user was doing who meets an error of this file and function."""
+    if function is not None and function.name in OF_FUNCTION:
+        return OF_FUNCTION[function.name]
+    name = path.relative_to(ROOT).as_posix()
+    fitting = [
+        (len(start), group) for group, starts in GROUPS.items() for start in starts if name.startswith(start)
+    ]
+    return max(fitting)[1]
+
+
+def _names(rows: list[Refusal]) -> list[str]:
+    """Names of arguments, options and functions in the messages, in the order of the alphabet."""
+    text = " ".join(" ".join(row[:3]) for row in rows)
+    marked = re.findall(r"`-*([A-Za-z_][\w.-]*)(?:[(:=]|`| )", text)
+    given = re.findall(r"(?<![\w<])([a-z]+(?:_[a-z]+)+)=", text)
+    return sorted({word.rstrip(".") for word in (*marked, *given)} - COMMON, key=str.lower)
 
 
 def _plain(text: str) -> str:
@@ -111,22 +169,24 @@ def _arguments(call: ast.Call, names: tuple[str, ...]) -> dict[str, ast.expr]:
     return {name: given[name] for name in names if name in given and not isinstance(given[name], ast.Starred)}
 
 
-def _bindings(function: ast.FunctionDef | None, module: ast.Module, package) -> list[dict[str, str]]:
-    """What the callers of a function pass it as text: a dict for each caller, or one empty dict."""
+def _bindings(
+    function: ast.FunctionDef | None, path: Path, modules: dict[Path, ast.Module]
+) -> list[tuple[dict[str, str], Path]]:
+    """What the callers of a function pass it as text, and the callers' files: one for each caller, or one without text."""
     if function is None:
-        return [{}]
+        return [({}, path)]
     positional = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
     defaults = dict(zip(positional[::-1], function.args.defaults[::-1], strict=False))
     names = (*positional, *(a.arg for a in function.args.kwonlyargs))
-    callers = _calls(module, function.name) or [
-        call for other in package for call in _calls(other, function.name)
-    ]
+    callers = [(call, path) for call in _calls(modules[path], function.name)]
+    callers = callers or [(call, p) for p, other in modules.items() for call in _calls(other, function.name)]
     bound = []
-    for caller, call in callers:
+    for (caller, call), home in callers:
         there = _branches(caller, [], {})[0]
         given = {**defaults, **_arguments(call, names)}
-        bound.append({name: _text(value, there) for name, value in given.items() if _is_text(value, there)})
-    return bound or [{}]
+        texts = {name: _text(value, there) for name, value in given.items() if _is_text(value, there)}
+        bound.append((texts, home if texts else path))
+    return bound or [({}, path)]
 
 
 def _branches(function: ast.FunctionDef | None, parts, parameters: dict[str, str]) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from structlora_trl import attach, save_state
 
-MODEL, OUTPUT = "HuggingFaceTB/SmolLM2-135M", "smollm2-quotes"
+MODEL, OUTPUT, EPOCHS = "HuggingFaceTB/SmolLM2-135M", "smollm2-quotes", 15
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 tokenizer.pad_token = tokenizer.eos_token
@@ -27,23 +27,23 @@ def collate(rows):
 
 
 loader = DataLoader(
-    load_dataset("Abirate/english_quotes", split="train"), 8, shuffle=True, collate_fn=collate
+    load_dataset("Abirate/english_quotes", split="train[:250]"), 8, shuffle=True, collate_fn=collate
 )
 base = AutoModelForCausalLM.from_pretrained(MODEL).to(device)
 model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
-scheduler = get_linear_schedule_with_warmup(optimizer, 0, len(loader))
-runtime = attach(model, optimizer)  # <- this line, once the optimizer is built
+scheduler = get_linear_schedule_with_warmup(optimizer, 0, EPOCHS * len(loader))
+runtime = attach(model, optimizer, passes=EPOCHS)  # <- this line, once the optimizer is built
 
 model.train()
-for step, batch in enumerate(loader, 1):
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    if step % 50 == 0 or step == len(loader):
-        print(step, loss.item(), runtime.metrics())
+for epoch in range(EPOCHS):
+    for batch in loader:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    print(epoch + 1, loss.item(), runtime.metrics())
 
 model.save_pretrained(OUTPUT)  # a plain LoRA adapter
 # What resuming needs beside optimizer and scheduler; `load_state(runtime, OUTPUT)` reads it.

@@ -24,7 +24,7 @@ trainer = StructLoRARewardTrainer(
     peft_config=LoraConfig(
         r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS"
     ),
-    structlora_config=StructLoRAConfig(prior=0.7),
+    structlora_config=StructLoRAConfig(coordinator="gat"),
 )
 trainer.train()
 trainer.save_model()

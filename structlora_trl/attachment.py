@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import logging
 import re
-import weakref
+from functools import partial
 from pathlib import Path
 
 import peft
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftMixedModel, PeftModel, PeftType
+from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
 from torch import nn
 
 from . import __version__
 from .config import StructLoRAConfig
-from .core.heads import heads_of
+from .core.gates import noise_share
 from .core.kinds import FACTOR, Kind
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
+from .core.selection import LEAST_STEPS
 from .engines import select_engine
 from .errors import StructLoRAError
-from .model_card import describe_adapter
+from .peft_adapter import Start, gates_of, is_lora, start_of
 from .rank_check import refuse_disagreement, world_size
-from .runtime import DEFAULT_SEED, Runtime
+from .runtime import Plan, Runtime
 from .yaml_block import read_given
 
 logger = logging.getLogger(__name__)
-
-# LoRA initialisations that draw lora_A from one distribution at every depth. Others (EVA, say) put data into
-# it.
-_IDENTICALLY_DISTRIBUTED = (True, "gaussian")
-# Those that start at ΔW = 0 because lora_B is zero.
-_FROM_ZERO = (True, False, "gaussian", "eva")
-# How the names begin of those that move base weights into the adapter. PEFT repeats some of them when it
-# loads the adapter.
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_REPEATED = ("pissa", "olora", "loftq")
-
-_attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 def attach(
@@ -46,6 +35,7 @@ def attach(
     optimizer: torch.optim.Optimizer,
     config: StructLoRAConfig | dict | str | Path | None = None,
     *,
+    passes: float | None = None,
     parts: Parts = DEFAULT_PARTS,
     **overrides,
 ) -> Runtime:
@@ -55,8 +45,9 @@ def attach(
 
         runtime = attach(model, optimizer)
 
-    From then on `optimizer.step()` steps latent factors, a forward under `model.train()` sees training
-    weights, and a forward under `model.eval()` or any saving sees evaluation weights, a plain LoRA adapter.
+    From then on a forward under `model.train()` has gates with noise, as dropout is noise, and
+    `optimizer.step()` steps latent factors. Between steps the model's parameters are the adapter, plain LoRA:
+    evaluate, copy and save them as ever.
 
     The call may change lora_A of a fresh adapter (B = 0): by default all depths of a kind of module get the
     same one. Code that keeps a copy of the weights, such as a moving average, has to copy them afterwards.
@@ -68,11 +59,13 @@ def attach(
             through.
         config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
             has them under the key `structlora`; defaults where omitted.
-        parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
+        passes (`float`, *optional*): passes over the data that the run will make (epochs), which the size of
+            the gates' noise follows. Where omitted, there is no noise but under `noise="on"`.
+        parts (`Parts`, *optional*): gates, graph, coordinator or kinds of your own, for research.
         **overrides: single options, as keywords.
 
     Returns:
-        `Runtime`: for `metrics()`, `state_dict()`, `train()` / `eval()` and `detach()`.
+        `Runtime`: for `metrics()`, `state_dict()`, `reload()` and `detach()`.
 
     Raises:
         StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to
@@ -81,7 +74,7 @@ def attach(
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-        >>> runtime = attach(model, optimizer, gate_init=0.8)
+        >>> runtime = attach(model, optimizer, passes=20, noise_variance=0.5)
         >>> for batch in batches:
         ...     model(**batch).loss.backward()
         ...     optimizer.step()
@@ -91,55 +84,58 @@ def attach(
         >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
     config = read_given(config, "`attach`", "the call of `attach`")
-    return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), DEFAULT_SEED, parts)
+    return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), parts, passes=passes)
 
 
 def build_runtime(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: StructLoRAConfig,
-    seed: int,
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
     steps: int | None = None,
+    passes: float | None = None,
+    ends_with_run: bool = False,
 ) -> Runtime:
-    """Attach with a configuration that is built, and the trainer's seed; see `attach`.
+    """Attach with a configuration that is built; see `attach`.
 
     Args:
         quiet (`str`, *optional*): why `noise='auto'` is off; where omitted, it is on.
         steps (`int`, *optional*): optimizer steps of the run, where they are known.
+        passes (`float`, *optional*): passes over the data, where they are known.
+        ends_with_run (`bool`, *optional*, defaults to False): another optimizer that steps the adapter ends
+            the run, and is no error.
     """
     _refuse_ambient_state()
     wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
-    adapter_name, start = _adapter(model, config)
+    adapter_name = _adapter(model, config)
+    start = start_of(model.peft_config[adapter_name])
     kinds = parts.discover(model, adapter_name)
-    if config.head_gates:
-        for kind in kinds:
-            kind.heads = heads_of(model, kind)
     refuse_unmappable(kinds, config)
-    _refuse_without_groups(kinds, config, start)
-    select_step = _select_step(config, start, steps)
-    if config.filter == "random" and config.noise == "auto" and quiet is not None:
-        raise StructLoRAError(
-            f"filter='random' where the noise is off ({quiet})",
-            "noise, of which the random filter is made",
-            "set `noise='on'`, or choose filter='ib' or 'none'",
-        )
+    select_step = _select_step(config, model.peft_config[adapter_name], steps)
+    variance, why = _variance(config, quiet, passes)
+    if variance:
+        gated, silent = gates_of(model, kinds, adapter_name, config, partial(parts.gate, variance))
+    else:
+        gated, silent = [], {why: sum(len(kind.modules) for kind in kinds)}
     engine = select_engine(wrapped, optimizer, kinds)
     _detach_earlier(kinds, optimizer)
     runtime = Runtime(
-        model,
-        kinds,
-        config,
-        engine,
-        seed,
-        align=config.align_init and config.compares_depths and start in _IDENTICALLY_DISTRIBUTED,
-        absorbs_base=start not in _FROM_ZERO,
-        parts=parts,
-        noise_off=quiet,
-        frozen=_frozen_factors(model, adapter_name),
-        readers=(model, model.base_model, model.base_model.model),
-        select_step=select_step,
+        Plan(
+            model,
+            kinds,
+            config,
+            engine,
+            gated=gated,
+            noise=f"variance {variance:.2g}{why}",
+            quiet=silent,
+            align=config.coordinator != "none" and config.align_init and start.is_drawn,
+            moves_base=start.moves_base,
+            parts=parts,
+            frozen=_frozen_factors(model, adapter_name),
+            select_step=select_step,
+            ends_with_run=ends_with_run,
+        )
     )
     if world_size() > 1:
         try:
@@ -147,66 +143,60 @@ def build_runtime(
         except StructLoRAError:
             runtime.detach()
             raise
-    _attached.add(runtime)
-    if not config.is_off:
-        description = describe_adapter(model, adapter_name, config, runtime.lora_parameters())
-        runtime.on_detach.append(description.end)
-    _warn_of_moved_base(adapter_name, start)
+    _warn_of_moved_base(adapter_name, model.peft_config[adapter_name], start)
     aligned = (
         "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
     if config.is_off:
         logger.warning(
-            "StructLoRA: filter, coordinator and regularizer are all 'none'; this run trains as without StructLoRA."
+            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA."
         )
     return runtime
 
 
-def _refuse_without_groups(kinds: list[Kind], config: StructLoRAConfig, start: bool | str) -> None:
-    """Stop where gates of heads or experts are asked for, and there are none to gate."""
-    names = ", ".join(kind.name for kind in kinds)
-    if config.head_gates and not any(kind.heads for kind in kinds):
-        raise StructLoRAError(
-            f"head_gates=True and no attention projection whose heads are known ({names})",
-            "q, k, v or o projections with LoRA, in attention modules that tell a head's width (`head_dim`)",
-            "adapt attention projections, or remove `head_gates`",
-        )
-    if config.expert_gates and not any(kind.is_expert for kind in kinds):
-        raise StructLoRAError(
-            f"expert_gates=True and no experts among the adapted modules ({names})",
-            "experts of a mixture, as modules of their own or in one parameter (`target_parameters`)",
-            "adapt experts, or remove `expert_gates`",
-        )
-    if config.head_gates and start not in _FROM_ZERO and any(k.heads and k.heads.side == "A" for k in kinds):
-        raise StructLoRAError(
-            f"head_gates=True and init_lora_weights={start!r}, with which an output projection's lora_A holds "
-            "part of the base weights",
-            "an adapter that starts at zero",
-            "choose another initialisation, or adapt no output projection",
-        )
+def _variance(config: StructLoRAConfig, quiet: str | None, passes: float | None) -> tuple[float, str]:
+    """The variance of gates, and why it is that; 0 where there is no noise."""
+    if config.noise == "off":
+        return 0.0, "noise='off'"
+    if config.noise == "on":
+        return config.noise_variance, ""
+    if quiet is not None:
+        return 0.0, quiet
+    if passes is None:
+        return 0.0, "passes over the data unknown"
+    variance, of = config.noise_variance * noise_share(passes), f"{passes:.3g} passes over the data"
+    return variance, f" for {of}" if variance else f"{of}, too few for noise"
 
 
-def _select_step(config: StructLoRAConfig, start: bool | str, steps: int | None) -> int | None:
+def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | None) -> int | None:
     """Optimizer steps after which directions are selected; None where they are not."""
     if config.keep is None:
         return None
-    if start not in _FROM_ZERO:
+    if not start_of(adapter).is_zero:
         raise StructLoRAError(
-            f"keep={config.keep!r} and init_lora_weights={start!r}, with which directions hold part of the base "
-            "weights",
+            f"keep={config.keep!r} and init_lora_weights={adapter.init_lora_weights!r}, whose directions do not start at zero",
             "directions that start at zero, so that one may be closed",
-            "choose another initialisation, or remove `keep`",
+            "choose `init_lora_weights=True`, or remove `keep`",
         )
-    if config.select_at >= 1 or config.select_at == 0:
-        return int(config.select_at)
-    if steps is None:
+    if config.select_at < 1 and steps is None:
         raise StructLoRAError(
             f"select_at={config.select_at}, a share of a run whose length is not known",
             "in a loop of your own, a number of optimizer steps",
             "set `select_at=100`, say",
         )
-    return max(1, round(config.select_at * steps))
+    step = int(config.select_at) if config.select_at >= 1 else round(config.select_at * steps)
+    end = steps is not None and step >= steps
+    if end or step < LEAST_STEPS:
+        length = "" if steps is None else f" of a run of {steps} steps"
+        raise StructLoRAError(
+            f"keep={config.keep!r} and select_at={config.select_at}, which is step {step}{length}",
+            "a step before the end of the run"
+            if end
+            else f"at least {LEAST_STEPS} steps before it, to gather information in",
+            "lower `select_at`" if end else "train for more steps, or raise `select_at`",
+        )
+    return step
 
 
 def _refuse_ambient_state() -> None:
@@ -214,28 +204,25 @@ def _refuse_ambient_state() -> None:
     if torch.is_inference_mode_enabled():
         raise StructLoRAError(
             "`attach` under `torch.inference_mode()`, whose tensors autograd cannot use",
-            "latents and gates that can be trained",
+            "latents that can be trained",
             "attach outside of it",
         )
     device = torch.get_default_device()
     if device.type == "meta":
         raise StructLoRAError(
             "`attach` under `torch.device('meta')`, where tensors hold no values",
-            "latents and gates that can be trained",
+            "latents that can be trained",
             "attach outside of it, to a model with its weights loaded",
         )
 
 
-def _warn_of_moved_base(adapter_name: str, init_lora_weights: bool | str) -> None:
+def _warn_of_moved_base(adapter_name: str, adapter: PeftConfig, start: Start) -> None:
     """Say what the saved adapter goes with, where its start was taken out of the base weights.
 
     PEFT does not, and loads it onto the original base (0.21; `upstream/peft-lora-ga-on-load.md`).
     """
-    start = str(init_lora_weights).lower()
-    if not start.startswith(_MOVES_BASE):
+    if not start.moves_base:
         return
-    # PiSSA by random projections draws anew.
-    repeated = start.startswith(_REPEATED) and not start.startswith("pissa_niter")
     convert = (
         f"before training, set `model.peft_config[{adapter_name!r}].init_lora_weights = True` and save the adapter to START; "
         "afterwards `model.save_pretrained(..., path_initial_model_for_weight_conversion=START)` writes a LoRA adapter for the "
@@ -245,11 +232,11 @@ def _warn_of_moved_base(adapter_name: str, init_lora_weights: bool | str) -> Non
     logger.warning(
         "init_lora_weights=%r moved part of the base weights into the adapter: what is saved belongs on the base as it is now, "
         "not on the original one (%s). To use it elsewhere: %s.",
-        init_lora_weights,
+        adapter.init_lora_weights,
         "PEFT repeats the move when it loads the adapter, vLLM does not"
-        if repeated
+        if start.is_repeated
         else "PEFT does not repeat the move",
-        save_base if start == "loftq" else convert,
+        save_base if adapter.init_lora_weights == "loftq" else convert,
     )
 
 
@@ -319,8 +306,8 @@ def _frozen_factors(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if not p.requires_grad and factor.search(name)]
 
 
-def _adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, bool | str]:
-    """The name of the adapter to train, and how it was started: LoRA's `init_lora_weights`."""
+def _adapter(model: nn.Module, config: StructLoRAConfig) -> str:
+    """The name of the adapter to train."""
     if any(c.peft_type == PeftType.XLORA for c in model.peft_config.values()):
         raise StructLoRAError(
             "an X-LoRA model, which trains the mixture of finished LoRA adapters and not their factors",
@@ -350,9 +337,7 @@ def _adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, bool | st
             f"call `model.set_adapter('{name}')` before the optimizer is built, or set `adapter_name` to an active one",
         )
     lora = model.peft_config[name]
-    if lora.peft_type == PeftType.VERA:
-        return name, True  # its scales start alike, and ΔW at zero
-    if lora.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
+    if lora.peft_type != PeftType.VERA and not is_lora(lora):
         kind = getattr(lora.peft_type, "value", lora.peft_type)
         raise StructLoRAError(
             f"adapter '{name}' of PEFT type {kind}", "LORA or VERA", "use a `LoraConfig` or a `VeraConfig`"
@@ -363,24 +348,19 @@ def _adapter(model: nn.Module, config: StructLoRAConfig) -> tuple[str, bool | st
             "full factors, so that a direction is a row of lora_A and a column of lora_B",
             "remove `use_bdlora`",
         )
-    return name, lora.init_lora_weights
+    return name
 
 
 def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None:
-    """A run that broke off may still hold the adapter, with training weights in place."""
-    ours = {id(p) for kind in kinds for p in kind.B}
-    for runtime in list(_attached):
-        if not runtime.is_attached or ours.isdisjoint(id(p) for kind in runtime.kinds for p in kind.B):
-            continue
+    """A run that broke off may still hold the adapter."""
+    for runtime in Runtime.attached_to({id(p) for kind in kinds for p in kind.parameters}):
         if runtime.engine.optimizer is optimizer:
             raise StructLoRAError(
                 "StructLoRA already attached to this adapter and optimizer",
                 "one attachment",
                 "attach once, or `detach()` the first",
             )
-        logger.warning(
-            "StructLoRA was still attached to this adapter from an earlier run; its evaluation weights are taken over."
-        )
+        logger.warning("StructLoRA was still attached to this adapter from an earlier run, which ends here.")
         runtime.detach()
 
 
@@ -390,7 +370,6 @@ def _facts(runtime: Runtime) -> dict:
     sums = [part.sum() for factors in latents for part in factors]
     return {
         "configuration": runtime.config.options(),
-        "seed": runtime.seed,
         "engine": runtime.engine.name,
         "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "structlora-trl": __version__},

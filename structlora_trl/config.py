@@ -37,14 +37,11 @@ def _whole(low: int, high: float = math.inf) -> Allowed:
 
 POSITIVE = _number(lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = _number(lambda v: 0 <= v < math.inf, "a number of 0 or more")
-PROBABILITY = _number(lambda v: 0 < v < 1, "a probability above 0 and below 1")
 COSINE = _number(lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1")
-DECAY = _number(lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
 KEEP = Allowed(
     lambda v: v is None or _share(v) is not None,
     "a share of the directions above 0 and at most 1, or a share of the information as '99%', or None",
 )
-SEED = Allowed(lambda v: v is None or (type(v) is int and v >= 0), "a whole number of 0 or more, or None")
 ADAPTER = Allowed(lambda v: v is None or isinstance(v, str), "the name of an adapter, or None")
 MODULE = Allowed(lambda v: v is None or isinstance(v, str), "the name of a module, or None")
 ROLE_OF_PATTERN = Allowed(
@@ -53,7 +50,7 @@ ROLE_OF_PATTERN = Allowed(
 )
 WITH_COORDINATOR = "acts on nothing without a coordinator"
 WITH_SELECTION = "acts on nothing where nothing is selected"
-WITH_COMPARISON = "acts on nothing where no depths are compared"
+WITH_NOISE = "acts on nothing without noise"
 
 
 def _option(default, help: str):
@@ -68,45 +65,23 @@ class StructLoRAConfig:
         StructLoRAError: a value is out of range or misspelt; the message names the field and what is allowed.
 
     Example:
-        >>> config = StructLoRAConfig(gate_init=0.8, coordinator="gat")
-        >>> StructLoRAConfig.build(config, prior=0.3).gate_init
-        0.8
+        >>> config = StructLoRAConfig(noise_variance=0.5, coordinator="gat")
+        >>> StructLoRAConfig.build(config, keep=0.25).noise_variance
+        0.5
 
     Args:
     """
 
-    filter: Literal["ib", "random", "topk_norm", "none"] = _option(
-        "ib",
-        "How rank-one directions are filtered. 'ib': learned information-bottleneck gates with binary-concrete noise; "
-        "'random': each direction kept with probability `gate_init`, drawn again in each step; 'topk_norm': the "
-        "int(gate_init * r) directions of largest norm are kept, at least one; 'none': no gates.",
-    )
-    temperature: Annotated[float, POSITIVE] = _option(
-        0.3, "Temperature of the binary-concrete gates. Lower is closer to 0/1 gates."
-    )
     noise: Literal["auto", "on", "off"] = _option(
         "auto",
-        "Whether training weights have noisy gates. 'off': expected gates in training too, which still learn; training "
-        "weights are then the evaluation weights. 'auto': 'off' in trainers that switch dropout off or train on samples of "
-        "their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, ...), else 'on'.",
+        "Noise of the gates in training. 'auto': by the passes over the data, none up to 5 and `noise_variance` from 45 on; "
+        "none in trainers that switch dropout off or train on samples of their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, "
+        "...), nor in fused LoRA kernels. 'on': `noise_variance`, whatever the run; fused kernels are an error. 'off': no gates.",
     )
-    hard_gates: bool = _option(False, "Round training gates to 0 or 1, with a straight-through gradient.")
-    gate_init: Annotated[float, PROBABILITY] = _option(
-        0.9,
-        "Probability that a direction is open at the start. For 'random' and 'topk_norm', the share kept.",
-    )
-    prior: Annotated[float, PROBABILITY] = _option(
-        0.5, "Prior probability that a direction is open, in the KL term."
-    )
-    kl_weight: Annotated[float, NOT_NEGATIVE] = _option(
-        0.1,
-        "Weight of the mean KL between gates and prior (the paper's lambda_IB * beta). Gradient clipping does not scale it.",
-    )
-    label_weight: Annotated[float, NOT_NEGATIVE] = _option(
-        1.0, "Weight of the task gradient that reaches the gate logits (the paper's gamma)."
-    )
-    gate_lr: Annotated[float, NOT_NEGATIVE] = _option(
-        0.03, "Learning rate of the gate logits at the peak of the trainer's schedule, which it follows."
+    noise_variance: Annotated[float, POSITIVE, WITH_NOISE] = _option(
+        1.0,
+        "Variance of a gate, whose mean is 1, in runs of many passes: each example's activation of each rank-one direction is "
+        "multiplied by 1 + sqrt(noise_variance) * e, e standard normal. More is stronger regularisation.",
     )
     keep: Annotated[float | str | None, KEEP] = _option(
         None,
@@ -114,24 +89,10 @@ class StructLoRAConfig:
         "or as the share of information that those kept carry ('99%'). The others are closed for good: exact zeros. None: "
         "nothing is selected.",
     )
-    select_at: Annotated[float, NOT_NEGATIVE, WITH_SELECTION] = _option(
+    select_at: Annotated[float, POSITIVE, WITH_SELECTION] = _option(
         0.5,
         "When directions are selected: a share of the run's steps below 1, or a number of steps. Information is gathered over "
-        "the second half of the steps before.",
-    )
-    select_by: Annotated[Literal["information", "random"], WITH_SELECTION] = _option(
-        "information",
-        "What is kept: 'information', the directions whose gates the labels hold most information about (the Fisher "
-        "information of the gate); 'random', the control that the paper compares with, drawn once from `seed`.",
-    )
-    share_gates: bool = _option(False, "Learn one gate vector per kind of module instead of one per module.")
-    head_gates: bool = _option(
-        False,
-        "One more learned gate for each attention head of q, k, v and o projections (the paper's future work).",
-    )
-    expert_gates: bool = _option(
-        False,
-        "One more learned gate for each expert of a mixture, in each of its modules (the paper's future work).",
+        "the second half of the steps before, at least 10.",
     )
     coordinator: Literal["none", "gcn", "gat"] = _option(
         "gcn",
@@ -141,20 +102,15 @@ class StructLoRAConfig:
     coordinator_layers: Annotated[int, _whole(1, 3), WITH_COORDINATOR] = _option(
         1, "Message-passing layers, 1 to 3. The paper finds 1 best: more over-smooth."
     )
-    side: Annotated[Literal["auto", "read", "write", "both"], WITH_COMPARISON] = _option(
+    coordinator_lr: Annotated[float, NOT_NEGATIVE, WITH_COORDINATOR] = _option(
+        0.01,
+        "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows.",
+    )
+    side: Annotated[Literal["auto", "read", "write", "both"], WITH_COORDINATOR] = _option(
         "auto",
         "Which factor is coordinated. 'auto': lora_A of modules that read the residual stream, lora_B of those that "
         "write it; 'read': lora_A everywhere; 'write': lora_B everywhere; 'both': both factors, the paper's literal reading. "
         "Of VeRA it is always λ_d, whose entries stand for the same directions in every module.",
-    )
-    activation: Annotated[Literal["tanh", "gelu", "silu", "identity"], WITH_COORDINATOR] = _option(
-        "tanh",
-        "Nonlinearity of message passing. Each passes through 0 with a slope, so that weights that start at 0 can learn "
-        "(ReLU would not).",
-    )
-    coordinator_lr: Annotated[float, NOT_NEGATIVE, WITH_COORDINATOR] = _option(
-        0.01,
-        "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows.",
     )
     edges: Annotated[Literal["hybrid", "adjacency", "similarity"], WITH_COORDINATOR] = _option(
         "hybrid",
@@ -166,30 +122,15 @@ class StructLoRAConfig:
     semantic_threshold: Annotated[float, COSINE, WITH_COORDINATOR] = _option(
         0.5, "Cosine of running-mean gradients above which a semantic edge is drawn."
     )
-    semantic_every: Annotated[int, _whole(1), WITH_COORDINATOR] = _option(
-        10, "Optimizer steps between rebuilds of the semantic edges."
-    )
-    semantic_decay: Annotated[float, DECAY, WITH_COORDINATOR] = _option(
-        0.9, "Decay of the running mean of gradients that semantic edges compare."
-    )
-    align_init: bool = _option(
+    align_init: Annotated[bool, WITH_COORDINATOR] = _option(
         True,
-        "Where depths are compared (a coordinator or a regularizer acts), start a fresh adapter with the same lora_A at every "
-        "depth of a kind. Outputs are unchanged; a warm or data-driven initialisation is never touched.",
+        "Start a fresh adapter with the same lora_A at every depth of a kind. Outputs are unchanged; a warm or data-driven "
+        "initialisation is never touched.",
     )
-    regularizer: Literal["none", "cosine", "laplacian"] = _option(
-        "none",
-        "Static regulariser the paper compares with, on the latent updates of neighbouring depths: 'cosine' (LoRA+Cos), "
-        "'laplacian' (LoRA+Laplacian) or 'none'.",
-    )
-    regularizer_weight: Annotated[float, POSITIVE] = _option(0.1, "Weight of the static regulariser.")
     roles: Annotated[dict | str | None, ROLE_OF_PATTERN] = _option(
         None,
         "Module pattern -> 'read' or 'write' (a mapping, or JSON of one), for modules the built-in table does not know. "
         "Patterns match the end of a module's name, as in PEFT's `rank_pattern`.",
-    )
-    seed: Annotated[int | None, SEED] = _option(
-        None, "Seed of the gate noise. None: the trainer's seed, or 42 in a custom loop."
     )
     adapter_name: Annotated[str | None, ADAPTER] = _option(None, "Adapter to train. None: the active one.")
     peft_module: Annotated[str | None, MODULE] = _option(
@@ -218,33 +159,13 @@ class StructLoRAConfig:
         self._refuse_what_acts_on_nothing()
 
     def _refuse_what_acts_on_nothing(self):
-        if self.filter == "random" and self.noise == "off":
-            raise StructLoRAError(
-                "filter='random' and noise='off'",
-                "noise, of which the random filter is made",
-                "remove `noise`, or choose filter='ib' or 'none'",
-            )
-        for name in ("head_gates", "expert_gates"):
-            if getattr(self, name) and self.filter != "ib":
-                raise StructLoRAError(
-                    f"{name}=True and filter={self.filter!r}",
-                    "learned gates, of which these are more",
-                    f"set `filter='ib'`, or remove `{name}`",
-                )
-        if self.keep is not None and self.select_by == "information" and self.select_at == 0:
-            raise StructLoRAError(
-                "select_at=0 and select_by='information'",
-                "steps before the selection, in which information is gathered",
-                "raise `select_at`, or set `select_by='random'`",
-            )
-        without = "coordinator='none'", "a coordinator", "remove `coordinator='none'`"
         idle = {}  # mark -> what keeps such options from acting, what they need, and the remedy
         if self.coordinator == "none":
-            idle[WITH_COORDINATOR] = without
-        if not self.compares_depths:
-            idle[WITH_COMPARISON] = without
+            idle[WITH_COORDINATOR] = "coordinator='none'", "a coordinator", "remove `coordinator='none'`"
         if self.keep is None:
             idle[WITH_SELECTION] = "keep=None", "a selection", "set `keep`"
+        if self.noise == "off":
+            idle[WITH_NOISE] = "noise='off'", "gates with noise", "remove `noise='off'`"
         for name, value in self.changed_options().items():
             for mark in idle.keys() & set(_marks(name)):
                 cause, needed, remedy = idle[mark]
@@ -274,7 +195,7 @@ class StructLoRAConfig:
             raise StructLoRAError(
                 f"{config!r} where StructLoRA's options are expected",
                 "a `StructLoRAConfig`, or a mapping of options to values",
-                "pass `StructLoRAConfig(...)`, a dict such as {'gate_init': 0.8}, or the options as keywords",
+                "pass `StructLoRAConfig(...)`, a dict such as {'noise_variance': 0.5}, or the options as keywords",
             )
         options = {**(config or {}), **overrides}
         known = [f.name for f in fields(StructLoRAConfig)]
@@ -300,17 +221,7 @@ class StructLoRAConfig:
     @property
     def is_off(self) -> bool:
         """Whether nothing acts: this is plain LoRA."""
-        return not self.filters_directions and self.coordinator == "none" and self.regularizer == "none"
-
-    @property
-    def filters_directions(self) -> bool:
-        """Whether a filter or a selection acts on lora_B."""
-        return self.filter != "none" or self.keep is not None
-
-    @property
-    def compares_depths(self) -> bool:
-        """Whether some part relates one depth to another, and so needs to know which factor is comparable."""
-        return self.coordinator != "none" or self.regularizer != "none"
+        return self.noise == "off" and self.coordinator == "none" and self.keep is None
 
 
 def share_to_keep(keep: float | str) -> tuple[float, bool]:

@@ -1,44 +1,98 @@
-"""One optimizer step: the pullback, the optimizer's step on latents, the small optimizer of gates and Θ.
+"""One optimizer step: gradients are pulled back, the optimizer steps latents, effective weights are written.
 
-What stands in the model before and after it, and who may change that, is told by `standing_weights.py`.
+Between steps the model's parameters are the adapter that will be saved. A training forward changes none of
+them: gates are hooks on its activations (`core/gates.py`). Latents stand for the optimizer's step alone, and
+only where a coordinator or a selection acts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+import weakref
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import foreign_writes
+# `torch.compiler.disable`, which would load the compiler on import.
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
 from .config import StructLoRAConfig
-from .core.diagnostics import structure_metrics
-from .core.heads import head_numbers
+from .core.diagnostics import cosines, neighbour_products, structure_metrics
+from .core.gates import Gate
 from .core.kinds import SIDES, Factors, Kind
-from .core.mapping import DEFAULT_PARTS, KindMap, Noise, Parts, mapped_sides
-from .core.regularizers import cosines, neighbour_products
-from .core.selection import select
+from .core.mapping import DEFAULT_PARTS, KindMap, Parts, mapped_sides
+from .core.selection import LEAST_STEPS, select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError
 from .map_context import in_map_context
-from .rank_check import world_size
-from .read_hooks import ReadHooks
-from .standing_weights import EVALUATION, LATENT, TRAINING, StandingWeights
+from .rank_check import is_first_rank, world_size
 from .state import State
+from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SEED = 42
+_attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+@dataclass
+class GatedModule:
+    """A LoRA module with a gate.
+
+    Args:
+        name (`str`): of the LoRA module.
+        lora_A (`nn.Module`): whose output are the rank activations.
+        factor (`nn.Parameter`): a trained factor of the module, whose gradient tells that it took part.
+        gate (`Gate`): the hook.
+    """
+
+    name: str
+    lora_A: nn.Module
+    factor: nn.Parameter
+    gate: Gate
+
+
+@dataclass
+class Plan:
+    """What `attachment.py` found out: what is trained, and how.
+
+    Args:
+        model (`nn.Module`): the PEFT model whose parameters the kinds hold.
+        kinds (`list[Kind]`): what is trained.
+        config (`StructLoRAConfig`): how.
+        engine (`Engine`): who owns the parameters.
+        gated (`list[GatedModule]`): the modules whose gates have noise.
+        noise (`str`): how much noise these have, and why.
+        quiet (`dict[str, int]`): why others have none -> number of modules.
+        align (`bool`): give every node of a fresh kind (B = 0) the lora_A of the first.
+        moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
+        frozen (`list[nn.Parameter]`): LoRA factors of the adapter that no map has, and must stay frozen.
+        select_step (`int`, *optional*): optimizer steps after which directions are selected.
+        ends_with_run (`bool`): whether another optimizer that steps the adapter means that the run is over.
+    """
+
+    model: nn.Module
+    kinds: list[Kind]
+    config: StructLoRAConfig
+    engine: Engine
+    gated: list[GatedModule] = field(default_factory=list)
+    noise: str = ""
+    quiet: dict[str, int] = field(default_factory=dict)
+    align: bool = False
+    moves_base: bool = False
+    parts: Parts = DEFAULT_PARTS
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    select_step: int | None = None
+    ends_with_run: bool = False
 
 
 class _Pulled(NamedTuple):
     """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's
-    share, where factors are slices), the gradients of node features by side, where they are wanted, and the
+    share, where factors are slices), gradients of node features by side, where they are wanted, and the
     relevance of directions, while it is gathered.
     """
 
@@ -48,45 +102,15 @@ class _Pulled(NamedTuple):
     relevance: list[Tensor]
 
 
-class _Summed(NamedTuple):
-    """A step's sums over ranks: whether gradients are bad and whether weights were written on some rank;
-    gradients of the maps' parameters; products of neighbouring depths' gradients (see `neighbour_products`),
-    where a metric is to be made of them; and the relevance of directions, while it is gathered.
-    """
-
-    is_bad: bool
-    is_written: bool
-    own: list[dict[str, Tensor]]
-    products: list[Tensor]
-    relevance: list[Tensor]
-
-
-class Runtime(StandingWeights):
-    """StructLoRA on one adapter and one optimizer.
-
-    Args:
-        model (`nn.Module`): the model whose parameters the kinds hold; None once detached.
-        kinds (`list[Kind]`): what is trained.
-        config (`StructLoRAConfig`): how.
-        engine (`Engine`): who owns the parameters.
-        seed (`int`, *optional*, defaults to 42): of the gate noise, where the config names none.
-        align (`bool`, *optional*, defaults to False): give every node of a fresh kind (B = 0) the lora_A of
-            the first.
-        absorbs_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base
-            weights (PiSSA).
-        parts (`Parts`, *optional*): what to build the maps and the noise of, where that is not the package's
-            own.
-        noise_off (`str`, *optional*): why `noise='auto'` is off in this run; where omitted, it is on.
-        frozen (`list[nn.Parameter]`, *optional*): LoRA factors of the adapter that no map has, and must stay
-            frozen.
-        readers (`tuple[nn.Module]`, *optional*): modules whose methods (`generate`, `merge_and_unload`) read
-            the weights.
-        select_step (`int`, *optional*): optimizer steps after which directions are selected.
+class Runtime:
+    """StructLoRA on one adapter and one optimizer. `attach` builds it.
 
     Attributes:
-        weights (`str`): which weights stand in the model, see `StandingWeights`.
         step (`int`): optimizer steps that counted.
         skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
+        gated_count (`int`): modules whose gates have noise.
+        is_attached (`bool`): whether the model and its optimizer are still in use.
+        maps (`list[KindMap]`): one per kind.
         schedule (`ScheduleShare`): where the learning rates' schedule stands.
         has_aligned (`bool`): whether attaching changed lora_A, of a fresh adapter.
 
@@ -94,73 +118,62 @@ class Runtime(StandingWeights):
         >>> runtime = attach(model, optimizer)
         >>> "structlora/effective_rank" in runtime.metrics()
         True
-        >>> runtime.detach()  # the model keeps the evaluation weights: a plain LoRA adapter
+        >>> runtime.detach()  # the model keeps its weights: a plain LoRA adapter
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        kinds: list[Kind],
-        config: StructLoRAConfig,
-        engine: Engine,
-        seed: int = DEFAULT_SEED,
-        align: bool = False,
-        absorbs_base: bool = False,
-        parts: Parts = DEFAULT_PARTS,
-        noise_off: str | None = None,
-        frozen: list[nn.Parameter] | None = None,
-        readers: tuple[nn.Module, ...] = (),
-        select_step: int | None = None,
-    ):
-        seed = seed if config.seed is None else config.seed
-        why_quiet = {"on": None, "off": "as configured", "auto": noise_off}[config.noise]
-        super().__init__(kinds, engine, parts.noise(seed), why_quiet, parts)
-        self.model, self.config, self.seed = model, config, seed
-        self.skipped_steps = self.hook_calls = 0
+    def __init__(self, plan: Plan):
+        self.plan, self.model, self.kinds, self.config = plan, plan.model, plan.kinds, plan.config
+        self.engine, self.device = plan.engine, plan.kinds[0].device
+        self.stopwatch = Stopwatch(self.device)
+        self.is_attached, self.gated_count = True, len(plan.gated)
+        self.step = self.skipped_steps = self.hook_calls = 0
         self.schedule = ScheduleShare()
-        self._select_step, self._absorbs_base, self._frozen = select_step, absorbs_base, frozen or []
+        self.maps: list[KindMap] = []
         self._rate: Rate | None = None  # of the step under way, where it counts
         self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
         self._relevance: list[Tensor] = []  # of the directions in the step under way, while it is gathered
         self._metric_steps = 0
-        self.on_detach: list[Callable[[], None]] = []  # called when `detach()` is done
-        with ExitStack() as on_error:
-            engine.install(
-                self._before_step, self._after_step, [mapped_sides(k, config, parts) for k in kinds]
-            )
-            on_error.callback(engine.remove)
-            self._build(align)
-            self.owners = foreign_writes.owners_of(model, self.lora_parameters())
-            for parameter in (p for p in self.lora_parameters() if p.requires_grad):
-                handle = parameter.register_post_accumulate_grad_hook(self._check_standing_weights)
-                on_error.callback(handle.remove)
-            self._in_graphs = foreign_writes.in_graphs(self.lora_parameters())
-            self._hooks = ReadHooks(self, model, readers)
-            on_error.callback(self._hooks.remove)
-            self._remove_hooks = on_error.pop_all().close
+        self._parameter_ids = {id(p) for p in self.lora_parameters() if p.requires_grad}
+        self._places = _places_of(self.model, self.lora_parameters())
+        self._active = set(self.model.active_adapters)
+        mapped = [mapped_sides(kind, self.config) for kind in self.kinds]
+        self._maps_anything = any(mapped)
+        self.engine.install(self._before_step, self._after_step, mapped)
+        try:
+            self._build(plan.align)
+            handles = self._hook_gates()
+        except BaseException:
+            self.engine.remove()
+            raise
+        # A model outlives a run that nobody ended: its gates go with the runtime.
+        self._let_go = weakref.finalize(self, _close, handles, [module.gate for module in plan.gated])
+        self._let_go.atexit = False
+        _watch_optimizers()
+        _attached.add(self)
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The LoRA parameters that are trained; the maps' own are `parameters()` of each in `maps`."""
+        return [p for kind in self.kinds for p in kind.parameters]
 
     @in_map_context
     @torch.no_grad()
     def _build(self, align: bool) -> None:
         """Build maps and optimizer from the factors that stand, and align those factors where asked."""
         latents = self.engine.read_latents(everything=True)
-        slices = self.engine.slices
         aligned = self._to_align(latents) if align else [False] * len(self.kinds)
         starts = [  # aligned: the first lora_A at all depths, and of all experts
             Factors(f.A[:1].expand_as(f.A).clone(), f.B) if same else f
             for f, same in zip(latents, aligned, strict=True)
         ]
-        self.maps = [self._map(*of_kind) for of_kind in zip(self.kinds, starts, aligned, slices, strict=True)]
-        self._gate_count = sum(m.gate_count for m in self.maps)
-        self._optimizer = _small_optimizer(self.maps, self.config, self._gate_count)
+        self.maps = [
+            self._map(*of_kind)
+            for of_kind in zip(self.kinds, starts, aligned, self.engine.slices, strict=True)
+        ]
+        self._optimizer = _small_optimizer(self.maps, self.config)
         self.has_aligned = any(aligned)
         if self.has_aligned:
             self.engine.write_latents(starts)
-            self.engine.write_working(starts, ("A",))
-        self.engine.stamp()
-        if self._select_step == 0:
-            self._select()
-            self._write(None)
+        self._write()
 
     def _to_align(self, latents: list[Factors]) -> list[bool]:
         """The kinds whose lora_A may be aligned, of a fresh adapter: lora_A is trained, and lora_B is zero.
@@ -178,226 +191,250 @@ class Runtime(StandingWeights):
         ]
 
     def _map(self, kind: Kind, start: Factors, aligned: bool, slices: Slices) -> KindMap:
-        side = kind.heads.side if kind.heads else None
-        head_of = slices.part(head_numbers(kind), side).flatten() if side else None
         A = start.A[:1] if aligned else start.A
-        B = start.B.clone() if self._absorbs_base or kind.is_vera else None
-        m = KindMap(kind, self.config, A.clone(), B, self._parts, head_of)
+        B = start.B.clone() if self.plan.moves_base or kind.is_vera else None
+        m = KindMap(kind, self.config, A.clone(), B, self.plan.parts)
         for part in m.modules():
             if hasattr(part, "sum_over_width"):
                 part.sum_over_width = slices.sum_with_gradient
         return m
 
+    def _hook_gates(self) -> list:
+        """Put the gates into the model; the hooks' handles."""
+        gated, self._heard = self.plan.gated, set()
+        handles = [module.lora_A.register_forward_hook(module.gate) for module in gated]
+        # Of modules whose gate has not fired yet: what tells of a gradient without it.
+        self._listening = {
+            m.name: m.factor.register_post_accumulate_grad_hook(_adds(m.name, self._heard)) for m in gated
+        }
+        return [*handles, *self._listening.values()]
+
+    @staticmethod
+    def attached_to(parameters: set[int]) -> list[Runtime]:
+        """The runtimes that train some of the parameters with these ids."""
+        return [r for r in list(_attached) if r.is_attached and not parameters.isdisjoint(r._parameter_ids)]
+
+    def end_for(self, optimizer: torch.optim.Optimizer) -> None:
+        """Another optimizer has stepped the adapter: stop, or let go of it where the run is over.
+
+        Raises:
+            StructLoRAError: the run is not known to be over.
+        """
+        found = f"{type(optimizer).__name__}, another optimizer, stepping the adapter that StructLoRA is attached to"
+        if not self.plan.ends_with_run:
+            raise StructLoRAError(
+                found,
+                f"steps of the {type(self.engine.optimizer).__name__} that it was attached to",
+                "call `runtime.detach()` to train on as plain LoRA, and `attach` again to train on as StructLoRA",
+            )
+        logger.warning(
+            "StructLoRA found %s: its run is over. Its gates were in the forward of this step; training goes on as plain LoRA.",
+            found,
+        )
+        self.detach()
+
     def __repr__(self) -> str:
-        """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, noise, edges."""
+        """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
+        return ", ".join(self.describe())
+
+    def describe(self) -> list[str]:
+        """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
-        config = self.config
-        gates = sum(logits.numel() for m in self.maps for logits in m.gate_logits)
+        config, processes = self.config, f"{world_size()} process{'es' if world_size() > 1 else ''}"
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
-        noise = f", noise off ({self.noise_off})" if self.noise_off else ", noise on"
-        noise = noise if any(gate.is_stochastic for m in self.maps for gate in m.filters) else ""
-        alone = [
-            m.kind.name
-            for m in self.maps
-            if not m.sides and m.kind.depth_count > 1 and config.compares_depths
-        ]
-        kept = "" if self._select_step is None else f", keep={config.keep} from step {self._select_step} on"
-        left_out = f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if alone else ""
-        return (
-            f"StructLoRA on {self.engine.name}, {world_size()} process{'es' if world_size() > 1 else ''}: "
-            f"{len(self.kinds)} kinds ({depths}), filter {config.filter} ({gates} gates){kept}{noise}, "
-            f"coordinator {config.coordinator}{graph}{left_out}, seed {self.seed}"
+        alone = [m.kind.name for m in self.maps if not m.sides and m.kind.depth_count > 1]
+        unknown = (
+            f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if graph and alone else ""
         )
+        step = self.plan.select_step
+        return [
+            f"StructLoRA on {self.engine.name}, {processes}: {len(self.kinds)} kinds ({depths})",
+            self._describe_gates(),
+            f"coordinator {config.coordinator}{graph}{unknown}",
+            *([] if step is None else [f"keep={config.keep} from step {step} on"]),
+        ]
+
+    def _describe_gates(self) -> str:
+        on = f"gates on {self.gated_count} modules ({self.plan.noise})" if self.gated_count else "no gates"
+        return on + "".join(f"; none on {count} ({why})" for why, count in self.plan.quiet.items())
 
     @in_map_context
     def _before_step(self) -> bool:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         self.hook_calls += 1
-        self._rate = None
-        foreign_writes.refuse_replaced(self.owners)
+        self._rate, self._relevance = None, []
+        self._warn_of_other_adapters()
         gradients = self.engine.read_gradients()
-        if gradients is None or (not self._trained_forward and self._are_zeros(gradients)):
-            # No backward has run: there is nothing to step, with or without us. Zeros are what
-            # `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
-            # optimizer step with.
-            foreign_writes.refuse_replaced_by_name(self.model, self.owners)
-            if self.weights != LATENT and self.were_changed():
-                foreign_writes.refuse_changed()
-            self.weights, self._trained_forward, self._mixed_gradients = LATENT, False, False
+        if gradients is None:  # no backward has reached the adapter
+            self._refuse_replaced()
             return True
-        self._refuse_step()
-        written = self.engine.written()
+        self._refuse_unheard()
+        self._refuse_unfrozen()
+        if not self._maps_anything:
+            self._rate = self.engine.learning_rate()
+            return True
         scale = self.engine.gradient_scale()
         pulled = [
             self._pull(m, *parts, scale)
-            for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, self._noise(), strict=True)
+            for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, strict=True)
         ]
-        summed = self._summed(pulled, written)
-        if summed.is_written and self.were_changed():
-            foreign_writes.refuse_write_before_step(type(self.engine.optimizer).__name__)
-        self.weights, self._trained_forward = LATENT, False
-        if summed.is_bad:
+        is_bad, is_moving, is_written, own = self._sum(pulled)
+        if is_written:
+            self._refuse_written()
+        if not is_moving:
+            # What `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
+            # optimizer step with.
+            return True
+        if is_bad:
             self.skipped_steps += 1
             logger.warning(
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
                 self.skipped_steps,
             )
             return False
-        if summed.products:
-            self._cosine = torch.stack(
-                [cosines(product).mean().to(self.device) for product in summed.products]
-            ).mean()
-        self._relevance = summed.relevance
-        for m, part, task in zip(self.maps, pulled, summed.own, strict=True):
-            for name, value in m.objective_gradients(task, self.config.kl_weight / self._gate_count).items():
+        for m, part, values in zip(self.maps, pulled, own, strict=True):
+            for name, value in values.items():
                 m.get_parameter(name).grad = value
             if m.coordinators and m.graph.follows_gradients:
                 m.graph.observe(part.features)
-        self.engine.write_gradients([part.factors for part in pulled], [m.joins_depths for m in self.maps])
+        self.engine.write_gradients(
+            [part.factors for part in pulled], [bool(m.coordinators) for m in self.maps]
+        )
         self._rate = self.engine.learning_rate()
         return True
 
-    def _refuse_step(self) -> None:
-        """Stop where the gradients are not of what the maps made, or would move what no map has."""
-        if not self._trained_forward:
-            raise StructLoRAError(
-                "an optimizer step on gradients taken at the evaluation weights",
-                "a forward at the training weights before each step, that is, one under `model.train()`",
-                "call `model.train()` before the forward (`runtime.train()` where it calls no module that contains adapted "
-                "layers); to train without dropout, set its probability to 0, or put the dropout modules alone into `eval()`",
-            )
-        if self._mixed_gradients:
-            raise StructLoRAError(
-                "gradients of a backward that ran at other LoRA weights than its forward",
-                "the training weights of the step from its first training forward until `optimizer.step()`",
-                "call `runtime.eval()` or load weights after the step, not between a training forward and its backward",
-            )
-        unfrozen = {id(p) for p in self._frozen if p.grad is not None}
-        if unfrozen and any(
-            id(p) in unfrozen for group in self.engine.optimizer.param_groups for p in group["params"]
-        ):
-            raise StructLoRAError(
-                f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
-                "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
-                "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
-            )
-
-    def _are_zeros(self, gradients: list[Factors]) -> bool:
-        """Whether no entry of any gradient, on any rank, is other than zero."""
-        zeros = [not bool(part.any()) for kind in gradients for part in kind]
-        return bool(self._slices.every(torch.tensor(all(zeros), dtype=torch.bool, device=self.device)))
-
-    def _pull(
-        self, m: KindMap, latent: Factors, gradient: Factors, noise: Noise, scale: float | Tensor
-    ) -> _Pulled:
+    def _pull(self, m: KindMap, latent: Factors, gradient: Factors, scale: float | Tensor) -> _Pulled:
         """One kind's gradients, carried back through its map. `scale` is the loss scale of mixed precision."""
         scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
-        # The maps' own optimizer descends: where the trainer's ascends, they see the negative of its
-        # objective.
+        # The maps' own optimizer descends: where the trainer's ascends, it sees the negative of its objective.
         sign = -1 if self.engine.maximizes() else 1
-        factors, own = m.pullback(latent, Factors(*(sign * part for part in gradient)), noise)
-        relevance = []
-        if self._gathers_relevance():
-            # Effective lora_B is linear in the gate that multiplies latent lora_B, so that the gradient with
-            # respect to its logarithm is this product (`core/selection.py`). Those of slices add up.
-            relevance.append(torch.linalg.vecdot(factors.B, latent.B, dim=-2) / scale)
-        penalty = m.regularizer_gradient(latent, self._slices.sum)
-        if penalty is not None:
-            factors = Factors(*(f + scale * p for f, p in zip(factors, penalty, strict=True)))
-        factors = Factors(*(sign * part for part in factors))
-        wanted = (self._cosine is None and self.step > 0) or (m.coordinators and m.graph.follows_gradients)
-        is_there = not self.is_sharded or set(m.sides) <= set(mapped_sides(m.kind, self.config, self._parts))
-        sides = m.sides if wanted and is_there and m.kind.depth_count > 1 else ()
-        # Closed directions join no depths.
-        passing = gradient if m.selection is None else m.selection(gradient)
+        factors, own = m.pullback(latent, gradient) if m.coordinators else (m.masked(gradient), {})
+        gathers = self._gathers_relevance()
+        # Those of slices add up.
+        relevance = [torch.linalg.vecdot(factors.B, latent.B, dim=-2) / scale] if gathers else []
+        wanted = m.coordinators and (self._wants_cosine() or m.graph.follows_gradients)
         return _Pulled(
             factors,
-            {name: value / scale for name, value in own.items()},
-            # Unscaled and clipped, whichever engine.
-            {side: getattr(passing, side) / scale for side in sides},
+            {name: sign * value / scale for name, value in own.items()},
+            # Unscaled and clipped, whichever engine. Closed directions are masked out of what joins depths.
+            {side: getattr(m.masked(gradient), side) / scale for side in m.coordinators} if wanted else {},
             relevance,
         )
 
+    def _wants_cosine(self) -> bool:
+        """In the first step of a run gradients of lora_A are zero."""
+        return self._cosine is None and self.step > 0
+
     def _gathers_relevance(self) -> bool:
         """Whether the step under way is one whose relevance counts for the selection to come."""
-        return (
-            self._select_step is not None
-            and self.step >= self._select_step // 2
-            and not self.maps[0].selection.is_made
-        )
+        select_step = self.plan.select_step
+        if select_step is None or self.maps[0].selection.is_made:
+            return False
+        return self.step >= self._first_informed_step()
 
-    def _summed(self, pulled: list[_Pulled], written: Tensor) -> _Summed:
-        """Sums over ranks, in one collective, and the one place where a step waits for the device."""
-        wants_cosine = self._cosine is None and self.step > 0
+    def _sum(self, pulled: list[_Pulled]) -> tuple[bool, bool, bool, list[dict[str, Tensor]]]:
+        """Sum over ranks what a step needs, in one collective, the one place where it waits for the device.
+
+        Returns:
+            Whether gradients are bad, whether one is other than zero, whether weights were written, each on
+            some rank; and gradients of the maps' parameters.
+        """
         products = [
             neighbour_products(
                 torch.cat([m.graph.by_expert(g).flatten(2) for g in part.features.values()], dim=-1)
             )
             for m, part in zip(self.maps, pulled, strict=True)
-            if wants_cosine and part.features
+            if self._wants_cosine() and part.features
         ]
         own = [value for part in pulled for value in part.own.values()]
-        bad = self.engine.bad_gradients()
-        flags = torch.stack([bad, written.to(bad.device, bad.dtype)])
         gathered = [d for part in pulled for d in part.relevance]
+        flags = self.engine.gradient_flags()
+        flags = torch.cat([flags, self.engine.written().to(flags)[None]])
         flags, *sums = self._slices.sums([flags, *gathered, *own, *products])
-        is_bad, is_written = flags.bool().tolist()
-        gathered, sums = sums[: len(gathered)], iter(sums[len(gathered) :])
+        is_bad, is_moving, is_written = flags.bool().tolist()
+        sums = iter(sums)
+        self._relevance = [next(sums) for _ in gathered]
         own = [{name: next(sums) for name in part.own} for part in pulled]
-        return _Summed(is_bad, is_written, own, list(sums), gathered)
+        if products and not is_bad:
+            self._cosine = torch.stack([cosines(p).mean().to(self.device) for p in sums]).mean()
+        return is_bad, is_moving, is_written, own
 
     @in_map_context
     def _after_step(self, stepped: bool) -> None:
-        """Step logits and Θ where the optimizer stepped, then put the new evaluation weights in place."""
+        """Step Θ where the optimizer stepped, then put the new effective weights in place."""
         if self._rate is not None and not stepped:  # an overflow that only the engine saw
             self.skipped_steps += 1
             self._rate = None
         if self._rate is not None:
-            share = self.schedule.advance(self._rate)
-            if self._optimizer:
-                for group in self._optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * share
-                self._optimizer.step()
-                self._optimizer.zero_grad()
-            if self._relevance:
-                for m, d in zip(self.maps, self._relevance, strict=True):
-                    m.selection.observe(d)
-            self.step += 1
-            self._metric_steps += 1
-            if self._select_step is not None and self.step >= self._select_step:
-                self._select()
-            if self.step % self.config.semantic_every == 0:
-                graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
-                products = self._slices.sums([graph.gradient_products() for graph in graphs])
-                for graph, of_graph in zip(graphs, products, strict=True):
-                    graph.rebuild(of_graph)
-            self._rate = None
-        self._write(None)
-        self.weights, self._mixed_gradients = EVALUATION, False
+            self._count_step()
+        if self._maps_anything:
+            self._write()
+
+    def _count_step(self) -> None:
+        share = self.schedule.advance(self._rate)
+        self._rate = None
+        if self._optimizer:
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["base_lr"] * share
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        if self._relevance:
+            for m, d in zip(self.maps, self._relevance, strict=True):
+                m.selection.observe(d)
+        self.step += 1
+        self._metric_steps += 1
+        if self.plan.select_step is not None and self.step >= self.plan.select_step:
+            self._select()
+        graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
+        graphs = [graph for graph in graphs if self.step % graph.redraw_every == 0]
+        products = self._slices.sums([graph.gradient_products() for graph in graphs])
+        for graph, of_graph in zip(graphs, products, strict=True):
+            graph.rebuild(of_graph)
 
     def _select(self) -> None:
         """Make the selection, once."""
         selections = [m.selection for m in self.maps]
-        if selections[0].is_made or not select(selections, self.config, self.seed):
+        if selections[0].is_made or not select(selections, self.config.keep, self.plan.parts.choose):
             return
-        count, total = (
-            sum(int(s.kept.sum()) for s in selections),
-            sum(s.kept.numel() for s in selections),
-        )
+        kept, total = sum(int(s.kept.sum()) for s in selections), sum(s.kept.numel() for s in selections)
         empty = sum(int((~s.kept.any(-1)).sum()) for s in selections)
-        logger.info(
-            "StructLoRA keeps %d of %d directions from step %d on (%d modules keep none).",
-            count,
-            total,
-            self.step,
-            empty,
-        )
+        information = sum(s.information.sum().item() for s in selections)
+        carried = sum(s.information[s.kept].sum().item() for s in selections) / information
+        if is_first_rank():
+            logger.warning(
+                "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the information (%d modules keep none). "
+                "`structlora export ADAPTER SMALL --prune` writes the saved adapter as a small file.",
+                kept,
+                total,
+                self.step,
+                100 * carried,
+                empty,
+            )
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        latents = self.engine.read_latents()
+        self.engine.write_working([m(latent) for m, latent in zip(self.maps, latents, strict=True)])
+
+    @property
+    def _slices(self) -> Slices:
+        return self.engine.slices[0]  # the ranks are the same for every kind
 
     @property
     def is_sharded(self) -> bool:
         """Whether ranks have slices: call `state_dict()`, `save_state` and `metrics()` on every rank then."""
         return self._slices.is_shared
+
+    @property
+    def has_selected(self) -> bool:
+        """Whether directions were selected."""
+        return self.plan.select_step is not None and bool(self.maps[0].selection.is_made)
+
+    @in_map_context
+    def is_rewritten(self) -> bool:
+        """Whether other code has written weights since the last step, which the next one would refuse to drop."""
+        return not bool(self._slices.every(self.engine.written() == 0))
 
     @property
     def acted_steps(self) -> int:
@@ -411,7 +448,7 @@ class Runtime(StandingWeights):
 
         Under FSDP2 and ZeRO, call it on every rank.
         """
-        metrics = structure_metrics(self.maps, self._effective(None), self._slices.sums)
+        metrics = structure_metrics(self.maps, self.engine.read_working(), self._slices.sums)
         if self._cosine is not None:
             metrics["gradient_cosine"] = self._cosine.item()
         metrics["peak_lr"] = self.schedule.peak
@@ -422,17 +459,17 @@ class Runtime(StandingWeights):
 
     @in_map_context
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, logits, Θ, their optimizer's state, graphs, options and the noise's step, as one flat dict.
+        """Latents, Θ with its optimizer's state, graphs, selection, options and counts, as one flat dict.
 
         Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
         """
-        counts = {"seed": self.seed, "step": self.step, "skipped_steps": self.skipped_steps}
+        counts = {"step": self.step, "skipped_steps": self.skipped_steps}
         latents = self.engine.read_latents(everything=True)
         kinds = zip(self.maps, latents, self.engine.slices, strict=True)
         return State.of(self.config, counts, self.schedule, kinds, self._optimizer).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`: afterwards the model holds that state's evaluation weights.
+        """Continue from `state_dict()`: afterwards the model holds that state's weights.
 
         Raises:
             StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped
@@ -447,86 +484,195 @@ class Runtime(StandingWeights):
         latents = self.engine.read_latents(everything=True)
         kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
         state.refuse_other_run(self.config, kinds)
-        changes = state.changes(self.config, self.seed)
+        self._refuse_uninformed(state)
+        changes = state.changes(self.config)
         if changes:
             logger.warning(
                 "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
             )
         self.engine.write_latents([state.load_into(m, slices, self._optimizer) for m, _, slices in kinds])
         self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule
-        self._write(None)
-        self.weights, self._trained_forward = EVALUATION, False
+        self._write()
 
     @in_map_context
     def reload(self) -> None:
         """Start again from the LoRA weights that stand in the model, which other code has written.
 
-        They become the latent factors. Gates, coordinator, graph and their optimizer start anew, as at
-        `attach`; the step's number goes on, and with it the noise. Directions that selection has closed stay
+        They become the latent factors. Coordinator, graph, their optimizer and what was learned of directions
+        start anew, as at `attach`; the step's number goes on. Directions that selection has closed stay
         closed. To continue a run of StructLoRA, use `load_state` instead.
 
         Raises:
-            StructLoRAError: other than evaluation weights stand (between a training forward and the end of its
-                optimizer step, or after a step that an exception broke off); or the runtime is detached.
+            StructLoRAError: the runtime is detached.
         """
         self._refuse_detached()
-        if self.weights != EVALUATION:
-            raise StructLoRAError(
-                f"`reload()` while {self.weights} weights stand, between a training forward and the end of its optimizer step",
-                "evaluation weights to start from",
-                "call `runtime.eval()`, write the weights and then call `reload()`; or drop what was written to training weights, "
-                "by `runtime.load_state_dict(runtime.state_dict())`",
-            )
         self.engine.write_latents(self.engine.read_working())
-        selections = [m.selection for m in self.maps]
+        kept = [m.kept for m in self.maps]
         self._build(align=False)
-        if self._select_step is not None:
-            for m, selection in zip(self.maps, selections, strict=True):
-                m.selection.load_state_dict(selection.state_dict())
-            self._write(None)
+        for m, of_kind in zip(self.maps, kept, strict=True):
+            if of_kind is not None:
+                m.selection.close(of_kind)
+        self._write()
         self.schedule = ScheduleShare()
-        self.weights, self._trained_forward = EVALUATION, False
 
     @in_map_context
     def detach(self) -> None:
-        """Leave the model with evaluation weights, a plain LoRA adapter, and let go of model and optimizer.
+        """Leave the model as a plain LoRA adapter, and let go of model and optimizer.
 
         A detached runtime keeps its state (`state_dict()`, `metrics()`). Once detached, it does nothing.
         """
         if not self.is_attached:
             return
-        if self.weights == TRAINING and self.were_changed():
-            logger.warning(
-                "What other code wrote to training weights is dropped: the model keeps evaluation weights."
-            )
-            self.weights = LATENT
-        self.eval()
-        if self._select_step is not None and not self.maps[0].selection.is_made:
+        self.is_attached = False
+        self.engine.remove()
+        self._let_go()
+        if self.plan.select_step is not None and not self.has_selected:
             logger.warning(
                 "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
                 self.config.keep,
                 self.step,
-                self._select_step,
+                self.plan.select_step,
             )
-        self.is_attached = False
-        self._remove_hooks()
         # Whoever keeps the runtime for its state or figures does not keep the model.
-        self.model, self.owners = None, []
-        for call in self.on_detach:
-            call()
+        self.model = self.plan.model = None
+        self._places, self.plan.gated, self.plan.frozen, self._listening = [], [], [], {}
+
+    def _refuse_detached(self) -> None:
+        if not self.is_attached:
+            raise StructLoRAError(
+                "a detached runtime that is to write weights",
+                "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
+                "call `attach` again, with an optimizer of the model's parameters",
+            )
+
+    def _refuse_uninformed(self, state: State) -> None:
+        """Stop where the selection would come before there is information on the directions."""
+        select_step, informed = self.plan.select_step, state.informed_steps
+        if select_step is None or informed is None:
+            return
+        begins = max(state.step, self._first_informed_step())
+        if informed + max(select_step - begins, 0) < LEAST_STEPS:
+            raise StructLoRAError(
+                f"a state of step {state.step}, with {informed} steps of information on its directions, and a selection at "
+                f"step {select_step} of this run",
+                f"{LEAST_STEPS} steps of information before the selection",
+                f"train for more steps, or set `select_at={max(state.step, begins) + LEAST_STEPS - informed}`",
+            )
+
+    def _first_informed_step(self) -> int:
+        return min(self.plan.select_step // 2, self.plan.select_step - LEAST_STEPS)
+
+    def _refuse_unheard(self) -> None:
+        """Stop where a module has a gradient and its gate has not fired: fused code went around its forward."""
+        if not self._listening:
+            return
+        for m in self.plan.gated:
+            if m.gate.has_fired and m.name in self._listening:
+                self._listening.pop(m.name).remove()
+        bypassed = [name for name in self._listening if name in self._heard]
+        if bypassed:
+            raise StructLoRAError(
+                f"{len(bypassed)} LoRA modules with gradients whose gates never ran ({', '.join(bypassed[:3])}, ...)",
+                "a forward that calls `lora_A`, on which the gates are hooks: no fused LoRA kernel, and no code compiled "
+                "before StructLoRA was attached",
+                "set `noise='off'` to keep such kernels, or switch them off; after an earlier run under `torch.compile`, call "
+                "`torch.compiler.reset()`",
+            )
+
+    def _refuse_unfrozen(self) -> None:
+        """Stop where the optimizer would move LoRA parameters that no map has."""
+        unfrozen = {id(p) for p in self.plan.frozen if p.grad is not None}
+        if unfrozen and any(
+            id(p) in unfrozen for group in self.engine.optimizer.param_groups for p in group["params"]
+        ):
+            raise StructLoRAError(
+                f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
+                "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
+                "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+            )
+
+    def _warn_of_other_adapters(self) -> None:
+        """Say once of each adapter that was made active after `attach`: its factors train as plain LoRA."""
+        others = set(self.model.active_adapters) - self._active
+        if others:
+            self._active |= others
+            logger.warning(
+                "Adapter %s was made active after StructLoRA was attached: what this optimizer trains of it is plain LoRA. To "
+                "train it as StructLoRA, `detach()` the runtime and attach again, with `adapter_name`.",
+                ", ".join(map(repr, sorted(others))),
+            )
+
+    def _refuse_replaced(self) -> None:
+        """Stop where the model has other LoRA parameters than those that the optimizer steps."""
+        named = dict(self.model.named_parameters())
+        replaced = sum(name in named and named[name] is not p for name, p in self._places)
+        if replaced:
+            raise StructLoRAError(
+                f"{replaced} LoRA parameters of the model replaced by others since StructLoRA was attached",
+                "the parameters that the optimizer steps",
+                "load weights into them (`load_state_dict` without `assign=True`), or `detach()`, build the optimizer of the "
+                "new ones and attach again",
+            )
+
+    def _refuse_written(self) -> None:
+        raise StructLoRAError(
+            "LoRA weights that other code has written since the last optimizer step, which this step would drop",
+            "the weights that StructLoRA put there; values that are swapped out (a moving average, say) must be back before "
+            "`optimizer.step()`",
+            "call `runtime.reload()` after the write, to train on from what stands, or load the run's own state after it "
+            "(`load_state`, or `accelerator.register_for_checkpointing(runtime)`). Accelerate's LocalSGD, which averages "
+            "weights between steps, needs `coordinator='none'`",
+        )
 
 
-def _small_optimizer(
-    maps: list[KindMap], config: StructLoRAConfig, gate_count: int
-) -> torch.optim.AdamW | None:
-    """The AdamW of gate logits and Θ, equal on every rank; None where there are none.
+def _watch_optimizers() -> None:
+    """From now on, notice every optimizer that steps an adapter of a runtime, and is not the runtime's own."""
+    if _watching:
+        return
+    calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-    The KL is a mean over gates: its gradient with respect to each is smaller the more there are, and so is
-    epsilon then.
-    """
-    logits = [parameter for m in maps for parameter in m.gate_logits]
+    @_disable_dynamo
+    def before(optimizer, *_):
+        if len(_attached):
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            others = [r for r in Runtime.attached_to(ids) if r.engine.optimizer is not optimizer]
+            calls[optimizer] = [(weakref.ref(runtime), runtime.hook_calls) for runtime in others]
+
+    @_disable_dynamo
+    def after(optimizer, *_):
+        for reference, seen in calls.pop(optimizer, []):
+            runtime = reference()
+            # An optimizer around the runtime's (SAM, say), or within it, steps with it.
+            if runtime is None or not runtime.is_attached or runtime.engine.is_stepping:
+                continue
+            if runtime.hook_calls == seen:
+                runtime.end_for(optimizer)
+
+    _watching.extend([register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)])
+
+
+_watching: list = []  # handles of the hooks that see every optimizer
+
+
+def _adds(name: str, names: set[str]):
+    return lambda parameter: names.add(name)
+
+
+def _close(handles: list, gates: list[Gate]) -> None:
+    """Take hooks out. A gate that compiled code has kept does nothing from here on."""
+    for gate in gates:
+        gate.variance = 0.0
+    for handle in handles:
+        handle.remove()
+
+
+def _places_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    ours = {id(p) for p in parameters}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in ours]
+
+
+def _small_optimizer(maps: list[KindMap], config: StructLoRAConfig) -> torch.optim.AdamW | None:
+    """The AdamW of Θ, equal on every rank; None where there is none."""
     weights = [parameter for m in maps for parameter in m.coordinators.parameters()]
-    groups = [(logits, config.gate_lr, 1e-8 / gate_count), (weights, config.coordinator_lr, 1e-8)]
-    groups = [{"params": params, "lr": lr, "base_lr": lr, "eps": eps} for params, lr, eps in groups if params]
-    # No weight decay: the KL is the logits' prior, and decay would pull every gate towards one half.
-    return torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
+    group = {"params": weights, "lr": config.coordinator_lr, "base_lr": config.coordinator_lr}
+    return torch.optim.AdamW([group], weight_decay=0.0) if weights else None

@@ -3,10 +3,10 @@
 A state is one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the adapter,
 written whole or not at all:
 
-    header                       JSON: format, seed, step, skipped_steps, schedule, options; of each kind its modules,
-                                 shape, compared sides and what it adapts
+    header                       JSON: format, step, skipped_steps, schedule, options; of each kind its modules, shape,
+                                 compared sides and what it adapts
     KIND/latent_A, latent_B      latent factors of the nodes, fp32
-    KIND/...                     `state_dict()` of the kind's map: filters, origins, graph, Θ
+    KIND/...                     `state_dict()` of the kind's map: origins, graph, Θ, selection
     KIND/optimizer.NAME.MOMENT   the map's AdamW, for each parameter of the map
 
 In the file the header is metadata that a person can read.
@@ -33,34 +33,21 @@ from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError
-from .older_state import FORMAT, upgrade
 
 STATE_NAME = "structlora.safetensors"
+FORMAT = 5  # those before it were never released
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act
-# on nothing. (`side` and `roles` are compared by what they come to.) All others may change on resume, and act
+# on nothing. (`side` and `roles` are compared by the sides they resolve to.) All others may change on resume, and act
 # from there on.
-SHAPING = (
-    *(
-        "filter",
-        "temperature",
-        "hard_gates",
-        "gate_init",
-        "keep",
-        "share_gates",
-        "head_gates",
-        "expert_gates",
-        "align_init",
-    ),
-    *("coordinator", "coordinator_layers", "activation", "edges"),
-)
+SHAPING = ("keep", "align_init", "coordinator", "coordinator_layers", "edges")
 _START_ANEW = (
     "to start StructLoRA from this adapter's weights, load it with `PeftModel.from_pretrained(..., is_trainable=True)` and "
     "train without `resume_from_checkpoint`"
 )
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER = "header"
-_FACTS = ("format", "seed", "step", "skipped_steps", "schedule", "options", "kinds")
+_FACTS = ("format", "step", "skipped_steps", "schedule", "options", "kinds")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 SlicedMap = tuple[KindMap, Factors, Slices]
@@ -103,7 +90,7 @@ class State:
 
         Args:
             config (`StructLoRAConfig`): the run's options.
-            counts (`dict[str, int]`): seed, step and skipped_steps.
+            counts (`dict[str, int]`): step and skipped_steps.
             schedule (`ScheduleShare`): where the learning rates' schedule stands.
             kinds (`Iterable`): of each kind its map, latent factors and slices.
             optimizer (`torch.optim.Optimizer`, *optional*): the maps' own.
@@ -142,6 +129,24 @@ class State:
         """The options of the run that wrote the state."""
         return StructLoRAConfig.build(self.header["options"])
 
+    @property
+    def informed_steps(self) -> int | None:
+        """Steps of information on the directions; None where they are selected already, or never."""
+        of_kind = self.of_kind(next(iter(self.header["kinds"])))
+        is_open = not of_kind.get("selection.is_made", True)
+        return int(of_kind["selection.informed_steps"]) if is_open else None
+
+    def rewound(self) -> State:
+        """The same weights and coordinators at the start of another run: its schedule and its steps are its own."""
+        header = {**self.header, "step": 0, "skipped_steps": 0, "schedule": vars(ScheduleShare())}
+        is_open = self.informed_steps is not None
+        gathered = ("selection.information", "selection.informed_steps")
+        tensors = {
+            name: torch.zeros_like(x) if is_open and name.endswith(gathered) else x
+            for name, x in self.tensors.items()
+        }
+        return State(header, tensors)
+
     def of_kind(self, name: str) -> dict[str, Tensor]:
         """The tensors of one kind, by their names within it."""
         start = f"{name}/"
@@ -154,10 +159,10 @@ class State:
 
     @classmethod
     def parse(cls, flat: Mapping[str, Tensor]) -> State:
-        """The state that `flatten` wrote down, of this version or an older one.
+        """The state that `flatten` wrote down.
 
         Raises:
-            StructLoRAError: it has no header, or is of a newer format; it holds NaN or infinite numbers.
+            StructLoRAError: it has no header, or is of another format; it holds NaN or infinite numbers.
         """
         tensors = dict(flat)
         try:
@@ -168,26 +173,27 @@ class State:
 
     @classmethod
     def checked(cls, header: dict, tensors: dict[str, Tensor], where: str) -> State:
-        """A state of these parts, brought to the present format.
+        """A state of these parts.
 
         Raises:
-            StructLoRAError: of a newer format; damaged, `where` saying what.
+            StructLoRAError: of another format; damaged, `where` saying what.
         """
         found = header.get("format") if isinstance(header, dict) else None
-        if found not in range(3, FORMAT + 1):
+        if found != FORMAT:
             raise StructLoRAError(
                 f"{where} in format {found}",
-                f"format {FORMAT} or older",
+                f"format {FORMAT}",
                 "use the version of structlora-trl that wrote it",
             )
         for name, x in tensors.items():
             if not isinstance(x, Tensor) or not bool(x.isfinite().all()):
                 raise damaged(where, f"NaN or infinite numbers in '{name}'")
         try:
-            header, tensors = upgrade(header, tensors)
+            # An option that the writer's version lacked had today's default.
+            header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
-            counts = [header[name] for name in ("seed", "step", "skipped_steps")]
+            counts = [header[name] for name in ("step", "skipped_steps")]
             if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not header["kinds"]:
                 raise ValueError(f"counts {counts}, {len(header['kinds'])} kinds")
             for facts in header["kinds"].values():
@@ -231,7 +237,7 @@ class State:
                 )
         shapes = {}
         for m, *_ in kinds:
-            shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m, self.step).items()}
+            shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m).items()}
         unknown = sorted(self.tensors.keys() - shapes)
         missing = sorted(n for n, (sizes, _) in shapes.items() if None not in sizes and n not in self.tensors)
         for m, *_ in kinds:
@@ -251,10 +257,9 @@ class State:
                     f"{allowed[0]} and {dtype}, as in this run",
                 )
 
-    def changes(self, config: StructLoRAConfig, seed: int) -> list[str]:
+    def changes(self, config: StructLoRAConfig) -> list[str]:
         """Options that differ in a run that continues from this state, and take effect from there on."""
-        theirs = {**self.header["options"], "seed": self.header["seed"]}
-        ours = {**config.options(), "seed": seed}
+        theirs, ours = self.header["options"], config.options()
         return [f"{name} ({theirs[name]!r} -> {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
 
     def load_into(self, m: KindMap, slices: Slices, optimizer: torch.optim.Optimizer | None) -> Factors:
@@ -306,7 +311,7 @@ def _check_facts(
         raise ValueError(f"{len(modules)} modules, shape {shape}, {per_depth} at each depth, sides {sides}")
 
 
-def _shapes(m: KindMap, step: int) -> dict[str, tuple[list[tuple[int, ...] | None], torch.dtype]]:
+def _shapes(m: KindMap) -> dict[str, tuple[list[tuple[int, ...] | None], torch.dtype]]:
     """Shapes that each tensor of a kind's state may have, with None where it may be missing, and its dtype."""
     kind = m.kind
     _, _, k, d = kind.shape
@@ -318,11 +323,10 @@ def _shapes(m: KindMap, step: int) -> dict[str, tuple[list[tuple[int, ...] | Non
             shapes[f"origin_{side}"] = [shape, (1, *shape[1:])], torch.float32
         if side in m.coordinators:
             shapes[f"graph.mean_{side}"] = [shape, None], torch.float32
-    if step:
-        for name, parameter in m.named_parameters():
-            for key in _MOMENTS:
-                shape = () if key == "step" else tuple(parameter.shape)
-                shapes[f"optimizer.{name}.{key}"] = [shape, None], torch.float32
+    for name, parameter in m.named_parameters():
+        for key in _MOMENTS:
+            shape = () if key == "step" else tuple(parameter.shape)
+            shapes[f"optimizer.{name}.{key}"] = [shape, None], torch.float32
     return shapes
 
 

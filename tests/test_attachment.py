@@ -137,7 +137,7 @@ def test_kinds_of_unknown_role_are_named_where_depths_are_compared():
     (row,) = (row for row in SETUPS["Adapters"] if "unknown role" in row.name)
     model = row.model()
     runtime = attach(model, row.optimizer(model), row.method)
-    assert "not coordinated (role unknown, see `roles`): blocks.*.mixing, seed" in repr(runtime)
+    assert "not coordinated (role unknown, see `roles`): blocks.*.mixing" in repr(runtime)
     coordinated = {m.kind.name: bool(m.coordinators) for m in runtime.maps}
     assert coordinated == {"blocks.*.fc1": True, "blocks.*.mixing": False, "blocks.*.fc2": True}
     runtime.detach()
@@ -147,12 +147,12 @@ def test_kinds_of_unknown_role_are_named_where_depths_are_compared():
 
 def test_options_are_read_as_the_callback_reads_them(tmp_path):
     file, model = tmp_path / "run.yaml", peft_model()
-    file.write_text("structlora: {gate_init: 0.7}")
+    file.write_text("structlora: {noise_variance: 0.7}")
     optimizer = adamw(model)
     with pytest.raises(StructLoRAError, match="leave the call of `attach` out"):
         attach(model, optimizer, False)
-    config = attach(model, optimizer, file, prior=0.3).config  # nothing was left behind
-    assert config == StructLoRAConfig(gate_init=0.7, prior=0.3)
+    config = attach(model, optimizer, file, edges="adjacency").config  # nothing was left behind
+    assert config == StructLoRAConfig(noise_variance=0.7, edges="adjacency")
 
 
 @pytest.mark.parametrize(

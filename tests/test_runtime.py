@@ -1,14 +1,18 @@
-"""A step and what stands between steps, in bare PyTorch loops: roles, skipped steps, mixed precision, schedule, resuming."""
+"""A step and what stands between steps, in bare PyTorch loops: writes, broken steps, skipped steps, precision, resuming."""
 
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from structlora_trl import StructLoRAError, attach
-from tests.support.loops import HALF
+from structlora_trl.core.graph import DepthGraph
 from tests.support.promises import assert_same_run
 from tests.support.setups import WHOLE, Setup, family
 from tests.support.tiny import (
@@ -17,69 +21,224 @@ from tests.support.tiny import (
     assert_same,
     attached,
     differing,
-    evaluation_factors,
     logits_of,
     lora_parameters,
     loss_of,
     peft_model,
+    standing,
     tensors_of,
     train,
+    trained,
     weights_of,
 )
 
 
-def test_training_sees_noise_and_evaluation_does_not():
-    model, optimizer, runtime = attached()
-    train(model, "llama", optimizer, 2)
-    evaluation = logits_of(model, "llama")
-    assert torch.equal(evaluation, logits_of(model, "llama"))
+def backward(model):
     model.train()
-    first = loss_of(model, "llama", 5)
-    assert torch.equal(first, loss_of(model, "llama", 5))  # one draw for all micro-batches of a step
-    between = logits_of(model, "llama")  # an evaluation during accumulation
-    assert torch.equal(between, evaluation)
-    assert torch.equal(first, loss_of(model, "llama", 5))
-    runtime.eval()
-    model.eval()
-    assert not torch.equal(first, loss_of(model, "llama", 5))
+    loss_of(model, "llama", 7).backward()
 
 
-def test_autograd_sees_the_weights_change():
-    """Caches by version (Axolotl's DoRA kernel) are refreshed, and no backward goes through weights that are gone."""
-    model, optimizer, runtime = attached()
-    train(model, "llama", optimizer, 2)
-    for flip in (runtime.train, runtime.eval):
-        before = [(p, p._version, p.detach().clone()) for p in runtime.lora_parameters()]
-        flip()
-        changed = [p._version > version for p, version, value in before if not torch.equal(p, value)]
-        assert all(changed) and len(changed) == len(before) / 2  # lora_B, on which the noise acts
+def evaluate(model):
+    logits_of(model, "llama")
+
+
+def generate(model):
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+
+
+def merge(model):
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+@pytest.mark.parametrize(
+    "act", [backward, evaluate, generate, copy.deepcopy, merge, lambda m: m.state_dict()]
+)
+def test_nothing_but_a_step_changes_a_parameter(act, tmp_path):
+    """What stands is the adapter: read it, copy it, save it at any moment."""
+    model, _optimizer, runtime = trained()
+    before, versions = weights_of(model), [p._version for p in runtime.lora_parameters()]
+    act(model)
+    assert_same(before, weights_of(model))
+    assert versions == [p._version for p in runtime.lora_parameters()]
+    model.save_pretrained(tmp_path)
+    assert_same(load_file(tmp_path / "adapter_model.safetensors"), get_peft_model_state_dict(model))
+
+
+def test_noise_is_on_in_training_alone():
+    model, _optimizer, runtime = trained()
     model.train()
-    loss = loss_of(model, "llama", 5)
-    runtime.eval()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    assert not torch.equal(loss_of(model, "llama", 5), loss_of(model, "llama", 5))
+    assert torch.equal(logits_of(model, "llama"), logits_of(model, "llama"))
+    runtime.detach()
+    model.train()
+    assert torch.equal(loss_of(model, "llama", 5), loss_of(model, "llama", 5))
 
 
-def test_step_on_the_wrong_weights_is_refused():
-    model, optimizer, runtime = attached()
-    model.eval()
-    loss_of(model, "llama", 0).backward()
-    with pytest.raises(StructLoRAError, match="evaluation weights.*call `model.train\\(\\)`"):
+def test_a_model_outlives_a_run_that_nobody_ended():
+    """Its gates go with the runtime, so that a later run trains as it should."""
+    model, optimizer, runtime = trained()
+    left = weakref.ref(runtime)
+    del optimizer, runtime
+    gc.collect()
+    assert left() is None
+    model.train()
+    assert torch.equal(loss_of(model, "llama", 5), loss_of(model, "llama", 5))
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Breaks(torch.optim.AdamW):
+    """Writes half of a step, and breaks off."""
+
+    breaks = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.breaks:
+            for group in self.param_groups:
+                for parameter in group["params"][:5]:
+                    parameter.add_(0.5)
+            raise Interrupted
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("scheduler", ["none", "before", "after"])
+def test_a_step_that_breaks_off_leaves_what_stood(scheduler):
+    """Of coordinated factors; of the others, as for plain LoRA, what the optimizer wrote."""
+    model = peft_model(targets=FAMILIES["llama"].linear)
+    optimizer = Breaks(lora_parameters(model).values(), lr=1e-2)
+    schedule = {"before": None, "after": None}
+    if scheduler == "before":
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    runtime = attach(model, optimizer, passes=50)
+    if scheduler == "after":
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    train(model, "llama", optimizer, 3)
+    before = standing(runtime)
+    backward(model)
+    optimizer.breaks = True
+    with pytest.raises(Interrupted):
         optimizer.step()
-    assert runtime.step == 0
+    optimizer.breaks = False
+    for m, then, now in zip(runtime.maps, before, standing(runtime), strict=True):
+        for side in m.coordinators:
+            assert torch.equal(getattr(then, side), getattr(now, side)), m.kind.name
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 4 and schedule
 
 
-def dropout_off_one_by_one(model):
-    """The remedy of that error."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
+def other_weights(model) -> dict:
+    generator = torch.Generator().manual_seed(4)
+    state = get_peft_model_state_dict(model)
+    return {n: value + 0.02 * torch.randn(value.shape, generator=generator) for n, value in state.items()}
 
 
-def test_its_remedy_trains_without_dropout():
+def by_load_state_dict(model, new):
+    model.load_state_dict({n.replace(".weight", ".default.weight"): v for n, v in new.items()}, strict=False)
+
+
+def by_data(model, new):
+    for name, value in new.items():
+        model.get_parameter(name.replace(".weight", ".default.weight")).data.copy_(value)
+
+
+def by_new_storage(model, new):
+    for name, value in new.items():
+        model.get_parameter(name.replace(".weight", ".default.weight")).data = value.clone()
+
+
+def by_negating(model, new):
+    """The norm of each parameter stays."""
+    for name in new:
+        model.get_parameter(name.replace(".weight", ".default.weight")).data.neg_()
+
+
+@pytest.mark.parametrize(
+    "write", [by_load_state_dict, set_peft_model_state_dict, by_data, by_new_storage, by_negating]
+)
+def test_weights_that_other_code_writes_are_an_error_or_reloaded(write):
+    model, optimizer, runtime = trained()
+    write(model, other_weights(model))
+    written = weights_of(model)
+    for _ in range(2):
+        backward(model)
+        with pytest.raises(StructLoRAError, match="written since the last optimizer step.*`runtime.reload"):
+            optimizer.step()
+        optimizer.zero_grad()
+        assert_same(weights_of(model), written)  # nothing is dropped
+    runtime.reload()
+    assert_same(weights_of(model), written)
+    twin = copy.deepcopy(model)
+    anew = attach(twin, adamw(twin))
+    assert_same(tensors_of(runtime), tensors_of(anew))  # coordinator and its optimizer start again
+    train(model, "llama", optimizer, 1)
+    assert differing(written, weights_of(model))
+
+
+@pytest.mark.parametrize("dtypes", ["one", "mixed"])
+def test_values_that_are_swapped_out_and_back_are_fine(dtypes):
+    """As an average does for an evaluation, or SAM for its second gradient."""
+    model = peft_model(targets=FAMILIES["llama"].linear)
+    if dtypes == "mixed":
+        for name, parameter in lora_parameters(model).items():
+            parameter.data = parameter.data.bfloat16() if "layers.0." in name else parameter.data
+    model, optimizer, runtime = attached(model)
+    train(model, "llama", optimizer, 2)
+    backward(model)
+    with torch.no_grad():
+        kept = [p.clone() for p in runtime.lora_parameters()]
+        torch._foreach_mul_(runtime.lora_parameters(), 2.0)
+        loss_of(model, "llama", 1)
+        torch._foreach_copy_(runtime.lora_parameters(), kept)
+    optimizer.step()
+    assert runtime.step == 3
+
+
+def test_without_a_coordinator_there_are_no_latents():
+    """Any code may write: it is plain LoRA with gates."""
+    model, optimizer, runtime = attached(coordinator="none")
+    for step in range(3):
+        train(model, "llama", optimizer, 1, first=step)
+        by_data(model, other_weights(model))
+    assert runtime.step == 3 and all(not x.numel() for f in runtime.engine.read_latents() for x in f)
+
+
+def test_another_optimizer_is_an_error_at_its_first_step():
+    for fused in (False, True):
+        model, _optimizer, runtime = trained()
+        other = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
+        backward(model)
+        with pytest.raises(StructLoRAError, match="AdamW, another optimizer.*detach.*attach"):
+            other.step()
+        runtime.detach()
+        train(model, "llama", other, 1)
+
+
+def test_an_optimizer_around_ours_steps_with_it():
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    model, optimizer, runtime = trained()
+    outer = Outer(optimizer)
+    for inner_first in (False, True):
+        backward(model)
+        outer.step() if not inner_first else optimizer.step()
+        optimizer.zero_grad()
+    assert runtime.step == 5
+
+
+def test_training_without_noise_under_eval():
+    """As without dropout: modules in `eval()` train."""
     model, optimizer, runtime = attached(peft_model(dropout=0.5))
-    dropout_off_one_by_one(model)
+    model.eval()
     losses = [loss_of(model, "llama", 0) for _ in range(2)]
     assert torch.equal(*losses)
     losses[0].backward()
@@ -87,11 +246,33 @@ def test_its_remedy_trains_without_dropout():
     assert runtime.step == 1
 
 
+def test_a_gate_that_never_fires_is_an_error():
+    """Fused code computes lora_A's product without calling it."""
+    model, optimizer, _runtime = attached()
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    lora_A = layer.lora_A["default"]
+    lora_A.__class__ = type("Fused", (torch.nn.Linear,), {"__call__": lambda self, x: x @ self.weight.T})
+    backward(model)
+    with pytest.raises(StructLoRAError, match="1 LoRA modules.*layers.0.*noise='off'"):
+        optimizer.step()
+
+
+class Evaluates(torch.optim.SGD):
+    """Evaluates its closure a second time, at weights of its own."""
+
+    def step(self, closure):
+        closure()
+        super().step()
+        return closure()
+
+
 def test_optimizers_that_evaluate_within_a_step_are_refused():
+    with pytest.raises(StructLoRAError, match="LBFGS, which evaluates its closure during a step.*AdamW"):
+        attached(optimizer=lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1))
     model, optimizer, runtime = attached(
-        optimizer=lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1)
+        optimizer=lambda model: Evaluates(lora_parameters(model).values(), lr=0.1)
     )
-    before = weights_of(model)
+    before = standing(runtime)
 
     def closure():
         optimizer.zero_grad()
@@ -99,10 +280,9 @@ def test_optimizers_that_evaluate_within_a_step_are_refused():
         loss.backward()
         return loss
 
-    with pytest.raises(StructLoRAError, match="LBFGS, which evaluates its closure during a step.*AdamW"):
+    with pytest.raises(StructLoRAError, match="Evaluates, which evaluates its closure during a step.*AdamW"):
         optimizer.step(closure)
-    runtime.eval()
-    assert_same(before, weights_of(model))
+    assert all(torch.equal(then.A, now.A) for then, now in zip(before, standing(runtime), strict=True))
 
 
 @pytest.mark.parametrize("what", ["NaN", "no backward"])
@@ -154,7 +334,7 @@ def test_maximize_is_minimizing_the_negative():
             optimizer=lambda model: torch.optim.SGD(
                 lora_parameters(model).values(), lr=0.5, maximize=maximize
             ),
-            regularizer="laplacian",
+            noise="off",
         )
         model.train()
         for seed in range(4):
@@ -178,7 +358,7 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
         model = peft_model()
         optimizer = adamw(model)
         called = torch.compile(model, backend="aot_eager") if compiled and first == "compile" else model
-        runtime = attach(called, optimizer)
+        runtime = attach(called, optimizer, passes=50)
         if compiled and first == "attach":
             called = torch.compile(model, backend="aot_eager")
         graphs = []
@@ -198,8 +378,8 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
 def test_freezing_for_a_while_leaves_the_latents():
     model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 5)
-    latents = [latent.B.clone() for latent in runtime.engine.read_latents()]
-    frozen = [p for n, p in model.named_parameters() if "lora_B" in n]
+    latents = [latent.A.clone() for latent in runtime.engine.read_latents()]
+    frozen = [p for n, p in model.named_parameters() if "lora_A" in n]
     for step in range(3):
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -210,7 +390,7 @@ def test_freezing_for_a_while_leaves_the_latents():
         logits_of(model, "llama")
     assert runtime.step == 8
     assert all(
-        torch.equal(before, now.B) for before, now in zip(latents, runtime.engine.read_latents(), strict=True)
+        torch.equal(before, now.A) for before, now in zip(latents, runtime.engine.read_latents(), strict=True)
     )
 
 
@@ -295,13 +475,13 @@ def test_grad_scaler(fused):
         for seed, overflow in enumerate([False, True, False]):
             if overflow and not scaled:
                 continue
+            torch.manual_seed(seed)
             scaler.scale(loss_of(model, "llama", seed)).backward()
             if overflow:
                 next(iter(lora_parameters(model).values())).grad.fill_(float("inf"))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            runtime.eval()
             states.append((tensors_of(runtime), weights_of(model)))
         return runtime, states
 
@@ -312,18 +492,8 @@ def test_grad_scaler(fused):
     _, plain = run(scaled=False)
     final, expected = states[-1][0], plain[-1][0]
     for name in final:
-        if name.endswith(("latent_A", "latent_B", "logits", "theta")):
+        if name.endswith(("latent_A", "latent_B", "theta")):
             torch.testing.assert_close(final[name], expected[name], rtol=1e-3, atol=1e-4)
-
-
-def test_noise_and_alignment_are_told_by_the_seed():
-    def logits(**options):
-        model, _, _ = attached(peft_model(init="warm"), **options)
-        model.train()
-        return loss_of(model, "llama", 0)
-
-    assert torch.equal(logits(seed=1), logits(seed=1))
-    assert not torch.equal(logits(seed=1), logits(seed=2))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +502,6 @@ def test_noise_and_alignment_are_told_by_the_seed():
         ("fresh", {}, True),
         ("fresh", {"align_init": False}, False),
         ("fresh", {"coordinator": "none"}, False),
-        ("fresh", {"coordinator": "none", "regularizer": "cosine"}, True),
         ("warm", {}, False),
         ("pissa", {}, False),
     ],
@@ -373,10 +542,9 @@ def test_a_kind_without_directions_is_no_fresh_adapter():
     assert not runtime.has_aligned
 
 
-@pytest.mark.parametrize("options", [{}, {"coordinator": "none"}])
-def test_gradients_are_compared_once_for_each_report(options):
+def test_gradients_are_compared_once_for_each_report():
     def reported(*counts: int) -> list[float]:
-        model, optimizer, runtime = attached(**options)
+        model, optimizer, runtime = attached()
         assert "structlora/gradient_cosine" not in runtime.metrics()  # no step yet
         found, done = [], 0
         for count in counts:
@@ -390,8 +558,9 @@ def test_gradients_are_compared_once_for_each_report(options):
     assert reported(2, 2) == pytest.approx([each[0], each[1]], rel=1e-4)
 
 
-def test_semantic_edges_come_on_time():
-    model, optimizer, runtime = attached(semantic_every=3, semantic_threshold=-0.99, semantic_top_k=1)
+def test_semantic_edges_come_on_time(monkeypatch):
+    monkeypatch.setattr(DepthGraph, "redraw_every", 3)
+    model, optimizer, runtime = attached(semantic_threshold=-0.99, semantic_top_k=1)
     counts = []
     for seed in range(3):
         train(model, "llama", optimizer, 1, first=seed)
@@ -404,9 +573,9 @@ def test_semantic_edges_come_on_time():
     "options",
     [
         {"coordinator": "gat", "side": "both"},
-        {"filter": "random"},
-        {"filter": "topk_norm", "regularizer": "cosine"},
-        {"keep": 0.25, "select_at": HALF + 1},  # saved while it gathers
+        {"noise": "off"},
+        {"coordinator": "none", "noise_variance": 0.3, "semantic_threshold": 0.5},
+        {"keep": 0.25, "select_at": 10},  # saved while it gathers
     ],
     ids=str,
 )
@@ -418,72 +587,42 @@ def test_resume_is_bit_for_bit(options, tmp_path):
 
 
 def test_detach_leaves_plain_lora():
-    model, optimizer, runtime = attached()
-    train(model, "llama", optimizer, 2)
-    runtime.train()
+    model, optimizer, runtime = trained()
+    before, state = weights_of(model), runtime.state_dict()
     runtime.detach()
-    for kind, factors in zip(runtime.kinds, evaluation_factors(runtime), strict=True):
-        assert torch.equal(torch.stack(list(kind.A)), factors.A) and torch.equal(
-            torch.stack(list(kind.B)), factors.B
-        )
+    assert_same(before, weights_of(model))
+    assert_same(state, runtime.state_dict())
     calls = runtime.hook_calls
     train(model, "llama", optimizer, 1)
-    assert runtime.hook_calls == calls
+    assert runtime.hook_calls == calls and "step" not in vars(optimizer)
 
 
-def test_a_broken_off_run_is_taken_over():
+def test_a_broken_off_run_is_taken_over(caplog):
     model, optimizer, runtime = attached(peft_model(init="warm"))
     train(model, "llama", optimizer, 2)
     evaluation = logits_of(model, "llama")
-    model.train()
-    loss_of(model, "llama", 0)  # training weights stand, and the run ends here
+    backward(model)  # and the run ends here
     again = attach(model, adamw(model))
-    assert not runtime.is_attached
+    assert not runtime.is_attached and "earlier run, which ends here" in caplog.text
     assert torch.equal(logits_of(model, "llama"), evaluation)
     again.detach()
 
 
-def test_copies_of_the_model_do_not_carry_the_runtime():
-    model, optimizer, runtime = attached()
-    train(model, "llama", optimizer, 1)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in lora_parameters(twin).values():
-            parameter.fill_(0.5)
-    runtime.train()
-    assert all((v == 0.5).all() for n, v in twin.state_dict().items() if "lora" in n)
-    twin.train()
-    loss_of(twin, "llama", 0)
-    assert all((p == 0.5).all() for p in lora_parameters(twin).values())
-
-
 def test_unused_depths_get_gradients_from_neighbours_alone():
-    """A module that the batch did not reach has no gradient: gates leave it alone, a coordinator may reach it."""
+    """A module that the batch did not reach has no gradient of its own, and a coordinator may reach it."""
     for options, moves in (({"coordinator": "none"}, False), ({"coordinator": "gcn", "side": "write"}, True)):
         model, optimizer, runtime = attached(peft_model(init="warm"), **options)
         train(model, "llama", optimizer, 2)
         kind = runtime.kinds[0]
-        before = runtime.engine.read_latents()[0].B[1].clone()
+        before = kind.B[1].detach().clone()
         model.train()
         loss_of(model, "llama", 7).backward()
         kind.A[1].grad = kind.B[1].grad = None
         optimizer.step()
-        assert (not torch.equal(before, runtime.engine.read_latents()[0].B[1])) is moves
+        assert (not torch.equal(before, kind.B[1])) is moves
 
 
-@pytest.mark.parametrize("rank", [4, 4096])
-def test_the_kl_moves_gates_by_their_rate_however_many_there_are(rank):
-    """AdamW's first step is the rate, unless epsilon outweighs a gradient that a mean over many gates has made small."""
-    model = peft_model(rank=rank)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, label_weight=0.0, gate_lr=0.03, coordinator="none")
-    before = torch.cat([m.filter.logits.detach().flatten() for m in runtime.maps])
-    train(model, "llama", optimizer, 1)
-    moved = before - torch.cat([m.filter.logits.detach().flatten() for m in runtime.maps])
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.03), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("call", ["train", "reload", "load_state_dict"])
+@pytest.mark.parametrize("call", ["reload", "load_state_dict"])
 def test_a_detached_runtime_writes_nothing(call):
     model, optimizer, runtime = attached()
     train(model, "llama", optimizer, 2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from structlora_trl import StructLoRAError
+from structlora_trl.core.graph import DepthGraph
 from tests.support.promises import assert_it_acted, keep_promises, skip_without
 from tests.support.setups import SETUPS
 
@@ -18,6 +19,11 @@ def params(refused: bool):
         for row in ROWS
         if (row.refused is not None) is refused
     ]
+
+
+@pytest.fixture(autouse=True)
+def _graphs_change_within_a_run(monkeypatch):
+    monkeypatch.setattr(DepthGraph, "redraw_every", 2)
 
 
 @pytest.mark.parametrize("row", params(refused=False))

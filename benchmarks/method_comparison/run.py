@@ -2,7 +2,7 @@
 
     git clone https://github.com/huggingface/peft && git -C peft checkout 5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40
     pip install -r peft/method_comparison/MetaMathQA/requirements.txt
-    python -m benchmarks.method_comparison.run peft/method_comparison/MetaMathQA lora/llama-3.2-3B-rank32 gate_init=0.9
+    python -m benchmarks.method_comparison.run peft/method_comparison/MetaMathQA lora/llama-3.2-3B-rank32 noise=on
     python -m benchmarks.method_comparison.run peft/method_comparison/image-gen lora/flux2-klein-default
 
 The suite's own script does everything: data, model, training loop, evaluation, timing and the result file. This one copies the

@@ -22,9 +22,9 @@ from structlora_trl.adapters.measuring import gate_information
 from structlora_trl.core.selection import best
 
 from .measures import lora_factors, to_singular_directions
+from .settings import SHARES
 from .tasks import Split
 
-SHARES = {"half": 1 / 2, "quarter": 1 / 4, "eighth": 1 / 8}
 # Half of the directions hardly costs anything, and each figure takes an evaluation.
 AT_HALF = ("information", "random")
 EXAMPLES = 64  # that the information is of, as `structlora export` takes them

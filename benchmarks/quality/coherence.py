@@ -3,8 +3,8 @@
     python -m benchmarks.quality.coherence --steps 40          print the table
     python -m benchmarks.quality.coherence --steps 40 --keep   and keep its figures for the report
 
-All linear modules are adapted. The table has a row for each kind and `stream_cosine` of depths that are neighbours, of those
-in the later half of the model, and of depths that are five apart.
+All linear modules are adapted. The table has a row for each kind, and `stream_cosine` (`structlora_trl.core.diagnostics`) of
+depths that are neighbours, of those in the later half of the model, and of depths that are five apart.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from structlora_trl.core.diagnostics import stream_cosine, stream_products
+
 from . import language
 from .measures import kind_of, lora_factors
 from .methods import METHODS
@@ -26,7 +28,6 @@ from .tasks import CHAT_LINEAR
 
 COMPARED = {
     "LoRA": METHODS["lora"],
-    "without coordinator": METHODS["no-align"],
     "StructLoRA": METHODS["structlora"],
 }
 WRITERS = ("o_proj", "down_proj")  # of the residual stream; the others read it
@@ -42,27 +43,6 @@ class Start(TrainerCallback):
             self.A = {name: A.detach().clone() for name, (A, _) in lora_factors(model).items()}
 
 
-def stream_cosine(side: Tensor, other: Tensor, apart: int = 1) -> Tensor:
-    """Cosine of what two depths do in the residual stream, (L - apart): 1 where they are alike, near 0 for random updates.
-
-    A module that writes the stream is compared by M = ΔW ΔWᵀ, one that reads it by M = ΔWᵀ ΔW, as ⟨M, M'⟩ / ‖M‖‖M'‖. This
-    does not depend on the basis of the rank axis, as a cosine of lora_A or lora_B does.
-
-    Args:
-        side (`Tensor`): the update's factor on the side of the stream, (L, n, r).
-        other (`Tensor`): its factor on the side of the module's own space, (L, r, p).
-    """
-    side, gram = side.double(), other.double() @ other.double().mT
-
-    def product(one: slice, two: slice) -> Tensor:
-        cross = side[one].mT @ side[two]
-        return ((gram[one] @ cross) * (cross @ gram[two])).sum((1, 2))
-
-    every, later, earlier = slice(None), slice(apart, None), slice(0, len(side) - apart)
-    norm = product(every, every).sqrt()
-    return product(later, earlier) / (norm[later] * norm[earlier])
-
-
 def cosines(model, start_A: dict[str, Tensor]) -> dict[str, list[float]]:
     """Of each kind by its last name: neighbours, neighbours in the later half, depths `FAR` apart.
 
@@ -71,12 +51,12 @@ def cosines(model, start_A: dict[str, Tensor]) -> dict[str, list[float]]:
     kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, (A, B) in lora_factors(model).items():
         leaf = kind_of(name).rsplit(".", 1)[-1]
-        pair = (B, A) if leaf in WRITERS else ((A - start_A[name]).mT, B.mT)
+        pair = (B.mT, A) if leaf in WRITERS else (A - start_A[name], B.mT)
         kinds.setdefault(leaf, []).append(tuple(factor.detach() for factor in pair))
     found = {}
     for leaf, pairs in kinds.items():
         side, other = (torch.stack(factors) for factors in zip(*pairs, strict=True))
-        near, far = stream_cosine(side, other), stream_cosine(side, other, FAR)
+        near, far = (stream_cosine(*stream_products(side, other, apart)) for apart in (1, FAR))
         found[leaf] = [x.nanmean().item() for x in (near, near[len(near) // 2 :], far)]
     return found
 

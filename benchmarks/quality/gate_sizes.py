@@ -72,7 +72,7 @@ def train(
     task = TASKS[task_name]
     task = replace(task, steps=round(passes * examples / task.batch))
     torch.manual_seed(seed)
-    model, optimizer, _ = methods.find("lora").prepare(task, 8, examples, lr, seed)
+    model, optimizer, _ = methods.find("lora").prepare(task, 8, lr, passes)
     training = task.training_examples(examples, seed)
     warmup = max(1, round(WARMUP * task.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -6,9 +6,6 @@
 | smollm-numbers | a number below 10 000 in digits | the same in words | exact match of the greedy continuation |
 
 `smollm-numbers-few` is the same with all linear modules adapted and 2000 test numbers.
-`smollm-movie-few` and `-few-all` are five passes over few film reviews, the second with all linear modules adapted;
-`smollm-movie-long` is three passes. These are also tested on tweets and product reviews, which they never saw.
-
 The NLL is of the answer: between the two answers for `smollm-movie`, per token for `smollm-numbers`.
 """
 
@@ -19,7 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -30,14 +27,12 @@ from trl import SFTConfig, SFTTrainer
 from structlora_trl import StructLoRACallback
 
 from . import assets, methods
-from .measures import figures, truncated
+from .measures import figures
 from .store import KEY, packed
-from .tasks import AT_PASSES, CHAT_LINEAR, SPLIT_SEED, rated_prompts
+from .tasks import CHAT_LINEAR, SPLIT_SEED, base_of, rated_prompts, steps_of
 
 BATCH = 8
 TARGETS = ("q_proj", "v_proj")
-OTHERS = ("tweet", "product")
-OTHER_EXAMPLES = 200  # of each
 EVALUATION_BATCH = 25
 
 Example = tuple[str, str]  # prompt, answer
@@ -51,22 +46,15 @@ class LanguageTask:
         summary (`str`): what is learned, for the report.
         load (`Callable`): () -> training pool, validation and test examples.
         generates (`bool`): exact match of what the model writes, else the likelier of two answers.
-        steps (`int`, *optional*), passes (`int`, *optional*): length of a run, in steps or passes over the examples.
+        steps (`int`): length of a run.
         targets (`tuple[str, ...]`): modules that are adapted.
-        others (`tuple[str, ...]`): sentences of other kinds, to test on besides.
     """
 
     summary: str
     load: Callable[[], tuple[list[Example], list[Example], list[Example]]]
     generates: bool
-    steps: int | None = None
-    passes: int | None = None
+    steps: int = 40
     targets: tuple[str, ...] = TARGETS
-    others: tuple[str, ...] = ()
-
-    def length(self, examples: int) -> int:
-        """Steps of a run."""
-        return self.steps or self.passes * -(-examples // BATCH)
 
 
 def _movie() -> tuple[list[Example], ...]:
@@ -83,37 +71,18 @@ def _numbers(validation: int = 60, test: int = 140) -> tuple[list[Example], ...]
 
 LANGUAGE_TASKS = {
     "smollm-movie": LanguageTask(
-        "sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False, 40
+        "sentiment of film-review sentences, SmolLM2-135M-Instruct, TRL", _movie, False
     ),
-    "smollm-movie-few": LanguageTask("the same, five passes", _movie, False, passes=5, others=OTHERS),
-    "smollm-movie-few-all": LanguageTask(
-        "the same, five passes, all linear modules adapted",
-        _movie,
-        False,
-        passes=5,
-        targets=CHAT_LINEAR,
-        others=OTHERS,
-    ),
-    "smollm-movie-long": LanguageTask("the same, three passes", _movie, False, passes=3, others=OTHERS),
     "smollm-numbers": LanguageTask(
-        "numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True, 40
+        "numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True
     ),
     "smollm-numbers-few": LanguageTask(
         "the same, all linear modules adapted, 2000 test numbers",
         functools.partial(_numbers, 200, 2000),
         True,
-        passes=5,
         targets=CHAT_LINEAR,
     ),
 }
-
-
-def find(name: str) -> LanguageTask:
-    """The task of that name, as long as its passes say where it names them."""
-    base, _, passes = name.partition(AT_PASSES)
-    task = LANGUAGE_TASKS[base]
-    return replace(task, passes=int(passes), steps=None) if passes else task
-
 
 _ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
          "seventeen eighteen nineteen").split()  # fmt: skip
@@ -143,27 +112,17 @@ class _Losses(TrainerCallback):
             self.last = dict(logs)
 
 
-class _Start(TrainerCallback):
-    """Changes the model as the method asks, before StructLoRA's own callback, which comes after this one."""
-
-    def __init__(self, method: methods.Method):
-        self.method = method
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.method.start(model)
-
-
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure: the line of one cell, as `cell.run` gives it for the other tasks."""
     started, cpu_started = time.perf_counter(), time.process_time()
-    task, method = find(task_name), methods.find(method_name)
-    if method.peft is not None or method.optimizer is not None or method.tail_average:
+    task, method = LANGUAGE_TASKS[base_of(task_name)], methods.find(method_name)
+    steps = steps_of(task_name, examples, BATCH, task.steps)
+    if method.peft or method.optimizer or method.penalty or method.tail_average or method.is_former:
         raise SystemExit(f"{method_name} is not made for {task_name}: of LoRA and StructLoRA alone")
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)
     log = _Losses()
-    steps = task.length(examples)
-    model, tokenizer, ours = train(method, training, rank, lr, seed, steps, task.targets, callbacks=[log])
+    model, tokenizer, ours = train(method, training, rank, lr, seed, steps, task.targets, [log])
     seconds = time.process_time() - cpu_started
     score = _exact_match if task.generates else _likelier
     own = sum(p.numel() for m in (ours.runtime.maps if ours else ()) for p in m.parameters())
@@ -183,11 +142,6 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         },
         "cpu_seconds": round(seconds, 2),
     }
-    if task.others:
-        line["others"] = {
-            kind: score(model, tokenizer, rated_prompts(kind)[:OTHER_EXAMPLES]) for kind in task.others
-        }
-        line |= truncated(model, rank, lambda: score(model, tokenizer, test))
     return line | {"seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -205,9 +159,7 @@ def train(
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
-    ours = (
-        [] if method.structlora is None else [_Start(method), StructLoRACallback(seed=seed, **method.given)]
-    )
+    ours = None if method.structlora is None else StructLoRACallback(parts=method.parts, **method.structlora)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
@@ -238,11 +190,11 @@ def train(
                 report_to="none",
                 disable_tqdm=True,
             ),
-            callbacks=[*(callbacks or []), *ours],
+            callbacks=[*(callbacks or []), *([ours] if ours else [])],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval(), tokenizer, ours[-1] if ours else None
+    return trainer.model.eval(), tokenizer, ours
 
 
 @torch.inference_mode()

@@ -15,22 +15,16 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import Tensor, nn
 
 from structlora_trl import StructLoRAConfig, attach
+from structlora_trl.core.diagnostics import cosines, laplacian, neighbour_products
+from structlora_trl.core.gates import Gate
+from structlora_trl.core.mapping import DEFAULT_PARTS, Parts
+from structlora_trl.core.selection import best
 
-from .directions import Cut, Selection
 from .measures import kind_of, lora_factors
-from .tasks import Split, Task
+from .tasks import Task
 
 WEIGHT_DECAY = 0.01
-
-
-# Options that no method of the first runs set, and that are kept where one does: loops have noise on, and the gates of heads and
-# experts, and the selection of directions, came later.
-UNSET = {
-    *("seed", "adapter_name", "peft_module", "roles", "noise", "head_gates", "expert_gates"),
-    *("keep", "select_at", "select_by"),
-}
-
-ONE_A = "x_one_A"  # an option of the suite: all depths of a kind start from one lora_A, though nothing compares them
+PENALTY_WEIGHT = 0.1
 
 
 @dataclass
@@ -41,24 +35,38 @@ class Method:
         summary (`str`): for the report.
         lora (`dict`): arguments of `LoraConfig` beside rank and targets.
         structlora (`dict`, *optional*): options of StructLoRA that differ from its defaults; None trains without it.
+        parts (`Parts`): what StructLoRA is built of.
+        penalty (`Callable`, *optional*): model -> what is added to the loss, `PENALTY_WEIGHT` times.
         peft (`Callable`, *optional*): (rank, steps, common arguments) -> another PEFT configuration.
         optimizer (`Callable`, *optional*): (model, rank, lr) -> another optimizer than AdamW.
         weight_decay (`float`): of AdamW.
-        cut (`dict`, *optional*): arguments of `directions.Cut`: directions are selected in training.
         tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
+        shrink (`dict`, *optional*): arguments of `shrinking.shrink`: the adapter is made smaller after training.
+        squeeze (`dict`, *optional*): `to`, the rank to which it is halved in training (`shrinking.Squeeze`).
+        is_former (`bool`): runs are in the store, made with an earlier version of the package; they cannot be made again.
     """
 
     summary: str
     lora: dict = field(default_factory=dict)
     structlora: dict | None = None
+    parts: Parts = DEFAULT_PARTS
+    penalty: Callable[[nn.Module], Tensor] | None = None
     peft: Callable[[int, int, dict], PeftConfig] | None = None
     optimizer: Callable[[nn.Module, int, float], torch.optim.Optimizer] | None = None
     weight_decay: float = WEIGHT_DECAY
-    cut: dict | None = None
     tail_average: bool = False
+    shrink: dict | None = None
+    squeeze: dict | None = None
+    is_former: bool = False
 
-    def prepare(self, task: Task, rank: int, examples: int, lr: float, seed: int):
-        """The model to train, its optimizer and, for StructLoRA, the runtime."""
+    def prepare(self, task: Task, rank: int, lr: float, passes: float):
+        """The model to train, its optimizer and, for StructLoRA, the runtime of a run of so many passes over its examples.
+
+        Raises:
+            SystemExit: the method is of an earlier version.
+        """
+        if self.is_former:
+            raise SystemExit(f"{self.summary}: of an earlier version, whose runs are in the store")
         common = {"target_modules": list(task.targets), "modules_to_save": [task.head] if task.head else None}
         if self.peft is None:
             config = LoraConfig(r=rank, lora_alpha=2 * rank, **self.lora, **common)
@@ -72,55 +80,39 @@ class Method:
             optimizer = self.optimizer(model, rank, lr)
         if self.structlora is None:
             return model, optimizer, None
-        self.start(model)
-        given = self.given
+        given = dict(self.structlora)
         if "keep" in given:  # a loop does not know its length
             given.setdefault("select_at", task.steps // 2)
-        return model, optimizer, attach(model, optimizer, seed=seed, **given)
-
-    def start(self, model: nn.Module) -> None:
-        """What the method changes before StructLoRA is attached.
-
-        Raises:
-            SystemExit: the method is an idea of the search, whose code is not kept.
-        """
-        if unknown := self.ideas.keys() - {ONE_A}:
-            raise SystemExit(
-                f"{', '.join(unknown)}: ideas of the search, whose runs are in the store but whose code is not kept"
-            )
-        if self.ideas:
-            start_from_one_A(model)
-
-    def selection(self, model, optimizer, training: Split, task: Task, seed: int) -> Selection | None:
-        """What chooses directions in training, where the method does."""
-        if self.cut is None:
-            return None
-        return Selection(Cut(**self.cut), model, optimizer, training, task.steps, task.batch, seed)
-
-    @property
-    def given(self) -> dict:
-        """The options of `StructLoRAConfig` among `structlora`."""
-        return {name: value for name, value in self.structlora.items() if not name.startswith("x_")}
-
-    @property
-    def ideas(self) -> dict:
-        """The rest of `structlora`: what the package does not have."""
-        return {name: value for name, value in self.structlora.items() if name.startswith("x_")}
+        return model, optimizer, attach(model, optimizer, passes=passes, parts=self.parts, **given)
 
     def options(self) -> dict | None:
         """All options of StructLoRA, for the store: what 'defaults' meant when the run was made."""
-        if self.structlora is None:
-            return None
-        options = StructLoRAConfig.build(self.given).options() | self.ideas
-        return {name: value for name, value in options.items() if name not in UNSET or name in self.given}
+        return None if self.structlora is None else StructLoRAConfig.build(self.structlora).options()
 
 
-@torch.no_grad()
-def start_from_one_A(model: nn.Module) -> None:
-    """Give all modules that differ only in depth, and have equal shapes, the lora_A of the first."""
-    first: dict[tuple, Tensor] = {}
-    for name, (A, B) in lora_factors(model).items():
-        A.copy_(first.setdefault((kind_of(name), A.shape, B.shape), A))
+class RandomGate(Gate):
+    """The control of Gaussian gates: a direction is either closed or 1 + α times as strong, of the same mean and variance."""
+
+    def sample(self, activations: Tensor) -> Tensor:
+        share = 1 / (1 + self.variance)
+        return torch.bernoulli(torch.full_like(super().sample(activations), share)) / share
+
+
+def by_chance(information: Tensor, keep: float) -> Tensor:
+    """The control of selection by information: as many directions, drawn by chance."""
+    return best(torch.rand(len(information), dtype=torch.float64), keep)
+
+
+def _of_neighbours(penalty: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """A static regulariser of the paper: the sum over kinds of a figure of the updates ΔW, by depth (L, d·k)."""
+
+    def of_model(model: nn.Module) -> Tensor:
+        kinds: dict[tuple, list[Tensor]] = {}
+        for name, (A, B) in lora_factors(model).items():
+            kinds.setdefault((kind_of(name), A.shape, B.shape), []).append((B @ A).flatten())
+        return sum(penalty(torch.stack(updates)) for updates in kinds.values())
+
+    return of_model
 
 
 def _ada_lora(rank: int, steps: int, common: dict) -> PeftConfig:
@@ -151,45 +143,35 @@ def _lora_fa(model: nn.Module, rank: int, lr: float) -> torch.optim.Optimizer:
     return create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=lr, weight_decay=WEIGHT_DECAY)
 
 
-def _ours(summary: str, **options) -> Method:
-    return Method(summary, structlora=options)
-
-
-def _gates(summary: str, **options) -> Method:
-    """Without the coordinator, and started as with it: so that the coordinator alone is what differs."""
-    return _ours(summary, coordinator="none", **{ONE_A: True}, **options)
+def _ours(summary: str, parts: Parts = DEFAULT_PARTS, **options) -> Method:
+    return Method(summary, structlora=options, parts=parts)
 
 
 METHODS = {
     "lora": Method("LoRA"),
-    "lora-dropout-0.05": Method("LoRA, lora_dropout 0.05", {"lora_dropout": 0.05}),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
     "lora-dropout-0.3": Method("LoRA, lora_dropout 0.3", {"lora_dropout": 0.3}),
     "lora-dropout-0.5": Method("LoRA, lora_dropout 0.5", {"lora_dropout": 0.5}),
     "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
-    "select": Method("LoRA, directions selected in training", cut={}),
+    "shrink": Method("LoRA, made smaller after training", shrink={}),
+    "squeeze": Method("LoRA-Squeeze", squeeze={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
-    "structlora-dropout-0.1": Method("StructLoRA, lora_dropout 0.1", {"lora_dropout": 0.1}, structlora={}),
-    "structlora-average": Method(
-        "StructLoRA, mean of the weights over the last half", structlora={}, tail_average=True
-    ),
-    "gates": _gates("StructLoRA without coordinator"),
-    "frozen-logits": _gates("without coordinator, same gate noise, logits never trained", gate_lr=0.0),
-    "no-align": _ours(
-        "without coordinator, lora_A started anew at each depth", coordinator="none", align_init=False
-    ),
+    "gates": _ours("StructLoRA without coordinator", coordinator="none"),
+    "former": Method("StructLoRA before gates were in the forward", is_former=True),
     # Ablations, as in the paper
-    "no-gates": _ours("coordinator alone, without gates", filter="none"),
+    "no-gates": _ours("coordinator alone, without gates", noise="off"),
+    "random-gates": _ours("StructLoRA, gates open or closed by chance", Parts(gate=RandomGate)),
+    "random-selection": _ours("StructLoRA, directions kept by chance", Parts(choose=by_chance)),
     "adjacency": _ours("StructLoRA, adjacency edges only", edges="adjacency"),
     "similarity": _ours("StructLoRA, similarity edges only", edges="similarity"),
     "2-layers": _ours("StructLoRA, 2 message-passing layers", coordinator_layers=2),
     "3-layers": _ours("StructLoRA, 3 message-passing layers", coordinator_layers=3),
     "gat": _ours("StructLoRA, GAT", coordinator="gat"),
-    "random-filter": _ours("StructLoRA, random filter", filter="random"),
-    "top-k-filter": _ours("StructLoRA, top-k norm filter", filter="topk_norm"),
-    "lora-cos": _ours("LoRA+Cos", filter="none", coordinator="none", regularizer="cosine"),
-    "lora-laplacian": _ours("LoRA+Laplacian", filter="none", coordinator="none", regularizer="laplacian"),
+    "lora-cos": Method(
+        "LoRA+Cos", penalty=_of_neighbours(lambda updates: (1 - cosines(neighbour_products(updates))).sum())
+    ),
+    "lora-laplacian": Method("LoRA+Laplacian", penalty=_of_neighbours(laplacian)),
     # PEFT's other methods
     "rslora": Method("rsLoRA", {"use_rslora": True}),
     "dora": Method("DoRA", {"use_dora": True}),
@@ -205,19 +187,17 @@ METHODS = {
 def find(name: str) -> Method:
     """The method of that name, with options of one's own after a colon.
 
-    `structlora:temperature=0.2,edges=adjacency` is StructLoRA with these options; `select:rule=fisher,keep=0.25` selects a
-    quarter of the directions by that rule.
+    `structlora:noise_variance=0.5,edges=adjacency` is StructLoRA with these options; `shrink:keep=0.25` makes the trained
+    adapter smaller by all rules, and `squeeze:to=4` squeezes it to rank 4 in training.
     """
     base, _, given = name.partition(":")
     method = METHODS[base]
     if not given:
         return method
-    options = dict(part.split("=") for part in given.split(","))
-    options = {option: _parse(value) for option, value in options.items()}
-    changed = "cut" if method.cut is not None else "structlora"
-    return replace(
-        method, summary=f"{method.summary}, {given}", **{changed: {**getattr(method, changed), **options}}
-    )
+    options = {option: _parse(value) for option, value in (part.split("=") for part in given.split(","))}
+    changed = next(name for name in ("shrink", "squeeze", "structlora") if getattr(method, name) is not None)
+    options = {**getattr(method, changed), **options}
+    return replace(method, summary=f"{method.summary}, {given}", **{changed: options})
 
 
 def _parse(value: str):

@@ -130,7 +130,7 @@ def run(key: dict) -> dict:
     noise = Noise(*(key[name] for name in ("variance", "per", "law", "after", "sized")))
     torch.manual_seed(key["seed"])
     method = methods.Method("", {"lora_dropout": key["dropout"]})
-    model, optimizer, _ = method.prepare(task, key["rank"], key["examples"], key["lr"], key["seed"])
+    model, optimizer, _ = method.prepare(task, key["rank"], key["lr"], key["passes"])
     hooks = Hooks(model, noise) if noise.variance else None
     training = task.training_examples(key["examples"], key["seed"])
     warmup = max(1, round(WARMUP * task.steps))

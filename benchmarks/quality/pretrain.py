@@ -28,7 +28,6 @@ RECIPE = {
     "weight_decay": 0.05,
     "seed": 0,
 }
-EARLY = 700  # steps of a weaker backbone, to see what the backbone's quality does to the comparison
 SHAPE = {
     "image_size": 28,
     "patch_size": 7,
@@ -52,29 +51,29 @@ def build(labels: int) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**SHAPE, num_labels=labels))
 
 
-def backbone(steps: int = RECIPE["steps"]) -> dict[str, torch.Tensor]:
+def backbone() -> dict[str, torch.Tensor]:
     """The pre-trained weights without the head, from the cache; trained first where they are not there."""
-    recipe = {**RECIPE, "steps": steps}
-    path = assets.CACHE / f"vit-fashion-0-5-{steps}.pt"
+    path = assets.CACHE / f"vit-fashion-0-5-{RECIPE['steps']}.pt"
     if path.exists():
         stored = torch.load(path)
-        if stored["recipe"] == json.dumps([recipe, SHAPE]):
+        if stored["recipe"] == json.dumps([RECIPE, SHAPE]):
             return stored["weights"]
-    weights = _train(steps)
-    torch.save({"recipe": json.dumps([recipe, SHAPE]), "weights": weights}, f"{path}.unfinished")
+    weights = _train()
+    torch.save({"recipe": json.dumps([RECIPE, SHAPE]), "weights": weights}, f"{path}.unfinished")
     os.replace(f"{path}.unfinished", path)
     return weights
 
 
-def fingerprint(steps: int) -> str:
+def fingerprint() -> str:
     """Twelve digits that tell a backbone from others. Another processor, or another PyTorch, trains another one."""
     digest = hashlib.sha256()
-    for name, value in sorted(backbone(steps).items()):
+    for name, value in sorted(backbone().items()):
         digest.update(name.encode() + value.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def _train(steps: int) -> dict[str, torch.Tensor]:
+def _train() -> dict[str, torch.Tensor]:
+    steps = RECIPE["steps"]
     torch.set_num_threads(1)  # sums in one order, however many cores there are
     torch.manual_seed(RECIPE["seed"])
     data = assets.fashion()

@@ -1,7 +1,7 @@
 """Runs cells and keeps what they give.
 
     python -m benchmarks.quality.run cell --task digits --method structlora --rank 4 --examples 100 --lr 0.01 --seed 0
-    python -m benchmarks.quality.run grid main --workers 2
+    python -m benchmarks.quality.run grid structlora --workers 2
     python -m benchmarks.quality.run list
 
 Cells that are in the store already are skipped, so that a run that was interrupted goes on where it stopped. Any number

@@ -114,20 +114,12 @@ def _fashion() -> tuple[Split, Split, Split]:
     return _shares({"pixel_values": pixels}, labels, 4000, 500, 1000)
 
 
-@dataclass(frozen=True)
-class ViT:
-    """Builds the ViT that the suite itself has trained for `steps` steps, with a new head for ten classes."""
-
-    steps: int
-
-    def __call__(self) -> nn.Module:
-        model = pretrain.build(10)
-        missing, unexpected = model.load_state_dict(pretrain.backbone(self.steps), strict=False)
-        assert not unexpected and all(name.startswith("classifier.") for name in missing)
-        return model
-
-
-_vit, _early_vit = ViT(pretrain.RECIPE["steps"]), ViT(pretrain.EARLY)
+def vit() -> nn.Module:
+    """The ViT that the suite itself has trained, with a new head for ten classes."""
+    model = pretrain.build(10)
+    missing, unexpected = model.load_state_dict(pretrain.backbone(), strict=False)
+    assert not unexpected and all(name.startswith("classifier.") for name in missing)
+    return model
 
 
 @functools.cache
@@ -192,13 +184,13 @@ def rated_prompts(kind: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _reviews() -> tuple[Split, Split, Split]:
-    found = rated_prompts("movie")[:1450]
+def _reviews(tested: int = 400) -> tuple[Split, Split, Split]:
+    found = rated_prompts("movie")[: 1050 + tested]
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm(), padding_side="left")
     encoded = tokenizer([prompt for prompt, _ in found], padding=True, return_tensors="pt")
     labels = torch.tensor([ANSWERS.index(answer) for _, answer in found])
     whole = Split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels)
-    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, 400])]
+    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, tested])]
     # Held-out sentences by length: less padding to compute.
     return (
         parts[0],
@@ -236,30 +228,31 @@ _MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermedia
 
 TASKS = {
     "digits": Task(
-        "handwritten digits, ViT pre-trained on six classes of clothes", _digits, _vit, steps=200, batch=32
+        "handwritten digits, ViT pre-trained on six classes of clothes", _digits, vit, steps=200, batch=32
     ),
-    "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, _vit),
-    "fashion-long": Task("the same for four times as many steps", _fashion, _vit, steps=600),
-    "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, _vit, noise=0.4),
-    "digits-early": Task(
-        "digits, ViT pre-trained for a third as long", _digits, _early_vit, steps=200, batch=32
-    ),
-    "fashion-early": Task(
-        "all ten classes of Fashion-MNIST, ViT pre-trained for a third as long", _fashion, _early_vit
-    ),
-    "noisy-fashion-early": Task(
-        "the same with 40 % of training labels random", _fashion, _early_vit, noise=0.4
-    ),
+    "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, vit),
+    "fashion-long": Task("the same for four times as many steps", _fashion, vit, steps=600),
+    "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, vit, noise=0.4),
     "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
     "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
     "product": _text("product", "sentiment of product-review sentences, MiniLM"),
     "digits-all": Task(
-        "digits, all linear modules adapted", _digits, _vit, targets=_VIT_LINEAR, steps=200, batch=32
+        "digits, all linear modules adapted", _digits, vit, targets=_VIT_LINEAR, steps=200, batch=32
     ),
-    "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, _vit, targets=_VIT_LINEAR),
+    "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, vit, targets=_VIT_LINEAR),
     "smollm-reviews": Task(
         "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",
         _reviews,
+        SmolLM,
+        head=None,
+        targets=CHAT_LINEAR,
+        steps=40,
+        batch=8,
+        diagnosed=False,
+    ),
+    "smollm-reviews-large": Task(
+        "the same, tested on 2,000 sentences",
+        functools.partial(_reviews, 2000),
         SmolLM,
         head=None,
         targets=CHAT_LINEAR,
@@ -274,8 +267,18 @@ TASKS = {
 AT_PASSES = "@"  # digits-all@15: the task in 15 passes over its examples
 
 
+def base_of(name: str) -> str:
+    """The task's name without its passes."""
+    return name.partition(AT_PASSES)[0]
+
+
+def steps_of(name: str, examples: int, batch: int, otherwise: int) -> int:
+    """Length of a run, which the passes in the task's name say, where it has some."""
+    passes = name.partition(AT_PASSES)[2]
+    return round(int(passes) * examples / batch) if passes else otherwise
+
+
 def find(name: str, examples: int) -> Task:
-    """The task of that name, as long as its passes say where it names them."""
-    base, _, passes = name.partition(AT_PASSES)
-    task = TASKS[base]
-    return replace(task, steps=round(int(passes) * examples / task.batch)) if passes else task
+    """The task of that name, as long as it says."""
+    task = TASKS[base_of(name)]
+    return replace(task, steps=steps_of(name, examples, task.batch, task.steps))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from demo_assets import CACHE, SENTENCES_PER_SPLIT, missing
 from demo_report import (
-    GATE_PLOT,
     LOSS_PLOT,
     NAMES,
     PAGE,
@@ -91,10 +90,10 @@ def main() -> None:
     write_report(results, seed, OUTPUT)
     write_page(OUTPUT)
     print(f"\n{table(results)}\n")
-    print(f"On {SENTENCES_PER_SPLIT} held-out sentences. NLL: of the right answer, between the two answers.")
     print(
-        f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT} and {GATE_PLOT}; both runs side by side: {OUTPUT / PAGE}"
+        f"On {SENTENCES_PER_SPLIT} held-out sentences. Held-out loss: negative log-likelihood of the right answer, between the two."
     )
+    print(f"Report: {OUTPUT / REPORT}, with {LOSS_PLOT}; both runs side by side: {OUTPUT / PAGE}")
     print(
         f"Adapters: {OUTPUT / 'lora'}, {OUTPUT / 'structlora'}; figures: {OUTPUT}/*.json; downloads: {CACHE}\n"
     )

@@ -1,4 +1,4 @@
-"""The demo's table, its two plots and the report around them. Every figure comes from the results of the run."""
+"""The demo's table, its plot and the report around them. Every figure comes from the results of the run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from structlora_trl.adapters.figures import Run
+from structlora_trl.adapters.inspecting import report
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.page import write_page as write_runs
 
@@ -19,13 +20,14 @@ NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
 COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}
 SMOOTHING = 4  # steps to either side in the running mean of a loss curve
 LAST = 10  # steps whose mean is the loss at the end
+MEASURE = "held-out loss"  # as the report page calls it too
 
-LOSS_PLOT, GATE_PLOT, REPORT, PAGE = "loss.png", "gates.png", "report.md", "report.html"
+LOSS_PLOT, REPORT, PAGE = "loss.png", "report.md", "report.html"
 
 
 def table(results: dict[str, dict]) -> str:
     """A Markdown table that also reads well on a terminal."""
-    rows = [("", "accuracy", "NLL (nats)", "CPU s per step", "peak memory")]
+    rows = [("", "accuracy", MEASURE, "CPU s per step", "peak memory")]
     for method, result in results.items():
         speed = f"{result['cpu_seconds_per_step']:.2f}" if "cpu_seconds_per_step" in result else "–"
         memory = f"{result['peak_memory'] / 1e9:.2f} GB"
@@ -51,13 +53,12 @@ def table(results: dict[str, dict]) -> str:
 def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
     """Write report.md and its plots to the directory."""
     _plot_losses(results, directory / LOSS_PLOT)
-    _plot_gates(results["structlora"], directory / GATE_PLOT)
     sections = (
         _setting(results, seed),
         table(results),
         _comparison(results),
         _losses(results),
-        _gates(results),
+        _learned(directory),
     )
     (directory / REPORT).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
@@ -65,6 +66,8 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
 def write_page(directory: Path) -> None:
     """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
     runs = [Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
+    for run in runs:  # the page is to be shown to others: a model's name, and no path of this machine
+        run.saved.lora.base_model_name_or_path = Path(run.saved.lora.base_model_name_or_path).name
     write_runs(directory / PAGE, runs)
 
 
@@ -91,10 +94,11 @@ answer tokens alone: rank {recipe["rank"]}, {modules}, learning rate {recipe["le
 Both runs have the same arguments; StructLoRA adds `callbacks=[StructLoRACallback()]`.
 
 The table is of {held_out} other sentences. Accuracy: how often the right one of the two answers is the likelier.
-NLL: mean negative log-likelihood of the right answer, where the probabilities of the two answers are scaled to sum to
-one. CPU seconds per step: the median, over all cores; on two idle cores a step takes about half as long. The two runs follow
-each other, and other work on the machine lengthens steps, so that a difference here may be that: for a ratio, run
-`benchmarks/cost`, which takes steps of both in turn. Peak memory: of each row's own process."""
+Held-out loss: mean negative log-likelihood of the right answer in nats, where the probabilities of the two answers are
+scaled to sum to one; `{PAGE}` shows the same number. CPU seconds per step: the median, over all cores; on two idle
+cores a step takes about half as long. The two runs follow each other, and other work on the machine lengthens steps, so
+that a difference here may be that: for a ratio, run `benchmarks/cost`, which takes steps of both in turn. Peak memory:
+of each row's own process."""
 
 
 def _comparison(results: dict[str, dict]) -> str:
@@ -107,7 +111,7 @@ def _comparison(results: dict[str, dict]) -> str:
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     change = f"{difference.mean():+.3f}, with a standard error over sentences of {error:.3f}"
     return f"""{verdicts} (sign test: p = {_sign_test(gained, lost):.2f}).
-From LoRA to StructLoRA the NLL changes by {change}; less is better.
+From LoRA to StructLoRA the held-out loss changes by {change}; less is better.
 This is one seed of one small task: a demonstration, not a benchmark."""
 
 
@@ -117,27 +121,32 @@ def _losses(results: dict[str, dict]) -> str:
 
 Mean of the last {LAST} steps: {_last_loss(results["lora"])} with LoRA, {_last_loss(results["structlora"])} with
 StructLoRA. The first steps mostly learn the form of the answer (one word, then the end). StructLoRA trains with noise
-on its gates, so that in each step some directions are nearly shut; its training loss is with that noise, the table is
-without."""
+on its gates; its training loss is with that noise, the table is without."""
 
 
 def _last_loss(result: dict) -> str:
     return f"{np.mean(result['losses'][-LAST:]):.3f}"
 
 
-def _gates(results: dict[str, dict]) -> str:
-    start = results["structlora"]["gate_init"]
-    gates = {kind: np.array(rows) for kind, rows in results["structlora"]["gates"].items()}
-    every = np.concatenate([values.ravel() for values in gates.values()])
-    means = " and ".join(f"{values.mean():.2f} in `{kind}`" for kind, values in gates.items())
-    return f"""## Gates
-![Gates by layer and direction]({GATE_PLOT})
+def _learned(directory: Path) -> str:
+    """What the two adapters learned, by kind of module: means over layers."""
+    reports = [report(read_saved(directory / name)) for name in ("lora", "structlora")]
+    lines = [
+        "| module | LoRA: effective rank | norm | StructLoRA: effective rank | norm |",
+        "|---|---|---|---|---|",
+    ]
+    for kinds in zip(*reports, strict=True):
+        cells = [
+            f"{np.mean([d.effective_rank for d in kind.depths]):.2f} | {np.mean([d.norm for d in kind.depths]):.2f}"
+            for kind in kinds
+        ]
+        lines.append(f"| `{kinds[0].name.rsplit('.', 1)[-1]}` | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return f"""## What was learned
+{table}
 
-Each cell is one rank-one direction of one layer's adapter. All {every.size} gates start with a probability of
-{start:.2f} of being open. The information-bottleneck term draws each towards its prior, unless the task's gradient
-holds it. At the end they lie between {every.min():.2f} and {every.max():.2f}, on average {means};
-{(every > start).sum()} are above the start.
-In the saved adapter each direction is multiplied by its gate, so that it is a plain LoRA adapter."""
+Effective rank: how many directions an update really uses, between 1 and the rank. Norm: its size. Means over layers; `{PAGE}` shows
+each layer."""
 
 
 def _sign_test(a: int, b: int) -> float:
@@ -168,31 +177,4 @@ def _plot_losses(results: dict[str, dict], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title=f"mean of the last {LAST} steps", alignment="left")
-    figure.savefig(path, dpi=150)
-
-
-def _plot_gates(result: dict, path: Path) -> None:
-    start = result["gate_init"]
-    gates = {kind: np.array(rows).T for kind, rows in result["gates"].items()}  # (r, L)
-    reach = max(abs(values - start).max() for values in gates.values())
-    figure, panels = plt.subplots(len(gates), 1, figsize=(9, 3.9), sharex=True, layout="constrained")
-    for axes, (kind, values) in zip(panels, gates.items(), strict=True):
-        image = axes.imshow(values, aspect="auto", cmap="PuOr_r", vmin=start - reach, vmax=start + reach)
-        axes.set(
-            ylabel=f"{kind}\ndirection", yticks=range(len(values)), yticklabels=range(1, len(values) + 1)
-        )
-        axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(len(values) + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=1)
-        axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("layer (0 is next to the input)")
-    panels[0].set_title(
-        "Gates of all rank-one directions: violet has closed since the start, orange has opened", loc="left"
-    )
-    bar = figure.colorbar(image, ax=panels, pad=0.015)
-    bar.set_label("probability of being open")
-    bar.ax.axhline(start, color="black", linewidth=1)
-    bar.ax.text(
-        -0.25, start, "start", ha="right", va="center", fontsize=8, transform=bar.ax.get_yaxis_transform()
-    )
     figure.savefig(path, dpi=150)

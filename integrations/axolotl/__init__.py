@@ -6,12 +6,16 @@ the environment: each hook leaves jobs alone that do not ask for it. Axolotl 0.1
 
 Much of what Axolotl does for LoRA it decides by the names `lora` and `qlora`: quantised loading, gradient
 checkpointing, ReLoRA, fused kernels. So `adapter: structlora` becomes one of the two before the configuration
-is validated, and all of that works as it does for LoRA. The fused kernels bypass the forward of LoRA modules,
-which would silence a method that hooks there; StructLoRA asks only that `lora_A` and `lora_B` are read in the
-forward and get gradients.
+is validated, and all of that works as it does for LoRA.
+
+The fused kernels go around the forward of LoRA modules, in which the gates act, and Axolotl switches them on
+by itself. In a run with noise they stay off, unless the configuration names them: then the kernels stay, and
+the noise is off.
 """
 
 from __future__ import annotations
+
+import logging
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, field_validator
@@ -20,8 +24,13 @@ from structlora_trl.config import StructLoRAConfig
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.yaml_block import read_switch
 
+logger = logging.getLogger(__name__)
+
 NAME = "structlora"
 CARRIERS = ("lora", "qlora")  # Axolotl's adapters that are PEFT's LoRA
+# Axolotl switches its fused kernels on where all of these are absent.
+KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
+EMBEDDING_KERNEL = "lora_embedding_kernel"  # of newer versions, beside them
 
 
 class StructLoRAArgs(BaseModel):
@@ -46,8 +55,8 @@ class StructLoRAPlugin(BasePlugin):
         return f"{__name__}.StructLoRAArgs"
 
     def register(self, cfg: dict) -> None:
-        """See the configuration as written, before Axolotl validates it; `adapter: structlora` becomes a
-        carrier.
+        """See the configuration as written, before Axolotl validates it: `adapter: structlora` becomes a
+        carrier, and fused kernels stay off beside noise.
 
         Raises:
             StructLoRAError: an unknown option; a block on an adapter that is not LoRA; `structlora: false` on
@@ -59,7 +68,8 @@ class StructLoRAPlugin(BasePlugin):
             return
         if adapter == NAME and cfg.get(NAME) is None:
             cfg[NAME] = True
-        if read_switch(cfg[NAME]) is None:
+        config = read_switch(cfg[NAME])
+        if config is None:
             if adapter == NAME:
                 raise StructLoRAError(
                     "`structlora: false` on `adapter: structlora`",
@@ -74,6 +84,16 @@ class StructLoRAPlugin(BasePlugin):
                 f"a `structlora:` block on `adapter: {adapter}`",
                 "an adapter that is PEFT's LoRA",
                 "write `adapter: structlora`, or keep the block with `adapter: lora` or `adapter: qlora`",
+            )
+        names_kernels = any(cfg.get(key) is not None for key in (*KERNELS, EMBEDDING_KERNEL))
+        if (
+            config.noise != "off" and not names_kernels and not cfg.get("rl")
+        ):  # without kernels of its own accord
+            cfg.update(dict.fromkeys(KERNELS, False))
+            logger.warning(
+                "StructLoRA leaves Axolotl's fused LoRA kernels off (%s: false): they go around the forward in which gates have "
+                "noise. To train without noise and with the kernels, set `structlora: {noise: off}`.",
+                ", ".join(KERNELS),
             )
 
     def add_callbacks_post_trainer(self, cfg, trainer) -> list:

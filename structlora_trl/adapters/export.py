@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..core.selection import best
 from ..errors import StructLoRAError, refuse_unwritable, refusing
+from .distilling import Distilled, distil
 from .load_adapter import Saved
 from .measuring import (
     NO_PROBE,
     RANDOM,
     Change,
+    Losses,
+    Outputs,
     Probe,
-    Row,
     base_of,
+    change_of,
     gate_information,
     load_base,
-    mean_loss,
     on_base,
-    output_change,
+    outputs_of,
+    put,
+    rank_moments,
     text_probe,
 )
-from .peft_scaling import LORA_NAME, base_is_moved_for_good, with_one_scale, with_singular_directions
-from .pruning import Pruned, prune, select
-from .rows import read_rows
+from .peft_scaling import (
+    LORA_NAME,
+    base_is_moved,
+    base_is_moved_for_good,
+    factor_names,
+    masked,
+    rank_of,
+    with_one_scale,
+    with_singular_directions,
+)
+from .pruning import Pruned, select, shrink
+from .pruning import prune as prune_zeros
+from .rows import Rows, read_rows
+from .servers import SERVERS, refuse_for
 
 _PREFIX = "base_model.model."  # of PEFT's names
-_ROWS = 64  # rows of the data that the information is of, and as many again for the loss
+_TELL = 64  # rows of the data that tell which directions to keep, and most on which the loss is measured
+_LEARN = 1024  # most rows that are read where the smaller adapter learns from them
 _SHARES = [2.0**-i for i in reversed(range(7))]  # sizes at which the loss is measured
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Size(NamedTuple):
-    """One line of what pruning saves: `what` is counted, `before` and `after` it."""
+    """One line of what a smaller adapter saves: `what` is counted, `before` and `after` it."""
 
     what: str
     before: int
@@ -55,24 +74,35 @@ class Export:
     """What `export` wrote, and what a smaller adapter costs.
 
     Args:
+        folder (`Path`): where it lies.
         sizes (`list[Size]`): directions, parameters and bytes; empty where nothing was to be dropped.
         pruned (`Pruned`, *optional*): the directions kept; None where nothing was to be dropped.
         change (`Change`, *optional*): None where nothing was to be dropped, or nothing measured.
+        distilled (`Distilled`, *optional*): how near distillation brought it.
+        rows (`Rows`, *optional*): what was read of the data.
     """
 
-    sizes: list[Size]
+    folder: Path
+    sizes: list[Size] = field(default_factory=list)
     pruned: Pruned | None = None
     change: Change | None = None
+    distilled: Distilled | None = None
+    rows: Rows | None = None
 
 
 def export(
     saved: Saved,
     out: str | Path,
     *,
-    prune_below: float | None = None,
+    rank: int | None = None,
     keep: float | str | None = None,
-    data: str | Path | Sequence[Row] | None = None,
-    one_rank: bool = False,
+    prune: bool = False,
+    max_rank: int | None = None,
+    data: str | Path | Sequence[dict] | None = None,
+    split: str | None = None,
+    distil: bool = False,
+    server: str | None = None,
+    dtype: str | None = None,
     merge: bool = False,
     base: str | None = None,
     probe: str = RANDOM,
@@ -82,16 +112,21 @@ def export(
     Args:
         saved (`Saved`): what `read_saved` found: of StructLoRA, or any LoRA adapter of PEFT.
         out (`str` or `Path`): folder to write, new or empty.
-        prune_below (`float`, *optional*): drop directions that are open with a probability below it.
+        rank (`int`, *optional*): give every module this rank, and keep what its output needs most on the rows
+            of `data`, or without data the largest singular values; see `shrink`.
         keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a
-            share of the information ("99%"); see `select`.
-        data (`str`, `Path` or list of rows, *optional*): examples that tell which directions to keep
-            (`gate_information`), and what the loss becomes: a file that `read_rows` reads, or inputs of the
-            model with `labels`, one example each. The first 64 tell; the loss is of the next 64 where there
-            are more. Without it the largest singular values are kept, usually the worse choice, for they do
-            not know the task.
-        one_rank (`bool`, *optional*, defaults to False): fill all modules up to one rank with zeros, so that
-            `lora_alpha / r` is every module's scale.
+            share of the information ("99%"), over the whole model; see `select`. Ranks differ then.
+        prune (`bool`, *optional*, defaults to False): drop directions that add nothing, as `keep` leaves them.
+        max_rank (`int`, *optional*): with `keep`, most directions of a module.
+        data (`str`, `Path` or rows, *optional*): examples that tell which directions to keep, and what the loss
+            becomes: what `read_rows` reads, or inputs of the model with `labels`, one example each. The first
+            64 tell; the loss is of the next 64 where there are more.
+        split (`str`, *optional*): of `data`.
+        distil (`bool`, *optional*, defaults to False): let the smaller adapter learn the outputs of the whole
+            one on the rows that the loss is not measured on (`distilling.distil`).
+        server (`str`, *optional*): write what that server loads: "vllm", "sglang", "lorax" or "llamacpp".
+        dtype (`str`, *optional*): of the file's numbers: "float32", "bfloat16" or "float16"; as they are where
+            omitted.
         merge (`bool`, *optional*, defaults to False): write the base model with the adapter merged into it.
         base (`str`, *optional*): the base model; the one that the adapter's configuration names where
             omitted.
@@ -103,19 +138,58 @@ def export(
 
     Raises:
         StructLoRAError: a folder that is not empty, or a file in its place; an adapter that cannot be made
-            smaller; a base model that cannot be loaded or probed, or one that training changed in a way that
-            PEFT does not repeat. Nothing is written then.
+            smaller, or that the server cannot load; a base model that cannot be loaded or probed, or one that
+            training changed in a way that PEFT does not repeat; a full disk. Nothing is written then.
     """
-    out = Path(out)
-    refuse_unwritable(out)
-    if out.exists() and any(out.iterdir()):
-        raise StructLoRAError(
-            f"{out}, which is not empty", "a new or empty folder", "name another, or empty it"
-        )
-    if prune_below is not None and keep is not None:
-        raise StructLoRAError(
-            "both `prune_below` and `keep`", "one rule for what to drop", "give one of them"
-        )
+    sizes = [{"rank": rank, "keep": keep, "prune": prune}]
+    more = {"max_rank": max_rank, "data": data, "split": split, "distil": distil, "server": server}
+    return _export(saved, Path(out), [""], sizes, **more, dtype=dtype, merge=merge, base=base, probe=probe)[0]
+
+
+def export_sizes(
+    saved: Saved,
+    out: str | Path,
+    *,
+    rank: Sequence[int] = (),
+    keep: Sequence[float | str] = (),
+    **options,
+) -> list[Export]:
+    """Write an adapter at several sizes, each to a folder of its own in `out`: "rank-4", "keep-0.25".
+
+    Args:
+        saved, out: as for `export`.
+        rank, keep (`Sequence`, *optional*): the sizes, of one of them.
+        **options: further ones of `export`.
+
+    Raises:
+        StructLoRAError: as for `export`.
+    """
+    sizes = [*({"rank": value} for value in rank), *({"keep": value} for value in keep)]
+    names = [
+        *(f"rank-{value}" for value in rank),
+        *(f"keep-{str(value).replace('%', '-percent')}" for value in keep),
+    ]
+    return _export(saved, Path(out), names, sizes, **options)
+
+
+def _export(
+    saved: Saved,
+    out: Path,
+    names: list[str],
+    sizes: list[dict],
+    *,
+    max_rank: int | None = None,
+    data: str | Path | Sequence[dict] | None = None,
+    split: str | None = None,
+    distil: bool = False,
+    server: str | None = None,
+    dtype: str | None = None,
+    merge: bool = False,
+    base: str | None = None,
+    probe: str = RANDOM,
+) -> list[Export]:
+    _refuse_used(out)
+    _refuse_contradictions(sizes, max_rank, distil, server, dtype, merge)
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
             "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
@@ -123,104 +197,301 @@ def export(
             "export without merging",
         )
     saved, base_name, revision = _with_base(saved, base)
-    lora, tensors = saved.lora, saved.tensors
-    done = Export([])
+    if server:
+        refuse_for(server, saved.lora, saved.tensors)
+    is_chosen = any(size.get("rank") is not None or size.get("keep") is not None for size in sizes)
+    rows = None
+    if is_chosen and (data is not None or probe == RANDOM):
+        rows = read_rows(data, saved, base_name, revision, _LEARN if distil else 2 * _TELL, split)
+    if distil and rows is None:
+        raise StructLoRAError(
+            "`distil` without rows to learn from",
+            "examples of what the adapter is for; no labels are needed",
+            "give `--data ROWS`",
+        )
+    one_rank = bool(server and SERVERS[server].one_rank)
     # The result is made beside its place, on the same disk, and moved: an error leaves nothing of it.
     near = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    done = []
     with (
+        _writing(out),
         tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
     ):
-        before, after, result = Path(scratch, "before"), Path(scratch, "after"), Path(unfinished, "result")
-        load = _loading(saved, base_name, revision)
-        if prune_below is not None:
-            done.pruned = prune(saved, prune_below)
-        elif keep is not None:
-            rows = _rows(data, saved, base_name, revision)
-            information = None
-            if rows:
-                write_adapter(Path(scratch, "singular"), lora, with_singular_directions(lora, tensors)[0])
-                information = gate_information(on_base(load(), Path(scratch, "singular")), rows[:_ROWS])
-            done.pruned = select(saved, keep, information)
-        if done.pruned:
-            lora, tensors = done.pruned.lora, done.pruned.tensors
-        if one_rank:
-            lora, tensors = with_one_scale(lora, tensors, {}, one_rank=True)
-        write_adapter(after, lora, tensors)
-        if done.pruned:
-            write_adapter(before, saved.lora, saved.tensors)
-            done.sizes = _sizes(saved, done.pruned, tensors, before, after)
-            if keep is not None and rows:
-                on = _held_out(rows)
-                done.change = output_change(load, before, after, lambda _: on)
-            elif probe != NO_PROBE:
-                done.change = output_change(
-                    load, before, after, lambda model: text_probe(model, base_name, revision, probe, lora)
+        trial = _Trial(saved, base_name, revision, rows, probe, Path(scratch), is_chosen)
+        for name, size in zip(names, sizes, strict=True):
+            result = Path(unfinished, "result", name)
+            written = Export(out / name, rows=rows)
+            pruned = written.pruned = _smaller(saved, size, max_rank, one_rank, trial)
+            lora, tensors = saved.lora, saved.tensors
+            if pruned:
+                directions = pruned.masked()
+                if distil:
+                    directions, written.distilled = trial.distilled(directions)
+                lora, tensors = pruned.written(directions)
+                written.change = trial.change(pruned.masked(), directions if distil else None, dtype)
+            elif server:
+                lora, tensors = with_one_scale(lora, tensors, {}, one_rank)
+            tensors = _in_dtype(tensors, dtype)
+            if pruned:
+                written.sizes = _sizes(saved, pruned, tensors)
+            if merge:
+                after = Path(scratch, "after")
+                write_adapter(after, lora, tensors)
+                _merge(
+                    load_base(base_name, saved.lora, saved.tensors, revision), lora, tensors, after, result
                 )
-        if merge:
-            model = load_base(base_name, saved.lora, saved.tensors, revision)
-            _untie(model, lora, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
-            model = on_base(model, after)
-            with refusing(
-                "merging the adapter",
-                "an update that the base model's weights can hold",
-                "export without merging",
-                (RuntimeError,),
-            ):
-                model.merge_and_unload().save_pretrained(result)
-        else:
-            write_adapter(result, lora, tensors)
-        _copy_processor(saved.folder, base_name if merge else None, revision, result)
+            else:
+                write_adapter(result, lora, tensors)
+            _copy_processor(saved.folder, base_name if merge else None, revision, result)
+            done.append(written)
         out.mkdir(parents=True, exist_ok=True)
-        for path in result.iterdir():
+        for path in Path(unfinished, "result").iterdir():
             path.rename(out / path.name)
     return done
 
 
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turn an error about the disk into ours; those about models and data have their own by then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        message = " ".join(str(error).split()).rstrip(".")
+        raise StructLoRAError(
+            f"that writing {out} failed ({message})",
+            "room on the disk and permission to write, there and in the folder for temporary files "
+            f"({tempfile.gettempdir()}, which TMPDIR names)",
+            "free some space, or name another folder",
+        ) from error
+
+
+def _refuse_used(out: Path) -> None:
+    with refusing(f"looking at {out}", "a path that the file system takes", "name another folder"):
+        refuse_unwritable(out)
+        if out.exists() and any(out.iterdir()):
+            raise StructLoRAError(
+                f"{out}, which is not empty", "a new or empty folder", "name another, or empty it"
+            )
+
+
+def _refuse_contradictions(
+    sizes: list[dict], max_rank: int | None, distil: bool, server: str | None, dtype: str | None, merge: bool
+) -> None:
+    given = [
+        name for size in sizes for name, value in size.items() if value is not None and value is not False
+    ]
+    if len(given) > len(sizes):
+        raise StructLoRAError(
+            f"both `{given[0]}` and `{given[1]}`", "one rule for what to drop", "give one of them"
+        )
+    if max_rank is not None and given != ["keep"] * len(sizes):
+        raise StructLoRAError(
+            "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"
+        )
+    if distil and not {*given} & {"rank", "keep"}:
+        raise StructLoRAError(
+            "`distil` without `rank` or `keep`", "a smaller adapter, which learns", "give one of them"
+        )
+    if server is not None and server not in SERVERS:
+        raise StructLoRAError(f"a server {server!r}", f"one of {', '.join(SERVERS)}", "correct `--for`")
+    if dtype is not None and dtype not in DTYPES:
+        raise StructLoRAError(f"a dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct `--dtype`")
+    for name, value in (("server", server), ("dtype", dtype)):
+        if merge and value is not None:
+            raise StructLoRAError(
+                f"both `merge` and `{name}`",
+                "one of them: a merged model has the base model's own dtype, and every server loads it",
+                "give one of them",
+            )
+
+
+def _smaller(saved: Saved, size: dict, max_rank: int | None, one_rank: bool, trial: _Trial) -> Pruned | None:
+    if size.get("prune"):
+        return prune_zeros(saved, one_rank)
+    if size.get("keep") is not None:
+        return select(saved, size["keep"], trial.information(), max_rank, one_rank)
+    if size.get("rank") is not None:
+        return shrink(saved, size["rank"], trial.moments())
+    return None
+
+
+class _Trial:
+    """The base model with the adapter on it, loaded when it is first asked for: what directions are worth on
+    some rows, and what smaller ones do to the output.
+
+    Smaller adapters take the place of the whole one's factors in the one model, with zeros for what they lack.
+    """
+
+    def __init__(
+        self,
+        saved: Saved,
+        base_name: str | None,
+        revision: str | None,
+        rows: Rows | None,
+        probe: str,
+        scratch: Path,
+        is_chosen: bool,
+    ):
+        self._saved, self._base = saved, (base_name, revision)
+        self._rows, self._named, self._scratch = rows, probe, scratch
+        # Where directions are chosen, they are the singular ones.
+        self.whole = with_singular_directions(saved.lora, saved.tensors)[0] if is_chosen else saved.tensors
+        self._model: PeftModel | None = None
+        self._probe: Probe | None = None
+        self._before: Outputs | None = None
+        self._alone: float | None = None
+        self._information: dict[str, Tensor] | None = None
+        self._moments: dict[str, Tensor] | None = None
+
+    @property
+    def model(self) -> PeftModel:
+        if self._model is None:
+            folder = self._scratch / "whole"
+            write_adapter(folder, self._saved.lora, self.whole)
+            name, revision = self._base
+            place = "auto" if torch.accelerator.is_available() else None
+            with torch.random.fork_rng():
+                torch.manual_seed(
+                    0
+                )  # weights that no file holds are drawn at random: the same ones each time
+                base = load_base(name, self._saved.lora, self._saved.tensors, revision, device_map=place)
+            if self._rows is None:
+                self._probe = text_probe(base, name, revision, self._named, self._saved.lora)
+            else:
+                self._probe = _held_out(self._rows)
+            self._model = on_base(base, folder)
+            put(self._model, self.whole)  # which looks at the names, too
+        return self._model
+
+    def information(self) -> dict[str, Tensor] | None:
+        if self._rows is not None and self._information is None:
+            self._information = gate_information(self.model, self._rows.rows[:_TELL])
+        return self._information
+
+    def moments(self) -> dict[str, Tensor] | None:
+        if self._rows is not None and self._moments is None:
+            put(self.model, self.whole)
+            self._moments = rank_moments(self.model, self._rows.rows[:_TELL])
+        return self._moments
+
+    def distilled(self, small: dict[str, Tensor]) -> tuple[dict[str, Tensor], Distilled]:
+        rows = self._rows.rows
+        learned = [*rows[:_TELL], *rows[2 * _TELL :]] if len(rows) > _TELL else rows
+        found = distil(self.model, self.whole, small, learned)
+        return found.tensors, found
+
+    def change(
+        self, cut: dict[str, Tensor], taught: dict[str, Tensor] | None, dtype: str | None
+    ) -> Change | None:
+        """What a smaller adapter does, as its file will have it; None where nothing is measured."""
+        if self._rows is None and self._named == NO_PROBE:
+            return None
+        model = self.model
+        if self._before is None:
+            put(model, self.whole)
+            self._before = outputs_of(model, self._probe.rows)
+            if self._before.loss is not None and _base_is_beneath(self._saved.lora):
+                with model.disable_adapter():
+                    self._alone = outputs_of(model, self._probe.rows).loss
+        found = []
+        for tensors in (cut, taught):
+            if tensors is not None:
+                put(model, _in_dtype(tensors, dtype))
+                found.append(outputs_of(model, self._probe.rows))
+        losses = None
+        if self._before.loss is not None:
+            at_cut = found[0].loss if len(found) > 1 else None
+            losses = Losses(self._alone, self._before.loss, found[-1].loss, at_cut)
+        return change_of(self._probe.name, self._before, found[-1], losses)
+
+
+def _base_is_beneath(lora: LoraConfig) -> bool:
+    """Whether the model without the adapter is its base model, and not one that the adapter has changed."""
+    return lora.bias == "none" and not lora.layer_replication and not base_is_moved(lora)
+
+
+def _in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    if dtype is None:
+        return tensors
+    return {name: x.to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def _merge(
+    base: PreTrainedModel, lora: LoraConfig, tensors: dict[str, Tensor], adapter: Path, out: Path
+) -> None:
+    _untie(base, lora, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
+    model = on_base(base, adapter)
+    with refusing(
+        "merging the adapter",
+        "an update that the base model's weights can hold",
+        "export without merging",
+        (RuntimeError,),
+    ):
+        model.merge_and_unload().save_pretrained(out)
+
+
 class SizeCurve(NamedTuple):
-    """What a smaller adapter keeps of one thing: points (share of directions, value) by their order."""
+    """What a smaller adapter keeps of one thing: points (share of directions, value) by their order, and
+    values to compare with, by name.
+    """
 
     value: str
     orders: dict[str, list[tuple[float, float]]]
+    levels: dict[str, float] = {}  # noqa: RUF012 - of a tuple, never written to
 
 
 def information_curves(
-    saved: Saved, data: str | Path | Sequence[Row], base: str | None = None
+    saved: Saved, data: str | Path | Sequence[dict] | None, base: str | None = None, split: str | None = None
 ) -> list[SizeCurve]:
-    """What `export(..., keep=..., data=data)` would keep at each size: of the information, and the loss.
+    """What smaller adapters would keep at each size: of the information, and the loss: over the whole model
+    (`select`), by information and by singular values, and with one rank for all modules (`shrink`).
 
     Args:
         saved (`Saved`): any adapter.
-        data, base: as for `export`.
+        data, split, base: as for `export`.
 
     Raises:
         StructLoRAError: as for `export`.
     """
     saved, base_name, revision = _with_base(saved, base)
-    rows = _rows(data, saved, base_name, revision)
-    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
+    rows = read_rows(data, saved, base_name, revision, 2 * _TELL, split)
     with tempfile.TemporaryDirectory() as scratch:
-        write_adapter(Path(scratch, "singular"), saved.lora, tensors)
-        model = on_base(_loading(saved, base_name, revision)(), Path(scratch, "singular"))
-    information = gate_information(model, rows[:_ROWS])
-    worth = {"most information": information, "largest singular values": sigma}
+        trial = _Trial(saved, base_name, revision, rows, NO_PROBE, Path(scratch), is_chosen=True)
+        information, moments = trial.information(), trial.moments()
+    measured = _held_out(rows).rows
+    sigma = with_singular_directions(saved.lora, saved.tensors)[1]
     select(saved, 1.0, information)  # which stops where no direction is worth anything
+    worth = {"most information": information, "largest singular values": sigma}
     known = torch.cat([information[module].flatten() for module in sigma]).double()
-    weights = {LORA_NAME.match(name)["module"]: B for name, B in model.named_parameters() if B.requires_grad}
-    whole = {module: B.detach().clone() for module, B in weights.items()}
     carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
+
+    def loss_with(tensors: dict[str, Tensor]) -> float:
+        put(trial.model, tensors)
+        return outputs_of(trial.model, measured).loss
+
     for name, values in worth.items():
         flat = torch.cat([values[module].flatten() for module in sigma])
         for share in _SHARES:
-            kept = best(flat, share)
-            parts = kept.split([x.numel() for x in sigma.values()])
-            for (module, x), part in zip(sigma.items(), parts, strict=True):
-                # lora_B's columns are in the order (r, expert).
-                columns = part.view_as(x).T.reshape(1, -1, *[1] * (weights[module].ndim - 2))
-                weights[module].data.copy_(whole[module] * columns.to(whole[module]))
-            carried[name].append((share, float(known[kept].sum() / known.sum())))
-            losses[name].append((share, mean_loss(model, _held_out(rows).rows)))
-    return [SizeCurve("share of the information", carried), SizeCurve("loss", losses)]
+            mask = best(flat, share)
+            parts = mask.split([x.numel() for x in sigma.values()])
+            kept = {
+                module: [row.nonzero().flatten().tolist() for row in part.view_as(x)]
+                for (module, x), part in zip(sigma.items(), parts, strict=True)
+            }
+            carried[name].append((share, float(known[mask].sum() / known.sum())))
+            losses[name].append((share, loss_with(masked(saved.lora, trial.whole, kept))))
+    largest = max(rank_of(saved.lora, module) for module in sigma)
+    ranks = sorted({max(1, round(share * largest)) for share in _SHARES})
+    losses["one rank for all modules"] = []
+    for rank in ranks:
+        pruned = shrink(saved, rank, moments)
+        losses["one rank for all modules"].append((pruned.count / len(known), loss_with(pruned.masked())))
+    levels = {}
+    if _base_is_beneath(saved.lora):
+        with trial.model.disable_adapter():
+            levels["base model"] = outputs_of(trial.model, measured).loss
+    return [SizeCurve("share of the information", carried), SizeCurve("loss", losses, levels)]
 
 
 def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
@@ -234,33 +505,12 @@ def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str |
     return saved, name, revision
 
 
-def _loading(saved: Saved, base_name: str | None, revision: str | None):
-    """How to load the base model for measuring: on a GPU where there is one."""
-    return lambda: load_base(
-        base_name,
-        saved.lora,
-        saved.tensors,
-        revision,
-        device_map="auto" if torch.accelerator.is_available() else None,
-    )
-
-
-def _rows(
-    data: str | Path | Sequence[Row] | None, saved: Saved, base_name: str | None, revision: str | None
-) -> list[Row]:
-    if data is None:
-        return []
-    if isinstance(data, (str, Path)):
-        return read_rows(data, saved, base_name, revision, 2 * _ROWS)
-    if not data:
-        raise StructLoRAError("no rows in `data`", "some examples", "give some, or leave `data` out")
-    return [*data]
-
-
-def _held_out(rows: list[Row]) -> Probe:
+def _held_out(rows: Rows) -> Probe:
     """The rows to measure the loss on."""
-    others = rows[_ROWS : 2 * _ROWS]
-    return Probe(others, f"{len(others)} other rows") if others else Probe(rows, f"the same {len(rows)} rows")
+    others = rows.rows[_TELL : 2 * _TELL]
+    if others:
+        return Probe(others, f"{len(others)} other rows")
+    return Probe(rows.rows, f"the same {len(rows.rows)} rows")
 
 
 def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
@@ -308,27 +558,24 @@ def _untie(base: PreTrainedModel, lora: LoraConfig, adapted: set[str]) -> None:
         config.tie_word_embeddings = False
 
 
-def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor], before: Path, after: Path) -> list[Size]:
+def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor]) -> list[Size]:
     """Directions, parameters and bytes; then the directions of each kind."""
-    counts = [
-        sum(value.numel() for name, value in tensors.items() if LORA_NAME.match(name))
-        for tensors in (saved.tensors, written)
-    ]
+    files = (saved.tensors, written)
+    parameters = [sum(x.numel() for name, x in tensors.items() if LORA_NAME.match(name)) for tensors in files]
+    size = [sum(x.numel() * x.element_size() for x in tensors.values()) for tensors in files]
+    names = factor_names(saved.tensors)
     kinds = [
         Size(
             f"directions of {kind.name}",
-            kind.depth_count * kind.experts * kind.rank,
+            sum(len(saved.tensors[names[module]["A"]]) for module in kind.modules),
             sum(len(expert) for module in kind.modules for expert in pruned.kept[module]),
         )
         for kind in saved.kinds
     ]
     return [
         Size("directions", sum(kind.before for kind in kinds), sum(kind.after for kind in kinds)),
-        Size("LoRA parameters", *counts),
-        Size(
-            f"{SAFETENSORS_WEIGHTS_NAME} (bytes)",
-            *((folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size for folder in (before, after)),
-        ),
+        Size("LoRA parameters", *parameters),
+        Size(f"{SAFETENSORS_WEIGHTS_NAME} (bytes)", *size),
         *kinds,
     ]
 

@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 RUN_COLOURS = ("#c2410c", "#1d4ed8")
-_LINES = ("-", "--")
+_LINES = ("-", "--", ":")
 _GREY = "#8b949e"  # is seen on a white page and on a dark one
 # Text stays text, so that the page's own font and colour apply; nothing in the file depends on the time.
 _STYLE = {
@@ -52,7 +52,6 @@ _COLUMNS = 4  # of panels in a file
 _CURVES = {
     "loss": "Training loss",
     "eval_loss": "Held-out loss",
-    "structlora/gate_openness": "Gate openness",
     "structlora/effective_rank": "Effective rank",
     "structlora/drift_energy": "Drift energy",
     "structlora/gradient_cosine": "Cosine of neighbouring gradients",
@@ -154,13 +153,11 @@ class Chart(NamedTuple):
 
 
 def charts(runs: list[Run]) -> list[Chart]:
-    """All that can be drawn of one run, or of two side by side: gates, similarity over depth, singular
+    """All that can be drawn of one run, or of two side by side: similarity over depth, singular
     values, what a smaller adapter keeps, the training.
     """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     drawn = (
-        _gates(runs, names, "gates", "Gates", "direction"),
-        _gates(runs, names, "groups", "Gates of heads and experts", "head or expert"),
         _similarity(runs, names),
         _singular_values(runs, names),
         _sizes(runs),
@@ -199,29 +196,6 @@ def write(folder: Path, drawn: list[Chart]) -> list[str]:
     return [chart.key for chart in drawn]
 
 
-def _gates(runs: list[Run], names: dict[str, str], attribute: str, title: str, gated: str) -> Chart:
-    panels, told = [], []
-    for run, kind, short in _by_kind(runs, names):
-        rows = [getattr(depth, attribute) for depth in kind.depths]
-        if rows[0] is not None:
-            panels.append(_map(runs, run, kind, short, rows, ("viridis", 0, 1), gated))
-    for run in runs:
-        values = np.array([gate for depth in run.depths() for gate in getattr(depth, attribute) or ()])
-        if len(values):
-            told.append(
-                f"{_of(runs, run)}{len(values):,} gates, from {values.min():.2f} to {values.max():.2f}, {values.mean():.2f} on "
-                f"average; {(values < 0.5).sum():,} are more shut than open. "
-                + ("None is below 0.05: no direction is closed." if values.min() >= 0.05 else "")
-            )
-    starts = {run.saved.config.gate_init for run in runs if run.saved.config}
-    text = (
-        f"Probability that each {gated} is open. All began at {' or '.join(f'{start:g}' for start in sorted(starts))} (red mark): "
-        "darker ones have closed since, for the task did not hold them open."
-    )
-    scale = Scale("viridis", 0, 1, "probability of being open", tuple(sorted(starts)))
-    return Chart(attribute, title, text, told, panels, scale)
-
-
 def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
     panels, told = [], []
     for run, kind, short in _by_kind(runs, names):
@@ -255,9 +229,9 @@ def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
         for run, kind, short in _by_kind(runs, names)
     ]
     for run in runs:
-        rows = [(row, kind.shape[1]) for kind in run.kinds.values() for row in kind.coverage]
-        needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row, _ in rows])
-        rank = np.mean([rank for _, rank in rows])
+        rows = [row for kind in run.kinds.values() for row in kind.coverage]
+        needed = np.mean([1 + sum(share < 0.9 for share in row[:-1]) for row in rows])
+        rank = np.mean([len(row) for row in rows])
         told.append(
             f"{_of(runs, run)}{needed:.1f} of {rank:.3g} directions of a module hold 90 % of its update's squared norm, on average."
         )
@@ -280,6 +254,9 @@ def _sizes(runs: list[Run]) -> Chart:
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
                 label = " · ".join(filter(None, (_name(runs, run), order)))
                 values.setdefault(curve.value, []).append((label, points, colour, line))
+            for level, height in curve.levels.items():
+                label = " · ".join(filter(None, (_name(runs, run), level)))
+                values[curve.value].append((label, [(0, height), (1, height)], _GREY, "-"))
             shares = (f"{_at(points, 0.25):.3g} by {order}" for order, points in curve.orders.items())
             at_quarter.append(f"{curve.value} {', '.join(shares)}")
         if at_quarter:
@@ -340,7 +317,11 @@ def _map(
         axis.imshow(np.array(rows), interpolation="none", cmap=colour, vmin=low, vmax=high, aspect="auto")
         every = -(-len(labels) // 16)
         axis.set_yticks(range(0, len(labels), every), labels[::every])
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if across == "layer":
+            fewer = -(-len(labels) // 5)
+            axis.set_xticks(range(0, len(labels), fewer), labels[::fewer])
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set(xlabel=across)
@@ -355,7 +336,10 @@ def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
         for depth, row in zip(kind.depths, kind.singular_values, strict=True):
             shade = depth.depth / max(len(kind.depths) - 1, 1)
             positive = [value if value > 0 else np.nan for value in row]
-            axis.plot(range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1)
+            alone = {"marker": "o", "markersize": 3} if len(row) == 1 else {}
+            axis.plot(
+                range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1, **alone
+            )
         if shown:
             axis.set(yscale="log", ylim=(min(shown) / 1.3, max(shown) * 1.3))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))

@@ -1,4 +1,4 @@
-"""What an adapter has learned, by kind of module and depth: gates, singular values, coherence over depth."""
+"""What an adapter has learned, by kind of module and depth: singular values, coherence over depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.diagnostics import effective_rank
 from ..core.kinds import Kind, split_depth
 from ..errors import refusing
 from .load_adapter import LOG_NAME, Saved
-from .peft_scaling import singular_directions
+from .peft_scaling import LORA_NAME, rank_of, singular_directions
 
 # Among `stateful_callbacks` of `trainer_state.json`: what the command line was given, and no log says.
 COMMAND_FACTS = "structlora_command"
@@ -32,10 +32,7 @@ class DepthReport:
         layer (`str`): the layer's number in its name.
         depth (`int`): its place among the kind's depths, from 0.
         rank (`int`): of its adapter.
-        gates (`list[float]`, *optional*): probability that each direction is open; None without gates or
-            state.
-        groups (`list[float]`, *optional*): the same of each attention head, or of the expert; None without
-            gates of these.
+        kept (`int`): directions of these that add something: all but those that `keep` closed while training.
         effective_rank (`float`): exp of the entropy of the update's normalised singular values.
         norm (`float`): Frobenius norm of the update as it is added to the weight.
         coherence (`float`, *optional*): mean similarity with the neighbouring depths.
@@ -47,8 +44,7 @@ class DepthReport:
     layer: str
     depth: int
     rank: int
-    gates: list[float] | None
-    groups: list[float] | None
+    kept: int
     effective_rank: float
     norm: float
     coherence: float | None
@@ -64,11 +60,12 @@ class KindReport:
         name (`str`): of the kind.
         role (`str`, *optional*): `"read"` or `"write"`: what its modules do with the residual stream; None
             where unknown.
-        shape (`list[int]`): [L, r, k, d].
+        shape (`list[int]`): [L, r, k, d], of the largest rank.
         depths (`list[DepthReport]`): its modules, by depth.
         similarity (`list[list[float]]`, *optional*): (L, L) cosines.
-        singular_values (`list[list[float]]`): (L, r) of the update as it is added to the weight, descending.
-        coverage (`list[list[float]]`): (L, r) cumulative share of the squared singular values.
+        singular_values (`list[list[float]]`): of each module as many as its rank, of the update as it is added
+            to the weight, descending.
+        coverage (`list[list[float]]`): their cumulative share of the squared singular values.
     """
 
     name: str
@@ -78,6 +75,42 @@ class KindReport:
     similarity: list[list[float]] | None
     singular_values: list[list[float]]
     coverage: list[list[float]]
+
+
+@dataclass
+class Part:
+    """Where an adapter file's bytes are: `what`, how many `numbers` of which `dtype`, and their `bytes`."""
+
+    what: str
+    dtype: str
+    numbers: int
+    bytes: int
+
+
+def contents(tensors: dict[str, Tensor]) -> list[Part]:
+    """The parts of an adapter's file, the largest first: LoRA's factors, those of embeddings, and what is saved
+    whole, by its name (`modules_to_save`, embeddings that were resized, biases).
+    """
+    parts: dict[tuple[str, str], Part] = {}
+    for name, value in tensors.items():
+        if match := LORA_NAME.match(name):
+            what = "LoRA on embeddings" if match["embedding"] else "LoRA directions"
+        elif ".lora_" in name:
+            what = "of LoRA, beside its directions"
+        else:
+            what = name.removeprefix("base_model.model.").rpartition(".")[0] + ", saved whole"
+        dtype = str(value.dtype).removeprefix("torch.")
+        part = parts.setdefault((what, dtype), Part(what, dtype, 0, 0))
+        part.numbers += value.numel()
+        part.bytes += value.numel() * value.element_size()
+    return sorted(parts.values(), key=lambda part: -part.bytes)
+
+
+def held_out_rows(history: list[dict]) -> int | None:
+    """How many rows the last evaluation of a Trainer's log was of; None where it does not tell."""
+    speeds = ("eval_runtime", "eval_samples_per_second")
+    told = [e for e in history if all(isinstance(e.get(name), (int, float)) for name in speeds)]
+    return round(told[-1][speeds[0]] * told[-1][speeds[1]]) if told else None
 
 
 def report(saved: Saved) -> list[KindReport]:
@@ -142,14 +175,14 @@ def final_losses(history: list[dict]) -> tuple[float | None, float | None]:
 
 def peak_learning_rate(saved: Saved) -> float | None:
     """The rate that the command line was given, else the largest one in the log; None without either."""
-    given = _command_facts(saved.run_folder).get("learning_rate")
+    given = command_facts(saved.run_folder).get("learning_rate")
     if given is not None:
         return given
     logged = log_history(saved.run_folder)
     return max((e["learning_rate"] for e in logged if "learning_rate" in e), default=None)
 
 
-def _command_facts(folder: Path) -> dict:
+def command_facts(folder: Path) -> dict:
     """What the command line was given in the run of a folder; nothing where another script trained."""
     callbacks = _trainer_state(folder).get("stateful_callbacks") or {}
     return callbacks.get(COMMAND_FACTS, {}).get("args", {})
@@ -159,7 +192,7 @@ def training_data(saved: Saved) -> str | None:
     """What the data of a run is called: as the command line was given it, else as the model card beside the
     adapter, or beside its run, names it; None where neither says.
     """
-    given = _command_facts(saved.run_folder).get("data")
+    given = command_facts(saved.run_folder).get("data")
     if given:
         return ", ".join(given)
     for folder in (saved.folder, saved.run_folder):
@@ -183,8 +216,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     factors = saved.factors(index)
     factors = type(factors)(*map(own, factors))
     modules = kind.modules[expert :: kind.per_depth] if kind.per_depth > 1 else kind.modules
-    gates = own(saved.gates(index))  # (L, r)
-    groups = own(saved.group_gates(index))  # (L, H) of heads, (L, 1) of an expert
+    adds = (factors.B != 0).any(-2) & (factors.A != 0).any(-1)  # (L, r)
     stream = own(saved.stream_cosines(index))  # (L - 1,)
     semantic = own(saved.semantic_edges(index))  # (L, L)
     features = own(saved.features(index))  # (L, n)
@@ -200,9 +232,8 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             module=module.removeprefix("base_model.model."),
             layer=".".join(map(str, split_depth(module)[1])),
             depth=depth,
-            rank=kind.rank,
-            gates=None if gates is None else gates[depth].tolist(),
-            groups=None if groups is None else groups[depth].tolist(),
+            rank=rank_of(saved.lora, module),
+            kept=int(adds[depth].sum()),
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
             coherence=_beside(None if similarity is None else similarity.diagonal(1), depth),
@@ -217,8 +248,11 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
         shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
         similarity=None if similarity is None else similarity.tolist(),
-        singular_values=singular.tolist(),
-        coverage=(energy.cumsum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)).tolist(),
+        singular_values=[row[: d.rank].tolist() for row, d in zip(singular, depths, strict=True)],
+        coverage=[
+            (row.cumsum(0) / row.sum().clamp(min=torch.finfo(row.dtype).tiny))[: d.rank].tolist()
+            for row, d in zip(energy, depths, strict=True)
+        ],
     )
 
 

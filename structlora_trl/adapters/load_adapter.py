@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from ..config import StructLoRAConfig
 from ..core.diagnostics import stream_cosine, stream_products
 from ..core.expert_storage import to_nodes, to_storage
-from ..core.heads import head_numbers, heads_side
-from ..core.kinds import SIDES, Adapted, Factors, Heads, Kind, group, residual_role
+from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role, split_depth
 from ..core.mapping import KindMap
 from ..core.residual_roles import RESIDUAL_ROLES
 from ..engines.slices import WHOLE
@@ -74,7 +73,7 @@ class Saved:
         lora (`LoraConfig`): PEFT's configuration.
         tensors (`dict[str, Tensor]`): what a plain adapter file of it holds: effective factors under PEFT's
             names.
-        kinds (`list[Kind]`): its LoRA modules, grouped.
+        kinds (`list[Kind]`): its LoRA modules, grouped; those of smaller ranks are filled with zeros.
         effective (`list[Factors]`): fp32, one per kind, stacked as PEFT stores them.
         run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the
             newest checkpoint near it that holds the same adapter.
@@ -107,15 +106,6 @@ class Saved:
         """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
         return any(m.origin_B is not None for m in self.maps or ())
 
-    def gates(self, index: int) -> Tensor | None:
-        """Probability that each direction is open, (L, r), with experts (E, L, r); None without gates."""
-        return self._by_expert(index, self._openness(index)[0]) if self.maps else None
-
-    def group_gates(self, index: int) -> Tensor | None:
-        """Probability that each head is open, (L, H), or each expert, (E, L, 1); None without such gates."""
-        groups = self._openness(index)[1:] if self.maps else []
-        return self._by_expert(index, groups[0]) if groups else None
-
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
         diagonal that KaSA trains between them is in B.
@@ -131,10 +121,6 @@ class Saved:
         kind = self.kinds[index]
         nodes = values if kind.experts == 1 else values.transpose(0, 1).flatten(0, 1)
         return dict(zip(kind.modules, nodes.unflatten(0, (len(kind.modules), -1)), strict=True))
-
-    def _openness(self, index: int) -> list[Tensor | None]:
-        with torch.no_grad(), map_context(torch.device("cpu")):
-            return self.maps[index].openness(self.latents[index])
 
     def _nodes(self, index: int) -> Factors:
         """Effective factors of a kind's nodes in fp64: squares of what is finite in fp32 stay finite."""
@@ -219,7 +205,8 @@ def read_saved(folder: str | Path) -> Saved:
             "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
         )
     modules = _modules(tensors)
-    kinds = group(modules, {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()})
+    adapted = {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()}
+    kinds = group(_filled(modules, lora), adapted)
     saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
     runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
     has_log = (home / LOG_NAME).is_file()
@@ -347,7 +334,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise StructLoRAError(
             f"a VeRA adapter in {folder}, whose update takes matrices and widths that its file does not hold",
             "a LoRA adapter, whose factors are its update",
-            "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its gates",
+            "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its structure",
         )
     if config.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         raise StructLoRAError(
@@ -400,6 +387,12 @@ def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
     """Modules that are saved whole may hold integers, as batch normalisation counts its batches."""
     for name, value in tensors.items():
         is_number = value.is_floating_point() or not LORA_NAME.match(name)
+        if is_number and value.element_size() < 2 and value.is_floating_point():
+            raise StructLoRAError(
+                f"numbers of type {value.dtype} in '{name}' of {path}",
+                "weights of 16 or 32 bits, which PEFT computes with",
+                "convert the file (`tensor.to(torch.bfloat16)`), and scale the tensors as its maker says",
+            )
         if not is_number or not value.isfinite().all():
             found = "NaN or infinite numbers" if is_number else f"numbers of type {value.dtype}"
             raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
@@ -435,6 +428,34 @@ def _modules(tensors: dict[str, Tensor]) -> dict[str, dict[str, nn.Parameter]]:
     return dict(modules)
 
 
+def _filled(
+    modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Factors of modules that differ in depth alone, filled with zeros to one rank, so that they are one kind."""
+    ranks: dict[tuple, int] = defaultdict(int)
+    likeness = {}
+    for module, factors in modules.items():
+        A, B = factors["A"], factors["B"]
+        likeness[module] = split_depth(module)[0], A.shape[1:], B.shape[0], B.shape[2:]
+        ranks[likeness[module]] = max(ranks[likeness[module]], len(A))
+    filled = {}
+    for module, factors in modules.items():
+        lacking = ranks[likeness[module]] - len(factors["A"])
+        if not lacking or parameters_of(lora, module):
+            filled[module] = factors
+            continue
+        A, B = factors["A"], factors["B"]
+        wider = (
+            A.new_zeros(len(A) + lacking, *A.shape[1:]),
+            B.new_zeros(len(B), B.shape[1] + lacking, *B.shape[2:]),
+        )
+        wider[0][: len(A)], wider[1][:, : B.shape[1]] = A, B
+        filled[module] = {
+            side: nn.Parameter(x, requires_grad=False) for side, x in zip("AB", wider, strict=True)
+        }
+    return filled
+
+
 def _stacked(kind: Kind) -> Factors:
     return Factors(*(torch.stack([p.detach().flatten(1) for p in side]) for side in (kind.A, kind.B)))
 
@@ -448,10 +469,7 @@ def _map(name: str, state: State, path: Path) -> KindMap:
     stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
     # Of VeRA, lora_A is empty.
     kind.A, kind.B = ([nn.Parameter(factor) for factor in side if factor.numel()] for side in stored)
-    if config.head_gates and "filters.1.logits" in own and (side := heads_side(kind)):
-        kind.heads = Heads(side, own["filters.1.logits"].shape[-1])
-    numbers = head_numbers(kind).flatten() if kind.heads else None
-    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"), head_of=numbers)
+    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"))
 
 
 def _tensors_of(lora: LoraConfig, state: dict, folder: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -23,7 +24,7 @@ from transformers import (
 
 from ..errors import StructLoRAError, refusing
 from .load_adapter import Saved
-from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, rank_of
+from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, factor_names, rank_of
 
 RANDOM, NO_PROBE = "random", "none"
 # Inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss.
@@ -38,7 +39,9 @@ HEADS = {
     "TOKEN_CLS": AutoModelForTokenClassification,
     "QUESTION_ANS": AutoModelForQuestionAnswering,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": AutoModel,
 }
+_Conv = torch.nn.modules.conv._ConvNd
 
 
 class Probe(NamedTuple):
@@ -48,19 +51,48 @@ class Probe(NamedTuple):
     name: str
 
 
+class Outputs(NamedTuple):
+    """What a model makes of some rows: `predicted` (n, classes), or hidden states (n, d) of a model without a
+    head, of the first 256 positions, and the mean `loss` of all rows, None without labels.
+    """
+
+    predicted: Tensor
+    is_distribution: bool
+    loss: float | None
+
+
+class Losses(NamedTuple):
+    """Mean losses of the same rows: of the `base` model alone (None where it cannot be had from the loaded
+    one), of the adapter `before`, and of the smaller one, `after`; `cut`: before it was distilled.
+    """
+
+    base: float | None
+    before: float
+    after: float
+    cut: float | None = None
+
+    @property
+    def gain_kept(self) -> float | None:
+        """Share of what the adapter had gained over the base model that the smaller one keeps; None where the
+        adapter gained nothing, or the base model's loss is unknown.
+        """
+        gain = None if self.base is None else self.base - self.before
+        return (self.base - self.after) / gain if gain and gain > 0 else None
+
+
 class Change(NamedTuple):
     """What a smaller adapter does to the output, on the inputs that `probe` names.
 
-    `largest` is the largest difference of a logit, `divergence` the mean KL divergence of the predicted
-    distributions in nats, and `agreement` the share of equal predictions, all on the first 256 positions;
-    `losses` are the mean losses of all rows before and after, None where the rows have no labels.
+    `largest` is the largest difference of an output, `divergence` the mean KL divergence of the predicted
+    distributions in nats, and `agreement` the share of equal predictions, all on the first 256 positions
+    (NaN of a model without a head); `losses` are of all rows, None where they have no labels.
     """
 
     probe: str
     largest: float
     divergence: float
     agreement: float
-    losses: tuple[float, float] | None = None
+    losses: Losses | None = None
 
 
 def load_base(
@@ -154,6 +186,10 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
             "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one",
             (RuntimeError,),
         )
+    for module in base.modules():
+        # An evaluation would repack 4-bit weights into a layout that no gradient passes (bitsandbytes 0.50 on CPUs, AVX512-BF16).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     with loading:
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
@@ -162,72 +198,151 @@ def _at(revision: str | None) -> dict[str, str]:
     return {"revision": revision} if revision else {}
 
 
-def output_change(
-    load: Callable[[], PreTrainedModel],
-    before: Path,
-    after: Path,
-    probe_of: Callable[[PreTrainedModel], Probe],
-) -> Change:
-    """Compare two adapters of one model in plain PEFT.
+def put(model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Give a model with one adapter the factors of an adapter file, in place; what else is in it stays.
 
     Args:
-        load (callable): gives the model. It is asked anew for each adapter, since some change the model
-            itself (`layer_replication`, `bias`).
-        before, after (`Path`): folders of the adapters.
-        probe_of (callable): model -> what to run it on.
+        model (`PeftModel`): with one adapter.
+        tensors (`dict[str, Tensor]`): of the file, of the shapes that the model has.
 
     Raises:
-        StructLoRAError: the model gives no logits.
+        StructLoRAError: the file names other modules than the model that PEFT makes of it.
     """
-    measured = []
-    for folder in (before, after):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # weights that no file holds are drawn at random: the same ones for both
-            base = load()
-        probe = probe_of(base)
-        measured.append(_outputs(on_base(base, folder), probe.rows))
-        del base
-    (logits, loss), (other, other_loss) = measured
-    old, new = (part.log_softmax(-1) for part in (logits, other))
-    return Change(
-        probe.name,
-        largest=float((logits - other).abs().max()),
-        divergence=float((old.exp() * (old - new)).sum(-1).mean()),
-        agreement=float((old.argmax(-1) == new.argmax(-1)).float().mean()),
-        losses=None if loss is None else (loss, other_loss),
-    )
+    places, names = factors_of(model), factor_names(tensors)
+    if places.keys() != names.keys():
+        differing = min(places.keys() ^ names.keys())
+        raise StructLoRAError(
+            f"an adapter whose file names other modules than the model that PEFT makes of it ('{differing}')",
+            "the names of the model, as this version of PEFT writes them",
+            "load it with PEFT, save it again (`PeftModel.from_pretrained(base, folder).save_pretrained(new)`), and export that",
+        )
+    with torch.no_grad():
+        for module, sides in places.items():
+            for side, parameter in sides.items():
+                parameter.copy_(tensors[names[module][side]])
+
+
+def factors_of(model: PeftModel) -> dict[str, dict[str, Tensor]]:
+    """Module -> "A" or "B" -> that factor, a parameter of a model with one adapter."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if match := LORA_NAME.match(name):
+            found.setdefault(match["module"], {})[match["factor"]] = parameter
+    return found
+
+
+def change_of(probe: str, before: Outputs, after: Outputs, losses: Losses | None) -> Change:
+    """How the outputs of two adapters differ on the same rows."""
+    largest = float((before.predicted - after.predicted).abs().max())
+    if not before.is_distribution:
+        return Change(probe, largest, math.nan, math.nan, losses)
+    old, new = (outputs.predicted.log_softmax(-1) for outputs in (before, after))
+    divergence = float((old.exp() * (old - new)).sum(-1).mean())
+    agreement = float((old.argmax(-1) == new.argmax(-1)).float().mean())
+    return Change(probe, largest, divergence, agreement, losses)
 
 
 @torch.no_grad()
-def _outputs(model: PeftModel, rows: list[Row]) -> tuple[Tensor, float | None]:
-    """Logits (n, classes) of the first positions, and the mean loss. Row by row: some classifiers take a
-    batch only where a padding token is known.
+def outputs_of(model: PeftModel, rows: list[Row]) -> Outputs:
+    """Outputs and loss of rows, one by one: some classifiers take a batch only where a padding token is known.
+
+    Raises:
+        StructLoRAError: rows that the model does not take, or a model without any output to compare.
     """
     found, room, losses = [], _PROBE_ROWS * _PROBE_LENGTH, []
     for row in rows:
-        output = model(**_moved(row, model))
-        if output.get("logits") is None:
-            raise StructLoRAError(
-                f"no logits in the output of {type(model.get_base_model()).__name__}",
-                "a model that predicts",
-                "give `--probe none`",
-            )
+        output = _run(model, row)
+        predicted, is_distribution = predictions(output, model)
         if room > 0:
-            found.append(output["logits"].float().flatten(0, -2)[:room].cpu())
+            found.append(predicted.float().flatten(0, -2)[:room].cpu())
             room -= len(found[-1])
-        if "labels" in row:
+        if output.get("loss") is not None:
             losses.append(float(output["loss"]))
-    return torch.cat(found), sum(losses) / len(losses) if losses else None
+    return Outputs(torch.cat(found), is_distribution, sum(losses) / len(losses) if losses else None)
 
 
-def _moved(row: Row, model: torch.nn.Module) -> Row:
-    device = next(model.parameters()).device  # which any module tells
+def predictions(output, model: PeftModel) -> tuple[Tensor, bool]:
+    """What a model predicts: logits (n, ..., classes), of question answering (2, n, positions), or where there
+    are none the last hidden state; and whether it is logits.
+
+    Raises:
+        StructLoRAError: none of these.
+    """
+    if output.get("logits") is not None:
+        return output["logits"], True
+    if output.get("start_logits") is not None:
+        return torch.stack([output["start_logits"], output["end_logits"]]), True
+    if output.get("last_hidden_state") is not None:
+        return output["last_hidden_state"], False
+    raise StructLoRAError(
+        f"neither logits nor hidden states in the output of {type(model.get_base_model()).__name__}",
+        "a model that predicts",
+        "give `--probe none`",
+    )
+
+
+def _run(model: PeftModel, row: Row):
+    with refusing(
+        "the model on a row of the data", "its inputs, with `labels`", "correct the data", (RuntimeError,)
+    ):
+        return model(**moved(row, model))
+
+
+def moved(row: Row, model: torch.nn.Module) -> Row:
+    """A row on the device of a model, which any of its parameters tells; accelerate moves it on from there."""
+    device = next(model.parameters()).device
     return {name: value.to(device) for name, value in row.items()}
 
 
-def mean_loss(model: PeftModel, rows: list[Row]) -> float:
-    """Mean loss of a model over rows with labels."""
-    return _outputs(model, rows)[1]
+def rank_moments(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
+    """Second moments of what each module's lora_A makes of its inputs: mean over rows and positions of a aᵀ,
+    a = A x. From forward passes alone, without labels.
+
+    They belong to the directions as they stand in the model (`put`). Of modules whose lora_A is not run on the
+    inputs alone (embeddings, experts in one parameter, torch's attention, DoRA) the moments are those of white
+    inputs, A Aᵀ.
+
+    Args:
+        model (`PeftModel`): with one adapter, in evaluation mode.
+        rows (`list[dict[str, Tensor]]`): one example each; some tens are enough.
+
+    Returns:
+        Module -> (r, r), in fp64 on the CPU.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(module: str):
+        def hook(layer, inputs, output):
+            a = output.detach().double()
+            # (n, r), of a convolution (N, r, H, W)
+            a = a.flatten(2).movedim(1, -1).flatten(0, -2) if isinstance(layer, _Conv) else a.flatten(0, -2)
+            sums[module] = sums.get(module, 0) + (a.mT @ a).cpu()
+            counts[module] = counts.get(module, 0) + len(a)
+
+        return hook
+
+    (lora,) = model.peft_config.values()
+    layers = (
+        [] if lora.use_dora else [(LORA_NAME.match(name), layer) for name, layer in model.named_modules()]
+    )
+    hooks = [
+        layer.register_forward_hook(watch(match["module"]))
+        for match, layer in layers
+        if match and match["factor"] == "A" and getattr(layer, "weight", None) is not None
+    ]
+    try:
+        with torch.no_grad():
+            for row in rows:
+                _run(model, row)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for module, sides in factors_of(model).items():
+        A = sides["A"].detach().flatten(1).double().cpu()
+        found[module] = sums[module] / counts[module] if counts.get(module) else A @ A.mT
+    return found
 
 
 def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
@@ -261,8 +376,7 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
         for module in sides
     }
     for row in rows:
-        with refusing("the model on a row of the data", "its inputs, with `labels`", "correct the data"):
-            loss = model(**_moved(row, model)).get("loss")
+        loss = _run(model, row).get("loss")
         if loss is None or not loss.isfinite():
             raise StructLoRAError(
                 f"a loss of {loss} on a row of the data",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
-from .inspecting import final_losses, peak_learning_rate, short_names, training_data
+from .inspecting import final_losses, held_out_rows, peak_learning_rate, short_names, training_data
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -44,7 +44,7 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
     page = templates.get_template("page.html.j2").render(
         runs=[*zip(runs, RUN_COLOURS, strict=False)],
         facts={name: values for name, values in facts.items() if any(value is not None for value in values)},
-        lowest={name: _lowest(facts[name]) for name in _LOSSES},
+        lowest={_HELD_OUT: _lowest(facts[_HELD_OUT])},
         verdict=_verdict(runs),
         charts=charts(runs),
         heads=heads,
@@ -87,45 +87,44 @@ def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
         for name in names:
             for depth in run.kinds[name].depths if name in run.kinds else ():
                 found.setdefault((name, depth.layer), [None] * len(runs))[index] = (run.kinds[name], depth)
-    is_grouped = any(depth.groups is not None for run in runs for depth in run.depths())
-    columns = {head: get for head, get in _COLUMNS.items() if head != "groups" or is_grouped}
-    heads = [head if len(runs) == 1 else f"{head}, {run.name}" for head in columns for run in runs]
+    heads = [head if len(runs) == 1 else f"{head}, {run.name}" for head in _COLUMNS for run in runs]
     rows = [
         (
             name,
             names[name],
             layer,
-            [get(*pair) if pair else None for get in columns.values() for pair in pairs],
+            [get(*pair) if pair else None for get in _COLUMNS.values() for pair in pairs],
         )
         for (name, layer), pairs in found.items()
     ]
     return ["kind", "layer", *heads], rows
 
 
-def _openness(depths, attribute: str = "gates") -> float | None:
-    gates = [gate for depth in depths for gate in getattr(depth, attribute) or ()]
-    return sum(gates) / len(gates) if gates else None
-
-
 def _option(name: str) -> Callable[[Run], object]:
     return lambda run: getattr(run.saved.config, name) if run.saved.config else None
 
 
-_LOSSES = ("training loss at the end", "held-out loss at the end")
+def _ranks(run: Run) -> str:
+    ranks = {depth.rank for depth in run.depths()}
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+_HELD_OUT = "held-out loss at the end"  # training losses of StructLoRA are with noise: not to be compared
 _FACTS: dict[str, Callable[[Run], object]] = {
     "base model": lambda run: run.saved.lora.base_model_name_or_path,
     "data": lambda run: training_data(run.saved),
-    "r": lambda run: run.saved.lora.r,
+    "r": lambda run: _ranks(run),
     "alpha": lambda run: run.saved.lora.lora_alpha,
     "modules": lambda run: len(run.depths()),
     "directions": lambda run: sum(depth.rank for depth in run.depths()),
     "learning rate": lambda run: peak_learning_rate(run.saved),
     "steps": lambda run: run.saved.step or (run.history[-1]["step"] if run.history else None),
-    _LOSSES[0]: lambda run: final_losses(run.history)[0],
-    _LOSSES[1]: lambda run: final_losses(run.history)[1],
-    "filter": _option("filter"),
+    "training loss at the end": lambda run: final_losses(run.history)[0],
+    _HELD_OUT: lambda run: final_losses(run.history)[1],
+    "held-out rows": lambda run: held_out_rows(run.history),
+    "noise": _option("noise"),
     "coordinator": _option("coordinator"),
-    "mean openness": lambda run: _openness(run.depths()),
+    "directions that add something": lambda run: sum(depth.kept for depth in run.depths()),
     "mean effective rank": lambda run: sum(d.effective_rank for d in run.depths()) / len(run.depths()),
     "folder": lambda run: str(run.saved.folder),
     "state and log from": lambda run: (
@@ -133,8 +132,8 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     ),
 }
 _COLUMNS: dict[str, Callable] = {
-    "openness": lambda kind, depth: _openness([depth]),
-    "groups": lambda kind, depth: _openness([depth], "groups"),
+    "adds": lambda kind, depth: depth.kept,
+    "rank": lambda kind, depth: depth.rank,
     "eff. rank": lambda kind, depth: depth.effective_rank,
     "norm": lambda kind, depth: depth.norm,
     "coherence": lambda kind, depth: depth.coherence,

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ..core.kinds import Adapted
 from ..errors import StructLoRAError
 
-# With or without the adapter's name, as it stands in a model or in a file; a bias of lora_B is none of ours.
+# With or without the adapter's name, as it stands in a model or in a file; `lora_B.bias` is not matched.
 LORA_NAME = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )
@@ -115,6 +115,12 @@ def base_is_moved_for_good(lora: LoraConfig) -> bool:
     return str(lora.init_lora_weights).lower().startswith(("lora_ga", "corda", "pissa_niter"))
 
 
+def base_is_moved(lora: LoraConfig) -> bool:
+    """Whether PEFT, loading the adapter, takes part of the base weights out of the model."""
+    has_kasa = getattr(lora, "kasa_config", None)  # PEFT before 0.21 has none
+    return bool(has_kasa) or str(lora.init_lora_weights).lower().startswith(_MOVING_BASE)
+
+
 def scale_of(lora: LoraConfig, module: str) -> float:
     """s of a module's ΔW = s·B·A, as PEFT has it."""
     rank = rank_of(lora, module)
@@ -165,6 +171,27 @@ def factor_names(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
     return names
 
 
+def masked(
+    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]]
+) -> dict[str, Tensor]:
+    """The same adapter with zeros in place of all directions but those `kept`, as `with_one_scale` takes them:
+    what that makes smaller, in tensors of the shapes that they had.
+    """
+    written = dict(tensors)
+    for module, names in factor_names(tensors).items():
+        if module not in kept:
+            continue
+        rank = rank_of(lora, module)
+        mask = torch.zeros(len(kept[module]), rank, dtype=torch.bool, device="cpu")  # (E, r)
+        for expert, directions in enumerate(kept[module]):
+            mask[expert, directions] = True
+        A, B = tensors[names["A"]], tensors[names["B"]]
+        # lora_A's rows are in the order (expert, r), lora_B's columns in the order (r, expert).
+        written[names["A"]] = A * mask.flatten().view(-1, *[1] * (A.ndim - 1)).to(A)
+        written[names["B"]] = B * mask.T.flatten().view(1, -1, *[1] * (B.ndim - 2)).to(B)
+    return written
+
+
 def with_one_scale(
     lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]], one_rank: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -176,7 +203,8 @@ def with_one_scale(
         kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions
             to keep; other modules keep all. A module that keeps none is left out of the adapter
             (`exclude_modules`).
-        one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank with zeros.
+        one_rank (`bool`, *optional*, defaults to False): fill every module, those that keep nothing too, up to
+            the largest rank with zeros.
 
     Returns:
         `LoraConfig` and tensors of the new adapter: ranks that differ are in `rank_pattern`, and in
@@ -226,14 +254,14 @@ def _refuse_other_base(
     init = str(lora.init_lora_weights).lower()
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
-    has_kasa = getattr(lora, "kasa_config", None)  # PEFT before 0.21 has none
-    if changed and (has_kasa or init.startswith(_MOVING_BASE)):
+    if changed and base_is_moved(lora):
+        has_kasa = getattr(lora, "kasa_config", None)
         start = "of KaSA (`kasa_config`)" if has_kasa else f"initialised with '{lora.init_lora_weights}'"
         raise StructLoRAError(
             f"an adapter {start}, which takes base weights out of the model by rank or scale, and another rank or scale for "
             f"'{changed[0]}'",
             "the ranks and scales of training",
-            "export without pruning and without `--one-rank`",
+            "export it as it is, without `--rank`, `--keep`, `--prune` and `--for`",
         )
 
 
@@ -247,7 +275,8 @@ def _configured(lora: LoraConfig, ranks: dict[str, int], rank: int, scale: float
         if not own:
             left_out.append(re.escape(name))
         elif own != rank:
-            lora.rank_pattern[f"^{name}"], lora.alpha_pattern[f"^{name}"] = own, _number(scale * own)
+            key = f"^{re.escape(name)}"
+            lora.rank_pattern[key], lora.alpha_pattern[key] = own, _number(scale * own)
     if left_out:
         lora.exclude_modules = "|".join([*_excluded(lora), *left_out])
     return lora

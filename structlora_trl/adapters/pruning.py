@@ -3,11 +3,14 @@
 Removing row j of a module's lora_A and column j of its lora_B takes exactly that rank-one part out of its
 update. Which go:
 
+* `shrink`: of any adapter, all but the R best of each module, so that all modules have one rank, which is what
+  LoRA servers pay for. Directions are the principal components of what a module adds to its output on some
+  rows, or without rows the singular ones of its update.
+* `select`: of any adapter, those that matter least to a task over the whole model, among the singular
+  directions of each module's update: directions depend on the basis, and the update does not. Ranks differ.
 * `prune`: those whose gate is closed, that is open with a probability σ(φ_j) below a threshold ('topk_norm':
   where the filter has it closed). The gate has made the part small, but where lora_B is coordinated (modules
   that write the residual stream) other directions' messages are in it too: measure what it costs.
-* `select`: of any adapter, those that matter least to a task, among the singular directions of each module's
-  update: directions depend on the basis, and the update does not.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ from ..config import share_to_keep
 from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
-from .peft_scaling import LORA_NAME, SAMPLER, shares_pattern, with_one_scale, with_singular_directions
+from .peft_scaling import (
+    LORA_NAME,
+    SAMPLER,
+    factor_names,
+    masked,
+    rank_of,
+    shares_pattern,
+    with_one_scale,
+    with_singular_directions,
+)
 
 
 @dataclass
@@ -30,79 +42,83 @@ class Pruned:
     """A smaller adapter.
 
     Args:
-        lora (`LoraConfig`): with the new ranks in `rank_pattern`; every module's scale is `lora_alpha / r`.
-        tensors (`dict[str, Tensor]`): of its adapter file.
+        whole (`LoraConfig`): of the adapter that it was made of.
+        directions (`dict[str, Tensor]`): of its file, of the shapes that it had, in the basis that directions
+            were chosen in.
         kept (`dict[str, list[list[int]]]`): module -> directions kept, of each of its experts or of itself.
-        spared (`list[str]`): modules none of whose directions would stay, and that keep their best one:
-            `prune` spares all of them, `select` those that PEFT cannot leave out (experts in one parameter,
-            torch's attention, DoRA, biases).
+        one_rank (`bool`): whether every module is filled up to the largest rank.
+        spared (`list[str]`): modules none of whose directions would stay, and that keep their best one, since
+            PEFT cannot leave them out (experts in one parameter, torch's attention, DoRA, biases).
         left_out (`list[str]`): modules without any direction, which the new adapter does not adapt.
-        share (`float`, *optional*): of the information, or of the squared singular values, that the
-            directions kept carry.
+        share (`float`, *optional*): what the directions kept carry, of that which they were chosen by.
     """
 
-    lora: LoraConfig
-    tensors: dict[str, Tensor]
+    whole: LoraConfig
+    directions: dict[str, Tensor]
     kept: dict[str, list[list[int]]]
-    spared: list[str]
+    one_rank: bool = False
+    spared: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     share: float | None = None
 
+    def __post_init__(self):
+        self.lora, self.tensors = self.written(self.directions)
 
-def openness(saved: Saved) -> dict[str, Tensor]:
-    """Module -> (E or 1, r), the probability that each of its directions is open.
+    def written(self, directions: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """Configuration and file of the smaller adapter, with factors from `directions`, of the shapes of the
+        whole one.
 
-    Raises:
-        StructLoRAError: no state, no learned gates, or an adapter that holds base weights (PiSSA, KaSA).
-    """
-    if saved.maps is None:
-        raise StructLoRAError(
-            f"no StructLoRA state beside the adapter in {saved.folder}, so that its gates are unknown",
-            "structlora.safetensors, which each checkpoint and each output folder of `structlora sft` holds",
-            "give a checkpoint of the run that made the adapter, or select with `--keep`, which needs no gates",
-        )
-    if saved.holds_base_weights:
-        raise StructLoRAError(
-            "an adapter whose directions began as part of the base weights",
-            "directions that start at zero",
-            "export without pruning",
-        )
-    found = {}
-    for index in range(len(saved.kinds)):
-        gates = saved.gates(index)
-        if gates is None:
-            raise StructLoRAError(
-                f"filter='{saved.config.filter}', which learns no gates",
-                "filter 'ib' or 'topk_norm'",
-                "select with `--keep`, which needs no gates, or train with gates",
-            )
-        found |= saved.by_module(index, gates)
-    return found
+        Raises:
+            StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ, KaSA).
+        """
+        return with_one_scale(self.whole, directions, self.kept, self.one_rank)
+
+    def masked(self) -> dict[str, Tensor]:
+        """`directions` with zeros in place of those that are not kept: the same adapter, at its old size."""
+        return masked(self.whole, self.directions, self.kept)
+
+    @property
+    def count(self) -> int:
+        """Directions kept."""
+        return sum(len(expert) for experts in self.kept.values() for expert in experts)
 
 
-def prune(saved: Saved, threshold: float) -> Pruned:
-    """Drop directions whose gate is open with probability below `threshold`.
+def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
+    """Drop directions that add nothing: those that `keep` closed while training, whose lora_B is zero.
 
     Args:
-        saved (`Saved`): an adapter with StructLoRA's state.
-        threshold (`float`): above 0, at most 1.
+        saved (`Saved`): any adapter.
+        one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
+
+    Returns:
+        `Pruned`, or None where every direction adds something.
 
     Raises:
-        StructLoRAError: a threshold out of range, or as `openness`.
+        StructLoRAError: no direction adds anything.
     """
-    if not 0 < threshold <= 1:
-        raise StructLoRAError(f"a threshold of {threshold}", "a probability above 0, at most 1", "try 0.05")
-    kept, spared = {}, []
-    for module, gates in openness(saved).items():
-        kept[module] = [(row >= threshold).nonzero().flatten().tolist() for row in gates]
-        if not any(kept[module]):
-            kept[module] = [[int(row.argmax())] for row in gates]
-            spared.append(module)
-    lora, tensors = with_one_scale(saved.lora, saved.tensors, kept)
-    return Pruned(lora, tensors, kept, spared)
+    adds = {}
+    for index in range(len(saved.kinds)):
+        factors = saved.factors(index)  # A (L, r, k), B (L, d, r), with experts before them
+        adds |= saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
+    if not any(bool(of_module.any()) for of_module in adds.values()):
+        raise StructLoRAError(
+            "an adapter none of whose directions changes the model",
+            "a trained adapter",
+            "give a checkpoint of a later step",
+        )
+    if all(bool(of_module.all()) for of_module in adds.values()):
+        return None
+    kept, spared, left_out = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
+    return Pruned(saved.lora, saved.tensors, kept, one_rank, spared, left_out)
 
 
-def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | None = None) -> Pruned:
+def select(
+    saved: Saved,
+    keep: float | str,
+    information: dict[str, Tensor] | None = None,
+    max_rank: int | None = None,
+    one_rank: bool = False,
+) -> Pruned:
     """Keep the singular directions that matter most, over the whole model: ranks differ by module.
 
     Args:
@@ -112,21 +128,18 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
         information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
             same adapter in its singular directions; where omitted, the squared singular values take its
             place.
+        max_rank (`int`, *optional*): most directions of a module: the best of the others take their place.
+        one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
     Raises:
-        StructLoRAError: a share out of range, an adapter that adds nothing, or one whose ranks PEFT needs as
-            they are (PiSSA, OLoRA, LoftQ, KaSA).
+        StructLoRAError: a share or a rank out of range, an adapter that adds nothing, or one whose ranks PEFT
+            needs as they are (PiSSA, OLoRA, LoftQ, KaSA).
     """
     share_to_keep(keep)  # refused before the work
+    if max_rank is not None:
+        _refuse_rank(saved, max_rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     worth = information or {module: values.square() for module, values in sigma.items()}
-    if worth.keys() != sigma.keys():
-        differing = min(worth.keys() ^ sigma.keys())
-        raise StructLoRAError(
-            f"an adapter whose file names other modules than the model that PEFT makes of it ('{differing}')",
-            "the names of the model, as this version of PEFT writes them",
-            "load it with PEFT, save it again (`PeftModel.from_pretrained(base, folder).save_pretrained(new)`), and export that",
-        )
     flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
     total = flat.sum()
     if not total > 0:
@@ -136,22 +149,113 @@ def select(saved: Saved, keep: float | str, information: dict[str, Tensor] | Non
             "a trained adapter",
             "give a checkpoint of a later step, or other rows",
         )
-    mask = best(flat, keep)
+    allowed = torch.ones_like(flat, dtype=torch.bool)
+    if max_rank is not None:
+        allowed = torch.cat([_best_of_each(worth[module], max_rank).flatten() for module in sigma])
+    mask = best(torch.where(allowed, flat, 0), keep) & allowed
     parts = mask.split([worth[module].numel() for module in sigma])
+    chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
+    kept, spared, left_out = _kept(saved, chosen, worth)
+    share = float(flat[mask].sum() / total)
+    return Pruned(saved.lora, tensors, kept, one_rank, spared, left_out, share)
+
+
+def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) -> Pruned:
+    """Give every module one rank, with the directions that its output needs most.
+
+    Of a module's ΔW = s·B·A the best in mean square over the rows are the principal components of what it adds
+    to its output, those of E[B A x xᵀ Aᵀ Bᵀ]: the part of the update that writes into the span of the first
+    `rank` of them.
+
+    Args:
+        saved (`Saved`): any adapter.
+        rank (`int`): of every module; narrower ones, and those of a smaller rank, are filled with zeros.
+        moments (`dict[str, Tensor]`, *optional*): module -> (r, r), of `rank_moments` on the same adapter in
+            its singular directions. Where omitted, and of experts in one parameter, inputs are taken for
+            white: directions are the singular ones of the update.
+
+    Raises:
+        StructLoRAError: a rank above the adapter's, an adapter that adds nothing, or one whose ranks PEFT
+            needs as they are (PiSSA, OLoRA, LoftQ, KaSA).
+    """
+    _refuse_rank(saved, rank)
+    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
+    if not any(values.any() for values in sigma.values()):
+        raise StructLoRAError(
+            "an adapter none of whose directions changes the model",
+            "a trained adapter",
+            "give a checkpoint of a later step",
+        )
+    names, kept, shares = factor_names(tensors), {}, []
+    for module, values in sigma.items():
+        energy = values.square()
+        if moments and len(values) == 1:
+            A, B = (tensors[names[module][side]] for side in "AB")
+            new_A, new_B, energy = principal_outputs(A, B, moments[module])
+            tensors[names[module]["A"]], tensors[names[module]["B"]] = new_A, new_B
+            energy = energy[None]
+        first = list(range(min(rank, values.shape[1])))
+        kept[module] = [first] * len(values)
+        if energy.sum() > 0:
+            shares.append(float(energy[:, first].sum() / energy.sum()))
+    share = sum(shares) / len(shares)
+    return Pruned(saved.lora, tensors, kept, one_rank=True, share=share)
+
+
+def principal_outputs(A: Tensor, B: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the same product whose columns of B are the principal directions of the output, the largest
+    first, with the mean squares (r,) of the output along them.
+
+    Args:
+        A, B (`Tensor`): in singular directions: B's columns are orthogonal.
+        moments (`Tensor`): (r, r), E[a aᵀ] of a = A x.
+    """
+    flat_A, flat_B = A.double().flatten(1), B.double().flatten(1)
+    sizes = flat_B.norm(dim=0)  # (r,)
+    unit = flat_B / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
+    energy, turn = torch.linalg.eigh(sizes[:, None] * moments * sizes)  # ascending
+    energy, turn = energy.flip(0).clamp(min=0), turn.flip(1)
+    new_B, new_A = unit @ turn, turn.mT @ (sizes[:, None] * flat_A)
+    root = new_A.norm(dim=1).sqrt()  # shared equally, as singular values are
+    new_B, new_A = new_B * root, new_A / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
+    return new_A.view(A.shape).to(A.dtype), new_B.view(B.shape).to(B.dtype), energy
+
+
+def _refuse_rank(saved: Saved, rank: int) -> None:
+    largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
+    if not 1 <= rank <= largest:
+        raise StructLoRAError(
+            f"a rank of {rank} for an adapter of rank {largest}",
+            f"a smaller one, from 1 to {largest}",
+            f"try {max(1, largest // 2)}",
+        )
+
+
+def _best_of_each(worth: Tensor, count: int) -> Tensor:
+    """(E, r) of bool: the `count` best directions of each row."""
+    places = worth.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(worth, dtype=torch.bool).scatter_(1, places, True)
+
+
+def _kept(
+    saved: Saved, chosen: dict[str, Tensor], worth: dict[str, Tensor]
+) -> tuple[dict[str, list[list[int]]], list[str], list[str]]:
+    """Directions chosen, (E or 1, r) of bool by module, as lists; modules that keep their best one all the
+    same; and modules that are left out.
+    """
     # More than two factors of each module: DoRA's magnitude, a bias.
     more = (name for name in saved.tensors if ".lora_" in name and not LORA_NAME.match(name))
     has_more = saved.lora.bias != "none" or any(SAMPLER not in name for name in more)
     kept, spared, left_out = {}, [], []
-    for (module, values), part in zip(sigma.items(), parts, strict=True):
-        kept[module] = [row.nonzero().flatten().tolist() for row in part.view_as(values)]
+    for module, mask in chosen.items():
+        kept[module] = [row.nonzero().flatten().tolist() for row in mask]
         if not any(kept[module]):
-            if has_more or shares_pattern(saved.lora, module, sigma):
+            if has_more or shares_pattern(saved.lora, module, chosen):
                 kept[module][0] = [int(worth[module][0].argmax())]
                 spared.append(module)
             else:
                 left_out.append(module)
-    lora, tensors = with_one_scale(saved.lora, tensors, kept)
-    return Pruned(lora, tensors, kept, spared, left_out, float(flat[mask].sum() / total))
+    return kept, spared, left_out
 
 
 def size_curve(saved: Saved, count: int = 64) -> list[tuple[float, float]]:

@@ -1,112 +1,394 @@
-"""Rows of a data file as inputs of a language model, in the formats that TRL's SFTTrainer accepts."""
+"""Rows of data as inputs of a model, in the formats that TRL's trainers accept."""
 
 from __future__ import annotations
 
+import glob
 import json
+import warnings
+from collections.abc import Iterable
 from itertools import islice
+from numbers import Number
 from pathlib import Path
+from typing import NamedTuple
 
+import datasets
+import numpy as np
 import torch
 from datasets import load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import apply_chat_template, is_conversational, maybe_convert_to_chatml
+from datasets.exceptions import DatasetsError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl import (
+    DatasetMixtureConfig,
+    apply_chat_template,
+    extract_prompt,
+    get_dataset,
+    is_conversational,
+    maybe_convert_to_chatml,
+)
+from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
+from .inspecting import command_facts
 from .load_adapter import Saved
 from .measuring import HEADS, Row
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_LENGTH = 1024  # tokens of a row that are read, TRL's default `max_length`
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_HELD_OUT = ("test", "validation", "eval", "dev", "valid")  # names of splits, the first that is there
+_LENGTH = 1024  # tokens of a row that are read where the run does not say, TRL's default `max_length`
 _IGNORED = -100  # as PyTorch's cross-entropy has it
-_FORMATS = "`messages`, `prompt` and `completion`, or `text`"
+_FORMATS = (
+    "`messages`, `prompt` and `completion`, `text`, or `chosen` and `rejected` with or without `prompt`"
+)
+# Columns that have a meaning; the first set that a row has is used.
+_COLUMNS = (
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("text", "label"),
+    ("text",),
+)
+_OF_TEXT = {*(name for names in _COLUMNS for name in names), "conversations"} - {"label"}
+
+
+class Rows(NamedTuple):
+    """Rows that were read: inputs of the model, where they are from, and what was left out, by reason."""
+
+    rows: list[Row]
+    source: str
+    left_out: dict[str, int]
+
+    def told(self) -> str:
+        """In words."""
+        more = "".join(f", {count} {reason}" for reason, count in self.left_out.items())
+        return f"{len(self.rows)} rows of {self.source}{more}"
 
 
 def read_rows(
-    file: str | Path, saved: Saved, base_name: str | None, revision: str | None, count: int
-) -> list[Row]:
-    """Read the first rows of a file, with labels: the completion's tokens where there is a prompt, else all.
+    data: str | Path | Iterable[dict] | None,
+    saved: Saved,
+    base_name: str | None,
+    revision: str | None,
+    count: int,
+    split: str | None = None,
+) -> Rows | None:
+    """Read the first rows, with labels: the completion's tokens where there is a prompt, else all.
+
+    Of pairs, the chosen completion is read; of rows that are judged one by one (`label`), those judged good.
+    A row that is too long for the run's `max_length` (1,024 tokens where that is unknown), or for the model,
+    loses the beginning of its prompt.
 
     Args:
-        file (`str` or `Path`): .json, .jsonl, .csv or .parquet; columns `messages`, `prompt` and `completion`
-            (texts or messages), `conversations` (`from` and `value`), or `text`.
+        data (`str`, `Path` or rows, *optional*): a file (.json, .jsonl, .csv, .tsv, .parquet, also packed as
+            .gz), a folder of them, or a data set of the hub, with columns `messages`, `prompt` and `completion`
+            (texts or messages), `conversations` (`from` and `value`), `text`, or `chosen` and `rejected`, for
+            classifiers `text` and `label`; rows of these columns as a list or a `Dataset`; or inputs of the
+            model, of one example each. Where omitted, the rows that the run held out of its training.
         saved (`Saved`): the adapter, whose own tokenizer is used where it lies beside it, as trainers save
             it.
         base_name, revision (`str`, *optional*): of the base model, whose tokenizer is used otherwise.
         count (`int`): most rows to read.
+        split (`str`, *optional*): of a folder or of a data set of the hub; where omitted one that is called
+            "test", "validation" or the like, else "train".
+
+    Returns:
+        `Rows`; None where `data` is omitted and the run held nothing out, or its data are gone (which is told
+        by a warning).
 
     Raises:
-        StructLoRAError: no such file, no tokenizer, rows of another format, or a model with another task.
+        StructLoRAError: nothing there to read, no tokenizer, rows of another format, or a model with another
+            task.
     """
-    path = Path(file)
-    if saved.lora.task_type in HEADS:
-        raise StructLoRAError(
-            f"rows of text for an adapter of task {saved.lora.task_type}, whose labels are no tokens of them",
-            "a language model that continues text",
-            "give rows with `labels` from Python (`export(..., data=rows)`), or select without `--data`",
+    if data is None:
+        found = _held_out_of(saved)
+        if found is None:
+            return None
+        data, source = found
+    elif isinstance(data, (str, Path)):
+        source = str(data)
+        data = _load(source, split)
+    else:
+        source = "the rows given"
+    with refusing(f"reading {source}", f"rows with {_FORMATS}", "correct the data", (DatasetsError,)):
+        rows = [*islice(iter(data), count)]
+    if not rows:
+        raise StructLoRAError(f"no rows in {source}", "some examples", "give others, or leave them out")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise StructLoRAError(
+                f"row {number} of {source}, which is a {type(row).__name__}",
+                f"a mapping: {_FORMATS}, or inputs of the model",
+                "give a list of mappings, or a `Dataset`",
+            )
+    if not any(_OF_TEXT & row.keys() or any(isinstance(x, str) for x in row.values()) for row in rows):
+        return Rows([_as_inputs(row, number, source) for number, row in enumerate(rows, 1)], source, {})
+    return _Reader(saved, base_name, revision, source).read(rows)
+
+
+def _held_out_of(saved: Saved) -> tuple[Iterable[dict], str] | None:
+    """The rows that the run evaluated on, as its log names them (`cli.data.held_out`)."""
+    facts = command_facts(saved.run_folder).get("held_out")
+    if not facts:
+        return None
+    source = "the run's held-out split"
+    try:
+        if "datasets" not in facts:
+            return load_dataset(facts["path"], facts["name"], split=facts["split"], streaming=True), source
+        parts = [DatasetConfig(**part) for part in facts["datasets"]]
+        mixture = DatasetMixtureConfig(datasets=parts, test_split_size=facts["test_split_size"])
+        # `train_test_split` without a seed draws from this one, which the command had set just before.
+        state = np.random.get_state()
+        np.random.seed(facts["seed"])
+        try:
+            return get_dataset(mixture)[facts["split"]], source
+        finally:
+            np.random.set_state(state)
+    except (OSError, ValueError, TypeError, KeyError, DatasetsError) as error:
+        warnings.warn(
+            f"The rows that the run held out cannot be read ({' '.join(str(error).split())}): give --data.",
+            stacklevel=2,
         )
-    if path.suffix not in _BUILDERS or not path.is_file():
+        return None
+
+
+def _load(name: str, split: str | None) -> Iterable[dict]:
+    """A file, a folder or a data set of the hub, streamed."""
+    path = Path(name).expanduser()
+    packed = path.suffix.lower() in _PACKED
+    suffix = (Path(path.stem) if packed else path).suffix.lower()
+    builder = BUILDERS.get(suffix)
+    is_local = path.exists() or builder or name.startswith((".", "/", "~"))
+    if is_local and not (path.is_dir() or (builder and path.is_file())):
+        what = "a file of another kind" if path.exists() else "no file or folder"
         raise StructLoRAError(
-            f"no data file {file}",
-            f"a file that ends in {', '.join(_BUILDERS)}",
+            f"{what} {name}",
+            f"a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(_PACKED)}), a folder of them, or a "
+            "data set of the hub",
             "correct the path given as `--data`",
         )
-    with refusing(f"reading {file}", f"rows with {_FORMATS}", "correct the file"):
-        try:
-            data = load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
-        except StopIteration:  # `datasets` 5 on an empty file of JSON
-            data = []
-        rows = [*islice(data, count)]
     with refusing(
-        "loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"
+        f"reading {name}",
+        f"rows with {_FORMATS}, in files, in a folder, or in a data set of the hub that can be reached",
+        "correct `--data`",
+        (DatasetsError, RuntimeError),
     ):
-        if (saved.folder / "tokenizer_config.json").is_file():
-            base_name, revision = saved.folder, None
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **({"revision": revision} if revision else {}))
-    with refusing(f"tokenizing the rows of {file}", f"rows with {_FORMATS}", "correct the file"):
-        found = [_tokenized(row, tokenizer, file) for row in rows]
-    found = [row for row in found if (row["labels"][:, 1:] != _IGNORED).any()]
-    if not found:
-        raise StructLoRAError(
-            f"no row in {file} with a token to predict", "some rows of text", "give another file"
-        )
+        if path.is_file():
+            # `datasets` takes paths for patterns.
+            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            files = glob.escape(str(path))
+            try:
+                return load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+            except StopIteration:  # `datasets` 5 on an empty file of JSON
+                return []
+        place = str(path) if is_local else name
+        names = datasets.get_dataset_split_names(place)
+        if split is None:
+            split = next((known for known in _HELD_OUT if known in names), "train")
+        if split not in names:
+            raise StructLoRAError(
+                f"no split '{split}' in {name} (it has {', '.join(map(repr, names))})",
+                "one of these",
+                "correct `--split`",
+            )
+        return load_dataset(place, split=split, streaming=True)
+
+
+def _as_inputs(row: dict, number: int, source: str) -> Row:
+    """A row of a model's inputs, of one example: lists and numbers become tensors with a first dimension."""
+    found = {}
+    for name, value in row.items():
+        if not isinstance(value, Tensor):
+            if not isinstance(value, (list, tuple, Number, np.ndarray)):
+                raise StructLoRAError(
+                    f"row {number}, column `{name}` of {source}: a {type(value).__name__}",
+                    f"inputs of the model (tensors, lists of numbers), or columns of text: {_FORMATS}",
+                    "rename or remove the column",
+                )
+            with refusing(
+                f"reading row {number}, column `{name}` of {source}",
+                "numbers, lists of them, or a tensor",
+                "correct the rows",
+            ):
+                value = torch.as_tensor(value)[None]
+        found[name] = value
     return found
 
 
-def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, file: str | Path) -> Row:
-    row = {name: value for name, value in row.items() if value is not None}
-    if "conversations" in row:
-        row = maybe_convert_to_chatml(row)
-    used = next(
-        (names for names in (["messages"], ["prompt", "completion"], ["text"]) if {*names} <= row.keys()),
-        None,
-    )
-    if used is None or {"image", "images"} & row.keys():
-        raise StructLoRAError(
-            f"a row with {', '.join(row) or 'nothing'} in {file}",
-            f"rows of text alone: {_FORMATS}",
-            "rename the columns",
+class _Reader:
+    """Turns rows of text into inputs of one model."""
+
+    def __init__(self, saved: Saved, base_name: str | None, revision: str | None, source: str):
+        self._source, self._task = source, saved.lora.task_type
+        if self._task in HEADS and self._task not in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+            raise self._other_task()
+        at = {"revision": revision} if revision else {}
+        with refusing(
+            "loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"
+        ):
+            config = AutoConfig.from_pretrained(base_name, **at)
+            own = (saved.folder / "tokenizer_config.json").is_file()
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                saved.folder if own else base_name, **({} if own else at)
+            )
+        self._has_decoder = config.is_encoder_decoder
+        self._end = self._tokenizer.eos_token or ""
+        limits = (
+            command_facts(saved.run_folder).get("max_length") or _LENGTH,
+            # A decoder with positions of its own; others may have none, or none that bound them.
+            getattr(config.get_text_config(), "max_position_embeddings", None) or _LENGTH,
         )
-    example = {name: row[name] for name in used}
-    chat = is_conversational(example)
-    if chat:
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        options = row.get("chat_template_kwargs", {})
-        example = apply_chat_template(example, tokenizer, tools=tools, **options)
-    prompt = example.get("prompt", "")
-    whole = prompt + example["completion"] if "completion" in example else example["text"]
-    end = tokenizer.eos_token or ""
-    if not chat and not whole.endswith(end):
-        whole += end
-    # A template writes the special tokens itself.
-    ids, masked = (tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in (whole, prompt))
-    tokens = torch.tensor([ids[:_LENGTH]], dtype=torch.int64, device="cpu")
-    labels = tokens.clone()
-    if prompt:
+        self._limit = min(limits)
+        self._left_out: dict[str, int] = {}
+
+    def _other_task(self) -> StructLoRAError:
+        return StructLoRAError(
+            f"rows of text for an adapter of task {self._task}, whose labels are no tokens of them",
+            "a language model that continues text, or a classifier with columns `text` and `label`",
+            "give rows with `labels` from Python (`export(..., data=rows)`), or select without `--data`",
+        )
+
+    def read(self, rows: list[dict]) -> Rows:
+        found = []
+        for number, row in enumerate(rows, 1):
+            with refusing(
+                f"reading row {number} of {self._source}", f"rows with {_FORMATS}", "correct the row"
+            ):
+                inputs = self._inputs(row, f"row {number} of {self._source}")
+            if inputs is not None:
+                found.append(inputs)
+        if not found:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self._left_out.items())
+            raise StructLoRAError(
+                f"no row in {self._source} with a token to predict ({reasons})",
+                "some rows of text",
+                "give other rows",
+            )
+        return Rows(found, self._source, self._left_out)
+
+    def _inputs(self, row: dict, where: str) -> Row | None:
+        # Columns that a row lacks and another has are null in it.
+        present = {name: value for name, value in row.items() if value is not None}
+        if "conversations" in present:
+            present = maybe_convert_to_chatml(present)
+        used = next((names for names in _COLUMNS if {*names} <= present.keys()), None)
+        if used is None or {"image", "images"} & present.keys():
+            null = [f"`{name}`" for name, value in row.items() if value is None and name in _OF_TEXT]
+            empty = f" ({', '.join(null)} null)" if null else ""
+            raise StructLoRAError(
+                f"{where} with {', '.join(present) or 'nothing'}{empty}",
+                f"rows of text alone: {_FORMATS}",
+                "rename the columns, or fill the cells",
+            )
+        example = {name: present[name] for name in used}
+        label = example.pop("label", None)
+        self._refuse_cells(example, where)
+        if self._task == "SEQ_CLS":
+            return self._labelled(example, label, where)
+        if "chosen" in example:
+            if "prompt" not in example and is_conversational(example):
+                example = extract_prompt(example)
+            example = {
+                **({"prompt": example["prompt"]} if "prompt" in example else {}),
+                ("completion" if "prompt" in example else "text"): example["chosen"],
+            }
+        if (
+            isinstance(present.get("label"), (bool, np.bool_))
+            and "completion" in example
+            and not present["label"]
+        ):
+            return self._without("judged undesirable")
+        return self._tokens(example, present)
+
+    def _refuse_cells(self, example: dict, where: str) -> None:
+        """Stop at a cell that is no text: a number, or a message without content."""
+        for name, value in example.items():
+            texts = {f"column `{name}`": value}
+            if isinstance(value, (list, tuple)):
+                if not all(isinstance(message, dict) and "role" in message for message in value):
+                    raise StructLoRAError(
+                        f"{where}, column `{name}`: a list of something other than messages",
+                        "text, or messages with `role` and `content`",
+                        "correct the cell",
+                    )
+                texts = {
+                    f"message {i} of column `{name}`": message.get("content")
+                    for i, message in enumerate(value, 1)
+                    if not (message.get("content") is None and message.get("tool_calls"))
+                }
+            for place, text in texts.items():
+                is_text = isinstance(text, str) or (
+                    isinstance(text, list) and all(isinstance(x, dict) for x in text)
+                )
+                if not is_text:
+                    found = "null" if text is None else f"{text!r:.40} ({type(text).__name__})"
+                    raise StructLoRAError(f"{where}, {place}: {found}", "text", "correct the cell")
+
+    def _labelled(self, example: dict, label, where: str) -> Row:
+        if "text" not in example or not isinstance(label, (int, float)):
+            raise self._other_task()
+        ids = self._tokenizer(example["text"])["input_ids"][: self._limit]
+        kind = torch.int64 if isinstance(label, int) else torch.float32
+        return {"input_ids": _row(ids), "labels": torch.tensor([label], dtype=kind, device="cpu")}
+
+    def _tokens(self, example: dict, row: dict) -> Row | None:
+        chat = is_conversational(example)
+        if chat:
+            tools = row.get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            example = apply_chat_template(
+                example, self._tokenizer, tools=tools, **row.get("chat_template_kwargs", {})
+            )
+        prompt = example.get("prompt", "")
+        # A template writes the special tokens itself.
+        special = {"add_special_tokens": not chat}
+        if self._has_decoder:
+            return self._translated(example, special)
+        whole = prompt + example["completion"] if "completion" in example else example["text"]
+        if not whole.strip() or not whole[len(prompt) :]:
+            return self._without("empty")
+        if not chat and not whole.endswith(self._end):
+            whole += self._end
+        ids, masked = (self._tokenizer(text, **special)["input_ids"] for text in (whole, prompt))
         # Of the prompt as it stands in the whole: its own end may be tokenized otherwise.
         shared = next(
             (i for i, (a, b) in enumerate(zip(ids, masked, strict=False)) if a != b),
             min(len(ids), len(masked)),
         )
+        shared = shared if prompt else 0
+        if len(ids) > self._limit:
+            self._left_out["shortened"] = self._left_out.get("shortened", 0) + 1
+            # The completion stays, with the end of its prompt; of a long one, its beginning.
+            start = max(0, min(len(ids) - self._limit, shared - self._limit // 2))
+            ids, shared = ids[start : start + self._limit], shared - start
+        tokens = _row(ids)
+        labels = tokens.clone()
         labels[:, :shared] = _IGNORED
-    return {"input_ids": tokens, "labels": labels}
+        if not (labels[:, 1:] != _IGNORED).any():
+            return self._without("without a token to predict")
+        return {"input_ids": tokens, "labels": labels}
+
+    def _translated(self, example: dict, special: dict) -> Row | None:
+        """Of an encoder-decoder model: the prompt is what it reads, the completion what it writes."""
+        if "completion" not in example:
+            raise StructLoRAError(
+                "rows without `prompt` for a model with an encoder, which reads it",
+                "`prompt` and `completion`",
+                "rename the columns",
+            )
+        completion = example["completion"]
+        if not completion.strip():
+            return self._without("empty")
+        ids = self._tokenizer(example["prompt"], **special)["input_ids"][: self._limit]
+        labels = self._tokenizer(text_target=completion, **special)["input_ids"]
+        if self._tokenizer.eos_token_id is not None and labels[-1:] != [self._tokenizer.eos_token_id]:
+            labels = [*labels, self._tokenizer.eos_token_id]
+        return {"input_ids": _row(ids), "labels": _row(labels[: self._limit])}
+
+    def _without(self, reason: str) -> None:
+        self._left_out[reason] = self._left_out.get(reason, 0) + 1
+
+
+def _row(ids: list[int]) -> Tensor:
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")

@@ -7,7 +7,6 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import yaml
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError, refusing
 from ..yaml_block import read_switch
+from .early import read_yaml
 
 _DESCRIPTION = """Run TRL's script `{name}` with StructLoRA on its LoRA adapter.
 
@@ -31,7 +31,7 @@ Arguments of `accelerate launch` (--num_processes, ...) start processes, and so 
 _EXAMPLES = """examples:
   structlora init {name} > run.yaml     # a file to start from
   structlora {name} --config run.yaml
-  structlora {name} --config run.yaml --structlora.gate_init 0.8 --learning_rate 1e-4
+  structlora {name} --config run.yaml --structlora.noise_variance 0.5 --learning_rate 1e-4
   structlora {name} --config run.yaml --structlora false --output_dir lora     # plain LoRA, all else equal
   structlora {name} --config run.yaml --resume_from_checkpoint true
   structlora {name} --config run.yaml --accelerate_config zero2 --num_processes 4
@@ -112,6 +112,17 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     return Arguments(_config(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
 
 
+def without(arguments: list[str], *names: str) -> list[str]:
+    """Words of a command line without some of its arguments and their values."""
+    kept, drops = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            drops = word[2:].split("=")[0] in names
+        if not drops:
+            kept.append(word)
+    return kept
+
+
 def _training_parser(name: str, script: ModuleType):
     """TRL's parser, with ours in a group of their own, and LoRA on."""
     parser = script.make_parser()
@@ -180,15 +191,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 def _read_file(path: str, known: set[str]) -> dict:
     """The keys and values of the YAML file, every key known."""
-    with refusing(
-        f"reading {path}",
-        "a YAML file of arguments",
-        "correct the path after `--config`, or the file where the message points",
-        also=(yaml.YAMLError,),
-    ):
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(options, dict):
-        raise StructLoRAError(f"{path} without keys", "lines of `key: value`", "write one argument a line")
+    options = read_yaml(path)
     for name in options:
         if name not in known:
             raise StructLoRAError(

@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
+from ..config import share_to_keep
+from ..errors import StructLoRAError
 from .arguments import parser_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..adapters.export import Export
     from ..adapters.load_adapter import Saved
 
-_DESCRIPTION = """Write the plain LoRA adapter of a run's output or of a checkpoint: of one process, DDP,
-FSDP2 or DeepSpeed ZeRO. Of a folder that DeepSpeed's zero_to_fp32.py made inside a checkpoint, the checkpoint
-is read: the fp32 masters are latent factors. The result loads in PEFT, and needs nothing of this package.
+_DESCRIPTION = """Write the plain LoRA adapter of a run's output, of a checkpoint (of one process, DDP, FSDP2 or DeepSpeed
+ZeRO), or of any LoRA adapter of PEFT: smaller, for a server, or merged. The result needs nothing of this package.
 
---keep SHARE makes any LoRA adapter smaller, of StructLoRA or not: it keeps 0.25 of all directions, or with
---keep 99% the fewest that carry 99 % of the information, chosen over the whole model among the singular
-directions of each module's update. With --data, a direction is worth what the rows tell about a gate on it,
-E[(m dL/dm)^2]: give some tens of rows that were not trained on, with the columns that `structlora sft` reads
-(messages, prompt and completion, or text). Without --data the largest singular values stay, usually the worse
-choice, for they do not know the task. Modules that keep no direction are left out.
+Smaller:
+  --rank R       one rank for all modules, which is what LoRA servers pay for. Each module keeps what its output needs most
+                 on the rows of --data; without rows, the largest singular values of its update.
+  --keep SHARE   the share of all directions (0.25) that matters most over the whole model, or the fewest that carry a share
+                 of the information (99%). Ranks then differ by module (`rank_pattern`), and modules that keep nothing are
+                 left out: the smallest file for a given loss, and no smaller in a server's memory; --max-rank limits it.
+  --prune        drops directions that add nothing: those that `keep` closed while training.
+  --distil       then some hundred steps in which the smaller adapter learns the outputs of the whole one on these rows. No
+                 labels are needed. One row in eight is held out, and the best weights on these are kept.
+Several sizes in one call (--rank 8 4 2) are written to folders of their own, with a table.
 
---prune T drops each direction whose gate is open with probability below T: row j of lora_A and column j of
-lora_B. It is for runs whose gates did close (a lower `prior`, a higher `kl_weight`).
+Rows (--data): what training takes: files (.jsonl, .json, .csv, .tsv, .parquet, packed or not), a folder of them, or a data set
+of the hub, with `messages`, `prompt` and `completion`, `text`, `chosen` and `rejected`; for classifiers `text` and `label`. 64
+tell what to keep, the loss is of 64 others, and --distil learns from up to 1,024. Without --data the run's own held-out
+rows are taken, where its log names them.
 
-Ranks then differ by module; `rank_pattern` and `alpha_pattern` of the result say so to PEFT. All modules have
-one scale, `lora_alpha / r`, which is what vLLM and SGLang read (differences between scales are in lora_B).
-What it costs is measured: the base model with the adapter before and after, on the rows of --data, or on
-random tokens or pictures, or on a text with --probe.
+--for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp (Ollama too)
+need one rank and one scale, so that smaller modules are filled with zeros.
 
---one-rank fills modules of a smaller rank with zeros, and writes no patterns and no rank stabilisation. Use
-it for llama.cpp (convert_lora_to_gguf.py), which divides one alpha by each module's own rank.
-
---merge writes the base model with the adapter merged into it, in the base model's own precision.
+All modules of a smaller adapter have one scale, `lora_alpha / r`. What it costs is measured on the rows, or on random tokens or
+pictures, or on a text with --probe; --probe none needs no base model.
 """
 _EXAMPLES = """examples:
   structlora export out/checkpoint-500 adapter
-  structlora export out small --keep 0.25 --data rows.jsonl
-  structlora export lora small --keep 99% --data rows.jsonl --one-rank
-  structlora export out small --prune 0.05 --probe sample.txt
+  structlora export lora small --rank 4 --data rows.jsonl --distil
+  structlora export lora sizes --rank 8 4 2 --data trl-lib/Capybara --split test
+  structlora export lora small --keep 99% --data rows.jsonl
+  structlora export out served --for llamacpp --dtype bfloat16
   structlora export out merged --merge
 """
 
@@ -59,99 +60,228 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     rule = parser.add_mutually_exclusive_group()
+    rule.add_argument("--rank", type=int, nargs="+", metavar="R", help="one rank for all modules")
     rule.add_argument(
-        "--keep", metavar="SHARE", help="keep this share of all directions, or N%% of the information"
+        "--keep", nargs="+", metavar="SHARE", help="this share of all directions, or N%% of the information"
     )
-    rule.add_argument("--prune", type=float, metavar="T", help="drop directions with an openness below T")
+    rule.add_argument("--prune", action="store_true", help="drop directions that add nothing")
+    parser.add_argument("--max-rank", type=int, metavar="R", help="with --keep: most directions of a module")
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="rows that tell what to keep (.jsonl, .csv, .parquet)"
+        "--distil", action="store_true", help="let the smaller adapter learn from the whole one"
     )
-    parser.add_argument("--one-rank", action="store_true", help="fill all modules up to one rank with zeros")
+    parser.add_argument("--data", metavar="ROWS", help="a file, a folder or a data set of the hub")
+    parser.add_argument("--split", metavar="NAME", help="split of --data; default: test, validation or train")
+    parser.add_argument(
+        "--for", dest="server", metavar="SERVER", help="vllm, sglang, lorax or llamacpp: write what it loads"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
     parser.add_argument("--merge", action="store_true", help="write the merged model instead of the adapter")
     parser.add_argument(
         "--base", metavar="MODEL", help="base model; default: the one named in adapter_config.json"
     )
     parser.add_argument("--probe", metavar="FILE", help="text to measure the change on, or 'none' to skip it")
     given = parser.parse_args(arguments)
-    if given.data is not None and given.keep is None:
-        parser.error("--data needs --keep, which it tells what to keep")
-    if given.probe is not None and (given.data is not None or (given.prune is None and given.keep is None)):
-        parser.error(
-            "--probe needs --keep or --prune, whose cost it measures; with --data the rows are measured on"
-        )
-    if given.one_rank and given.merge:
-        parser.error("--one-rank is of the adapter, and --merge writes none; give one of them")
-    # After the arguments: these load torch and PEFT.
-    from ..adapters.export import export
+    _refuse_idle(parser, given)
+    # After the arguments, and after a path that is wrong: these load torch and PEFT.
+    refuse_missing(given.checkpoint)
+    from ..adapters.export import export, export_sizes
     from ..adapters.load_adapter import read_saved
     from ..adapters.measuring import RANDOM
-    from ..adapters.pruning import openness
 
     saved = read_saved(given.checkpoint)
-    done = export(
-        saved,
-        given.out,
-        prune_below=given.prune,
-        keep=given.keep,
-        data=given.data,
-        one_rank=given.one_rank,
-        merge=given.merge,
-        base=given.base,
-        probe=RANDOM if given.probe is None else given.probe,
-    )
-    if saved.maps and saved.run_folder != saved.folder:
-        print(f"Gates: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
-    if done.pruned:
-        print(table(saved, done))
-        if given.prune is not None and done.sizes[0].before == done.sizes[0].after:
-            print(all_open(openness(saved), given.prune))
-        if given.keep is not None:
-            told = "the information in the rows of --data" if given.data else "the squared singular values"
-            print(f"The directions kept carry {done.pruned.share:.1%} of {told}.")
-            if not given.data:
-                print(
-                    "Singular values do not know the task, and are usually the worse choice: give examples with --data ROWS."
-                )
-    print(f"Wrote {'the merged model' if given.merge else 'a plain LoRA adapter'} to {given.out}.")
-
-
-def table(saved: Saved, done: Export) -> str:
-    """What a smaller adapter saves, by kind and layer, and what it changes, for a terminal."""
-    width = max(len(size.what) for size in done.sizes)
-    lines = [f"{'':{width}}  {'before':>12}  {'after':>12}  {'kept':>7}  by layer"]
-    by_layer = {
-        f"directions of {kind.name}": [sum(map(len, done.pruned.kept[module])) for module in kind.modules]
-        for kind in saved.kinds
+    options = {
+        **{"data": given.data, "split": given.split, "max_rank": given.max_rank, "distil": given.distil},
+        **{"server": given.server, "dtype": given.dtype, "merge": given.merge, "base": given.base},
+        "probe": RANDOM if given.probe is None else given.probe,
     }
-    for what, old, new in done.sizes:
-        counts = "".join(f" {count}" for count in by_layer.get(what, ()))
-        lines.append(f"{what:{width}}  {old:>12,}  {new:>12,}  {new / old:>7.1%} {counts}".rstrip())
-    if done.pruned.spared:
-        count = len(done.pruned.spared)
-        lines.append(
-            f"{count} modules would keep no direction; each keeps its best one, for PEFT knows no rank 0 there."
+    sizes = given.rank or given.keep or []
+    if len(sizes) > 1:
+        done = export_sizes(saved, given.out, rank=given.rank or (), keep=given.keep or (), **options)
+    else:
+        one = {"rank": given.rank and given.rank[0], "keep": given.keep and given.keep[0]}
+        done = [export(saved, given.out, prune=given.prune, **one, **options)]
+    if saved.maps and saved.run_folder != saved.folder:
+        print(f"State: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
+    if done[0].pruned:
+        print(table(saved, done))
+    if given.prune and not done[0].pruned:
+        print(
+            "Every direction adds something, so nothing was dropped. To choose by a task: `--rank 4 --data ROWS`."
         )
-    if done.pruned.left_out:
-        lines.append(
-            f"{len(done.pruned.left_out)} modules keep no direction and are left out (`exclude_modules`)."
+    if given.keep and (lost := _costly(given.keep)):
+        print(
+            f"{lost} of the information is a share of what matters, and not of the size: below 90 % an adapter loses much of "
+            "what it learned. A share of the directions is written 0.25."
         )
-    if done.change:
-        lines.append(
-            f"Output change on {done.change.probe}: largest |Δlogit| {done.change.largest:.3g}, "
-            f"mean KL {done.change.divergence:.3g} nats, same prediction {done.change.agreement:.1%}"
+    if sizes and done[0].rows is None:
+        print(
+            "Singular values do not know the task, and are usually the worse choice: give examples with --data ROWS."
         )
-        if done.change.losses:
-            before, after = done.change.losses
-            lines.append(
-                f"Loss on {done.change.probe}: {before:.4g} before, {after:.4g} after ({after - before:+.3g})."
-            )
+    what = "the merged model" if given.merge else "a plain LoRA adapter"
+    print(f"Wrote {what} to {', '.join(str(size.folder) for size in done)}.")
+
+
+def _refuse_idle(parser, given) -> None:
+    """Stop at an argument that has no effect beside the others."""
+    is_chosen = given.rank is not None or given.keep is not None
+    if not is_chosen and (given.data is not None or given.distil):
+        parser.error("--data and --distil need --rank or --keep")
+    if given.split is not None and given.data is None:
+        parser.error("--split needs --data")
+    if given.max_rank is not None and given.keep is None:
+        parser.error("--max-rank needs --keep, whose ranks it limits; --rank gives all modules one rank")
+    if given.probe is not None and (given.data is not None or not (is_chosen or given.prune)):
+        parser.error(
+            "--probe needs --rank, --keep or --prune, whose cost it measures; with --data the rows are measured on"
+        )
+    if given.merge and (given.server or given.dtype):
+        parser.error("--for and --dtype are of the adapter, and --merge writes none; give one of them")
+
+
+def refuse_missing(folder: Path) -> None:
+    """Stop at a path that is no folder, before torch is imported.
+
+    Raises:
+        StructLoRAError: it names what is there.
+    """
+    if not folder.is_dir():
+        found = f"a file {folder}" if folder.exists() else f"no folder {folder}"
+        raise StructLoRAError(
+            found,
+            "a folder with a saved LoRA adapter: a run's output, or one of its checkpoints",
+            "correct the path",
+        )
+
+
+def _costly(sizes: list[str]) -> str | None:
+    """The first size that is less than 90 % of the information, as it was given."""
+    for given in sizes:
+        share, is_of_information = share_to_keep(given)
+        if is_of_information and share < 0.9:
+            return str(given)
+    return None
+
+
+def table(saved: Saved, done: list[Export]) -> str:
+    """What smaller adapters save and cost, beside the base model and the whole adapter, for a terminal."""
+    first = done[0]
+    losses = first.change.losses if first.change else None
+    heads = ["", "rank", "directions", "parameters", "size", *(["loss", "gain kept"] if losses else [])]
+    whole = _ranks([depth for kind in saved.kinds for depth in _kind_ranks(saved, kind)])
+    before = [size.before for size in first.sizes[:3]]
+    rows = [["the adapter", whole, *_counts(before), *([_number(losses.before), "100 %"] if losses else [])]]
+    if losses and losses.base is not None:
+        rows.insert(0, ["base model", *[""] * 4, _number(losses.base), "0 %"])
+    for size in done:
+        ranks = [max(map(len, experts)) for experts in size.pruned.kept.values()]
+        name = size.folder.name
+        if size.distilled:
+            cut = size.change.losses and size.change.losses.cut
+            if cut is not None:
+                gain = size.change.losses._replace(after=cut).gain_kept
+                rows.append([f"{name}, cut alone", *[""] * 4, _number(cut), _share(gain)])
+            name += ", distilled"
+        row = [name, _ranks(ranks, size.pruned.one_rank), *_counts([line.after for line in size.sizes[:3]])]
+        if losses:
+            row += [_number(size.change.losses.after), _share(size.change.losses.gain_kept)]
+        rows.append(row)
+    lines = _aligned([heads, *rows])
+    for size in done:
+        lines += _about(size, len(done) > 1)
+    if len(done) == 1:
+        lines += _by_layer(saved, first)
     return "\n".join(lines)
 
 
-def all_open(gates: dict[str, Tensor], threshold: float) -> str:
-    """That no gate is below a threshold; `gates` as `openness` gives them."""
-    values = sorted(gate for part in gates.values() for gate in part.flatten().tolist())
-    return (
-        f"No gate is below {threshold:g}, so nothing was dropped: the least open one is at {values[0]:.3f}, the median at "
-        f"{median(values):.3f}. To choose by what a task needs: `--keep 0.25 --data ROWS`."
-    )
+def _about(size: Export, is_named: bool) -> list[str]:
+    """What else there is to say of a size."""
+    pruned, lines = size.pruned, []
+    if pruned.share is not None:
+        of = "of what its rows tell about them" if size.rows else "of the squared singular values"
+        if pruned.one_rank and size.rows:
+            of = "of the mean square of what modules add to their outputs"
+        lines.append(f"What is kept carries {pruned.share:.1%} {of}.")
+    if pruned.spared:
+        lines.append(
+            f"{len(pruned.spared)} modules would keep no direction; each keeps its best one, for PEFT knows no rank 0 there."
+        )
+    if pruned.left_out:
+        lines.append(
+            f"{len(pruned.left_out)} modules keep no direction and are left out (`exclude_modules`)."
+        )
+    if size.distilled:
+        taught = size.distilled
+        on = f"{taught.held_out} held-out rows" if taught.held_out else "the rows learned from"
+        lines.append(
+            f"Distilled in {taught.seconds:.0f} s: distance of the outputs on {on} {taught.start:.3g} -> {taught.end:.3g}, "
+            f"best after {taught.steps} of {taught.of} steps."
+        )
+    if size.change:
+        change = size.change
+        line = f"Output change on {change.probe}: largest {change.largest:.3g}"
+        if change.divergence == change.divergence:  # not NaN, as of hidden states
+            line += f", mean KL {change.divergence:.3g} nats, same prediction {change.agreement:.1%}"
+        lines.append(f"{line}.")
+        if size.rows:
+            lines.append(f"Rows: {size.rows.told()}; the loss is of {change.probe}.")
+    return [f"{size.folder.name}: {line}" for line in lines] if is_named else lines
+
+
+def _by_layer(saved: Saved, done: Export) -> list[str]:
+    """Directions of each kind of module, by layer, where ranks differ."""
+    if done.pruned.one_rank:
+        return []
+    counts = {size.what: size for size in done.sizes[3:]}
+    rows = [["", "before", "after", "kept", "by layer"]]
+    for kind in saved.kinds:
+        what = f"directions of {kind.name}"
+        size = counts[what]
+        by_layer = " ".join(str(sum(map(len, done.pruned.kept[module]))) for module in kind.modules)
+        rows.append(
+            [what, f"{size.before:,}", f"{size.after:,}", f"{size.after / size.before:.1%}", by_layer]
+        )
+    return _aligned(rows, left=(0, 4))
+
+
+def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if i in left else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _kind_ranks(saved: Saved, kind) -> list[int]:
+    from ..adapters.peft_scaling import rank_of
+
+    return [rank_of(saved.lora, module) for module in kind.modules]
+
+
+def _ranks(ranks: list[int], one_rank: bool = False) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(high) if one_rank or low == high else f"{low} to {high}"
+
+
+def _counts(counts: list[int]) -> list[str]:
+    directions, parameters, size = counts
+    return [f"{directions:,}", in_words(parameters), f"{in_words(size, 'B')}"]
+
+
+def in_words(count: int, unit: str = "") -> str:
+    """A count in words: 1.2 million, 4.9 MB."""
+    steps = ((1e9, "billion", "G"), (1e6, "million", "M"), (1e3, "thousand", "k"))
+    for size, word, letter in steps:
+        if count >= size:
+            return f"{count / size:.3g} {letter + unit if unit else word}"
+    return f"{count} {unit}".strip()
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}".replace("%", " %")

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import textwrap
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config import StructLoRAConfig
+from ..errors import refusing
 from .arguments import parser_of
+from .early import local_data
 from .main import TRAINING
 
 _WIDTH = 110
-_DESCRIPTION = """Print a YAML file for a training command: what a run has to name, and every option of StructLoRA at its
-default. `structlora COMMAND --help` lists what else may stand in it.
+_DESCRIPTION = """Print a YAML file for a training command: what a run has to name, on its first 20 lines. With --data, passes and
+held-out rows fit the number of rows. With --all, every option of StructLoRA follows, at its default.
+`structlora COMMAND --help` lists what else may stand in the file.
 """
 _EXAMPLES = """examples:
-  structlora init > run.yaml
-  structlora init grpo > run.yaml
+  structlora init > run.yaml                          # 250 rows of a public data set: edit it
+  structlora init --data train.jsonl > run.yaml       # for rows of your own
+  structlora init dpo --data pairs.jsonl --model ./my-model --all > run.yaml
 """
-_HEAD = """# structlora {name} --config run.yaml
-# For {what}. All other arguments of `trl {name}` may stand here too.
-"""
-_BLOCK = """
-# StructLoRA. `structlora: false` in place of the block trains plain LoRA, with all else equal.
-structlora:
-"""
+_ON = "true  # false: plain LoRA, with all else equal; `structlora init --all` lists the options"
+_OPTIONS = (
+    "# `structlora: false` in place of the block trains plain LoRA, with all else equal.\nstructlora:\n"
+)
 # Each learning rate is for LoRA: about ten times TRL's default, which is for all weights; of reward models,
 # TRL's example.
 _RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4, "grpo": 1e-5, "rloo": 1e-5}
@@ -38,68 +42,143 @@ _DATA = {
     "grpo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
     "rloo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
 }
+_FIRST_ROWS = 250  # of a public data set, so that the file is an example of few rows and several passes
 _TOKENS = ("max_length", 1024, "tokens; longer rows are cut")
+_BETA = ("beta", 0.1, "how strongly the base model holds the adapter back")
+_OWN = {"sft": [_TOKENS], "dpo": [_BETA, _TOKENS], "kto": [_BETA, _TOKENS], "reward": [_TOKENS]}
 _ONLINE = [
     ("reward_funcs", ["accuracy_reward"], "names that TRL has, or import paths such as my_rewards.length"),
-    ("eval_strategy", "no", "the mean reward is logged; there is no held-out loss"),
     ("num_generations", 8, "completions of each prompt; they divide the batch"),
     ("max_completion_length", 256, "tokens"),
+    ("num_train_epochs", 1, "the mean reward is logged; there is no held-out loss"),
+    ("save_steps", 100, "checkpoints; --resume_from_checkpoint true continues from the last one"),
 ]
-_EVALUATION = [
-    ("test_split_size", 0.05, "share of the rows that is held out"),
-    ("eval_strategy", "steps", "its loss is logged; 'no' needs no held-out rows"),
-    ("eval_steps", 100, ""),
-]
-_OWN = {
-    "sft": [_TOKENS, *_EVALUATION],
-    "dpo": [("beta", 0.1, "how strongly the base model holds the adapter back"), _TOKENS, *_EVALUATION],
-    "kto": [("beta", 0.1, "how strongly the base model holds the adapter back"), _TOKENS, *_EVALUATION],
-    "reward": [_TOKENS, *_EVALUATION],
-    "grpo": _ONLINE,
-    "rloo": [*_ONLINE, ("beta", 0.05, "weight of the KL to the base model")],
-}
 
 
 def run(command: str, arguments: list[str]) -> None:
-    """Print the file."""
+    """Print the file.
+
+    Raises:
+        StructLoRAError: `--data` names a file that is not there, is empty or cannot be read.
+    """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "method", nargs="?", choices=[*TRAINING], default="sft", help="the training command (sft)"
     )
-    print(template(parser.parse_args(arguments).method), end="")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="rows to train on: a .jsonl, .json, .csv or .parquet file, or a hub name",
+    )
+    parser.add_argument(
+        "--model", default="Qwen/Qwen3-0.6B", help="base model: a folder, or a model of the hub"
+    )
+    parser.add_argument("--all", action="store_true", help="list every option of StructLoRA")
+    given = parser.parse_args(arguments)
+    print(template(given.method, given.data, given.model, given.all), end="")
 
 
-def template(name: str) -> str:
-    """The text of the file, YAML, of one of the training commands."""
-    data, columns = _DATA[name]
+def template(
+    name: str, data: str | None = None, model: str = "Qwen/Qwen3-0.6B", all_options: bool = False
+) -> str:
+    """The text of the file, YAML, of one of the training commands.
+
+    Args:
+        name (`str`): of the command.
+        data (`str`, *optional*): a file of rows, or a data set's name; None for the first rows of a public one.
+        model (`str`, *optional*): the base model.
+        all_options (`bool`, *optional*): whether every option of StructLoRA stands in it.
+
+    Raises:
+        StructLoRAError: the file of rows is not there, is empty or cannot be read.
+    """
+    rows = _FIRST_ROWS if data is None else count_rows(data)
+    public, columns = _DATA[name]
     settings = [
-        ("model_name_or_path", "Qwen/Qwen3-0.6B", "a folder, or a model of the hub"),
-        ("dataset_name", data, f"or local data, {columns}"),
-        ("output_dir", "out", "becomes a plain LoRA adapter"),
+        ("model_name_or_path", model, "a folder, or a model of the hub"),
+        (
+            "dataset_name",
+            data or public,
+            f"or a .jsonl, .csv or .parquet file {columns}" if data is None else "",
+        ),
+    ]
+    if name not in _OWN:
+        settings += _ONLINE + (
+            [("beta", 0.05, "weight of the KL to the base model")] if name == "rloo" else []
+        )
+    else:
+        if data is None:
+            settings.append(
+                (
+                    "dataset_train_split",
+                    f"train[:{_FIRST_ROWS}]",
+                    "the first rows; 'train' takes all of yours",
+                )
+            )
+        settings += [*_passes(rows), *_OWN[name]]
+    settings += [
+        ("learning_rate", _RATES[name], "for LoRA; try half and twice as much"),
+        ("per_device_train_batch_size", 8, ""),
         ("lora_r", 8, "rank: directions of each module"),
         ("lora_alpha", 16, "updates are scaled by lora_alpha / lora_r"),
         ("lora_target_modules", "all-linear", "or a list, such as [q_proj, v_proj]"),
-        ("learning_rate", _RATES[name], ""),
-        ("per_device_train_batch_size", 8, ""),
-        ("num_train_epochs", 1, ""),
-        ("save_steps", 100, "checkpoints; --resume_from_checkpoint true continues from the last one"),
-        *_OWN[name],
+        ("output_dir", "out", "becomes a plain LoRA adapter"),
     ]
-    lines = [
-        f"{key}: {_value(value)}" + (f"  # {comment}" if comment else "") for key, value, comment in settings
-    ]
+    lines = [f"# structlora {name} --config run.yaml"]
+    lines += [f"{key}: {_value(value)}" + (f"  # {why}" if why else "") for key, value, why in settings]
     lines.append("# use_cpu: true  # without a GPU")
+    if not all_options:
+        return "\n".join([*lines, f"structlora: {_ON}"]) + "\n"
     options = ""
     for option in fields(StructLoRAConfig):
         comment = textwrap.wrap(" ".join(option.metadata["help"].split()), _WIDTH)
         options += "".join(f"# {line}\n" for line in comment) + f"{option.name}: {_value(option.default)}\n"
-    return (
-        _HEAD.format(name=name, what=TRAINING[name])
-        + "\n".join(lines)
-        + "\n"
-        + _BLOCK
-        + textwrap.indent(options, "  ")
-    )
+    return "\n".join(lines) + "\n\n" + _OPTIONS + textwrap.indent(options, "  ")
+
+
+def count_rows(data: str) -> int | None:
+    """How many rows a file has; None for what is no single file.
+
+    Raises:
+        StructLoRAError: the file is not there, is empty or cannot be read.
+    """
+    builder, _ = local_data(data)
+    path = Path(data).expanduser()
+    if builder == data or not path.is_file():
+        return None
+    with refusing(f"reading {path}", "rows, one example each", "correct the file"):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # which loads in a moment, but not without need
+
+            return pyarrow.parquet.read_metadata(path).num_rows
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                return sum(1 for _ in csv.DictReader(file))
+            if path.suffix == ".json" and file.read(1) == "[":
+                file.seek(0)
+                return len(json.load(file))
+            file.seek(0)
+            return sum(1 for line in file if line.strip())
+
+
+def _passes(rows: int | None) -> list[tuple[str, Any, str]]:
+    """Passes, held-out share, and when to evaluate and save: often where rows are few."""
+    resume = "checkpoints; --resume_from_checkpoint true continues from the last one"
+    if rows is not None and rows < 2000:
+        held_out, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
+        return [
+            ("test_split_size", held_out, f"of the {rows:,} rows, held out for the evaluation loss"),
+            ("num_train_epochs", epochs, "passes over the rest; the evaluation loss says when it is enough"),
+            ("eval_strategy", "epoch", ""),
+            ("save_strategy", "epoch", resume),
+        ]
+    return [
+        ("test_split_size", 0.05, "share of the rows that is held out; 0.2 where rows are fewer than 500"),
+        ("num_train_epochs", 1, "passes over the rest; 3 to 5 where rows are few"),
+        ("eval_strategy", "steps", ""),
+        ("eval_steps", 100, ""),
+        ("save_steps", 100, resume),
+    ]
 
 
 def _value(value: Any) -> str:

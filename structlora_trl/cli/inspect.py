@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import StructLoRAError, refuse_unwritable
 from .arguments import parser_of
+from .export import in_words, refuse_missing
 
 if TYPE_CHECKING:
     from ..adapters.inspecting import KindReport
@@ -17,9 +19,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
 For each kind of module and each depth, named by its layer's number:
-  open       directions whose gate is open with probability above one half, of all
-  openness   mean probability that a direction is open
-  groups     the same of the attention heads, or of the expert, where `head_gates` or `expert_gates` gave them gates
+  adds       directions that add something: all but those that `keep` closed while training
+  rank       of the module's adapter
   eff. rank  exp of the entropy of the normalised singular values of the update BA
   norm       Frobenius norm of the update as it is added to the weight
   coherence  mean cosine with the neighbouring depths' updates, on the side that is comparable across depth
@@ -27,11 +28,12 @@ For each kind of module and each depth, named by its layer's number:
              whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
 What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter
-lies alone, the state is that of the newest checkpoint near it that holds the same adapter. Modules of one
-name with different ranks, as `export --keep` leaves them, are kinds of their own, named [outputs x r x inputs].
+lies alone, the state is that of the newest checkpoint near it that holds the same adapter. First come where the
+bytes of the file are, and what each server needs to load it (`structlora export --for`).
 
---html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
-information that the rows hold about each direction, and the loss at each size (`structlora export --keep`).
+--against FOLDER shows rank, effective rank and norm of another adapter beside this one's, such as the one that it was
+made of. --html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
+information that the rows hold about each direction, and the loss at each size (`structlora export --rank` and `--keep`).
 """
 _EXAMPLES = """examples:
   structlora inspect out
@@ -60,22 +62,28 @@ def run(command: str, arguments: list[str]) -> None:
         "--against", type=Path, metavar="FOLDER", help="another adapter, beside this one in the figures"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FILE", help="rows to measure smaller adapters on, for the figures"
+        "--data", metavar="ROWS", help="rows to measure smaller adapters on, for the figures: as of `export`"
     )
+    parser.add_argument("--split", metavar="NAME", help="split of --data; default: test, validation or train")
     parser.add_argument(
         "--base", metavar="MODEL", help="base model for --data; default: the one named in the adapter"
     )
     given = parser.parse_args(arguments)
     is_drawn = given.html or given.plot
-    for name in ("against", "data"):
-        if getattr(given, name) and not is_drawn:
-            parser.error(f"--{name} needs --html or --plot")
-    if given.base and not given.data:
-        parser.error("--base needs --data")
+    if given.data and not is_drawn:
+        parser.error("--data needs --html or --plot")
+    if given.against and given.json and not is_drawn:
+        parser.error("--against is for a table or figures; run `structlora inspect --json` on each adapter")
+    for name in ("base", "split"):
+        if getattr(given, name) and not given.data:
+            parser.error(f"--{name} needs --data")
+    for folder in filter(None, (given.adapter, given.against)):
+        refuse_missing(folder)
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
     from ..adapters.export import information_curves
-    from ..adapters.inspecting import final_losses, log_history, report
+    from ..adapters.inspecting import contents, final_losses, log_history, report
     from ..adapters.load_adapter import read_saved
+    from ..adapters.servers import told
 
     if is_drawn:
         from ..adapters import figures
@@ -99,14 +107,24 @@ def run(command: str, arguments: list[str]) -> None:
     if given.json:
         facts = {"adapter": str(given.adapter), "step": saved.step}
         facts["options"] = saved.config.options() if saved.config else None
+        facts["file"] = [asdict(part) for part in contents(saved.tensors)]
+        facts["servers"] = told(saved.lora, saved.tensors)
         print(json.dumps({**facts, "kinds": [asdict(kind) for kind in kinds]}, indent=2))
     else:
-        print(f"{summary(saved, kinds, final_losses(log_history(saved.run_folder)))}\n{table(kinds)}")
+        print(summary(saved, kinds, final_losses(log_history(saved.run_folder))))
+        print("\n".join(about_file(saved)))
+        others = []
+        if given.against:
+            others = report(adapters[1])
+            print(
+                f"\nBeside it: {summary(adapters[1], others, final_losses(log_history(adapters[1].run_folder)))}"
+            )
+        print(table(kinds, others))
     if not is_drawn:
         return
     runs = []
     for adapter, name in zip(adapters, _run_names(folders), strict=True):
-        curves = information_curves(adapter, given.data, given.base) if given.data else []
+        curves = information_curves(adapter, given.data, given.base, given.split) if given.data else []
         runs.append(figures.Run.of(name, adapter, curves))
     lines = []
     if given.plot:
@@ -123,7 +141,6 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 _LACKING = {
-    "gates": "gate map: the adapter has no learned gates, or no state beside it",
     "similarity": "similarity map: it needs StructLoRA's state and two depths",
     "training": "curves of the training: no trainer_state.json beside the adapter",
 }
@@ -136,11 +153,11 @@ def _run_names(folders: list[Path]) -> list[str]:
 
 
 def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, float | None]) -> str:
-    """What matters most, in a few lines: what the adapter is, its gates, its last losses."""
+    """What matters most, in a few lines: what the adapter is, its directions, its last losses."""
     if saved.config:
         config = saved.config
         lines = [
-            f"{saved.folder}: StructLoRA after {saved.step} steps, filter {config.filter}, coordinator {config.coordinator} "
+            f"{saved.folder}: StructLoRA after {saved.step} steps, noise {config.noise}, coordinator {config.coordinator} "
             f"({config.edges})"
         ]
     else:
@@ -152,34 +169,43 @@ def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, f
     directions = sum(depth.rank for depth in depths)
     line = f"{directions:,} directions in {len(depths):,} modules, mean effective rank "
     line += f"{sum(depth.effective_rank for depth in depths) / len(depths):.2f}"
-    gates = [gate for depth in depths for gate in depth.gates or ()]
-    if gates:
-        line += (
-            f"; gates: mean openness {sum(gates) / len(gates):.3f}, the least {min(gates):.3f}, "
-            f"{sum(gate <= 0.5 for gate in gates):,} more shut than open"
-        )
+    kept = sum(depth.kept for depth in depths)
+    line += f"; {kept:,} of the directions add something" if kept < directions else ""
     for name, loss in zip(("training", "held-out"), losses, strict=True):
         line += "" if loss is None else f"; {name} loss {loss:.4g}"
     return "\n".join([*lines, line + "."])
 
 
-def table(kinds: list[KindReport]) -> str:
-    """Text for a terminal."""
+def about_file(saved: Saved) -> list[str]:
+    """Where the bytes are, and what servers need, a line each."""
+    from ..adapters.inspecting import contents
+    from ..adapters.servers import told
+
+    parts = contents(saved.tensors)
+    lines = [
+        "Bytes: "
+        + "; ".join(f"{part.what} {in_words(part.bytes, 'B')} ({part.dtype})" for part in parts)
+        + "."
+    ]
+    return [*lines, *(f"{name}: {line}." for name, line in told(saved.lora, saved.tensors).items())]
+
+
+def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
+    """Text for a terminal; with rank, effective rank and norm of another adapter's modules of the same names."""
+    beside = {depth.module: depth for kind in others for depth in kind.depths}
     lines = []
     for kind in kinds:
-        depth_count, rank, k, d = kind.shape
+        depth_count, _, k, d = kind.shape
         role = {"read": "reads", "write": "writes"}.get(kind.role)
         about = f"{role} the residual stream" if role else "unknown role"
-        lines += [
-            f"\n{kind.name}  ({depth_count} {'depth' if depth_count == 1 else 'depths'}, r {rank}, {k} -> {d}, {about})"
-        ]
-        groups = "groups  " if kind.depths[0].groups is not None else ""
+        ranks = {depth.rank for depth in kind.depths}
+        rank = "to ".join(f"{value} " for value in sorted({min(ranks), max(ranks)})).strip()
+        depths = f"{depth_count} {'depth' if depth_count == 1 else 'depths'}"
+        lines += [f"\n{kind.name}  ({depths}, r {rank}, {k} -> {d}, {about})"]
         figures = f"{'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}"
-        lines += [f"{'layer':>5}  {'open':>7}  {'openness':>8}  {groups}{figures}  semantic"]
+        more = f"  | {'rank':>4}  {'eff. rank':>9}  {'norm':>9}" if others else ""
+        lines += [f"{'layer':>5}  {'adds':>4}  {'rank':>4}  {figures}  semantic{more}"]
         for row in kind.depths:
-            open_ = "-" if row.gates is None else f"{sum(gate > 0.5 for gate in row.gates)}/{row.rank}"
-            openness_ = "-" if row.gates is None else f"{sum(row.gates) / row.rank:.3f}"
-            groups = f"{sum(row.groups) / len(row.groups):>6.3f}  " if row.groups is not None else ""
             coherence, stream = (
                 "-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream)
             )
@@ -189,5 +215,11 @@ def table(kinds: list[KindReport]) -> str:
                 else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
             )
             figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}  {stream:>6}"
-            lines.append(f"{row.layer:>5}  {open_:>7}  {openness_:>8}  {groups}{figures}  {semantic}")
+            other = beside.get(row.module)
+            more = "  | left out" if others else ""
+            if other:
+                more = f"  | {other.rank:>4}  {other.effective_rank:>9.2f}  {other.norm:>9.3g}"
+            lines.append(
+                f"{row.layer:>5}  {row.kept:>4}  {row.rank:>4}  {figures}  {semantic:<8}{more}".rstrip()
+            )
     return "\n".join(lines)

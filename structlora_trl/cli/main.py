@@ -97,6 +97,10 @@ def _run(arguments: list[str]) -> int:
             hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(commands)}"
             parser.error(f"unknown command '{given.command}'; {hint}")
         module = given.command if given.command in OTHERS else "train"
+        if module == "train":
+            from .early import check  # before torch, which `train` imports
+
+            check(given.rest)
         import_module(f".{module}", __package__).run(given.command, given.rest)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a usage error
         return int(stop.code or 0)

@@ -18,11 +18,14 @@ from ..model_card import CARD_NAME, undescribe
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback
+from ..trainers.console import end_lines, plain_start_lines
 from . import data
 from .arguments import Arguments, parse
-from .checks import check_arguments, last_checkpoint, whole_checkpoints
+from .checks import check_arguments
+from .early import last_checkpoint, whole_checkpoints
 from .launch import launch
 from .main import INTERRUPTED
+from .summary import next_commands
 
 
 class _Around(TrainerCallback):
@@ -46,15 +49,28 @@ class _Around(TrainerCallback):
         # Into every `trainer_state.json`, from where the report page takes what neither adapter nor log says.
         read = data.sources(self.given.script, self.given.mixture)
         facts = {"data": read, "learning_rate": args.learning_rate}
+        # For `structlora export`, which measures on the rows that the run held out.
+        facts |= {
+            "max_length": getattr(args, "max_length", None),
+            "held_out": data.held_out(self.given.script, self.given.mixture, args),
+        }
         state.stateful_callbacks[COMMAND_FACTS] = {"args": facts, "attributes": {}}
-        if state.is_world_process_zero and self.callback is None:
-            print("structlora: false, so this run is plain LoRA.", flush=True)
-        if state.is_world_process_zero and self.given.training.resume_from_checkpoint:
-            print(f"Continuing from {self.given.training.resume_from_checkpoint}.", flush=True)
+        if not state.is_world_process_zero:
+            return
+        if self.callback is None:  # which says the same
+            trainer, _ = compat.calling_trainer()
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            print(plain_start_lines(trainer, model))
+        if self.given.training.resume_from_checkpoint:
+            print(f"Continuing from {self.given.training.resume_from_checkpoint}.")
+        sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Before the script saves the adapter, and perhaps pushes the folder."""
         output = Path(args.output_dir)
+        if state.is_world_process_zero and self.callback is None:
+            trainer, _ = compat.calling_trainer()
+            print(end_lines("LoRA", trainer, trainer.accelerator.unwrap_model(trainer.model)), flush=True)
         if state.is_world_process_zero:
             output.mkdir(parents=True, exist_ok=True)
             state.save_to_json(str(output / TRAINER_STATE_NAME))
@@ -84,12 +100,16 @@ def run(command: str, arguments: list[str]) -> None:
     is_started = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if given.launcher and not is_started:
         return launch(given.launcher, [command, *arguments])
-    checkpoint = given.training.resume_from_checkpoint = last_checkpoint(given.training)
-    check_arguments(given)
+    checkpoint = given.training.resume_from_checkpoint = last_checkpoint(
+        given.training.resume_from_checkpoint, given.training.output_dir
+    )
+    check_arguments(command, given)
     data.as_mixture(given.script, given.mixture)
     data.check(command, given.script, given.mixture, given.training)
     set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
     callback = None if given.structlora is None else StructLoRACallback(given.structlora)
+    if callback is not None:
+        callback.names_next = False
     before = list(DEFAULT_CALLBACKS)
     try:
         with ExitStack() as setting_up, compat.resuming(checkpoint):
@@ -98,8 +118,7 @@ def run(command: str, arguments: list[str]) -> None:
                 refusing(
                     f"setting up TRL's script {command} with {given.model.model_name_or_path}",
                     "a model, a tokenizer and rows that it can train on",
-                    "correct `model_name_or_path` (a folder, or a model of the hub that can be reached), the columns of "
-                    "the data, or another argument that it names",
+                    "correct what the message is about: an argument, the columns or cells of the data, or the model's folder",
                     also=(AttributeError,),  # of `reward_funcs`
                 )
             )
@@ -114,8 +133,7 @@ def run(command: str, arguments: list[str]) -> None:
     finally:
         DEFAULT_CALLBACKS[:] = before
     if _is_first_process():
-        hint = shlex.join(["structlora", "inspect", given.training.output_dir])
-        print("The adapter is plain LoRA." + (f" `{hint}` looks into it." if callback else ""))
+        print(next_commands(command, arguments, given))
 
 
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:

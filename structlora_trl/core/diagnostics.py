@@ -1,17 +1,12 @@
 """What training reports about the structure of an adapter, each figure named as in the paper.
 
-gate_openness       mean probability that a direction is open
-group_openness      mean probability that a head or an expert is open; left out without gates of these
-gate_entropy        mean entropy of the directions' gates, in nats
-kl                  mean KL between gates (of directions) and prior, in nats
-effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over nodes;
-                    left out for VeRA, whose ΔW is made of more than its nodes
+effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over nodes that
+                    keep a direction; left out for VeRA, whose ΔW is made of more than its nodes
 drift_energy        Σ over neighbouring depths of ‖u_l+1 − u_l‖², u the effective node features, summed over kinds
 gradient_cosine     mean cosine of neighbouring depths' gradients in the first step since the last report, the run's first
                     step left out, in which gradients of lora_A are zero (of the effective factors, before the
                     pullback: the pullback itself mixes depths, and would raise the cosine by construction;
-                    under FSDP2 and ZeRO left out where nothing compares depths, since ranks do not move what
-                    the map does not need)
+                    left out without a coordinator)
 stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it
                     (`stream_cosine`), over the kinds whose role is known; left out where no two neighbours
                     have learned anything
@@ -30,10 +25,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gates import kl_to_prior
 from .kinds import Factors
 from .mapping import KindMap
-from .regularizers import laplacian
+
+_SMALLEST_NORM = 1e-8  # as in `torch.nn.functional.cosine_similarity`
 
 Sums = Callable[[list[Tensor]], list[Tensor]]
 """Sums each of some tensors over the slices of all ranks; returns them as they are where factors are whole.
@@ -49,24 +44,17 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums)
         sums (`Callable`): sums over the slices of all ranks, where the factors are slices.
     """
     metrics: dict[str, float] = {}
-    directions, *groups = _logits(maps)
-    selections = [m.selection for m in maps if m.selection is not None and m.selection.is_made]
-    kept = torch.cat([s.kept.flatten().cpu() for s in selections]) if selections else None
-    if directions is not None:
-        passing = directions if kept is None else directions[kept]  # what is closed counts as 0
-        metrics["gate_openness"] = torch.sigmoid(passing).sum().item() / len(directions)
-        # Without checks: logits that have diverged make the figure NaN, and must not end a run.
-        gates = torch.distributions.Bernoulli(logits=passing, validate_args=False)
-        metrics["gate_entropy"] = gates.entropy().mean().item()
-        metrics["kl"] = kl_to_prior(directions, maps[0].config.prior).mean().item()
-    if groups[0] is not None:
-        metrics["group_openness"] = torch.sigmoid(groups[0]).mean().item()
-    if kept is not None:
-        metrics["kept_share"] = kept.float().mean().item()
+    selections = [m.selection for m in maps if m.kept is not None]
+    if selections:
+        metrics["kept_share"] = torch.cat([s.kept.flatten().cpu() for s in selections]).float().mean().item()
     of_kinds = list(zip(maps, effective, strict=True))
-    ranks = [effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT])).cpu() for m, f in of_kinds if m.kind.A]
+    ranks = [
+        effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT]))[slice(None) if m.kept is None else m.kept.any(-1)]
+        for m, f in of_kinds
+        if m.kind.A
+    ]
     if ranks:
-        metrics["effective_rank"] = torch.cat(ranks).mean().item()
+        metrics["effective_rank"] = torch.cat([of_kind.cpu() for of_kind in ranks]).mean().item()
     updates = [m.graph.by_expert(u).flatten(2) for m, f in of_kinds for u in m.features(f).values()]
     metrics["drift_energy"] = sum(energy.item() for energy in sums([laplacian(u) for u in updates]))
     streams = [(m.graph, m.stream_factors(factors)) for m, factors in of_kinds]
@@ -83,14 +71,26 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums)
     return metrics
 
 
-def _logits(maps: list[KindMap]) -> tuple[Tensor | None, Tensor | None]:
-    """Logits of all gates: of directions, and of experts and heads; (n,) on the CPU, None without any."""
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for m in maps:
-        for place, gate in enumerate(m.filters):
-            if gate.logits is not None:
-                found[place > 0].append(gate.logits.detach().expand(gate.shape).flatten().cpu())
-    return tuple(torch.cat(parts) if parts else None for parts in found)
+def laplacian(features: Tensor) -> Tensor:
+    """Σ_l ‖u_l+1 − u_l‖² of node features (..., L, n), a scalar. Of a slice of n, its own share: shares add up."""
+    return (features[..., 1:, :] - features[..., :-1, :]).square().sum()
+
+
+def neighbour_products(features: Tensor) -> Tensor:
+    """Products of each depth with the next, and of both with themselves: (..., L, n) -> (3, ..., L − 1).
+
+    Products of slices add up to those of the whole.
+    """
+    later, earlier = features[..., 1:, :], features[..., :-1, :]
+    squares = torch.linalg.vecdot(features, features)
+    return torch.stack([torch.linalg.vecdot(later, earlier), squares[..., 1:], squares[..., :-1]])
+
+
+def cosines(products: Tensor) -> Tensor:
+    """Cosines of neighbours, from `neighbour_products`: (3, ..., L − 1) -> (..., L − 1)."""
+    product, *squares = products
+    later, earlier = (square.clamp(min=_SMALLEST_NORM**2).sqrt() for square in squares)
+    return product / (later * earlier)
 
 
 def effective_rank(left: Tensor, right: Tensor) -> Tensor:

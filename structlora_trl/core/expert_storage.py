@@ -27,9 +27,15 @@ def stack_nodes(factors: list[Tensor], side: str, kind: Kind) -> Tensor:
     """
     _, rows, k, d = kind.shape
     if not factors:
-        return torch.empty(kind.node_count, kind.rank, 0, dtype=kind.B[0].dtype, device=kind.device)
+        return empty_nodes(side, kind)
     shape = (rows, k) if side == "A" else (d, rows)
     return to_nodes(torch.stack([factor.reshape(shape) for factor in factors]), side, kind)
+
+
+def empty_nodes(side: str, kind: Kind) -> Tensor:
+    """Stacked factors of no width, for a side that is left out: (N, r, 0) or (N, 0, r), fp32."""
+    shape = (kind.node_count, kind.rank, 0) if side == "A" else (kind.node_count, 0, kind.rank)
+    return torch.empty(shape, dtype=torch.float32, device=kind.device)
 
 
 def to_nodes(stored: Tensor, side: str, kind: Kind) -> Tensor:

@@ -1,120 +1,80 @@
-"""Information-bottleneck gates (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
+"""Gates of rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
 
-Gate logits φ have one entry per rank-one direction; sigmoid(φ) is the probability that the direction is
-open. In training a gate is a sample of the binary-concrete (Gumbel-Softmax) relaxation; outside training it
-is the mean of such samples.
+    y = W x + s·B (m ⊙ A x)        m_j = 1 + √α ε_j,  ε_j standard normal
+
+A gate multiplies the activation of one direction in training, and is absent at evaluation: the contract of
+`nn.Dropout`. Its mean is one, so that the optimizer cannot undo it by scaling B: a direction passes the gate
+as far as it can be relied on under noise. A gate of variance α lets ½ log(1 + 1/α) nats through.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
-from torch import Tensor
-
-# Seeds of different runs stay apart for as many steps as this prime.
-_STEPS_PER_SEED = 1_000_003
+from torch import Tensor, nn
 
 
-def logit(probability: float) -> float:
-    """Inverse of the sigmoid."""
-    return math.log(probability) - math.log1p(-probability)
+def nats(variance: float) -> float:
+    """Information that a gate of variance α lets through, ½ log(1 + 1/α), in nats; infinite for no noise."""
+    return math.inf if variance == 0 else 0.5 * math.log1p(1 / variance)
 
 
-def logistic_noise(count: int, seed: int, step: int) -> Tensor:
-    """Standard logistic noise, one draw per gate.
+# Passes over the data up to which noise costs more than it gives, and from which on it has its whole size.
+FEW_PASSES, MANY_PASSES = 5, 45
 
-    Drawn on the CPU from (seed, step) alone: the same on every rank and device, and after a resume.
 
-    Returns:
-        `Tensor` of shape (count,), fp32, on the CPU.
+def noise_share(passes: float) -> float:
+    """The share of the whole variance that noise has in a run of so many passes over its data: 0 up to
+    `FEW_PASSES`, 1 from `MANY_PASSES` on, and linear between them.
+
+    Noise keeps an adapter from fitting its examples one by one, which many passes over few of them do; in a
+    few passes it only slows learning.
     """
-    generator = torch.Generator("cpu").manual_seed((seed * _STEPS_PER_SEED + step) % 2**63)
-    uniform = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
-    uniform.clamp_(min=torch.finfo(torch.float32).tiny)
-    return uniform.log() - torch.log1p(-uniform)
+    return min(max((passes - FEW_PASSES) / (MANY_PASSES - FEW_PASSES), 0.0), 1.0)
 
 
-class LogisticNoise:
-    """Source of the gates' noise: one draw a step for all gates of the model.
+class Gate:
+    """The gates of one LoRA module: a forward hook on its lora_A.
+
+    Noise is drawn for each example by torch's own generator, as dropout draws it: activation checkpointing,
+    `torch.compile`, a resumed run and data parallelism treat it alike. A copy of the model, and a pickle, get
+    gates that do nothing.
 
     Args:
-        seed (`int`): seed of the run.
+        variance (`float`, *optional*, defaults to 0.0): α; 0 for no noise.
+        rank_axis (`int`, *optional*, defaults to -1): axis of the r activations in lora_A's output; 1 for
+            convolutions.
+        identity_width (`int`, *optional*): k of a module with DoRA, which computes the norm of its weights by
+            passing the (k, k) identity through lora_A. Inputs of that shape get no noise.
+
+    Attributes:
+        has_fired (`bool`): whether a forward has come through.
     """
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, variance: float = 0.0, rank_axis: int = -1, identity_width: int | None = None):
+        self.variance, self.rank_axis, self.identity_width = variance, rank_axis, identity_width
+        self.has_fired = False
 
-    def draw(self, step: int, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """Noise of one step: a CPU tensor for each shape, the same whenever it is asked for."""
-        counts = [math.prod(shape) for shape in shapes]
-        noise = logistic_noise(sum(counts), self.seed, step).split(counts)
-        return [part.view(shape) for part, shape in zip(noise, shapes, strict=True)]
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], activations: Tensor) -> Tensor | None:
+        self.has_fired = True
+        if not module.training or self.variance == 0:
+            return None
+        width = self.identity_width
+        if width is not None and inputs[0].shape == (width, width):
+            return None
+        return activations * self.sample(activations)
 
+    def sample(self, activations: Tensor) -> Tensor:
+        """Gates m of each example: (n, r), with axes of size 1 in the places of the others."""
+        shape = [1] * activations.dim()
+        for axis in (0, self.rank_axis):
+            shape[axis] = activations.shape[axis]
+        noise = torch.randn(shape, dtype=activations.dtype, device=activations.device)
+        return 1 + math.sqrt(self.variance) * noise
 
-def sample_gates(logits: Tensor, noise: Tensor, temperature: float, hard: bool = False) -> Tensor:
-    """Binary-concrete sample sigmoid((φ + noise) / τ), optionally rounded with a straight-through gradient.
+    def __deepcopy__(self, memo: dict) -> Gate:
+        return Gate()
 
-    Args:
-        logits (`Tensor`): (N, r), or (1, r) where gates are shared over nodes.
-        noise (`Tensor`): logistic, (N, r).
-
-    Returns:
-        `Tensor` of shape (N, r) in [0, 1].
-    """
-    soft = torch.sigmoid((logits + noise) / temperature)
-    if not hard:
-        return soft
-    return soft + ((soft > 0.5).to(soft.dtype) - soft).detach()
-
-
-def expected_gate(logits: Tensor, temperature: float, hard: bool = False) -> Tensor:
-    """Mean of `sample_gates` over the noise, so that evaluation weights are the mean of training weights.
-
-    A hard gate is open with probability sigmoid(φ). The mean of a soft one has no closed form, and lies
-    between sigmoid(φ) and one half: at τ = 0.3 it is 0.988 times sigmoid(φ) at 0.9, and 1.13 times at 0.05.
-    It is integrated over the quantiles of the noise by Gauss-Legendre quadrature, within 1e-4 for τ of 0.3 or
-    more, and 1e-3 down to 0.05.
-
-    Args:
-        logits (`Tensor`): of any shape.
-
-    Returns:
-        `Tensor` of the same shape in [0, 1].
-    """
-    if hard:
-        return torch.sigmoid(logits)
-    noise, weights = (table.to(logits) for table in _noise_quadrature())
-    return torch.sigmoid((logits[..., None] + noise) / temperature) @ weights
-
-
-@functools.cache
-def _noise_quadrature(points: int = 64) -> tuple[Tensor, Tensor]:
-    """Logistic noise at the nodes of Gauss-Legendre quadrature over its quantiles, and weights of sum 1.
-
-    Nodes are the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub and Welsch, 1969). Both fp64,
-    CPU.
-    """
-    order = torch.arange(1, points, dtype=torch.float64, device="cpu")
-    beside = order / (4 * order**2 - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    return torch.logit((nodes + 1) / 2), vectors[0].square()
-
-
-def kl_to_prior(logits: Tensor, prior: float) -> Tensor:
-    """KL(Bernoulli(sigmoid φ) ‖ Bernoulli(prior)) of each gate, in nats.
-
-    Its mean over data sets bounds the information that the gates hold about the training data (the paper
-    writes I(ΔW̃; X); A and B are deterministic and not bounded by it). The label term I(ΔW̃; Y) is the task's
-    cross-entropy.
-    """
-    open_ = torch.sigmoid(logits)
-    log_open, log_closed = torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
-    return open_ * (log_open - math.log(prior)) + (1 - open_) * (log_closed - math.log1p(-prior))
-
-
-def kl_gradient(logits: Tensor, prior: float) -> Tensor:
-    """Derivative of `kl_to_prior` in closed form: σ(φ)(1 − σ(φ))(φ − logit(prior))."""
-    open_ = torch.sigmoid(logits)
-    return open_ * (1 - open_) * (logits - logit(prior))
+    def __reduce__(self):
+        return Gate, ()

@@ -80,6 +80,9 @@ class DepthGraph(nn.Module):
         joins_experts (`bool`, *optional*, defaults to False): whether the experts of a layer are joined, too.
     """
 
+    decay = 0.9  # of the running mean of gradients
+    redraw_every = 10  # steps between two draws of semantic edges
+
     def __init__(
         self,
         fixed: Tensor,
@@ -131,7 +134,7 @@ class DepthGraph(nn.Module):
             if mean is None:
                 setattr(self, f"mean_{side}", gradient.clone())
             else:
-                mean.lerp_(gradient, 1 - self.config.semantic_decay)
+                mean.lerp_(gradient, 1 - self.decay)
 
     def gradient_products(self) -> Tensor:
         """Products of the running-mean gradients of an expert's depths, (E, L, L). Those of slices add up."""

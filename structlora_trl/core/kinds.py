@@ -13,6 +13,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -75,19 +76,6 @@ class Adapted:
     input_side: str = "A"
 
 
-class Heads(NamedTuple):
-    """The attention heads of a module (`core/heads.py` finds them).
-
-    Args:
-        side (`str`): 'B' where they are blocks of rows of lora_B, 'A' where they are blocks of columns of
-            lora_A.
-        count (`int`): how many, all of one width.
-    """
-
-    side: str
-    count: int
-
-
 @dataclass
 class Kind:
     """LoRA modules that differ in depth alone, in its order; experts of a mixture are several at each depth.
@@ -101,7 +89,6 @@ class Kind:
         B (`list[nn.Parameter]`): of each module, d x r entries; d x r·E where it holds all experts of a
             layer; λ_d of (r,) for VeRA.
         adapted (`Adapted`, *optional*): what each adapts, where that is not a whole module.
-        heads (`Heads`, *optional*): the attention heads of each, where they are gated.
         per_depth (`int`, *optional*, defaults to 1): modules at each depth: E where experts are modules of
             their own.
     """
@@ -111,49 +98,43 @@ class Kind:
     A: list[nn.Parameter]
     B: list[nn.Parameter]
     adapted: Adapted = Adapted()
-    heads: Heads | None = None
     per_depth: int = 1
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """All its factors: lora_A of each module, then lora_B."""
         return [*self.A, *self.B]
 
-    @property
+    @cached_property
     def depth_count(self) -> int:
         return len(self.modules) // self.per_depth
 
-    @property
+    @cached_property
     def experts(self) -> int:
         """E, of each depth; 1 for what is no mixture."""
         return self.adapted.experts * self.per_depth
 
-    @property
-    def is_expert(self) -> bool:
-        """Whether its modules are experts of a mixture: one each, or all of a layer's in one parameter."""
-        return self.experts > 1 or _EXPERT.search(self.modules[0]) is not None
-
-    @property
+    @cached_property
     def node_count(self) -> int:
         """N = L·E: its modules, or all experts of all of them."""
         return self.depth_count * self.experts
 
-    @property
+    @cached_property
     def is_vera(self) -> bool:
         """Whether its modules train VeRA's λ_d, and have no lora_A of their own."""
         return not self.A
 
-    @property
+    @cached_property
     def sides(self) -> tuple[str, ...]:
         """The factors that its modules have of their own: 'A' and 'B', or 'B' alone (VeRA)."""
         return ("B",) if self.is_vera else SIDES
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """r, of each expert."""
         return matrix_shape(self.B[0])[1] // self.adapted.experts
 
-    @property
+    @cached_property
     def shape(self) -> list[int]:
         """[modules, rows of lora_A, k, d]."""
         d, rows = matrix_shape(self.B[0])

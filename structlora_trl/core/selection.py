@@ -2,23 +2,25 @@
 on (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
 
 Relevance of direction j in one step is d_j = ⟨∂L/∂B_j, B_j⟩, the gradient of the loss with respect to the
-logarithm of the gate that multiplies it. Its mean square over steps is the Fisher information that the labels
-hold about the gate. The pullback gives d_j for nothing.
+logarithm of a gate that multiplies it. Its mean square over steps is the Fisher information that the labels
+hold about the gate. The gradients that are there anyway give d_j.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from ..config import StructLoRAConfig, share_to_keep
+from ..config import share_to_keep
 from .kinds import Factors
+
+LEAST_STEPS = 10  # of information, before a selection
 
 
 class Selection(nn.Module):
     """Which directions of one kind are kept. Everything passes until `close` was called.
-
-    Closed directions are exact zeros of effective lora_B, whatever messages arrive, and they send none.
 
     Args:
         shape (`tuple[int, int]`): (N, r): N nodes, r directions.
@@ -28,53 +30,51 @@ class Selection(nn.Module):
     def __init__(self, shape: tuple[int, int], device: torch.device):
         super().__init__()
         self.register_buffer("information", torch.zeros(shape, dtype=torch.float32, device=device))
+        self.register_buffer("informed_steps", torch.tensor(0, dtype=torch.int64, device="cpu"))
         self.register_buffer("kept", torch.ones(shape, dtype=torch.bool, device=device))
         self.register_buffer("is_made", torch.tensor(False, dtype=torch.bool, device="cpu"))
 
     def observe(self, relevance: Tensor) -> None:
         """Take in d of a step, (N, r)."""
         self.information += relevance.square()
+        self.informed_steps += 1
 
     def close(self, kept: Tensor) -> None:
         """Close all directions but those in `kept`, (N, r) of bool."""
         self.kept.copy_(kept)
         self.is_made.fill_(True)
 
-    def messages(self, features: Tensor) -> Tensor:
-        """Node features (N, r, n), with zeros for closed directions."""
-        return features * self.kept[..., None] if self.is_made else features
-
-    def forward(self, effective: Factors) -> Factors:
-        """Effective factors, A (N, r, k), B (N, d, r), with zeros for closed directions in B."""
-        return effective._replace(B=effective.B * self.kept[:, None, :]) if self.is_made else effective
+    def forward(self, factors: Factors) -> Factors:
+        """Factors with zeros for the columns of lora_B that are closed."""
+        return factors._replace(B=factors.B * self.kept[:, None, :]) if self.is_made else factors
 
 
-def select(selections: list[Selection], config: StructLoRAConfig, seed: int) -> bool:
+Chooser = Callable[[Tensor, "float | str"], Tensor]
+
+
+def select(selections: list[Selection], keep: float | str, choose: Chooser) -> bool:
     """Keep the best directions over all kinds and close the others. A module may lose all of its own: it is
     the model whose size is asked for, and PEFT leaves such modules out.
 
     Args:
         selections (`list[Selection]`): of all kinds.
-        config (`StructLoRAConfig`): `keep`, and `select_by`.
-        seed (`int`): of the draw where `select_by` is 'random'.
+        keep (`float` or `str`): `StructLoRAConfig.keep`.
+        choose (`Callable`): (information of all directions (n,), keep) -> which to keep, (n,) of bool.
 
     Returns:
         Whether a selection was made: False where no direction has any information yet.
     """
-    scores = torch.cat([selection.information.flatten().cpu() for selection in selections])
-    if config.select_by == "random":
-        generator = torch.Generator("cpu").manual_seed(seed)
-        scores = torch.rand(len(scores), generator=generator, dtype=torch.float32, device="cpu")
-    if not bool(scores.any()):
+    information = torch.cat([selection.information.flatten().cpu() for selection in selections])
+    if not bool(information.any()):
         return False
-    parts = best(scores, config.keep).split([selection.kept.numel() for selection in selections])
+    parts = choose(information, keep).split([selection.kept.numel() for selection in selections])
     for selection, part in zip(selections, parts, strict=True):
         selection.close(part.view_as(selection.kept))
     return True
 
 
 def best(scores: Tensor, keep: float | str) -> Tensor:
-    """Which of all directions to keep, (n,) of bool.
+    """Which of all directions to keep, (n,) of bool: those of the highest scores.
 
     Args:
         scores (`Tensor`): (n,), not negative, not all zero.

@@ -14,7 +14,6 @@ from ..rank_check import world_size
 from .base import Engine
 from .fsdp2 import FSDP2Engine
 from .replicated import ReplicatedEngine
-from .tensor_parallel import TensorParallelEngine
 from .torch import TorchEngine
 
 __all__ = ["Engine", "TorchEngine", "select_engine"]
@@ -41,10 +40,11 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
         if not any(isinstance(p, DTensor) for kind in kinds for p in kind.parameters):
             return ReplicatedEngine(model, optimizer, kinds)
         return FSDP2Engine(model, optimizer, kinds)
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        return TensorParallelEngine(optimizer, kinds)
     found, remedy = None, "launch with one of these, and pass the wrapped model"
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        found = "parameters sharded by tensor parallelism (`tp_size`)"
+        remedy = "load the model with `tp_size=1`, and shard it with FSDP2 or DeepSpeed ZeRO-3"
+    elif any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         found = "parameters sharded by FSDP1"
         remedy = "set `fsdp_version: 2` in the `fsdp_config` of accelerate's file, or `version: 2` in Trainer's `fsdp_config`"
     elif any(isinstance(m, DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
@@ -59,7 +59,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: lis
     if found:
         raise StructLoRAError(
             found,
-            "one process, DDP, FSDP2 (`fully_shard`), tensor parallelism or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
+            "one process, DDP, FSDP2 (`fully_shard`) or DeepSpeed ZeRO 1 to 3 (`deepspeed.initialize`)",
             remedy,
         )
     return TorchEngine(optimizer, kinds, "torch" if world_size() == 1 else "DDP")

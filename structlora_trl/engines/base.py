@@ -6,21 +6,21 @@
     write_working     effective values, which the model computes with
 
     install, remove                                           the place in the step
-    bad_gradients, gradient_scale, learning_rate, maximizes   of the step under way
-    stamp, written, was_touched, keep_versions                whether other code wrote to the model
-    read_working, stored, write_latents                       for `reload`, state dicts and a state that is loaded
+    gradient_flags, gradient_scale, learning_rate, maximizes  of the step under way
+    written, put_back                                         whether other code wrote to the model; what we wrote
+    read_working, write_latents                               for `reload`, and a state that is loaded
 
-The verbs speak in stacked factors of nodes, one `Factors` per kind, in fp32. An engine that shards parameters
-speaks of this rank's slices of the width (`slices.py`), and where it may of the mapped sides alone, those
-that the map changes or reads: the others are empty then. Its verbs are collectives.
+The verbs speak in stacked factors of nodes, one `Factors` per kind, in fp32, and of the mapped sides alone,
+those that the map changes: the others are empty. Where `everything` is asked for, the others are what stands
+in the model. An engine that shards parameters speaks of this rank's slices of the width (`slices.py`). Its
+verbs are collectives.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,15 @@ class Engine(ABC):
         Args:
             before_step (`Callable`): called when gradients are complete. Where it returns False, the
                 optimizer must not change anything in this step.
-            after_step (`Callable`): called when the optimizer has stepped, with whether it did.
+            after_step (`Callable`): called when the optimizer has stepped, with whether it did. Where it
+                raises instead, working values stand again and this is not called.
             mapped (`list[tuple[str, ...]]`): the mapped sides of each kind.
         """
+
+    @property
+    @abstractmethod
+    def is_stepping(self) -> bool:
+        """Whether the optimizer steps: latents stand in the model then."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -70,7 +76,7 @@ class Engine(ABC):
 
         Args:
             fill_missing (`list[bool]`): of each kind, whether also where the backward left no gradient, since
-                another depth may pass one on. A kind without any gradient has none to pass, and rests.
+                another depth may pass one on. Kinds with no gradient at all are skipped.
         """
 
     @abstractmethod
@@ -82,36 +88,22 @@ class Engine(ABC):
         """Replace the latent factors of all sides. Those that are not mapped then stand in the model too."""
 
     @abstractmethod
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        """Put effective values where the model reads them, of the mapped sides in `sides`. Latents stay."""
-
-    @abstractmethod
-    def stamp(self) -> None:
-        """Remember what stands in the model as written by us."""
+    def write_working(self, effective: list[Factors]) -> None:
+        """Put effective values of the mapped sides where the model reads them. Latents stay."""
 
     @abstractmethod
     def written(self) -> Tensor:
-        """1.0 where other code has written to this rank's LoRA parameters since `stamp`, be it the same
-        values, else 0.0; on the device, without waiting for it.
+        """1.0 where this rank's LoRA parameters, of the mapped sides, hold other values than `write_working`
+        put there, else 0.0; on the device, without waiting for it.
         """
 
-    def was_touched(self) -> bool:
-        """Whether autograd has seen other code write since `stamp`. Free; blind to writes through `.data`."""
-        return False
+    @abstractmethod
+    def put_back(self) -> None:
+        """Write again what `write_working` wrote last."""
 
     @abstractmethod
     def read_working(self) -> list[Factors]:
         """The values that the model computes with now, of all sides."""
-
-    @abstractmethod
-    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its value in given factors (of all sides), as the model holds it: its shape,
-        its dtype, and its sharding. Parameters that the model holds nothing of are left out.
-        """
-
-    def keep_versions(self) -> ExitStack:
-        """When closed, autograd takes what stands for what stood: for values put back before a backward."""
-        return ExitStack()
 
     def _to_fill(
         self, fill_missing: list[bool], missing: Callable[[nn.Parameter], bool] = lambda p: p.grad is None
@@ -130,9 +122,10 @@ class Engine(ABC):
         return bool(self.optimizer.param_groups[self._groups[0]].get("maximize", False))
 
     @abstractmethod
-    def bad_gradients(self) -> Tensor:
-        """1.0 where a gradient of this rank that the optimizer is about to use, LoRA's or another's, holds
-        NaN or Inf, else 0.0; on the device, without waiting for it.
+    def gradient_flags(self) -> Tensor:
+        """Two flags of the gradients of this rank that the optimizer is about to use, LoRA's or another's:
+        whether one holds NaN or Inf, and whether one is other than zero; (2,), 1.0 or 0.0, on the device,
+        without waiting for it.
         """
 
     @abstractmethod
@@ -147,19 +140,25 @@ class Engine(ABC):
         """The learning rate of the groups that hold LoRA parameters, for the step that is under way."""
 
 
-def holds_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 where some tensor holds NaN or Inf, else 0.0; on `device`, without waiting for it."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if not tensors:
-        return torch.zeros((), dtype=torch.float32, device=device)
+def flags_of(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Whether some tensor holds NaN or Inf, and whether some is other than zero: (2,), 1.0 or 0.0, on `device`."""
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return torch.zeros(2, dtype=torch.float32, device=device)
     # The largest magnitude: in fp16, a 2-norm overflows where every element is finite.
-    peaks = torch._foreach_norm(tensors, math.inf)
-    return 1 - torch.stack([peak.to(device) for peak in peaks]).isfinite().all().float()
+    peaks = torch.stack([peak.to(device) for peak in torch._foreach_norm(gradients, math.inf)])
+    return torch.stack([~peaks.isfinite().all(), (peaks != 0).any()]).float()
 
 
-def is_same(expected: Tensor, found: Tensor) -> Tensor:
-    """Whether two tensors are equal, NaN being what NaN is: a bool tensor, without waiting for the device."""
-    return ((expected == found) | (expected.isnan() & found.isnan())).all()
+def differs(expected: list[Tensor], found: list[Tensor], device: torch.device) -> Tensor:
+    """1.0 where some value differs from the one expected, NaN being what NaN is, else 0.0; on `device`."""
+    flags = [
+        ((e.view_as(f) != f) & ~(e.view_as(f).isnan() & f.isnan())).any().to(device)
+        for e, f in zip(expected, found, strict=True)
+    ]
+    if not flags:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    return torch.stack(flags).any().float()
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

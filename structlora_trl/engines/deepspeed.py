@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..core.expert_storage import to_storage
 from ..core.kinds import SIDES, Factors, Kind, full_shape
 from ..errors import StructLoRAError
-from .base import copy_values, holds_nonfinite, is_same
+from .base import copy_values, differs, flags_of
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
 from .slices import Piece, join_slices
@@ -56,6 +56,7 @@ class DeepSpeedEngine(ShardedEngine):
         self._shard(kinds, self.optimizer.dp_process_group, self._span)
         # How effective values reach shards, and of which sides.
         self._scattered: tuple[list[tuple[str, ...]], Exchange] | None = None
+        self._is_stepping = False
         self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
         self._groups = self._groups_of_lora()
 
@@ -77,14 +78,34 @@ class DeepSpeedEngine(ShardedEngine):
             with self._clipping_before_the_map():
                 if not before_step():
                     return self._skip(step, after_step, *args, **kwargs)
-                result = step(*args, **kwargs)
-            overflow = bool(self.optimizer.overflow)
-            if not overflow:
-                self._latent_slices = self._mapped.to_slices(self._master)
-            after_step(not overflow)
+                self._is_stepping = True
+                try:
+                    result = step(*args, **kwargs)
+                    overflow = bool(self.optimizer.overflow)
+                    if not overflow:
+                        self._latent_slices = self._mapped.to_slices(self._master)
+                    after_step(not overflow)
+                except BaseException:
+                    self.put_back()
+                    raise
+                self._is_stepping = False
             return result
 
         self.engine.step = self._step = step_through_the_map
+        self._written = self._copies()
+
+    @property
+    def is_stepping(self) -> bool:
+        return self._is_stepping
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        self._is_stepping = False
+        copy_values([self._held(p) for p in self._written], list(self._written.values()))
+        for parameter in self._written if self.stage == 3 else ():
+            parameter.ds_secondary_tensor = None
+            if self._is_whole(parameter):
+                parameter.partition()  # a persistent one, which the next forward gathers anew
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -100,9 +121,9 @@ class DeepSpeedEngine(ShardedEngine):
     def read_gradients(self) -> list[Factors] | None:
         return self._mapped.to_slices(self._gradient)
 
-    def bad_gradients(self) -> torch.Tensor:
+    def gradient_flags(self) -> torch.Tensor:
         gradients = [self._gradient(p) for group in self._stepped() for p in group if self._is_held(p)]
-        return holds_nonfinite(gradients, self.sharding.device)
+        return flags_of(gradients, self.sharding.device)
 
     @torch.no_grad()
     def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
@@ -128,14 +149,15 @@ class DeepSpeedEngine(ShardedEngine):
         self._latent_slices = self._mapped.to_slices(self._master)
         self._put(latents, self._unmapped, Exchange(self.sharding, self._in_shards(self._unmapped)))
 
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
+    def write_working(self, effective: list[Factors]) -> None:
         mapped = self._mapped.sides
         in_shards = self._in_shards(mapped)
         # Persistent parameters of stage 3 are whole from the first forward on.
         if self._scattered is None or self._scattered[0] != in_shards:
             sides_equal = self.stage == 3 and in_shards == mapped
             self._scattered = in_shards, self._mapped if sides_equal else Exchange(self.sharding, in_shards)
-        self._put(effective, mapped, self._scattered[1], sides)
+        self._put(effective, mapped, self._scattered[1])
+        self._written = self._copies()
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """Keep, of some sides of each kind, those that the model holds in shards alone: none before stage 3."""
@@ -150,10 +172,9 @@ class DeepSpeedEngine(ShardedEngine):
         values: list[Factors],
         places: list[tuple[str, ...]],
         exchange: Exchange,
-        sides: tuple[str, ...] = SIDES,
     ) -> None:
         """Put values on some sides where the model reads them; `exchange` has those it holds in shards."""
-        fragments = [(p, v) for p, v in exchange.to_fragments(values, sides) if id(p) in self._trained_ids]
+        fragments = [(p, v) for p, v in exchange.to_fragments(values) if id(p) in self._trained_ids]
         copy_values([self._working(p) for p, _ in fragments], [value for _, value in fragments])
         for parameter, _ in fragments:
             # hpZ's copy; DeepSpeed too drops it after a step, and makes it anew.
@@ -167,7 +188,7 @@ class DeepSpeedEngine(ShardedEngine):
             for side, parameters in zip(SIDES, (kind.A, kind.B), strict=True)
             # All of stages 1 and 2, and persistent parameters of stage 3: of one shape, so all depths of a
             # kind or none.
-            if side in chosen and side in sides and self._is_whole(parameters[0])
+            if side in chosen and self._is_whole(parameters[0])
             if id(parameters[0]) in self._trained_ids
         ]
         for lot in _in_lots(wholes):
@@ -178,20 +199,22 @@ class DeepSpeedEngine(ShardedEngine):
                     own = [v.view(-1)[slice(*self._span(p))] for p, v in zip(parameters, whole, strict=True)]
                     copy_values([self._working(p) for p in parameters], own)
 
-    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        for kind, slices, of_kind in zip(self.kinds, self.slices, factors, strict=True):
-            for side in kind.sides:
-                parameters = getattr(kind, side)
-                if self._is_whole(parameters[0]):  # stage 3 leaves placeholders in the model
-                    own = to_storage(getattr(of_kind, side), side, kind)
-                    whole = slices.whole(own.to(parameters[0].dtype), side)
-                    yield from ((p, value.view(p.shape)) for p, value in zip(parameters, whole, strict=True))
-
-    def stamp(self) -> None:
-        self._stamp = self._norms()
-
     def written(self) -> torch.Tensor:
-        return 1 - is_same(self._stamp, self._norms()).float()
+        expected, found = list(self._written.values()), [self._held(p) for p in self._written]
+        if self.stage == 3:  # persistent ones stand twice
+            for parameter in filter(self._is_whole, self._written):
+                expected.append(self._own_part(parameter, self._written[parameter]))
+                found.append(parameter.data.view(-1)[slice(*self._span(parameter))])
+        return differs(expected, found, self.sharding.device)
+
+    def _held(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What the model holds of a parameter: this rank's shard at stage 3, else the whole."""
+        return parameter.ds_tensor.data if self.stage == 3 else parameter.data
+
+    @torch.no_grad()
+    def _copies(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Copies of what the model holds of the mapped sides."""
+        return {p: self._held(p).clone() for p in self._mapped.parameters if id(p) in self._trained_ids}
 
     def gradient_scale(self) -> float | torch.Tensor:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
@@ -211,11 +234,6 @@ class DeepSpeedEngine(ShardedEngine):
         ours = {id(p) for p in self._parameters}
         found = [i for i, parameters in enumerate(self._stepped()) if any(id(p) in ours for p in parameters)]
         return sorted({self.optimizer.sub_group_to_group_id[i] for i in found}) if self.stage == 3 else found
-
-    def _norms(self) -> torch.Tensor:
-        """Norms of this rank's parts. DeepSpeed writes through `.data`, which versions do not see."""
-        working = [p.ds_tensor.data if self.stage == 3 else p.data for p in self._parameters]
-        return torch.stack(torch._foreach_norm(working, 2, torch.float64))
 
     def _share(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where this rank's part of a parameter begins and ends, without padding."""
@@ -310,7 +328,9 @@ class DeepSpeedEngine(ShardedEngine):
         DeepSpeed takes the norm inside its step, after the map, and under optimizer offload partly before it.
         """
         optimizer, limit = self.optimizer, self.engine.gradient_clipping()
-        if self._keeps_whole_gradients():
+        if not self._mapped.parameters:
+            yield
+        elif self._keeps_whole_gradients():
             # Also without a limit: of the pulled gradients, each rank writes its own part alone.
             gradients = optimizer.get_grads_for_norm(for_clipping=True)
             norm = torch.nn.utils.get_total_norm(gradients)

@@ -9,8 +9,6 @@ reduces gradients over both; the map of each replica is then the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..core.kinds import Factors, Kind
 from ..errors import StructLoRAError
-from .base import copy_values
+from .base import copy_values, differs
 from .sharded import ShardedEngine
 from .slicing import Exchange
 from .torch import TorchEngine
@@ -39,9 +37,6 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         StructLoRAError: parameters that are not sharded by rows, or over other ranks too (tensor
             parallelism).
     """
-
-    # Every rank sees the same versions; an error on some ranks would leave the others waiting.
-    _compares_norms = False
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         TorchEngine.__init__(self, optimizer, kinds, "FSDP2")
@@ -86,32 +81,31 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
         self._latent_slices = self._mapped.to_slices(self._latents.__getitem__)
         self._put_fragments(Exchange(self.sharding, self._unmapped).to_fragments(latents))
 
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        self._put_fragments(self._mapped.to_fragments(effective, sides))
+    def write_working(self, effective: list[Factors]) -> None:
+        self._put_fragments(self._mapped.to_fragments(effective))
+        self._written = self._shards()
 
-    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for p, value in self._everything().to_fragments(factors):
-            local = value.view(_local(p).shape).to(p.dtype)
-            mesh, placements = p.device_mesh, p.placements
-            yield (
-                p,
-                DTensor.from_local(
-                    local, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
-                ),
-            )
+    def written(self) -> Tensor:
+        return differs(list(self._written.values()), list(self._shards().values()), self.sharding.device)
 
-    def keep_versions(self) -> ExitStack:
-        return ExitStack()  # a backward reads gathered copies, which we do not write to
+    def put_back(self) -> None:
+        self._is_stepping = False
+        self._put_fragments(list(self._written.items()))
 
     def _swap_in_latents(self) -> None:
         self._put_fragments(list(self._latents.items()))
 
-    @torch.no_grad()
     def _take(self) -> None:
-        shards = {p: _local(p).view(-1) for p in self._mapped.parameters}
-        self._latents = {p: torch.empty_like(shard) for p, shard in shards.items()}
-        copy_values(list(self._latents.values()), list(shards.values()))
+        self._latents = self._shards()
         self._latent_slices = self._mapped.to_slices(self._latents.__getitem__)
+
+    @torch.no_grad()
+    def _shards(self) -> dict[nn.Parameter, Tensor]:
+        """Copies of this rank's shards, flat, of the mapped sides."""
+        shards = {p: _local(p).view(-1) for p in self._mapped.parameters}
+        copies = {p: torch.empty_like(shard) for p, shard in shards.items()}
+        copy_values(list(copies.values()), list(shards.values()))
+        return copies
 
     def _working(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)

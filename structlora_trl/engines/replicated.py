@@ -37,23 +37,23 @@ class ReplicatedEngine(TorchEngine):
         super().__init__(optimizer, kinds, "FSDP2 (replicated adapter)")
         self._ranks_agree = False
 
-    def bad_gradients(self) -> Tensor:
+    def gradient_flags(self) -> Tensor:
         # Of other trained parameters a rank may hold shards, with NaN that the others do not see.
-        bad = super().bad_gradients()
+        flags = super().gradient_flags()
         if self._ranks_agree:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-            return bad
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            return flags
         norms = torch.stack(
             [_norm(self._trained), _norm([p.grad for p in self._trained if p.grad is not None])]
         )
-        extremes = torch.cat([bad[None], norms, -norms])
+        extremes = torch.cat([flags, norms, -norms])
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        bad, parameters, gradients, *smallest = extremes.unbind()
-        if not bad:
+        parameters, gradients, *smallest = extremes[2:].unbind()
+        if not extremes[0]:
             _refuse_differing("parameters", parameters, -smallest[0])
             _refuse_differing("gradients", gradients, -smallest[1])
             self._ranks_agree = True
-        return bad
+        return extremes[:2]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

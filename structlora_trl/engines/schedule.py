@@ -2,9 +2,9 @@
 
 A schedule does not say what its peak is. torch's and Transformers' schedulers write the rate they start from
 into `initial_lr`, which is the peak of most of them, but not of OneCycleLR or CyclicLR, nor of lambdas over a
-base rate of 1 (Noam); rates set by hand write nothing. So the peak is the largest rate seen so far, and what
-the scheduler declares is believed only until the rates fall. (They stay equal for an epoch where the
-scheduler is stepped once an epoch.)
+base rate of 1 (Noam); rates set by hand write nothing. So the peak is the largest rate seen so far; the declared
+peak is used until the rate first drops. (Rates stay equal for an epoch where the scheduler is stepped once an
+epoch.)
 """
 
 from __future__ import annotations

@@ -115,13 +115,9 @@ class Exchange:
         ]
 
     @torch.no_grad()
-    def to_fragments(
-        self, slices: list[Factors], sides: tuple[str, ...] = SIDES
-    ) -> list[tuple[nn.Parameter, Tensor]]:
-        """This rank's fragments, flat and fp32, from all slices; of the moved sides, those in `sides`."""
-        return [
-            pair for name, side in self._each.items() if name in sides for pair in side.to_fragments(slices)
-        ]
+    def to_fragments(self, slices: list[Factors]) -> list[tuple[nn.Parameter, Tensor]]:
+        """This rank's fragments, flat and fp32, from all slices."""
+        return [pair for side in self._each.values() for pair in side.to_fragments(slices)]
 
     def _empty(self, place: int, side: str) -> Tensor:
         depths, rows, columns = self.sharding.slice_shape(place, side)
@@ -140,7 +136,7 @@ class _Side:
         self.sharding, self.side, self.places = sharding, side, places
         factors = [getattr(sharding.kinds[i], side) for i in places]
         alike = all(bool((s == s[:1]).all()) for s in (sharding.spans(i, side) for i in places))
-        # Where each depth is owned alike, the places of one serve all; of experts, those of all at one depth.
+        # If every depth is sharded alike, indices are computed once; of experts, for all at one depth.
         self.rows = math.gcd(*map(len, factors)) if alike else 1
         self.parameters = [
             p

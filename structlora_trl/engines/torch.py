@@ -6,8 +6,10 @@ in, by the step hooks every torch optimizer has; the parameters' storage is neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
-from ..call_stack import caller_in, is_running
-from ..core.expert_storage import stack_nodes, to_storage
+from ..core.expert_storage import empty_nodes, stack_nodes, to_storage
 from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
 from ..map_context import map_context
-from .base import Engine, copy_values, holds_nonfinite, is_same
+from .base import Engine, copy_values, differs, flags_of
 from .schedule import Rate, rate_of
 from .slices import WHOLE
 
@@ -41,8 +42,6 @@ class TorchEngine(Engine):
             step.
     """
 
-    _compares_norms = True  # whether writes are seen by norms too, or by versions alone
-
     def __init__(self, optimizer: torch.optim.Optimizer, kinds: list[Kind], name: str = "torch"):
         self.optimizer, self.kinds, self.name = optimizer, kinds, name
         self.slices = [WHOLE] * len(kinds)
@@ -51,10 +50,9 @@ class TorchEngine(Engine):
         self._trained = [p for kind in kinds for p in kind.parameters if p.requires_grad]
         self._trained_ids = {id(p) for p in self._trained}
         self._refuse_unfit()
-        self._latents: list[Factors] = []  # in the parameters' own dtype
         self._step_depth = 0  # calls of `step` within each other
-        self._step_frame = None  # of the outermost; no longer running where an exception left it
-        self._stamp: tuple[list[int], Tensor] | None = None
+        self._step_frame: FrameType | None = None  # of the outermost
+        self._is_stepping = False
         self._groups = [
             i
             for i, group in enumerate(optimizer.param_groups)
@@ -72,19 +70,20 @@ class TorchEngine(Engine):
         @_disable_dynamo
         def before(optimizer, args, kwargs):
             nonlocal stepped
-            if self._step_depth and is_running(self._step_frame):
+            if self._step_depth and _is_running(self._step_frame):
                 # The `step` of its class calls that of its parent, which torch has hooked too.
                 self._step_depth += 1
                 return None
-            self._step_depth, self._step_frame = 1, caller_in(_OPTIMIZER_FILE)
+            self._step_depth, self._step_frame = 1, _caller_in(_OPTIMIZER_FILE)
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
             with torch.enable_grad():
-                loss = None if closure is None else closure()  # at the training weights
+                loss = None if closure is None else closure()  # at the effective weights
             stepped = before_step()
             if not stepped:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
+            self._is_stepping = True
             self._swap_in_latents()
             if closure is None:
                 return None
@@ -95,27 +94,65 @@ class TorchEngine(Engine):
 
         @_disable_dynamo
         def after(optimizer, args, kwargs):
-            self._step_depth -= 1
-            if self._step_depth:
+            if self._step_depth > 1:
+                self._step_depth -= 1
                 return
-            self._step_frame = None
             with map_context(self.kinds[0].device):
                 self._take()
             after_step(stepped)
+            self._step_depth, self._step_frame, self._is_stepping = 0, None, False
 
+        self._sides = mapped
+        self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
         self._take()
+        self._written = self._latents  # what `write_working` has put into the model
         self._handles = [
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
         ]
         # Hooks that stood before (of averages, or constraints) are to see what the step ends with.
         self.optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)
+        self._guard_step()
+
+    def _guard_step(self) -> None:
+        """Have working values stand again where `optimizer.step()` raises."""
+        optimizer = self.optimizer
+        self._covered_step, inner = vars(optimizer).get("step"), optimizer.step  # a scheduler's wrapper, say
+        function = getattr(inner, "__func__", None)
+
+        @functools.wraps(function or inner)
+        def step(*args, **kwargs):
+            try:
+                return (function or inner)(*args, **kwargs)
+            except BaseException:
+                self._step_depth, self._step_frame = 0, None
+                if self.is_stepping:
+                    self.put_back()
+                raise
+
+        # A method where it was one: torch's schedulers wrap methods alone.
+        optimizer.step = self._guard = MethodType(step, optimizer) if function else step
+
+    @property
+    def is_stepping(self) -> bool:
+        return self._is_stepping
+
+    def put_back(self) -> None:
+        self._is_stepping = False
+        self._put(self._written)
 
     def remove(self) -> None:
+        if self._is_stepping:  # and broke off in a way that nobody saw
+            self.put_back()
+        self._last = self.read_latents(everything=True)
         for handle in self._handles:
             handle.remove()
+        if vars(self.optimizer).get("step") is self._guard:
+            del self.optimizer.step  # the class's own shows again
+            if self._covered_step is not None:
+                self.optimizer.step = self._covered_step
         # A frame that an exception left would keep the model, and the optimizer its moments.
-        self._handles, self.optimizer, self._step_frame, self._step_depth = [], None, None, 0
+        self._handles, self.optimizer, self._guard, self._covered_step = [], None, None, None
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._trained)
@@ -138,12 +175,12 @@ class TorchEngine(Engine):
     def read_gradients(self) -> list[Factors] | None:
         if not self._has_gradients():
             return None
-        return [Factors(*(_stack_gradients(kind, side) for side in SIDES)) for kind in self.kinds]
+        return self._of_sides(_stack_gradients, self._sides)
 
     def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
         filled = self._to_fill(fill_missing)
         targets, values = [], []
-        for parameter, value in self._with_values(gradients, SIDES):
+        for parameter, value in self._with_values(gradients, self._sides):
             if parameter.grad is None:
                 if id(parameter) not in filled:
                     continue
@@ -153,27 +190,33 @@ class TorchEngine(Engine):
         copy_values(targets, values)
 
     def read_latents(self, everything: bool = False) -> list[Factors]:
-        return [Factors(A.float(), B.float()) for A, B in self._latents]
-
-    def write_latents(self, latents: list[Factors]) -> None:
-        self._latents = [
-            Factors(*(new.to(own.dtype, copy=True) for own, new in zip(*pair, strict=True)))
-            for pair in zip(self._latents, latents, strict=True)
+        latents = [Factors(A.float(), B.float()) for A, B in self._latents]
+        if not everything:
+            return latents
+        return self._last or [
+            Factors(*(getattr(own if side in sides else other, side) for side in SIDES))
+            for own, other, sides in zip(latents, self.read_working(), self._sides, strict=True)
         ]
 
-    @torch.no_grad()
-    def write_working(self, effective: list[Factors], sides: tuple[str, ...]) -> None:
-        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
-        # them, and a backward through weights that are gone must fail.
-        pairs = self._with_values(effective, sides)
-        copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
+    def write_latents(self, latents: list[Factors]) -> None:
+        self._put(latents, [kind.sides for kind in self.kinds])
+        self._take()
+
+    def write_working(self, effective: list[Factors]) -> None:
+        self._put(effective)
+        self._written = self._standing(self._sides)
+
+    def written(self) -> Tensor:
+        pairs = [
+            (expected, found)
+            for kinds in zip(self._written, self._standing(self._sides), strict=True)
+            for expected, found in zip(*kinds, strict=True)
+        ]
+        expected, found = zip(*pairs, strict=True)
+        return differs(expected, found, self.kinds[0].device)
 
     def read_working(self) -> list[Factors]:
-        return [Factors(A.float(), B.float()) for A, B in self._standing()]
-
-    def stored(self, factors: list[Factors]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for parameter, value in self._with_values(factors, SIDES, trained=False):
-            yield parameter, value.detach().reshape(parameter.shape).to(parameter.dtype)
+        return [Factors(A.float(), B.float()) for A, B in self._standing([kind.sides for kind in self.kinds])]
 
     def gradient_scale(self) -> float | Tensor:
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -182,68 +225,53 @@ class TorchEngine(Engine):
     def learning_rate(self) -> Rate:
         return rate_of(self.optimizer.param_groups[i] for i in self._groups)
 
-    def bad_gradients(self) -> Tensor:
+    def gradient_flags(self) -> Tensor:
         gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        bad = holds_nonfinite(gradients, self.kinds[0].device)
+        flags = flags_of(gradients, self.kinds[0].device)
         # GradScaler sets `found_inf` and `grad_scale` for the step of optimizers that unscale themselves.
         found_inf = getattr(self.optimizer, "found_inf", None)
-        return bad if found_inf is None else torch.maximum(bad, found_inf.to(bad.device))
-
-    def stamp(self) -> None:
-        self._stamp = self._look()
-
-    def written(self) -> Tensor:
-        versions, norms = self._look()
-        known_versions, known_norms = self._stamp
-        if versions == known_versions:
-            return 1 - is_same(known_norms, norms).float()
-        return torch.ones((), dtype=torch.float32, device=self.kinds[0].device)
-
-    def was_touched(self) -> bool:
-        return [p._version for p in self._trained] != self._stamp[0]
-
-    def keep_versions(self) -> ExitStack:
-        versions = ExitStack()
-        for parameter in self._trained:
-            versions.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
-        return versions
-
-    @torch.no_grad()
-    def _look(self) -> tuple[list[int], Tensor]:
-        """Autograd's version of each parameter, and its norm: a write through `.data` keeps the version."""
-        versions = [p._version for p in self._trained]
-        if not self._compares_norms:
-            return versions, torch.empty(0, dtype=torch.float32, device="cpu")
-        device = self._trained[0].device
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        norms = torch._foreach_norm(self._trained, 2, exact)
-        return versions, torch.stack([norm.to(device) for norm in norms])
+        if found_inf is not None:
+            flags[0] = torch.maximum(flags[0], found_inf.to(flags.device))
+        return flags
 
     def _swap_in_latents(self) -> None:
-        self.write_working(self._latents, SIDES)
+        self._put(self._latents)
+
+    @torch.no_grad()
+    def _put(self, factors: list[Factors], sides: list[tuple[str, ...]] | None = None) -> None:
+        # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
+        # them, and a backward through weights that are gone must fail.
+        pairs = self._with_values(factors, self._sides if sides is None else sides)
+        copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
 
     def _with_values(
-        self, values: list[Factors], sides: tuple[str, ...], trained: bool = True
+        self, values: list[Factors], sides: list[tuple[str, ...]]
     ) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each parameter on some sides, of those that are trained, with its value among those of nodes."""
+        """Each trained parameter on some sides, with its value among those of nodes."""
         return [
             (parameter, value)
-            for kind, stacked in zip(self.kinds, values, strict=True)
-            for side in sides
-            if side in kind.sides
+            for kind, stacked, chosen in zip(self.kinds, values, sides, strict=True)
+            for side in chosen
             for parameter, value in zip(
                 getattr(kind, side), to_storage(getattr(stacked, side), side, kind), strict=True
             )
-            if not trained or id(parameter) in self._trained_ids
+            if id(parameter) in self._trained_ids
         ]
 
     def _take(self) -> None:
-        self._latents = self._standing()
+        self._latents = self._standing(self._sides)
 
-    def _standing(self) -> list[Factors]:
-        """What stands in the parameters, in their own dtype."""
-        return [Factors(*(_stack(kind, side) for side in SIDES)) for kind in self.kinds]
+    def _standing(self, sides: list[tuple[str, ...]]) -> list[Factors]:
+        """What stands in the parameters on some sides, in their own dtype."""
+        return self._of_sides(_stack, sides)
+
+    def _of_sides(self, read: Callable[[Kind, str], Tensor], sides: list[tuple[str, ...]]) -> list[Factors]:
+        """Stacked factors of each kind on some sides; the others are empty."""
+        return [
+            Factors(*(read(kind, side) if side in chosen else empty_nodes(side, kind) for side in SIDES))
+            for kind, chosen in zip(self.kinds, sides, strict=True)
+        ]
 
     def _refuse_unfit(self) -> None:
         name = type(self.optimizer).__name__
@@ -258,6 +286,12 @@ class TorchEngine(Engine):
                 f"an optimizer ({name}) whose `step` runs no hooks, since its class does not call `torch.optim.Optimizer.__init__`",
                 "a torch.optim.Optimizer that runs its step hooks",
                 "attach to the optimizer that it wraps, or call `super().__init__(params, defaults)` in its class",
+            )
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise StructLoRAError(
+                f"{name}, which evaluates its closure during a step, at intermediate weights",
+                "an optimizer that needs the closure once, before it steps",
+                "choose a first-order optimizer, such as AdamW",
             )
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = sum(id(p) not in owned for p in self._trained)
@@ -290,3 +324,19 @@ def _stack(kind: Kind, side: str) -> Tensor:
 def _stack_gradients(kind: Kind, side: str) -> Tensor:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in getattr(kind, side)]
     return stack_nodes([g.to(kind.device, torch.float32) for g in gradients], side, kind)
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether the call of a frame is on this thread's stack."""
+    current = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
+
+
+def _caller_in(file: str) -> FrameType | None:
+    """The innermost call of a function of some source file that is on the stack."""
+    current = sys._getframe(1)
+    while current is not None and current.f_code.co_filename != file:
+        current = current.f_back
+    return current

@@ -15,12 +15,12 @@ from ..config import StructLoRAConfig
 from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
-from ..model_card import describe_trainer
+from ..model_card import CARD_NAME, describe_run
 from ..runtime import Runtime
-from ..standing_weights import EVALUATION
-from ..state import load_state, save_state
+from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
-from .compat import calling_trainer, refuse_engine_taken_down, run_first, why_quiet
+from .compat import calling_trainer, passes_of, refuse_engine_taken_down, run_first, why_quiet
+from .console import end_lines, log_briefly, next_commands, start_lines
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 class StructLoRACallback(TrainerCallback):
     """Trains the model's LoRA adapter as StructLoRA; checkpoints, resuming and metrics included.
 
-    Between optimizer steps (evaluation, saving, generation) the model holds deterministic evaluation weights.
-    The model may be a PEFT model, or a module that holds one (`peft_module` names it where there are
+    Between optimizer steps (evaluation, saving, generation) the model holds the adapter, plain LoRA. The model
+    may be a PEFT model, or a module that holds one (`peft_module` names it where there are
     several).
 
     Args:
         config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
             has them under the key `structlora`. Where no option is given, `args.structlora` if the training
             arguments have it (`StructLoRASFTConfig`), else the defaults.
-        parts (`Parts`, *optional*): filter, graph, coordinator, noise or kinds of your own, for research.
+        parts (`Parts`, *optional*): gates, graph, coordinator or kinds of your own, for research.
         **overrides: single options, as keywords.
 
     Raises:
@@ -50,12 +50,14 @@ class StructLoRACallback(TrainerCallback):
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,
         ...     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        ...     callbacks=[StructLoRACallback(gate_init=0.8)],
+        ...     callbacks=[StructLoRACallback(noise_variance=0.5)],
         ... )
         >>> result = trainer.train()  # doctest: +ELLIPSIS
         StructLoRA on torch, 1 process: ...
         >>> trainer.save_model(folder)  # a plain LoRA adapter
     """
+
+    names_next = True  # whether the end of a run names commands: `structlora sft` and the like name their own
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class StructLoRACallback(TrainerCallback):
         self.runtime: Runtime | None = None
         self._seen_hook_calls = 0
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
+        self._had_selected = False  # at the last step
         # State and weights at the end of the last `train()`, or where it broke off.
         self._finished: tuple[dict, list[Factors]] | None = None
 
@@ -79,8 +82,16 @@ class StructLoRACallback(TrainerCallback):
         Raises:
             StructLoRAError: StructLoRA cannot act on this model and optimizer.
         """
-        seed, quiet, steps = trainer.args.seed, why_quiet(trainer), trainer.state.max_steps
-        return build_runtime(trainer.model_wrapped, optimizer, self.config, seed, self.parts, quiet, steps)
+        return build_runtime(
+            trainer.model_wrapped,
+            optimizer,
+            self.config,
+            self.parts,
+            quiet=why_quiet(trainer),
+            steps=trainer.state.max_steps,
+            passes=passes_of(trainer),
+            ends_with_run=True,
+        )
 
     def refuse_starting_over(self) -> None:
         """Stop where the options do not go with `start_over`.
@@ -100,11 +111,11 @@ class StructLoRACallback(TrainerCallback):
     ) -> None:
         """Train on with a fresh adapter in the same run, as ReLoRA does. Call it between optimizer steps.
 
-        Gates and coordinator start over: what they learned was about directions that are part of the base by
-        then. Counts of steps, and the peak that the learning rate is a share of, go on.
+        The coordinator starts over: what it learned was about directions that are part of the base by then.
+        Counts of steps, and the peak that the learning rate is a share of, go on.
 
         Args:
-            reset: merges the adapter, whose evaluation weights stand then, and makes it a fresh one.
+            reset: merges the adapter and makes it a fresh one.
 
         Raises:
             StructLoRAError: as `refuse_starting_over`.
@@ -121,7 +132,7 @@ class StructLoRACallback(TrainerCallback):
         # Attaching may change lora_A: callbacks that copy weights in `on_train_begin` are to come after.
         run_first(calling_trainer()[0].callback_handler, self)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         trainer, resumed_from = calling_trainer()
         refuse_engine_taken_down(trainer)
         callbacks = trainer.callback_handler.callbacks
@@ -140,24 +151,18 @@ class StructLoRACallback(TrainerCallback):
         self.runtime = self.attach(trainer, optimizer)
         if self.runtime.has_aligned:
             _warn_of_earlier(earlier)
-        if not self.config.is_off:
-            describe_trainer(trainer, self.runtime.model.save_pretrained)
         self._seen_hook_calls = 0
-        if state.is_world_process_zero:
-            name, _ = find_peft_model(trainer.model_wrapped, self.config)
-            where = f", in the PEFT model `{name}`" if name else ""
-            # As Trainer prints its logs: at its default log level, INFO is not shown.
-            print(f"{self.runtime}{where}", flush=True)
         if resumed_from is not None:
             load_state(self.runtime, resumed_from)
-        elif self._finished is not None:
-            finished_state, weights = self._finished
-            if _equal(weights, self.runtime):
-                schedule = self.runtime.schedule
-                # Another `train()` continues where the last one ended.
-                self.runtime.load_state_dict(finished_state)
-                self.runtime.schedule = schedule  # with a schedule of its own
-        self._acted_before = self.runtime.acted_steps
+        elif self._finished is not None and _equal(self._finished[1], self.runtime):
+            # Another `train()` goes on where the last one ended, with steps and a schedule of its own.
+            self.runtime.restore(State.parse(self._finished[0]).rewound())
+        self._acted_before, self._had_selected = self.runtime.acted_steps, self.runtime.has_selected
+        log_briefly(trainer)
+        if state.is_world_process_zero:
+            name, peft_model = find_peft_model(trainer.model_wrapped, self.config)
+            # As Trainer prints its logs: at its default log level, INFO is not shown.
+            print(start_lines(self.runtime, trainer, peft_model, name), flush=True)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
@@ -166,8 +171,13 @@ class StructLoRACallback(TrainerCallback):
                 "an optimizer that steps through `torch.optim.Optimizer.step`",
                 "choose another `optim`, such as adamw_torch",
             )
+        if self.runtime.hook_calls == self._seen_hook_calls:  # GradScaler's doing, who calls no hook then
+            self.runtime.skipped_steps += 1
         self._seen_hook_calls = self.runtime.hook_calls
-        self.runtime.eval()  # where GradScaler skipped the step, no hook has
+        if self.runtime.has_selected and not self._had_selected:
+            # Checkpoints of before hold all directions: the best is chosen among those to come.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._had_selected = self.runtime.has_selected
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.runtime is not None and self.runtime.is_attached and logs is not None and "loss" in logs:
@@ -185,15 +195,43 @@ class StructLoRACallback(TrainerCallback):
                 "an adapter that the training loss depends on",
                 "activate it before training (`model.set_adapter(...)`), and leave its `requires_grad` as it is",
             )
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_state(self.runtime, state.best_model_checkpoint)
+        self._take_best(args, state)
+        trainer, _ = calling_trainer()
+        peft_model = self.runtime.model
         self._finish()
+        if state.is_world_process_zero:
+            following = next_commands(self.runtime, args.output_dir) if self.names_next else ()
+            print(end_lines("StructLoRA", trainer, peft_model, following), flush=True)
+            if not self.config.is_off:
+                describe_run(Path(args.output_dir) / CARD_NAME, self.runtime, peft_model)
+
+    def _take_best(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Follow Trainer to its best checkpoint, whose weights stand in the model by now.
+
+        Raises:
+            StructLoRAError: `keep` is set, and the checkpoint is of before the selection.
+        """
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        if self.config.keep is not None and not self.runtime.has_selected:
+            step = self.runtime.plan.select_step
+            self._finish()
+            raise StructLoRAError(
+                f"keep={self.config.keep!r} in a run that ended at step {state.global_step}, before directions are selected at "
+                f"step {step}, so that the best checkpoint ({state.best_model_checkpoint}) has them all",
+                "a run that goes on after the selection",
+                "lower `select_at`, stop later (a longer patience), or remove `keep`; the model has the weights of that checkpoint",
+            )
+        if (Path(state.best_model_checkpoint) / STATE_NAME).is_file():
+            load_state(self.runtime, state.best_model_checkpoint)
+        else:  # gone, or of an earlier run of plain LoRA: Trainer takes what it finds
+            self.runtime.reload()
 
     def _finish(self) -> None:
-        """Detach, and keep what another `train()` continues from: nothing where other code has written weights."""
-        changed = self.runtime.weights == EVALUATION and self.runtime.were_changed()
+        """Detach, and keep what another `train()` continues from: state and weights."""
+        is_stale = self.runtime.is_rewritten()
         self.runtime.detach()
-        self._finished = None if changed else (self.runtime.state_dict(), self.runtime.engine.read_working())
+        self._finished = None if is_stale else (self.runtime.state_dict(), self.runtime.engine.read_working())
 
     def on_save(self, args, state, control, **kwargs):
         if self.runtime is None or not self.runtime.is_attached:
@@ -205,6 +243,8 @@ class StructLoRACallback(TrainerCallback):
         folder = checkpoint_folder(args, state)
         if folder.is_dir():
             save_state(self.runtime, folder, values)
+            if not self.config.is_off:
+                describe_run(folder / CARD_NAME, self.runtime, self.runtime.model)
         else:
             logger.warning(
                 "StructLoRA's state was not saved at step %d: there is no folder %s. To resume from a checkpoint that lies "

@@ -13,6 +13,7 @@ import transformers
 from packaging.version import Version
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..errors import StructLoRAError
 
@@ -89,6 +90,14 @@ def why_quiet(trainer: Trainer) -> str | None:
     if getattr(trainer.args, "disable_dropout", any(c.endswith(_WITHOUT_DROPOUT) for c in classes)):
         return f"{name} switches dropout off"
     return None
+
+
+def passes_of(trainer: Trainer) -> float | None:
+    """Passes over its rows that a trainer is about to make; None where they are streamed."""
+    loader = trainer.callback_handler.train_dataloader
+    if not has_length(loader) or not len(loader):
+        return None
+    return trainer.state.max_steps * trainer.args.gradient_accumulation_steps / len(loader)
 
 
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:

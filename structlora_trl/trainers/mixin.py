@@ -25,16 +25,18 @@ class StructLoRASFTConfig(SFTConfig):
     Args:
         structlora (`StructLoRAConfig`, `dict`, `bool` or `str`, *optional*, defaults to `True`): Options of
             StructLoRA, True for the defaults, or False for plain LoRA. On the command line, JSON
-            (`--structlora '{"gate_init": 0.8}'`) or a YAML file with a `structlora` key. The field then holds
+            (`--structlora '{"noise_variance": 0.5}'`) or a YAML file with a `structlora` key. The field then holds
             a `dict` of the options that differ from the defaults, or False.
 
     Raises:
         StructLoRAError: an option is unknown or out of range.
 
     Example:
-        >>> arguments = StructLoRASFTConfig(folder, structlora={"gate_init": 0.8}, learning_rate=2e-4, use_cpu=True, bf16=False)
+        >>> arguments = StructLoRASFTConfig(
+        ...     folder, structlora={"noise_variance": 0.5}, learning_rate=2e-4, use_cpu=True, bf16=False
+        ... )
         >>> arguments.structlora, arguments.learning_rate
-        ({'gate_init': 0.8}, 0.0002)
+        ({'noise_variance': 0.5}, 0.0002)
     """
 
     structlora: StructLoRAConfig | str | dict | None = field(
@@ -74,7 +76,7 @@ class StructLoRAMixin:
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,
         ...     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        ...     structlora_config=StructLoRAConfig(gate_init=0.8),
+        ...     structlora_config=StructLoRAConfig(noise_variance=0.5),
         ... )
         >>> any(isinstance(callback, StructLoRACallback) for callback in trainer.callback_handler.callbacks)
         True
@@ -106,7 +108,7 @@ class StructLoRASFTTrainer(StructLoRAMixin, SFTTrainer):
         >>> trainer = StructLoRASFTTrainer(
         ...     base,
         ...     args=StructLoRASFTConfig(
-        ...         folder, structlora={"gate_init": 0.8}, bf16=False, use_cpu=True, report_to="none"
+        ...         folder, structlora={"noise_variance": 0.5}, bf16=False, use_cpu=True, report_to="none"
         ...     ),
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,

@@ -26,9 +26,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from structlora_trl.adapters.export import export, information_curves
+from structlora_trl.adapters.export import export, information_curves, write_adapter
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import load_base
+from structlora_trl.adapters.peft_scaling import with_one_scale
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
@@ -105,23 +106,38 @@ def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path,
     )
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(after, before, atol=1e-4)
-    directions = next(line.split() for line in printed.splitlines() if line.startswith("directions "))
-    assert directions[1:3] == [str(gates.numel()), str(gates.numel() - closed)]
+    before, after = (
+        next(x.split() for x in printed.splitlines() if x.startswith(y)) for y in ("the adapter", "small")
+    )
+    assert before[3] == str(gates.numel()) and after[4] == str(gates.numel() - closed)  # "4" and "1 to 4"
     assert "Output change on 4 x 64 random tokens" in printed
 
 
-def test_prune_measures_on_a_text_and_spares_one_direction(runs, tmp_path, capsys):
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+def test_prune_measures_on_a_text_and_leaves_empty_modules_out(variant, runs, tmp_path, capsys):
+    """Or spares one direction, where PEFT cannot leave a module out, as with DoRA."""
     (tmp_path / "probe.txt").write_text("w1 w2 w3 w4 w5")
-    given = [str(runs()), str(tmp_path / "one"), "--prune", "1", "--probe", str(tmp_path / "probe.txt")]
+    out = runs(variant)
+    state = load_file(out / STATE_NAME)
+    gates = torch.cat([state[f"{kind}/filters.0.logits"].sigmoid() for kind in KINDS])
+    best = gates.amax(1).sort().values  # (modules,)
+    threshold = float((best[0] + best[1]) / 2)
+    given = [
+        str(out),
+        str(tmp_path / "one"),
+        "--prune",
+        str(threshold),
+        "--probe",
+        str(tmp_path / "probe.txt"),
+    ]
     assert main(["export", *given]) == 0
-    printed = capsys.readouterr().out
-    assert "1 x 5 tokens" in printed and f"{len(KINDS) * DEPTHS} modules would keep no direction" in printed
+    printed, modules = capsys.readouterr().out, len(KINDS) * DEPTHS
+    assert "1 x 5 tokens" in printed and ("1 modules keep no direction" in printed) == (variant == "plain")
+    assert ("1 modules would keep no direction" in printed) == (variant == "dora")
     weights = load_file(tmp_path / "one" / ADAPTER)
-    assert {len(value) for name, value in weights.items() if "lora_A" in name} == {1}
-    state = load_file(runs() / STATE_NAME)
-    kept = int(state[f"{KINDS[0]}/filters.0.logits"][0].argmax())
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert torch.equal(weights[name][0], load_file(runs() / ADAPTER)[name][kept])
+    assert sum("lora_A" in name for name in weights) == modules - (variant == "plain")
+    assert main(["export", str(out), str(tmp_path / "none"), "--prune", "1"]) == 1
+    assert "above every gate" in capsys.readouterr().err
 
 
 def test_merge(runs, plain_adapter, tmp_path):
@@ -241,21 +257,29 @@ MISTAKES = {
     "a share of nothing": (["--keep", "0"], "`keep` 0"),
     "a share above all": (["--keep", "1.5"], "`keep` 1.5"),
     "a share that is no number": (["--keep", "most"], "`keep` most"),
+    "no rank": (["--rank", "0"], "a rank of 0"),
+    "a rank above the adapter's": (["--rank", "5"], "a rank of 5 for an adapter of rank 4"),
+    "no such server": (["--for", "tgi"], "a server 'tgi'"),
+    "no such dtype": (["--dtype", "int8"], "a dtype 'int8'"),
+    "nothing to learn from": (["--rank", "2", "--distil"], "without rows to learn from"),
     "no data": (["--keep", "0.5", "--data", "missing.jsonl"], "missing.jsonl"),
     "data of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
     "data with other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
     "data without rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
 }
 WITHOUT_EFFECT = {
-    "a probe alone": (["--probe", "sample.txt"], "--probe needs --keep or --prune"),
-    "a probe of a merge": (["--merge", "--probe", "none"], "--probe needs --keep or --prune"),
+    "a probe alone": (["--probe", "sample.txt"], "--probe needs --rank, --keep or --prune"),
+    "a probe of a merge": (["--merge", "--probe", "none"], "--probe needs --rank, --keep or --prune"),
     "a probe beside data": (
         ["--keep", "0.5", "--data", "rows.txt", "--probe", "none"],
-        "--probe needs --keep or --prune",
+        "--probe needs --rank, --keep or --prune",
     ),
     "two rules": (["--keep", "0.5", "--prune", "0.5"], "--prune: not allowed with argument --keep"),
-    "data alone": (["--data", "rows.txt"], "--data needs --keep"),
-    "one rank of a merge": (["--merge", "--one-rank"], "give one of them"),
+    "data alone": (["--data", "rows.txt"], "need --rank or --keep"),
+    "distillation alone": (["--distil"], "need --rank or --keep"),
+    "a split alone": (["--keep", "0.5", "--split", "test"], "--split needs --data"),
+    "a largest rank of one rank": (["--rank", "2", "--max-rank", "3"], "--max-rank needs --keep"),
+    "a server of a merge": (["--merge", "--for", "vllm"], "give one of them"),
 }
 
 
@@ -306,8 +330,8 @@ def test_prune_goes_by_the_filter(option, words, tmp_path, capsys):
     if words:
         assert code == 1 and words in captured.err
     else:  # closed directions are exactly zero at evaluation: nothing changes but the order of the sums
-        largest = float(re.search(r"largest \|Δlogit\| ([^,]+),", captured.out)[1])
-        assert code == 0 and largest < 1e-5 and " 50.0%" in captured.out
+        largest = float(re.search(r"largest ([^,]+),", captured.out)[1])
+        assert code == 0 and largest < 1e-5 and "  50.0%" in captured.out
 
 
 def with_another_head(build, model_class, **options):
@@ -525,7 +549,7 @@ SCALES = {
 
 
 @pytest.mark.parametrize(
-    "options, loaders", [({"prune_below": 0.5}, list(LOADERS)[:1]), ({"one_rank": True}, LOADERS)]
+    "options, loaders", [({"prune_below": 0.5}, list(LOADERS)[:1]), ({"server": "llamacpp"}, LOADERS)]
 )
 @pytest.mark.parametrize("scales", SCALES)
 def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
@@ -535,7 +559,7 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
         updates(out, tmp_path / "base"),
         json.loads((tmp_path / "exported" / CONFIG).read_text()),
     )
-    assert "one_rank" not in options or not (config["rank_pattern"] or config["alpha_pattern"])
+    assert "server" not in options or not (config["rank_pattern"] or config["alpha_pattern"])
     for module, update in updates(tmp_path / "exported", tmp_path / "base").items():
         torch.testing.assert_close(update, expected[module], atol=1e-6, rtol=1e-5)
     tensors = load_file(tmp_path / "exported" / ADAPTER)
@@ -547,7 +571,7 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
 
 # What PEFT makes of it at another rank or scale is not what was trained -> (LoRA's options, what is asked for, a name that the
 # message holds; or the largest difference of logits where it is not refused).
-ONE_RANK, PRUNED = {"one_rank": True}, {"prune_below": 0.5, "probe": "none"}
+ONE_RANK, PRUNED = None, {"prune_below": 0.5, "probe": "none"}
 BOUND = {
     "OLoRA of two ranks": (
         {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
@@ -584,12 +608,22 @@ if hasattr(peft, "KasaConfig"):
 def test_another_rank_is_the_same_model_or_refused(name, tmp_path):
     lora, options, expected = BOUND[name]
     out = llama_run(tmp_path, **lora)
+    saved = read_saved(out)
+
+    def write():
+        if options is ONE_RANK:
+            write_adapter(
+                tmp_path / "exported", *with_one_scale(saved.lora, saved.tensors, {}, one_rank=True)
+            )
+        else:
+            export(saved, tmp_path / "exported", **options)
+
     if isinstance(expected, str):
         with pytest.raises(StructLoRAError, match=expected):
-            export(read_saved(out), tmp_path / "exported", **options)
+            write()
         assert not (tmp_path / "exported").exists()
         return
-    export(read_saved(out), tmp_path / "exported", **options)
+    write()
     before, after = (logits_of(on_base(f, tmp_path / "base"), "llama") for f in (out, tmp_path / "exported"))
     torch.testing.assert_close(after, before, atol=expected, rtol=0)
 

@@ -157,7 +157,7 @@ def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pages").mkdir()
     (tmp_path / "notes.txt").write_text("kept")
-    assert main(["inspect", "no adapter is read", *given.split()]) == 1
+    assert main(["inspect", str(tmp_path), *given.split()]) == 1  # where no adapter is to be read
     assert IN_THE_WAY[given] in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "kept"
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import time
+from pathlib import Path
 
 import pytest
 
+from structlora_trl import StructLoRACallback
+from structlora_trl.adapters.inspecting import final_losses, log_history
+from tests.support.data import save_base
 from tests.support.launching import ROOT
+from tests.support.tiny import sentence
 
 
 @pytest.fixture
@@ -49,3 +54,26 @@ def test_a_machine_that_is_busy_with_something_else_makes_no_step_look_slow(demo
         progress.on_step_end(None, None, None)
         time.sleep(0.3)  # the clock goes on, the process does nothing
     assert progress.cpu_seconds_per_step() < 0.1
+
+
+def test_report_and_page_tell_one_measure_and_no_path(demo, tmp_path, monkeypatch):
+    """Both runs, on a tiny model: the held-out loss of the table is that of the page, under one name."""
+    task, training, report = demo("demo_task"), demo("demo_train"), demo("demo_report")
+    monkeypatch.chdir(tmp_path)
+    out = Path("demo-output")
+    out.mkdir()
+    monkeypatch.setattr(task, "MODEL", save_base(tmp_path / "a-model"))
+    monkeypatch.setitem(training.RECIPE, "steps", 2)
+    examples = [(sentence(index), index % 2) for index in range(8)]
+    results = {"base": {**task.evaluate(*task.load_base(), examples), "peak_memory": 0}}
+    for name, callbacks in (("lora", []), ("structlora", [StructLoRACallback()])):
+        found = training.train(*task.load_base(), examples, examples, 0, out / name, callbacks)
+        results[name] = {**found, "peak_memory": 0}
+    report.write_report(results, 0, out)
+    report.write_page(out)
+    table, page = ((out / name).read_text() for name in (report.REPORT, report.PAGE))
+    assert report.MEASURE in table and report.MEASURE in page.lower()
+    for name in ("lora", "structlora"):
+        assert f"{results[name]['nll']:.3f}" in table
+        assert final_losses(log_history(out / name))[1] == pytest.approx(results[name]["nll"])
+    assert "a-model" in page and str(tmp_path) not in page + table

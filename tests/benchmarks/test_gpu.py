@@ -41,6 +41,7 @@ def names(report: dict, part: str) -> list[str]:
     return [row["name"] for row in report["parts"][part]["rows"]]
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path):
     report, written = rehearse(tmp_path, "--parts", "promises", "around", "cost")
     assert_all_is_told(report, written)

@@ -7,18 +7,25 @@ import math
 import sys
 
 import pytest
-import torch
 
 from benchmarks.quality import assets, cell, coherence, language, tasks
 from tests.support.data import save_base
 from tests.support.tiny import LAYERS
 
+pytestmark = pytest.mark.slow
+EXAMPLES = [(f"w{i} w{i + 1}", f" w{i % 2}") for i in range(40)]
 
-def test_the_table_has_a_row_for_each_kind(tmp_path, monkeypatch, capsys):
+
+@pytest.fixture(autouse=True)
+def tiny_model(tmp_path, monkeypatch):
     save_base(tmp_path)
     monkeypatch.setattr(assets, "smollm", lambda: tmp_path)
-    pool = [(f"w{i} w{i + 1}", f" w{i % 2}") for i in range(40)]
-    monkeypatch.setattr(language.LANGUAGE_TASKS["smollm-movie"], "load", lambda: (pool, [], []))
+    for name, task in language.LANGUAGE_TASKS.items():
+        small = dataclasses.replace(task, load=lambda: (EXAMPLES, EXAMPLES[:20], EXAMPLES[20:]), steps=3)
+        monkeypatch.setitem(language.LANGUAGE_TASKS, name, small)
+
+
+def test_the_table_has_a_row_for_each_kind(monkeypatch, capsys):
     monkeypatch.setattr(coherence, "FAR", LAYERS - 1)
     monkeypatch.setattr(sys, "argv", ["coherence", "--steps", "3", "--examples", "16", "--rank", "2"])
     coherence.main()
@@ -27,27 +34,10 @@ def test_the_table_has_a_row_for_each_kind(tmp_path, monkeypatch, capsys):
     assert all(0 <= float(cell) <= 1 for row in rows for cell in row[1:])
 
 
-def test_a_run_on_few_examples_is_tested_elsewhere_and_cut(tmp_path, monkeypatch):
-    save_base(tmp_path)
-    monkeypatch.setattr(assets, "smollm", lambda: tmp_path)
-    examples = [(f"w{i} w{i + 1}", f" w{i % 2}") for i in range(40)]
-    task = dataclasses.replace(
-        language.LANGUAGE_TASKS["smollm-movie-few-all"], load=lambda: (examples, examples[:20], examples[20:])
-    )
-    monkeypatch.setitem(language.LANGUAGE_TASKS, "smollm-movie-few-all", task)
-    monkeypatch.setattr(language, "rated_prompts", lambda kind: examples[:10])
-    line = cell.run("smollm-movie-few-all", "structlora", 4, 8, 1e-2, 0)
-    assert line["steps"] == 5 and line["others"].keys() == {"tweet", "product"}
-    assert line["truncated"].keys() == {"half", "quarter"}
-    parts = (line["validation"], line["test"], *line["others"].values(), *line["truncated"].values())
-    assert all(math.isfinite(part["nll"]) and 0 <= part["accuracy"] <= 100 for part in parts)
-
-
-def test_the_cosine_over_the_stream_is_that_of_whole_matrices_in_any_rank_basis():
-    side, other, turn = torch.randn(4, 16, 3), torch.randn(4, 3, 5), torch.linalg.qr(torch.randn(4, 3, 3))[0]
-    whole = [(update @ update.T).flatten() for update in side @ other]
-    expected = [torch.cosine_similarity(whole[i + 2], whole[i], dim=0).item() for i in range(2)]
-    assert coherence.stream_cosine(side, other, 2).tolist() == pytest.approx(expected, rel=1e-4)
-    assert coherence.stream_cosine(side @ turn, turn.mT @ other, 2).tolist() == pytest.approx(
-        expected, rel=1e-4
-    )
+@pytest.mark.parametrize("task", language.LANGUAGE_TASKS)
+@pytest.mark.parametrize("method", ["lora", "random-gates"])
+def test_a_run_is_measured(task, method):
+    line = cell.run(task, method, 4, 8, 1e-2, 0)
+    assert line["steps"] == 3 and (line["structlora"] is None) == (method == "lora")
+    for part in (line["validation"], line["test"]):
+        assert math.isfinite(part["nll"]) and 0 <= part["accuracy"] <= 100

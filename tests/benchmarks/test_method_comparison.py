@@ -47,7 +47,7 @@ known = {"meta-math/MetaMathQA": math, "openai/gsm8k": DatasetDict(train=school,
 datasets.load_dataset = lambda name, *_, **__: known.get(name, wiki)
 
 from benchmarks.method_comparison.run import main
-main([sys.argv[1], "lora/tiny", "gate_init=0.8", "--clean"])
+main([sys.argv[1], "lora/tiny", "noise_variance=0.5", "--clean"])
 """
 
 
@@ -69,11 +69,11 @@ def test_experiment_is_copied_with_its_options(tmp_path):
     lora = tmp_path / "experiments" / "lora" / "tiny"
     lora.mkdir(parents=True)
     (lora / "adapter_config.json").write_text("{}")
-    path = tmp_path / copy_experiment(tmp_path, "lora/tiny", StructLoRAConfig(gate_init=0.8))
+    path = tmp_path / copy_experiment(tmp_path, "lora/tiny", StructLoRAConfig(noise_variance=0.5))
     assert (
         path.parts[-3:] == ("experiments", "structlora", "tiny") and (path / "adapter_config.json").is_file()
     )
-    assert json.loads((path / "structlora.json").read_text())["gate_init"] == 0.8
+    assert json.loads((path / "structlora.json").read_text())["noise_variance"] == 0.5
     with pytest.raises(SystemExit, match=r"No experiment .*missing.*: tiny"):
         copy_experiment(tmp_path, "lora/missing", StructLoRAConfig())
 

@@ -60,15 +60,15 @@ def test_a_file_of_trl_is_read_as_trl_reads_it(command, place, monkeypatch):
     assert sorted(ours.launcher) == sorted(["--accelerate_config", "zero2", "--num_processes", "4"])
 
 
-BLOCK = {"gate_init": 0.6, "edges": "adjacency", "gate_lr": "5e-2", "roles": {"my_proj": "read"}, "seed": 7}
+BLOCK = {"noise_variance": 0.6, "edges": "adjacency", "coordinator_lr": "5e-2", "roles": {"my_proj": "read"}}
 GIVEN = {
     # under the key in the file, on the command line, what it is (None: plain LoRA)
-    "block": (BLOCK, {}, {**BLOCK, "gate_lr": 0.05}),
-    "both": (BLOCK, {"structlora.gate_init": 0.7}, {**BLOCK, "gate_lr": 0.05, "gate_init": 0.7}),
+    "block": (BLOCK, {}, {**BLOCK, "coordinator_lr": 0.05}),
+    "both": (BLOCK, {"structlora.noise_variance": 0.7}, {**BLOCK, "coordinator_lr": 0.05, "noise_variance": 0.7}),
     "dotted": ({}, {"structlora.noise": "off", "structlora.roles": "{a: write}"}, {"noise": "off", "roles": {"a": "write"}}),
     "on": (True, {}, {}),
-    "file": ("options.yaml", {}, {**BLOCK, "gate_lr": 0.05}),
-    "file and more": ("options.yaml", {"structlora.gate_init": 0.7}, {**BLOCK, "gate_lr": 0.05, "gate_init": 0.7}),
+    "file": ("options.yaml", {}, {**BLOCK, "coordinator_lr": 0.05}),
+    "file and more": ("options.yaml", {"structlora.noise_variance": 0.7}, {**BLOCK, "coordinator_lr": 0.05, "noise_variance": 0.7}),
     "off": (BLOCK, {"structlora": "false"}, None),
     "off in the file": (False, {}, None),
 }  # fmt: skip
@@ -87,11 +87,3 @@ def test_options_of_ours(name, place):
 def test_a_key_without_a_value_leaves_the_launcher_alone(place):
     given = ["--config", config_file(accelerate_config=None, num_processes=None)]
     assert parse("sft", trl_script("sft"), given).launcher == []
-
-
-def test_names_that_trl_has_too_are_trls(place):
-    skip_where_trl_cannot("grpo")
-    given = {**SETTINGS, "num_generations": 4, "temperature": 0.7, "structlora": {"temperature": 0.2}}
-    (place / "grpo.yaml").write_text(yaml.safe_dump(given))
-    found = parse("grpo", trl_script("grpo"), ["--config", "grpo.yaml"])
-    assert (found.training.temperature, found.structlora.temperature) == (0.7, 0.2)

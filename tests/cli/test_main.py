@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trl import SFTConfig
 
 from structlora_trl import __version__
 from structlora_trl.cli import main
-from structlora_trl.cli.checks import last_checkpoint
+from structlora_trl.cli.early import last_checkpoint
 from structlora_trl.cli.main import TRAINING
 from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import SETTINGS, config_file, skip_where_trl_cannot
@@ -51,7 +50,7 @@ def test_what_must_come_at_once_imports_no_library(words):
 
 def test_help_of_a_training_command_has_arguments_of_both(capsys):
     assert main(["sft", "--help"]) == 0
-    assert {"--structlora.gate_init", "--learning_rate"} <= {*capsys.readouterr().out.split()}
+    assert {"--structlora.noise_variance", "--learning_rate"} <= {*capsys.readouterr().out.split()}
 
 
 def test_a_reader_that_has_closed_the_output():
@@ -69,8 +68,8 @@ MISTAKES = [
     # arguments, exit code, words of the message
     (["stf"], 2, "'sft'"),
     (["init", "stf"], 2, "stf"),
-    (["sft", "--structlora.gate_ini", "0.3"], 2, "structlora.gate_init"),
-    (["sft", "--gate_init", "0.3"], 2, "structlora.gate_init"),
+    (["sft", "--structlora.noise_varianc", "0.3"], 2, "structlora.noise_variance"),
+    (["sft", "--noise_variance", "0.3"], 2, "structlora.noise_variance"),
     (["sft", "--lora_rank", "4"], 2, "`lora_r`"),
     ([*RUN, "stray"], 2, "'stray'"),
     ([*RUN, "--num_proceses", "2"], 2, "num_processes"),
@@ -82,9 +81,9 @@ MISTAKES = [
     (["sft", "--config", "empty.yaml"], 1, "empty.yaml"),
     (["sft", "--config", "misspelt.yaml"], 1, "`learning_rate`"),
     (["sft", "--config", "rank.yaml"], 1, "`lora_r`"),
-    (["sft", "--config", "beside.yaml"], 1, "structlora.gate_init"),
-    (["sft", "--config", "block.yaml"], 1, "`gate_init`"),
-    (["sft", "--config", "range.yaml"], 1, "gate_init=3"),
+    (["sft", "--config", "beside.yaml"], 1, "structlora.noise_variance"),
+    (["sft", "--config", "block.yaml"], 1, "`noise_variance`"),
+    (["sft", "--config", "range.yaml"], 1, "noise_variance=-3"),
     (["sft", "--config", "nothing.yaml"], 1, "`structlora:`"),
     (["sft", "--config", "dashes.yaml"], 1, "`learning-rate` in dashes.yaml (did you mean `learning_rate`?)"),
     (["sft", "--config", "negated.yaml"], 1, "(did you mean `packing`?)"),
@@ -95,9 +94,9 @@ MISTAKES = [
     (["sft", "--config", "number.yaml"], 1, "`model_name_or_path` of 5"),
     ([*RUN, "--model_name_or_path", "./done"], 1, "an adapter in ./done"),
     ([*RUN, "--dataset_streaming", "true", "--test_split_size", "0.5"], 1, "`dataset_streaming`"),
-    ([*RUN, "--structlora.gate_init", "3"], 1, "gate_init=3"),
+    ([*RUN, "--structlora.noise_variance=-3"], 1, "noise_variance=-3"),
     ([*RUN, "--structlora.edges", "none"], 1, "edges='none'"),
-    ([*RUN, "--structlora", "false", "--structlora.prior", "0.3"], 1, "structlora.prior"),
+    ([*RUN, "--structlora", "false", "--structlora.keep", "0.3"], 1, "structlora.keep"),
     ([*RUN, "--accelerate_config", "zero9"], 1, "fsdp2"),
     ([*RUN, "--accelerate_config", "fsdp1"], 1, "fsdp2"),
     ([*RUN, "--use_peft", "false"], 1, "`use_peft`"),
@@ -112,7 +111,32 @@ MISTAKES = [
     (["sft", "--config", "no_model.yaml"], 1, "model_name_or_path"),
     ([*RUN, "--model_name_or_path", "./nomodel"], 1, "no folder ./nomodel"),
     ([*RUN, "--model_name_or_path", "missing"], 1, "missing"),
-    ([*RUN, "--lora_target_modules", "absent"], 1, "absent"),
+    ([*RUN, "--lora_target_modules", "absent"], 1, "of its linear modules: q_proj, k_proj, v_proj, o_proj"),
+    ([*RUN, "--lora_target_modules", "q_proj", "v_porj"], 1, "lora_target_modules=['v_porj']"),
+    ([*RUN, "--lora_target_modules", ".*absent.*"], 1, "lora_target_modules=['.*absent.*']"),
+    ([*RUN, "--lora_r", "4096"], 1, "lora_r=4096, above the width of every adapted module"),
+    ([*RUN, "--lora_r", "0"], 1, "lora_r=0"),
+    ([*RUN, "--lora_alpha", "0"], 1, "lora_alpha=0"),
+    ([*RUN, "--lora_dropout", "1.5"], 1, "lora_dropout=1.5"),
+    ([*RUN, "--learning_rate=-1e-4"], 1, "learning_rate=-0.0001"),
+    ([*RUN, "--weight_decay=-1"], 1, "weight_decay=-1.0"),
+    ([*RUN, "--test_split_size", "2"], 1, "test_split_size=2.0"),
+    ([*RUN, "--max_steps=-1", "--num_train_epochs", "0"], 1, "num_train_epochs=0"),
+    ([*RUN, "--model_name_or_path", "owner/missing"], 1, "hf download owner/missing"),
+    ([*RUN, "--dataset_name", "null.jsonl"], 1, "nothing (null) in row 3, column `text`, of null.jsonl"),
+    (
+        [*RUN, "--dataset_name", "null.jsonl", "--test_split_size", "0.5"],
+        1,
+        "nothing (null) in row 3, column `text`",
+    ),
+    (
+        [*RUN, "--dataset_name", "numbers.csv"],
+        1,
+        "the number 4 in row 1, column `completion`, of numbers.csv",
+    ),
+    ([*RUN, "--dataset_name", "mixed.jsonl"], 1, "the number 7 in row 2, column `text`"),
+    ([*RUN, "--dataset_name", "turns.jsonl"], 1, "a message without `content` in row 2, column `messages`"),
+    ([*RUN, "--dataset_name", "no_turns.jsonl"], 1, "an empty list in row 1, column `messages`"),
     (["sft", "--config", "no_data.yaml"], 1, "dataset_name"),
     ([*RUN, "--dataset_name", "missing.jsonl"], 1, "missing.jsonl"),
     ([*RUN, "--dataset_name", "./missing"], 1, "no folder ./missing"),
@@ -160,9 +184,9 @@ def spoilt(place):
     config_file("misspelt.yaml", learing_rate=1e-3)
     config_file("rank.yaml", lora_rank=4)
     config_file("no_model.yaml", model_name_or_path=None)
-    config_file("beside.yaml", gate_init=0.7)
-    config_file("block.yaml", structlora={"gate_int": 0.8})
-    config_file("range.yaml", structlora={"gate_init": 3})
+    config_file("beside.yaml", noise_variance=0.7)
+    config_file("block.yaml", structlora={"noise_varience": 0.8})
+    config_file("range.yaml", structlora={"noise_variance": -3})
     config_file("nothing.yaml", structlora=None)
     config_file("no_data.yaml", dataset_name=None)
     config_file("dashes.yaml", **{"learning-rate": 0.1})
@@ -177,6 +201,12 @@ def spoilt(place):
         online = {**SETTINGS, "dataset_name": f"{data}.jsonl", "num_generations": 4}
         Path(f"{name}.yaml").write_text(yaml.safe_dump(online), encoding="utf-8")
     write_rows(place / "prompts.jsonl", [{"prompt": "a"}] * 8)
+    write_rows(place / "null.jsonl", [{"text": "a"}, {"text": "b"}, {"text": None}, {"text": "d"}])
+    write_rows(place / "mixed.jsonl", [{"text": "a"}, {"text": 7}])
+    write_rows(place / "no_turns.jsonl", [{"messages": []}])
+    turns = [[{"role": "user", "content": text}] for text in ("a", None)]
+    write_rows(place / "turns.jsonl", [{"messages": turn} for turn in turns])
+    Path("numbers.csv").write_text("prompt,completion\n2+2=,4\n")
     Path("broken.yaml").write_text("a: [1\nb: 2")
     Path("empty.yaml").write_text("")
     Path("broken.json").write_text("{nothing")
@@ -207,8 +237,7 @@ def test_every_mistake_gets_a_message(arguments, code, words, spoilt, capsys):
 
 
 def test_true_resumes_from_the_last_whole_checkpoint(spoilt):
-    asked = SFTConfig(output_dir="cut", resume_from_checkpoint="true", use_cpu=True, bf16=False)
-    assert last_checkpoint(asked) == "cut/checkpoint-2"
+    assert last_checkpoint("true", "cut") == last_checkpoint(True, "cut") == "cut/checkpoint-2"
 
 
 def test_a_missing_bitsandbytes_is_named(place, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from tests.support.cli_runs import (
 from tests.support.data import (
     BLOCKS_OF_64,
     better_and_worse,
-    chats,
     labelled,
     preferences,
     prompts,
@@ -37,7 +35,6 @@ from tests.support.data import (
     write_rows,
 )
 from tests.support.jobs import reward_model
-from tests.support.launching import ROOT
 from tests.support.left import assert_acted, state_of
 from tests.support.tiny import assert_same, tokenizer
 
@@ -65,13 +62,13 @@ def test_what_init_prints_trains(command, place, monkeypatch, capsys):
     reward_model().save_pretrained("judge")
     tokenizer().save_pretrained("judge")
     (place / "run.yaml").write_text(printed, encoding="utf-8")
-    here = {**SETTINGS, "dataset_name": "data.jsonl", "eval_steps": 3, **more}
+    here = {**SETTINGS, "dataset_name": "data.jsonl", **more}
     trainer = trained(monkeypatch, command, "--config", "run.yaml", *command_line(here))
     assert type(trainer).__name__ == trainer_name
     options, _ = assert_acted("out")
-    assert options == StructLoRAConfig().options() | {"seed": options["seed"]}
+    assert options == StructLoRAConfig().options()
     assert trainer.model.peft_config["default"].r == yaml.safe_load(printed)["lora_r"]
-    assert yaml.safe_load(printed)["save_steps"] > 0
+    assert {"save_steps", "save_strategy"} & yaml.safe_load(printed).keys()
     is_online = command in ("grpo", "rloo")  # which log rewards in place of a held-out loss
     logged = "reward" if is_online else "eval_loss"
     assert any(logged in entry for entry in trainer.state.log_history)
@@ -83,10 +80,11 @@ def test_any_other_script_of_trl(place, monkeypatch):
     """A command that this package does not know by name."""
     pytest.importorskip("trl.scripts.distillation")
     write_rows(place / "data.jsonl", prompts())
+    save_base(place / "teacher", num_hidden_layers=2)  # from the base itself there would be nothing to learn
     here = {
         **SETTINGS,
         "dataset_name": "data.jsonl",
-        "teacher_model_name_or_path": "base",
+        "teacher_model_name_or_path": "teacher",
         "max_completion_length": 6,
     }
     trained(monkeypatch, "distillation", *command_line(here), "--lora_target_modules", "q_proj")
@@ -94,9 +92,9 @@ def test_any_other_script_of_trl(place, monkeypatch):
 
 
 def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
-    off = ["--structlora.filter", "none", "--structlora.coordinator", "none"]
+    off = ["--structlora.noise", "off", "--structlora.coordinator", "none"]
     trained(monkeypatch, "sft", "--config", config_file(seed=3, output_dir="off"), *off)
-    block = config_file(seed=3, output_dir="plain", structlora={"gate_init": 0.6})
+    block = config_file(seed=3, output_dir="plain", structlora={"noise_variance": 0.6})
     trained(monkeypatch, "sft", "--config", block, "--structlora", "false")
     assert "plain LoRA" in capsys.readouterr().out
     assert not Path("plain", STATE_NAME).exists()
@@ -111,13 +109,37 @@ def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys)
     given, card = config_file(output_dir="my out"), Path("my out", "README.md")
     trained(monkeypatch, "sft", "--config", given)
     assert HEADING in card.read_text() and TAG in ModelCard.load(card).data.tags
-    assert "`structlora inspect 'my out'`" in capsys.readouterr().out
+    assert "structlora inspect 'my out' --html report.html" in capsys.readouterr().out
     card.write_text(card.read_text() + "\n## My notes\n\nKeep this.\n")
     trained(monkeypatch, "sft", "--config", given, "--structlora", "false", "--overwrite")
     assert HEADING not in card.read_text() and TAG not in ModelCard.load(card).data.tags
     assert card.read_text().count("## My notes\n\nKeep this.") == 1
-    assert not Path("my out", STATE_NAME).exists() and "inspect" not in capsys.readouterr().out
+    assert not Path("my out", STATE_NAME).exists() and "--structlora false" not in capsys.readouterr().out
     assert main(["inspect", "my out"]) == 0
+
+
+@pytest.mark.parametrize("switch", [[], ["--structlora", "false"]], ids=["structlora", "lora"])
+def test_a_run_says_what_it_is_and_what_may_come_next(switch, place, monkeypatch, capsys):
+    """Before the first step: rows, batch, steps, passes, parameters. After the last: losses, size, commands that run."""
+    held_out = {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
+    given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=4)
+    trainer = trained(monkeypatch, "sft", "--config", given, "--seed", "7", "--output_dir", "my-out", *switch)
+    said = capsys.readouterr().out
+    assert said.count("18 rows, 6 held out, batch of 8, 4 steps, 1.6 passes over the rows") == 1
+    trains, of = trainer.model.get_nb_trainable_parameters()
+    assert said.count(f"trains {trains:,} of {of:,} parameters") == 1
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert said.count(f"held-out loss {losses[-1]:.4g}") == 1
+    assert said.count(f"the adapter: {trains:,} parameters") == 1
+    following = [line.split("   #")[0].strip() for line in said.splitlines() if "   #" in line]
+    expected = [
+        "structlora inspect my-out --html report.html",
+        "structlora export my-out my-out-small --rank 1 --data data.jsonl",
+        f"structlora sft --config {given} --seed 7 --structlora false --output_dir my-out-lora",
+    ]
+    assert following == expected[: 2 if switch else 3]
+    for command in following:
+        assert main(command.split()[1:]) == 0, command
 
 
 def test_8_bit(place, monkeypatch):
@@ -195,19 +217,3 @@ def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
     assert_same(*(load_file(folder / STATE_NAME) for folder in (Path("out"), best)))
     assert_plain_peft_agrees(trainer.model, "out")
     assert main(["inspect", "out"]) == 0  # adapter and state belong together
-
-
-def test_the_readme_config_runs_as_pasted(place, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pasted = re.search(r"```yaml\n(model_name_or_path:.*?)```", text, re.DOTALL)[1]
-    config = yaml.safe_load(pasted)
-    Path("run.yaml").write_text(pasted)
-    (place / "base").rename(place / "there")
-    (place / config["model_name_or_path"]).parent.mkdir(parents=True)
-    (place / "there").rename(place / config["model_name_or_path"])
-    (place / config["dataset_name"]).mkdir(parents=True)
-    write_rows(place / config["dataset_name"] / "train.jsonl", chats())
-    here = command_line({"use_cpu": True, "bf16": False, "max_steps": 3})
-    trainer = trained(monkeypatch, "sft", "--config", "run.yaml", *here)
-    assert_acted(config["output_dir"])
-    assert_plain_peft_agrees(trainer.model, config["output_dir"])

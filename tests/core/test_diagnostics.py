@@ -15,9 +15,9 @@ from tests.support.tiny import (
     _SIZES,
     FAMILIES,
     attached,
-    evaluation_factors,
     lora_parameters,
     peft_model,
+    standing,
     train,
 )
 
@@ -144,7 +144,7 @@ def test_no_figure(why, targets, options, steps):
 def test_a_diverged_depth_leaves_the_others_their_figure(value):
     model, optimizer, runtime = attached(peft_model(targets=["o_proj"]), coordinator="none")
     train(model, "llama", optimizer, 2)
-    (effective,) = evaluation_factors(runtime)
+    (effective,) = standing(runtime)
     expected = formed(effective.A.mT @ effective.B.mT)
     for depth, left in ((2, [expected[0].item()]), (1, [])):
         effective.B[depth, 0, 0] = value

@@ -1,75 +1,89 @@
-"""Gates: what must hold for any logits (property tests), and the figures that can be told by hand."""
+"""Gates as hooks: the contract of dropout, and where the rank axis lies."""
 
 from __future__ import annotations
 
+import copy
+import io
 import math
 
 import pytest
 import torch
-from hypothesis import given
+from torch import nn
 
-from structlora_trl.core.gates import (
-    expected_gate,
-    kl_gradient,
-    kl_to_prior,
-    logistic_noise,
-    logit,
-    sample_gates,
-)
-from tests.support.core import floats, probabilities, seeds
-from tests.support.reference import reference_expected_gate
+from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES, Gate, nats, noise_share
 
 
-@given(floats(5), probabilities)
-def test_kl_is_never_negative_and_its_gradient_is_the_derivative(logits, prior):
-    logits = logits.double().requires_grad_()
-    kl = kl_to_prior(logits, prior)
-    assert (kl >= -1e-12).all()
-    (derivative,) = torch.autograd.grad(kl.sum(), logits)
-    torch.testing.assert_close(kl_gradient(logits.detach(), prior), derivative, atol=1e-9, rtol=1e-6)
+def gated(layer: nn.Module, **options) -> nn.Module:
+    layer.register_forward_hook(Gate(0.5, **options))
+    return layer
 
 
-@given(probabilities)
-def test_kl_is_zero_at_the_prior_alone(prior):
-    at = torch.tensor([logit(prior)], dtype=torch.float64)
-    assert kl_to_prior(at, prior).item() == pytest.approx(0, abs=1e-12)
-    assert (kl_to_prior(torch.cat([at - 0.5, at + 0.5]), prior) > 0).all()
+# layer, input, rank axis of its output, shape of what examples share
+CASES = {
+    "tokens": (nn.Linear(6, 4, bias=False), (3, 5, 6), -1),
+    "rows": (nn.Linear(6, 4, bias=False), (3, 6), -1),
+    "images": (nn.Conv2d(3, 4, 2, bias=False), (3, 3, 5, 5), 1),
+    "waves": (nn.Conv1d(3, 4, 2, bias=False), (3, 3, 7), 1),
+}
 
 
-def test_noise_is_logistic_and_told_by_seed_and_step():
-    noise = logistic_noise(200_000, seed=3, step=7)
-    assert torch.equal(noise, logistic_noise(200_000, 3, 7))
-    assert not torch.equal(noise, logistic_noise(200_000, 3, 8))
-    assert not torch.equal(noise, logistic_noise(200_000, 4, 7))
-    assert noise.isfinite().all()
-    assert noise.mean().abs() < 0.02
-    assert noise.var().item() == pytest.approx(math.pi**2 / 3, rel=0.02)
-    # P(gate open) = sigmoid(φ), whatever the temperature
-    open_share = (sample_gates(torch.tensor(1.0), noise, 0.3) > 0.5).float().mean().item()
-    assert open_share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.005)
+@pytest.mark.parametrize("case", CASES)
+def test_one_gate_for_each_example_and_direction(case):
+    layer, shape, axis = CASES[case]
+    x = torch.randn(shape)
+    expected = layer(x).detach()
+    layer = gated(copy.deepcopy(layer), rank_axis=axis)
+    ratio = (
+        (layer(x) / expected).movedim(axis, 1).flatten(2)
+        if len(shape) > 2
+        else (layer(x) / expected)[..., None]
+    )
+    assert ratio.shape[:2] == (3, 4)
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+    assert ratio[..., 0].unique().numel() == 12
+    layer.eval()
+    assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("temperature, tolerance", [(0.05, 1e-3), (0.3, 1e-4), (1.0, 1e-4)])
-@pytest.mark.parametrize("hard", [False, True])
-def test_expected_gate_is_the_mean_of_samples(temperature, tolerance, hard):
-    logits = torch.linspace(-6, 6, 13, dtype=torch.float64)
-    expected = expected_gate(logits, temperature, hard)
-    if not hard:
-        torch.testing.assert_close(
-            expected, reference_expected_gate(logits, temperature), atol=tolerance, rtol=0
-        )
-    noise = logistic_noise(400_000, seed=1, step=2).double()
-    sampled = torch.stack([sample_gates(one, noise, temperature, hard).mean() for one in logits])
-    torch.testing.assert_close(sampled, expected, atol=5e-3, rtol=0)  # three standard errors are below 0.0024
+def test_mean_and_variance():
+    layer = gated(nn.Linear(1, 1, bias=False))
+    gates = (layer(torch.ones(200_000, 1)) / layer.weight).detach()
+    assert gates.mean().item() == pytest.approx(1, abs=0.01)
+    assert gates.var().item() == pytest.approx(0.5, rel=0.02)
 
 
-@given(floats(3, 4), seeds)
-def test_hard_gates_are_binary_with_the_soft_gradient(logits, seed):
-    noise = logistic_noise(12, seed, 0).view(3, 4)
-    gradients = []
-    for hard in (False, True):
-        leaf = logits.clone().requires_grad_()
-        gates = sample_gates(leaf, noise, 0.5, hard)
-        gradients.append(torch.autograd.grad(gates.sum(), leaf)[0])
-    assert set(gates.round(decimals=5).tolist()[0]) <= {0.0, 1.0}
-    torch.testing.assert_close(*gradients)
+def test_noise_is_the_generators():
+    layer, x = gated(nn.Linear(6, 4)), torch.randn(3, 6)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(layer(x))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_copies_have_gates_that_do_nothing():
+    layer, x = gated(nn.Linear(6, 4)), torch.randn(3, 6)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_the_identity_that_doras_norm_passes_has_no_noise():
+    layer = gated(nn.Linear(6, 4, bias=False), identity_width=6)
+    assert torch.equal(layer(torch.eye(6)), layer.weight.T)
+    assert not torch.equal(layer(torch.ones(5, 6)), layer.weight.sum(1).expand(5, 4))
+
+
+def test_nats_fall_with_noise():
+    assert nats(0) == math.inf
+    assert nats(1) == pytest.approx(0.5 * math.log(2))
+    assert nats(0.1) > nats(1) > nats(10) > 0
+
+
+def test_noise_grows_with_the_passes():
+    assert noise_share(1) == noise_share(FEW_PASSES) == 0
+    assert noise_share(MANY_PASSES) == noise_share(1000) == 1
+    between = [noise_share(passes) for passes in (9, 12, 16, 24)]
+    assert 0 < between[0] and between == sorted(between) and between[-1] < 1

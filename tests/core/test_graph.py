@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from structlora_trl.core.graph import adjacency_edges, normalize_edges, semantic_edges
+from structlora_trl.core.graph import DepthGraph, adjacency_edges, normalize_edges, semantic_edges
 from tests.support.core import graph_over, graphs
 from tests.support.reference import reference_weights
 
@@ -62,8 +62,9 @@ def test_experts_of_a_layer_are_joined_by_one_edge_shared_out(edges):
     assert (weights.sum(1) - graph.edges.sum(-1).flatten() - 1 == (edges != "similarity")).all()
 
 
-def test_running_mean_decays():
-    graph = graph_over(2, semantic_decay=0.75)
+def test_running_mean_decays(monkeypatch):
+    monkeypatch.setattr(DepthGraph, "decay", 0.75)
+    graph = graph_over(2)
     graph.observe({"A": torch.tensor([[[1.0]], [[2.0]]])})
     graph.observe({"A": torch.tensor([[[5.0]], [[2.0]]])})
     assert graph.gradient_products().tolist() == [[[4.0, 4.0], [4.0, 4.0]]]

@@ -1,4 +1,4 @@
-"""Ideas of one's own, without touching the package: every part of the map can be replaced by an argument."""
+"""Ideas of one's own, without touching the package: every part can be replaced by an argument."""
 
 from __future__ import annotations
 
@@ -6,33 +6,27 @@ import torch
 
 from structlora_trl import attach
 from structlora_trl.core.coordinator import GCN
-from structlora_trl.core.filters import InformationBottleneck
-from structlora_trl.core.gates import LogisticNoise
+from structlora_trl.core.gates import Gate
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import discover
 from structlora_trl.core.mapping import Parts
-from tests.support.tiny import LAYERS, adamw, evaluation_factors, logits_of, loss_of, peft_model, train
+from tests.support.tiny import LAYERS, adamw, logits_of, loss_of, peft_model, train
 
 
-class MeanOverDepth(InformationBottleneck):
-    """Gates of logits averaged over depth."""
+class Bernoulli(Gate):
+    """Directions are dropped, with a mean of one."""
 
-    def gates(self, update, noise):
-        return self.gates_of(self.logits.mean(0, keepdim=True), noise)
-
-
-class OneDraw(LogisticNoise):
-    """The same noise at every depth."""
-
-    def draw(self, step, shapes):
-        return [noise[:1].expand_as(noise) for noise in super().draw(step, shapes)]
+    def sample(self, activations):
+        keep = 1 / (1 + self.variance)
+        shape = (len(activations), *[1] * (activations.dim() - 2), activations.shape[-1])
+        return torch.bernoulli(torch.full(shape, keep)) / keep
 
 
 class Diagonal(GCN):
     """Directions are passed on to the same direction of other depths alone."""
 
-    def aggregate(self, features, graph, layer, theta):
-        return super().aggregate(features, graph, layer, theta * torch.eye(len(theta)))
+    def aggregate(self, features, graph, layer, theta, kept):
+        return super().aggregate(features, graph, layer, theta * torch.eye(len(theta)), kept)
 
 
 def all_joined(kind, config):
@@ -43,40 +37,30 @@ def values_alone(model, adapter_name):
     return [kind for kind in discover(model, adapter_name) if kind.name.endswith("v_proj")]
 
 
+def the_last(information, keep):
+    """Of all directions, the last ones."""
+    return torch.arange(len(information)) >= (1 - keep) * len(information)
+
+
 def test_every_part_can_be_replaced():
     model = peft_model()
     optimizer = adamw(model)
     before = logits_of(model, "llama")
-    parts = Parts(values_alone, MeanOverDepth, all_joined, Diagonal, OneDraw)
-    runtime = attach(model, optimizer, parts=parts)
+    parts = Parts(values_alone, Bernoulli, all_joined, Diagonal, the_last)
+    runtime = attach(model, optimizer, passes=50, parts=parts, keep=0.25, select_at=10)
     assert (logits_of(model, "llama") - before).abs().max() <= 1e-6
-    train(model, "llama", optimizer, steps=3)
+    seen = []
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj.lora_A["default"]
+    layer.register_forward_hook(
+        lambda module, inputs, output: seen.append(output / (inputs[0] @ module.weight.T))
+    )
+    loss_of(model, "llama", 0)
+    assert {round(gate, 3) for gate in seen[0].flatten().tolist()} == {0.0, 2.0}
+    train(model, "llama", optimizer, steps=10)
     (m,) = runtime.maps
     assert m.kind.name.endswith("v_proj")
     theta = m.coordinators["A"].theta[0]
     assert theta.diagonal().abs().min() > 0 and not (theta - torch.diag(theta.diagonal())).any()
-    noise = runtime.noise.draw(runtime.step, [m.filter.shape])[0]
-    gates = m.filter.gates(runtime.engine.read_latents()[0], noise)
-    torch.testing.assert_close(gates, gates[:1].expand(LAYERS, -1))
-    assert gates.std() > 0
     spread = m.graph.propagate(torch.eye(LAYERS)[:, None])
     torch.testing.assert_close(spread, torch.full_like(spread, 1 / LAYERS))
-
-
-class GatesOfRows(InformationBottleneck):
-    """Gates on the rows of lora_A in place of the columns of lora_B."""
-
-    def forward(self, update, noise):
-        return update._replace(A=update.A * self.gates(update, noise).unsqueeze(-1))
-
-
-def test_noise_of_a_filter_of_ones_own_reaches_what_it_gates():
-    """In every step, the weights that a forward computes with are those that the gradients are carried back through."""
-    model = peft_model()
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, parts=Parts(filter=GatesOfRows), gate_init=0.6, coordinator="none")
-    train(model, "llama", optimizer, steps=2)
-    evaluation = [factors.A.clone() for factors in evaluation_factors(runtime)]
-    loss_of(model, "llama", 2)
-    for standing, quiet in zip(runtime.engine.read_working(), evaluation, strict=True):
-        assert not torch.equal(standing.A, quiet)
+    assert m.kept.flatten().tolist() == [False] * 9 + [True] * 3

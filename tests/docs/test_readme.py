@@ -27,6 +27,15 @@ COMMANDS = {
 }
 
 
+def test_the_site_opens_with_the_commands_of_the_readme():
+    """And with its tables, which `make bench-report` writes into both."""
+    landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    blocks = code_blocks("README.md", "bash")
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("structlora")]
+    marks = re.findall(r"^<!-- .* -->$", README, re.MULTILINE)
+    assert marks and all(line in landing for line in (*commands, *marks))
+
+
 def test_readme_is_short():
     assert len(README.split()) <= 1000
 

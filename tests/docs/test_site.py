@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,23 @@ def site(tmp_path_factory):
     return out
 
 
+def test_the_notebook_is_shown_with_its_outputs(site):
+    page = (site / "notebook.html").read_text()
+    assert "cell_output" in page and "sentences to train on" in page
+
+
+def test_pages_link_to_the_repository_once_it_has_an_address(monkeypatch):
+    """pyproject.toml is the one place that names it."""
+    address, read = "https://example.org/us/it", Path.read_text
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    named = project.replace("[project.urls]", f'[project.urls]\nSource = "{address}"')
+    monkeypatch.setattr(
+        Path, "read_text", lambda p, **how: named if p.name == "pyproject.toml" else read(p, **how)
+    )
+    theme = runpy.run_path(str(ROOT / "docs" / "conf.py"))["html_theme_options"]
+    assert theme["source_repository"] == address and (ROOT / theme["source_directory"] / "index.md").is_file()
+
+
 def test_reference_names_everything_public(site):
     anchors = set(re.findall(r'id="(structlora_trl\.[\w.]+)"', (site / "api.html").read_text()))
     public = {f"structlora_trl.{name}" for name in structlora_trl.__all__ if name != "__version__"}
@@ -46,7 +65,7 @@ def test_reference_names_everything_public(site):
     assert not public - anchors
 
 
-@pytest.mark.parametrize("page, pictures", [("index", 1), ("how-it-works", 1), ("benchmarks", 3)])
+@pytest.mark.parametrize("page, pictures", [("index", 1), ("how-it-works", 1), ("benchmarks", 1)])
 def test_pages_show_their_pictures(site, page, pictures, tmp_path):
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")

@@ -22,7 +22,7 @@ from structlora_trl import (
 
 
 def loop(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    runtime = attach(model, optimizer, StructLoRAConfig(gate_init=0.8), coordinator="gcn")
+    runtime = attach(model, optimizer, StructLoRAConfig(noise_variance=0.5), coordinator="gcn")
     assert_type(runtime, Runtime)
     assert_type(runtime.metrics(), dict[str, float])
     assert_type(runtime.state_dict(), dict[str, torch.Tensor])
@@ -34,12 +34,12 @@ def loop(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def callback() -> None:
-    assert_type(StructLoRACallback({"gate_init": 0.8}, prior=0.4).runtime, Runtime | None)
-    assert_type(StructLoRAConfig().gate_init, float)
-    assert_type(StructLoRAConfig.build({"gate_init": 0.8}), StructLoRAConfig)
+    assert_type(StructLoRACallback({"noise_variance": 0.5}, noise="on").runtime, Runtime | None)
+    assert_type(StructLoRAConfig().noise_variance, float)
+    assert_type(StructLoRAConfig.build({"noise_variance": 0.5}), StructLoRAConfig)
     assert_type(StructLoRAError("a", "b", "c").remedy, str)
     assert issubclass(StructLoRASFTTrainer, StructLoRAMixin) and StructLoRASFTConfig(
-        "folder", structlora={"gate_init": 0.8}
+        "folder", structlora={"noise_variance": 0.5}
     )
     attach(torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
     save_state("a runtime", "folder")  # type: ignore[arg-type]

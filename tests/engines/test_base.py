@@ -1,4 +1,4 @@
-"""What all engines share: whether gradients hold NaN or Inf."""
+"""What all engines share: whether gradients hold NaN or Inf, and whether one is other than zero."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 import pytest
 import torch
 
-from structlora_trl.engines.base import holds_nonfinite
+from structlora_trl.engines.base import flags_of
+
+HALF = torch.full((9,), 6e4, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "is_bad"),
+    ("tensors", "is_bad", "is_moving"),
     [
-        ([], False),
-        ([torch.empty(0)], False),  # a rank that owns nothing
-        (
-            [torch.full((9,), 6e4, dtype=torch.float16), torch.ones(3), torch.ones(2, dtype=torch.bfloat16)],
-            False,
-        ),
-        ([torch.ones(2, dtype=torch.float16), torch.tensor([1.0, math.nan])], True),
-        ([torch.tensor([-math.inf], dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)], True),
+        ([], False, False),
+        ([torch.empty(0)], False, False),  # a rank that owns nothing
+        ([torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)], False, False),
+        ([HALF, torch.ones(3), torch.zeros(2, dtype=torch.bfloat16)], False, True),
+        ([torch.ones(2, dtype=torch.float16), torch.tensor([1.0, math.nan])], True, True),
+        ([torch.tensor([-math.inf], dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64)], True, True),
     ],
 )
-def test_nan_and_inf_are_found_whatever_the_dtypes(tensors, is_bad):
-    assert bool(holds_nonfinite(tensors, torch.device("cpu"))) == is_bad
+def test_gradients_are_told_apart_whatever_their_dtypes(tensors, is_bad, is_moving):
+    assert flags_of(tensors, torch.device("cpu")).tolist() == [is_bad, is_moving]

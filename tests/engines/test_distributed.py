@@ -26,8 +26,7 @@ slow = pytest.mark.slow
 
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
-# Edges that change while a run lasts.
-SEMANTIC = {"method": {"edges": "similarity", "semantic_every": 2, "semantic_threshold": 0.17}}
+SEMANTIC = {"method": {"edges": "similarity", "semantic_threshold": 0.17}}
 
 
 def length(accumulation: int, micro_batch: int = 6) -> dict:
@@ -47,26 +46,21 @@ MATRIX += [
 MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
 
 
-# Gates alone, or the whole method with an adapter of fewer rows than ranks: clipped, accumulated, on widths that 3 does not divide.
-HALVES = {"gates": {"method": {"coordinator": "none"}}, "whole": {**SEMANTIC, "lora": {"r": 2}}}
 RANKS = [("hsdp", 4), *((engine, world) for engine in ENGINES for world in (3, 4)), ("zero3", 2)]
-CORE_RANKS = [("gates", "fsdp2", 3), ("gates", "zero3", 2)]
+CORE_RANKS = [("fsdp2", 3), ("zero3", 2)]
 
 
 @pytest.mark.parametrize(
-    "half, engine, world",
-    [
-        pytest.param(half, *row, marks=() if (half, *row) in CORE_RANKS else slow)
-        for half in HALVES
-        for row in RANKS
-    ],
+    "engine, world", [pytest.param(*row, marks=() if row in CORE_RANKS else slow) for row in RANKS]
 )
-def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_process):
+def test_each_number_of_ranks(engine, world, tmp_path, one_process):
+    """Clipped, accumulated, on widths that 3 does not divide, and an adapter of fewer rows than ranks."""
     options = {
         **length(3, 12),
         "steps": 6,
         "trainer": {**STEADY, "max_grad_norm": 0.1, "logging_steps": 6},
-        **HALVES[half],
+        "lora": {"r": 2},
+        **SEMANTIC,
     }
     facts = launch(tmp_path, engine, world, deepspeed=SHARDED if engine == "zero3" else {}, **options)
     assert facts["step"] == 6 and facts["skipped"] == 0
@@ -77,39 +71,26 @@ def test_both_halves_at_each_number_of_ranks(half, engine, world, tmp_path, one_
 @pytest.mark.parametrize(
     "engine", ["fsdp2", *(pytest.param(e, marks=slow) for e in ("zero1", "zero2", "zero3"))]
 )
-def test_gates_alone_send_their_gradients(engine, tmp_path):
-    """FSDP2's shards of lora_B are slices of its width; of ZeRO-3's, rows that are cut go to a neighbour. ZeRO-1 and 2 gather
-    what is written to the model, twice, and bring gradients and values to slices and back.
-    """
+def test_gates_alone_send_nothing(engine, tmp_path):
+    """With no coordinator there are no latents; with one, its side alone is sent, and one sum over all."""
 
-    def sent(steps) -> dict:
-        told = {"method": {"coordinator": "none"}, "trainer": {"logging_steps": 100}, "steps": steps}
-        return launch(
-            tmp_path / str(steps), engine, 2, deepspeed=SHARDED if engine == "zero3" else {}, **told
+    def per_step(method) -> tuple[float, float]:
+        few, more = (
+            launch(
+                tmp_path / f"{len(method)}-{steps}",
+                engine,
+                steps=steps,
+                method={"noise": "on", **method},
+                trainer={"logging_steps": 100},
+                deepspeed=SHARDED if engine == "zero3" else {},
+            )
+            for steps in (3, 5)
         )
+        return tuple((more[what] - few[what]) / 2 for what in ("collectives", "bytes_sent"))
 
-    few, more = sent(2), sent(4)
-    ends = {
-        name: value
-        for name, value in state(tmp_path / "2").items()
-        if name.endswith(("/filters.0.logits", "latent_B"))
-    }
-    logits = sum(value.numel() for name, value in ends.items() if name.endswith("logits"))
-    wide = [value.shape for name, value in ends.items() if name.endswith("latent_B")]
-    collectives = (more["collectives"] - few["collectives"]) / 2
-    if engine in ("zero1", "zero2"):
-        # Two writes, of half or more each: the larger share counts.
-        gathered = 4 * sum(shape.numel() for shape in wide)
-        assert collectives == 7  # the flag before the first forward is one
-        assert gathered <= (more["bytes_sent"] - few["bytes_sent"]) / 2 <= 2 * gathered
-        return
-    if engine == "fsdp2":
-        assert collectives == 2
-    # Beside a flag, what the cosines of writers are made of, which lora_B tells; and of cut rows, there and back, twice.
-    cosines = sum(3 * (depths - 1) for depths, _, _ in wide)
-    cut = sum(4 * depths * rank for depths, _, rank in wide) if engine == "zero3" else 0
-    per_step = (more["bytes_sent"] - few["bytes_sent"]) / 2
-    assert 4 * (logits + 1) <= per_step <= 4 * (logits + 1 + cosines + cut)
+    assert per_step({"coordinator": "none"}) == (0, 0)
+    collectives, sent = per_step({})
+    assert 1 <= collectives <= 9 and sent > 0
 
 
 @pytest.mark.parametrize(
@@ -240,11 +221,10 @@ SET_UPS = {
         },
         ENGINES,
     ),
-    "largest norms": ({"method": {"filter": "topk_norm"}, "trainer": STEADY}, ENGINES),
     "both sides": ({"method": {"side": "both"}, "trainer": STEADY}, ENGINES),
     # λ_d of four directions, over three ranks.
     "VeRA": (
-        {"vera": {"r": 4}, "trainer": STEADY, "method": {"keep": 0.5, "select_at": 3, "semantic_every": 2}},
+        {"vera": {"r": 4}, "trainer": STEADY, "steps": 13, "method": {"keep": 0.5, "select_at": 10}},
         ENGINES,
     ),
     # Contexts of two ranks. Sequences of 8 tokens deal out evenly.
@@ -280,11 +260,11 @@ def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_proces
     ring = "torch.distributed.tensor.experimental._context_parallel"
     if name == "context parallelism" and importlib.util.find_spec(ring) is None:
         pytest.skip(f"torch {torch.__version__} has no place to give its ring attention the CPU's kernel")
-    options = {**SET_UPS[name][0], "steps": 6}
+    options = {"steps": 6, **SET_UPS[name][0]}
     world = {"uneven adapter": 3, "VeRA": 3, "context parallelism": 4}.get(name, 2)
     facts = launch(tmp_path, engine, world, **options)
     alone = one_process(**{k: v for k, v in options.items() if k != "sequence_parallel"})
-    assert facts["step"] == 6
+    assert facts["step"] == options["steps"]
     if name == "context parallelism":
         assert facts["mesh"] == {"dp_shard_cp": 4}  # parameters are sharded over contexts too
     if name == "clipping":
@@ -298,7 +278,7 @@ def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_proces
 @pytest.mark.parametrize("engine", [e if e == "ddp" else pytest.param(e, marks=slow) for e in ENGINES])
 def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
     launch(tmp_path / "plain", engine, method=None, steps=4)
-    launch(tmp_path / "off", engine, method={"filter": "none", "coordinator": "none"}, steps=4)
+    launch(tmp_path / "off", engine, method={"coordinator": "none"}, steps=4)
     assert_same(adapter(tmp_path / "plain"), adapter(tmp_path / "off"))
 
 
@@ -310,9 +290,8 @@ AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "
 )
 @pytest.mark.parametrize("halve", [{}, pytest.param({"halve_between": True}, marks=slow)])
 def test_a_second_train_goes_on(engine, halve, tmp_path, one_process):
-    """From the first one's latents, gates and Θ, unless the weights have changed in between."""
-    facts = launch(tmp_path, engine, **AGAIN, **halve)
-    assert facts["step"] == (3 if halve else 6)
+    """From the first one's latents and Θ, unless the weights have changed in between."""
+    launch(tmp_path, engine, **AGAIN, **halve)
     assert largest_difference(trained(one_process(**AGAIN, **halve)), trained(tmp_path)) <= 1e-5
 
 
@@ -325,8 +304,7 @@ def test_a_second_train_under_deepspeed_needs_a_new_engine(engine, tmp_path, one
     trainer = {**AGAIN["trainer"], "gradient_checkpointing": False, "adam_epsilon": 1e-4}
     anew = {**AGAIN, "anew": True, "trainer": trainer}
     for halve in ({}, {"halve_between": True}):
-        facts = launch(tmp_path / "new", engine, **anew, **halve)
-        assert facts["step"] == (3 if halve else 6)
+        launch(tmp_path / "new", engine, **anew, **halve)
         assert largest_difference(trained(one_process(**anew, **halve)), trained(tmp_path / "new")) <= 1e-5
 
 
@@ -338,9 +316,11 @@ SAVING = {"steps": 6, "trainer": {**STEADY, "save_strategy": "steps", "save_step
     ["zero3", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero2", "zero2_offload"))],
 )
 def test_resume_is_bit_for_bit(engine, tmp_path):
-    launch(tmp_path / "whole", engine, **SAVING)
-    launch(tmp_path / "parts", engine, stop_at=3, **SAVING)
-    launch(tmp_path / "parts", engine, resume=str(tmp_path / "parts" / "checkpoint-3"), **SAVING)
+    """With noise, whose generators Trainer restores on each rank."""
+    noisy = {**SAVING, "method": {"noise": "on"}}
+    launch(tmp_path / "whole", engine, **noisy)
+    launch(tmp_path / "parts", engine, stop_at=3, **noisy)
+    launch(tmp_path / "parts", engine, resume=str(tmp_path / "parts" / "checkpoint-3"), **noisy)
     for left in (state, adapter):
         assert_same(left(tmp_path / "whole"), left(tmp_path / "parts"))
 
@@ -386,7 +366,7 @@ def test_fp16_overflow_skips_the_step_for_all(engine, tmp_path):
 
 
 def test_ranks_that_differ_stop_with_what_differs(tmp_path):
-    output = launch(tmp_path, "ddp", check=False, seed_of_rank_1=99, steps=1)
+    output = launch(tmp_path, "ddp", check=False, method_of_rank_1={"edges": "adjacency"}, steps=1)
     for rank in (0, 1):
         assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError" in output
-    assert re.search("ranks that differ in .*seed", output) and "rank 1 has 99" in output
+    assert re.search("ranks that differ in .*configuration", output) and "'edges': 'adjacency'" in output

@@ -1,4 +1,4 @@
-"""`gate_lr` and `coordinator_lr` follow the trainer's schedule: the share of its peak, under every scheduler and after a resume."""
+"""`coordinator_lr` follows the trainer's schedule: the share of its peak, under every scheduler and after a resume."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.promises import assert_same_run, skip_without
 from tests.support.setups import SETUPS, Setup, adamw, loraplus, scheduled, two_groups, with_
 from tests.support.tiny import lora_parameters, warm_up
 
-GATE_LR, THETA_LR = 0.5, 0.25
-METHOD = {"side": "write", "gate_lr": GATE_LR, "coordinator_lr": THETA_LR}
+THETA_LR = 0.25
+METHOD = {"side": "write", "coordinator_lr": THETA_LR}
 
 
 class FromAThousandth(ByHand):
@@ -71,7 +71,7 @@ def test_every_schedule_of_transformers_has_a_row():
 
 
 class Rates:
-    """Watches a loop: the largest rate of each step's groups, and the share of theirs that the gates and Θ take."""
+    """Watches a loop: the largest rate of each step's groups, and the share of its own that Θ takes."""
 
     def __init__(self):
         self.rates, self.shares = [], []
@@ -80,9 +80,8 @@ class Rates:
         if not self.rates:
             run.optimizer.register_step_pre_hook(self._see)
         else:
-            gates, theta = (group["lr"] for group in run.runtime._optimizer.param_groups)
-            assert gates / GATE_LR == pytest.approx(theta / THETA_LR)
-            self.shares.append(gates / GATE_LR)
+            (group,) = run.runtime._optimizer.param_groups
+            self.shares.append(group["lr"] / THETA_LR)
 
     def _see(self, optimizer, *_):
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -103,10 +102,8 @@ def test_rates_of_the_map_are_shares_of_the_peak_and_survive_a_resume(name, tmp_
         expected = rate / (max(seen.rates[: step + 1]) or 1.0 if name in UNDECLARED else peak)
         assert share == pytest.approx(expected, rel=1e-6), f"step {step} of {seen.rates}"
     end = run.runtime.state_dict()
-    for part in ("logits", "theta"):
-        assert all((end[n] - run.start[n]).abs().max() > 0.05 for n in end if n.endswith(part)), (
-            "never trained"
-        )
+    moved = [(end[n] - run.start[n]).abs().max() for n in end if n.endswith("theta")]
+    assert moved and min(moved) > 0.05, "never trained"
 
     resumed = row.loop.run(row, tmp_path, METHOD, resume=True, watch=again)
     assert again.shares == seen.shares[len(seen.shares) // 2 :]

@@ -18,7 +18,6 @@ settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
 
 depth_counts = st.integers(2, 9)
-probabilities = st.floats(0.01, 0.99)
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -48,8 +47,8 @@ def graph_of(edges):
     return graph
 
 
-def build_coordinator(name, rank, layers, activation, seed):
-    coordinator = COORDINATORS[name](rank, layers, activation)
+def build_coordinator(name, rank, layers, seed):
+    coordinator = COORDINATORS[name](rank, layers)
     generator = torch.Generator().manual_seed(seed)
     for parameter in coordinator.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)

@@ -1,4 +1,4 @@
-"""Trains under DeepSpeed with several parameter groups; prints, as JSON, the shares of their rates that the gates get.
+"""Trains under DeepSpeed with several parameter groups; prints, as JSON, the shares of their rates that Θ gets.
 
 A script, since process groups and DeepSpeed keep global state.
 """
@@ -19,7 +19,7 @@ from structlora_trl import attach
 from tests.support.device import without_shm_op
 from tests.support.tiny import lora_parameters, loss_of, peft_model
 
-GATE_LR, STEPS = 0.5, 3
+THETA_LR, STEPS = 0.5, 3
 
 
 def groups(model) -> list[dict]:
@@ -47,7 +47,7 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
         engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups(model)), config=config)[
             0
         ]
-    runtime = attach(engine, engine.optimizer, gate_lr=GATE_LR)
+    runtime = attach(engine, engine.optimizer, coordinator_lr=THETA_LR)
     found = []
     for step in range(STEPS):
         if not scheduler:  # by hand: LoRA's groups are halved, the other one stays
@@ -55,11 +55,10 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
                 engine.optimizer.param_groups, (0.1, 1e-3 / 2**step, 1e-2 / 2**step), strict=True
             ):
                 group["lr"] = rate
-        runtime.train()
         engine.train()
         engine.backward(loss_of(engine, "llama", step))
         engine.step()
-        found.append(runtime._optimizer.param_groups[0]["lr"] / GATE_LR)
+        found.append(runtime._optimizer.param_groups[0]["lr"] / THETA_LR)
     runtime.detach()
     return found
 

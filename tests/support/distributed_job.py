@@ -24,10 +24,12 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
+from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import SIDES
 from structlora_trl.engines import slices, slicing
 
 torch.set_num_threads(1)
+DepthGraph.redraw_every = 2  # edges change while a short run lasts
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 MESHES = {  # FSDP2's, by the number of processes
@@ -51,7 +53,7 @@ DEFAULTS = {
     "micro_batch": 6,  # over all ranks, so that 1, 2 and 3 see the same
     "rows": 48,
     "dtype": "float32",  # or bfloat16, float16
-    "method": {},  # more StructLoRA options, or None for plain LoRA
+    "method": {},  # more StructLoRA options, or None for plain LoRA; no noise, unless they say so
     "subclass": False,  # StructLoRASFTTrainer instead of the callback
     "lora": {},  # more LoraConfig options
     "vera": None,  # VeraConfig options: VeRA instead of LoRA
@@ -66,7 +68,7 @@ DEFAULTS = {
     "halve_between": False,  # with lora_B halved before that
     "whole_widths": False,  # have PEFT make adapters as wide as their base
     "never_average": False,  # keep Trainer from averaging a replicated adapter
-    "seed_of_rank_1": None,
+    "method_of_rank_1": {},  # options that this rank alone has
     "poison_at": None,  # step at which the loss is NaN
     "kill": None,  # {"rank": 1, "step": 4, "in": "step", "save" or "pullback"}
     "group_timeout": None,  # seconds
@@ -209,7 +211,7 @@ def halve(trainer, kinds) -> None:
     halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
     engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved))
     engine.write_latents(halved)
-    engine.write_working(halved, SIDES)
+    engine.write_working(halved)
     engine.remove()
 
 
@@ -269,6 +271,8 @@ def main():
     from tests.support.jobs import StopAt, sft
     from tests.support.tiny import base_model
 
+    if args.method is not None:
+        args.method = {"noise": "off", **args.method, **(args.method_of_rank_1 if rank == 1 else {})}
     callback = StructLoRACallback(args.method) if args.method is not None and not args.subclass else None
     others = [
         callback,
@@ -277,8 +281,6 @@ def main():
         args.kill is not None and rank == args.kill["rank"] and KillAt(args.kill),
     ]
     callbacks = [c for c in others if c]
-    if args.seed_of_rank_1 is not None and rank == 1:
-        options["seed"] = args.seed_of_rank_1
     if args.subclass:
         options |= {
             "trainer_class": StructLoRASFTTrainer,

@@ -34,7 +34,6 @@ NAMES = {
     **ENGINES,
     "hsdp": "HSDP",
     "cp": "FSDP2",
-    "tp": "tensor parallelism",
     "loaded": "FSDP2 (replicated adapter)",
 }
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
@@ -125,8 +124,8 @@ def state(output) -> dict[str, torch.Tensor]:
 
 
 def trained(output) -> dict[str, torch.Tensor]:
-    """Latents, logits, Θ and semantic edges at the end."""
-    ends = ("latent_A", "latent_B", "logits", "theta", "graph.semantic")
+    """Latents, Θ and semantic edges at the end."""
+    ends = ("latent_A", "latent_B", "theta", "graph.semantic")
     return {n: v for n, v in state(output).items() if n.endswith(ends)}
 
 

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
+import sys
 import weakref
 from functools import partial
-from pathlib import Path
+from unittest.mock import patch
 
 if __name__ == "__main__":
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
@@ -21,10 +21,12 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from structlora_trl import attach
+from structlora_trl import StructLoRAError, attach
+from structlora_trl.core.graph import DepthGraph
+from structlora_trl.map_context import map_context
 from tests.support.device import without_shm_op
 from tests.support.tiny import FAMILIES, base_model, lora_parameters, peft_model, warm_up
 
@@ -35,7 +37,18 @@ RATE = 1e-2
 EPSILON = 1e-6
 LOSS_SCALE_POWER = 10
 # Far from every cosine that these runs come to: rounding changes no edge.
-SEMANTIC = {"edges": "similarity", "semantic_every": 2, "semantic_threshold": 0.2}
+SEMANTIC = {"edges": "similarity", "semantic_threshold": 0.2}
+
+
+class Failing(torch.optim.AdamW):
+    """Breaks off when it has stepped, where it is told to."""
+
+    fails = False
+
+    def step(self, closure=None):
+        super().step(closure)
+        if Failing.fails:
+            raise RuntimeError("out of memory")
 
 
 class Loop:
@@ -50,8 +63,13 @@ class Loop:
     def __init__(self, model, clip: float | None, scaled: bool, adamw: dict):
         self.clip = clip
         self.wrapped = self.wrap(model)
+        # As Trainer does: torch's batched optimizers cannot mix parameters that are sharded with whole ones.
+        of_kind = {}
+        for parameter in lora_parameters(model).values():
+            of_kind.setdefault(type(parameter.data), []).append(parameter)
+        groups = [{"params": parameters} for parameters in of_kind.values()]
         # Of the optimizers of torch, the fused ones unscale in their step.
-        self.optimizer = torch.optim.AdamW(lora_parameters(model).values(), **adamw, fused=scaled)
+        self.optimizer = Failing(groups, **adamw, fused=scaled)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**LOSS_SCALE_POWER, enabled=scaled)
 
     def wrap(self, model):
@@ -59,12 +77,16 @@ class Loop:
 
     def step(self, loss) -> None:
         self.scaler.scale(loss).backward()
+        self.reduce()
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(lora_parameters(self.wrapped).values(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+
+    def reduce(self) -> None:
+        """What is left to do when the backward is over."""
 
 
 class FSDP2(Loop):
@@ -85,35 +107,16 @@ class FSDP2(Loop):
         return fully_shard(model, **self.sharding)
 
 
-class TensorParallel(Loop):
-    """Transformers' `tp_plan`, over all ranks. They see the same rows."""
-
-    def __init__(self, model, clip: float | None, scaled: bool, adamw: dict):
-        super().__init__(model, clip, scaled, adamw)
-        # As Trainer does: torch's batched optimizers cannot mix parameters that are sliced with whole ones.
-        of_kind = {}
-        for parameter in lora_parameters(model).values():
-            of_kind.setdefault(type(parameter.data), []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in of_kind.values()], **adamw
-        )
+class Loaded(Loop):
+    """A base that Transformers shards (FSDP2) as it loads it, and an adapter of which every rank has all, averaged here."""
 
     def wrap(self, model):
         return model
 
-
-class Loaded(TensorParallel):
-    """A base that Transformers shards (FSDP2) as it loads it, and an adapter of which every rank has all, averaged here."""
-
-    def step(self, loss) -> None:
-        loss.backward()
+    def reduce(self):
         for parameter in lora_parameters(self.wrapped).values():
             if not isinstance(parameter, DTensor) and parameter.grad is not None:
                 dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(lora_parameters(self.wrapped).values(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 class DeepSpeed:
@@ -130,8 +133,9 @@ class DeepSpeed:
             "gradient_clipping": clip or 0.0,
             "fp16": {"enabled": scaled, "initial_scale_power": LOSS_SCALE_POWER},
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+            "zero_allow_untested_optimizer": True,
         }
-        optimizer = torch.optim.AdamW(lora_parameters(model).values(), **adamw)
+        optimizer = Failing(lora_parameters(model).values(), **adamw)
         self.wrapped, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
         )
@@ -160,7 +164,7 @@ ENGINES = {
     "fsdp2 layers": partial(FSDP2, layers=True),
     "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
     **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
-    "tp": TensorParallel,
+    "zero3 persistent": partial(DeepSpeed, stage=3, stage3_param_persistence_threshold=10**6),
     "loaded": Loaded,
     # Of four processes.
     "fsdp2 contexts": partial(FSDP2, sizes={"dp_shard_size": 2, "cp_size": 2}),
@@ -169,16 +173,18 @@ ENGINES = {
 }
 
 
+@patch.object(DepthGraph, "redraw_every", 2)
 def train(
     engine: str = "ddp",
     method: dict | None = None,
+    steps: int = STEPS,
     clip: float | None = None,
     scaled: bool = False,
     poison_at: int | None = None,
     detach_at: int | None = None,
     again_at: int | None = None,
+    trouble: str | None = None,
     freeze: str | None = None,
-    as_loaded: bool = False,
     four_bits: bool = False,
     experts: str | None = None,
     epsilon: float = EPSILON,
@@ -187,74 +193,102 @@ def train(
 
     Args:
         engine: a name of `ENGINES`; 'ddp' without a process group is one process.
-        method: more StructLoRA options.
+        method: more StructLoRA options. Gates have no noise, unless they say so.
+        steps: optimizer steps.
         clip: the largest norm of gradients.
         scaled: scale the loss, as mixed precision does.
         poison_at: step at which the gradient of the embeddings, which are trained too, is NaN.
         detach_at: step before which StructLoRA is detached; the rest is plain LoRA.
         again_at: step before which it is attached again.
+        trouble: what goes wrong: a step that breaks off ('failing'), other code that writes ('written'), a gate that no
+            forward runs ('bypassed').
         freeze: freeze parameters whose name holds this.
-        as_loaded: leave the base model in `eval()`, as `from_pretrained` returns it.
         four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
         experts: a mixture, whose experts are adapted: 'stacked' in one parameter of each layer, or modules 'apart'.
         epsilon: AdamW's.
 
     Returns:
-        `dict`: `losses` and `evaluation_losses` before each step, means over the ranks, and at the end `working` weights,
-        `state` and `skipped` of the last runtime. Of a run that detaches, also `is_kept`, whether the model is still there
-        when the runtime alone is left, `wrapper_calls` of those who wrapped DeepSpeed's step before us, and after us unless
-        it is attached again, and whether the last of them stands at the end, `wrapper_stands`.
+        `dict`: `losses` and `evaluation_losses` before each step, means over the ranks; `stands`, whether at each moment
+        outside a step the model held what the latents stand for, and a training forward changed nothing; `gates`, of each
+        rank how many have fired, and their variances; and at the end `working` weights, `state` and `skipped` of the last
+        runtime. Of a run with trouble, also what each rank `said`. Of a run that detaches, also `is_kept`, whether the model
+        is still there when the runtime alone is left, `wrapper_calls` of those who wrapped DeepSpeed's step before us, and
+        after us unless it is attached again, and whether the last of them stands at the end, `wrapper_stands`.
     """
-    if four_bits:
-        model = _quantised()
-    elif experts == "stacked":
-        model = _mixture()
-    elif experts == "apart":
-        model = peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
-    else:
-        distributed = {"tp": {"tp_plan": "auto"}, "loaded": {"distributed_config": {"fsdp_size": 2}}}.get(
-            engine
-        )
-        model = _sliced(**distributed) if distributed else peft_model("llama", "warm", targets=TARGETS)
+    model = _model(engine, four_bits, experts)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:
             parameter.requires_grad_(False)
     if poison_at is not None:
         model.get_input_embeddings().weight.requires_grad_(True)
     loop = ENGINES[engine](model, clip, scaled, {"lr": RATE, "eps": epsilon})
-    method = method or {}
+    method = {"noise": "off", **(method or {})}
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
     wraps = isinstance(loop, DeepSpeed) and detach_at is not None
     wrappers = [Counting(loop.wrapped)] if wraps else []
-    runtime = attach(loop.wrapped, loop.optimizer, options)
+    runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
+    gates = [module.gate for module in runtime.plan.gated]
     if wraps and again_at is None:
         wrappers.append(Counting(loop.wrapped))
-    losses, evaluation_losses = [], []
-    for step in range(STEPS):
+    if trouble == "bypassed":
+        of_module = runtime.plan.gated[1].lora_A._forward_hooks
+        of_module.pop(next(key for key, hook in of_module.items() if hook is gates[1]))
+    losses, evaluation_losses, stands, said = [], [], True, []
+
+    def evaluate():
+        loop.wrapped.eval()
+        with torch.no_grad():
+            return _mean(loop.wrapped(**_batch(step)).loss)
+
+    for step in range(steps):
         if step == detach_at:
             runtime.detach()
             runtime.detach()
         if step == again_at:
-            runtime = attach(loop.wrapped, loop.optimizer, options)
-        batch = FAMILIES["llama"].batch(step)
-        if engine != "tp":
-            batch = _share_of_rank(batch)
-        loop.wrapped.eval()
-        with torch.no_grad():
-            evaluation_losses.append(_mean(loop.wrapped(**batch).loss))
+            runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
+        evaluation_losses.append(evaluate())
+        before = whole(runtime, runtime.engine.read_working())
         loop.wrapped.train()
-        if as_loaded:
-            model.get_base_model().eval()
         hook = model.get_input_embeddings().register_forward_hook(_poison) if step == poison_at else None
-        loss = loop.wrapped(**batch).loss
+        loss = loop.wrapped(**_batch(step)).loss
         losses.append(_mean(loss))
-        loop.step(loss)
+        stands &= _distance(before, whole(runtime, runtime.engine.read_working())) == 0
+        try:
+            loop.step(loss)
+        except StructLoRAError as error:
+            assert trouble == "bypassed"
+            said = _of_ranks(str(error))
+            break
+        if runtime.is_attached:
+            stands &= (
+                _distance(*(whole(runtime, factors) for factors in _computed_and_standing(runtime))) <= 1e-6
+            )
         if hook is not None:
             hook.remove()
+    if trouble in ("failing", "written"):
+        before, evaluation = whole(runtime, runtime.engine.read_working()), evaluate()
+        if trouble == "written":
+            _write(runtime, everywhere=not runtime.is_sharded)
+            before = whole(runtime, runtime.engine.read_working())
+        loop.wrapped.train()
+        loss = loop.wrapped(**_batch(steps)).loss
+        with patch.object(Failing, "fails", trouble == "failing"):
+            try:
+                loop.step(loss)
+                message = "nothing"
+            except (StructLoRAError, RuntimeError) as error:
+                message = str(error)
+        said = _of_ranks(message)
+        stands &= _distance(before, whole(runtime, runtime.engine.read_working())) == 0
+        if trouble == "failing":
+            stands &= abs(evaluate() - evaluation) <= 1e-6
     finished = {
         "engine": runtime.engine.name,
         "losses": losses,
         "evaluation_losses": evaluation_losses,
+        "stands": stands,
+        "gates": _of_ranks((sum(gate.has_fired for gate in gates), [gate.variance for gate in gates])),
+        "said": said,
         "working": whole(runtime, runtime.engine.read_working()),
         "state": runtime.state_dict(),
         "skipped": runtime.skipped_steps,
@@ -266,7 +300,7 @@ def train(
         if isinstance(loop, DeepSpeed):
             loop.wrapped.destroy()  # without which its hooks keep it
         let_go = weakref.ref(model)
-        del model, loop, loss, parameter, wrappers
+        del model, loop, loss, parameter, wrappers, evaluate
         gc.collect()
         finished["is_kept"] = let_go() is not None
         runtime.state_dict(), runtime.metrics(), runtime.engine.read_working()
@@ -282,44 +316,59 @@ def whole(runtime, factors) -> list[torch.Tensor]:
     ]
 
 
-def _quantised():
-    from tests.support.setups import quantised
+def _computed_and_standing(runtime) -> tuple[list, list]:
+    """What the map makes of the latents, in the dtype that the model computes with, and what stands in it."""
+    dtype = runtime.kinds[0].parameters[0].dtype
+    with map_context(runtime.device), torch.no_grad():
+        latents = runtime.engine.read_latents(everything=True)
+        computed = [m(factors) for m, factors in zip(runtime.maps, latents, strict=True)]
+    return [f._make(x.to(dtype).float() for x in f) for f in computed], runtime.engine.read_working()
 
-    base = quantised(4, storage=torch.float32)
+
+def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True) if a.numel())
+
+
+def _of_ranks(fact) -> list:
+    if not dist.is_initialized():
+        return [fact]
+    facts = [None] * dist.get_world_size()
+    dist.all_gather_object(facts, fact)
+    return facts
+
+
+def _write(runtime, everywhere: bool) -> None:
+    """Halve some of a mapped factor, past autograd, as DeepSpeed itself writes: on all ranks, or the first one's shard alone."""
+    if everywhere or dist.get_rank() == 0:
+        parameter = runtime.kinds[0].A[0]
+        if hasattr(parameter, "ds_tensor"):
+            is_whole = parameter.data.numel() == parameter.ds_numel  # a persistent one
+            (parameter.data if is_whole else parameter.ds_tensor.data).mul_(0.5)
+        else:
+            getattr(parameter.data, "_local_tensor", parameter.data).mul_(0.5)
+
+
+def _model(engine: str, four_bits: bool, experts: str | None):
+    if experts == "apart":
+        return peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
+    if experts is None and not four_bits and engine != "loaded":
+        return peft_model("llama", "warm", targets=TARGETS)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
+    if four_bits:
+        from tests.support.setups import quantised
+
+        base = quantised(4, storage=torch.float32)
+    elif experts == "stacked":
+        base = base_model("mixtral")
+        lora.target_modules, lora.target_parameters = {"q_proj"}, FAMILIES["mixtral"].parameters
+    else:
+        base = base_model("llama")
+        base = type(base).from_pretrained(
+            None, config=base.config, state_dict=base.state_dict(), distributed_config={"fsdp_size": 2}
+        )
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
-    warm_up(model)
-    return model
-
-
-def _mixture():
-    torch.manual_seed(0)
-    base = FAMILIES["mixtral"].build()
-    torch.manual_seed(1)
-    stacks = FAMILIES["mixtral"].parameters
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=stacks)
     model = get_peft_model(base, lora)
     warm_up(model)
-    return model
-
-
-@torch.no_grad()
-def _sliced(**distributed):
-    """`peft_model`, cut over the ranks by Transformers and PEFT: `distributed` are options of `from_pretrained`."""
-    whole = peft_model("llama", "warm", targets=TARGETS)
-    base = base_model("llama")
-    sliced = type(base).from_pretrained(None, config=base.config, state_dict=base.state_dict(), **distributed)
-    model = get_peft_model(sliced, whole.peft_config["default"], autocast_adapter_dtype=False)
-    values = dict(whole.named_parameters())
-    for name, parameter in lora_parameters(model).items():
-        value = values[name]
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
-    for module in model.modules() if "tp_plan" in distributed else ():
-        # Of modules cut by rows, PEFT 0.21 declares the width of a slice, where Transformers 5.24 reads the whole one.
-        if isinstance(module, torch.nn.Linear):
-            module.in_features = module.weight.shape[1]
     return model
 
 
@@ -327,8 +376,9 @@ def _poison(module, inputs, output):
     output.register_hook(lambda gradient: gradient * float("nan"))
 
 
-def _share_of_rank(batch: dict) -> dict:
-    """Its rows of a batch; where there are more ranks than rows, several have the same."""
+def _batch(step: int) -> dict:
+    """This rank's rows of a batch; where there are more ranks than rows, several have the same."""
+    batch = FAMILIES["llama"].batch(step)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     parts = min(world, len(batch["input_ids"]))
     return {name: value[rank % parts :: parts] for name, value in batch.items()}
@@ -343,15 +393,13 @@ def _mean(loss) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("runs", type=json.loads, help="a list of `train`'s options")
-    args = parser.parse_args()
+    """Of the command line: a file to write to, and a list of `train`'s options as JSON."""
+    output, runs = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    finished = [train(**options) for options in args.runs]
+    finished = [train(**options) for options in json.loads(runs)]
     if dist.get_rank() == 0:
-        torch.save(finished, args.output)
+        torch.save(finished, output)
     dist.barrier()
     os._exit(0)  # see `distributed_job`
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, attach, load_state, save_state
 from tests.support.jobs import StopAt
-from tests.support.tiny import default_dtype
+from tests.support.tiny import assert_same, default_dtype, weights_of
 
 STEPS, HALF = 6, 3
 
@@ -53,23 +53,24 @@ class Loop:
         """Attach where the method is on; go on from `folder` where one is given."""
         if folder is not None:
             self.load(torch.load(folder / "loop.pt", weights_only=True))
+        self.before = weights_of(self.model)
         if self.method is not None:
-            self.runtime = attach(self.forward, self.optimizer, self.method)
+            self.runtime = attach(self.forward, self.optimizer, self.method, passes=50)
             self.start = self.runtime.state_dict()
             if folder is not None:
                 load_state(self.runtime, folder)
 
     @classmethod
-    def run(cls, setup, folder: Path, method: dict | None, steps=STEPS, resume=False, watch=look_away):
+    def run(cls, setup, folder: Path, method: dict | None, steps=None, resume=False, watch=look_away):
         """A whole run, or its second half from what the first left in `folder`."""
         loop = cls(setup, method, watch)
         loop.begin(folder if resume else None)
         loop.model.train()
         loop.watch(loop)
-        for index in range(HALF if resume else 0, steps):
-            if index == HALF and not resume:
+        for index in range(setup.half if resume else 0, steps or setup.steps):
+            if index == setup.half and not resume:
                 loop.save(folder)
-            torch.manual_seed(index)  # dropout, and nothing else, draws from it
+            torch.manual_seed(index)  # dropout and gates draw from it
             loop.losses.append(loop.step(index))
             loop.watch(loop)
         return loop
@@ -141,20 +142,41 @@ class Accumulating(Loop):
 
 
 class SharpnessAware(Loop):
-    """Sharpness-aware minimisation: the step's gradient is that at perturbed values, which stand in no parameter."""
+    """Sharpness-aware minimisation: the step's gradient is that at perturbed weights, which are taken back before the step."""
 
     radius = 0.05
 
     def step(self, index):
-        parameters = trainable(self.model)
         self.loss(index).backward()
         self.watch(self)
-        scale = self.radius / torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+        parameters = [p for p in trainable(self.model).values() if p.grad is not None]
+        before = [p.detach().clone() for p in parameters]
+        scale = self.radius / torch.stack([p.grad.norm() for p in parameters]).norm()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(parameter.grad, alpha=scale)
+        self.optimizer.zero_grad()
+        loss = self.loss(index)
+        loss.backward()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        self.optimizer.step()
+        self.after_step(loss)
+        return loss.item()
+
+
+class FunctionalSharpnessAware(Loop):
+    """The same by `torch.func.functional_call`: perturbed values stand in no parameter."""
+
+    def step(self, index):
+        parameters = trainable(self.model)
+        self.loss(index).backward()
+        scale = SharpnessAware.radius / torch.stack([p.grad.norm() for p in parameters.values()]).norm()
         perturbed = {name: (p.detach() + scale * p.grad).requires_grad_() for name, p in parameters.items()}
         loss = torch.func.functional_call(self.forward, perturbed, kwargs=self.setup.batch(index)).loss
-        for parameter, gradient in zip(
-            parameters.values(), torch.autograd.grad(loss, list(perturbed.values())), strict=True
-        ):
+        gradients = torch.autograd.grad(loss, list(perturbed.values()))
+        for parameter, gradient in zip(parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.after_step(loss)
@@ -309,13 +331,25 @@ class AcceleratedState(Accelerated):
 
 
 class Checkpointing(Loop):
-    """Gradient checkpointing."""
+    """Gradient checkpointing. What is recomputed has the noise of the forward: gradients are those without it."""
 
     reentrant = False
 
     def prepare(self):
         self.model.enable_input_require_grads()
+
+    def step(self, index):
+        self.model.gradient_checkpointing_disable()
+        self.loss(index).backward()
+        self.expected = {name: p.grad for name, p in trainable(self.model).items()}
+        self.optimizer.zero_grad()
         self.model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
+        torch.manual_seed(index)
+        return super().step(index)
+
+    def before_step(self):
+        for name, parameter in trainable(self.model).items():
+            torch.testing.assert_close(parameter.grad, self.expected[name], rtol=1e-3, atol=1e-6)
 
 
 class ReentrantCheckpointing(Checkpointing):
@@ -383,17 +417,35 @@ class Interrupted(Loop):
         return super().step(index)
 
 
+class Swapping(Loop):
+    """A moving average that is swapped in to be looked at, and out again before training goes on."""
+
+    def prepare(self):
+        self.average = weights_of(self.model)
+
+    def after_step(self, loss):
+        super().after_step(loss)
+        own = weights_of(self.model)
+        for name, value in self.average.items():
+            value.lerp_(own[name], 0.5)
+        for values in (self.average, own):
+            self.model.load_state_dict(values, strict=False)
+            self.model.eval()(**self.setup.batch(99))
+        self.model.train()
+
+
 class Copying(Loop):
-    """The model is copied, by `copy.deepcopy` and by pickle, between steps and within one; a copy shows evaluation weights."""
+    """The model is copied, by `copy.deepcopy` and by pickle, between steps and within one; a copy is a plain LoRA model."""
 
     def copy(self):
         pickled = io.BytesIO()
         torch.save(self.model, pickled)
         pickled.seek(0)
+        batch = self.setup.batch(99)
         for model in (copy.deepcopy(self.model), torch.load(pickled, weights_only=False)):
-            copied = dict(model.named_parameters())
-            shown = self.model.state_dict()
-            assert all(torch.equal(copied[name].detach(), shown[name]) for name in trainable(self.model))
+            assert_same(weights_of(model), weights_of(self.model))
+            # Gates of a copy do nothing.
+            assert torch.equal(model.train()(**batch).logits, model.eval()(**batch).logits)
 
     def step(self, index):
         self.copy()
@@ -458,20 +510,20 @@ class InTrainer:
     """A `transformers.Trainer` or one of TRL's, built by the set-up's `trainer` (`tests/support/jobs.py`)."""
 
     @classmethod
-    def run(cls, setup, folder: Path, method: dict | None, steps=STEPS, resume=False, watch=look_away):
+    def run(cls, setup, folder: Path, method: dict | None, steps=None, resume=False, watch=look_away):
         run = SimpleNamespace(setup=setup, runtime=None)
         ours = [] if method is None else [StructLoRACallback(method)]
         trainer = setup.trainer(
             folder,
             [*ours, _Watching(run, watch, ours)],
-            max_steps=STEPS,
+            max_steps=setup.steps,
             save_strategy="steps",
-            save_steps=HALF,
+            save_steps=setup.half,
         )
-        run.model = trainer.model
-        if steps < STEPS:
+        run.model, run.before = trainer.model, weights_of(trainer.model)
+        if steps is not None:
             trainer.add_callback(StopAt(steps))
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{setup.half}") if resume else None)
         run.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         watch(run)
         return run

@@ -37,9 +37,9 @@ from tests.support.tiny import (
 )
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
-# The method with all its parts, as by default, and a graph that changes within the run.
-WHOLE = {"semantic_every": 2, "semantic_threshold": 0.0}
+WHOLE = {"semantic_threshold": 0.0}  # all parts, as by default, and semantic edges wherever there may be some
 GATES = {"coordinator": "none"}
+KEEP = {**WHOLE, "keep": 0.25, "select_at": 10}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class Setup:
     method: dict = field(default_factory=lambda: WHOLE)  # options of StructLoRA
     refused: str | None = None  # pattern of the error that a set-up stops with; None where it is served
     remedy: dict | None = None  # options that the error names, with which the set-up is served
+    quiet: str = ""  # pattern of why some modules have no noise
+    steps: int = loops.STEPS  # of a run, which is resumed from the state after `half`
+    half: int = loops.HALF
     moves_base: bool = False  # the saved adapter belongs on base weights as `wrap` leaves them
     adapter: str = "default"  # name of the adapter that is trained
     tolerance: float = 1e-6  # in logits, between the trained model and its saved adapter in plain PEFT
@@ -412,6 +415,7 @@ def bd_lora(base):
     return get_peft_model(base, lora(target_modules=["q_proj", "o_proj"], use_bdlora=blocks_of))
 
 
+MOVED = "init_lora_weights='.*' keeps base weights in the adapter"
 STACKED_EXPERTS = other_family(
     FAMILIES["mixtral"].build, ["q_proj"], target_parameters=FAMILIES["mixtral"].parameters
 )
@@ -420,24 +424,37 @@ ADAPTERS = [
     Setup("lora_dropout", lora={"lora_dropout": 0.2}),
     Setup("rsLoRA", lora={"use_rslora": True}),
     Setup("DoRA", lora={"use_dora": True, "lora_dropout": 0.1}),
-    Setup("PiSSA", lora={"init_lora_weights": "pissa"}, tolerance=1e-5),
-    Setup("OLoRA", lora={"init_lora_weights": "olora"}, tolerance=1e-5),
+    Setup("PiSSA", lora={"init_lora_weights": "pissa"}, tolerance=1e-5, quiet=MOVED),
+    Setup("OLoRA", lora={"init_lora_weights": "olora"}, tolerance=1e-5, quiet=MOVED),
     Setup("Gaussian init", lora={"init_lora_weights": "gaussian"}),
     Setup("random init of both factors", lora={"init_lora_weights": False}),
     Setup("orthogonal init", lora={"init_lora_weights": "orthogonal"}),
     Setup("EVA", wrap=eva, slow=True),
-    Setup("PiSSA by fast SVD", wrap=pissa_niter, moves_base=True, tolerance=1e-5),
-    Setup("CorDA", wrap=corda, moves_base=True, tolerance=1e-5),
-    Setup("LoftQ", wrap=loftq, moves_base=True, tolerance=1e-5, needs=("scipy", "bitsandbytes"), slow=True),
-    Setup("LoRA-GA", wrap=lora_ga, moves_base=True, tolerance=1e-5, needs=("peft>=0.19",)),
+    Setup("PiSSA by fast SVD", wrap=pissa_niter, moves_base=True, quiet=MOVED, tolerance=1e-5),
+    Setup("CorDA", wrap=corda, moves_base=True, quiet=MOVED, tolerance=1e-5),
+    Setup(
+        "LoftQ",
+        wrap=loftq,
+        moves_base=True,
+        quiet=MOVED,
+        tolerance=1e-5,
+        needs=("scipy", "bitsandbytes"),
+        slow=True,
+    ),
+    Setup("LoRA-GA", wrap=lora_ga, moves_base=True, quiet=MOVED, tolerance=1e-5, needs=("peft>=0.19",)),
     Setup(
         "MiCA",
         lora={"init_lora_weights": "mica"},
-        method={**WHOLE, "filter": "none", "side": "read"},
+        method={**WHOLE, "side": "read"},
         needs=("peft>=0.20",),
     ),
     Setup("KaSA", wrap=variant("KasaConfig", "kasa_config"), tolerance=1e-5, needs=("peft>=0.21",)),
-    Setup("VeLoRA", wrap=variant("VeloraConfig", "velora_config", num_groups=4), needs=("peft>=0.21",)),
+    Setup(
+        "VeLoRA",
+        wrap=variant("VeloraConfig", "velora_config", num_groups=4),
+        quiet="VeLoRA.*",
+        needs=("peft>=0.21",),
+    ),
     Setup("warm starts", wrap=with_(warm_up)),
     Setup("lora_bias", lora={"lora_bias": True}),
     Setup(
@@ -464,6 +481,7 @@ ADAPTERS = [
         "embeddings",
         lora={"target_modules": ["embed_tokens", "q_proj"]},
         method={**WHOLE, "roles": {"embed_tokens": "write"}},
+        quiet="embeddings",
     ),
     Setup(
         "lm_head",
@@ -475,6 +493,7 @@ ADAPTERS = [
         base=partial(llama, tie_word_embeddings=True),
         lora={"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
         method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
+        quiet="embeddings",
     ),
     Setup(
         "Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method={**WHOLE, "side": "both"}
@@ -494,40 +513,39 @@ ADAPTERS = [
     Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
     Setup("frozen layers", wrap=with_(freeze("layers.0"))),
     Setup("aLoRA", lora={"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, batch=invoking),
+    Setup("MoE experts by target_parameters", **STACKED_EXPERTS, quiet="experts in one parameter"),
     Setup(
-        "MoE experts by target_parameters",
-        **STACKED_EXPERTS,
+        "MoE experts that are modules",
+        **other_family(FAMILIES["mixture"].build, ["q_proj", "up_proj", "down_proj"]),
     ),
+    Setup("VeRA", wrap=of_type("VeraConfig", r=4, target_modules=TARGETS), quiet="VeRA"),
+    Setup("directions selected in training", method=KEEP, steps=14, half=7),
+    Setup("resumed after the selection", method={**KEEP, "coordinator": "gat"}, steps=14, half=12),
     Setup(
-        "gates of heads",
-        lora={"target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]},
-        method={**WHOLE, "head_gates": True},
+        "directions selected without a coordinator",
+        method={**GATES, "keep": "90%", "select_at": 10},
+        steps=14,
     ),
-    Setup("directions selected in training", method={**WHOLE, "keep": 0.25, "select_at": 2}),
-    Setup("VeRA", wrap=of_type("VeraConfig", r=4, target_modules=TARGETS)),
     Setup(
         "directions of VeRA selected in training",
         wrap=of_type("VeraConfig", r=8, target_modules=TARGETS, vera_dropout=0.1),
-        method={**WHOLE, "keep": 0.5, "select_at": 2},
+        method={**KEEP, "keep": 0.5},
+        steps=14,
+        quiet="VeRA",
     ),
     Setup(
         "directions of PiSSA selected in training",
         lora={"init_lora_weights": "pissa"},
-        method={**WHOLE, "keep": 0.25, "select_at": 2},
+        method=KEEP,
         refused="init_lora_weights='pissa'",
         remedy={"keep": None, "select_at": 0.5},
+        quiet=MOVED,
     ),
     Setup(
-        "gates of experts",
-        **STACKED_EXPERTS,
-        method={**WHOLE, "expert_gates": True},
+        "MoE layers by 'all-linear'",
+        **other_family(FAMILIES["qwen3_moe"].build, "all-linear"),
+        quiet="experts in one parameter",
     ),
-    Setup(
-        "MoE experts that are modules",
-        **other_family(FAMILIES["mixture"].build, ["q_proj", "up_proj", "down_proj"]),
-        method={**WHOLE, "expert_gates": True},
-    ),
-    Setup("MoE layers by 'all-linear'", **other_family(FAMILIES["qwen3_moe"].build, "all-linear")),
 ]
 # Starts that take a part out of the base model: PEFT does not take these again when it loads an adapter, and takes those.
 # (LoftQ, which it takes again too, leaves a quantised base, and its adapter cannot be converted to one of the original.)
@@ -548,13 +566,19 @@ MODELS = [
 
 PRECISIONS = [
     Setup("bf16", dtype=torch.bfloat16),
-    Setup("VeRA in bf16", wrap=of_type("VeraConfig", r=4, target_modules=TARGETS), dtype=torch.bfloat16),
+    Setup(
+        "VeRA in bf16",
+        wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
+        dtype=torch.bfloat16,
+        quiet="VeRA",
+    ),
     Setup("bf16 base under an fp32 adapter", base=partial(base_model, "llama", torch.bfloat16)),
     Setup("4-bit base (QLoRA)", base=partial(quantised, 4), needs=("bitsandbytes",)),
     Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
     Setup("8-bit base by torchao", base=torchao_int8, tolerance=1e-5, needs=("torchao",)),
     Setup(
         "VeRA on a 4-bit base",
+        quiet="VeRA",
         base=partial(quantised, 4),
         wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
         needs=("bitsandbytes",),
@@ -685,8 +709,10 @@ LOOPS = [
     Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
     Setup("torch.compile", loop=loops.Compiled, slow=True),
     Setup("torch.compile of the optimizer's step", loop=loops.CompiledStep),
-    Setup("SAM by torch.func.functional_call", loop=loops.SharpnessAware),
-    Setup("moving averages of the weights", loop=loops.Averaging),
+    Setup("SAM", loop=loops.SharpnessAware),
+    Setup("SAM by torch.func.functional_call", loop=loops.FunctionalSharpnessAware),
+    Setup("moving averages of the weights (AveragedModel)", loop=loops.Averaging),
+    Setup("moving averages swapped in for evaluation", loop=loops.Swapping),
     Setup("NEFTune", loop=loops.NoisyEmbeddings),
     Setup("interrupted steps", loop=loops.Interrupted),
     Setup("deepcopy and torch.save of the model", loop=loops.Copying),
@@ -702,13 +728,6 @@ REFUSED = [
         "AdaLoRA and every other PEFT type but LoRA and VeRA",
         wrap=of_type("AdaLoraConfig", **ADALORA),
         refused="PEFT type ADALORA.*`LoraConfig`",
-    ),
-    Setup(
-        "gates of heads with VeRA",
-        wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
-        method={**WHOLE, "head_gates": True},
-        refused="head_gates=True.*projections with LoRA",
-        remedy={"head_gates": False},
     ),
     Setup(
         "LoRA-FA without side='write'",
@@ -776,6 +795,9 @@ ON_PLATEAU = {
     "metric_for_best_model": "eval_loss",
 }
 
+NO_DROPOUT = {"quiet": r"\w+Trainer switches dropout off"}
+OWN_SAMPLES = {"quiet": r"\w+Trainer trains on samples of its own policy"}
+
 TRAINERS = [
     in_trainer("transformers.Trainer", jobs.plain, slow=False, row=BERT),
     in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, slow=False, row=BERT, **ON_PLATEAU),
@@ -803,16 +825,20 @@ TRAINERS = [
         "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}
     ),
     in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
-    in_trainer("SFT with VeRA", jobs.sft, vera={"r": 4}),
+    in_trainer("SFT with VeRA", jobs.sft, vera={"r": 4}, row={"quiet": "VeRA"}),
     in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
-    in_trainer("DPO", jobs.JOBS["dpo"]),
-    in_trainer("KTO", jobs.JOBS["kto"]),
-    in_trainer("ORPO", jobs.of_trl("ORPO", jobs.pairs, experimental=True), needs=("trl>=1.0",)),
-    in_trainer("CPO", jobs.of_trl("CPO", jobs.pairs, experimental=True), needs=("trl>=1.0",)),
-    in_trainer("Reward", jobs.JOBS["reward"], row=REWARD),
-    in_trainer("GRPO", jobs.JOBS["grpo"]),
-    in_trainer("GRPO with several updates per generation", jobs.JOBS["grpo"], num_iterations=3),
-    in_trainer("RLOO", jobs.JOBS["rloo"]),
+    in_trainer("DPO", jobs.JOBS["dpo"], row=NO_DROPOUT),
+    in_trainer("KTO", jobs.JOBS["kto"], row=NO_DROPOUT),
+    in_trainer(
+        "ORPO", jobs.of_trl("ORPO", jobs.pairs, experimental=True), needs=("trl>=1.0",), row=NO_DROPOUT
+    ),
+    in_trainer("CPO", jobs.of_trl("CPO", jobs.pairs, experimental=True), needs=("trl>=1.0",), row=NO_DROPOUT),
+    in_trainer("Reward", jobs.JOBS["reward"], row={**REWARD, **NO_DROPOUT}),
+    in_trainer("GRPO", jobs.JOBS["grpo"], row=OWN_SAMPLES),
+    in_trainer(
+        "GRPO with several updates per generation", jobs.JOBS["grpo"], num_iterations=3, row=OWN_SAMPLES
+    ),
+    in_trainer("RLOO", jobs.JOBS["rloo"], row=OWN_SAMPLES),
 ]
 
 SETUPS: dict[str, list[Setup]] = {

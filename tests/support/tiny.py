@@ -355,7 +355,7 @@ def train(
     model.train()
     losses = []
     for step in range(first, first + steps):
-        torch.manual_seed(step)  # dropout, and nothing else, draws from it
+        torch.manual_seed(step)  # dropout and gates draw from it
         loss = loss_of(model, family, step, autocast)
         (loss if scaler is None else scaler.scale(loss)).backward()
         step_with(optimizer, scaler)
@@ -369,20 +369,28 @@ def adamw(model, lr: float = 1e-2) -> torch.optim.AdamW:
 
 
 def attached(model=None, optimizer=adamw, **options):
-    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both."""
+    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both, as in a run of many
+    passes.
+    """
     from structlora_trl import attach  # here, since tests without the package use the rest of this file
 
     model = peft_model() if model is None else model
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, options)
+    return model, optimizer, attach(model, optimizer, options, passes=50)
+
+
+def standing(runtime) -> list:
+    """The factors that stand in the model, one per kind, fp32; this rank's slices under an engine that shards."""
+    return runtime.engine.read_working()
 
 
 def evaluation_factors(runtime) -> list:
-    """Effective factors without noise, one per kind, fp32; this rank's slices under an engine that shards."""
+    """What each kind's map makes of its latents, fp32; this rank's slices under an engine that shards."""
     from structlora_trl.map_context import map_context
 
-    with map_context(runtime.device):
-        return runtime._effective(None)
+    latents = runtime.engine.read_latents(everything=True)
+    with map_context(runtime.device), torch.no_grad():
+        return [m(latent) for m, latent in zip(runtime.maps, latents, strict=True)]
 
 
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):

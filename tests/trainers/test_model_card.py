@@ -1,51 +1,63 @@
-"""The tag and the section in every model card: on save, in checkpoints, and in what `push_to_hub` uploads."""
+"""The tag and the section in model cards: in checkpoints, and where a run's adapter is saved; what acted, and nothing else."""
 
 from __future__ import annotations
 
-import copy
+import re
 
 import pytest
 from huggingface_hub import ModelCard
 
-from structlora_trl import StructLoRACallback, attach
-from structlora_trl.model_card import HEADING, TAG, undescribe
+from structlora_trl import StructLoRACallback
+from structlora_trl.model_card import HEADING, TAG, describe_run, section, undescribe
 from tests.support.jobs import plain, sft
-from tests.support.tiny import adamw, attached, logits_of, peft_model, train
+from tests.support.tiny import attached, peft_model, train
 
 
-def check(text: str, option: str = "gate_init=0.8") -> None:
+def check(text: str, *words: str) -> None:
     card = ModelCard(text)
     assert TAG in card.data.tags
-    assert text.count(f"\n{HEADING}\n") == 1 and option in text and "plain LoRA adapter" in text
+    assert text.count(f"\n{HEADING}\n") == 1 and all(word in text for word in (*words, "plain LoRA adapter"))
 
 
+@pytest.mark.parametrize("saves", ["no", "steps"])
 @pytest.mark.parametrize("job", [sft, plain])
-def test_cards_of_a_trainer(job, tmp_path):
-    trainer = job(tmp_path, [StructLoRACallback(gate_init=0.8)], save_strategy="steps", save_steps=3)
+def test_cards_of_a_trainer(job, saves, tmp_path):
+    """Whoever calls `save_model` afterwards keeps the section, also where nothing was saved before."""
+    trainer = job(tmp_path, [StructLoRACallback(noise_variance=0.5)], save_strategy=saves, save_steps=3)
     trainer.train()
-    trainer.save_model(tmp_path / "final")
-    trainer.create_model_card()
-    trainer.create_model_card(model_name="adapter", tags=["mine"])  # as `push_to_hub` calls it
-    for folder in ("checkpoint-3", "final", "."):
-        check((tmp_path / folder / "README.md").read_text())
+    trainer.save_model()
+    folders = [tmp_path, *tmp_path.glob("checkpoint-*")]
+    assert len(folders) == 1 + (saves == "steps")
+    for folder in folders:
+        check((folder / "README.md").read_text(), "variance 0.5", "`noise_variance=0.5`")
 
 
-def test_card_of_a_loop_and_of_a_copy(tmp_path):
-    model = peft_model()
-    attach(model, adamw(model), gate_init=0.8)
-    for name, holder in {"model": model, "copy": copy.deepcopy(model)}.items():
-        holder.save_pretrained(tmp_path / name)
-        holder.save_pretrained(tmp_path / name)
-        check((tmp_path / name / "README.md").read_text())
+ACTED = {  # options -> what the section says acted
+    "noise='off'": ({"noise": "off"}, ["coordinated across depth (`gcn`) in 2 of 2 kinds"]),
+    "keep": (
+        {"coordinator": "none", "keep": 0.25, "select_at": 10},
+        ["gates with noise", "directions selected while training (`keep=0.25`)"],
+    ),
+    "keep, not yet": ({"coordinator": "none", "keep": 0.25, "select_at": 99}, ["gates with noise"]),
+    "off": ({"noise": "off", "coordinator": "none"}, ["nothing acted"]),
+}
+WORDS = ["gates with noise", "coordinated across depth", "directions selected", "nothing acted"]
 
 
-def test_the_card_of_vera_names_what_loads_it(tmp_path):
-    model = peft_model(init="vera")
-    attach(model, adamw(model))
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    section = text[text.index(HEADING) :]
-    assert "plain VeRA adapter" in section and "LoRA adapter" not in section and "vLLM" not in section
+@pytest.mark.parametrize("name", ACTED)
+def test_the_section_says_what_acted(name):
+    options, said = ACTED[name]
+    model, optimizer, runtime = attached(**options)
+    train(model, "llama", optimizer, 11)
+    text = section(runtime)
+    assert all(words in text for words in said)
+    assert sum(words in text for words in WORDS) == len(said)
+
+
+def test_the_card_of_vera_names_what_loads_it():
+    _, _, runtime = attached(peft_model(init="vera"))
+    text = section(runtime)
+    assert "plain VeRA adapter" in text and "LoRA adapter" not in text and "vLLM" not in text
 
 
 BESIDE = ["## My notes\n\nKeep this.", "Keep this.", "# My notes\n\nKeep this.", "### My notes\n\nKeep this."]
@@ -55,55 +67,33 @@ BESIDE += ["## StructLoRA vs LoRA\n\nKeep this.", "### StructLoRA\n\nKeep this."
 @pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("above", [False, True])
 def test_text_around_the_section_is_kept(beside, above, tmp_path):
-    model = peft_model()
-    runtime = attach(model, adamw(model))
-    model.save_pretrained(tmp_path)
+    model, _, runtime = attached()
     card = tmp_path / "README.md"
+    describe_run(card, runtime, model)
     text = card.read_text()
     place = text.index(f"\n{HEADING}\n") if above else len(text)
     card.write_text(f"{text[:place]}\n{beside}\n{text[place:]}")
+    describe_run(card, runtime, model)
     model.save_pretrained(tmp_path)
     text = card.read_text()
-    assert text.count(beside) == 1 and text.count(f"\n{HEADING}\n") == 1
+    assert text.count(beside) == 1
     check(text, "Options other than the defaults: none")
-    runtime.detach()
     undescribe(card)
-    assert card.read_text().count(beside) == 1 and f"\n{HEADING}\n" not in card.read_text()
+    assert card.read_text().count(beside) == 1 and not re.search(
+        f"^{HEADING}$", card.read_text(), re.MULTILINE
+    )
 
 
-def test_plain_runs_have_plain_cards(tmp_path):
-    """The section holds for as long as the adapter's weights are those that StructLoRA trained."""
-    model, optimizer, runtime = attached(gate_init=0.8)
-    train(model, "llama", optimizer, 2)
-    runtime.detach()
-    logits_of(model, "llama")
-    model.save_pretrained(tmp_path)
-    check((tmp_path / "README.md").read_text())
-    train(model, "llama", optimizer, 1)
-    for holder in (model, copy.deepcopy(model)):
-        holder.save_pretrained(tmp_path)
-        assert TAG not in (tmp_path / "README.md").read_text().lower()
+def test_a_readme_that_is_no_card_is_left_alone(tmp_path):
+    """`output_dir="."` in the folder of a project."""
+    (tmp_path / "README.md").write_text("# My project\n")
+    model, _, runtime = attached()
+    describe_run(tmp_path / "README.md", runtime, model)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
-def test_each_adapter_has_a_card_of_its_own(tmp_path):
-    model = peft_model()
-    model.add_adapter("plain", model.peft_config["default"])
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, gate_init=0.8)
-    train(model, "llama", optimizer, 2)
-    for _ in ("attached", "detached"):
-        model.save_pretrained(tmp_path / "plain", selected_adapters=["plain"])
-        assert TAG not in (tmp_path / "plain" / "README.md").read_text().lower()
-        model.save_pretrained(tmp_path / "ours", selected_adapters=["default"])
-        check((tmp_path / "ours" / "README.md").read_text())
-        runtime.detach()
-
-
-def test_an_earlier_wrapper_of_save_pretrained_is_kept(tmp_path):
-    model, saved = peft_model(), []
-    save = model.save_pretrained
-    model.save_pretrained = lambda *args, **kwargs: (saved.append(args), save(*args, **kwargs))[1]
-    attach(model, adamw(model), gate_init=0.8)
-    model.save_pretrained(tmp_path)
-    check((tmp_path / "README.md").read_text())
-    assert len(saved) == 1
+def test_a_run_that_is_off_has_a_plain_card(tmp_path):
+    trainer = sft(tmp_path, [StructLoRACallback(noise="off", coordinator="none")])
+    trainer.train()
+    trainer.save_model()
+    assert TAG not in (tmp_path / "README.md").read_text().lower()

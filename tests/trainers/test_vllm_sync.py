@@ -1,4 +1,4 @@
-"""What TRL's online trainers send to vLLM is the evaluation adapter, merged, in server and in colocated mode.
+"""What TRL's trainers send to vLLM is the adapter that stands between steps: merged, or alone (TRL's pull request 6007).
 
 
 vLLM needs a GPU. The sync is TRL's own; a stub stands where vLLM would receive the weights.
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback
 from tests.support.jobs import JOBS, sft
-from tests.support.tiny import base_model, evaluation_factors, lora_parameters
+from tests.support.tiny import assert_same, base_model, evaluation_factors, weights_of
 
 vllm_generation = pytest.importorskip("trl.generation.vllm_generation")
 
@@ -65,32 +65,40 @@ class SyncAtEvents(TrainerCallback):
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
-def test_vllm_receives_the_evaluation_adapter(name, mode, tmp_path):
+def test_vllm_receives_the_merged_adapter(name, mode, tmp_path):
     callback = StructLoRACallback()
     sync = SyncAtEvents(mode, callback)
     trainer = JOBS[name](tmp_path, [callback, sync])
     trainer.train()
-    base = dict(base_model("llama").named_parameters())
-    scale = trainer.model.peft_config["default"].lora_alpha / trainer.model.peft_config["default"].r
+    lora = trainer.model.peft_config["default"]
     assert len(sync.seen) == 6
     for weights, factors in sync.seen:
-        assert weights.keys() == base.keys()
-        for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
-            for module, a, b in zip(kind.modules, A, B, strict=True):
-                parameter = f"{module.removeprefix('base_model.model.')}.weight"
-                merged = base[parameter] + scale * b @ a
-                torch.testing.assert_close(weights[parameter], merged, atol=1e-6, rtol=1e-5)
+        assert weights.keys() == dict(base_model("llama").named_parameters()).keys()
+        assert_is_the_adapter(weights, factors, callback, lora.lora_alpha / lora.r)
     first, last = sync.seen[0][0], sync.seen[-1][0]
     assert any(not torch.equal(first[parameter], last[parameter]) for parameter in first)
 
 
-class PublishesWithinSteps(TrainerCallback):
-    """Runs one of AsyncGRPO's syncs while a backward is still due, and keeps what it sent, by module."""
+def assert_is_the_adapter(sent: dict, factors, callback, scale: float | None = None) -> None:
+    """Weights that were sent are those that stood: of the adapter alone, or merged where a scale is given."""
+    base = dict(base_model("llama").named_parameters())
+    for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
+        for module, a, b in zip(kind.modules, A, B, strict=True):
+            if scale is None:
+                assert torch.equal(sent[f"{module}.lora_A.weight"], a)
+                assert torch.equal(sent[f"{module}.lora_B.weight"], b)
+            else:
+                name = f"{module.removeprefix('base_model.model.')}.weight"
+                torch.testing.assert_close(sent[name], base[name] + scale * b @ a, atol=1e-6, rtol=1e-5)
+
+
+class Publishes(TrainerCallback):
+    """Runs one of AsyncGRPO's syncs, between steps and while a backward is still due, and keeps what it sent, by module."""
 
     def __init__(self, way: str, structlora: StructLoRACallback, folder, module):
         self.way, self.structlora, self.folder, self.module, self.seen = way, structlora, folder, module, []
 
-    def on_substep_end(self, args, state, control, model=None, **kwargs):
+    def _publish(self, args, state, control, model=None, **kwargs):
         if self.way == "adapter":
             alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
             self.module.save_lora_adapter(model, alone, "default", str(self.folder / "published"))
@@ -101,10 +109,12 @@ class PublishesWithinSteps(TrainerCallback):
             model.unmerge_adapter()
         self.seen.append((sent, evaluation_factors(self.structlora.runtime)))
 
+    on_step_begin = on_substep_end = on_step_end = _publish
+
 
 @pytest.mark.parametrize("way", ["adapter", "merged"])
-def test_async_grpo_publishes_the_evaluation_adapter(way, tmp_path):
-    """Also where noise is asked for, so that other weights stand within a step; and the step goes on with those."""
+def test_async_grpo_publishes_the_adapter(way, tmp_path):
+    """Also where there is noise; and training goes on as without it."""
     module = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
     if way == "adapter" and not hasattr(module, "save_lora_adapter"):
         pytest.skip("this TRL publishes merged weights alone")
@@ -114,24 +124,14 @@ def test_async_grpo_publishes_the_evaluation_adapter(way, tmp_path):
         trainer.train()
         return trainer.model
 
-    callback = StructLoRACallback(noise="on")
-    publishes = PublishesWithinSteps(way, callback, tmp_path, module)
+    callback = StructLoRACallback()
+    publishes = Publishes(way, callback, tmp_path, module)
     model = run(publishes)
-    scale = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
-    base = dict(base_model("llama").named_parameters())
-    assert len(publishes.seen) == 2
+    assert callback.runtime.gated_count and len(publishes.seen) == 6
+    lora = model.peft_config["default"]
     for sent, factors in publishes.seen:
-        for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
-            for name, a, b in zip(kind.modules, A, B, strict=True):
-                if way == "adapter":
-                    assert torch.equal(sent[f"{name}.lora_A.weight"], a)
-                    assert torch.equal(sent[f"{name}.lora_B.weight"], b)
-                else:
-                    weight = f"{name.removeprefix('base_model.model.')}.weight"
-                    torch.testing.assert_close(
-                        sent[weight], base[weight] + scale * b @ a, atol=1e-6, rtol=1e-5
-                    )
+        scale = None if way == "adapter" else lora.lora_alpha / lora.r
+        assert_is_the_adapter(sent, factors, callback, scale)
     if way == "adapter":  # merging rounds the base weights, in plain LoRA too
-        callback = StructLoRACallback(noise="on")
-        undisturbed = lora_parameters(run())
-        assert all(torch.equal(p, undisturbed[name]) for name, p in lora_parameters(model).items())
+        callback = StructLoRACallback()
+        assert_same(weights_of(run()), weights_of(model))

@@ -32,7 +32,8 @@ from tests.support.tiny import sentence
 
 PLUGIN = "structlora_trl.integrations.axolotl.StructLoRAPlugin"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-NO_KERNELS = {f"lora_{part}_kernel": False for part in ("qkv", "o", "mlp", "embedding")}  # they need triton
+KERNELS = [f"lora_{part}_kernel" for part in ("qkv", "o", "mlp")]
+NO_KERNELS = dict.fromkeys(KERNELS, False)  # they need triton
 ON_CPU_SCRIPT = Path(__file__).with_name("axolotl_on_cpu.py")
 # Axolotl's command with its plugins' entry points out of sight: what 0.20 sees, or an environment without this package.
 NO_ENTRY_POINTS = (
@@ -86,7 +87,6 @@ def settings(place, name: str, **changes) -> dict:
         "tf32": False,
         "attn_implementation": "sdpa",
         "output_dir": str(place / name),
-        **NO_KERNELS,
         **changes,
     }
     return {key: value for key, value in keys.items() if value is not None}
@@ -117,6 +117,8 @@ def test_one_flag_and_no_plugins_line(place, sft):
     options = check(output, place / "model")
     assert {name: options[name] for name in StructLoRAConfig().options()} == StructLoRAConfig().options()
     assert log.count("StructLoRA on torch, 1 process: 2 kinds") == 1
+    # Axolotl would switch its fused kernels on, in which no gate acts.
+    assert "gates on 6 modules" in log and "leaves Axolotl's fused LoRA kernels off" in log
 
 
 def test_merge_lora(place, sft):
@@ -148,7 +150,7 @@ def test_dpo(place):
 
 QUANTISED = {
     "structlora 4 bit": {"adapter": "structlora", "load_in_4bit": True},
-    "qlora with a block": {"adapter": "qlora", "load_in_4bit": True, "structlora": {"gate_init": 0.8}},
+    "qlora with a block": {"adapter": "qlora", "load_in_4bit": True, "structlora": {"noise_variance": 0.5}},
     "structlora 8 bit": {"adapter": "structlora", "load_in_8bit": True},
 }
 
@@ -164,14 +166,18 @@ def test_quantised(place, name):
 def test_block_on_lora(place):
     """With the plugin named too, it still is there once; options as YAML writes them."""
     block = {
-        "gate_init": 0.8,
+        "noise_variance": 0.5,
         "coordinator": "gcn",
         "edges": "adjacency",
-        "gate_lr": "5e-2",  # YAML 1.1 reads it as text
+        "coordinator_lr": "5e-2",  # YAML 1.1 reads it as text
     }
     log = train(place, "block", adapter="lora", structlora=block, plugins=[PLUGIN])
     options = check(place / "block", place / "model")
-    assert (options["gate_init"], options["edges"], options["gate_lr"]) == (0.8, "adjacency", 0.05)
+    assert (options["noise_variance"], options["edges"], options["coordinator_lr"]) == (
+        0.5,
+        "adjacency",
+        0.05,
+    )
     assert log.count("StructLoRA on torch") == 1
 
 
@@ -186,9 +192,9 @@ def test_without_entry_points(place):
 
 def test_inert_where_not_asked_for(place):
     """The same plain LoRA, bit for bit, with the plugin loaded and without it."""
-    log = train(place, "plain", adapter="lora")
+    log = train(place, "plain", adapter="lora", **NO_KERNELS)
     assert f"Plugin loaded successfully: {PLUGIN}" in log and "StructLoRA on" not in log
-    log = train(place, "alone", adapter="lora", start=("python", "-c", NO_ENTRY_POINTS))
+    log = train(place, "alone", adapter="lora", start=("python", "-c", NO_ENTRY_POINTS), **NO_KERNELS)
     assert PLUGIN not in log
     with_plugin, without = (
         load_file(place / name / "adapter_model.safetensors") for name in ("plain", "alone")
@@ -199,7 +205,7 @@ def test_inert_where_not_asked_for(place):
 
 
 def test_relora(place):
-    """At a restart the evaluation weights go into the base model, and StructLoRA starts on the fresh adapter."""
+    """At a restart the weights go into the base model, and StructLoRA starts on the fresh adapter."""
     train(place, "relora", relora=True, jagged_restart_steps=3, jagged_restart_warmup_steps=1, max_steps=6)
     state_of(place / "relora", 6)
     base, final = (load_file(place / name / "model.safetensors") for name in ("model", "relora"))
@@ -228,26 +234,44 @@ def test_two_processes(place, sft, engine):
     check(place / engine, place / "model")
 
 
-def test_fused_kernels(place):
-    """Axolotl turns its kernels on by itself, and StructLoRA trains what it trains without them."""
+def with_kernels(place, name: str, **changes) -> str:
     pytest.importorskip("triton")
-    log = train(
-        *(place, "kernels"),
+    return train(
+        *(place, name),
         start=("python", "-c", KERNELS_ON_CPU),
         environment={"TRITON_INTERPRET": "1"},
         lora_target_modules=ALL_LINEAR,
-        **dict.fromkeys(NO_KERNELS),
+        **changes,
     )
+
+
+QUIET = {"noise": "off"}
+
+
+def test_fused_kernels_without_noise(place):
+    """Axolotl turns its kernels on by itself, and StructLoRA trains what it trains without them."""
+    log = with_kernels(place, "kernels", structlora=QUIET)
     assert (
         "Auto-enabling LoRA kernel optimizations" in log and "Patched attention class with LoRA optims" in log
     )
-    train(place, "forwards", lora_target_modules=ALL_LINEAR)
+    train(place, "forwards", lora_target_modules=ALL_LINEAR, structlora=QUIET, **NO_KERNELS)
     _, kernels = state_of(place / "kernels")
     _, forwards = state_of(place / "forwards")
     assert kernels.keys() == forwards.keys()
     for name in forwards:
         assert (kernels[name].float() - forwards[name].float()).abs().max() < 1e-4, name
     check(place / "kernels", place / "model")
+
+
+def test_fused_kernels_that_the_configuration_asks_for(place):
+    """They stay, without noise, and the start line says so; noise that is asked for too is an error."""
+    log = with_kernels(place, "asked", **dict.fromkeys(KERNELS, True))
+    assert "no gates; none on 21 (fused LoRA kernels)" in log
+    check(place / "asked", place / "model")
+    log = with_kernels(
+        place, "both", structlora={"noise": "on"}, succeeds=False, **dict.fromkeys(KERNELS, True)
+    )
+    assert "Fix: switch fused LoRA kernels off" in log
 
 
 def validated(**keys) -> DictDefault:
@@ -259,7 +283,6 @@ def validated(**keys) -> DictDefault:
             "micro_batch_size": 1,
             "gradient_accumulation_steps": 1,
             "learning_rate": 1e-3,
-            **NO_KERNELS,
             **keys,
         }
     )
@@ -268,12 +291,9 @@ def validated(**keys) -> DictDefault:
 
 
 MISTAKES = {
-    "misspelt option": ({"adapter": "structlora", "structlora": {"piror": 0.4}}, "write `prior`"),
-    "misspelt on lora": ({"adapter": "lora", "structlora": {"gate_int": 0.4}}, "write `gate_init`"),
-    "out of range": (
-        {"adapter": "lora", "structlora": {"gate_init": 2}},
-        "a probability above 0 and below 1",
-    ),
+    "misspelt option": ({"adapter": "structlora", "structlora": {"nosie": "on"}}, "write `noise`"),
+    "misspelt on lora": ({"adapter": "lora", "structlora": {"kep": 0.4}}, "write `keep`"),
+    "out of range": ({"adapter": "lora", "structlora": {"noise_variance": -2}}, "a number above 0"),
     "nothing under the key": ({"adapter": "lora", "structlora": None}, "write `structlora: true`"),
     "not an answer": ({"adapter": "lora", "structlora": "yes please"}, "write `structlora: true`"),
     "off and on": ({"adapter": "structlora", "structlora": False}, "write `adapter: lora`"),
@@ -290,15 +310,15 @@ def test_mistakes(name):
 
 
 def test_a_mistake_stops_the_command(place):
-    output = train(place, "mistake", succeeds=False, structlora={"piror": 0.4})
-    assert "write `prior`" in output
+    output = train(place, "mistake", succeeds=False, structlora={"nosie": "on"})
+    assert "write `noise`" in output
     assert not (place / "mistake" / "adapter_model.safetensors").exists()
 
 
 def test_block_survives_a_second_validation():
     """Ray's workers validate what has been validated."""
-    once = validated(adapter="structlora", structlora={"gate_init": 0.8, "roles": {"my_proj": "read"}})
-    assert once.adapter == "lora" and once.structlora.gate_init == 0.8
+    once = validated(adapter="structlora", structlora={"noise_variance": 0.5, "roles": {"my_proj": "read"}})
+    assert once.adapter == "lora" and once.structlora.noise_variance == 0.5
     prepare_plugins(once)
     again = validate_config(once)
     assert again.structlora.to_dict() == once.structlora.to_dict()
@@ -321,7 +341,6 @@ ON_CPU = {
     "tf32": False,
     "deepspeed": None,
     "special_tokens": None,
-    **NO_KERNELS,
 }
 SHORT = {
     "num_epochs": None,

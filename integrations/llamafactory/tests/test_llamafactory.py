@@ -70,14 +70,19 @@ def config(place, name: str, **changes) -> str:
 @pytest.fixture(scope="module")
 def sft(place):
     """SFT with an option in the file and one on the command line."""
-    log = run(COMMAND, "train", config(place, "sft", structlora={"gate_init": 0.8}), "structlora.prior=0.4")
+    log = run(
+        COMMAND,
+        "train",
+        config(place, "sft", structlora={"noise_variance": 0.5}),
+        "structlora.edges=adjacency",
+    )
     return place / "sft", log
 
 
 def test_sft(place, sft):
     output, log = sft
     options = check(output, place / "model")
-    assert (options["gate_init"], options["prior"]) == (0.8, 0.4)
+    assert (options["noise_variance"], options["edges"]) == (0.5, "adjacency")
     assert "StructLoRA on torch, 1 process: 2 kinds" in log
     assert (output / "all_results.json").is_file()
 
@@ -98,19 +103,10 @@ def test_export_with_llamafactory_cli(place, sft):
 
 def test_resume_goes_on_where_the_checkpoint_ended(place, sft):
     """Three steps and three more end where six do."""
-    options = {"gate_init": 0.8, "prior": 0.4}
-    run(COMMAND, "train", config(place, "whole", structlora=options, max_steps=6))
-    run(
-        COMMAND,
-        "train",
-        config(
-            place,
-            "resumed",
-            structlora=options,
-            max_steps=6,
-            resume_from_checkpoint=str(sft[0] / "checkpoint-3"),
-        ),
-    )
+    told = {"structlora": {"noise_variance": 0.5, "edges": "adjacency"}, "max_steps": 6}
+    run(COMMAND, "train", config(place, "whole", **told))
+    checkpoint = {"resume_from_checkpoint": str(sft[0] / "checkpoint-3")}
+    run(COMMAND, "train", config(place, "resumed", **told, **checkpoint))
     (_, whole), (_, resumed) = state_of(place / "whole", 6), state_of(place / "resumed", 6)
     assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
     check(place / "resumed", place / "model", 6)
@@ -150,8 +146,8 @@ def test_plain_lora_is_one_word_away(place):
 
 
 MISTAKES = {
-    "misspelt option": ({"structlora": {"piror": 0.4}}, "write `prior`"),
-    "value out of range": ({"structlora": {"gate_init": 2}}, "a probability above 0 and below 1"),
+    "misspelt option": ({"structlora": {"nosie": "on"}}, "write `noise`"),
+    "value out of range": ({"structlora": {"noise_variance": -2}}, "a number above 0"),
     "nothing under the key": ({"structlora": None}, "write `structlora: true`"),
     "full fine-tuning": ({"finetuning_type": "full"}, "write `finetuning_type: lora`"),
 }

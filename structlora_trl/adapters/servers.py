@@ -1,0 +1,143 @@
+"""What LoRA servers load, as their sources have it (`docs/serving.md` cites them), and what an adapter needs of
+each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from peft import LoraConfig
+from torch import Tensor
+
+from ..core.kinds import split_depth
+from ..errors import StructLoRAError
+from .peft_scaling import LORA_NAME, base_is_moved, factor_names, rank_of, scale_of
+
+# Values of vLLM's `--max-lora-rank` (`vllm/config/lora.py`); it keeps room for the largest rank in every slot.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Heads of classifiers, which vLLM takes among `modules_to_save`.
+_VLLM_HEADS = {"classifier", "score"}
+
+
+class Server(NamedTuple):
+    """A server: its name, whether all modules must have one rank and one scale, what it cannot load, by what an
+    adapter has, and what its command needs, from the largest rank.
+    """
+
+    name: str
+    one_rank: bool
+    refuses: tuple[str, ...]
+    needs: Callable[[int], str]
+
+
+def _vllm_rank(rank: int) -> str:
+    room = next((value for value in _VLLM_RANKS if value >= rank), None)
+    return f"`--max-lora-rank {room}`" if room else f"a rank of at most {_VLLM_RANKS[-1]}"
+
+
+# What an adapter may have that a server cannot load -> how it is found.
+_FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
+    "DoRA (`use_dora`)": lambda lora, tensors: lora.use_dora,
+    "a classifier's head in `modules_to_save`": lambda lora, tensors: (
+        {*(lora.modules_to_save or ())} & _VLLM_HEADS
+    ),
+    "`modules_to_save`": lambda lora, tensors: {*(lora.modules_to_save or ())} - _VLLM_HEADS,
+    "trained embeddings": lambda lora, tensors: (
+        lora.trainable_token_indices or any(_is_embedding(name) for name in tensors)
+    ),
+    "biases (`bias`, `lora_bias`)": lambda lora, tensors: lora.bias != "none" or lora.lora_bias,
+    "`layer_replication`": lambda lora, tensors: lora.layer_replication,
+    "an invocation (`alora_invocation_tokens`)": lambda lora, tensors: getattr(
+        lora, "alora_invocation_tokens", None
+    ),
+    "base weights in the adapter (`init_lora_weights`, `kasa_config`)": lambda lora, tensors: base_is_moved(
+        lora
+    ),
+    "experts in one parameter (`target_parameters`)": lambda lora, tensors: lora.target_parameters,
+    "convolutions": lambda lora, tensors: any(
+        LORA_NAME.match(name) and value.ndim > 2 for name, value in tensors.items()
+    ),
+}
+_ALL = tuple(_FEATURES)
+SERVERS = {
+    "vllm": Server(
+        "vLLM",
+        one_rank=False,
+        # Experts in one parameter depend on the model.
+        refuses=tuple(f for f in _ALL if "head" not in f and "experts" not in f),
+        needs=_vllm_rank,
+    ),
+    "sglang": Server("SGLang", one_rank=True, refuses=_ALL, needs=lambda rank: f"`--max-lora-rank {rank}`"),
+    "lorax": Server("LoRAX, TGI", one_rank=True, refuses=_ALL, needs=lambda rank: "nothing more"),
+    "llamacpp": Server(
+        "llama.cpp, Ollama",
+        one_rank=True,
+        refuses=tuple(f for f in _ALL if "invocation" not in f),
+        needs=lambda rank: "`convert_lora_to_gguf.py`",
+    ),
+}
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a tensor is the weights of embeddings or of a head, which PEFT saves where they were resized."""
+    return ".lora_" not in name and any(part in name for part in ("embed_tokens", "lm_head"))
+
+
+def features_of(lora: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """What an adapter has beside plain factors."""
+    return [feature for feature, has in _FEATURES.items() if has(lora, tensors)]
+
+
+def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Stop where a server cannot load an adapter whatever its ranks.
+
+    Raises:
+        StructLoRAError: the message names what it cannot load.
+    """
+    known = SERVERS[server]
+    refused = [feature for feature in features_of(lora, tensors) if feature in known.refuses]
+    if server == "lorax":
+        refused += [f"`{name}` in some layers alone" for name in _lacking([*factor_names(tensors)])]
+    if refused:
+        raise StructLoRAError(
+            f"an adapter with {', '.join(refused)}",
+            f"what {known.name} loads: factors of linear layers alone",
+            "merge it (`structlora export ADAPTER MERGED --merge`), and serve the merged model",
+        )
+
+
+def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Server -> what an adapter needs there, in words."""
+    modules = [*factor_names(tensors)]
+    ranks = {rank_of(lora, module) for module in modules}
+    scales = {round(scale_of(lora, module), 9) for module in modules}
+    has, lines = features_of(lora, tensors), {}
+    for key, server in SERVERS.items():
+        refused = [feature for feature in has if feature in server.refuses]
+        reasons = []
+        if server.one_rank and len(ranks) > 1:
+            reasons.append(f"ranks differ ({min(ranks)} to {max(ranks)})")
+        if len(scales) > 1:
+            reasons.append("scales differ")
+        if key == "llamacpp" and lora.use_rslora:
+            reasons.append("rank-stabilised scale")
+        if key == "lorax" and (lacking := _lacking(modules)):
+            refused += [f"{', '.join(lacking)} in some layers alone (it drops them in all, without a word)"]
+        if refused:
+            lines[server.name] = f"cannot load {', '.join(refused)}: merge it (`--merge`)"
+        elif reasons:
+            lines[server.name] = f"{'; '.join(reasons)}: `structlora export ADAPTER NEW --for {key}`"
+        else:
+            lines[server.name] = f"loads it, with {server.needs(max(ranks))}"
+    return lines
+
+
+def _lacking(modules: list[str]) -> list[str]:
+    """Kinds of modules that some layer lacks which has others."""
+    layers: dict[str, set] = {}
+    for module in modules:
+        name, depth = split_depth(module)
+        layers.setdefault(name.rpartition(".")[2], set()).add(tuple(depth))
+    every = set().union(*layers.values())
+    return [name for name, of in layers.items() if of != every]

@@ -1,0 +1,243 @@
+"""`structlora export --rank` and `--distil`: one rank for all modules, against what plain PEFT makes of the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from structlora_trl.adapters import distilling
+from structlora_trl.adapters.distilling import distil
+from structlora_trl.adapters.export import export, export_sizes
+from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.adapters.measuring import factors_of, load_base, put, rank_moments
+from structlora_trl.adapters.peft_scaling import (
+    factor_names,
+    rank_of,
+    singular_directions,
+    with_singular_directions,
+)
+from structlora_trl.adapters.pruning import principal_outputs, shrink
+from structlora_trl.cli import main
+from structlora_trl.errors import StructLoRAError
+from tests.adapters.test_pruning import ADAPTERS, adapter, answers, row_losses, rows_of  # noqa: F401
+from tests.support.adapters import ADAPTER, CONFIG, as_it_is, on_base, peft_run
+from tests.support.data import write_rows
+from tests.support.promises import skip_without
+from tests.support.setups import llama
+from tests.support.tiny import FAMILIES, tokenizer
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_one_rank_is_what_peft_loads_and_its_whole_is_the_same_adapter(name, adapter, tmp_path):  # noqa: F811
+    saved, family = adapter(name)
+    rows = rows_of(family)
+    largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
+    before = answers(saved, tmp_path / "out", family)
+    for rank in (largest, 2):
+        done = export(saved, tmp_path / f"{rank}", rank=rank, data=rows)
+        config = json.loads((tmp_path / f"{rank}" / CONFIG).read_text())
+        assert config["r"] == rank and not config["rank_pattern"] and not config["alpha_pattern"]
+        after = answers(saved, tmp_path / f"{rank}", family)
+        if rank == largest:
+            torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+        expected = [row_losses(saved, tmp_path / folder, rows) for folder in ("out", f"{rank}")]
+        assert done.change.losses[1:3] == pytest.approx(expected, abs=1e-5)
+    names = {n for n in saved.tensors if "lora_" in n and "sampler" not in n}
+    assert names <= load_file(tmp_path / "2" / ADAPTER).keys()
+
+
+def test_principal_outputs_are_the_best_of_their_rank_on_the_inputs():
+    """The mean square of what is lost is that of the components dropped, and no less than that of singular values."""
+    generator = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((12, 4), (4, 10)))
+    inputs = (
+        torch.randn(200, 10, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 10).double()
+    )
+    parts = singular_directions(A, B)
+    ranked = inputs @ parts.A.T
+    moments = ranked.T @ ranked / len(ranked)
+    new_A, new_B, energy = principal_outputs(parts.A, parts.B, moments)
+    torch.testing.assert_close(new_B @ new_A, B @ A)
+
+    def lost(A_, B_, k):
+        return (inputs @ (B @ A - B_[:, :k] @ A_[:k]).T).square().sum(1).mean()
+
+    for k in range(1, 4):
+        torch.testing.assert_close(lost(new_A, new_B, k), energy[k:].sum())
+        assert lost(new_A, new_B, k) < lost(parts.A, parts.B, k)
+
+
+@pytest.fixture
+def loaded(adapter):  # noqa: F811
+    """An adapter on its base, in its singular directions, and rows of uneven length."""
+    saved, _ = adapter("plain")
+    base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
+    model = PeftModel.from_pretrained(base, saved.folder).eval()
+    whole, _ = with_singular_directions(saved.lora, saved.tensors)
+    put(model, whole)
+    rows = [
+        {"input_ids": ids[None, :n], "labels": ids[None, :n].clone()}
+        for ids, n in zip(_tokens(), range(4, 36), strict=True)
+    ]
+    return saved, model, whole, rows
+
+
+def _tokens() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(4, 40, (32, 40), generator=generator)
+
+
+def test_moments_are_of_what_lora_A_makes_of_its_inputs(loaded):
+    _, model, _, rows = loaded
+    module = next(name for name in factors_of(model) if name.endswith("layers.1.self_attn.v_proj"))
+    layer, seen = model.get_submodule(module), []
+    hook = layer.register_forward_hook(
+        lambda _, inputs, output: seen.append(inputs[0].detach().flatten(0, -2))
+    )
+    with torch.no_grad():
+        for row in rows:
+            model(**row)
+    hook.remove()
+    a = torch.cat(seen) @ layer.lora_A["default"].weight.detach().T
+    found = rank_moments(model, rows)[module]
+    torch.testing.assert_close(found.float(), a.T @ a / len(a), atol=1e-5, rtol=1e-4)
+
+
+def test_distillation_brings_the_outputs_nearer_and_keeps_the_size(loaded):
+    saved, model, whole, rows = loaded
+    small = shrink(saved, 1, rank_moments(model, rows))
+    done = distil(model, whole, small.masked(), rows, steps=40, learning_rate=3e-3)
+    assert done.held_out == 4 and 0 < done.steps <= 40 and done.end < 0.8 * done.start
+    for name, value in small.masked().items():
+        assert torch.equal(value == 0, done.tensors[name] == 0) or "lora_" not in name
+    assert all(len(x) == 1 for n, x in small.written(done.tensors)[1].items() if "lora_A" in n)
+
+
+def test_padded_rows_are_learned_as_single_ones(loaded, monkeypatch):
+    _, model, _, rows = loaded
+    (together,) = distilling._together(rows[:4])
+    found, is_distribution = distilling._wanted(model, together)
+    alone = torch.cat(
+        [distilling._wanted(model, part)[0] for row in rows[:4] for part in distilling._together([row])]
+    )
+    assert (
+        is_distribution and len(found) == sum(range(4, 8)) - 4
+    )  # of each row all but the first token are predicted
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(distilling, "_ROOM", 10)
+    assert [len(part["rows"]) for part in distilling._together(rows[:4])] == [2, 1, 1]
+
+
+def test_a_start_that_nothing_is_nearer_than_stays(loaded):
+    _, model, whole, rows = loaded
+    done = distil(model, whole, whole, rows, steps=5)
+    assert done.steps == 0 and done.end == done.start == 0
+    assert all(torch.equal(value, whole[name]) for name, value in done.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "dora", "biases of the model", "experts", "pictures", "encoder"])
+def test_what_was_distilled_is_what_peft_loads(name, adapter, tmp_path):  # noqa: F811
+    saved, family = adapter(name)
+    rows = rows_of(family)
+    done = export(saved, tmp_path / "small", rank=1, data=rows, distil=True)
+    assert done.distilled.end <= done.distilled.start
+    expected = row_losses(saved, tmp_path / "small", rows)
+    assert done.change.losses.after == pytest.approx(expected, abs=1e-5)
+
+
+def test_distillation_on_a_quantised_base(tmp_path):
+    skip_without(("bitsandbytes",))
+    from transformers import BitsAndBytesConfig
+
+    # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
+    wide = partial(llama, hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    model = as_it_is(wide)(tmp_path / "base")
+    saved = read_saved(
+        peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, target_modules=["q_proj", "v_proj"])
+    )
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised)
+    base.save_pretrained(tmp_path / "quantised")
+    done = export(
+        saved,
+        tmp_path / "small",
+        rank=1,
+        data=rows_of("llama", 16),
+        distil=True,
+        base=str(tmp_path / "quantised"),
+    )
+    assert done.distilled.end < done.distilled.start and done.change.losses.base is not None
+    assert {len(x) for n, x in load_file(tmp_path / "small" / ADAPTER).items() if "lora_A" in n} == {1}
+
+
+def test_several_sizes_in_one_call(adapter, tmp_path, capsys):  # noqa: F811
+    adapter("plain")
+    tokenizer().save_pretrained(tmp_path / "base")
+    learned = [ids for step in range(3) for ids in FAMILIES["llama"].batch(step)["input_ids"]]
+    write_rows(tmp_path / "rows.jsonl", [{"text": tokenizer().decode(ids)} for ids in learned])
+    given = ["export", str(tmp_path / "out"), str(tmp_path / "sizes"), "--data", str(tmp_path / "rows.jsonl")]
+    capsys.readouterr()
+    assert main([*given, "--rank", "4", "1", "--distil", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    names = r"(?m)^(base model|the adapter|rank-\d[^ ]*( distilled)?)  .*"
+    rows = {match[1]: match[0].split() for match in re.finditer(names, printed)}
+    assert [*rows] == ["base model", "the adapter", "rank-4, distilled", "rank-1, distilled"]
+    base, whole = (float(rows[name][-3]) for name in ("base model", "the adapter"))
+    for name, folder in (("rank-4, distilled", "rank-4"), ("rank-1, distilled", "rank-1")):
+        loss, gain = float(rows[name][-3]), float(rows[name][-2])
+        assert gain == pytest.approx(
+            100 * (base - loss) / (base - whole), abs=max(1, 5e-2 / abs(base - whole))
+        )
+        weights = load_file(tmp_path / "sizes" / folder / ADAPTER)
+        assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+        on_base(tmp_path / "sizes" / folder, tmp_path / "base")
+    assert main([*given[:2], str(tmp_path / "shares"), *given[3:], "--keep", "0.5", "25%"]) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "shares").iterdir()} == {"keep-0.5", "keep-25-percent"}
+    assert "25% of the information is a share of what matters" in printed
+
+
+def test_a_largest_rank_beside_a_share(adapter, tmp_path):  # noqa: F811
+    saved, family = adapter("plain")
+    free, limited = (
+        export(saved, tmp_path / name, keep=0.3, max_rank=most, data=rows_of(family))
+        for name, most in (("free", None), ("limited", 2))
+    )
+    ranks = [max(map(len, experts)) for experts in limited.pruned.kept.values()]
+    assert max(ranks) == 2 < max(len(x) for (x,) in free.pruned.kept.values())
+    assert limited.pruned.count == free.pruned.count and limited.pruned.share <= free.pruned.share
+    for more, words in (
+        ({"rank": 2, "max_rank": 1}, "`max_rank` without `keep`"),
+        ({"keep": 0.5, "max_rank": 9}, "a rank of 9"),
+    ):
+        with pytest.raises(StructLoRAError, match=words):
+            export(saved, tmp_path / "refused", **more)
+    with pytest.raises(StructLoRAError, match="both `rank` and `keep`"):
+        export(saved, tmp_path / "refused", rank=2, keep=0.5)
+    assert len(export_sizes(saved, tmp_path / "many", rank=[2, 1], probe="none")) == 2
+
+
+@pytest.mark.parametrize("what", ["a full disk", "a long path"])
+def test_a_disk_that_does_not_take_the_file_is_told(what, adapter, tmp_path, monkeypatch):  # noqa: F811
+    saved, _ = adapter("plain")
+    out = tmp_path / ("x" * 300 if what == "a long path" else "small")
+    if what == "a full disk":
+        error = OSError(28, "No space left on device")
+
+        def fail(*given, **options):
+            raise error
+
+        monkeypatch.setattr("structlora_trl.adapters.export.save_file", fail)
+    words = "File name too long" if what == "a long path" else "No space left on device"
+    with pytest.raises(StructLoRAError, match=words):
+        export(saved, out, rank=2, probe="none")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

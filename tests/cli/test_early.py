@@ -1,0 +1,136 @@
+"""What is refused before a library is imported, and the file to start from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from peft.utils import CONFIG_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
+
+from structlora_trl.cli import early, main
+from structlora_trl.cli.init import count_rows, template
+from structlora_trl.cli.main import TRAINING
+from tests.support.data import write_rows
+from tests.support.launching import ROOT
+
+GOOD = {"model_name_or_path": "a/hub-model", "dataset_name": "rows.jsonl", "output_dir": "out"}
+WRONG = {
+    # what is wrong: the file (text, or keys beside good ones), words of the command line, words of the message
+    "no file": (None, ["--config", "gone.yaml"], ["gone.yaml", "after `--config`"]),
+    "bracket": ("a: [1\nb: 2", [], ["line 2, column 2 of run.yaml", "`b: 2`"]),
+    "tab": ("a:\n\tb: 1\n", [], ["line 2, column 1 of run.yaml", "tabs"]),
+    "quote": ("a: 'x\nb: 1\n", [], ["line 1, column 4 of run.yaml", "quotation mark"]),
+    "data": ({"dataset_name": "gone.jsonl"}, [], ["no file gone.jsonl"]),
+    "data in words": ({}, ["--dataset_name=gone.jsonl"], ["no file gone.jsonl"]),
+    "folder of data": ({"dataset_name": "./gone"}, [], ["no folder ./gone"]),
+    "mixture": ({"datasets": [{"path": "gone.csv"}, "rows.jsonl"]}, [], ["no file gone.csv"]),
+    "empty": ({"dataset_name": "empty.jsonl"}, [], ["empty.jsonl empty"]),
+    "model": ({"model_name_or_path": "./gone"}, [], ["no folder ./gone", "model_name_or_path"]),
+    "adapter": ({}, ["--model_name_or_path", "./done"], ["an adapter in ./done", "--merge"]),
+    "output": ({"output_dir": "done"}, [], ["earlier run in output_dir=done", "--overwrite"]),
+    "output a file": ({}, ["--output_dir", "rows.jsonl/out"], ["a file rows.jsonl, above rows.jsonl/out"]),
+    "resume": ({"resume_from_checkpoint": True}, [], ["no whole checkpoint in out"]),
+    "resume elsewhere": ({}, ["--resume_from_checkpoint", "gone"], ["no whole checkpoint at gone"]),
+}
+LIBRARIES = ("numpy", "torch", "transformers", "peft", "trl", "datasets")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 8)
+    Path("empty.jsonl").write_text("\n")
+    Path("done").mkdir()
+    Path("done", CONFIG_NAME).write_text("{}")
+    return tmp_path
+
+
+def _write(given: dict | str | None) -> None:
+    if given is not None:
+        text = given if isinstance(given, str) else yaml.safe_dump({**GOOD, **given})
+        Path("run.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_path_is_told(name, files, capsys):
+    given, words, expected = WRONG[name]
+    _write(given)
+    assert main(["sft", "--config", "run.yaml", *words]) == 1
+    message = capsys.readouterr().err
+    assert all(part in message for part in expected) and "Traceback" not in message, message
+
+
+@pytest.mark.parametrize("name", ["data", "bracket", "output"])
+def test_it_costs_no_library(name, files):
+    """Torch and what is built on it take ten seconds and more."""
+    given, words, expected = WRONG[name]
+    _write(given)
+    code = (
+        "import json, sys; from structlora_trl.cli import main; code = main(sys.argv[1:]); "
+        f"print(json.dumps([code, [n for n in {LIBRARIES} if n in sys.modules]]))"
+    )
+    command = [sys.executable, "-c", code, "sft", "--config", "run.yaml", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert json.loads(done.stdout.splitlines()[-1]) == [1, []], done.stderr
+    assert expected[0] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [({}, []), ({"output_dir": "done"}, ["--overwrite"]), ({"output_dir": "done", "overwrite": True}, [])],
+)
+def test_what_is_right_passes(given, words, files):
+    _write(given)
+    early.check(["--config", "run.yaml", "--learning_rate", "1e-4", *words])
+
+
+def test_names_of_files_are_those_of_the_libraries():
+    assert early.ADAPTER_CONFIG == CONFIG_NAME and early.TRAINER_STATE == TRAINER_STATE_NAME
+    assert early.MODEL_CONFIG == MODEL_CONFIG_NAME
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_file_to_start_from_is_short_and_says_what_a_run_needs(name):
+    short, whole = template(name), template(name, all_options=True)
+    options, more = yaml.safe_load(short), yaml.safe_load(whole)
+    assert len(short.splitlines()) <= 20 and options["structlora"] is True
+    assert {"noise_variance", "coordinator"} <= more.pop("structlora").keys()
+    options.pop("structlora")
+    assert options == more
+    assert {*GOOD, "learning_rate", "lora_r", "num_train_epochs"} <= options.keys()
+
+
+PASSES = {
+    # rows: passes, held out, evaluation
+    40: (5, 0.2, "epoch"),
+    300: (4, 0.2, "epoch"),
+    800: (3, 0.1, "epoch"),
+    5000: (1, 0.05, "steps"),
+}
+
+
+@pytest.mark.parametrize("count", PASSES)
+def test_passes_and_held_out_rows_fit_the_data(count, files):
+    write_rows(files / "mine.jsonl", [{"text": "a"}] * count)
+    options = yaml.safe_load(template("sft", "mine.jsonl", "./base"))
+    found = options["num_train_epochs"], options["test_split_size"], options["eval_strategy"]
+    assert found == PASSES[count]
+    assert (options["dataset_name"], options["model_name_or_path"]) == ("mine.jsonl", "./base")
+    assert "dataset_train_split" not in options
+
+
+def test_rows_are_counted_in_every_kind_of_file(files):
+    rows = [{"text": "two\nlines"}, {"text": "b"}, {"text": "c"}]
+    write_rows(files / "a.jsonl", rows)
+    Path("a.json").write_text(json.dumps(rows, indent=1))
+    Dataset.from_list(rows).to_csv("a.csv")
+    Dataset.from_list(rows).to_parquet("a.parquet")
+    assert [count_rows(f"a.{kind}") for kind in ("jsonl", "json", "csv", "parquet")] == [3, 3, 3, 3]
+    assert count_rows("owner/set") is None and count_rows("./done") is None
