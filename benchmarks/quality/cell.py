@@ -7,11 +7,11 @@ import time
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from . import after_training, methods, pretrain, shrinking
+from . import after_training, methods, pretrain, shrinking, tasks
 from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
 from .settings import CUT_SEEDS
 from .store import KEY
-from .tasks import TASKS, vit
+from .tasks import vit
 
 CUT_RANK = 8  # from which on LoRA is cut after training, and its update tried with a scalar
 WARMUP = 0.06  # of the steps, as in the paper
@@ -19,12 +19,12 @@ WARMUP = 0.06  # of the steps, as in the paper
 
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure. The same arguments give the same line, except for the seconds."""
-    if task_name not in TASKS:
+    if tasks.base_of(task_name) not in tasks.TASKS:
         from . import language  # TRL, only where it is needed
 
         return language.run(task_name, method_name, rank, examples, lr, seed)
     started, cpu_started = time.perf_counter(), time.process_time()
-    task, method = TASKS[task_name], methods.find(method_name)
+    task, method = tasks.find(task_name, examples), methods.find(method_name)
     torch.manual_seed(seed)  # head, adapter and dropout
     model, optimizer, runtime = method.prepare(task, rank, lr, passes=task.steps * task.batch / examples)
     training = task.training_examples(examples, seed)

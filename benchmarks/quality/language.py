@@ -5,6 +5,7 @@
 | smollm-movie | a film-review sentence | negative or positive | accuracy of the likelier answer |
 | smollm-numbers | a number below 10 000 in digits | the same in words | exact match of the greedy continuation |
 
+`smollm-numbers-few` is the same with all linear modules adapted and 2000 test numbers.
 The NLL is of the answer: between the two answers for `smollm-movie`, per token for `smollm-numbers`.
 """
 
@@ -28,7 +29,7 @@ from structlora_trl import StructLoRACallback
 from . import assets, methods
 from .measures import figures
 from .store import KEY, packed
-from .tasks import SPLIT_SEED, rated_prompts
+from .tasks import CHAT_LINEAR, SPLIT_SEED, base_of, rated_prompts, steps_of
 
 BATCH = 8
 TARGETS = ("q_proj", "v_proj")
@@ -46,12 +47,14 @@ class LanguageTask:
         load (`Callable`): () -> training pool, validation and test examples.
         generates (`bool`): exact match of what the model writes, else the likelier of two answers.
         steps (`int`): length of a run.
+        targets (`tuple[str, ...]`): modules that are adapted.
     """
 
     summary: str
     load: Callable[[], tuple[list[Example], list[Example], list[Example]]]
     generates: bool
     steps: int = 40
+    targets: tuple[str, ...] = TARGETS
 
 
 def _movie() -> tuple[list[Example], ...]:
@@ -60,10 +63,10 @@ def _movie() -> tuple[list[Example], ...]:
 
 
 @functools.cache
-def _numbers() -> tuple[list[Example], ...]:
-    numbers = random.Random(SPLIT_SEED).sample(range(1000, 10_000), 1200)
+def _numbers(validation: int = 60, test: int = 140) -> tuple[list[Example], ...]:
+    numbers = random.Random(SPLIT_SEED).sample(range(1000, 10_000), 1000 + validation + test)
     found = [(f"Number: {n}\nIn words:", f" {in_words(n)}") for n in numbers]
-    return found[:1000], found[1000:1060], found[1060:1200]
+    return found[:1000], found[1000 : 1000 + validation], found[1000 + validation :]
 
 
 LANGUAGE_TASKS = {
@@ -72,6 +75,12 @@ LANGUAGE_TASKS = {
     ),
     "smollm-numbers": LanguageTask(
         "numbers in words, written out, SmolLM2-135M-Instruct, TRL", _numbers, True
+    ),
+    "smollm-numbers-few": LanguageTask(
+        "the same, all linear modules adapted, 2000 test numbers",
+        functools.partial(_numbers, 200, 2000),
+        True,
+        targets=CHAT_LINEAR,
     ),
 }
 
@@ -106,13 +115,14 @@ class _Losses(TrainerCallback):
 def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, seed: int) -> dict:
     """Train once and measure: the line of one cell, as `cell.run` gives it for the other tasks."""
     started, cpu_started = time.perf_counter(), time.process_time()
-    task, method = LANGUAGE_TASKS[task_name], methods.find(method_name)
-    if method.peft or method.optimizer or method.penalty or method.is_former:
+    task, method = LANGUAGE_TASKS[base_of(task_name)], methods.find(method_name)
+    steps = steps_of(task_name, examples, BATCH, task.steps)
+    if method.peft or method.optimizer or method.penalty or method.tail_average or method.is_former:
         raise SystemExit(f"{method_name} is not made for {task_name}: of LoRA and StructLoRA alone")
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)
     log = _Losses()
-    model, tokenizer, ours = train(method, training, rank, lr, seed, task.steps, callbacks=[log])
+    model, tokenizer, ours = train(method, training, rank, lr, seed, steps, task.targets, [log])
     seconds = time.process_time() - cpu_started
     score = _exact_match if task.generates else _likelier
     own = sum(p.numel() for m in (ours.runtime.maps if ours else ()) for p in m.parameters())
@@ -120,7 +130,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     line |= {
         "validation": score(model, tokenizer, validation),
         "test": score(model, tokenizer, test),
-        "steps": task.steps,
+        "steps": steps,
         "batch": BATCH,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad) + own,
         "head": 0,

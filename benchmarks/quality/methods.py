@@ -150,6 +150,8 @@ def _ours(summary: str, parts: Parts = DEFAULT_PARTS, **options) -> Method:
 METHODS = {
     "lora": Method("LoRA"),
     "lora-dropout-0.1": Method("LoRA, lora_dropout 0.1", {"lora_dropout": 0.1}),
+    "lora-dropout-0.3": Method("LoRA, lora_dropout 0.3", {"lora_dropout": 0.3}),
+    "lora-dropout-0.5": Method("LoRA, lora_dropout 0.5", {"lora_dropout": 0.5}),
     "lora-decay-0.1": Method("LoRA, weight decay 0.1", weight_decay=0.1),
     "lora-average": Method("LoRA, mean of the weights over the last half", tail_average=True),
     "shrink": Method("LoRA, made smaller after training", shrink={}),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.datasets import load_digits
@@ -263,3 +263,22 @@ TASKS = {
     "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
     "product-all": _text("product", "product reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }
+
+AT_PASSES = "@"  # digits-all@15: the task in 15 passes over its examples
+
+
+def base_of(name: str) -> str:
+    """The task's name without its passes."""
+    return name.partition(AT_PASSES)[0]
+
+
+def steps_of(name: str, examples: int, batch: int, otherwise: int) -> int:
+    """Length of a run, which the passes in the task's name say, where it has some."""
+    passes = name.partition(AT_PASSES)[2]
+    return round(int(passes) * examples / batch) if passes else otherwise
+
+
+def find(name: str, examples: int) -> Task:
+    """The task of that name, as long as it says."""
+    task = TASKS[base_of(name)]
+    return replace(task, steps=steps_of(name, examples, task.batch, task.steps))
