@@ -21,10 +21,10 @@ class StructLoRAError(RuntimeError):
 
     Example:
         >>> try:
-        ...     StructLoRAConfig(filter="ibb")
+        ...     StructLoRAConfig(edges="all")
         ... except StructLoRAError as error:
         ...     print(error.remedy)
-        correct `filter`
+        correct `edges`
     """
 
     def __init__(self, found: str, expected: str, remedy: str):

@@ -8,9 +8,7 @@ update. Which go:
   rows, or without rows the singular ones of its update.
 * `select`: of any adapter, those that matter least to a task over the whole model, among the singular
   directions of each module's update: directions depend on the basis, and the update does not. Ranks differ.
-* `prune`: those whose gate is closed, that is open with a probability σ(φ_j) below a threshold ('topk_norm':
-  where the filter has it closed). The gate has made the part small, but where lora_B is coordinated (modules
-  that write the residual stream) other directions' messages are in it too: measure what it costs.
+* `prune`: those that add nothing, as `keep` leaves them.
 """
 
 from __future__ import annotations
