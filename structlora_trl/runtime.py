@@ -108,6 +108,7 @@ class Runtime:
     Attributes:
         step (`int`): optimizer steps that counted.
         skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
+        reached_steps (`int`): optimizer steps with gradients of the adapter, if only zeros.
         gated_count (`int`): modules whose gates have noise.
         is_attached (`bool`): whether the model and its optimizer are still in use.
         maps (`list[KindMap]`): one per kind.
@@ -126,7 +127,7 @@ class Runtime:
         self.engine, self.device = plan.engine, plan.kinds[0].device
         self.stopwatch = Stopwatch(self.device)
         self.is_attached, self.gated_count = True, len(plan.gated)
-        self.step = self.skipped_steps = self.hook_calls = 0
+        self.step = self.skipped_steps = self.hook_calls = self.reached_steps = 0
         self.schedule = ScheduleShare()
         self.maps: list[KindMap] = []
         self._rate: Rate | None = None  # of the step under way, where it counts
@@ -269,6 +270,7 @@ class Runtime:
         if gradients is None:  # no backward has reached the adapter
             self._refuse_replaced()
             return True
+        self.reached_steps += 1
         self._refuse_unheard()
         self._refuse_unfrozen()
         if not self._maps_anything:

@@ -32,7 +32,7 @@ from .core.kinds import Adapted, Factors, unwrapped_name
 from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
-from .errors import StructLoRAError
+from .errors import StructLoRAError, refuse_unwritable
 
 STATE_NAME = "structlora.safetensors"
 FORMAT = 5  # those before it were never released
@@ -303,6 +303,8 @@ def _check_facts(
 ) -> None:
     """Raise ValueError where a header says of a kind what none can be."""
     experts = Adapted(**adapted).experts
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ValueError(f"modules {modules!r}")
     sizes = [*shape, per_depth, experts]
     nonzero = [size for place, size in enumerate(sizes) if place != 2]  # k is 0 of VeRA
     if len(shape) != 4 or not all(type(size) is int and size >= 0 for size in sizes) or 0 in nonzero:
@@ -368,6 +370,7 @@ def save_state(
     written = State.parse(runtime.state_dict() if state is None else state)
     if not writes:
         return path
+    refuse_unwritable(path.parent)
     tensors = {name: x.cpu() for name, x in written.tensors.items()}
     unfinished = path.with_suffix(".unfinished")
     try:

@@ -319,6 +319,13 @@ def test_a_state_with_half_of_an_optimizer_is_refused(two):
         loop.runtime.load_state_dict(state)
 
 
+def test_a_state_is_not_written_where_a_file_is(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(StructLoRAError, match="a file .*where a folder is to be written"):
+        save_state(Loop.start().runtime, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.parametrize("format", ["1", "4", "99", None])
 def test_states_of_other_formats_are_named(two, tmp_path, format):
     folder, _, loop = two

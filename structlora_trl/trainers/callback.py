@@ -125,7 +125,7 @@ class StructLoRACallback(TrainerCallback):
         earlier.detach()
         reset()
         self.runtime = self.attach(trainer, optimizer)
-        for name in ("step", "skipped_steps", "hook_calls", "schedule"):
+        for name in ("step", "skipped_steps", "hook_calls", "reached_steps", "schedule"):
             setattr(self.runtime, name, getattr(earlier, name))
 
     def on_init_end(self, args, state, control, **kwargs):
@@ -188,7 +188,12 @@ class StructLoRACallback(TrainerCallback):
                 state.log_history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.runtime.hook_calls and self.runtime.acted_steps == self._acted_before:
+        acted = self.runtime.acted_steps > self._acted_before
+        if self.runtime.reached_steps and not acted:
+            logger.warning(
+                "Every gradient of the LoRA weights was zero in this run, so that nothing was trained."
+            )
+        elif self.runtime.hook_calls and not acted:
             self.runtime.detach()
             raise StructLoRAError(
                 f"a run of {self.runtime.hook_calls} optimizer steps, none of which had a gradient of the LoRA weights",
