@@ -111,6 +111,7 @@ def build_runtime(
     adapter_name = _adapter(model, config)
     start = start_of(model.peft_config[adapter_name])
     kinds = parts.discover(model, adapter_name)
+    _refuse_senseless(model.peft_config[adapter_name], kinds)
     refuse_unmappable(kinds, config)
     select_step = _select_step(config, model.peft_config[adapter_name], steps)
     variance, why = _variance(config, quiet, passes)
@@ -153,6 +154,24 @@ def build_runtime(
             "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA."
         )
     return runtime
+
+
+def _refuse_senseless(adapter: PeftConfig, kinds: list[Kind]) -> None:
+    """Stop at an adapter that PEFT makes, and that cannot learn or has directions to spare in every module."""
+    if getattr(adapter, "lora_alpha", None) == 0:
+        raise StructLoRAError(
+            "lora_alpha=0, with which the adapter adds nothing and has no gradients",
+            "a number above 0",
+            "set `lora_alpha`, for example to twice the rank",
+        )
+    widths = {min(kind.shape[2:]) for kind in kinds if not kind.is_vera}
+    ranks = {kind.rank for kind in kinds if not kind.is_vera}
+    if widths and min(ranks) > max(widths):
+        raise StructLoRAError(
+            f"rank {min(ranks)}, above the width of every adapted module ({max(widths)} at most)",
+            "a rank that is smaller than the matrices",
+            "lower `r`; 8 or 16 is usual",
+        )
 
 
 def _variance(config: StructLoRAConfig, quiet: str | None, passes: float | None) -> tuple[float, str]:

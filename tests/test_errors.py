@@ -77,6 +77,8 @@ CASES = {
     "in modules_to_save": (all_saved_in_full, {}, "`modules_to_save`"),
     "role of nothing": (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mx": "read"}}, "'mx'.*mix"),
     "one depth": (lambda: peft_model(layers_to_transform=[1]), {}, "one depth.*coordinator='none'"),
+    "alpha of zero": (lambda: peft_model(lora_alpha=0), {}, "lora_alpha=0.*set `lora_alpha`"),
+    "a rank above every width": (lambda: peft_model(rank=64), {}, "rank 64, above the width.*lower `r`"),
     "nothing for noise": (lambda: peft_model(init="vera"), {"noise": "on"}, "noise='on'.*VeRA"),
     "directions not at zero": (
         lambda: peft_model(init="pissa"),

@@ -245,7 +245,7 @@ def peft_model(
         return model
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank,
+        lora_alpha=options.pop("lora_alpha", 2 * rank),
         lora_dropout=0.0 if parameters else dropout,
         target_modules=targets or FAMILIES[family].attention,
         **{**({"target_parameters": parameters} if parameters else {}), **INITS[init], **options},
