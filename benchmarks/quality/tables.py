@@ -43,8 +43,10 @@ def compared(runs: Runs, comparison: Comparison) -> str:
     titles = [label(comparison.rows[base]) for base in comparison.bases]
     parts = list(_parts(comparison))
     for name, places in parts:
-        for row in comparison.rows:
-            found = _mean([runs.figures(place, row) for place in places])
+        by_row = {row: _mean([runs.figures(place, row) for place in places]) for row in comparison.rows}
+        if any(len(by_row[comparison.rows[base]]) < 2 for base in comparison.bases):
+            continue
+        for row, found in by_row.items():
             if len(found) < 2:
                 continue
             means = [_middle(found[figure], DIGITS[figure]) for figure in shown]
