@@ -44,7 +44,7 @@ TRAINED = {
 FORMS = {
     "as-peft-saved-it": ("plain", None),
     "one-rank": ("plain", {"rank": 4, "data": ROWS}),
-    "one-rank-distilled": ("plain", {"rank": 4, "data": ROWS, "distil": True}),
+    "one-rank-distilled": ("plain", {"rank": 4, "data": ROWS, "distil": 2}),
     "a-quarter-of-many-ranks": ("plain", {"keep": 0.25, "data": ROWS}),
     "a-quarter-filled-up": ("plain", {"keep": 0.25, "max_rank": 8, "server": "sglang", "data": ROWS}),
     "for-vllm": ("patterns", {"server": "vllm"}),
