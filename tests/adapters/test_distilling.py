@@ -275,7 +275,14 @@ def test_models_without_logits_of_one_kind(name, probed, tmp_path):
     torch.manual_seed(0)
     config = base_model("bert").config
     config.num_labels = 2  # the answer's first position and its last
-    model = as_it_is(lambda: model_class(config))(tmp_path / "base")
+
+    def build():
+        built = model_class(config)
+        if has_loss:
+            built.qa_outputs.weight.data.normal_()
+        return built
+
+    model = as_it_is(build)(tmp_path / "base")
     lora = LoraConfig(r=4, target_modules=["query", "value"], task_type=task, init_lora_weights=False)
     torch.manual_seed(1)
     get_peft_model(model, lora).save_pretrained(tmp_path / "out")
