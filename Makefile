@@ -47,7 +47,7 @@ $(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
 
 # What `structlora export` writes, over vLLM's own HTTP server on a CPU (AVX2), which has an environment of its own: 3 GB.
 test-vllm: $(VENV)/.dev $(VLLM)/.dev
-	STRUCTLORA_VLLM=$(VLLM)/bin/vllm $(RUN) -m pytest -q tests/servers
+	STRUCTLORA_VLLM=$(VLLM)/bin/python $(RUN) -m pytest -q tests/servers
 
 lint: $(VENV)/.ruff
 	$(VENV)/bin/ruff check .

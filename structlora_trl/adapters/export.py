@@ -20,7 +20,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..core.selection import best
 from ..errors import StructLoRAError, refuse_unwritable, refusing
-from .distilling import Distilled, distil
+from .distilling import STEPS, Distilled, distil
 from .load_adapter import Saved
 from .measuring import (
     NO_PROBE,
@@ -100,7 +100,7 @@ def export(
     max_rank: int | None = None,
     data: str | Path | Sequence[dict] | None = None,
     split: str | None = None,
-    distil: bool = False,
+    distil: bool | int = False,
     server: str | None = None,
     dtype: str | None = None,
     merge: bool = False,
@@ -122,8 +122,9 @@ def export(
             becomes: what `read_rows` reads, or inputs of the model with `labels`, one example each. The first
             64 tell; the loss is of the next 64 where there are more.
         split (`str`, *optional*): of `data`.
-        distil (`bool`, *optional*, defaults to False): let the smaller adapter learn the outputs of the whole
-            one on the rows that the loss is not measured on (`distilling.distil`).
+        distil (`bool` or `int`, *optional*, defaults to False): let the smaller adapter learn the outputs of the
+            whole one, on the rows that the loss is not measured on, for that many steps (True: 100); see
+            `distilling.distil`.
         server (`str`, *optional*): write what that server loads: "vllm", "sglang", "lorax" or "llamacpp".
         dtype (`str`, *optional*): of the file's numbers: "float32", "bfloat16" or "float16"; as they are where
             omitted.
@@ -181,7 +182,7 @@ def _export(
     max_rank: int | None = None,
     data: str | Path | Sequence[dict] | None = None,
     split: str | None = None,
-    distil: bool = False,
+    distil: bool | int = False,
     server: str | None = None,
     dtype: str | None = None,
     merge: bool = False,
@@ -227,7 +228,9 @@ def _export(
             if pruned:
                 directions = pruned.masked()
                 if distil:
-                    directions, written.distilled = trial.distilled(directions)
+                    directions, written.distilled = trial.distilled(
+                        directions, STEPS if distil is True else distil
+                    )
                 lora, tensors = pruned.written(directions)
                 written.change = trial.change(pruned.masked(), directions if distil else None, dtype)
             elif server:
@@ -276,7 +279,12 @@ def _refuse_used(out: Path) -> None:
 
 
 def _refuse_contradictions(
-    sizes: list[dict], max_rank: int | None, distil: bool, server: str | None, dtype: str | None, merge: bool
+    sizes: list[dict],
+    max_rank: int | None,
+    distil: bool | int,
+    server: str | None,
+    dtype: str | None,
+    merge: bool,
 ) -> None:
     given = [
         name for size in sizes for name, value in size.items() if value is not None and value is not False
@@ -293,6 +301,8 @@ def _refuse_contradictions(
         raise StructLoRAError(
             "`distil` without `rank` or `keep`", "a smaller adapter, which learns", "give one of them"
         )
+    if distil < 0:
+        raise StructLoRAError(f"{distil} steps of `distil`", "a number of steps above 0", "try 100")
     if server is not None and server not in SERVERS:
         raise StructLoRAError(f"a server {server!r}", f"one of {', '.join(SERVERS)}", "correct `--for`")
     if dtype is not None and dtype not in DTYPES:
@@ -375,10 +385,10 @@ class _Trial:
             self._moments = rank_moments(self.model, self._rows.rows[:_TELL])
         return self._moments
 
-    def distilled(self, small: dict[str, Tensor]) -> tuple[dict[str, Tensor], Distilled]:
+    def distilled(self, small: dict[str, Tensor], steps: int) -> tuple[dict[str, Tensor], Distilled]:
         rows = self._rows.rows
         learned = [*rows[:_TELL], *rows[2 * _TELL :]] if len(rows) > _TELL else rows
-        found = distil(self.model, self.whole, small, learned)
+        found = distil(self.model, self.whole, small, learned, steps)
         return found.tensors, found
 
     def change(

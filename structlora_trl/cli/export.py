@@ -23,8 +23,8 @@ Smaller:
                  of the information (99%). Ranks then differ by module (`rank_pattern`), and modules that keep nothing are
                  left out: the smallest file for a given loss, and no smaller in a server's memory; --max-rank limits it.
   --prune        drops directions that add nothing: those that `keep` closed while training.
-  --distil       then some hundred steps in which the smaller adapter learns the outputs of the whole one on these rows. No
-                 labels are needed. One row in eight is held out, and the best weights on these are kept.
+  --distil       then 100 steps (--distil 300: more) in which the smaller adapter learns the outputs of the whole one on these
+                 rows. No labels are needed. One row in eight is held out, and the best weights on these are kept.
 Several sizes in one call (--rank 8 4 2) are written to folders of their own, with a table.
 
 Rows (--data): what training takes: files (.jsonl, .json, .csv, .tsv, .parquet, packed or not), a folder of them, or a data set
@@ -67,7 +67,13 @@ def run(command: str, arguments: list[str]) -> None:
     rule.add_argument("--prune", action="store_true", help="drop directions that add nothing")
     parser.add_argument("--max-rank", type=int, metavar="R", help="with --keep: most directions of a module")
     parser.add_argument(
-        "--distil", action="store_true", help="let the smaller adapter learn from the whole one"
+        "--distil",
+        type=int,
+        nargs="?",
+        const=100,
+        default=0,
+        metavar="STEPS",
+        help="let the smaller adapter learn from the whole one, for 100 steps or as many as are given",
     )
     parser.add_argument("--data", metavar="ROWS", help="a file, a folder or a data set of the hub")
     parser.add_argument("--split", metavar="NAME", help="split of --data; default: test, validation or train")

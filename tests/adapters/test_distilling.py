@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForQuestionAnswering, BertModel
 
 from structlora_trl.adapters import distilling
 from structlora_trl.adapters.distilling import distil
@@ -31,7 +31,7 @@ from tests.support.adapters import ADAPTER, CONFIG, as_it_is, on_base, peft_run
 from tests.support.data import write_rows
 from tests.support.promises import skip_without
 from tests.support.setups import llama
-from tests.support.tiny import FAMILIES, tokenizer
+from tests.support.tiny import FAMILIES, base_model, tokenizer
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -241,3 +241,64 @@ def test_a_disk_that_does_not_take_the_file_is_told(what, adapter, tmp_path, mon
     with pytest.raises(StructLoRAError, match=words):
         export(saved, out, rank=2, probe="none")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def questions(count: int) -> list[dict]:
+    ids = FAMILIES["bert"].batch(7)["input_ids"]
+    return [
+        {
+            "input_ids": ids[i % 2, None],
+            "start_positions": torch.tensor([i % 3]),
+            "end_positions": torch.tensor([i % 3 + 2]),
+        }
+        for i in range(count)
+    ]
+
+
+# Models without `logits` of one kind -> their class, the task's name, rows, what is told of the output
+OTHER_OUTPUTS = {
+    "question answering": (BertForQuestionAnswering, "QUESTION_ANS", questions(8), True),
+    "hidden states": (
+        BertModel,
+        "FEATURE_EXTRACTION",
+        [{"input_ids": FAMILIES["bert"].batch(7)["input_ids"][i % 2, None]} for i in range(8)],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OUTPUTS)
+@pytest.mark.parametrize("probed", [False, True])
+def test_models_without_logits_of_one_kind(name, probed, tmp_path):
+    """Question answering has two of them; embedding models have none, and learn the hidden states without any loss."""
+    model_class, task, rows, has_loss = OTHER_OUTPUTS[name]
+    torch.manual_seed(0)
+    config = base_model("bert").config
+    config.num_labels = 2  # the answer's first position and its last
+
+    def build():
+        built = model_class(config)
+        if has_loss:
+            built.qa_outputs.weight.data.normal_()
+        return built
+
+    model = as_it_is(build)(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["query", "value"], task_type=task, init_lora_weights=False)
+    torch.manual_seed(1)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "out")
+    saved = read_saved(tmp_path / "out")
+    given = {} if probed else {"data": rows, "distil": 20}
+    done = export(saved, tmp_path / "small", rank=1, **given)
+    assert done.change.largest > 0 and (done.change.divergence == done.change.divergence) == has_loss
+    assert (done.change.losses is not None) == (has_loss and not probed)
+    if not probed:
+        assert done.distilled.end < done.distilled.start
+    base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "small").eval()
+    inputs = {"input_ids": rows[0]["input_ids"]}
+    with torch.no_grad(), loaded.disable_adapter():
+        alone = loaded(**inputs)[0]
+    assert (loaded(**inputs)[0] - alone).abs().max() > 1e-3
+    if name == "hidden states":
+        with pytest.raises(StructLoRAError, match="a loss of None"):
+            export(saved, tmp_path / "refused", keep=0.5, data=rows)

