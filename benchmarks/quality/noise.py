@@ -1,7 +1,7 @@
 """Trials of noise on rank activations: y = W x + s B (m * A x), m of mean one, in train() alone. A prototype of forward hooks
 over plain LoRA, for questions of form and size that were decided before the package had them.
 
-    python -m benchmarks.quality.noise form          # per example, token, step; Gaussian, Bernoulli, Gumbel-Softmax
+    python -m benchmarks.quality.noise form          # per example, token or step; Gaussian or Bernoulli; sizes by information
     python -m benchmarks.quality.noise level         # variances at 2, 5, 15 and 50 passes over the examples
     python -m benchmarks.quality.noise table form    # what the stored runs say
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import methods
 from .cell import WARMUP
 from .measures import evaluate, lora_factors
+from .tables import DIGITS
 from .tasks import TASKS
 
 TRIALS = Path(__file__).resolve().parent / "trials"
@@ -260,24 +261,29 @@ def work(keys: list[dict], path: Path = TRIALS / "noise.jsonl") -> None:
 
 
 def table(keys: list[dict]) -> None:
-    """Means over the seeds that both have, and differences from the run without noise."""
+    """Means over seeds of all held-out examples, less those of the same run without noise, with their standard errors."""
     lines = {tuple(line[name] for name in KEY): line for line in stored()}
     found: dict[tuple, dict] = {}
     for key in keys:
         key = {name: {**DEFAULTS, **key}[name] for name in KEY}
-        if line := lines.get(tuple(key.values())):
-            base = lines.get(tuple({**key, **NONE}.values()))
-            place = tuple(key[name] for name in ("task", "lr", "passes"))
-            how = tuple(key[name] for name in ("variance", "per", "law", "after", "sized", "dropout"))
-            if base:
-                found.setdefault((*place, *how), {})[key["seed"]] = line, base
+        line, base = (lines.get(tuple(of.values())) for of in (key, {**key, **NONE}))
+        if line and base:
+            row = (
+                key["task"],
+                key["passes"],
+                "; ".join(f"{n} {key[n]}" for n in NONE if key[n] != NONE[n]) or "LoRA",
+            )
+            found.setdefault(row, {})[key["seed"]] = line, base
+    print(
+        "| task | passes | noise | seeds | accuracy, NLL, ECE | with a tail average |\n|---|---|---|---|---|---|"
+    )
     for row, pairs in sorted(found.items()):
-        print(
-            *row,
-            f"n={len(pairs)}",
-            *("; ".join(_compared(list(pairs.values()), which)) for which in ("", "average")),
-            sep=" | ",
-        )
+        seeds = ", ".join(map(str, pairs))
+        print("|", " | ".join(map(str, row)), "|", seeds, end="")
+        for which in ("", "average"):
+            shown = all(not which or which in line for line, _ in pairs.values())
+            print(" |", "; ".join(_compared(list(pairs.values()), which)) if shown else "", end="")
+        print(" |")
 
 
 NONE = {name: DEFAULTS[name] for name in ("variance", "per", "law", "after", "sized", "dropout")}
@@ -285,14 +291,14 @@ NONE = {name: DEFAULTS[name] for name in ("variance", "per", "law", "after", "si
 
 def _compared(pairs: list[tuple[dict, dict]], which: str) -> list[str]:
     texts = []
-    for name in ("accuracy", "nll", "ece"):
+    for name, digits in DIGITS.items():
         ours, base = (
             torch.tensor([_held_out(pair[i], which if i == 0 else "", name) for pair in pairs])
             for i in range(2)
         )
         gap = ours - base
         error = gap.std().item() / len(pairs) ** 0.5 if len(pairs) > 1 else float("nan")
-        texts.append(f"{name} {ours.mean():.3f} ({gap.mean():+.3f} ± {error:.3f})")
+        texts.append(f"{ours.mean():.{digits}f} ({gap.mean():+.{digits}f} ± {error:.{digits}f})")
     return texts
 
 
