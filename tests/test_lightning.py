@@ -29,7 +29,7 @@ def test_fabric(precision, autocast):
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
     model = peft_model()
     model, optimizer = fabric.setup(model, adamw(model))
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, passes=50)
     model.train()
     for seed in range(3):
         torch.manual_seed(seed)  # as the bare loop
@@ -56,7 +56,7 @@ class Module(lightning.LightningModule):
         return adamw(self.model)
 
     def on_fit_start(self):
-        self.runtime = attach(self.model, self.optimizers())
+        self.runtime = attach(self.model, self.optimizers(), passes=50)
 
 
 def test_trainer(tmp_path):

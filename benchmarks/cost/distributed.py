@@ -19,8 +19,9 @@ Prints one JSON line; progress goes to stderr. How it measures:
   What StructLoRA adds is the difference to LoRA.
 * Memory: the bytes that StructLoRA holds between steps, without what belongs to the model and its optimizer; the largest
   tensor that it makes in a step, and how far all that it makes rises. Of the rank that has most.
-* Memory traffic of the map: bytes that its operations read and write in one step, in passes over the rank's share of the fp32
-  LoRA factors. Operations are counted one by one, as if none were fused or cached.
+* Memory traffic: bytes that operations read and write in one step, in passes over the rank's share of the fp32 LoRA factors.
+  Operations are counted one by one, as if none were fused or cached; those of gates alone are of their hooks in the forward,
+  and of its backward.
 * Counts are of a model with small MLPs, a small vocabulary and a short batch: the LoRA factors, and so all that is counted, are
   the same.
 * Communication and held bytes must be what the analytical model (`scale.py`) predicts; otherwise the benchmark fails.
@@ -189,8 +190,6 @@ class Trainee:
         """One training step; seconds by each clock."""
         dist.barrier()
         started = {name: clock() for name, clock in CLOCKS.items()}
-        if self.runtime:
-            self.runtime.train()
         loss = self.model(input_ids=self.batch, labels=self.batch).loss
         if self.engine.startswith("zero"):
             self.model.backward(loss)

@@ -8,15 +8,15 @@ Each prints one JSON line; progress goes to stderr. How it measures:
 
 * Weights are random, since neither time nor memory depends on them: nothing is downloaded.
 * Time: every round takes one step of each method, in an order shuffled anew, and ratios are taken within a round; their
-  medians and quartiles are printed. `added_ms` is how long StructLoRA itself ran in a step: `train()` and its
-  hooks around the optimizer's update. It is far less noisy than a difference of whole steps.
+  medians and quartiles are printed. `added_ms` is how long StructLoRA's hooks around the optimizer's update ran.
+  It is far less noisy than a difference of whole steps; gates, which are part of the forward, are in whole steps alone.
 * Memory: `peak_memory_ratio` compares the peak bytes of torch's allocator from before the model is built to the end of
   the second step: exact and repeatable. `peak_rss_ratio` (Linux, on the CPU, not with `--quick`) compares the peak
   resident sets of fresh processes, which also hold the interpreter and its libraries.
 * On a busy machine, `OMP_NUM_THREADS=1` with `--cpu-time` gives steadier figures.
 * The map runs on one core, with the allocator as it is: `MALLOC_...` variables are refused. glibc takes large tensors from
   the system anew each time, and `page_faults` counts what that costs (Linux). `linearity` is the exponent e of a fit
-  time = c * depths^e: 1 is linear. Bytes are per byte of latent factors: `held` between steps, `passing` at the
+  time = c * depths^e: 1 is linear. Bytes are per byte of the LoRA factors: `held` between steps, `passing` at the
   most within a step on top of that, gradients and the model's own weights not counted.
 """
 
@@ -48,8 +48,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
+from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import Kind
+from structlora_trl.core.mapping import mapped_sides
 from structlora_trl.engines import TorchEngine
+from structlora_trl.runtime import Plan
 from structlora_trl.state import State
 
 OURS = {"structlora": {}, "gates": {"coordinator": "none"}}  # name -> options of StructLoRA
@@ -230,14 +233,11 @@ class Trainee:
     def step(self) -> tuple[float, float]:
         """One training step: seconds in all, and seconds of what is attached to it."""
         started = self.clock.now()
-        if self.runtime:
-            self.runtime.train()
-        attached = self.clock.now() - started
         with self.autocast:
             loss = self.model(input_ids=self.batch, labels=self.batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        attached += self.hooks.step()
+        attached = self.hooks.step()
         if self.allocates:
             self.model.base_model.update_and_allocate(self.steps)
         self.optimizer.zero_grad()
@@ -372,17 +372,23 @@ def ratios_to_lora(values: dict[str, float]) -> dict[str, float]:
 
 
 def held_bytes(runtime: Runtime) -> dict[str, int]:
-    """Bytes that StructLoRA keeps between steps, by what they are."""
-    held = dict.fromkeys(("latents", "origins", "gates, coordinators", "their AdamW", "graph"), 0)
+    """Bytes that StructLoRA keeps between steps, by what they are. It has latents, and copies of what it wrote to tell what
+    others write, of the sides that are mapped.
+    """
+    held = dict.fromkeys(("latents", "copies", "origins", "coordinators", "their AdamW", "graph"), 0)
+    sides = {m.kind.name: mapped_sides(m.kind, runtime.config) for m in runtime.maps}
     for name, value in State.parse(runtime.state_dict()).tensors.items():
-        held[part_of(name.rpartition("/")[2])] += value.nbytes
+        kind, _, entry = name.rpartition("/")
+        if not entry.startswith("latent_") or entry.removeprefix("latent_") in sides[kind]:
+            held[part_of(entry)] += value.nbytes
+    held["copies"] = held["latents"]
     return {"all": sum(held.values()), **held}
 
 
 def part_of(name: str) -> str:
     """What an entry of a state is, by its name within its kind."""
     starts = {"latent_": "latents", "origin_": "origins", "optimizer.": "their AdamW", "graph.": "graph"}
-    return next((part for start, part in starts.items() if name.startswith(start)), "gates, coordinators")
+    return next((part for start, part in starts.items() if name.startswith(start)), "coordinators")
 
 
 # --- the map alone -------------------------------------------------------------------------------------------------
@@ -409,19 +415,17 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
     hooks = HookTimer(optimizer, clock)
-    config = StructLoRAConfig(semantic_every=NEVER)  # the edges are drawn here, and timed apart
-    runtime = Runtime(nn.ParameterList(parameters), kinds, config, TorchEngine(optimizer, kinds))
+    runtime = Runtime(
+        Plan(Factors(parameters), kinds, StructLoRAConfig(), TorchEngine(optimizer, kinds), align=True)
+    )
+    for m in runtime.maps:
+        m.graph.redraw_every = NEVER  # the edges are drawn here, and timed apart
     hooks.follow_hooks()
-
-    def attached() -> float:
-        started = clock.now()
-        runtime.train()
-        return clock.now() - started + hooks.step()
 
     def step() -> tuple[float, int]:
         fill_gradients(kinds)
         before = page_faults()
-        return attached(), page_faults() - before
+        return hooks.step(), page_faults() - before
 
     def rebuild() -> float:
         started = clock.now()
@@ -434,10 +438,10 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     rebuilding = statistics.median(rebuild() for _ in range(REBUILDS))
     times, faults = zip(*(step() for _ in range(MAP_STEPS)), strict=True)
     ordinary = statistics.median(times)
-    amortised = ordinary + rebuilding / StructLoRAConfig().semantic_every
+    amortised = ordinary + rebuilding / DepthGraph.redraw_every
     fill_gradients(kinds)
-    passing = peak_allocated_bytes(attached, device)
-    held = held_bytes(runtime)
+    passing = peak_allocated_bytes(hooks.step, device)
+    held, lora_bytes = held_bytes(runtime), sum(p.nbytes for p in parameters)
     return {
         "shape": f"{stack.depths} depths, {len(kinds)} kinds, r={stack.rank}",
         "ms_per_step": milliseconds(amortised),
@@ -445,12 +449,18 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
         "ms_of_edge_rebuild": milliseconds(rebuilding),
         "semantic_edges": sum(m.graph.semantic_edge_count for m in runtime.maps),
         "page_faults": statistics.median(faults),
-        "lora_bytes": sum(p.nbytes for p in parameters),
+        "lora_bytes": lora_bytes,
         "held_bytes": held,
         "passing_bytes": passing,
-        "held_bytes_per_latent_byte": round(held["all"] / held["latents"], 3),
-        "passing_bytes_per_latent_byte": round(passing / held["latents"], 3),
+        "held_bytes_per_lora_byte": round(held["all"] / lora_bytes, 3),
+        "passing_bytes_per_lora_byte": round(passing / lora_bytes, 3),
     }
+
+
+class Factors(nn.ParameterList):
+    """What a runtime asks of a PEFT model."""
+
+    active_adapters = ("default",)
 
 
 def page_faults() -> int:

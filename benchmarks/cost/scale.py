@@ -7,8 +7,8 @@ Who owns what decides what has to travel. The map wants slices of the width, of 
     ZeRO-1, 2       give each rank whole layers, and every rank the whole working weights: both sides travel, and what the map
                     makes of them is gathered
 
-A side travels where the map changes it, or reads it to change another: three times in a step (gradients in and out, masters in),
-and where working weights are sharded once more for each time that effective values are written.
+A side travels where the map changes it: three times in a step (gradients in and out, masters in), and where working weights are
+sharded once more, when effective values are written. Without a coordinator nothing travels.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ class Side:
     depths: int
     rank: int
     width: int
-    is_moved: bool  # changed by the map, or read by it to change another
+    is_moved: bool  # changed by the map
     is_compared: bool  # across depth
-    is_noisy: bool  # in training other than at evaluation
 
     @property
     def numel(self) -> int:
@@ -54,7 +53,7 @@ def sides_of(stack: Stack, method: str) -> Iterator[Side]:
         kind = build_kind(Stack(stack.name, 2, 1, {name: (1, 1)}), name, torch.device("cpu"))
         moved, compared = mapped_sides(kind, config), compared_sides(kind, config)
         for side, width in zip("AB", widths, strict=True):
-            yield Side(side, stack.depths, stack.rank, width, side in moved, side in compared, side == "B")
+            yield Side(side, stack.depths, stack.rank, width, side in moved, side in compared)
 
 
 def parameter_count(stack: Stack) -> int:
@@ -105,27 +104,26 @@ def communication(stack: Stack, method: str, engine: str, ranks: int, working: i
         return Communication()
     left = (ranks - 1) / ranks  # of what a rank has, the part that others want
     travelling: dict[str, int] = {"A": 0, "B": 0}  # how often each side does
-    wholes: list[list[int]] = [[], []]  # bytes of the factors that a first write gathers, and a second one
+    wholes: list[int] = []  # bytes of the factors that are gathered
     exchanged = busiest = 0
     for side in sides_of(stack, method):
         if not side.is_moved:
             continue
-        # Evaluation weights after a step, and training weights before the next.
-        writes = 2 if side.is_noisy else 1
         is_whole = is_whole_in_model(side, engine)
         if is_whole:
-            for write in wholes[:writes]:
-                write.append(working * side.numel)
+            wholes.append(working * side.numel)
         if side.name == "B" and not engine.startswith(("zero1", "zero2")):
             continue
-        times = 3 if is_whole else 3 + writes
+        times = 3 if is_whole else 4
         travelling[side.name] = max(travelling[side.name], times)  # all kinds together
         exchanged += times * left * FP32 * side.numel / ranks
         holders = row_holders(side.rank, ranks) if engine == "fsdp2" else ranks
         busiest += times * left * FP32 * side.numel / holders
-    gathers, gathered = sum(map(lots, wholes)), left * sum(map(sum, wholes))
+    if not any(side.is_moved for side in sides_of(stack, method)):
+        return Communication()
     reduced = FP32 * reduced_count(stack, method)
-    return Communication(sum(travelling.values()), gathers, 2, exchanged, gathered, busiest, reduced)
+    exchanges, gathered = sum(travelling.values()), left * sum(wholes)
+    return Communication(exchanges, lots(wholes), 1, exchanged, gathered, busiest, reduced)
 
 
 def lots(sizes: list[int]) -> int:
@@ -146,18 +144,16 @@ def is_whole_in_model(side: Side, engine: str) -> bool:
 
 
 def reduced_count(stack: Stack, method: str) -> int:
-    """Numbers of the two all-reduces: a flag before the first training forward, for weights written from outside; and at the
-    step gradients of logits and Θ, that flag again, and one for NaN. The first step after a log has some more, which a metric
-    is made of.
+    """Numbers of the all-reduce: gradients of Θ, two flags of gradients (NaN, and all zero), and one of weights that others
+    wrote. The first step after a log has some more, which a metric is made of.
     """
+    return 3 + theta_count(stack, method)
+
+
+def theta_count(stack: Stack, method: str) -> int:
     config = StructLoRAConfig(**OURS[method])
-    logits = theta = 0
-    for side in sides_of(stack, method):
-        if side.name == "B":
-            logits += side.depths * side.rank
-        if side.is_compared and config.coordinator != "none":
-            theta += config.coordinator_layers * side.rank**2
-    return 3 + logits + theta
+    moved = (side for side in sides_of(stack, method) if side.is_moved)
+    return sum(config.coordinator_layers * side.rank**2 for side in moved)
 
 
 @dataclass(frozen=True)
@@ -166,14 +162,16 @@ class Held:
 
     Args:
         latents (`float`): slices of what is moved, and the latent fragments that FSDP2's step swaps in.
+        copies (`float`): of what was written into the model, to tell what others write.
         running_mean (`float`): gradients that semantic edges follow.
         origins (`float`): A₀, of one depth where all start from one.
         places (`float`): where each value that travels goes to and comes from; of one depth where all are owned alike.
-        small (`int`): gates, Θ, their AdamW, graphs.
+        small (`int`): Θ, its AdamW, graphs.
         spans (`int`): who owns what, on the host.
     """
 
     latents: float = 0.0
+    copies: float = 0.0
     running_mean: float = 0.0
     origins: float = 0.0
     places: float = 0.0
@@ -182,42 +180,48 @@ class Held:
 
     @property
     def bytes(self) -> float:
-        return self.latents + self.running_mean + self.origins + self.places + self.small + self.spans
+        return (
+            self.latents
+            + self.copies
+            + self.running_mean
+            + self.origins
+            + self.places
+            + self.small
+            + self.spans
+        )
 
 
-def held(stack: Stack, method: str, engine: str, ranks: int) -> Held:
-    """By the busiest rank, where every width divides by the ranks."""
-    config = StructLoRAConfig(**OURS[method])
-    coordinated = config.coordinator != "none"
+def held(stack: Stack, method: str, engine: str, ranks: int, working: int = FP32) -> Held:
+    """By the busiest rank, where every width divides by the ranks; `working` as in `communication`."""
+    coordinated = StructLoRAConfig(**OURS[method]).coordinator != "none"
     ranks = 1 if engine == "ddp" else ranks
-    latents = means = origins = places = logits = theta = 0
+    latents = copies = means = origins = places = 0.0
     for side in sides_of(stack, method):
-        if side.name == "B":
-            logits += side.depths * side.rank
-        if side.is_compared and coordinated:
-            theta += config.coordinator_layers * side.rank**2
-            means += side.numel / ranks
+        share = side.numel / ranks
         if side.is_compared and side.name == "A":
-            origins += side.numel / ranks / (side.depths if coordinated else 1)  # one start for all depths
+            origins += share / (side.depths if coordinated else 1)  # one start for all depths
+        if not side.is_moved:
+            continue
+        means += share
+        latents += share
+        copies += working * (side.numel if engine.startswith(("zero1", "zero2")) else share)
         if engine == "ddp":
-            latents += side.numel
-        elif side.is_moved:
-            holders = row_holders(side.rank, ranks) if side.name == "A" else ranks
-            latents += side.numel / ranks + (side.numel / holders if engine == "fsdp2" else 0)
-            own = side.numel / (holders if engine == "fsdp2" else ranks)
-            alike = side.depths if engine.startswith(("fsdp2", "zero3")) else 1
-            places += (own + side.numel / ranks) / alike
+            continue
+        own = share
+        if engine == "fsdp2":
+            own = side.numel / (row_holders(side.rank, ranks) if side.name == "A" else ranks)
+            latents += own
+            copies += working * (own - share)
+        places += (own + share) / (side.depths if engine.startswith(("fsdp2", "zero3")) else 1)
     kinds = len(stack.widths)
     graphs = kinds * stack.depths**2 * (FP32 + 2)  # Â in fp32, two kinds of edges in bool
-    norms = 0 if engine == "fsdp2" else FP64 * 2 * kinds * stack.depths
     return Held(
         FP32 * latents,
+        copies,
         FP32 * means,
         FP32 * origins,
         INT64 * places,
-        FP32 * (4 * logits + 3 * theta)
-        + graphs
-        + norms,  # with two moments; of logits also the gates at the start
+        FP32 * 3 * theta_count(stack, method) + graphs,  # with two moments
         0 if engine == "ddp" else 2 * INT64 * ranks * 2 * kinds * stack.depths,
     )
 
@@ -249,41 +253,49 @@ MOST_STEP_SHARE, MOST_MEMORY_SHARE = 0.005, 0.01  # of LoRA's own, what we aim a
 
 @dataclass(frozen=True)
 class Work:
-    """What the map does in a step.
+    """What is done in a step.
 
     Args:
-        passes (`float`): bytes that operations read and write, in the rank's share of the fp32 factors.
-        of_kind, of_factor (`float`): operations that compute, for each kind, and for each lora_A and lora_B of a layer.
+        passes (`float`): bytes that the map's operations read and write, in the rank's share of the fp32 factors.
+        of_kind, of_factor (`float`): operations of the map, for each kind, and for each lora_A and lora_B of a layer.
+        of_module (`float`): operations of the gate of a module, in one forward and its backward.
         passing (`float`): how far memory rises within the step, in the rank's share of the fp32 factors.
     """
 
     passes: float
     of_kind: float
     of_factor: float
+    of_module: float
     passing: float
 
 
 # Where nothing was counted before.
 COUNTED = {
-    "fsdp2": {"structlora": Work(86.2, 115.5, 0, 5.0), "gates": Work(17.2, 72.5, 0, 1.6)},
-    "zero3": {"structlora": Work(104.1, 115.5, 1.25, 7.6), "gates": Work(33.5, 72.5, 0.7, 3.4)},
+    "fsdp2": {"structlora": Work(78.0, 58.0, 0, 5, 4.2), "gates": Work(0.0, 0, 0, 5, 0.0)},
+    "zero3": {"structlora": Work(80.3, 58.0, 1.02, 5, 4.8), "gates": Work(0.0, 0, 0, 5, 0.0)},
 }
 
 
 def work_of(counts: dict[str, dict[str, dict]]) -> dict[str, dict[str, Work]]:
-    """From what `distributed.py` counted, by engine and method. FSDP2's operations are of kinds alone; the others have some of
-    each factor beside.
+    """From what `distributed.py` counted, by engine and method. Where gates act alone, all that is counted is theirs. FSDP2's
+    other operations are of kinds; the other engines have some of each factor beside.
     """
-    kinds, factors = len(SMOLLM2_STACK.widths), 2 * len(SMOLLM2_STACK.widths) * SMOLLM2_STACK.depths
+    kinds, modules = len(SMOLLM2_STACK.widths), len(SMOLLM2_STACK.widths) * SMOLLM2_STACK.depths
     if not counts.keys() >= COUNTED.keys():
         return COUNTED
     found: dict[str, dict[str, Work]] = {engine: {} for engine in COUNTED}
     for engine in COUNTED:
         for method, figures in counts[engine].items():
-            of_kinds = counts["fsdp2"][method]["map_operations"]
-            more = max(0, figures["map_operations"] - of_kinds)
-            passing = figures["passing_bytes"] / figures["share_bytes"]
-            found[engine][method] = Work(figures["map_passes"], of_kinds / kinds, more / factors, passing)
+            gates = counts[engine]["gates"]
+            of_map = figures["map_operations"] - gates["map_operations"]
+            of_kinds = counts["fsdp2"][method]["map_operations"] - counts["fsdp2"]["gates"]["map_operations"]
+            found[engine][method] = Work(
+                figures["map_passes"] - gates["map_passes"],
+                of_kinds / kinds,
+                max(0, of_map - of_kinds) / (2 * modules),
+                gates["map_operations"] / modules,
+                figures["passing_bytes"] / figures["share_bytes"],
+            )
     return found
 
 
@@ -296,7 +308,7 @@ class Estimate:
     exchange_ms: float
     gather_ms: float
     reduce_ms: float
-    map_ms: float
+    map_ms: float  # and gates
     lora_step_ms: float  # arithmetic alone
     step_time_ratio: float
     held_bytes: int
@@ -332,11 +344,12 @@ def estimate(stack: Stack, method: str, engine: str, gpus: int, work: Work) -> E
     )
     gather = found.gathered_bytes / LINK_BANDWIDTH + found.gathers * (gpus - 1) * HOP_SECONDS
     reduce = 2 * found.reduced_bytes / LINK_BANDWIDTH + found.reductions * 2 * log2(gpus) * HOP_SECONDS
-    operations = len(stack.widths) * (work.of_kind + 2 * stack.depths * work.of_factor)
+    of_depth = 2 * work.of_factor + work.of_module
+    operations = len(stack.widths) * (work.of_kind + stack.depths * of_depth)
     on_gpu = work.passes * share / MEMORY_BANDWIDTH + operations * LAUNCH_SECONDS
     # Forward, and gradients of activations: 2 floating-point operations each for every weight and token.
     step = 4 * LLAMA_70B_PARAMETERS * TOKENS_PER_GPU / (FLOPS * UTILISATION)
-    kept = held(stack, method, engine, gpus)
+    kept = held(stack, method, engine, gpus, BF16 if engine.startswith("zero") else FP32)
     on_gpus = kept.bytes - kept.spans
     own = lora_bytes(stack, engine, gpus)
     return Estimate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from . import store
 from .methods import find
@@ -35,20 +36,29 @@ def _cells(comparison: Comparison, runs: Runs) -> Iterator[Cell]:
     rows = [row for row in comparison.rows if not find(row.method).is_former]
     for place in comparison.places:
         for row in rows:
-            if place.choosing and row.rate_of is None:
-                stored = runs.of(place, row)
-                tried = {*rates(place, row.method), *stored["lr"][stored["seed"].isin(place.choosing)]}
-                ends = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}
-                if comparison.goes_beyond and (best := runs.rate(place, row)) in ends:
-                    tried.add(ends[best])
-                for lr in sorted(tried):
-                    yield from (_cell(place, row, lr, seed) for seed in place.choosing)
+            if row.rate_of is None:
+                yield from _choosing(comparison, runs, place, row)
+    done = {tuple(cell) for cell in runs.rows[list(store.KEY)].itertuples(index=False)}
     for start in range(0, max(len(place.seeds) for place in comparison.places), SEEDS_AT_ONCE):
         for place in comparison.places:
-            for seed in place.seeds[start : start + SEEDS_AT_ONCE]:
-                for row in rows:
-                    if (lr := runs.rate(place, row)) is not None:
-                        yield _cell(place, row, lr, seed)
+            for row in rows:
+                chooser = replace(row, method=row.rate_of or row.method)
+                if all(cell in done for cell in _choosing(comparison, runs, place, chooser)):
+                    for seed in place.seeds[start : start + SEEDS_AT_ONCE]:
+                        yield _cell(place, row, runs.rate(place, row), seed)
+
+
+def _choosing(comparison: Comparison, runs: Runs, place: Place, row: Row) -> Iterator[Cell]:
+    """The cells that choose a row's rate; none where it is given."""
+    if not place.choosing or row.method in dict(place.fixed):
+        return
+    stored = runs.of(place, row)
+    tried = {*rates(place, row.method), *stored["lr"][stored["seed"].isin(place.choosing)]}
+    ends = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}
+    if comparison.goes_beyond and (best := runs.rate(place, row)) in ends:
+        tried.add(ends[best])
+    for lr in sorted(tried):
+        yield from (_cell(place, row, lr, seed) for seed in place.choosing)
 
 
 def _cell(place: Place, row: Row, lr: float, seed: int) -> Cell:

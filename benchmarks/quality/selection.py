@@ -10,7 +10,6 @@ from __future__ import annotations
 import pandas as pd
 
 from . import store
-from .methods import find
 from .settings import LORA, Place, Row
 
 FIGURES = ["accuracy", "nll", "ece"]
@@ -45,13 +44,12 @@ class Runs:
 
     def rate(self, place: Place, row: Row) -> float | None:
         """The rate of a row; None where nothing was run that could choose it."""
-        if place.of_ours is not None and row.method != LORA:
-            method = find(row.method)
-            if method.structlora is not None or method.is_former:
-                return place.of_ours
+        chooser = row.rate_of or row.method
+        if chooser in (fixed := dict(place.fixed)):
+            return fixed[chooser]
         if len(place.rates) == 1:
             return place.rates[0]
-        runs = self.of(place, Row(row.rate_of or row.method, row.share))
+        runs = self.of(place, Row(chooser, row.share))
         return choose_rate(runs[runs["seed"].isin(place.choosing)])
 
     def of(self, place: Place, row: Row) -> pd.DataFrame:

@@ -168,7 +168,11 @@ def _passes(rows: int | None) -> list[tuple[str, Any, str]]:
         held_out, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
         return [
             ("test_split_size", held_out, f"of the {rows:,} rows, held out for the evaluation loss"),
-            ("num_train_epochs", epochs, "passes over the rest; the evaluation loss says when it is enough"),
+            (
+                "num_train_epochs",
+                epochs,
+                "passes over the rest, until the evaluation loss rises; gates have noise from 5 on",
+            ),
             ("eval_strategy", "epoch", ""),
             ("save_strategy", "epoch", resume),
         ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 
@@ -70,8 +69,7 @@ class Gate:
         shape = [1] * activations.dim()
         for axis in (0, self.rank_axis):
             shape[axis] = activations.shape[axis]
-        noise = torch.randn(shape, dtype=activations.dtype, device=activations.device)
-        return 1 + math.sqrt(self.variance) * noise
+        return activations.new_empty(shape).normal_(1.0, math.sqrt(self.variance))
 
     def __deepcopy__(self, memo: dict) -> Gate:
         return Gate()

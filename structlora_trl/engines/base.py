@@ -29,6 +29,9 @@ from ..core.kinds import Factors, Kind
 from .schedule import Rate
 from .slices import Slices
 
+_COMPARED_BYTES = 2**25  # of factors at once: as many as a few kernels compare, and little memory
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is what NaN is
+
 
 class Engine(ABC):
     """One way of owning parameters. `name` is what logs and errors call it."""
@@ -151,14 +154,29 @@ def flags_of(gradients: list[Tensor], device: torch.device) -> Tensor:
 
 
 def differs(expected: list[Tensor], found: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 where some value differs from the one expected, NaN being what NaN is, else 0.0; on `device`."""
-    flags = [
-        ((e.view_as(f) != f) & ~(e.view_as(f).isnan() & f.isnan())).any().to(device)
-        for e, f in zip(expected, found, strict=True)
-    ]
+    """1.0 where some bit differs from the one expected, else 0.0; on `device`. Shapes may differ, dtypes may not."""
+    flags, lot, size = [], [], 0
+    pairs = [(e.reshape(-1), f.reshape(-1)) for e, f in zip(expected, found, strict=True) if f.numel()]
+    for e, f in pairs:
+        if lot and (
+            size + f.nbytes > _COMPARED_BYTES or (f.dtype, f.device) != (lot[0][1].dtype, lot[0][1].device)
+        ):
+            flags.append(_differ(lot).to(device))
+            lot, size = [], 0
+        lot.append((e, f))
+        size += f.nbytes
+    if lot:
+        flags.append(_differ(lot).to(device))
     if not flags:
         return torch.zeros((), dtype=torch.float32, device=device)
     return torch.stack(flags).any().float()
+
+
+def _differ(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    expected, found = (
+        torch.cat(parts).view(_BITS[parts[0].element_size()]) for parts in zip(*pairs, strict=True)
+    )
+    return (expected != found).any()
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,22 +30,21 @@ from structlora_trl.adapters.measuring import load_base
 from structlora_trl.adapters.peft_scaling import with_one_scale
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.state import STATE_NAME
 from tests.support.adapters import (
     ADAPTER,
     ATTENTION,
     CONFIG,
-    DEPTHS,
     EXPERTS,
-    KINDS,
+    HALF,
+    RANK,
     RUNS,
+    STEPS,
     as_it_is,
     bare_run,
     llama_run,
     on_base,
     peft_run,
     take_steps,
-    train,
 )
 from tests.support.cli_runs import logits_of
 from tests.support.data import texts, write_rows
@@ -59,7 +56,7 @@ from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
 @pytest.mark.parametrize("variant", RUNS)
 @pytest.mark.parametrize("source", ["output", "checkpoint"])
 def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
-    folder = runs(variant) if source == "output" else runs(variant) / "checkpoint-6"
+    folder = runs(variant) if source == "output" else runs(variant) / f"checkpoint-{STEPS}"
     assert main(["export", str(folder), str(tmp_path / "adapter")]) == 0
     saved, exported = load_file(folder / ADAPTER), load_file(tmp_path / "adapter" / ADAPTER)
     assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
@@ -69,75 +66,37 @@ def test_export_is_the_adapter_that_was_saved(variant, source, runs, tmp_path):
     )
 
 
-def close_directions(state: dict, adapter: dict, threshold: float) -> int:
-    """Zero the closed columns of lora_B; how many."""
-    closed = 0
-    for kind in KINDS:
-        for depth, gates in enumerate(state[f"{kind}/filters.0.logits"].sigmoid()):
-            weight = adapter[f"base_model.model.{kind.replace('*', str(depth))}.lora_B.weight"]
-            weight[:, gates < threshold] = 0
-            closed += int((gates < threshold).sum())
-    return closed
+def open_directions(folder) -> dict[str, torch.Tensor]:
+    """Module -> which of its directions add something."""
+    weights = load_file(folder / ADAPTER)
+    return {name: (weights[name] != 0).any(0) for name in weights if "lora_B" in name}
 
 
-@pytest.mark.parametrize("variant", ["plain", "rslora"])
+@pytest.mark.parametrize("variant", RUNS)
 def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path, capsys):
-    out = runs(variant)
-    base, state = out.parent / "base", load_file(out / STATE_NAME)
-    gates = torch.cat([state[f"{kind}/filters.0.logits"].sigmoid() for kind in KINDS])
-    # As large as leaves every module a direction, and between two gates.
-    below = gates[gates < gates.amax(1).min()].max()
-    threshold = float((below + gates.amax(1).min()) / 2)
-    shutil.copytree(out, tmp_path / "masked", ignore=shutil.ignore_patterns("checkpoint-*"))
-    masked = load_file(out / ADAPTER)
-    closed = close_directions(state, masked, threshold)
-    assert 0 < closed < gates.numel()
-    save_file(masked, tmp_path / "masked" / ADAPTER, {"format": "pt"})
-    capsys.readouterr()
-    assert main(["export", str(out), str(tmp_path / "small"), "--prune", str(threshold)]) == 0
-    printed = capsys.readouterr().out
-
-    small = load_file(tmp_path / "small" / ADAPTER)
-    assert sum(len(value) for name, value in small.items() if "lora_A" in name) == gates.numel() - closed
-    assert (tmp_path / "small" / ADAPTER).stat().st_size < (out / ADAPTER).stat().st_size
-    model = on_base(tmp_path / "small", base)
-    before, expected, after = (
-        logits_of(m, "llama") for m in (on_base(out, base), on_base(tmp_path / "masked", base), model)
-    )
-    torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(after, before, atol=1e-4)
-    before, after = (
-        next(x.split() for x in printed.splitlines() if x.startswith(y)) for y in ("the adapter", "small")
-    )
-    assert before[3] == str(gates.numel()) and after[4] == str(gates.numel() - closed)  # "4" and "1 to 4"
-    assert "Output change on 4 x 64 random tokens" in printed
-
-
-@pytest.mark.parametrize("variant", ["plain", "dora"])
-def test_prune_measures_on_a_text_and_leaves_empty_modules_out(variant, runs, tmp_path, capsys):
-    """Or spares one direction, where PEFT cannot leave a module out, as with DoRA."""
+    """Modules that lose all of theirs are left out, but where PEFT cannot leave one out, as with DoRA."""
     (tmp_path / "probe.txt").write_text("w1 w2 w3 w4 w5")
-    out = runs(variant)
-    state = load_file(out / STATE_NAME)
-    gates = torch.cat([state[f"{kind}/filters.0.logits"].sigmoid() for kind in KINDS])
-    best = gates.amax(1).sort().values  # (modules,)
-    threshold = float((best[0] + best[1]) / 2)
-    given = [
-        str(out),
-        str(tmp_path / "one"),
-        "--prune",
-        str(threshold),
-        "--probe",
-        str(tmp_path / "probe.txt"),
-    ]
-    assert main(["export", *given]) == 0
-    printed, modules = capsys.readouterr().out, len(KINDS) * DEPTHS
-    assert "1 x 5 tokens" in printed and ("1 modules keep no direction" in printed) == (variant == "plain")
-    assert ("1 modules would keep no direction" in printed) == (variant == "dora")
-    weights = load_file(tmp_path / "one" / ADAPTER)
-    assert sum("lora_A" in name for name in weights) == modules - (variant == "plain")
-    assert main(["export", str(out), str(tmp_path / "none"), "--prune", "1"]) == 1
-    assert "above every gate" in capsys.readouterr().err
+    out, base = runs(variant), runs(variant).parent / "base"
+    adds = open_directions(out)
+    count, empty = sum(int(x.sum()) for x in adds.values()), sum(not x.any() for x in adds.values())
+    assert 0 < count < RANK * len(adds)
+    capsys.readouterr()
+    given = ["--prune", "--probe", str(tmp_path / "probe.txt")]
+    assert main(["export", str(out), str(tmp_path / "small"), *given]) == 0
+    printed, small = capsys.readouterr().out, load_file(tmp_path / "small" / ADAPTER)
+    spared = empty if variant == "dora" else 0
+    assert sum(len(value) for name, value in small.items() if "lora_A" in name) == count + spared
+    assert sum("lora_A" in name for name in small) == len(adds) - empty + spared
+    assert "1 x 5 tokens" in printed
+    before, after = (logits_of(on_base(folder, base), "llama") for folder in (out, tmp_path / "small"))
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+def test_nothing_to_prune_is_told(runs, tmp_path, capsys):
+    """A checkpoint of before the selection."""
+    assert main(["export", str(runs() / f"checkpoint-{HALF}"), str(tmp_path / "same"), "--prune"]) == 0
+    assert "Every direction adds something" in capsys.readouterr().out
+    assert (tmp_path / "same" / ADAPTER).is_file()
 
 
 def test_merge(runs, plain_adapter, tmp_path):
@@ -249,11 +208,9 @@ def test_loftq_without_an_accelerator_is_refused_by_name(smaller, tmp_path):
 
 # What is wrong -> (arguments, words of the message)
 MISTAKES = {
-    "no gates known": (["--prune", "0.1"], "its gates are unknown"),
     "no base": (["--merge", "--base", "missing"], "loading the base model missing failed"),
-    "a threshold out of range": (["--prune", "5"], "above 0"),
-    "no probe": (["--prune", "0.1", "--probe", "missing"], "reading the probe text failed"),
-    "an empty probe": (["--prune", "0.1", "--probe", "/dev/null"], "no text in /dev/null"),
+    "no probe": (["--prune", "--probe", "missing"], "reading the probe text failed"),
+    "an empty probe": (["--prune", "--probe", "/dev/null"], "no text in /dev/null"),
     "a share of nothing": (["--keep", "0"], "`keep` 0"),
     "a share above all": (["--keep", "1.5"], "`keep` 1.5"),
     "a share that is no number": (["--keep", "most"], "`keep` most"),
@@ -274,7 +231,7 @@ WITHOUT_EFFECT = {
         ["--keep", "0.5", "--data", "rows.txt", "--probe", "none"],
         "--probe needs --rank, --keep or --prune",
     ),
-    "two rules": (["--keep", "0.5", "--prune", "0.5"], "--prune: not allowed with argument --keep"),
+    "two rules": (["--keep", "0.5", "--prune"], "--prune: not allowed with argument --keep"),
     "data alone": (["--data", "rows.txt"], "need --rank or --keep"),
     "distillation alone": (["--distil"], "need --rank or --keep"),
     "a split alone": (["--keep", "0.5", "--split", "test"], "--split needs --data"),
@@ -284,9 +241,9 @@ WITHOUT_EFFECT = {
 
 
 @pytest.mark.parametrize("mistake", [*MISTAKES, *WITHOUT_EFFECT])
-def test_every_mistake_gets_a_message(mistake, runs, plain_adapter, tmp_path, monkeypatch, capsys):
+def test_every_mistake_gets_a_message(mistake, runs, tmp_path, monkeypatch, capsys):
     arguments, words = {**MISTAKES, **WITHOUT_EFFECT}[mistake]
-    folder = plain_adapter if mistake == "no gates known" else runs()
+    folder = runs()
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.txt", texts())
     write_rows(tmp_path / "other.jsonl", [{"question": "w1", "answer": "w2"}])
@@ -310,28 +267,6 @@ def test_an_output_folder_below_a_file_is_refused_before_the_work(below, runs, t
     monkeypatch.setattr("structlora_trl.adapters.export.write_adapter", None)
     assert main(["export", str(runs()), str(file / below)]) == 1
     assert f"a file {file}" in capsys.readouterr().err and file.read_text() == "kept"
-
-
-@pytest.mark.parametrize(
-    "option, words",
-    [
-        ({"structlora.filter": "random"}, "learns no gates"),
-        (
-            {"structlora.filter": "topk_norm", "structlora.gate_init": 0.5, "structlora.coordinator": "none"},
-            None,
-        ),
-    ],
-)
-def test_prune_goes_by_the_filter(option, words, tmp_path, capsys):
-    out = train(tmp_path, **option)
-    capsys.readouterr()
-    code = main(["export", str(out), str(tmp_path / "small"), "--prune", "0.5"])
-    captured = capsys.readouterr()
-    if words:
-        assert code == 1 and words in captured.err
-    else:  # closed directions are exactly zero at evaluation: nothing changes but the order of the sums
-        largest = float(re.search(r"largest ([^,]+),", captured.out)[1])
-        assert code == 0 and largest < 1e-5 and "  50.0%" in captured.out
 
 
 def with_another_head(build, model_class, **options):
@@ -396,7 +331,7 @@ def test_models_of_every_kind_are_pruned_and_merged(name, tmp_path):
     model = load(tmp_path / "base")
     out = bare_run(model, tmp_path / "out", FAMILIES[family].batch, **lora)
     saved = read_saved(out)
-    done = export(saved, tmp_path / "small", prune_below=0.5)
+    done = export(saved, tmp_path / "small", prune=True)
     assert done.change.probe == probed and done.change.largest < 1e-5 and done.change.agreement == 1.0
     directions = done.sizes[0]
     assert 0.3 * directions.before < directions.after < 0.7 * directions.before
@@ -434,7 +369,7 @@ CHANGING = {
 def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
     lora, config = CHANGING[option]
     saved = read_saved(llama_run(tmp_path, config, **lora))
-    done = export(saved, tmp_path / "small", prune_below=0.5)
+    done = export(saved, tmp_path / "small", prune=True)
     assert done.change.largest < 1e-5
     expected, found = (
         logits_of(on_base(tmp_path / name, tmp_path / "base"), "llama") for name in ("out", "small")
@@ -549,7 +484,7 @@ SCALES = {
 
 
 @pytest.mark.parametrize(
-    "options, loaders", [({"prune_below": 0.5}, list(LOADERS)[:1]), ({"server": "llamacpp"}, LOADERS)]
+    "options, loaders", [({"prune": True}, list(LOADERS)[:1]), ({"server": "llamacpp"}, LOADERS)]
 )
 @pytest.mark.parametrize("scales", SCALES)
 def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
@@ -564,6 +499,9 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
         torch.testing.assert_close(update, expected[module], atol=1e-6, rtol=1e-5)
     tensors = load_file(tmp_path / "exported" / ADAPTER)
     for module, update in expected.items():
+        if f"base_model.model.{module}.lora_A.weight" not in tensors:  # it lost all of its directions
+            assert not update.any()
+            continue
         A, B = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
         for loader in loaders:
             torch.testing.assert_close(LOADERS[loader](config, len(A)) * B @ A, update, atol=1e-6, rtol=1e-5)
@@ -571,7 +509,7 @@ def test_every_loader_finds_the_scale(scales, options, loaders, tmp_path):
 
 # What PEFT makes of it at another rank or scale is not what was trained -> (LoRA's options, what is asked for, a name that the
 # message holds; or the largest difference of logits where it is not refused).
-ONE_RANK, PRUNED = None, {"prune_below": 0.5, "probe": "none"}
+ONE_RANK, PRUNED = None, {"prune": True, "probe": "none"}
 BOUND = {
     "OLoRA of two ranks": (
         {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},

@@ -408,15 +408,3 @@ def test_base_weights_in_the_directions_keep_their_ranks(tmp_path):
     )
     with pytest.raises(StructLoRAError, match="pissa"):
         export(read_saved(out), tmp_path / "small", keep=0.5)
-
-
-def test_a_threshold_below_every_gate_is_told(runs, tmp_path, capsys):
-    saved = read_saved(runs())
-    gates = torch.cat([saved.gates(index).flatten() for index in range(len(saved.kinds))]).double()
-    capsys.readouterr()
-    assert main(["export", str(runs()), str(tmp_path / "same"), "--prune", "0.01", "--probe", "none"]) == 0
-    told = f"the least open one is at {gates.min():.3f}, the median at {gates.quantile(0.5):.3f}"
-    assert told in capsys.readouterr().out
-    given = ["--prune", str(float(gates.median())), "--probe", "none"]
-    assert main(["export", str(runs()), str(tmp_path / "small"), *given]) == 0
-    assert "nothing was dropped" not in capsys.readouterr().out

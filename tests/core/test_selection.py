@@ -158,7 +158,7 @@ def test_a_run_that_ends_before_its_selection_says_so(caplog):
 
 
 def test_a_selection_tells_its_size_and_the_command_that_uses_it(caplog):
-    model, optimizer, runtime = started()
+    model, optimizer, _ = started()
     train(model, "llama", optimizer, CUT)
     kept = sum(int(k.sum()) for k in directions(model).values())
     assert re.search(

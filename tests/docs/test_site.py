@@ -58,7 +58,18 @@ def test_pages_link_to_the_repository_once_it_has_an_address(monkeypatch):
 def test_reference_names_everything_public(site):
     anchors = set(re.findall(r'id="(structlora_trl\.[\w.]+)"', (site / "api.html").read_text()))
     public = {f"structlora_trl.{name}" for name in structlora_trl.__all__ if name != "__version__"}
-    for name in ("load_adapter", "inspecting", "figures", "page", "pruning", "measuring", "rows", "export"):
+    for name in (
+        "load_adapter",
+        "inspecting",
+        "figures",
+        "page",
+        "pruning",
+        "measuring",
+        "rows",
+        "export",
+        "distilling",
+        "servers",
+    ):
         module = import_module(f"structlora_trl.adapters.{name}")
         own = [item for item in vars(module).values() if getattr(item, "__module__", None) == module.__name__]
         public |= {f"{module.__name__}.{item.__name__}" for item in own if not item.__name__.startswith("_")}

@@ -50,7 +50,11 @@ RUNS = {
         ["fsdp2", "zero3"],
         ["ddp", "loaded", "zero1", "zero2", *FOUR_PROCESSES],
     ),
-    "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}}, [], ALL),
+    "frozen lora_A": (
+        {"freeze": "lora_A", "method": {"side": "write"}},
+        ["zero3"],
+        [e for e in ALL if e != "zero3"],
+    ),
     "plain LoRA, clipped": ({"clip": 0.1, "method": ALONE}, ["zero2"], ["ddp", "fsdp2", "zero1", "zero3"]),
     "experts": ({**EXPERTS, "experts": "stacked", "method": HYBRID}, [], ENGINES),
     "experts apart": (

@@ -1,4 +1,4 @@
-"""What all engines share: whether gradients hold NaN or Inf, and whether one is other than zero."""
+"""What all engines share: what gradients are like, and whether other code has written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from structlora_trl.engines.base import flags_of
+from structlora_trl.engines import base
+from structlora_trl.engines.base import differs, flags_of
 
 HALF = torch.full((9,), 6e4, dtype=torch.float16)
 
@@ -25,3 +26,15 @@ HALF = torch.full((9,), 6e4, dtype=torch.float16)
 )
 def test_gradients_are_told_apart_whatever_their_dtypes(tensors, is_bad, is_moving):
     assert flags_of(tensors, torch.device("cpu")).tolist() == [is_bad, is_moving]
+
+
+def test_a_write_is_seen_whatever_the_dtypes(monkeypatch):
+    """In any lot of what is compared together; shapes do not matter, and NaN is what NaN is."""
+    monkeypatch.setattr(base, "_COMPARED_BYTES", 16)
+    found = [torch.tensor([1.0, math.nan]), torch.empty(0), torch.ones(3, 4), HALF, torch.zeros(2)]
+    for written in (None, 0, 2, 3, 4):
+        expected = [x.flatten().clone() for x in found]
+        if written is not None:
+            expected[written][0] = 5
+        assert differs(expected, found, torch.device("cpu")) == (written is not None)
+    assert differs([], [], torch.device("cpu")) == 0

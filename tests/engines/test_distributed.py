@@ -35,37 +35,82 @@ def length(accumulation: int, micro_batch: int = 6) -> dict:
     return {"accumulation": accumulation, "rows": rows, "steps": 10, "micro_batch": micro_batch}
 
 
-CORE = [("fsdp2", 2, 3, {}), ("zero2", 2, 3, {}), ("zero3", 2, 1, SHARDED)]
-WORLDS = [(2, 3), (3, 1)]  # processes, micro-batches that accumulate
-MATRIX = [(e, *world, {}) for e in ENGINES for world in WORLDS]
-MATRIX += [("zero3", 2, 3, SHARDED), ("zero3", 3, 1, SHARDED), ("zero3", 3, 3, SHARDED)]
-MATRIX += [("hsdp", 6, 1, {}), ("hsdp", 6, 3, {})]  # two replicas of three shards
-MATRIX += [
-    ("zero3", 6, 1, {"zero_optimization": {**SHARDED["zero_optimization"], "zero_hpz_partition_size": 2}})
-]
-MATRIX += [(f"zero{stage}_offload", 2, 3, {}) for stage in (1, 2, 3)]
+def rows(engines, world: int) -> list[tuple[str, int]]:
+    return [(engine, world) for engine in engines]
 
 
-RANKS = [("hsdp", 4), *((engine, world) for engine in ENGINES for world in (3, 4)), ("zero3", 2)]
-CORE_RANKS = [("fsdp2", 3), ("zero3", 2)]
+OFFLOAD = [f"zero{stage}_offload" for stage in (1, 2, 3)]
+VARIANTS = {
+    "sharded": SHARDED,
+    "hpz": {"zero_optimization": {**SHARDED["zero_optimization"], "zero_hpz_partition_size": 2}},
+}
+CLIPPED = {"trainer": {**STEADY, "max_grad_norm": 0.1, "logging_steps": 6}}
+EVEN = {"trainer": {**STEADY, "pad_to_multiple_of": 8}}  # sequences that contexts deal out evenly
+EQUAL = {
+    # name: (what the job is told, engines with their processes in the quick suite, and beside them)
+    "ten steps": (
+        {**length(1), **SEMANTIC},
+        [("zero3 sharded", 2)],
+        [*rows([*ENGINES, "zero3 sharded"], 3), *rows(["hsdp", "zero3 hpz"], 6)],
+    ),
+    "accumulated": (
+        {**length(3), **SEMANTIC},
+        rows(["fsdp2", "zero2"], 2),
+        [*rows(["ddp", "zero1", "zero3", "zero3 sharded", *OFFLOAD], 2), ("zero3 sharded", 3), ("hsdp", 6)],
+    ),
+    # On widths that 3 does not divide, and an adapter of fewer rows than ranks.
+    "clipped": (
+        {**length(3, 12), "steps": 6, "lora": {"r": 2}, **CLIPPED, **SEMANTIC},
+        [("fsdp2", 3), ("zero3 sharded", 2), ("zero2_offload", 2)],
+        [
+            *rows(["ddp", "zero1", "zero2", "zero3 sharded"], 3),
+            *rows(["hsdp", *ENGINES, "zero3 sharded"], 4),
+            *rows(["zero1_offload", "zero3_offload"], 2),
+        ],
+    ),
+    "uneven adapter": (
+        {"lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]}},
+        [("fsdp2", 3)],
+        rows(["ddp", "zero1", "zero2", "zero3"], 3),
+    ),
+    # λ_d of four directions, over three ranks.
+    "VeRA": (
+        {"vera": {"r": 4}, "steps": 13, "method": {"keep": 0.5, "select_at": 10}},
+        [("zero3", 3)],
+        rows(["ddp", "fsdp2", "zero1", "zero2"], 3),
+    ),
+    "context parallelism": ({**EVEN, **SEMANTIC}, [("cp", 4)], []),
+    "sequence parallelism": (
+        {**EVEN, "sequence_parallel": 2, **SEMANTIC},
+        [],
+        rows(["zero1", "zero2", "zero3"], 2),
+    ),
+    "subclass": ({"subclass": True}, [], rows(["fsdp2", "zero3"], 2)),
+}
 
 
 @pytest.mark.parametrize(
-    "engine, world", [pytest.param(*row, marks=() if row in CORE_RANKS else slow) for row in RANKS]
+    "name, engine, world",
+    [
+        *((name, *row) for name, (_, quick, _) in EQUAL.items() for row in quick),
+        *(pytest.param(name, *row, marks=slow) for name, (_, _, others) in EQUAL.items() for row in others),
+    ],
 )
-def test_each_number_of_ranks(engine, world, tmp_path, one_process):
-    """Clipped, accumulated, on widths that 3 does not divide, and an adapter of fewer rows than ranks."""
-    options = {
-        **length(3, 12),
-        "steps": 6,
-        "trainer": {**STEADY, "max_grad_norm": 0.1, "logging_steps": 6},
-        "lora": {"r": 2},
-        **SEMANTIC,
-    }
-    facts = launch(tmp_path, engine, world, deepspeed=SHARDED if engine == "zero3" else {}, **options)
-    assert facts["step"] == 6 and facts["skipped"] == 0
-    assert min(facts["norms"]) > 0.1  # it does clip
-    assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
+def test_latents_are_those_of_one_process(name, engine, world, tmp_path, one_process):
+    ring = "torch.distributed.tensor.experimental._context_parallel"
+    if engine == "cp" and importlib.util.find_spec(ring) is None:
+        pytest.skip(f"torch {torch.__version__} has no place to give its ring attention the CPU's kernel")
+    options = {"steps": 6, "trainer": STEADY, **EQUAL[name][0]}
+    engine, *variants = engine.split()
+    deepspeed = VARIANTS[variants[0]] if variants else {}
+    facts = launch(tmp_path, engine, world, deepspeed=deepspeed, **options)
+    alone = one_process(**{k: v for k, v in options.items() if k != "sequence_parallel"})
+    assert facts["step"] == options["steps"] and facts["skipped"] == 0
+    if name == "clipped":
+        assert min(facts["norms"]) > 0.1  # it does clip
+    if engine == "cp":
+        assert facts["mesh"] == {"dp_shard_cp": 4}  # parameters are sharded over contexts too
+    assert largest_difference(trained(alone), trained(tmp_path)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -91,17 +136,6 @@ def test_gates_alone_send_nothing(engine, tmp_path):
     assert per_step({"coordinator": "none"}) == (0, 0)
     collectives, sent = per_step({})
     assert 1 <= collectives <= 9 and sent > 0
-
-
-@pytest.mark.parametrize(
-    "engine, world, accumulation, deepspeed",
-    CORE + [pytest.param(*row, marks=slow) for row in MATRIX if row not in CORE],
-)
-def test_fp32_latents_are_those_of_one_process(engine, world, accumulation, deepspeed, tmp_path, one_process):
-    options = {**length(accumulation), "trainer": STEADY, **SEMANTIC}
-    facts = launch(tmp_path, engine, world, deepspeed=deepspeed, **options)
-    assert facts["step"] == 10 and facts["skipped"] == 0
-    assert largest_difference(trained(one_process(**options)), trained(tmp_path)) <= 1e-5
 
 
 LOADED = [
@@ -179,7 +213,7 @@ def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found
         assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError: StructLoRA found {found}" in output
 
 
-BF16 = [(e, *world, {}) for e in ENGINES for world in WORLDS]
+BF16 = [(e, *world, {}) for e in ENGINES for world in ((2, 3), (3, 1))]
 BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
 BF16 += [
     ("hsdp", 6, 1, {}),
@@ -205,74 +239,6 @@ def test_bf16_is_as_near_to_one_process_as_plain_lora(
         return sum((one[n] - many[n]).float().square().sum().item() for n in one) ** 0.5
 
     assert distance({}) <= 2 * distance(None)
-
-
-SET_UPS = {
-    # name: (what the job is told, engines)
-    "clipping": (
-        {"trainer": {**STEADY, "max_grad_norm": 0.1}, **SEMANTIC},
-        [f"zero{s}_offload" for s in (1, 2, 3)],  # the others are clipped at each number of ranks
-    ),
-    "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}, "trainer": STEADY}, ENGINES),
-    "uneven adapter": (
-        {
-            "lora": {"rank_pattern": {r"layers\.1\..*v_proj": 3}, "layers_to_transform": [0, 1]},
-            "trainer": STEADY,
-        },
-        ENGINES,
-    ),
-    "both sides": ({"method": {"side": "both"}, "trainer": STEADY}, ENGINES),
-    # λ_d of four directions, over three ranks.
-    "VeRA": (
-        {"vera": {"r": 4}, "trainer": STEADY, "steps": 13, "method": {"keep": 0.5, "select_at": 10}},
-        ENGINES,
-    ),
-    # Contexts of two ranks. Sequences of 8 tokens deal out evenly.
-    "context parallelism": ({"trainer": {**STEADY, "pad_to_multiple_of": 8}, **SEMANTIC}, ["cp"]),
-    "sequence parallelism": (
-        {
-            "trainer": {**STEADY, "pad_to_multiple_of": 8, "max_grad_norm": 0.1},
-            "sequence_parallel": 2,
-            **SEMANTIC,
-        },
-        ("zero1", "zero2", "zero3"),
-    ),
-    "subclass": ({"subclass": True, "trainer": STEADY}, ["fsdp2", "zero3"]),
-}
-CORE_SET_UPS = [
-    ("context parallelism", "cp"),
-    ("clipping", "zero2_offload"),
-    ("frozen lora_A", "zero3"),
-    ("uneven adapter", "fsdp2"),
-    ("VeRA", "zero3"),
-]
-
-
-@pytest.mark.parametrize(
-    "name, engine",
-    [
-        pytest.param(name, engine, marks=() if (name, engine) in CORE_SET_UPS else slow)
-        for name, (_, engines) in SET_UPS.items()
-        for engine in engines
-    ],
-)
-def test_less_usual_set_ups_equal_one_process(name, engine, tmp_path, one_process):
-    ring = "torch.distributed.tensor.experimental._context_parallel"
-    if name == "context parallelism" and importlib.util.find_spec(ring) is None:
-        pytest.skip(f"torch {torch.__version__} has no place to give its ring attention the CPU's kernel")
-    options = {"steps": 6, **SET_UPS[name][0]}
-    world = {"uneven adapter": 3, "VeRA": 3, "context parallelism": 4}.get(name, 2)
-    facts = launch(tmp_path, engine, world, **options)
-    alone = one_process(**{k: v for k, v in options.items() if k != "sequence_parallel"})
-    assert facts["step"] == options["steps"]
-    if name == "context parallelism":
-        assert facts["mesh"] == {"dp_shard_cp": 4}  # parameters are sharded over contexts too
-    if name == "clipping":
-        assert min(facts["norms"]) > 0.1  # it does clip
-    if name == "frozen lora_A":
-        state_dict = trained(tmp_path)
-        assert all(torch.equal(v, trained(alone)[n]) for n, v in state_dict.items() if n.endswith("latent_A"))
-    assert largest_difference(trained(alone), trained(tmp_path)) <= 1e-5
 
 
 @pytest.mark.parametrize("engine", [e if e == "ddp" else pytest.param(e, marks=slow) for e in ENGINES])
@@ -339,13 +305,12 @@ def test_resume_at_another_world_size(engine, tmp_path, one_process):
     assert largest_difference(trained(one_process(**SAVING)), trained(tmp_path)) <= 1e-5
 
 
-@slow  # `test_attach` has a quick one
+@slow  # `test_attach` has those of fp32
 @pytest.mark.parametrize("engine", [*ENGINES, "zero2_offload"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bad_gradients_skip_the_step_everywhere(engine, dtype, tmp_path):
+def test_bad_gradients_skip_the_step_everywhere(engine, tmp_path):
     """The run with a poisoned last step ends where the run without that step does."""
-    deepspeed = FP32_GRADIENTS if dtype == "bfloat16" and engine == "zero1" else {}
-    options = {"dtype": dtype, "steps": 4, "deepspeed": deepspeed}
+    deepspeed = FP32_GRADIENTS if engine == "zero1" else {}
+    options = {"dtype": "bfloat16", "steps": 4, "deepspeed": deepspeed}
     facts = launch(tmp_path / "poisoned", engine, poison_at=3, **options)
     assert facts["step"] == 3 and facts["skipped"] == 1
     launch(tmp_path / "clean", engine, stop_at=3, **options)

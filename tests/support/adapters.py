@@ -22,8 +22,11 @@ RUNS = {
     "plain": {},
     "rslora": {"use_rslora": "true"},
     "dora": {"use_dora": "true"},
-    "heads": {"structlora.head_gates": "true"},
 }
+STEPS, HALF = (
+    12,
+    6,
+)  # of a run of the command line, and of its first checkpoint; directions are selected at 10
 
 
 EXPERTS = {"target_parameters": tiny.FAMILIES["mixtral"].parameters}
@@ -31,16 +34,17 @@ ATTENTION = {"target_modules": tiny.FAMILIES["llama"].attention}
 
 
 def train(folder: Path, **options) -> Path:
-    """A run whose gates have moved far apart; its output folder."""
+    """A run that has closed half of its directions; its output folder."""
     save_base(folder / "base")
     write_rows(folder / "data.jsonl", texts())
     paths = {"model_name_or_path": str(folder / "base"), "dataset_name": str(folder / "data.jsonl")}
     settings = {
         "output_dir": str(folder / "out"),
-        "max_steps": 6,
+        "max_steps": STEPS,
         "save_strategy": "steps",
-        "save_steps": 3,
-        "structlora.gate_lr": 2.0,
+        "save_steps": HALF,
+        "structlora.keep": 0.5,
+        "structlora.select_at": 10,
     }
     assert main(["sft", *command_line({**SFT, **paths, **settings, **options})]) == 0
     return folder / "out"
@@ -87,8 +91,7 @@ def as_it_is(build):
 
 
 def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = None, **lora) -> Path:
-    """An adapter of any model, half of whose directions are closed: what they add is 0, so that nothing but them may go. There
-    is no coordinator unless `method` asks for one, for on the writing side it gives closed directions what it takes from others.
+    """An adapter of any model, half of whose directions are closed, as `keep` closes them.
 
     Args:
         model (`PreTrainedModel`): loaded from a folder.
@@ -99,13 +102,15 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     """
     model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
     optimizer = tiny.adamw(model)
-    runtime = attach(model, optimizer, {"coordinator": "none", **(method or {})})
+    closes = lora.get("init_lora_weights", True) is True  # others have no directions to close
+    keep = {"keep": 0.5, "select_at": 100} if closes else {}
+    runtime = attach(model, optimizer, {"coordinator": "none", **keep, **(method or {})})
     take_steps(model, optimizer, batch)
-    runtime.train()
     generator = torch.Generator().manual_seed(4)
-    for m in runtime.maps:
-        m.filter.logits.data.masked_fill_(torch.rand(m.filter.logits.shape, generator=generator) < 0.5, -40.0)
-    runtime.eval()
+    for m in runtime.maps if closes else ():
+        m.selection.close(torch.rand(m.selection.kept.shape, generator=generator) < 0.5)
+    state = runtime.state_dict()
+    runtime.load_state_dict(state)  # which writes what the mask leaves
     model.save_pretrained(out)
     save_state(runtime, out)
     return out

@@ -166,23 +166,6 @@ class SharpnessAware(Loop):
         return loss.item()
 
 
-class FunctionalSharpnessAware(Loop):
-    """The same by `torch.func.functional_call`: perturbed values stand in no parameter."""
-
-    def step(self, index):
-        parameters = trainable(self.model)
-        self.loss(index).backward()
-        scale = SharpnessAware.radius / torch.stack([p.grad.norm() for p in parameters.values()]).norm()
-        perturbed = {name: (p.detach() + scale * p.grad).requires_grad_() for name, p in parameters.items()}
-        loss = torch.func.functional_call(self.forward, perturbed, kwargs=self.setup.batch(index)).loss
-        gradients = torch.autograd.grad(loss, list(perturbed.values()))
-        for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.after_step(loss)
-        return loss.item()
-
-
 class AsLoaded(Loop):
     """The base model stays in `eval()`, as `from_pretrained` returns it; PEFT's own modules around it are in `train()`."""
 
@@ -396,27 +379,6 @@ class Averaging(Loop):
         self.count += 1
 
 
-class NoisyEmbeddings(Loop):
-    """NEFTune: noise on the embeddings in training."""
-
-    def prepare(self):
-        def add_noise(module, _, output):
-            return output + 0.1 * torch.randn_like(output) if module.training else output
-
-        self.model.get_input_embeddings().register_forward_hook(add_noise)
-
-
-class Interrupted(Loop):
-    """Each second step breaks off between its micro-batches, is looked at, and begins anew."""
-
-    def step(self, index):
-        if index % 2:
-            self.loss(index).backward()
-            self.watch(self)
-            self.optimizer.zero_grad()
-        return super().step(index)
-
-
 class Swapping(Loop):
     """A moving average that is swapped in to be looked at, and out again before training goes on."""
 
@@ -470,18 +432,6 @@ class ReferencePass(Loop):
         return output.loss + torch.nn.functional.mse_loss(output.logits, reference)
 
 
-class Evaluating(Loop):
-    """An evaluation between forward and backward, and another before the optimizer's step."""
-
-    def loss(self, index):
-        loss = super().loss(index)
-        self.watch(self)
-        return loss
-
-    def before_step(self):
-        self.watch(self)
-
-
 class Freezing(Loop):
     """The first layer is frozen in every second step."""
 
@@ -512,7 +462,9 @@ class InTrainer:
     @classmethod
     def run(cls, setup, folder: Path, method: dict | None, steps=None, resume=False, watch=look_away):
         run = SimpleNamespace(setup=setup, runtime=None)
-        ours = [] if method is None else [StructLoRACallback(method)]
+        # These runs make few passes, in which gates have no noise by themselves.
+        noise = {} if setup.quiet else {"noise": "on"}
+        ours = [] if method is None else [StructLoRACallback({**noise, **method})]
         trainer = setup.trainer(
             folder,
             [*ours, _Watching(run, watch, ours)],

@@ -23,7 +23,9 @@ def check(text: str, *words: str) -> None:
 @pytest.mark.parametrize("job", [sft, plain])
 def test_cards_of_a_trainer(job, saves, tmp_path):
     """Whoever calls `save_model` afterwards keeps the section, also where nothing was saved before."""
-    trainer = job(tmp_path, [StructLoRACallback(noise_variance=0.5)], save_strategy=saves, save_steps=3)
+    trainer = job(
+        tmp_path, [StructLoRACallback(noise="on", noise_variance=0.5)], save_strategy=saves, save_steps=3
+    )
     trainer.train()
     trainer.save_model()
     folders = [tmp_path, *tmp_path.glob("checkpoint-*")]

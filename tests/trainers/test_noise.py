@@ -8,37 +8,36 @@ from types import SimpleNamespace
 
 import pytest
 import trl
+from datasets import IterableDataset
 
 from structlora_trl import StructLoRACallback
+from structlora_trl.core.gates import noise_share
 from structlora_trl.trainers.compat import why_quiet
 from tests.support.jobs import JOBS
 from tests.support.tiny import warm_up
 
-ON, DPO, OWN = (
-    "gates on ",
-    "none on 9 (%s switches dropout off)",
-    "none on 9 (%s trains on samples of its own policy)",
-)
-NOISE = {  # job: what the start says of its gates
-    "sft": ON,
-    "trainer": ON,
-    "dpo": DPO % "DPOTrainer",
-    "kto": DPO % "KTOTrainer",
-    "reward": DPO % "RewardTrainer",
-    "grpo": OWN % "GRPOTrainer",
-    "rloo": OWN % "RLOOTrainer",
+ROWS_AT_ONCE = {"max_steps": -1, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 2}
+SOME = f"variance {noise_share(12):.2g} for 12 passes over the data)"
+CASES = {  # job of 48 rows, noise, training arguments, and what the start says of its gates
+    "few passes": ("sft", "auto", {}, "no gates; none on 9 (0.25 passes over the data, too few for noise)"),
+    "some passes": ("sft", "auto", {**ROWS_AT_ONCE, "num_train_epochs": 12}, f"gates on 9 modules ({SOME}"),
+    "streamed rows": ("trainer", "auto", {}, "none on 6 (passes over the data unknown)"),
+    "without dropout": ("reward", "auto", {}, "none on 9 (RewardTrainer switches dropout off)"),
+    "on": ("reward", "on", {}, "gates on 9 modules (variance 1)"),
+    "off": ("sft", "off", {}, "none on 9 (noise='off')"),
 }
 
 
-@pytest.mark.parametrize("job", NOISE)
-def test_noise_is_off_where_dropout_is(job, tmp_path, capsys):
-    callbacks = {noise: StructLoRACallback(noise=noise) for noise in ("auto", "on", "off")}
-    for noise, callback in callbacks.items():
-        JOBS[job](tmp_path / noise, [callback], max_steps=1).train()
-    said = capsys.readouterr().out
-    assert NOISE[job] in said and "(noise='off')" in said
-    gated = {noise: callback.runtime.gated_count > 0 for noise, callback in callbacks.items()}
-    assert gated == {"auto": NOISE[job] == ON, "on": True, "off": False}
+@pytest.mark.parametrize("case", CASES)
+def test_noise_and_what_is_said_of_it(case, tmp_path, capsys):
+    job, noise, options, said = CASES[case]
+    callback = StructLoRACallback(noise=noise)
+    trainer = JOBS[job](tmp_path, [callback], **options)
+    if case == "streamed rows":
+        trainer.train_dataset = IterableDataset.from_generator(lambda: iter(trainer.eval_dataset))
+    trainer.train()
+    assert said in capsys.readouterr().out
+    assert bool(callback.runtime.gated_count) == said.startswith("gates on")
 
 
 class Ratios:

@@ -48,10 +48,8 @@ from tests.support.tiny import (
     FAMILIES,
     adamw,
     assert_same,
-    attached,
     base_model,
     differing,
-    logits_of,
     lora_parameters,
     peft_model,
     train,
@@ -121,30 +119,6 @@ def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
     assert saved.evaluate()["eval_loss"] == pytest.approx(evaluations[4], abs=1e-6)
 
 
-def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
-    options = {
-        **EVERY_OTHER_STEP,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "worst",
-        "greater_is_better": True,
-    }
-
-    class FirstIsBest(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            metrics["eval_worst"] = -state.global_step
-
-    callback = StructLoRACallback()
-    trainer = sft(tmp_path, [callback, FirstIsBest()], **options)
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
-    names = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if "lora" in n}
-    assert_same(best, names)
-    assert callback.runtime.step == 2
-    trainer.train()
-    assert callback.runtime.step == 2 and state_of(tmp_path / "checkpoint-6")[0]["step"] == 6
-
-
 KEEP = {"keep": 0.25, "select_at": 10}
 # How the first `train()` ends -> options of the method, and what training does in its twelfth step
 FIRST_RUNS = {
@@ -176,7 +150,7 @@ def test_another_train_goes_on_with_a_clock_of_its_own(ending, tmp_path):
                 ends.append(callback.runtime.state_dict())
                 raise error
 
-    callback = StructLoRACallback(options, coordinator_lr=0.3)
+    callback = StructLoRACallback(options, noise="on", coordinator_lr=0.3)
     settings = {"max_steps": 14, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     settings |= {"auto_find_batch_size": isinstance(error, RuntimeError)}
     trainer = sft(tmp_path, [callback, Look()], **settings)
@@ -246,6 +220,17 @@ BEST = {
 }
 
 
+def test_best_model_is_loaded_and_training_goes_on_from_it(tmp_path):
+    callback = StructLoRACallback()
+    trainer = sft(tmp_path, [callback, Scripted(best=2)], **{**BEST, "max_steps": 6})
+    trainer.train()
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert_same(renamed(best), weights_of(trainer.model))
+    assert callback.runtime.step == 2
+    trainer.train()
+    assert state_of(tmp_path / "checkpoint-6")[0]["step"] == 6
+
+
 def test_the_best_model_is_one_with_its_directions_selected(tmp_path):
     """The very best evaluation is of before the selection."""
     callback = StructLoRACallback(KEEP)
@@ -309,7 +294,7 @@ def interrupting(event: str) -> TrainerCallback:
     "optim, event, noise",
     [
         ("adamw_torch_fused", "on_step_end", "off"),
-        ("adamw_torch_fused", "on_step_begin", "auto"),
+        ("adamw_torch_fused", "on_step_begin", "on"),
         ("adamw_torch", "on_pre_optimizer_step", "off"),
         ("sgd", "on_step_begin", "off"),
         ("adamw_8bit", "on_step_begin", "off"),
@@ -324,7 +309,7 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     start, clean = weights_of(trainer.model), copy.deepcopy(trainer.model)
-    assert_same(weights_of(clean), start)
+    assert not callback.runtime.is_rewritten() and differing(weights_of(clean), start) == []
     saved = []
     for model in (trainer.model, clean):
         plain_run = sft(tmp_path / "plain", [], model=model, peft=False, optim=optim)
@@ -335,30 +320,7 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
     assert_same(saved[0], weights_of(trainer.model))
     assert set(differing(saved[0], start)) == set(start)
     for name, value in saved[1].items():  # gates were in the forward of the first step
-        assert noise == "auto" or torch.allclose(saved[0][name], value, atol=1e-6)
-
-
-def test_an_interrupted_run_leaves_the_adapter(tmp_path):
-    trainer = sft(tmp_path, [StructLoRACallback(), interrupting("on_step_begin")], max_steps=6)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "saved")
-    assert (logits_of(trainer.model, "llama") - logits_of(loaded, "llama")).abs().max() <= 1e-6
-
-
-@pytest.mark.parametrize("other", ["AdamW", "fused", "8-bit"])
-def test_another_optimizer_in_a_loop_is_refused_at_its_first_step(other):
-    model, optimizer, runtime = attached()
-    train(model, "llama", optimizer, 2)
-    if other == "8-bit":
-        make = partial(pytest.importorskip("bitsandbytes").optim.AdamW8bit, min_8bit_size=16)
-    else:
-        make = partial(torch.optim.AdamW, fused=other == "fused")
-    with pytest.raises(StructLoRAError, match="AdamW.*, another optimizer.*`runtime.detach\\(\\)`"):
-        train(model, "llama", make(lora_parameters(model).values(), lr=1e-3), 1)
-    runtime.detach()
-    train(model, "llama", make(lora_parameters(model).values(), lr=1e-3), 1)
+        assert noise == "on" or torch.allclose(saved[0][name], value, atol=1e-6)
 
 
 def test_another_adapter_that_is_made_active_trains_as_plain_lora(caplog):
