@@ -14,6 +14,14 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
 
+# What the libraries of this environment log, which IPython gives as output of a `!command`.
+LOGGED = (sys.prefix, "[WARNING]", "Failed to load", "_pytree.py", "Loading weights:")
+
+
+def _is_warning(output: dict) -> bool:
+    return output.get("name") == "stderr" or any(part in output.get("text", "") for part in LOGGED)
+
+
 def run() -> None:
     """Execute every cell in a folder that is thrown away; keep what readers would see, without what libraries warn of."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -30,7 +38,7 @@ def run() -> None:
         cell.metadata.pop("execution", None)  # times
         if cell.cell_type != "code":
             continue
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [output for output in cell.outputs if not _is_warning(output)]
         if cell.execution_count:
             count += 1
             cell.execution_count = count

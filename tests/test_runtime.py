@@ -267,8 +267,6 @@ class Evaluates(torch.optim.SGD):
 
 
 def test_optimizers_that_evaluate_within_a_step_are_refused():
-    with pytest.raises(StructLoRAError, match="LBFGS, which evaluates its closure during a step.*AdamW"):
-        attached(optimizer=lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1))
     model, optimizer, runtime = attached(
         optimizer=lambda model: Evaluates(lora_parameters(model).values(), lr=0.1)
     )

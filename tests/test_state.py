@@ -82,7 +82,7 @@ CHANGES = {
     "noise": ({"noise": "off"}, {}),
     "noise_variance": ({"noise_variance": 0.3}, {}),
     "keep": ({"keep": 0.5, "select_at": 100}, {}),
-    "select_at": ({"select_at": 10}, {"keep": 0.5, "select_at": 100}),
+    "select_at": ({"select_at": 14}, {"keep": 0.5, "select_at": 100}),
     "coordinator": ({"coordinator": "gat"}, {}),
     "coordinator_layers": ({"coordinator_layers": 2}, {}),
     "coordinator_lr": ({"coordinator_lr": 1.0}, {}),
@@ -120,7 +120,7 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
     assert f"{name} (" in caplog.text
     assert_same(saved[0], changed.weights())
     going_on = start(**others).enter(tmp_path, *saved)
-    steps = 8 if name == "select_at" else STEPS
+    steps = 12 if name == "select_at" else STEPS
     assert differing(tensors_of(going_on.train(steps).runtime), tensors_of(changed.train(steps).runtime))
 
 

@@ -23,6 +23,7 @@ OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
 COHERENCE = HERE / "coherence.json"
 PAGES = (
     HERE / "README.md",
+    HERE / "smaller.md",
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "index")),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .shrinking import RULES
+
 LORA, FORMER, OURS, GATES = "lora", "former", "structlora", "gates"
 
 
@@ -240,6 +242,33 @@ def _cut(rank: int, name: str) -> Comparison:
     return Comparison(places, rows, bases=(0, 1), groups={"all": places}, by_place=False, goes_beyond=True)
 
 
+# LoRA made smaller as `structlora export` does. The primary question stands in smaller.md, from before the first run.
+SHRUNK_SEEDS = tuple(range(300, 312))
+_SMOLLM = Place("smollm-reviews", 16, 64, (5e-4, 1e-3, 2e-3), SHRUNK_SEEDS[:6], SHRUNK_SEEDS[:3])
+
+
+def _shrunk(rank: int, name: str, places: tuple[Place, ...]) -> Comparison:
+    share, places = SHARES[name], tuple(replace(place, rank=rank) for place in places)
+    rows = (
+        Row(LORA, share, label=f"LoRA trained at rank {rank * share:g}"),
+        Row(LORA, label=f"the whole adapter, rank {rank}"),
+        *(
+            Row(f"shrink:keep={share:g}", rate_of=LORA, column=f"shrunk.{rule}.{how}", label=f"{rule}, {how}")
+            for rule in RULES
+            for how in ("cut", "distilled")
+        ),
+        Row(f"squeeze:to={rank * share:g}", rate_of=LORA),
+    )
+    return Comparison(
+        places, rows, bases=(0, 1), groups={"all": places}, by_place=False, figures=("accuracy", "nll")
+    )
+
+
+_SHRUNK = tuple(
+    Place(task, 16, _WHOLE[task.removesuffix("-all")], rates, SHRUNK_SEEDS, SHRUNK_SEEDS[:3])
+    for task, rates in _WHOLE_RATES.items()
+)
+
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS),
     "summary": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS, by_place=False),
@@ -282,6 +311,8 @@ COMPARISONS = {
         by_place=False,
     ),
     **{f"cut-{name}-of-{rank}": _cut(rank, name) for rank in (8, 16) for name in SHARES},
+    **{f"shrunk-{name}-of-{rank}": _shrunk(rank, name, _SHRUNK) for rank in (8, 16) for name in SHARES},
+    "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
 _quarter = COMPARISONS["cut-quarter-of-16"]
 # What the landing pages show of these.

@@ -6,6 +6,7 @@ dropped: a direction that is zero in lora_A and in lora_B has no gradient, and s
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def distil(
                 drawn += torch.randperm(len(learned), generator=generator).tolist()
             batch, drawn = [learned[i] for i in drawn[:_BATCH]], drawn[_BATCH:]
             now = distance(batch, learning=True)
-            if not torch.tensor(now).isfinite():
+            if not math.isfinite(now):
                 raise StructLoRAError(
                     f"a distance of {now} between the outputs of the two adapters at step {step}",
                     "finite outputs",

@@ -211,7 +211,8 @@ def _as_inputs(row: dict, number: int, source: str) -> Row:
                 "numbers, lists of them, or a tensor",
                 "correct the rows",
             ):
-                value = torch.as_tensor(value)[None]
+                value = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
+                value = (value.float() if value.dtype == torch.float64 else value)[None]
         found[name] = value
     return found
 

@@ -287,12 +287,6 @@ class TorchEngine(Engine):
                 "a torch.optim.Optimizer that runs its step hooks",
                 "attach to the optimizer that it wraps, or call `super().__init__(params, defaults)` in its class",
             )
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise StructLoRAError(
-                f"{name}, which evaluates its closure during a step, at intermediate weights",
-                "an optimizer that needs the closure once, before it steps",
-                "choose a first-order optimizer, such as AdamW",
-            )
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missing = sum(id(p) not in owned for p in self._trained)
         if missing:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.quality import cell, grids, measures, selection, shrinking, tables
-from benchmarks.quality.settings import SMALLER, SMALLER_SEEDS
+from benchmarks.quality import cell, measures, shrinking, tables
+from benchmarks.quality.selection import Runs
+from benchmarks.quality.settings import COMPARISONS, SHRUNK_SEEDS
 from benchmarks.quality.shrinking import GLOBAL, ONE_RANK, RULES, shrink
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
 
@@ -63,43 +65,37 @@ def test_squeeze_leaves_the_rank_asked_for(tiny_task):  # noqa: F811
         assert int(B.any(0).sum()) == int(A.any(1).sum()) == 2
 
 
-def test_the_grid_begins_with_what_the_primary_question_needs():
-    cells = grids.cells_of("smaller")
-    first = cells[: 3 * len(SMALLER) * 3]
-    assert {(method, rank) for _, method, rank, *_ in first} == {
-        ("shrink:keep=0.25", 16),
-        ("lora", 4),
-        ("squeeze:to=4", 16),
-    }
-    assert {seed for *_, seed in first} == {*SMALLER_SEEDS[:3]} and len({*cells}) == len(cells)
-
-
 def test_the_table_pairs_with_lora_at_the_rank_that_is_left():
-    def line(method, rank, seed, accuracy, shrunk=None):
-        keys = {"task": "a", "rank": rank, "examples": 9, "method": method, "lr": 0.1, "seed": seed}
+    comparison = COMPARISONS["shrunk-quarter-of-16"]
+    places = tuple(replace(place, rates=(0.1,)) for place in comparison.places)
+    comparison = replace(comparison, places=places, groups={"all": places})
+
+    def line(place, method, rank, seed, accuracy, shrunk=None):
+        keys = {"task": place.task, "examples": place.examples, "rank": rank, "method": method}
         figures = {"accuracy": accuracy, "nll": 1.0}
-        return {**keys, "validation": figures, "test": figures, **({"shrunk": shrunk} if shrunk else {})}
+        return {**keys, "lr": 0.1, "seed": seed, "validation": figures, "test": figures, "shrunk": shrunk}
 
     lines = []
-    for seed in range(2):
-        parts = {
-            how: {"accuracy": 70.0 + seed + 2 * (how == "distilled"), "nll": 0.5}
-            for how in ("cut", "distilled")
-        }
-        lines += [
-            line("lora", 4, seed, 69 + seed),
-            line("shrink:keep=0.25", 16, seed, 73 + seed, {"activations": parts}),
-        ]
-    found = tables.smaller(selection.Runs(lines), [("a", 9)], 16, 0.25)
+    for place in places:
+        for seed in SHRUNK_SEEDS[:2]:
+            parts = {
+                "cut": {"accuracy": 70.0 + seed, "nll": 0.5},
+                "distilled": {"accuracy": 72.0 + seed, "nll": 0.5},
+            }
+            lines += [
+                line(place, "lora", 4, seed, 69.0 + seed),
+                line(place, "lora", 16, seed, 73.0 + seed),
+                line(place, "shrink:keep=0.25", 16, seed, 73.0 + seed, {"activations": parts}),
+            ]
+    found = tables.compared(Runs(lines), comparison)
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()[2:]]
     shown = {row[0]: row[1:] for row in rows}
     assert list(shown) == [
         "LoRA trained at rank 4",
+        "the whole adapter, rank 16",
         "activations, cut",
         "activations, distilled",
-        "the whole adapter, rank 16",
     ]
-    assert shown["activations, distilled"][:3] == ["2", "72.5", "0.500"]
-    assert shown["activations, distilled"][3].startswith("+3.0 (") and shown["activations, distilled"][
-        5
-    ].startswith("-1.0 (")
+    seeds, accuracy, nll, *gaps = shown["activations, distilled"]
+    assert (seeds, accuracy, nll) == ("2", "372.5", "0.500")
+    assert gaps[0].startswith("+3.0 (") and gaps[2].startswith("-1.0 (")

@@ -208,9 +208,9 @@ def test_an_error_in_training_keeps_its_traceback(place, monkeypatch):
 
 def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
     every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    # Accuracy is to be as low as can be, and rises: the first checkpoint is the best.
-    worst = {"load_best_model_at_end": True, "metric_for_best_model": "eval_mean_token_accuracy"}
-    more = {"greater_is_better": False, "test_split_size": 0.25, "learning_rate": 0.1, "max_steps": 4}
+    # The loss is to be as high as can be, and falls: the first checkpoint is the best.
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    more = {"greater_is_better": True, "test_split_size": 0.25, "learning_rate": 0.01, "max_steps": 4}
     trainer = trained(monkeypatch, "sft", "--config", config_file(**every, **worst, **more))
     best = Path(trainer.state.best_model_checkpoint)
     assert best.name != "checkpoint-4"

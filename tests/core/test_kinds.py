@@ -74,11 +74,7 @@ def test_depth_is_numeric_order_and_experts_are_not_depths():
     assert kind.modules == ["layers.2.q", "layers.9.q", "layers.10.q"]
     experts = {f"layers.{i}.mlp.experts.{j}.w1": same for i in range(2) for j in range(2)}
     (kind,) = discover(Adapted(experts), "default")
-    assert (
-        kind.name == "layers.*.mlp.experts.*.w1"
-        and (kind.depth_count, kind.experts) == (2, 2)
-        and kind.is_expert
-    )
+    assert kind.name == "layers.*.mlp.experts.*.w1" and (kind.depth_count, kind.experts) == (2, 2)
     assert kind.modules == [f"layers.{i}.mlp.experts.{j}.w1" for i in range(2) for j in range(2)]
     del experts["layers.1.mlp.experts.1.w1"]
     assert names(Adapted(experts)) == {"layers.*.mlp.experts.0.w1": 2, "layers.*.mlp.experts.1.w1": 1}

@@ -28,8 +28,6 @@ def loop(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     assert_type(runtime.state_dict(), dict[str, torch.Tensor])
     assert_type(save_state(runtime, "folder"), Path)
     load_state(runtime, Path("folder"))
-    runtime.train()
-    runtime.eval()
     runtime.detach()
 
 

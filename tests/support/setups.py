@@ -468,7 +468,6 @@ ADAPTERS = [
     ),
     Setup("a rank per layer", lora={"rank_pattern": {r"layers\.0\..*": 2}}),
     Setup("rank 1", lora={"r": 1}),
-    Setup("rank above the module's width", lora={"r": 40}),
     Setup("layers_to_transform", lora={"layers_to_transform": [0, 2]}),
     Setup("one layer", lora={"layers_to_transform": [1]}, method=GATES),
     Setup("exclude_modules", lora={"exclude_modules": ["o_proj"]}),
