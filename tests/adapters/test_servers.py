@@ -118,7 +118,7 @@ def test_modules_of_one_name_are_one_kind_whatever_their_ranks(tmp_path, capsys)
     assert main(["inspect", str(tmp_path / "small"), "--against", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line[:5].strip().isdigit()]
-    assert [row[3] for row in rows] == [str(rank) for rank in ranks.values()]
+    assert [row[2] for row in rows] == [str(rank) for rank in ranks.values()]
     assert all(row[row.index("|") + 1] == str(saved.lora.r) for row in rows)
     assert "Beside it: " in printed
     assert main(["inspect", str(tmp_path / "out"), "--against", str(tmp_path / "small")]) == 0
