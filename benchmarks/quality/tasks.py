@@ -223,6 +223,12 @@ class SmolLM(nn.Module):
 # Every linear module of a block.
 _VIT_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 CHAT_LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
+
+
+def _chat(summary: str, load: Callable[[], tuple[Split, Split, Split]]) -> Task:
+    return Task(summary, load, SmolLM, head=None, targets=CHAT_LINEAR, steps=40, batch=8, diagnosed=False)
+
+
 _MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
@@ -240,26 +246,11 @@ TASKS = {
         "digits, all linear modules adapted", _digits, vit, targets=_VIT_LINEAR, steps=200, batch=32
     ),
     "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, vit, targets=_VIT_LINEAR),
-    "smollm-reviews": Task(
+    "smollm-reviews": _chat(
         "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",
         _reviews,
-        SmolLM,
-        head=None,
-        targets=CHAT_LINEAR,
-        steps=40,
-        batch=8,
-        diagnosed=False,
     ),
-    "smollm-reviews-large": Task(
-        "the same, tested on 2,000 sentences",
-        functools.partial(_reviews, 2000),
-        SmolLM,
-        head=None,
-        targets=CHAT_LINEAR,
-        steps=40,
-        batch=8,
-        diagnosed=False,
-    ),
+    "smollm-reviews-large": _chat("the same, tested on 2,000 sentences", functools.partial(_reviews, 2000)),
     "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
     "product-all": _text("product", "product reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }
