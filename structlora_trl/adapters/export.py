@@ -90,6 +90,21 @@ class Export:
     rows: Rows | None = None
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What holds for every size of one call: see `export`."""
+
+    max_rank: int | None = None
+    data: str | Path | Sequence[dict] | None = None
+    split: str | None = None
+    distil: bool | int = False
+    server: str | None = None
+    dtype: str | None = None
+    merge: bool = False
+    base: str | None = None
+    probe: str = RANDOM
+
+
 def export(
     saved: Saved,
     out: str | Path,
@@ -142,9 +157,8 @@ def export(
             smaller, or that the server cannot load; a base model that cannot be loaded or probed, or one that
             training changed in a way that PEFT does not repeat; a full disk. Nothing is written then.
     """
-    sizes = [{"rank": rank, "keep": keep, "prune": prune}]
-    more = {"max_rank": max_rank, "data": data, "split": split, "distil": distil, "server": server}
-    return _export(saved, Path(out), [""], sizes, **more, dtype=dtype, merge=merge, base=base, probe=probe)[0]
+    options = _Options(max_rank, data, split, distil, server, dtype, merge, base, probe)
+    return _export(saved, Path(out), {"": {"rank": rank, "keep": keep, "prune": prune}}, options)[0]
 
 
 def export_sizes(
@@ -165,45 +179,30 @@ def export_sizes(
     Raises:
         StructLoRAError: as for `export`.
     """
-    sizes = [*({"rank": value} for value in rank), *({"keep": value} for value in keep)]
-    names = [
-        *(f"rank-{value}" for value in rank),
-        *(f"keep-{str(value).replace('%', '-percent')}" for value in keep),
-    ]
-    return _export(saved, Path(out), names, sizes, **options)
+    sizes = {f"rank-{value}": {"rank": value} for value in rank}
+    sizes |= {f"keep-{str(value).replace('%', '-percent')}": {"keep": value} for value in keep}
+    return _export(saved, Path(out), sizes, _Options(**options))
 
 
-def _export(
-    saved: Saved,
-    out: Path,
-    names: list[str],
-    sizes: list[dict],
-    *,
-    max_rank: int | None = None,
-    data: str | Path | Sequence[dict] | None = None,
-    split: str | None = None,
-    distil: bool | int = False,
-    server: str | None = None,
-    dtype: str | None = None,
-    merge: bool = False,
-    base: str | None = None,
-    probe: str = RANDOM,
-) -> list[Export]:
+def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) -> list[Export]:
+    """Write the sizes, each to the folder of its name within `out`."""
     _refuse_used(out)
-    _refuse_contradictions(sizes, max_rank, distil, server, dtype, merge)
+    _refuse_contradictions([*sizes.values()], options)
+    distil, server, merge = options.distil, options.server, options.merge
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
             "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
             "adapted weights that only one module uses",
             "export without merging",
         )
-    saved, base_name, revision = _with_base(saved, base)
+    saved, base_name, revision = _with_base(saved, options.base)
     if server:
         refuse_for(server, saved.lora, saved.tensors)
-    is_chosen = any(size.get("rank") is not None or size.get("keep") is not None for size in sizes)
+    is_chosen = any(size.get("rank") is not None or size.get("keep") is not None for size in sizes.values())
     rows = None
-    if is_chosen and (data is not None or probe == RANDOM):
-        rows = read_rows(data, saved, base_name, revision, _LEARN if distil else 2 * _TELL, split)
+    if is_chosen and (options.data is not None or options.probe == RANDOM):
+        count = _LEARN if distil else 2 * _TELL
+        rows = read_rows(options.data, saved, base_name, revision, count, options.split)
     if distil and rows is None:
         raise StructLoRAError(
             "`distil` without rows to learn from",
@@ -219,11 +218,11 @@ def _export(
         tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
     ):
-        trial = _Trial(saved, base_name, revision, rows, probe, Path(scratch), is_chosen)
-        for name, size in zip(names, sizes, strict=True):
+        trial = _Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
+        for name, size in sizes.items():
             result = Path(unfinished, "result", name)
             written = Export(out / name, rows=rows)
-            pruned = written.pruned = _smaller(saved, size, max_rank, one_rank, trial)
+            pruned = written.pruned = _smaller(saved, size, options.max_rank, one_rank, trial)
             lora, tensors = saved.lora, saved.tensors
             if pruned:
                 directions = pruned.masked()
@@ -232,10 +231,10 @@ def _export(
                         directions, STEPS if distil is True else distil
                     )
                 lora, tensors = pruned.written(directions)
-                written.change = trial.change(pruned.masked(), directions if distil else None, dtype)
+                written.change = trial.change(pruned.masked(), directions if distil else None, options.dtype)
             elif server:
                 lora, tensors = with_one_scale(lora, tensors, {}, one_rank)
-            tensors = _in_dtype(tensors, dtype)
+            tensors = _in_dtype(tensors, options.dtype)
             if pruned:
                 written.sizes = _sizes(saved, pruned, tensors)
             if merge:
@@ -278,14 +277,8 @@ def _refuse_used(out: Path) -> None:
             )
 
 
-def _refuse_contradictions(
-    sizes: list[dict],
-    max_rank: int | None,
-    distil: bool | int,
-    server: str | None,
-    dtype: str | None,
-    merge: bool,
-) -> None:
+def _refuse_contradictions(sizes: list[dict], options: _Options) -> None:
+    distil, server, dtype = options.distil, options.server, options.dtype
     given = [
         name for size in sizes for name, value in size.items() if value is not None and value is not False
     ]
@@ -293,7 +286,7 @@ def _refuse_contradictions(
         raise StructLoRAError(
             f"both `{given[0]}` and `{given[1]}`", "one rule for what to drop", "give one of them"
         )
-    if max_rank is not None and given != ["keep"] * len(sizes):
+    if options.max_rank is not None and given != ["keep"] * len(sizes):
         raise StructLoRAError(
             "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"
         )
@@ -308,7 +301,7 @@ def _refuse_contradictions(
     if dtype is not None and dtype not in DTYPES:
         raise StructLoRAError(f"a dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct `--dtype`")
     for name, value in (("server", server), ("dtype", dtype)):
-        if merge and value is not None:
+        if options.merge and value is not None:
             raise StructLoRAError(
                 f"both `merge` and `{name}`",
                 "one of them: a merged model has the base model's own dtype, and every server loads it",

@@ -128,20 +128,16 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def _refuse_idle(parser, given) -> None:
-    """Stop at an argument that has no effect beside the others."""
+    """Stop at an argument that has no effect beside the others; `export` itself refuses what contradicts."""
     is_chosen = given.rank is not None or given.keep is not None
-    if not is_chosen and (given.data is not None or given.distil):
-        parser.error("--data and --distil need --rank or --keep")
+    if not is_chosen and given.data is not None:
+        parser.error("--data needs --rank or --keep")
     if given.split is not None and given.data is None:
         parser.error("--split needs --data")
-    if given.max_rank is not None and given.keep is None:
-        parser.error("--max-rank needs --keep, whose ranks it limits; --rank gives all modules one rank")
     if given.probe is not None and (given.data is not None or not (is_chosen or given.prune)):
         parser.error(
             "--probe needs --rank, --keep or --prune, whose cost it measures; with --data the rows are measured on"
         )
-    if given.merge and (given.server or given.dtype):
-        parser.error("--for and --dtype are of the adapter, and --merge writes none; give one of them")
 
 
 def refuse_missing(folder: Path) -> None:

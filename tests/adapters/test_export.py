@@ -223,6 +223,9 @@ MISTAKES = {
     "data of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
     "data with other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
     "data without rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
+    "distillation alone": (["--distil"], "`distil` without `rank` or `keep`"),
+    "a largest rank of one rank": (["--rank", "2", "--max-rank", "3"], "`max_rank` without `keep`"),
+    "a server of a merge": (["--merge", "--for", "vllm"], "both `merge` and `server`"),
 }
 WITHOUT_EFFECT = {
     "a probe alone": (["--probe", "sample.txt"], "--probe needs --rank, --keep or --prune"),
@@ -232,11 +235,8 @@ WITHOUT_EFFECT = {
         "--probe needs --rank, --keep or --prune",
     ),
     "two rules": (["--keep", "0.5", "--prune"], "--prune: not allowed with argument --keep"),
-    "data alone": (["--data", "rows.txt"], "need --rank or --keep"),
-    "distillation alone": (["--distil"], "need --rank or --keep"),
+    "data alone": (["--data", "rows.txt"], "--data needs --rank or --keep"),
     "a split alone": (["--keep", "0.5", "--split", "test"], "--split needs --data"),
-    "a largest rank of one rank": (["--rank", "2", "--max-rank", "3"], "--max-rank needs --keep"),
-    "a server of a merge": (["--merge", "--for", "vllm"], "give one of them"),
 }
 
 
