@@ -195,6 +195,46 @@ def _load(name: str, split: str | None) -> Iterable[dict]:
         return load_dataset(place, split=split, streaming=True)
 
 
+def refuse_cell(cell, number: int, column: str, source: str) -> None:
+    """Stop at a cell that is neither text nor a list of messages.
+
+    Args:
+        cell: what stands there.
+        number (`int`): of its row, from 1.
+        column (`str`): its column.
+        source (`str`): what the rows are called.
+
+    Raises:
+        StructLoRAError: it names row and column.
+    """
+    if found := _what_is_wrong(cell):
+        raise StructLoRAError(
+            f"{found} in row {number}, column `{column}`, of {source}",
+            "text, or a list of messages with `role` and `content`",
+            "correct or remove the row; a number that is meant as text stands in quotation marks, in a .jsonl file "
+            '(`"4"`), since a .csv file cannot tell the two apart',
+        )
+
+
+def _what_is_wrong(cell) -> str | None:
+    """What a cell is, in words, where it is neither text nor messages."""
+    if isinstance(cell, str):
+        return None
+    if not isinstance(cell, (list, tuple)) or not cell:
+        return "nothing (null)" if cell is None else f"{cell!r:.40} ({type(cell).__name__})"
+    if not all(isinstance(message, dict) for message in cell):
+        return "a list of something other than messages"
+    for number, message in enumerate(cell, 1):
+        if "from" in message:  # ShareGPT's form, which TRL rewrites
+            continue
+        # A message that calls tools may have no content, and one with pictures has a list of parts.
+        content = message.get("content")
+        is_said = isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))
+        if message.get("role") is None or not is_said:
+            return f"message {number} without `role` and `content`"
+    return None
+
+
 def _as_inputs(row: dict, number: int, source: str) -> Row:
     """A row of a model's inputs, of one example: lists and numbers become tensors with a first dimension."""
     found = {}
@@ -256,7 +296,7 @@ class _Reader:
             with refusing(
                 f"reading row {number} of {self._source}", f"rows with {_FORMATS}", "correct the row"
             ):
-                inputs = self._inputs(row, f"row {number} of {self._source}")
+                inputs = self._inputs(row, number)
             if inputs is not None:
                 found.append(inputs)
         if not found:
@@ -268,7 +308,7 @@ class _Reader:
             )
         return Rows(found, self._source, self._left_out)
 
-    def _inputs(self, row: dict, where: str) -> Row | None:
+    def _inputs(self, row: dict, number: int) -> Row | None:
         # Columns that a row lacks and another has are null in it.
         present = {name: value for name, value in row.items() if value is not None}
         if "conversations" in present:
@@ -278,15 +318,16 @@ class _Reader:
             null = [f"`{name}`" for name, value in row.items() if value is None and name in _OF_TEXT]
             empty = f" ({', '.join(null)} null)" if null else ""
             raise StructLoRAError(
-                f"{where} with {', '.join(present) or 'nothing'}{empty}",
+                f"row {number} of {self._source} with {', '.join(present) or 'nothing'}{empty}",
                 f"rows of text alone: {_FORMATS}",
                 "rename the columns, or fill the cells",
             )
         example = {name: present[name] for name in used}
         label = example.pop("label", None)
-        self._refuse_cells(example, where)
+        for name, value in example.items():
+            refuse_cell(value, number, name, self._source)
         if self._task == "SEQ_CLS":
-            return self._labelled(example, label, where)
+            return self._labelled(example, label)
         if "chosen" in example:
             if "prompt" not in example and is_conversational(example):
                 example = extract_prompt(example)
@@ -302,31 +343,7 @@ class _Reader:
             return self._without("judged undesirable")
         return self._tokens(example, present)
 
-    def _refuse_cells(self, example: dict, where: str) -> None:
-        """Stop at a cell that is no text: a number, or a message without content."""
-        for name, value in example.items():
-            texts = {f"column `{name}`": value}
-            if isinstance(value, (list, tuple)):
-                if not all(isinstance(message, dict) and "role" in message for message in value):
-                    raise StructLoRAError(
-                        f"{where}, column `{name}`: a list of something other than messages",
-                        "text, or messages with `role` and `content`",
-                        "correct the cell",
-                    )
-                texts = {
-                    f"message {i} of column `{name}`": message.get("content")
-                    for i, message in enumerate(value, 1)
-                    if not (message.get("content") is None and message.get("tool_calls"))
-                }
-            for place, text in texts.items():
-                is_text = isinstance(text, str) or (
-                    isinstance(text, list) and all(isinstance(x, dict) for x in text)
-                )
-                if not is_text:
-                    found = "null" if text is None else f"{text!r:.40} ({type(text).__name__})"
-                    raise StructLoRAError(f"{where}, {place}: {found}", "text", "correct the cell")
-
-    def _labelled(self, example: dict, label, where: str) -> Row:
+    def _labelled(self, example: dict, label) -> Row:
         if "text" not in example or not isinstance(label, (int, float)):
             raise self._other_task()
         ids = self._tokenizer(example["text"])["input_ids"][: self._limit]

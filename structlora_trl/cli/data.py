@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.scripts.utils import DatasetConfig
 
+from ..adapters.rows import refuse_cell
 from ..errors import StructLoRAError, refusing
 from .early import BUILDERS, local_data
 
+_LOOKED_AT = 10_000  # rows whose cells are looked at, a second's work; of later ones, TRL says what is wrong
 _PAIRS = (("chosen", "rejected"),)
 # Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
 _COLUMNS = {
@@ -85,19 +84,12 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
         also=(AttributeError, DatasetsError),  # AttributeError: streamed rows have no split
     ):
         try:
-            if mixture.datasets:
-                splits = get_dataset(mixture)
-                # As the files have them: the split draws rows anew.
-                whole = (
-                    get_dataset(dataclasses.replace(mixture, test_split_size=None))
-                    if mixture.test_split_size
-                    else splits
-                )
+            if mixture.datasets:  # as the files have them: `test_split_size` draws rows anew
+                splits = get_dataset(dataclasses.replace(mixture, test_split_size=None))
             else:
                 splits = datasets.load_dataset(
                     script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
                 )
-                whole = splits
         # A JSON file without a row: the first from datasets 5, the second before.
         except (StopIteration, DatasetGenerationError) as error:
             if not isinstance(error, StopIteration) and not isinstance(error.__cause__, SchemaInferenceError):
@@ -108,7 +100,7 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
                 "remove the empty file, or write its rows",
             ) from error
     rows = _split(splits, script.dataset_train_split, "dataset_train_split")
-    if training.eval_strategy != "no":
+    if training.eval_strategy != "no" and mixture.test_split_size is None:
         _split(splits, script.dataset_test_split, "dataset_test_split")
     found, accepted = rows.column_names, _COLUMNS.get(name, ())
     if name == "sft":
@@ -123,78 +115,12 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
             "the columns " + "; or ".join(", ".join(columns) for columns in accepted),
             "rename the columns, or choose the command for data of this form",
         )
-    for name, part in whole.items():
+    for name, part in splits.items():
         if isinstance(part, datasets.Dataset) and part.column_names == found:
-            where = f"split '{name}' of " if len(whole) > 1 else ""
-            _check_cells(part, form, where + ", ".join(sources(script, mixture)))
-
-
-def _check_cells(rows: datasets.Dataset, columns: tuple[str, ...], where: str) -> None:
-    """Stop at the first cell that is neither text nor a list of messages.
-
-    Args:
-        rows (`Dataset`): in the order of the file.
-        columns (`tuple[str]`): those that the script reads.
-        where (`str`): what the rows are called, for the message.
-
-    Raises:
-        StructLoRAError: it names row (from 1) and column.
-    """
-    for column in columns:
-        if column == "label":  # KTO's, true or false
-            continue
-        cells = rows.data.column(column)
-        if _are_text(cells) or _are_messages(cells):
-            continue
-        for number, cell in enumerate(rows[column], 1):
-            if found := _what_is_wrong(cell):
-                raise StructLoRAError(
-                    f"{found} in row {number}, column `{column}`, of {where}",
-                    "text, or a list of messages with `role` and `content`",
-                    "correct or remove the row; a number that is meant as text stands in quotation marks, in a .jsonl file "
-                    '(`"4"`), since a .csv file cannot tell the two apart',
-                )
-
-
-def _are_text(cells: pa.ChunkedArray) -> bool:
-    """Whether all cells are text, told without looking at each."""
-    return not cells.null_count and (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type))
-
-
-def _are_messages(cells: pa.ChunkedArray) -> bool:
-    """Whether all cells are lists of messages with a role and a content, told without looking at each."""
-    if cells.null_count or not (pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)):
-        return False
-    message = cells.type.value_type
-    if not pa.types.is_struct(message) or {"role", "content"} - {field.name for field in message}:
-        return False
-    if cells.length() and pc.min(pc.list_value_length(cells)).as_py() == 0:
-        return False
-    contents = pc.struct_field(pc.list_flatten(cells), "content")
-    return not contents.null_count and not pa.types.is_null(contents.type)
-
-
-def _what_is_wrong(cell: Any) -> str | None:
-    """What a cell is, in words, where it is neither text nor messages."""
-    if isinstance(cell, str):
-        return None
-    if cell is None:
-        return "nothing (null)"
-    if isinstance(cell, (bool, int, float)):
-        return f"the number {cell!r}" if not isinstance(cell, bool) else f"{cell!r}"
-    if not isinstance(cell, list):
-        return f"a {type(cell).__name__}"
-    if not cell:
-        return "an empty list"
-    for message in cell:
-        if not isinstance(message, dict):
-            return f"a list with {message!r}"
-        if "from" in message:  # ShareGPT's form, which TRL rewrites
-            continue
-        # A message that calls tools may have no content.
-        if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
-            return f"a message without `{'role' if message.get('role') is None else 'content'}`"
-    return None
+            where = f"split '{name}' of " if len(splits) > 1 else ""
+            for number, row in enumerate(part.select_columns([*form]).take(_LOOKED_AT), 1):
+                for column in {*form} - {"label"}:  # KTO's, true or false
+                    refuse_cell(row[column], number, column, where + ", ".join(sources(script, mixture)))
 
 
 def _parts(given) -> list[DatasetConfig]:

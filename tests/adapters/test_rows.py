@@ -127,13 +127,16 @@ def test_rows_of_every_trainer_are_used_rightly(name, saved):
 
 # Rows that are no examples -> words of the message
 WRONG = {
-    "a number": ([{"text": "w1"}, {"text": 5}], "row 2 of the rows given, column `text`: 5 .int."),
+    "a number": ([{"text": "w1"}, {"text": 5}], "5 .int. in row 2, column `text`, of the rows given"),
     "nothing": ([{"prompt": "w1", "completion": None}], "row 1.*`completion` null"),
     "a message without content": (
         [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]}],
-        "row 1.*message 2 of column `messages`: null",
+        "message 2 without .*in row 1, column `messages`",
     ),
-    "a list of words": ([{"text": ["w1"]}], "column `text`: a list of something other than messages"),
+    "a list of words": (
+        [{"text": ["w1"]}],
+        "a list of something other than messages in row 1, column `text`",
+    ),
     "no mapping": (["w1 w2"], "row 1 of the rows given, which is a str"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
     "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*a object"),
