@@ -485,7 +485,7 @@ class Runtime:
         self._refuse_detached()
         latents = self.engine.read_latents(everything=True)
         kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
-        state.refuse_other_run(self.config, kinds)
+        state.refuse_other_run(self.config, self.maps)
         self._refuse_uninformed(state)
         changes = state.changes(self.config)
         if changes:
