@@ -32,17 +32,16 @@ from ..engines.slices import WHOLE
 from ..errors import StructLoRAError, refusing
 from ..map_context import map_context
 from ..state import STATE_NAME, State, read_state
-from .peft_scaling import LORA_NAME, adapted_by, diagonal_of, parameters_of, rank_of, scale_of
+from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
 _USE_ANOTHER = "use another checkpoint"
 _DAMAGE = (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # what files that are cut raise
 _SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
 # What the state alone does not hold of an adapter.
-_MORE_THAN_FACTORS = (
-    *("use_dora", "lora_bias", "kasa_config"),  # PEFT before 0.21 has no KaSA
-    *("modules_to_save", "trainable_token_indices"),
-)
+_MORE_THAN_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+# Variants of LoRA whose update is not lora_B times lora_A alone, by their options; newer than the oldest PEFT that is served.
+_OTHER_UPDATES = ("use_bdlora", "kasa_config", "monteclora_config")
 # Names of layers that are linear in every model: what else a state names may be an embedding or a
 # convolution.
 _LINEAR = re.compile(rf"(.*\.)?({'|'.join(RESIDUAL_ROLES)}|\w+_proj|lm_head|score)")
@@ -91,14 +90,8 @@ class Saved:
         return any(m.origin_B is not None for m in self.maps or ())
 
     def factors(self, index: int) -> Factors:
-        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
-        diagonal that KaSA trains between them is in B.
-        """
-        A, B = (self._by_expert(index, nodes) for nodes in self._nodes(index))
-        diagonals = [diagonal_of(self.tensors, module) for module in self.kinds[index].modules]
-        if diagonals[0] is not None:
-            B = B * torch.stack(diagonals).double().unsqueeze(1)
-        return Factors(A, B)
+        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
+        return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
 
     def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
         """Module -> (E or 1, ...) of values that are (L, ...), or with experts (E, L, ...)."""
@@ -313,12 +306,13 @@ def _read_config(folder: Path) -> LoraConfig:
             "LORA, whose factors are the update",
             "load it with PEFT, and merge it by `merge_and_unload()`",
         )
-    if getattr(config, "use_bdlora", None):
-        raise StructLoRAError(
-            f"an adapter of block-diagonal factors (`use_bdlora`) in {folder}",
-            "factors of whole matrices",
-            "load or merge it with PEFT itself",
-        )
+    for name in _OTHER_UPDATES:
+        if getattr(config, name, None):
+            raise StructLoRAError(
+                f"an adapter with `{name}` in {folder}",
+                "an update that is lora_B times lora_A",
+                "load or merge it with PEFT itself",
+            )
     return config
 
 

@@ -25,7 +25,6 @@ from ..errors import StructLoRAError
 from .load_adapter import Saved
 from .peft_scaling import (
     LORA_NAME,
-    SAMPLER,
     factor_names,
     masked,
     rank_of,
@@ -67,7 +66,7 @@ class Pruned:
         whole one.
 
         Raises:
-            StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ, KaSA).
+            StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ).
         """
         return with_one_scale(self.whole, directions, self.kept, self.one_rank)
 
@@ -131,7 +130,7 @@ def select(
 
     Raises:
         StructLoRAError: a share or a rank out of range, an adapter that adds nothing, or one whose ranks PEFT
-            needs as they are (PiSSA, OLoRA, LoftQ, KaSA).
+            needs as they are (PiSSA, OLoRA, LoftQ).
     """
     share_to_keep(keep)  # refused before the work
     if max_rank is not None:
@@ -174,7 +173,7 @@ def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) ->
 
     Raises:
         StructLoRAError: a rank above the adapter's, an adapter that adds nothing, or one whose ranks PEFT
-            needs as they are (PiSSA, OLoRA, LoftQ, KaSA).
+            needs as they are (PiSSA, OLoRA, LoftQ).
     """
     _refuse_rank(saved, rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
@@ -242,8 +241,8 @@ def _kept(
     same; and modules that are left out.
     """
     # More than two factors of each module: DoRA's magnitude, a bias.
-    more = (name for name in saved.tensors if ".lora_" in name and not LORA_NAME.match(name))
-    has_more = saved.lora.bias != "none" or any(SAMPLER not in name for name in more)
+    more = any(".lora_" in name and not LORA_NAME.match(name) for name in saved.tensors)
+    has_more = saved.lora.bias != "none" or more
     kept, spared, left_out = {}, [], []
     for module, mask in chosen.items():
         kept[module] = [row.nonzero().flatten().tolist() for row in mask]

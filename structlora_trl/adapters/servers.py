@@ -51,9 +51,7 @@ _FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
     "an invocation (`alora_invocation_tokens`)": lambda lora, tensors: getattr(
         lora, "alora_invocation_tokens", None
     ),
-    "base weights in the adapter (`init_lora_weights`, `kasa_config`)": lambda lora, tensors: base_is_moved(
-        lora
-    ),
+    "base weights in the adapter (`init_lora_weights`)": lambda lora, tensors: base_is_moved(lora),
     "experts in one parameter (`target_parameters`)": lambda lora, tensors: lora.target_parameters,
     "convolutions": lambda lora, tensors: any(
         LORA_NAME.match(name) and value.ndim > 2 for name, value in tensors.items()

@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -49,7 +48,7 @@ from tests.support.adapters import (
 from tests.support.cli_runs import logits_of
 from tests.support.data import texts, write_rows
 from tests.support.promises import skip_without
-from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, Setup, t5, variant
+from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, t5
 from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
 
 
@@ -128,11 +127,7 @@ def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_pa
 
 
 STARTS = {row.name: row for row in SETUPS["Adapters"]}
-STARTS = {
-    name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "LoftQ", "orthogonal init", "EVA", "KaSA")
-}
-if hasattr(peft, "MontecloraConfig"):
-    STARTS["MonteCLoRA"] = Setup("MonteCLoRA", wrap=variant("MontecloraConfig", "monteclora_config"))
+STARTS = {name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "LoftQ", "orthogonal init", "EVA")}
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -534,12 +529,6 @@ BOUND = {
         1e-5,
     ),
 }
-if hasattr(peft, "KasaConfig"):
-    kasa = {"kasa_config": peft.KasaConfig()}
-    BOUND["KaSA pruned"] = (kasa, PRUNED, "kasa_config")
-    BOUND["KaSA of two ranks"] = ({**kasa, "rank_pattern": {"q_proj": 2}}, ONE_RANK, "kasa_config")
-    BOUND["KaSA of one rank"] = (kasa, ONE_RANK, 0)
-    BOUND["KaSA, all singular directions"] = (kasa, {"keep": 1.0, "probe": "none"}, 1e-5)
 
 
 @pytest.mark.parametrize("name", BOUND)

@@ -78,9 +78,6 @@ ADAPTERS = {
         ),
     ),
 }
-if hasattr(peft, "MontecloraConfig"):
-    more = {"monteclora_config": peft.MontecloraConfig(), "target_modules": ["q_proj", "v_proj"]}
-    ADAPTERS["noise of its own"] = ("llama", more)
 
 
 @pytest.fixture
