@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..core.selection import best
 from ..errors import StructLoRAError, refuse_unwritable, refusing
 from .distilling import STEPS, Distilled, distil
 from .load_adapter import Saved
@@ -44,7 +44,6 @@ from .peft_scaling import (
     base_is_moved,
     base_is_moved_for_good,
     factor_names,
-    masked,
     rank_of,
     with_one_scale,
     with_singular_directions,
@@ -240,9 +239,7 @@ def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) 
             if merge:
                 after = Path(scratch, "after")
                 write_adapter(after, lora, tensors)
-                _merge(
-                    load_base(base_name, saved.lora, saved.tensors, revision), lora, tensors, after, result
-                )
+                _merge(load_base(base_name, saved.lora, saved.tensors, revision), tensors, after, result)
             else:
                 write_adapter(result, lora, tensors)
             _copy_processor(saved.folder, base_name if merge else None, revision, result)
@@ -420,10 +417,8 @@ def _in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor
     return {name: x.to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def _merge(
-    base: PreTrainedModel, lora: LoraConfig, tensors: dict[str, Tensor], adapter: Path, out: Path
-) -> None:
-    _untie(base, lora, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
+def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:
+    _refuse_tied(base, {*factor_names(tensors)})
     model = on_base(base, adapter)
     with refusing(
         "merging the adapter",
@@ -462,39 +457,36 @@ def information_curves(
     with tempfile.TemporaryDirectory() as scratch:
         trial = _Trial(saved, base_name, revision, rows, NO_PROBE, Path(scratch), is_chosen=True)
         information, moments = trial.information(), trial.moments()
-    measured = _held_out(rows).rows
-    sigma = with_singular_directions(saved.lora, saved.tensors)[1]
-    select(saved, 1.0, information)  # which stops where no direction is worth anything
-    worth = {"most information": information, "largest singular values": sigma}
-    known = torch.cat([information[module].flatten() for module in sigma]).double()
-    carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
-
-    def loss_with(tensors: dict[str, Tensor]) -> float:
-        put(trial.model, tensors)
-        return outputs_of(trial.model, measured).loss
-
-    for name, values in worth.items():
-        flat = torch.cat([values[module].flatten() for module in sigma])
-        for share in _SHARES:
-            mask = best(flat, share)
-            parts = mask.split([x.numel() for x in sigma.values()])
-            kept = {
-                module: [row.nonzero().flatten().tolist() for row in part.view_as(x)]
-                for (module, x), part in zip(sigma.items(), parts, strict=True)
-            }
-            carried[name].append((share, float(known[mask].sum() / known.sum())))
-            losses[name].append((share, loss_with(masked(saved.lora, trial.whole, kept))))
-    largest = max(rank_of(saved.lora, module) for module in sigma)
-    ranks = sorted({max(1, round(share * largest)) for share in _SHARES})
-    losses["one rank for all modules"] = []
-    for rank in ranks:
-        pruned = shrink(saved, rank, moments)
-        losses["one rank for all modules"].append((pruned.count / len(known), loss_with(pruned.masked())))
+    measured, directions = _held_out(rows).rows, sum(x.numel() for x in information.values())
+    largest = max(rank_of(saved.lora, module) for module in information)
+    orders = {
+        "most information": (partial(select, saved, information=information), _SHARES),
+        "largest singular values": (partial(select, saved), _SHARES),
+        "one rank for all modules": (
+            partial(shrink, saved, moments=moments),
+            sorted({max(1, round(share * largest)) for share in _SHARES}),
+        ),
+    }
+    carried, losses = {}, {name: [] for name in orders}
+    for name, (make, sizes) in orders.items():
+        for size in sizes:
+            pruned = make(size)
+            share = pruned.count / directions
+            put(trial.model, pruned.masked())
+            losses[name].append((share, outputs_of(trial.model, measured).loss))
+            if not pruned.one_rank:  # whose directions are of another basis
+                carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
     levels = {}
     if _base_is_beneath(saved.lora):
         with trial.model.disable_adapter():
             levels["base model"] = outputs_of(trial.model, measured).loss
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses, levels)]
+
+
+def _carried(pruned: Pruned, information: dict[str, Tensor]) -> float:
+    """Which share of the information the directions kept carry."""
+    kept = (information[m][e, d].sum() for m, experts in pruned.kept.items() for e, d in enumerate(experts))
+    return float(sum(kept) / sum(x.sum() for x in information.values()))
 
 
 def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
@@ -528,58 +520,28 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
     )
 
 
-def _untie(base: PreTrainedModel, lora: LoraConfig, adapted: set[str]) -> None:
-    """Give a head tied to the embeddings its own weight where LoRA adds to either: merged, they differ.
-
-    Raises:
-        StructLoRAError: the head cannot have its own weight.
-    """
-    head = base.get_output_embeddings()
-    if getattr(head, "weight", None) is None:
-        return
-    embeddings = base.get_input_embeddings()
-    tied = {
-        f"{_PREFIX}{name}" for name, module in base.named_modules() if module is embeddings or module is head
-    }
-    if head.weight is not embeddings.weight or not tied & adapted:
-        return
-    if getattr(lora, "ensure_weight_tying", False):  # PEFT leaves the head of an untied model without LoRA
-        raise StructLoRAError(
-            "LoRA with `ensure_weight_tying` on embeddings and head that share one weight, in a model to merge",
-            "adapted weights that only one module uses",
-            "export without merging, and load the adapter with PEFT",
-        )
-    # With more than two uses of the weight; T5 scales by whether it is tied.
-    if base.config.is_encoder_decoder:
+def _refuse_tied(base: PreTrainedModel, adapted: set[str]) -> None:
+    """Stop where LoRA adds to the embeddings or to a head that shares their weight: merged, they would differ."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = {f"{_PREFIX}{name}" for name, module in base.named_modules() if module in (embeddings, head)}
+    if tied & adapted and getattr(head, "weight", None) is embeddings.weight:
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",
-            "export without merging",
+            "export without merging, and load the adapter with PEFT",
         )
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in (base.config, base.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor]) -> list[Size]:
-    """Directions, parameters and bytes; then the directions of each kind."""
+    """Directions, parameters and bytes."""
     files = (saved.tensors, written)
     parameters = [sum(x.numel() for name, x in tensors.items() if LORA_NAME.match(name)) for tensors in files]
     size = [sum(x.numel() * x.element_size() for x in tensors.values()) for tensors in files]
-    names = factor_names(saved.tensors)
-    kinds = [
-        Size(
-            f"directions of {kind.name}",
-            sum(len(saved.tensors[names[module]["A"]]) for module in kind.modules),
-            sum(len(expert) for module in kind.modules for expert in pruned.kept[module]),
-        )
-        for kind in saved.kinds
-    ]
+    whole = sum(len(saved.tensors[names["A"]]) for names in factor_names(saved.tensors).values())
     return [
-        Size("directions", sum(kind.before for kind in kinds), sum(kind.after for kind in kinds)),
+        Size("directions", whole, pruned.count),
         Size("LoRA parameters", *parameters),
         Size(f"{SAFETENSORS_WEIGHTS_NAME} (bytes)", *size),
-        *kinds,
     ]
 
 

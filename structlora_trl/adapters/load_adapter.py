@@ -154,8 +154,7 @@ class Saved:
 
 @map_context(torch.device("cpu"))
 def read_saved(folder: str | Path) -> Saved:
-    """Read a saved adapter, or a checkpoint of any engine. Of a folder that `zero_to_fp32.py` made inside a
-    checkpoint, the checkpoint is read.
+    """Read a saved adapter, or a checkpoint of any engine.
 
     Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
     are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
@@ -166,11 +165,6 @@ def read_saved(folder: str | Path) -> Saved:
             together.
     """
     home = Path(folder)
-    is_bare = home.is_dir() and not any(
-        (home / name).is_file() for name in ("adapter_config.json", STATE_NAME)
-    )
-    if is_bare and (home.parent / "zero_to_fp32.py").is_file():
-        home = home.parent
     if (home / STATE_NAME).is_file():
         return _read_with_state(home)
     lora = _read_config(home)

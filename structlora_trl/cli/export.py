@@ -170,7 +170,7 @@ def table(saved: Saved, done: list[Export]) -> str:
     losses = first.change.losses if first.change else None
     heads = ["", "rank", "directions", "parameters", "size", *(["loss", "gain kept"] if losses else [])]
     whole = _ranks([depth for kind in saved.kinds for depth in _kind_ranks(saved, kind)])
-    before = [size.before for size in first.sizes[:3]]
+    before = [size.before for size in first.sizes]
     rows = [["the adapter", whole, *_counts(before), *([_number(losses.before), "100 %"] if losses else [])]]
     if losses and losses.base is not None:
         rows.insert(0, ["base model", *[""] * 4, _number(losses.base), "0 %"])
@@ -183,7 +183,7 @@ def table(saved: Saved, done: list[Export]) -> str:
                 gain = size.change.losses._replace(after=cut).gain_kept
                 rows.append([f"{name}, cut alone", *[""] * 4, _number(cut), _share(gain)])
             name += ", distilled"
-        row = [name, _ranks(ranks, size.pruned.one_rank), *_counts([line.after for line in size.sizes[:3]])]
+        row = [name, _ranks(ranks, size.pruned.one_rank), *_counts([line.after for line in size.sizes])]
         if losses:
             row += [_number(size.change.losses.after), _share(size.change.losses.gain_kept)]
         rows.append(row)
@@ -233,15 +233,13 @@ def _by_layer(saved: Saved, done: Export) -> list[str]:
     """Directions of each kind of module, by layer, where ranks differ."""
     if done.pruned.one_rank:
         return []
-    counts = {size.what: size for size in done.sizes[3:]}
     rows = [["", "before", "after", "kept", "by layer"]]
     for kind in saved.kinds:
-        what = f"directions of {kind.name}"
-        size = counts[what]
-        by_layer = " ".join(str(sum(map(len, done.pruned.kept[module]))) for module in kind.modules)
-        rows.append(
-            [what, f"{size.before:,}", f"{size.after:,}", f"{size.after / size.before:.1%}", by_layer]
-        )
+        before = sum(rank * kind.adapted.experts for rank in _kind_ranks(saved, kind))
+        after = [sum(map(len, done.pruned.kept[module])) for module in kind.modules]
+        share = f"{sum(after) / before:.1%}"
+        by_layer = " ".join(map(str, after))
+        rows.append([f"directions of {kind.name}", f"{before:,}", f"{sum(after):,}", share, by_layer])
     return _aligned(rows, left=(0, 4))
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -17,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     ViTForImageClassification,
@@ -42,7 +41,6 @@ from tests.support.adapters import (
     bare_run,
     llama_run,
     on_base,
-    peft_run,
     take_steps,
 )
 from tests.support.cli_runs import logits_of
@@ -373,25 +371,9 @@ def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
 
 
 @pytest.mark.parametrize("tied", ["embed_tokens", "lm_head"])
-def test_a_merged_model_has_a_head_of_its_own_where_tied_weights_are_adapted(tied, tmp_path):
+def test_tied_weights_that_are_adapted_are_not_merged(tied, tmp_path):
     out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", tied])
-    export(read_saved(out), tmp_path / "merged", merge=True)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    expected = logits_of(on_base(out, tmp_path / "base"), "llama")
-    torch.testing.assert_close(logits_of(merged, "llama"), expected, atol=1e-5, rtol=0)
-    assert not merged.config.tie_word_embeddings
-
-
-@pytest.mark.skipif(
-    not hasattr(LoraConfig, "ensure_weight_tying"), reason="this version of PEFT cannot tie adapters"
-)
-def test_adapters_that_are_tied_to_each_other_are_not_merged(tmp_path):
-    """PEFT gives the head of a model that is not tied no LoRA then: its update would be lost."""
-    settings = LlamaConfig(**{**base_model("llama").config.to_dict(), "tie_word_embeddings": True})
-    model = as_it_is(lambda: LlamaForCausalLM(settings))(tmp_path / "base")
-    lora = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}
-    out = peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora)
-    with pytest.raises(StructLoRAError, match="ensure_weight_tying"):
+    with pytest.raises(StructLoRAError, match="shares with its head"):
         export(read_saved(out), tmp_path / "merged", merge=True)
     assert not (tmp_path / "merged").exists()
 
