@@ -106,7 +106,6 @@ def build_runtime(
         ends_with_run (`bool`, *optional*, defaults to False): another optimizer that steps the adapter ends
             the run, and is no error.
     """
-    _refuse_ambient_state()
     wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
     adapter_name = _adapter(model, config)
     start = start_of(model.peft_config[adapter_name])
@@ -218,23 +217,6 @@ def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | Non
     return step
 
 
-def _refuse_ambient_state() -> None:
-    """Stop where tensors that are made now could not be trained, or hold nothing."""
-    if torch.is_inference_mode_enabled():
-        raise StructLoRAError(
-            "`attach` under `torch.inference_mode()`, whose tensors autograd cannot use",
-            "latents that can be trained",
-            "attach outside of it",
-        )
-    device = torch.get_default_device()
-    if device.type == "meta":
-        raise StructLoRAError(
-            "`attach` under `torch.device('meta')`, where tensors hold no values",
-            "latents that can be trained",
-            "attach outside of it, to a model with its weights loaded",
-        )
-
-
 def _warn_of_moved_base(adapter_name: str, adapter: PeftConfig, start: Start) -> None:
     """Say what the saved adapter goes with, where its start was taken out of the base weights.
 
@@ -274,17 +256,16 @@ def find_peft_model(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Pe
         )
     model = _unwrapped_model(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))}
+    if config.peft_module in found:
+        return config.peft_module, found[config.peft_module]
     if config.peft_module is not None:
-        found = {name: m for name, m in found.items() if name == config.peft_module}
-    if len(found) == 1:
-        return next(iter(found.items()))
-    if config.peft_module is not None:
-        inside = [name for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))]
         raise StructLoRAError(
             f"peft_module={config.peft_module!r} and a model without a PEFT model of that name",
-            f"one of {', '.join(map(repr, inside))}" if inside else "a PEFT model inside the model",
+            f"one of {', '.join(map(repr, found))}" if found else "a PEFT model inside the model",
             "correct `peft_module`",
         )
+    if len(found) == 1:
+        return next(iter(found.items()))
     if found:
         raise StructLoRAError(
             f"a {type(model).__name__} with {len(found)} PEFT models inside ({', '.join(found)})",

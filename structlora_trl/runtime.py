@@ -136,7 +136,6 @@ class Runtime:
         self._metric_steps = 0
         self._parameter_ids = {id(p) for p in self.lora_parameters() if p.requires_grad}
         self._places = _places_of(self.model, self.lora_parameters())
-        self._active = set(self.model.active_adapters)
         mapped = [mapped_sides(kind, self.config) for kind in self.kinds]
         self._maps_anything = any(mapped)
         self.engine.install(self._before_step, self._after_step, mapped)
@@ -265,7 +264,6 @@ class Runtime:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         self.hook_calls += 1
         self._rate, self._relevance = None, []
-        self._warn_of_other_adapters()
         gradients = self.engine.read_gradients()
         if gradients is None:  # no backward has reached the adapter
             self._refuse_replaced()
@@ -591,17 +589,6 @@ class Runtime:
                 f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
                 "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
                 "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
-            )
-
-    def _warn_of_other_adapters(self) -> None:
-        """Say once of each adapter that was made active after `attach`: its factors train as plain LoRA."""
-        others = set(self.model.active_adapters) - self._active
-        if others:
-            self._active |= others
-            logger.warning(
-                "Adapter %s was made active after StructLoRA was attached: what this optimizer trains of it is plain LoRA. To "
-                "train it as StructLoRA, `detach()` the runtime and attach again, with `adapter_name`.",
-                ", ".join(map(repr, sorted(others))),
             )
 
     def _refuse_replaced(self) -> None:

@@ -103,21 +103,6 @@ def test_monteclora_acts_and_saves_what_is_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ambient, named",
-    [(torch.inference_mode, "inference_mode"), (lambda: torch.device("meta"), "meta")],
-    ids=["inference_mode", "meta"],
-)
-def test_ambient_state_in_which_nothing_can_train(ambient, named):
-    model = peft_model()
-    optimizer = adamw(model)
-    with ambient(), pytest.raises(StructLoRAError, match=named):
-        attach(model, optimizer)
-    runtime = attach(model, optimizer)  # nothing is left behind
-    train(model, "llama", optimizer, 2)
-    assert runtime.step == 2
-
-
-@pytest.mark.parametrize(
     "start, align, told",
     [(True, True, True), ("gaussian", True, True), (True, False, False), ("pissa", True, False)],
 )
