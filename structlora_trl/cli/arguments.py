@@ -112,17 +112,6 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     return Arguments(_config(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
 
 
-def without(arguments: list[str], *names: str) -> list[str]:
-    """Words of a command line without some of its arguments and their values."""
-    kept, drops = [], False
-    for word in arguments:
-        if word.startswith("--"):
-            drops = word[2:].split("=")[0] in names
-        if not drops:
-            kept.append(word)
-    return kept
-
-
 def _training_parser(name: str, script: ModuleType):
     """TRL's parser, with ours in a group of their own, and LoRA on."""
     parser = script.make_parser()
