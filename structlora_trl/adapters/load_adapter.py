@@ -84,11 +84,6 @@ class Saved:
         """StructLoRA's options in the run; None where no state was found."""
         return self.maps[0].config if self.maps else None
 
-    @property
-    def holds_base_weights(self) -> bool:
-        """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
-        return any(m.origin_B is not None for m in self.maps or ())
-
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
         return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))

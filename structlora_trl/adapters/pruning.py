@@ -97,12 +97,7 @@ def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
     for index in range(len(saved.kinds)):
         factors = saved.factors(index)  # A (L, r, k), B (L, d, r), with experts before them
         adds |= saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
-    if not any(bool(of_module.any()) for of_module in adds.values()):
-        raise StructLoRAError(
-            "an adapter none of whose directions changes the model",
-            "a trained adapter",
-            "give a checkpoint of a later step",
-        )
+    _refuse_nothing(adds)
     if all(bool(of_module.all()) for of_module in adds.values()):
         return None
     kept, spared, left_out = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
@@ -137,15 +132,8 @@ def select(
         _refuse_rank(saved, max_rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     worth = information or {module: values.square() for module, values in sigma.items()}
+    _refuse_nothing(worth, "the loss on these rows" if information else "the model")
     flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
-    total = flat.sum()
-    if not total > 0:
-        raise StructLoRAError(
-            "an adapter none of whose directions changes "
-            + ("the loss on these rows" if information else "the model"),
-            "a trained adapter",
-            "give a checkpoint of a later step, or other rows",
-        )
     allowed = torch.ones_like(flat, dtype=torch.bool)
     if max_rank is not None:
         allowed = torch.cat([_best_of_each(worth[module], max_rank).flatten() for module in sigma])
@@ -153,7 +141,7 @@ def select(
     parts = mask.split([worth[module].numel() for module in sigma])
     chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
     kept, spared, left_out = _kept(saved, chosen, worth)
-    share = float(flat[mask].sum() / total)
+    share = float(flat[mask].sum() / flat.sum())
     return Pruned(saved.lora, tensors, kept, one_rank, spared, left_out, share)
 
 
@@ -177,12 +165,7 @@ def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) ->
     """
     _refuse_rank(saved, rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
-    if not any(values.any() for values in sigma.values()):
-        raise StructLoRAError(
-            "an adapter none of whose directions changes the model",
-            "a trained adapter",
-            "give a checkpoint of a later step",
-        )
+    _refuse_nothing(sigma)
     names, kept, shares = factor_names(tensors), {}, []
     for module, values in sigma.items():
         energy = values.square()
@@ -216,6 +199,16 @@ def principal_outputs(A: Tensor, B: Tensor, moments: Tensor) -> tuple[Tensor, Te
     root = new_A.norm(dim=1).sqrt()  # shared equally, as singular values are
     new_B, new_A = new_B * root, new_A / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
     return new_A.view(A.shape).to(A.dtype), new_B.view(B.shape).to(B.dtype), energy
+
+
+def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:
+    """Stop where no direction is worth anything, of module -> (E, r)."""
+    if not any(values.any() for values in worth.values()):
+        raise StructLoRAError(
+            f"an adapter none of whose directions changes {what}",
+            "a trained adapter",
+            "give a checkpoint of a later step, or other rows",
+        )
 
 
 def _refuse_rank(saved: Saved, rank: int) -> None:

@@ -7,11 +7,9 @@ import json
 import warnings
 from collections.abc import Iterable
 from itertools import islice
-from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from datasets import load_dataset
@@ -156,43 +154,31 @@ def _held_out_of(saved: Saved) -> tuple[Iterable[dict], str] | None:
 def _load(name: str, split: str | None) -> Iterable[dict]:
     """A file, a folder or a data set of the hub, streamed."""
     path = Path(name).expanduser()
-    packed = path.suffix.lower() in _PACKED
-    suffix = (Path(path.stem) if packed else path).suffix.lower()
-    builder = BUILDERS.get(suffix)
-    is_local = path.exists() or builder or name.startswith((".", "/", "~"))
-    if is_local and not (path.is_dir() or (builder and path.is_file())):
-        what = "a file of another kind" if path.exists() else "no file or folder"
-        raise StructLoRAError(
-            f"{what} {name}",
-            f"a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(_PACKED)}), a folder of them, or a "
-            "data set of the hub",
-            "correct the path given as `--data`",
-        )
+    suffix = (Path(path.stem) if path.suffix.lower() in _PACKED else path).suffix.lower()
     with refusing(
         f"reading {name}",
-        f"rows with {_FORMATS}, in files, in a folder, or in a data set of the hub that can be reached",
+        f"rows with {_FORMATS}, in a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(_PACKED)}), in a folder of "
+        "them, or in a data set of the hub that can be reached",
         "correct `--data`",
         (DatasetsError, RuntimeError),
     ):
-        if path.is_file():
-            # `datasets` takes paths for patterns.
+        if suffix in BUILDERS and not path.is_dir():
             options = {"sep": "\t"} if suffix == ".tsv" else {}
-            files = glob.escape(str(path))
+            options["data_files"] = glob.escape(str(path))  # `datasets` takes paths for patterns
             try:
-                return load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+                return load_dataset(BUILDERS[suffix], split="train", streaming=True, **options)
             except StopIteration:  # `datasets` 5 on an empty file of JSON
                 return []
-        place = str(path) if is_local else name
-        names = datasets.get_dataset_split_names(place)
+        splits = load_dataset(str(path) if path.exists() else name, streaming=True)
         if split is None:
-            split = next((known for known in _HELD_OUT if known in names), "train")
-        if split not in names:
+            split = next((known for known in _HELD_OUT if known in splits), "train")
+        if split not in splits:
             raise StructLoRAError(
-                f"no split '{split}' in {name} (it has {', '.join(map(repr, names))})",
+                f"no split '{split}' in {name} (it has {', '.join(map(repr, splits))})",
                 "one of these",
                 "correct `--split`",
             )
-        return load_dataset(place, split=split, streaming=True)
+        return splits[split]
 
 
 def refuse_cell(cell, number: int, column: str, source: str) -> None:
@@ -240,19 +226,14 @@ def _as_inputs(row: dict, number: int, source: str) -> Row:
     found = {}
     for name, value in row.items():
         if not isinstance(value, Tensor):
-            if not isinstance(value, (list, tuple, Number, np.ndarray)):
-                raise StructLoRAError(
-                    f"row {number}, column `{name}` of {source}: a {type(value).__name__}",
-                    f"inputs of the model (tensors, lists of numbers), or columns of text: {_FORMATS}",
-                    "rename or remove the column",
-                )
             with refusing(
                 f"reading row {number}, column `{name}` of {source}",
-                "numbers, lists of them, or a tensor",
-                "correct the rows",
+                f"inputs of the model (tensors, numbers, lists of them), or columns of text: {_FORMATS}",
+                "rename or remove the column",
+                (RuntimeError,),
             ):
-                value = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
-                value = (value.float() if value.dtype == torch.float64 else value)[None]
+                value = torch.as_tensor(value, device="cpu")[None]
+            value = value.float() if value.dtype == torch.float64 else value
         found[name] = value
     return found
 
