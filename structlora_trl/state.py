@@ -249,7 +249,10 @@ class State:
                 own[name] = x.to(device)
         latent = Factors(own.pop("latent_A"), own.pop("latent_B"))
         with refusing(
-            f"loading the state of '{m.kind.name}'", "the same parts as now", _SAME_RUN, (RuntimeError,)
+            f"loading the state of '{m.kind.name}'",
+            "a graph and a coordinator of the same shapes as now",
+            "resume with the `parts` of the run that wrote it",
+            (RuntimeError,),
         ):
             m.load_state_dict(own, strict=True)
         if optimizer:

@@ -287,7 +287,7 @@ def _read_config(folder: Path) -> LoraConfig:
             f"give {checkpoints[-1]}" if checkpoints else "correct the path",
         )
     path = folder / "adapter_config.json"
-    with refusing(f"reading {path}", "PEFT's configuration", _USE_ANOTHER, (AttributeError,)):
+    with refusing(f"reading {path}", "PEFT's configuration", "use another checkpoint", (AttributeError,)):
         config = PeftConfig.from_pretrained(str(folder))
     if config.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         raise StructLoRAError(
@@ -320,7 +320,7 @@ def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
 
 def _load(path: Path) -> dict[str, Tensor]:
     """A weights file, as it is."""
-    with refusing(f"reading {path}", "a whole file of weights", _USE_ANOTHER, _DAMAGE):
+    with refusing(f"reading {path}", "a whole file of weights", "use another checkpoint", _DAMAGE):
         if path.suffix == ".bin":
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return load_file(path)
