@@ -165,32 +165,23 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A base model with an adapter that lies in a folder, in evaluation mode.
 
     Raises:
-        StructLoRAError: they do not fit each other; or the adapter began from LoftQ, which PEFT repeats, and
-            PEFT cannot compute it here.
+        StructLoRAError: they do not fit each other, or PEFT cannot compute LoftQ here.
     """
-    if str(LoraConfig.from_pretrained(str(folder)).init_lora_weights).lower() == "loftq":
-        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
-        loading = refusing(
-            "loading the adapter, with what LoftQ takes out of the base model,",
-            "an accelerator and bitsandbytes, with which PEFT computes LoftQ",
-            "run this on a machine that has them; or save the base model as training had it "
-            '(`model.unload().save_pretrained(BASE)`), write `"init_lora_weights": true` to adapter_config.json, and give '
-            "`--base BASE`",
-            (RuntimeError, AssertionError),
-        )
-    else:
-        loading = refusing(
-            "loading the adapter onto the base model",
-            "the base model as it was trained on, its vocabulary and its modules' names too",
-            "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
-            "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one",
-            (RuntimeError,),
-        )
     for module in base.modules():
         # An evaluation would repack 4-bit weights into a layout that no gradient passes (bitsandbytes 0.50 on CPUs, AVX512-BF16).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    with loading:
+    with refusing(
+        "loading the adapter onto the base model",
+        "the base model as it was trained on, its vocabulary and its modules' names too; for what LoftQ takes out of the base, "
+        "an accelerator and bitsandbytes, too",
+        "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
+        "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one; LoftQ without "
+        "an accelerator: save the base as training had it (`model.unload().save_pretrained(BASE)`), write "
+        '`"init_lora_weights": true` to adapter_config.json, and give `--base BASE`',
+        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
+        (RuntimeError, AssertionError),
+    ):
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 

@@ -43,20 +43,16 @@ def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
             "give the rows for evaluation a split or a file of their own, or remove `dataset_streaming`",
         )
     if mixture.datasets:
-        mixture.datasets = _parts(mixture.datasets)
+        entries = mixture.datasets if isinstance(mixture.datasets, list) else [mixture.datasets]
+        # TRL takes entries with a path; a name or a path alone is one, too.
+        mixture.datasets = [DatasetConfig(entry) if isinstance(entry, str) else entry for entry in entries]
         for part in mixture.datasets:
             part.path, part.data_files = local_data(part.path, part.data_files)
         return
-    if not isinstance(script.dataset_name or "", str):
+    if not isinstance(script.dataset_name, str) or not script.dataset_name:
         raise StructLoRAError(
-            f"dataset_name={script.dataset_name!r}",
-            "one name or path",
-            "write `dataset_name: rows.jsonl`; several stand under `datasets`",
-        )
-    if not script.dataset_name:
-        raise StructLoRAError(
-            "neither `dataset_name` nor `datasets`",
-            "one of them",
+            f"dataset_name={script.dataset_name!r}, and no `datasets`",
+            "one name or path, or a list of them under `datasets`",
             "set `dataset_name` to a file, a folder or a data set of the hub, or list several under `datasets` "
             "(`- path: rows.jsonl`)",
         )
@@ -121,24 +117,6 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
             for number, row in enumerate(part.select_columns([*form]).take(_LOOKED_AT), 1):
                 for column in {*form} - {"label"}:  # KTO's, true or false
                     refuse_cell(row[column], number, column, where + ", ".join(sources(script, mixture)))
-
-
-def _parts(given) -> list[DatasetConfig]:
-    """The entries under `datasets`; a name or a path alone is one, too."""
-    entries = given if isinstance(given, list) else [given]
-    with refusing(
-        "reading `datasets`",
-        "a list of names, paths or entries such as `- path: rows.jsonl`",
-        "correct the entry",
-    ):
-        entries = [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-        parts = [DatasetConfig(**entry) if isinstance(entry, dict) else entry for entry in entries]
-    odd = [part for part in parts if not isinstance(part, DatasetConfig)]
-    if odd:
-        raise StructLoRAError(
-            f"{odd[0]!r} under `datasets`", "a name, a path or `path: rows.jsonl`", "correct the entry"
-        )
-    return parts
 
 
 def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
