@@ -7,6 +7,7 @@ once more, and are not read.
 
 from __future__ import annotations
 
+import filecmp
 import math
 import pickle
 import re
@@ -223,28 +224,16 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
     """An adapter with a checkpoint's state and log; None where that one is damaged or of another adapter."""
-    path = _weights_file(checkpoint)
     try:
-        if path and not _equal(path, saved):
-            return None
-        if not (checkpoint / STATE_NAME).is_file():
-            return replace(saved, run_folder=checkpoint) if path else None
-        state = _read_state(checkpoint)
+        if (checkpoint / STATE_NAME).is_file():
+            state = _read_state(checkpoint)
+            is_other = _difference(state, saved.tensors)
+            return None if is_other else replace(saved, run_folder=checkpoint, **state)
     except StructLoRAError:
         return None
-    if _difference(state, saved.tensors):
-        return None
-    return replace(saved, run_folder=checkpoint, **state)
-
-
-def _equal(path: Path, saved: Saved) -> bool:
-    own = _weights_file(saved.folder)
-    if path.suffix != own.suffix or path.stat().st_size != own.stat().st_size:  # without reading it
-        return False
-    tensors = _load(path)
-    return tensors.keys() == saved.tensors.keys() and all(
-        torch.equal(x, saved.tensors[n]) for n, x in tensors.items()
-    )
+    path = _weights_file(checkpoint)
+    is_same = path and filecmp.cmp(path, _weights_file(saved.folder), shallow=False)
+    return replace(saved, run_folder=checkpoint) if is_same else None
 
 
 def _adapter_home(home: Path, state: dict) -> Path:
