@@ -82,9 +82,12 @@ def _is_embedding(name: str) -> bool:
     return ".lora_" not in name and any(part in name for part in ("embed_tokens", "lm_head"))
 
 
-def features_of(lora: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
-    """What an adapter has beside plain factors."""
-    return [feature for feature, has in _FEATURES.items() if has(lora, tensors)]
+def _refused(key: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """What an adapter has that a server cannot load, whatever its ranks."""
+    refused = [what for what, has in _FEATURES.items() if what in SERVERS[key].refuses and has(lora, tensors)]
+    if key == "lorax" and (lacking := _lacking([*factor_names(tensors)])):
+        refused += [f"{', '.join(lacking)} in some layers alone (it drops them in all, without a word)"]
+    return refused
 
 
 def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
@@ -93,14 +96,10 @@ def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> Non
     Raises:
         StructLoRAError: the message names what it cannot load.
     """
-    known = SERVERS[server]
-    refused = [feature for feature in features_of(lora, tensors) if feature in known.refuses]
-    if server == "lorax":
-        refused += [f"`{name}` in some layers alone" for name in _lacking([*factor_names(tensors)])]
-    if refused:
+    if refused := _refused(server, lora, tensors):
         raise StructLoRAError(
             f"an adapter with {', '.join(refused)}",
-            f"what {known.name} loads: factors of linear layers alone",
+            f"what {SERVERS[server].name} loads: factors of linear layers alone",
             "merge it (`structlora export ADAPTER MERGED --merge`), and serve the merged model",
         )
 
@@ -110,9 +109,8 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
     modules = [*factor_names(tensors)]
     ranks = {rank_of(lora, module) for module in modules}
     scales = {round(scale_of(lora, module), 9) for module in modules}
-    has, lines = features_of(lora, tensors), {}
+    lines = {}
     for key, server in SERVERS.items():
-        refused = [feature for feature in has if feature in server.refuses]
         reasons = []
         if server.one_rank and len(ranks) > 1:
             reasons.append(f"ranks differ ({min(ranks)} to {max(ranks)})")
@@ -120,9 +118,7 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
             reasons.append("scales differ")
         if key == "llamacpp" and lora.use_rslora:
             reasons.append("rank-stabilised scale")
-        if key == "lorax" and (lacking := _lacking(modules)):
-            refused += [f"{', '.join(lacking)} in some layers alone (it drops them in all, without a word)"]
-        if refused:
+        if refused := _refused(key, lora, tensors):
             lines[server.name] = f"cannot load {', '.join(refused)}: merge it (`--merge`)"
         elif reasons:
             lines[server.name] = f"{'; '.join(reasons)}: `structlora export ADAPTER NEW --for {key}`"
