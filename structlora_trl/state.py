@@ -223,11 +223,11 @@ class State:
                     "the same modules as now",
                     _SAME_RUN,
                 )
-            differing = [fact for fact in own if own[fact] != found.get(fact)]
+            differing = [fact for fact in own if own[fact] != found.get(fact, own[fact])]
             if differing:
                 fact = differing[0]
                 raise StructLoRAError(
-                    f"a state with {fact} {found.get(fact)} of '{name}'",
+                    f"a state with {fact} {found[fact]} of '{name}'",
                     f"{own[fact]}, as in this run",
                     "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
                 )
