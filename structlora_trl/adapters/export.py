@@ -522,9 +522,11 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
 
 def _refuse_tied(base: PreTrainedModel, adapted: set[str]) -> None:
     """Stop where LoRA adds to the embeddings or to a head that shares their weight: merged, they would differ."""
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    tied = {f"{_PREFIX}{name}" for name, module in base.named_modules() if module in (embeddings, head)}
-    if tied & adapted and getattr(head, "weight", None) is embeddings.weight:
+    head = base.get_output_embeddings()
+    if getattr(head, "weight", None) is None or head.weight is not base.get_input_embeddings().weight:
+        return
+    modules = (head, base.get_input_embeddings())
+    if adapted & {f"{_PREFIX}{name}" for name, module in base.named_modules() if module in modules}:
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",

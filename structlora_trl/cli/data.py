@@ -114,9 +114,10 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
     for name, part in splits.items():
         if isinstance(part, datasets.Dataset) and part.column_names == found:
             where = f"split '{name}' of " if len(splits) > 1 else ""
+            where += ", ".join(sources(script, mixture))
             for number, row in enumerate(part.select_columns([*form]).take(_LOOKED_AT), 1):
                 for column in {*form} - {"label"}:  # KTO's, true or false
-                    refuse_cell(row[column], number, column, where + ", ".join(sources(script, mixture)))
+                    refuse_cell(row[column], number, column, where)
 
 
 def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
