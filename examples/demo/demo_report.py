@@ -66,8 +66,6 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
 def write_page(directory: Path) -> None:
     """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
     runs = [Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
-    for run in runs:  # the page is to be shown to others: a model's name, and no path of this machine
-        run.saved.lora.base_model_name_or_path = Path(run.saved.lora.base_model_name_or_path).name
     write_runs(directory / PAGE, runs)
 
 
