@@ -16,7 +16,7 @@ PYTHON_axolotl = $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/de
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
 
-.PHONY: demo test test-all test-oldest test-newest test-portable test-vllm $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
+.PHONY: demo test test-all test-oldest test-newest test-portable test-vllm $(FRONT_DOORS:%=test-%) lint format docs picture bench-overhead bench-distributed bench-quick bench-report gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -64,6 +64,14 @@ docs: $(VENV)/.dev
 	$(RUN) docs/draw_map.py
 	$(RUN) docs/draw_imports.py
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
+
+# docs/report.png: the page of `make demo`, as a browser shows it.
+CHROMIUM ?= chromium
+picture: demo-output/report.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1600 --screenshot=docs/report.png $(CURDIR)/$<
+
+demo-output/report.html:
+	$(MAKE) demo
 
 bench-overhead: $(VENV)/.dev
 	$(RUN) -m benchmarks.cost.overhead --quick

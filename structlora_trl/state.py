@@ -306,14 +306,15 @@ def save_state(
         `Path` of the file.
 
     Raises:
-        StructLoRAError: the file cannot be written; what was there before still is.
+        StructLoRAError: `directory` is the path of a file, or the file cannot be written; what was there before
+            still is.
 
     Example:
         >>> runtime = attach(model, optimizer)
         >>> save_state(runtime, folder).name
         'structlora.safetensors'
     """
-    path = Path(directory) / STATE_NAME
+    path = _file_in(directory)
     writes = state is not None or not runtime.is_sharded or dist.get_rank() == 0
     written = State.parse(runtime.state_dict() if state is None else state)
     if not writes:
@@ -341,15 +342,15 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
     """Continue from the state that `save_state` wrote to `directory`.
 
     Raises:
-        StructLoRAError: no state file, one that is damaged, or one of other modules, shapes, rank or options
-            that shaped its weights. Nothing has changed then.
+        StructLoRAError: `directory` is the path of a file; no state file, one that is damaged, or one of other
+            modules, shapes, rank or options that shaped its weights. Nothing has changed then.
 
     Example:
         >>> runtime = attach(model, optimizer)
         >>> _ = save_state(runtime, folder)
         >>> load_state(runtime, folder)
     """
-    path = Path(directory) / STATE_NAME
+    path = _file_in(directory)
     if not path.is_file():
         raise StructLoRAError(
             f"no {STATE_NAME} in {directory}",
@@ -357,6 +358,22 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
             f"resume from another checkpoint; or, {_START_ANEW}",
         )
     runtime.restore(read_state(path))
+
+
+def _file_in(directory: str | os.PathLike) -> Path:
+    """The state's file in a folder.
+
+    Raises:
+        StructLoRAError: the path of a file is given.
+    """
+    folder = Path(directory)
+    if folder.suffix == Path(STATE_NAME).suffix and not folder.is_dir():
+        raise StructLoRAError(
+            f"{folder}, the path of a file",
+            f"a folder, in which the state is always called {STATE_NAME}",
+            f"give the folder, such as {folder.parent}",
+        )
+    return folder / STATE_NAME
 
 
 def read_state(path: Path) -> State:

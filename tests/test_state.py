@@ -221,6 +221,13 @@ def test_a_state_is_not_written_where_a_file_is(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("action", [save_state, load_state])
+def test_the_path_of_a_file_is_no_folder(action, tmp_path):
+    with pytest.raises(StructLoRAError, match="the path of a file.*a folder"):
+        action(Loop.start().runtime, tmp_path / STATE_NAME)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("format", ["1", "4", "99", None])
 def test_states_of_other_formats_are_named(two, tmp_path, format):
     folder, _, loop = two

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
-from .inspecting import final_losses, held_out_rows, peak_learning_rate, short_names, training_data
+from .inspecting import contents, final_losses, held_out_rows, peak_learning_rate, short_names, training_data
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -70,7 +71,7 @@ def _verdict(runs: list[Run]) -> str:
         return f"Held-out loss at the end: {lower} in both runs."
     return (
         f"Held-out loss at the end: {runs[best].name} is lower by {losses[other] - losses[best]:.3g} ({lower} against "
-        f"{higher}). This is one seed each: a difference that another seed turns round is chance."
+        f"{higher}). One seed each: repeat both with another before you believe it."
     )
 
 
@@ -104,6 +105,13 @@ def _option(name: str) -> Callable[[Run], object]:
     return lambda run: getattr(run.saved.config, name) if run.saved.config else None
 
 
+def _base_model(run: Run) -> str | None:
+    """The base model's name: of a folder its last part, since the page is for others, too."""
+    name = run.saved.lora.base_model_name_or_path
+    is_path = name and (os.path.isabs(name) or name.startswith((".", "~")))
+    return Path(os.path.abspath(name)).name if is_path else name
+
+
 def _ranks(run: Run) -> str:
     ranks = {depth.rank for depth in run.depths()}
     return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
@@ -111,12 +119,14 @@ def _ranks(run: Run) -> str:
 
 _HELD_OUT = "held-out loss at the end"  # training losses of StructLoRA are with noise: not to be compared
 _FACTS: dict[str, Callable[[Run], object]] = {
-    "base model": lambda run: run.saved.lora.base_model_name_or_path,
+    "base model": _base_model,
     "data": lambda run: training_data(run.saved),
     "r": lambda run: _ranks(run),
     "alpha": lambda run: run.saved.lora.lora_alpha,
     "modules": lambda run: len(run.depths()),
     "directions": lambda run: sum(depth.rank for depth in run.depths()),
+    "parameters": lambda run: sum(part.numbers for part in contents(run.saved.tensors)),
+    "bytes": lambda run: sum(part.bytes for part in contents(run.saved.tensors)),
     "learning rate": lambda run: peak_learning_rate(run.saved),
     "steps": lambda run: run.saved.step or (run.history[-1]["step"] if run.history else None),
     "training loss at the end": lambda run: final_losses(run.history)[0],
@@ -154,4 +164,6 @@ def _with_code(text: str) -> Markup:
 def _shown(value) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )

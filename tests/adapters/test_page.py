@@ -11,6 +11,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from structlora_trl.adapters.export import information_curves
 from structlora_trl.adapters.inspecting import report, short_names
@@ -76,6 +77,7 @@ def test_the_page_holds_everything(page):
     spectra, sizes, curves = 2 * len(KINDS), 1, 5
     similarities = len(KINDS) + 1  # without the state, where writers alone can be compared
     assert parsed.counts["svg"] == 1 + similarities + spectra + sizes + curves
+    assert "plain &amp; simple: no map of q_proj, v_proj: no structlora.safetensors beside it" in text
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
     assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 7 * 2 for row in rows)
     # kind, layer, directions that add something in either run
@@ -109,6 +111,11 @@ def test_which_run_did_better(runs, tmp_path):
         and facts["r"] == [str(RANK)] * 2
         and facts["data"] == ["some/rows"] * 2
     )
+    tensors = load_file(folders["first"] / "adapter_model.safetensors").values()
+    numbers = sum(tensor.numel() for tensor in tensors)
+    assert facts["parameters"] == [f"{numbers:,}"] * 2 and facts["bytes"] == [f"{4 * numbers:,}"] * 2
+    base = json.loads((folders["first"] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert facts["base model"] == ["base"] * 2 and base not in text  # a folder of this machine
     assert re.findall('class="lowest">(.*?)<', text) == ["2.25"]  # training losses are with noise
     assert re.search(r"first is lower by 0\.5\b", text)
     log = folders["second"] / "trainer_state.json"
@@ -121,6 +128,21 @@ def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):
     page = tmp_path / "a" / "new" / "page.html"
     assert main(["inspect", str(plain_adapter), "--html", str(page)]) == 0
     assert re.findall("<h2>(.*?)</h2>", page.read_text()) == WITHOUT_STATE
+
+
+def test_why_there_is_no_map(plain_adapter, tmp_path, capsys):
+    """Without state, of modules that read the residual stream alone, there is a reason in place of a map."""
+    weights = plain_adapter / "adapter_model.safetensors"
+    tensors = {name: x for name, x in load_file(weights).items() if ".o_proj." not in name}
+    save_file(tensors, weights)
+    options = json.loads((plain_adapter / "adapter_config.json").read_text())
+    options["target_modules"].remove("o_proj")
+    (plain_adapter / "adapter_config.json").write_text(json.dumps(options))
+    page, figures = tmp_path / "page.html", tmp_path / "figures"
+    assert main(["inspect", str(plain_adapter), "--html", str(page), "--plot", str(figures)]) == 0
+    assert "No similarity map" in capsys.readouterr().out and not (figures / "similarity.png").exists()
+    section = page.read_text().partition("<h2>Similarity over depth</h2>")[2].partition("</section>")[0]
+    assert "no map of q_proj, v_proj: no structlora.safetensors" in section and "<svg" not in section
 
 
 def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
