@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.state import SHAPING, STATE_NAME, load_state, save_state
+from tests.support.left import mutated
 from tests.support.tiny import (
     FAMILIES,
     adamw,
@@ -196,29 +197,13 @@ def refuses_or_loads(load, loop: Loop, weights) -> bool:
     return False
 
 
-def damaged_file(content: bytes, rng: random.Random) -> bytes:
-    size = len(content)
-    head = 8 + int.from_bytes(content[:8], "little")
-    place = rng.choice([rng.randrange(8), rng.randrange(8, head), rng.randrange(head, size)])
-    damage = rng.choice(["flip", "cut", "zero", "insert", "byte"])
-    if damage == "flip":
-        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
-    if damage == "byte":
-        return content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :]
-    if damage == "cut":
-        return content[:place]
-    if damage == "zero":
-        return content[:place] + bytes(min(64, size - place)) + content[place + 64 :]
-    return content[:place] + rng.randbytes(rng.randrange(1, 9)) + content[place:]
-
-
 def test_damaged_files_are_refused_by_name_before_anything_changes(two, tmp_path):
     folder, weights, loop = two
     content = Path(folder, STATE_NAME).read_bytes()
     rng = random.Random(0)
     refused = 0
     for _ in range(MUTATIONS):
-        Path(tmp_path, STATE_NAME).write_bytes(damaged_file(content, rng))
+        Path(tmp_path, STATE_NAME).write_bytes(mutated(content, rng))
         refused += refuses_or_loads(lambda: load_state(loop.runtime, tmp_path), loop, weights)
     assert refused > MUTATIONS / 3  # the rest are other values of weights
 

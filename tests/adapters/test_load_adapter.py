@@ -25,6 +25,7 @@ from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, HALF, KINDS, STEPS, llama_run, only_adapter
 from tests.support.launching import launch, one_at_a_time
+from tests.support.left import mutated
 from tests.support.tiny import attached, base_model, peft_model, train
 
 
@@ -410,17 +411,3 @@ def test_damage_at_random_is_refused_or_harmless(name, has_state, folder):
                 for row in k.depths
             )
     assert refused > MUTATIONS / 4
-
-
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    at = chance.randrange(len(content))
-    match chance.randrange(4):
-        case 0:
-            return content[:at]
-        case 1:
-            return content[:at] + content[at + chance.randrange(1, 20) :]
-        case 2:  # headers come first
-            at = chance.randrange(min(len(content), 2000))
-    spoilt = bytearray(content)
-    spoilt[at] ^= 1 << chance.randrange(8)
-    return bytes(spoilt)
