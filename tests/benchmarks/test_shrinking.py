@@ -14,6 +14,8 @@ from benchmarks.quality.settings import COMPARISONS, SHRUNK_SEEDS
 from benchmarks.quality.shrinking import GLOBAL, ONE_RANK, RULES, shrink
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 RANK = 8
 
 

@@ -65,8 +65,7 @@ class Ratios:
         return loss
 
 
-@pytest.mark.parametrize("reuse", ["num_iterations", "steps_per_generation"])
-@pytest.mark.parametrize("job", ["grpo", "rloo"])
+@pytest.mark.parametrize("job, reuse", [("grpo", "num_iterations"), ("rloo", "steps_per_generation")])
 def test_importance_ratios_hold_no_noise(job, reuse, tmp_path):
     """Each generation serves two updates: the first meets the policy that generated, the second that policy after one update."""
 
