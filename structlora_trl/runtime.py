@@ -107,7 +107,8 @@ class Runtime:
 
     Attributes:
         step (`int`): optimizer steps that counted.
-        skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
+        skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients. In a loop of your own,
+            those that a GradScaler leaves out are not among them: it never calls an unfused optimizer then.
         reached_steps (`int`): optimizer steps with gradients of the adapter, if only zeros.
         gated_count (`int`): modules whose gates have noise.
         is_attached (`bool`): whether the model and its optimizer are still in use.
