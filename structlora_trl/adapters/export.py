@@ -191,6 +191,7 @@ def _export(
 ) -> list[Export]:
     _refuse_used(out)
     _refuse_contradictions(sizes, max_rank, distil, server, dtype, merge)
+    _refuse_idle(sizes, data, split, probe)
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
             "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
@@ -314,6 +315,37 @@ def _refuse_contradictions(
                 "one of them: a merged model has the base model's own dtype, and every server loads it",
                 "give one of them",
             )
+
+
+def _refuse_idle(
+    sizes: list[dict], data: str | Path | Sequence[dict] | None, split: str | None, probe: str
+) -> None:
+    """Stop at an option that acts on nothing beside the others."""
+    rules = {
+        name for size in sizes for name, value in size.items() if value is not None and value is not False
+    }
+    if data is not None and not rules & {"rank", "keep"}:
+        raise StructLoRAError(
+            "`data` without `rank` or `keep`",
+            "a choice for its rows to tell",
+            "give one of them, or remove `data`",
+        )
+    if split is not None and data is None:
+        raise StructLoRAError(
+            "`split` without `data`", "rows that have splits", "give `data`, or remove `split`"
+        )
+    if probe != RANDOM and data is not None:
+        raise StructLoRAError(
+            "both `data` and `probe`",
+            "one of them: with `data`, its rows are what the change is measured on",
+            "remove `probe`",
+        )
+    if probe != RANDOM and not rules:
+        raise StructLoRAError(
+            "`probe` without `rank`, `keep` or `prune`",
+            "a smaller adapter, whose cost it measures",
+            "give one of them, or remove `probe`",
+        )
 
 
 def _smaller(saved: Saved, size: dict, max_rank: int | None, one_rank: bool, trial: _Trial) -> Pruned | None:

@@ -106,11 +106,13 @@ def read_rows(
         if found is None:
             return None
         data, source = found
+        _refuse_split(split, source)
     elif isinstance(data, (str, Path)):
         source = str(data)
         data = _load(source, split)
     else:
         source = "the rows given"
+        _refuse_split(split, source)
     with refusing(f"reading {source}", f"rows with {_FORMATS}", "correct the data", (DatasetsError,)):
         rows = [*islice(iter(data), count)]
     if not rows:
@@ -175,6 +177,7 @@ def _load(name: str, split: str | None) -> Iterable[dict]:
         (DatasetsError, RuntimeError),
     ):
         if path.is_file():
+            _refuse_split(split, name)
             # `datasets` takes paths for patterns.
             options = {"sep": "\t"} if suffix == ".tsv" else {}
             files = glob.escape(str(path))
@@ -193,6 +196,16 @@ def _load(name: str, split: str | None) -> Iterable[dict]:
                 "correct `--split`",
             )
         return load_dataset(place, split=split, streaming=True)
+
+
+def _refuse_split(split: str | None, source: str) -> None:
+    """Stop at a split of rows that have none."""
+    if split is not None:
+        raise StructLoRAError(
+            f"split '{split}' of {source}, which has no splits",
+            "a folder, or a data set of the hub",
+            "remove `split`",
+        )
 
 
 def _as_inputs(row: dict, number: int, source: str) -> Row:
