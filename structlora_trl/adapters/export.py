@@ -191,7 +191,7 @@ def _export(
 ) -> list[Export]:
     _refuse_used(out)
     _refuse_contradictions(sizes, max_rank, distil, server, dtype, merge)
-    _refuse_idle(sizes, data, split, probe)
+    _refuse_idle(saved, sizes, data, split, probe, merge, base)
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
             "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
@@ -318,7 +318,13 @@ def _refuse_contradictions(
 
 
 def _refuse_idle(
-    sizes: list[dict], data: str | Path | Sequence[dict] | None, split: str | None, probe: str
+    saved: Saved,
+    sizes: list[dict],
+    data: str | Path | Sequence[dict] | None,
+    split: str | None,
+    probe: str,
+    merge: bool,
+    base: str | None,
 ) -> None:
     """Stop at an option that acts on nothing beside the others."""
     rules = {
@@ -345,6 +351,13 @@ def _refuse_idle(
             "`probe` without `rank`, `keep` or `prune`",
             "a smaller adapter, whose cost it measures",
             "give one of them, or remove `probe`",
+        )
+    loads_base = merge or (rules and (data is not None or probe != NO_PROBE))
+    if base is not None and not loads_base and not base_is_moved_for_good(saved.lora):
+        raise StructLoRAError(
+            f"`base` {base} in an export that loads no base model",
+            "`merge`, or a smaller adapter whose cost is measured",
+            "remove `base`",
         )
 
 

@@ -263,6 +263,8 @@ IDLE = {
     "a split alone": ({"keep": 0.5, "split": "test"}, "`split` without `data`"),
     "a probe alone": ({"probe": "none"}, "`probe` without `rank`, `keep` or `prune`"),
     "a probe beside data": ({"keep": 0.5, "data": [], "probe": "none"}, "both `data` and `probe`"),
+    "a base alone": ({"base": "other"}, "`base` other in an export that loads no base model"),
+    "a base for no measurement": ({"keep": 0.5, "probe": "none", "base": "other"}, "`base` other"),
 }
 
 
