@@ -595,8 +595,13 @@ class Runtime:
             )
 
     def _warn_of_other_adapters(self) -> None:
-        """Say once of each adapter that was made active after `attach`: its factors train as plain LoRA."""
+        """Say once of each adapter that was made active after `attach`, and has no runtime: its factors train as
+        plain LoRA.
+        """
         others = set(self.model.active_adapters) - self._active
+        if others:
+            runtimes = [r for r in list(_attached) if r.is_attached and r.model is self.model]
+            others -= set().union(*(r._active for r in runtimes))
         if others:
             self._active |= others
             logger.warning(

@@ -335,6 +335,20 @@ def test_another_adapter_that_is_made_active_trains_as_plain_lora(caplog):
     assert runtime.step == 1 and caplog.text.count("Adapter 'other' was made active") == 1
 
 
+def test_adapters_with_a_runtime_each_take_turns(caplog):
+    model = peft_model()
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+    runtimes = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        runtimes.append(attach(model, optimizer))
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        train(model, "llama", optimizer, 1)
+    assert [runtime.step for runtime in runtimes] == [2, 1] and "made active" not in caplog.text
+
+
 @pytest.mark.parametrize("when", ["interrupted", "done"])
 def test_another_train_starts_from_weights_that_other_code_has_written(when, tmp_path):
     class Look(TrainerCallback):
