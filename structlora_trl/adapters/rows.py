@@ -319,7 +319,17 @@ class _Reader:
         """Stop at a cell that is no text: a number, or a message without content."""
         for name, value in example.items():
             texts = {f"column `{name}`": value}
+            if name == "messages" and not isinstance(value, (list, tuple)):
+                raise StructLoRAError(
+                    f"{where}, column `messages`: {value!r:.40} ({type(value).__name__})",
+                    "a list of messages with `role` and `content`",
+                    "correct the cell",
+                )
             if isinstance(value, (list, tuple)):
+                if not value:
+                    raise StructLoRAError(
+                        f"{where}, column `{name}`: an empty list", "messages", "correct the cell"
+                    )
                 if not all(isinstance(message, dict) and "role" in message for message in value):
                     raise StructLoRAError(
                         f"{where}, column `{name}`: a list of something other than messages",

@@ -140,6 +140,12 @@ WRONG = {
         [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]}],
         "row 1.*message 2 of column `messages`: null",
     ),
+    "messages that are text": ([{"messages": "[{'role': 'user'}]"}], "column `messages`: .*.str."),
+    "no messages": ([{"messages": []}], "row 1 of the rows given, column `messages`: an empty list"),
+    "no messages of a pair": (
+        [{"prompt": [], "chosen": [], "rejected": []}],
+        "column `prompt`: an empty list",
+    ),
     "a list of words": ([{"text": ["w1"]}], "column `text`: a list of something other than messages"),
     "no mapping": (["w1 w2"], "row 1 of the rows given, which is a str"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
