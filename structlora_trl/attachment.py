@@ -204,15 +204,19 @@ def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | Non
             "set `select_at=100`, say",
         )
     step = int(config.select_at) if config.select_at >= 1 else round(config.select_at * steps)
-    end = steps is not None and step >= steps
-    if end or step < LEAST_STEPS:
-        length = "" if steps is None else f" of a run of {steps} steps"
+    length = "" if steps is None else f" of a run of {steps} steps"
+    found = f"keep={config.keep!r} and select_at={config.select_at}, which is step {step}{length}"
+    if steps is not None and step >= steps:
         raise StructLoRAError(
-            f"keep={config.keep!r} and select_at={config.select_at}, which is step {step}{length}",
-            "a step before the end of the run"
-            if end
-            else f"at least {LEAST_STEPS} steps before it, to gather information in",
-            "lower `select_at`" if end else "train for more steps, or raise `select_at`",
+            found,
+            "a step before the end of the run",
+            "lower `select_at`" if steps > LEAST_STEPS else "train for more steps",
+        )
+    if step < LEAST_STEPS:
+        raise StructLoRAError(
+            found,
+            f"at least {LEAST_STEPS} steps before it, to gather information in",
+            "train for more steps, or raise `select_at`",
         )
     return step
 

@@ -107,7 +107,8 @@ class Runtime:
 
     Attributes:
         step (`int`): optimizer steps that counted.
-        skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
+        skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients. In a loop of your own,
+            those that a GradScaler leaves out are not among them: it never calls an unfused optimizer then.
         reached_steps (`int`): optimizer steps with gradients of the adapter, if only zeros.
         gated_count (`int`): modules whose gates have noise.
         is_attached (`bool`): whether the model and its optimizer are still in use.
@@ -136,6 +137,7 @@ class Runtime:
         self._metric_steps = 0
         self._parameter_ids = {id(p) for p in self.lora_parameters() if p.requires_grad}
         self._places = _places_of(self.model, self.lora_parameters())
+        self._active = set(self.model.active_adapters)
         mapped = [mapped_sides(kind, self.config) for kind in self.kinds]
         self._maps_anything = any(mapped)
         self.engine.install(self._before_step, self._after_step, mapped)
@@ -264,6 +266,7 @@ class Runtime:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         self.hook_calls += 1
         self._rate, self._relevance = None, []
+        self._warn_of_other_adapters()
         gradients = self.engine.read_gradients()
         if gradients is None:  # no backward has reached the adapter
             self._refuse_replaced()
@@ -589,6 +592,22 @@ class Runtime:
                 f"{len(unfrozen)} LoRA parameters that were frozen when StructLoRA was attached, and now get gradients",
                 "the same trainable LoRA parameters throughout, since others would train as plain LoRA",
                 "freeze them again; or `detach()` the runtime, unfreeze them and attach again",
+            )
+
+    def _warn_of_other_adapters(self) -> None:
+        """Say once of each adapter that was made active after `attach`, and has no runtime: its factors train as
+        plain LoRA.
+        """
+        others = set(self.model.active_adapters) - self._active
+        if others:
+            runtimes = [r for r in list(_attached) if r.is_attached and r.model is self.model]
+            others -= set().union(*(r._active for r in runtimes))
+        if others:
+            self._active |= others
+            logger.warning(
+                "Adapter %s was made active after StructLoRA was attached: what this optimizer trains of it is plain LoRA. To "
+                "train it as StructLoRA, `detach()` the runtime and attach again, with `adapter_name`.",
+                ", ".join(map(repr, sorted(others))),
             )
 
     def _refuse_replaced(self) -> None:

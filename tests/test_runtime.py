@@ -447,8 +447,9 @@ def test_bad_gradients_skip_the_step_and_are_counted(poison):
     assert runtime.step == 3 and all(w.isfinite().all() for w in weights_of(model).values())
 
 
+@pytest.mark.parametrize("coordinator", ["gcn", "none"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler(fused):
+def test_grad_scaler(fused, coordinator):
     """Scaled gradients train as unscaled ones, and a step that GradScaler skips changes nothing.
 
     Fused optimizers unscale inside their step; the others are not stepped at all after an overflow.
@@ -457,7 +458,7 @@ def test_grad_scaler(fused):
     def run(scaled: bool):
         model = peft_model(targets=FAMILIES["llama"].linear)
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
-        runtime = attach(model, optimizer)
+        runtime = attach(model, optimizer, coordinator=coordinator)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         states = []
         for seed, overflow in enumerate([False, True, False]):
@@ -474,7 +475,7 @@ def test_grad_scaler(fused):
         return runtime, states
 
     runtime, states = run(scaled=True)
-    assert runtime.step == 2
+    assert (runtime.step, runtime.skipped_steps) == (2, int(fused))
     assert_same(states[1][0], states[0][0])
     assert_same(states[1][1], states[0][1])
     _, plain = run(scaled=False)

@@ -187,6 +187,7 @@ def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) 
     """Write the sizes, each to the folder of its name within `out`."""
     _refuse_used(out)
     _refuse_contradictions([*sizes.values()], options)
+    _refuse_idle(saved, [*sizes.values()], options)
     distil, server, merge = options.distil, options.server, options.merge
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
@@ -304,6 +305,43 @@ def _refuse_contradictions(sizes: list[dict], options: _Options) -> None:
                 "one of them: a merged model has the base model's own dtype, and every server loads it",
                 "give one of them",
             )
+
+
+def _refuse_idle(saved: Saved, sizes: list[dict], options: _Options) -> None:
+    """Stop at an option that acts on nothing beside the others."""
+    data, probe = options.data, options.probe
+    rules = {
+        name for size in sizes for name, value in size.items() if value is not None and value is not False
+    }
+    if data is not None and not rules & {"rank", "keep"}:
+        raise StructLoRAError(
+            "`data` without `rank` or `keep`",
+            "a choice for its rows to tell",
+            "give one of them, or remove `data`",
+        )
+    if options.split is not None and data is None:
+        raise StructLoRAError(
+            "`split` without `data`", "rows that have splits", "give `data`, or remove `split`"
+        )
+    if probe != RANDOM and data is not None:
+        raise StructLoRAError(
+            "both `data` and `probe`",
+            "one of them: with `data`, its rows are what the change is measured on",
+            "remove `probe`",
+        )
+    if probe not in (RANDOM, NO_PROBE) and not rules:
+        raise StructLoRAError(
+            "`probe` without `rank`, `keep` or `prune`",
+            "a smaller adapter, whose cost it measures",
+            "give one of them, or remove `probe`",
+        )
+    loads_base = options.merge or (rules and (data is not None or probe != NO_PROBE))
+    if options.base is not None and not loads_base and not base_is_moved_for_good(saved.lora):
+        raise StructLoRAError(
+            f"`base` {options.base} in an export that loads no base model",
+            "`merge`, or a smaller adapter whose cost is measured",
+            "remove `base`",
+        )
 
 
 def _smaller(saved: Saved, size: dict, max_rank: int | None, one_rank: bool, trial: _Trial) -> Pruned | None:

@@ -104,11 +104,13 @@ def read_rows(
         if found is None:
             return None
         data, source = found
+        _refuse_split(split, source)
     elif isinstance(data, (str, Path)):
         source = str(data)
         data = _load(source, split)
     else:
         source = "the rows given"
+        _refuse_split(split, source)
     with refusing(f"reading {source}", f"rows with {_FORMATS}", "correct the data", (DatasetsError,)):
         rows = [*islice(iter(data), count)]
     if not rows:
@@ -163,6 +165,7 @@ def _load(name: str, split: str | None) -> Iterable[dict]:
         (DatasetsError, RuntimeError),
     ):
         if suffix in BUILDERS and not path.is_dir():
+            _refuse_split(split, name)
             options = {"sep": "\t"} if suffix == ".tsv" else {}
             options["data_files"] = glob.escape(str(path))  # `datasets` takes paths for patterns
             try:
@@ -193,7 +196,7 @@ def refuse_cell(cell, number: int, column: str, source: str) -> None:
     Raises:
         StructLoRAError: it names row and column.
     """
-    if found := _what_is_wrong(cell):
+    if found := _what_is_wrong(cell, column):
         raise StructLoRAError(
             f"{found} in row {number}, column `{column}`, of {source}",
             "text, or a list of messages with `role` and `content`",
@@ -202,10 +205,10 @@ def refuse_cell(cell, number: int, column: str, source: str) -> None:
         )
 
 
-def _what_is_wrong(cell) -> str | None:
+def _what_is_wrong(cell, column: str) -> str | None:
     """What a cell is, in words, where it is neither text nor messages."""
     if isinstance(cell, str):
-        return None
+        return f"text ({cell!r:.40})" if column == "messages" else None
     if not isinstance(cell, (list, tuple)) or not cell:
         return "nothing (null)" if cell is None else f"{cell!r:.40} ({type(cell).__name__})"
     if not all(isinstance(message, dict) for message in cell):
@@ -219,6 +222,16 @@ def _what_is_wrong(cell) -> str | None:
         if message.get("role") is None or not is_said:
             return f"message {number} without `role` and `content`"
     return None
+
+
+def _refuse_split(split: str | None, source: str) -> None:
+    """Stop at a split of rows that have none."""
+    if split is not None:
+        raise StructLoRAError(
+            f"split '{split}' of {source}, which has no splits",
+            "a folder, or a data set of the hub",
+            "remove `split`",
+        )
 
 
 def _as_inputs(row: dict, number: int, source: str) -> Row:

@@ -248,6 +248,27 @@ def test_every_mistake_gets_a_message(mistake, runs, tmp_path, monkeypatch, caps
     assert not (tmp_path / "new").exists()
 
 
+# Options in Python that act on nothing beside the others -> words of the message
+IDLE = {
+    "data alone": ({"data": []}, "`data` without `rank` or `keep`"),
+    "data of a prune": ({"prune": True, "data": []}, "`data` without `rank` or `keep`"),
+    "data of a merge": ({"merge": True, "data": []}, "`data` without `rank` or `keep`"),
+    "a split alone": ({"keep": 0.5, "split": "test"}, "`split` without `data`"),
+    "a probe alone": ({"probe": "some words"}, "`probe` without `rank`, `keep` or `prune`"),
+    "a probe beside data": ({"keep": 0.5, "data": [], "probe": "none"}, "both `data` and `probe`"),
+    "a base alone": ({"base": "other"}, "`base` other in an export that loads no base model"),
+    "a base for no measurement": ({"keep": 0.5, "probe": "none", "base": "other"}, "`base` other"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_options_that_act_on_nothing_are_refused_in_python_too(case, runs, tmp_path):
+    options, words = IDLE[case]
+    with pytest.raises(StructLoRAError, match=words):
+        export(read_saved(runs()), tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_output_folder_that_is_not_empty(runs, capsys):
     assert main(["export", str(runs()), str(runs())]) == 1
     assert "not empty" in capsys.readouterr().err

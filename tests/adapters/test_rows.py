@@ -96,6 +96,13 @@ def test_a_split_is_the_one_that_is_named(saved, tmp_path):
         read(saved, folder, split="dev")
 
 
+@pytest.mark.parametrize("place", ["a file", "a list"])
+def test_a_split_of_what_has_none_is_refused(place, saved, tmp_path):
+    data = TEXTS if place == "a list" else str(write_text(tmp_path / "rows.jsonl", lines(TEXTS)))
+    with pytest.raises(StructLoRAError, match="split 'test' of .*has no splits"):
+        read(saved, data, split="test")
+
+
 def kto(label: bool) -> dict:
     return {"prompt": "w1 w2 ", "completion": "w3", "label": label}
 
@@ -136,6 +143,15 @@ WRONG = {
     "a list of words": (
         [{"text": ["w1"]}],
         "a list of something other than messages in row 1, column `text`",
+    ),
+    "messages that are text": (
+        [{"messages": "[{'role': 'user'}]"}],
+        r"text \(.*in row 1, column `messages`",
+    ),
+    "no messages": ([{"messages": []}], r"\[\] \(list\) in row 1, column `messages`"),
+    "no messages of a pair": (
+        [{"prompt": [], "chosen": [], "rejected": []}],
+        r"\[\] \(list\) in row 1, column `prompt`",
     ),
     "no mapping": (["w1 w2"], "row 1 of the rows given, which is a str"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),

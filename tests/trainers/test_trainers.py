@@ -52,6 +52,7 @@ from tests.support.tiny import (
     differing,
     lora_parameters,
     peft_model,
+    train,
     weights_of,
 )
 
@@ -320,6 +321,32 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
     assert set(differing(saved[0], start)) == set(start)
     for name, value in saved[1].items():  # gates were in the forward of the first step
         assert noise == "on" or torch.allclose(saved[0][name], value, atol=1e-6)
+
+
+def test_another_adapter_that_is_made_active_trains_as_plain_lora(caplog):
+    model = peft_model()
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+    runtime = attach(model, optimizer)
+    train(model, "llama", optimizer, 1)
+    assert "made active" not in caplog.text
+    model.set_adapter("other")
+    train(model, "llama", optimizer, 2)
+    assert runtime.step == 1 and caplog.text.count("Adapter 'other' was made active") == 1
+
+
+def test_adapters_with_a_runtime_each_take_turns(caplog):
+    model = peft_model()
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+    runtimes = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        runtimes.append(attach(model, optimizer))
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        train(model, "llama", optimizer, 1)
+    assert [runtime.step for runtime in runtimes] == [2, 1] and "made active" not in caplog.text
 
 
 @pytest.mark.parametrize("when", ["interrupted", "done"])
