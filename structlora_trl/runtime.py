@@ -398,6 +398,8 @@ class Runtime:
     def _select(self) -> None:
         """Make the selection, once."""
         selections = [m.selection for m in self.maps]
+        if selections[0].informed_steps < LEAST_STEPS:  # `reload` forgot what was known
+            return
         if selections[0].is_made or not select(selections, self.config.keep, self.plan.parts.choose):
             return
         kept, total = sum(int(s.kept.sum()) for s in selections), sum(s.kept.numel() for s in selections)
@@ -503,7 +505,8 @@ class Runtime:
 
         They become the latent factors. Coordinator, graph, their optimizer and what was learned of directions
         start anew, as at `attach`; the step's number goes on. Directions that selection has closed stay
-        closed. To continue a run of StructLoRA, use `load_state` instead.
+        closed; a selection that is to come waits for ten steps of information. To continue a run of StructLoRA,
+        use `load_state` instead.
 
         Raises:
             StructLoRAError: the runtime is detached.

@@ -22,6 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from structlora_trl import attach
 from structlora_trl.adapters.export import export, information_curves, write_adapter
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import load_base
@@ -47,7 +48,15 @@ from tests.support.cli_runs import logits_of
 from tests.support.data import texts, write_rows
 from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, t5
-from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
+from tests.support.tiny import (
+    FAMILIES,
+    VOCABULARY,
+    adamw,
+    assert_same,
+    base_model,
+    differing,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("variant", RUNS)
@@ -87,6 +96,31 @@ def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path,
     assert "1 x 5 tokens" in printed
     before, after = (logits_of(on_base(folder, base), "llama") for folder in (out, tmp_path / "small"))
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+
+
+def test_a_pruned_adapter_is_trained_on(runs, tmp_path):
+    """Ranks differ by module then, and some modules have none: what is left is as any adapter."""
+    base = runs().parent / "base"
+    export(read_saved(runs()), tmp_path / "small", prune=True, probe="none")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "small", is_trainable=True
+    )
+    before = weights_of(model)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, noise="on")
+    assert_same(before, weights_of(model))
+    assert sorted(rank for kind in runtime.kinds for rank in [kind.rank] * kind.node_count) == sorted(
+        len(p) for name, p in before.items() if "lora_A" in name
+    )
+    take_steps(model, optimizer, FAMILIES["llama"].batch)
+    assert runtime.step == 3 and set(differing(before, weights_of(model))) == set(before)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        logits_of(on_base(tmp_path / "again", base), "llama"),
+        logits_of(model.eval(), "llama"),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def test_nothing_to_prune_is_told(runs, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.attachment import build_runtime
+from structlora_trl.core.selection import LEAST_STEPS
 from tests.support.core import kind_map
 from tests.support.tiny import (
     FAMILIES,
@@ -127,6 +128,10 @@ def test_reload_keeps_what_is_closed_and_forgets_the_rest():
     assert any(m.selection.information.any() for m in runtime.maps)
     runtime.reload()  # information was about weights that may be gone
     assert not any(m.selection.information.any() for m in runtime.maps)
+    train(model, "llama", optimizer, LEAST_STEPS - 1, CUT - 1)
+    assert not runtime.has_selected  # which waits for as much information as ever
+    train(model, "llama", optimizer, 1, LAST)
+    assert runtime.has_selected
     model, optimizer, runtime = started()
     train(model, "llama", optimizer, CUT)
     kept = directions(model)
