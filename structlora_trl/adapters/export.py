@@ -430,8 +430,7 @@ class _Trial:
         return found.tensors, found
 
     def scaled(self, tensors: dict[str, Tensor]) -> Scaled:
-        model = self.model  # which makes the probe
-        return choose_scale(model, tensors, self._probe)
+        return choose_scale(self.model, tensors, self._probe)  # the model's loading makes the probe
 
     def change(
         self, cut: dict[str, Tensor], taught: dict[str, Tensor] | None, dtype: str | None
