@@ -152,6 +152,27 @@ def factor_names(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
     return names
 
 
+def scaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The same adapter with its update ΔW times a number, which goes into lora_B: every server reads that."""
+    names = {sides["B"] for sides in factor_names(tensors).values()}
+    return {name: x * scale if name in names else x for name, x in tensors.items()}
+
+
+def refuse_unscalable(lora: LoraConfig) -> None:
+    """Stop at an adapter whose lora_B times a number is not its update times that number.
+
+    Raises:
+        StructLoRAError: it holds part of the base weights, or has DoRA's magnitudes.
+    """
+    if lora.use_dora or base_is_moved(lora) or base_is_moved_for_good(lora):
+        what = "DoRA's magnitudes" if lora.use_dora else "part of the base weights, with which it began,"
+        raise StructLoRAError(
+            f"`scale` for an adapter that holds {what} beside its update",
+            "LoRA that began at zero, whose update is B·A alone",
+            "export it without `--scale`",
+        )
+
+
 def masked(
     lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]]
 ) -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ _DATA = {
     "rloo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
 }
 _FIRST_ROWS = 250  # of a public data set, so that the file is an example of few rows and several passes
+# As `core.gates` has it, which loads torch. The other trainers switch noise off, as they do dropout.
+_NOISE = "; too few for noise on gates, which begins above 5 and is whole from 45 on"
 _TOKENS = ("max_length", 1024, "tokens; longer rows are cut")
 _BETA = ("beta", 0.1, "how strongly the base model holds the adapter back")
 _OWN = {"sft": [_TOKENS], "dpo": [_BETA, _TOKENS], "kto": [_BETA, _TOKENS], "reward": [_TOKENS]}
@@ -115,7 +117,7 @@ def template(
                     "the first rows; 'train' takes all of yours",
                 )
             )
-        settings += [*_passes(rows), *_OWN[name]]
+        settings += [*_passes(rows, _NOISE if name == "sft" else ""), *_OWN[name]]
     settings += [
         ("learning_rate", _RATES[name], "for LoRA; try half and twice as much"),
         ("per_device_train_batch_size", 8, ""),
@@ -161,24 +163,20 @@ def count_rows(data: str) -> int | None:
             return sum(1 for line in file if line.strip())
 
 
-def _passes(rows: int | None) -> list[tuple[str, Any, str]]:
-    """Passes, held-out share, and when to evaluate and save: often where rows are few."""
+def _passes(rows: int | None, noise: str) -> list[tuple[str, Any, str]]:
+    """Passes, with what they mean for the noise, held-out share, and when to evaluate and save: often where rows are few."""
     resume = "checkpoints; --resume_from_checkpoint true continues from the last one"
     if rows is not None and rows < 2000:
         held_out, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
         return [
             ("test_split_size", held_out, f"of the {rows:,} rows, held out for the evaluation loss"),
-            (
-                "num_train_epochs",
-                epochs,
-                "passes over the rest, until the evaluation loss rises; gates have noise from 5 on",
-            ),
+            ("num_train_epochs", epochs, f"passes over the rest{noise}"),
             ("eval_strategy", "epoch", ""),
             ("save_strategy", "epoch", resume),
         ]
     return [
         ("test_split_size", 0.05, "share of the rows that is held out; 0.2 where rows are fewer than 500"),
-        ("num_train_epochs", 1, "passes over the rest; 3 to 5 where rows are few"),
+        ("num_train_epochs", 1, f"passes over the rest; 3 to 5 where rows are few{noise}"),
         ("eval_strategy", "steps", ""),
         ("eval_steps", 100, ""),
         ("save_steps", 100, resume),

@@ -262,7 +262,7 @@ WITHOUT_EFFECT = {
         "--probe needs --rank, --keep or --prune",
     ),
     "two rules": (["--keep", "0.5", "--prune"], "--prune: not allowed with argument --keep"),
-    "data alone": (["--data", "rows.txt"], "--data needs --rank or --keep"),
+    "data alone": (["--data", "rows.txt"], "--data needs --rank, --keep or --scale auto"),
     "a split alone": (["--keep", "0.5", "--split", "test"], "--split needs --data"),
 }
 
@@ -284,9 +284,9 @@ def test_every_mistake_gets_a_message(mistake, runs, tmp_path, monkeypatch, caps
 
 # Options in Python that act on nothing beside the others -> words of the message
 IDLE = {
-    "data alone": ({"data": []}, "`data` without `rank` or `keep`"),
-    "data of a prune": ({"prune": True, "data": []}, "`data` without `rank` or `keep`"),
-    "data of a merge": ({"merge": True, "data": []}, "`data` without `rank` or `keep`"),
+    "data alone": ({"data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
+    "data of a prune": ({"prune": True, "data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
+    "data of a merge": ({"merge": True, "data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
     "a split alone": ({"keep": 0.5, "split": "test"}, "`split` without `data`"),
     "a probe alone": ({"probe": "some words"}, "`probe` without `rank`, `keep` or `prune`"),
     "a probe beside data": ({"keep": 0.5, "data": [], "probe": "none"}, "both `data` and `probe`"),

@@ -164,6 +164,19 @@ def test_the_scalar_is_chosen_on_validation_and_the_adapter_left_as_it_was():
     assert tried(-1.0) is None and torch.equal(B, before)
 
 
+def test_the_temperature_is_chosen_on_validation():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (2000,), generator=generator)
+    sure = 6 * (torch.nn.functional.one_hot(labels, 4) + torch.randn(2000, 4, generator=generator))
+    (chosen, measured), whole = sure.split(1000), measures.figures(sure[1000:], labels[1000:])
+    found = measures.tempered((chosen, labels[:1000]), (measured, labels[1000:]))
+    # Logits of unit noise around a one-hot mean are calibrated, whatever they were multiplied by.
+    assert found["temperature"] == pytest.approx(6, rel=0.15) and found["accuracy"] == whole["accuracy"]
+    assert found["nll"] < whole["nll"] and found["ece"] < whole["ece"]
+    other = measures.tempered((chosen, labels[:1000]), (measured, labels[1000:].roll(1)))
+    assert other["temperature"] == found["temperature"]
+
+
 def test_right_answers_are_kept_and_calibration_is_measured():
     logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
     found = measures.figures(logits, torch.tensor([0, 1, 1, 1]))

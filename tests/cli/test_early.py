@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from structlora_trl.cli import early, main
 from structlora_trl.cli.init import count_rows, template
 from structlora_trl.cli.main import TRAINING
+from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES
 from tests.support.data import write_rows
 from tests.support.launching import ROOT
 
@@ -124,6 +125,14 @@ def test_passes_and_held_out_rows_fit_the_data(count, files):
     assert found == PASSES[count]
     assert (options["dataset_name"], options["model_name_or_path"]) == ("mine.jsonl", "./base")
     assert "dataset_train_split" not in options
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_passes_written_have_no_noise_and_the_file_says_which_have(name):
+    (line,) = [line for line in template(name).splitlines() if line.startswith("num_train_epochs")]
+    assert max(found[0] for found in PASSES.values()) <= FEW_PASSES
+    told = f"too few for noise on gates, which begins above {FEW_PASSES} and is whole from {MANY_PASSES} on"
+    assert (told in line) == (name == "sft")  # DPO switches noise off, as it does dropout
 
 
 def test_rows_are_counted_in_every_kind_of_file(files):
