@@ -21,12 +21,13 @@ _VLLM_HEADS = {"classifier", "score"}
 
 
 class Server(NamedTuple):
-    """A server: its name, whether all modules must have one rank and one scale, what it cannot load, by what an
-    adapter has, and what its command needs, from the largest rank.
+    """A server: its name, whether all modules must have one rank and one scale, whether it reads `use_rslora`, what
+    it cannot load, by what an adapter has, and what its command needs, from the largest rank.
     """
 
     name: str
     one_rank: bool
+    rank_stabilised: bool
     refuses: tuple[str, ...]
     needs: Callable[[int], str]
 
@@ -62,15 +63,25 @@ SERVERS = {
     "vllm": Server(
         "vLLM",
         one_rank=False,
+        rank_stabilised=True,
         # Experts in one parameter depend on the model.
         refuses=tuple(f for f in _ALL if "head" not in f and "experts" not in f),
         needs=_vllm_rank,
     ),
-    "sglang": Server("SGLang", one_rank=True, refuses=_ALL, needs=lambda rank: f"`--max-lora-rank {rank}`"),
-    "lorax": Server("LoRAX, TGI", one_rank=True, refuses=_ALL, needs=lambda rank: "nothing more"),
-    "llamacpp": Server(
-        "llama.cpp, Ollama",
+    "sglang": Server(
+        "SGLang",
         one_rank=True,
+        rank_stabilised=False,
+        refuses=_ALL,
+        needs=lambda rank: f"`--max-lora-rank {rank}`",
+    ),
+    "lorax": Server(
+        "LoRAX, TGI", one_rank=True, rank_stabilised=True, refuses=_ALL, needs=lambda rank: "nothing more"
+    ),
+    "llamacpp": Server(
+        "llama.cpp",
+        one_rank=True,
+        rank_stabilised=False,
         refuses=tuple(f for f in _ALL if "invocation" not in f),
         needs=lambda rank: "`convert_lora_to_gguf.py`",
     ),
@@ -116,7 +127,7 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
             reasons.append(f"ranks differ ({min(ranks)} to {max(ranks)})")
         if len(scales) > 1:
             reasons.append("scales differ")
-        if key == "llamacpp" and lora.use_rslora:
+        if lora.use_rslora and not server.rank_stabilised:
             reasons.append("rank-stabilised scale")
         if refused := _refused(key, lora, tensors):
             lines[server.name] = f"cannot load {', '.join(refused)}: merge it (`--merge`)"

@@ -37,7 +37,7 @@ of the hub, with `messages`, `prompt` and `completion`, `text`, `chosen` and `re
 tell what to keep, the loss is of 64 others, and --distil learns from up to 1,024. Without --data the run's own held-out
 rows are taken, where its log names them.
 
---for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp (Ollama too)
+--for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp
 need one rank and one scale, so that smaller modules are filled with zeros.
 
 All modules of a smaller adapter have one scale, `lora_alpha / r`. What it costs is measured on the rows, or on random tokens or
