@@ -152,11 +152,11 @@ def _on_device(model: PeftModel, tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _together(rows: list[Row]) -> list[dict]:
-    """Rows in as few parts as run at once: those of a language model padded to one length, others one by one."""
+    """Rows in as few parts as run at once: those of equal shapes, and of a language model of any length."""
     parts: list[list[Row]] = []
     for row in sorted(rows, key=_positions):
         last = parts[-1] if parts else []
-        if last and all(map(_is_text, (last[0], row))) and (len(last) + 1) * _positions(row) <= _ROOM:
+        if last and _fits(last[0], row) and (len(last) + 1) * _positions(row) <= _ROOM:
             last.append(row)
         else:
             parts.append([row])
@@ -173,9 +173,16 @@ def _is_text(row: Row) -> bool:
     return named and row["labels"].shape == row["input_ids"].shape
 
 
+def _fits(one: Row, other: Row) -> bool:
+    shapes = [{name: value.shape for name, value in row.items()} for row in (one, other)]
+    return shapes[0] == shapes[1] or (_is_text(one) and _is_text(other))
+
+
 def _stacked(rows: list[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
+    if not _is_text(rows[0]):
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
     return {
         name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=fill)
