@@ -245,7 +245,7 @@ def _as_inputs(row: dict, number: int, source: str) -> Row:
                 "rename or remove the column",
                 (RuntimeError,),
             ):
-                value = torch.as_tensor(value, device="cpu")[None]
+                value = torch.from_numpy(np.asarray(value))[None]
             value = value.float() if value.dtype == torch.float64 else value
         found[name] = value
     return found

@@ -155,7 +155,7 @@ WRONG = {
     ),
     "no mapping": (["w1 w2"], "row 1 of the rows given, which is a str"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
-    "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*dtype of object"),
+    "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
     "uneven lists": ([{"input_ids": [[1, 2], [3]], "labels": [1, 2]}], "row 1, column `input_ids`"),
 }
 
