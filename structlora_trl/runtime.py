@@ -258,8 +258,9 @@ class Runtime:
         ]
 
     def _describe_gates(self) -> str:
-        on = f"gates on {self.gated_count} modules ({self.plan.noise})" if self.gated_count else "no gates"
-        return on + "".join(f"; none on {count} ({why})" for why, count in self.plan.quiet.items())
+        on = [f"gates on {self.gated_count} modules ({self.plan.noise})"] if self.gated_count else []
+        off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
+        return "; ".join(on + off)
 
     @in_map_context
     def _before_step(self) -> bool:
