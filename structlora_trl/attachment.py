@@ -148,9 +148,9 @@ def build_runtime(
         "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
-    if not gated and config.coordinator == "none" and config.keep is None:
+    if runtime.is_off:
         logger.warning(
-            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA (%s).",
+            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA: %s.",
             runtime.describe()[1],
         )
     return runtime

@@ -239,6 +239,11 @@ class Runtime:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
         return ", ".join(self.describe())
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing acts, whatever switched the noise off: this is plain LoRA."""
+        return not self.gated_count and self.config.coordinator == "none" and self.config.keep is None
+
     def describe(self) -> list[str]:
         """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)

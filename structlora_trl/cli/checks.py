@@ -82,7 +82,7 @@ def _config_of(given: Arguments) -> PreTrainedConfig:
         "a folder with a model, or a model of the hub that can be reached",
         f"correct `model_name_or_path`{nearest(name)} (a folder begins with `./` or `/`); for a private model, or one "
         f"whose licence is to be accepted on its page, log in: `hf auth login`; "
-        f"`hf download {name}` fetches it for runs without a network{if_offline()}",
+        f"`hf download {name}` fetches it for runs without a network{if_offline(name)}",
     ):
         return AutoConfig.from_pretrained(
             name, revision=given.model.model_revision, trust_remote_code=bool(trusts)

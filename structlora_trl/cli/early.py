@@ -161,10 +161,12 @@ def nearest(name: str) -> str:
     return f" (did you mean {'' if path.is_absolute() else './'}{path.parent / near[0]}?)" if near else ""
 
 
-def if_offline() -> str:
-    """In words, where the environment keeps the hub out of reach."""
+def if_offline(*names: str) -> str:
+    """In words, where the environment keeps the hub out of reach, and one of the names is of no local path."""
     is_set = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return "; HF_HUB_OFFLINE is set, so that nothing is fetched from the hub: unset it" if is_set else ""
+    if not is_set or all(os.path.exists(name) for name in names):
+        return ""
+    return "; HF_HUB_OFFLINE is set, so that nothing is fetched from the hub: unset it"
 
 
 def read_yaml(path: str) -> dict:

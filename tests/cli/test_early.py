@@ -120,6 +120,14 @@ def test_what_is_right_passes(given, words, files):
     early.check(["--config", "run.yaml", "--learning_rate", "1e-4", *words])
 
 
+@pytest.mark.parametrize(
+    "value, name, is_told", [("1", "a/model", True), ("0", "a/model", False), ("true", "./done", False)]
+)
+def test_a_hub_that_the_environment_keeps_out_of_reach_is_told(value, name, is_told, files, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert ("HF_HUB_OFFLINE" in early.if_offline(name)) == is_told
+
+
 def test_names_of_files_are_those_of_the_libraries():
     assert early.ADAPTER_CONFIG == CONFIG_NAME and early.TRAINER_STATE == TRAINER_STATE_NAME
     assert early.MODEL_CONFIG == MODEL_CONFIG_NAME
