@@ -148,9 +148,10 @@ def build_runtime(
         "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
-    if config.is_off:
+    if runtime.is_off:
         logger.warning(
-            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA."
+            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA: %s.",
+            runtime.describe()[1],
         )
     return runtime
 

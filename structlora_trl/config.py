@@ -221,11 +221,6 @@ class StructLoRAConfig:
             if getattr(self, f.name) != f.default
         }
 
-    @property
-    def is_off(self) -> bool:
-        """Whether nothing acts: this is plain LoRA."""
-        return self.noise == "off" and self.coordinator == "none" and self.keep is None
-
 
 def share_to_keep(keep: float | str) -> tuple[float, bool]:
     """A share above 0 and at most 1, and whether it is of the information ('99%') and not of the directions (0.25).

@@ -239,6 +239,11 @@ class Runtime:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
         return ", ".join(self.describe())
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing acts, whatever switched the noise off: this is plain LoRA."""
+        return not self.gated_count and self.config.coordinator == "none" and self.config.keep is None
+
     def describe(self) -> list[str]:
         """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
@@ -258,8 +263,9 @@ class Runtime:
         ]
 
     def _describe_gates(self) -> str:
-        on = f"gates on {self.gated_count} modules ({self.plan.noise})" if self.gated_count else "no gates"
-        return on + "".join(f"; none on {count} ({why})" for why, count in self.plan.quiet.items())
+        on = [f"gates on {self.gated_count} modules ({self.plan.noise})"] if self.gated_count else []
+        off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
+        return "; ".join(on + off)
 
     @in_map_context
     def _before_step(self) -> bool:

@@ -27,6 +27,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
+from .cells import refuse_cell
 from .inspecting import command_facts
 from .load_adapter import Saved
 from .measuring import HEADS, Row
@@ -182,46 +183,6 @@ def _load(name: str, split: str | None) -> Iterable[dict]:
                 "correct `--split`",
             )
         return splits[split]
-
-
-def refuse_cell(cell, number: int, column: str, source: str) -> None:
-    """Stop at a cell that is neither text nor a list of messages.
-
-    Args:
-        cell: what stands there.
-        number (`int`): of its row, from 1.
-        column (`str`): its column.
-        source (`str`): what the rows are called.
-
-    Raises:
-        StructLoRAError: it names row and column.
-    """
-    if found := _what_is_wrong(cell, column):
-        raise StructLoRAError(
-            f"{found} in row {number}, column `{column}`, of {source}",
-            "text, or a list of messages with `role` and `content`",
-            "correct or remove the row; a number that is meant as text stands in quotation marks, in a .jsonl file "
-            '(`"4"`), since a .csv file cannot tell the two apart',
-        )
-
-
-def _what_is_wrong(cell, column: str) -> str | None:
-    """What a cell is, in words, where it is neither text nor messages."""
-    if isinstance(cell, str):
-        return f"text ({cell!r:.40})" if column == "messages" else None
-    if not isinstance(cell, (list, tuple)) or not cell:
-        return "nothing (null)" if cell is None else f"{cell!r:.40} ({type(cell).__name__})"
-    if not all(isinstance(message, dict) for message in cell):
-        return "a list of something other than messages"
-    for number, message in enumerate(cell, 1):
-        if "from" in message:  # ShareGPT's form, which TRL rewrites
-            continue
-        # A message that calls tools may have no content, and one with pictures has a list of parts.
-        content = message.get("content")
-        is_said = isinstance(content, (str, list)) or (content is None and message.get("tool_calls"))
-        if message.get("role") is None or not is_said:
-            return f"message {number} without `role` and `content`"
-    return None
 
 
 def _refuse_split(split: str | None, source: str) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -38,6 +41,15 @@ _EXAMPLES = """examples:
   torchrun --nproc_per_node 8 -m structlora_trl.cli {name} --config run.yaml
 """
 _PREFIX = "structlora."
+_USAGE = "structlora {name} --config run.yaml [--any_argument value]"
+# Where arguments are defined: fields of dataclasses, and of Accelerate's launcher.
+_SOURCES = (
+    ("trl", "scripts/*.py"),
+    ("trl", "trainer/*_config.py"),
+    ("transformers", "training_args.py"),
+    ("accelerate", "commands/launch.py"),
+)
+_NAME = re.compile(r'(?:^    |"--)(\w+)(?=: |")', re.MULTILINE)
 
 
 class Arguments(NamedTuple):
@@ -65,6 +77,43 @@ def parser_of(command: str, description: str, examples: str) -> argparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def refuse_misspelt(name: str, arguments: list[str]) -> None:
+    """Stop at a name that is nearly one of the libraries', before they are imported; `parse` stops at all others.
+
+    Raises:
+        StructLoRAError: such a key in the YAML file.
+        SystemExit: such a name on the command line.
+    """
+    known = _names_in_source()
+
+    def is_misspelt(word: str) -> bool:
+        plain = word.replace("-", "_").removeprefix("no_")
+        return plain not in known and bool(difflib.get_close_matches(plain, known, 1, 0.9))
+
+    parser = argparse.ArgumentParser(
+        f"structlora {name}", _USAGE.format(name=name), add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--config")
+    given, words = parser.parse_known_args(arguments)
+    for flag in (word.split("=")[0] for word in words):
+        if flag.startswith("--") and is_misspelt(flag[2:]):
+            parser.error(f"unknown argument {flag}{_hint(flag[2:], known)}")
+    if given.config is not None:
+        _read_file(given.config, known, is_misspelt)
+
+
+def _names_in_source() -> set[str]:
+    """Names of arguments as they stand in the source of TRL and of what it builds on."""
+    found = {"structlora", "overwrite", "config", "env", "accelerate_config"}
+    found |= {_PREFIX + option.name for option in fields(StructLoRAConfig)}
+    for package, pattern in _SOURCES:
+        spec = find_spec(package)
+        for folder in spec.submodule_search_locations if spec else []:
+            for path in Path(folder).glob(pattern):
+                found |= {*_NAME.findall(path.read_text(encoding="utf-8"))}
+    return found
 
 
 def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
@@ -115,10 +164,7 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
 def _training_parser(name: str, script: ModuleType):
     """TRL's parser, with ours in a group of their own, and LoRA on."""
     parser = script.make_parser()
-    parser.prog, parser.usage = (
-        f"structlora {name}",
-        f"structlora {name} --config run.yaml [--any_argument value]",
-    )
+    parser.prog, parser.usage = f"structlora {name}", _USAGE.format(name=name)
     parser.description, parser.epilog = _DESCRIPTION.format(name=name), _EXAMPLES.format(name=name)
     parser.formatter_class, parser.allow_abbrev = _HelpFormatter, False
     parser.set_defaults(use_peft=True)
@@ -178,11 +224,11 @@ def _hint(name: str, known: Iterable[str]) -> str:
     return f" (did you mean `{names[near[0]]}`?)" if near else ""
 
 
-def _read_file(path: str, known: set[str]) -> dict:
-    """The keys and values of the YAML file, every key known."""
+def _read_file(path: str, known: set[str], is_wrong: Callable[[str], bool] | None = None) -> dict:
+    """The keys and values of the YAML file, every key known; with `is_wrong`, none of which it is true."""
     options = read_yaml(path)
     for name in options:
-        if name not in known:
+        if is_wrong(str(name)) if is_wrong else name not in known:
             raise StructLoRAError(
                 f"an unknown key `{name}` in {path}{_hint(str(name), known)}",
                 "arguments that `--help` lists",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import difflib
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -16,34 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import StructLoRAError, refusing
 from ..state import STATE_NAME
 from .arguments import Arguments
-from .early import is_true, refuse_earlier_run, refuse_missing_model
+from .early import if_offline, is_true, nearest, refuse_earlier_run, refuse_missing_model, refuse_numbers
 
 _LISTED = 12  # names of modules in a message
-
-
-def _above_zero(value) -> bool:
-    return 0 < value < math.inf
-
-
-# Argument -> which values it takes, and the words for them. Other libraries meet these in the middle of a set-up, or not at all.
-_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{
-        name: (lambda v: (v or 0) >= 1, "1 or more")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        )
-    },
-    "learning_rate": (_above_zero, "a number above 0"),
-    "weight_decay": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
-    "num_train_epochs": (_above_zero, "a number of passes above 0"),
-    "seed": (lambda v: v is not None, "a number"),
-    "lora_r": (_above_zero, "a rank of 1 or more"),
-    "lora_alpha": (_above_zero, "a number above 0, since updates are scaled by `lora_alpha / lora_r`"),
-    "lora_dropout": (lambda v: 0 <= v < 1, "a probability of 0 or more and below 1"),
-    "test_split_size": (lambda v: v is None or 0 < v < 1, "a share of the rows above 0 and below 1"),
-}
 
 
 def check_arguments(command: str, given: Arguments) -> None:
@@ -57,9 +30,7 @@ def check_arguments(command: str, given: Arguments) -> None:
         StructLoRAError: one of them cannot be used.
     """
     values = {**vars(given.mixture), **vars(given.model), **vars(given.training)}
-    for name, (accepts, meaning) in _NUMBERS.items():
-        if not accepts(values[name]):
-            raise StructLoRAError(f"{name}={values[name]}", meaning, f"correct `{name}`")
+    refuse_numbers(values)
     script = vars(given.script)
     if "reward_funcs" in script and not (script["reward_funcs"] or script["reward_model_name_or_path"]):
         raise StructLoRAError(
@@ -109,8 +80,9 @@ def _config_of(given: Arguments) -> PreTrainedConfig:
     with refusing(
         f"reading the model model_name_or_path={name!r}",
         "a folder with a model, or a model of the hub that can be reached",
-        "correct `model_name_or_path` (a folder begins with `./` or `/`); for a private model, or one whose licence is to be "
-        f"accepted on its page, log in: `hf auth login`; `hf download {name}` fetches it for runs without a network",
+        f"correct `model_name_or_path`{nearest(name)} (a folder begins with `./` or `/`); for a private model, or one "
+        f"whose licence is to be accepted on its page, log in: `hf auth login`; "
+        f"`hf download {name}` fetches it for runs without a network{if_offline(name)}",
     ):
         return AutoConfig.from_pretrained(
             name, revision=given.model.model_revision, trust_remote_code=bool(trusts)
@@ -141,10 +113,12 @@ def _check_targets(model, found: dict[str, torch.nn.Module]) -> None:
     """
     absent = [t for t in model.lora_target_modules if not any(f".{n}".endswith(f".{t}") for n in found)]
     if found and absent:
-        linear = (name for name, module in found.items() if isinstance(module, (torch.nn.Linear, Conv1D)))
+        head = found[""].get_output_embeddings()  # which 'all-linear' leaves out, too
+        linear = [n for n, m in found.items() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
         ends = [*dict.fromkeys(name.rpartition(".")[2] for name in linear)]
+        near = [*dict.fromkeys(near for t in absent for near in difflib.get_close_matches(t, ends, 1))]
         raise StructLoRAError(
             f"lora_target_modules={absent} without a module of that name in {model.model_name_or_path}",
             f"'all-linear', or names of its linear modules: {', '.join(ends[:_LISTED])}",
-            "correct `lora_target_modules`",
+            "correct `lora_target_modules`" + (f" (did you mean {', '.join(near)}?)" if near else ""),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 
@@ -12,21 +13,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.scripts.utils import DatasetConfig
 
-from ..adapters.rows import refuse_cell
 from ..errors import StructLoRAError, refusing
-from .early import BUILDERS, local_data
-
-_LOOKED_AT = 10_000  # rows whose cells are looked at, a second's work; of later ones, TRL says what is wrong
-_PAIRS = (("chosen", "rejected"),)
-# Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
-_COLUMNS = {
-    "sft": (("messages",), ("prompt", "completion"), ("conversations",)),
-    "dpo": _PAIRS,
-    "reward": _PAIRS,
-    "kto": (("prompt", "completion", "label"), *_PAIRS),
-    "grpo": (("prompt",),),
-    "rloo": (("prompt",),),
-}
+from .early import BUILDERS, LOOKED_AT, form_of, if_offline, local_data, refuse_cells
 
 
 def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
@@ -76,7 +64,8 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
     with refusing(
         "loading the data",
         "files or a data set that `datasets` reads",
-        "correct `dataset_name` or `datasets`: files or a folder, or a data set of the hub that can be reached",
+        "correct `dataset_name` or `datasets`: files or a folder, or a data set of the hub that can be reached"
+        + if_offline(*sources(script, mixture)),
         also=(AttributeError, DatasetsError),  # AttributeError: streamed rows have no split
     ):
         try:
@@ -98,26 +87,21 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
     rows = _split(splits, script.dataset_train_split, "dataset_train_split")
     if training.eval_strategy != "no" and mixture.test_split_size is None:
         _split(splits, script.dataset_test_split, "dataset_test_split")
-    found, accepted = rows.column_names, _COLUMNS.get(name, ())
-    if name == "sft":
-        accepted = (*accepted, (training.dataset_text_field,))
-    is_tokenized = any(column.endswith("_ids") for column in found or ())
-    if not found or not accepted or is_tokenized:
-        return
-    form = next((columns for columns in accepted if {*columns} <= {*found}), None)
-    if form is None:
+    size, found = mixture.test_split_size, rows.column_names
+    if size is not None and math.ceil(size * len(rows)) >= len(rows):
         raise StructLoRAError(
-            f"the columns {', '.join(found)} in the data",
-            "the columns " + "; or ".join(", ".join(columns) for columns in accepted),
-            "rename the columns, or choose the command for data of this form",
+            f"test_split_size={size} of {len(rows)} rows, which leaves none to train on",
+            "rows for both",
+            "lower `test_split_size`, or give more rows",
         )
+    form = form_of(name, found, getattr(training, "dataset_text_field", "text"))
+    if form is None:
+        return
     for name, part in splits.items():
         if isinstance(part, datasets.Dataset) and part.column_names == found:
             where = f"split '{name}' of " if len(splits) > 1 else ""
             where += ", ".join(sources(script, mixture))
-            for number, row in enumerate(part.select_columns([*form]).take(_LOOKED_AT), 1):
-                for column in {*form} - {"label"}:  # KTO's, true or false
-                    refuse_cell(row[column], number, column, where)
+            refuse_cells(form, part.select_columns([*form]).take(LOOKED_AT), where)
 
 
 def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..config import share_to_keep
 from ..errors import StructLoRAError
 from .arguments import parser_of
+from .early import ADAPTER_CONFIG, nearest
 
 if TYPE_CHECKING:
     from ..adapters.export import Export
@@ -156,13 +157,14 @@ def _refuse_idle(parser, given) -> None:
 
 
 def refuse_missing(folder: Path) -> None:
-    """Stop at a path that is no folder, before torch is imported.
+    """Stop at a path that is no folder, or one without an adapter, before torch is imported.
 
     Raises:
         StructLoRAError: it names what is there.
     """
-    if not folder.is_dir():
-        found = f"a file {folder}" if folder.exists() else f"no folder {folder}"
+    if not folder.is_dir() or not any(next(folder.glob(f"{p}{ADAPTER_CONFIG}"), None) for p in ("", "*/")):
+        found = f"a file {folder}" if folder.exists() else f"no folder {folder}{nearest(str(folder))}"
+        found = f"no {ADAPTER_CONFIG} in {folder}" if folder.is_dir() else found
         raise StructLoRAError(
             found,
             "a folder with a saved LoRA adapter: a run's output, or one of its checkpoints",

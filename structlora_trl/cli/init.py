@@ -6,15 +6,16 @@ import csv
 import json
 import textwrap
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config import StructLoRAConfig
-from ..errors import refusing
+from ..errors import StructLoRAError, refusing
 from .arguments import parser_of
-from .early import local_data
+from .early import LOOKED_AT, form_of, local_data, refuse_cells
 from .main import TRAINING
 
 _WIDTH = 110
@@ -61,7 +62,7 @@ def run(command: str, arguments: list[str]) -> None:
     """Print the file.
 
     Raises:
-        StructLoRAError: `--data` names a file that is not there, is empty or cannot be read.
+        StructLoRAError: `--data` names a file that is not there, cannot be read, or has rows that the command does not take.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
@@ -92,9 +93,9 @@ def template(
         all_options (`bool`, *optional*): whether every option of StructLoRA stands in it.
 
     Raises:
-        StructLoRAError: the file of rows is not there, is empty or cannot be read.
+        StructLoRAError: the file of rows cannot be read, or has rows that the command does not take.
     """
-    rows = _FIRST_ROWS if data is None else count_rows(data)
+    rows = _FIRST_ROWS if data is None else count_rows(data, name)
     public, columns = _DATA[name]
     settings = [
         ("model_name_or_path", model, "a folder, or a model of the hub"),
@@ -138,29 +139,55 @@ def template(
     return "\n".join(lines) + "\n\n" + _OPTIONS + textwrap.indent(options, "  ")
 
 
-def count_rows(data: str) -> int | None:
-    """How many rows a file has; None for what is no single file.
+def count_rows(data: str, command: str = "sft") -> int | None:
+    """How many rows a file has, after a look at the first ones; None for what is no single file.
 
     Raises:
-        StructLoRAError: the file is not there, is empty or cannot be read.
+        StructLoRAError: the file is not there or cannot be read, or has fewer than two rows, or columns or
+            cells that the command does not take.
     """
     builder, _ = local_data(data)
     path = Path(data).expanduser()
     if builder == data or not path.is_file():
         return None
     with refusing(f"reading {path}", "rows, one example each", "correct the file"):
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # which loads in a moment, but not without need
+        count, first = _read(path)
+    for number, row in enumerate(first, 1):
+        if not isinstance(row, dict):
+            raise StructLoRAError(f"row {number} of {path} a {type(row).__name__}", "columns", "correct it")
+    if form := form_of(command, [*dict.fromkeys(name for row in first for name in row)]):
+        refuse_cells(form, first, str(path))
+    if count < 2:
+        raise StructLoRAError(
+            f"{count} rows in {path}", "rows to train on, and others to hold out", "give more rows"
+        )
+    return count
 
-            return pyarrow.parquet.read_metadata(path).num_rows
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                return sum(1 for _ in csv.DictReader(file))
-            if path.suffix == ".json" and file.read(1) == "[":
-                file.seek(0)
-                return len(json.load(file))
+
+def _read(path: Path) -> tuple[int, list]:
+    """How many rows, and the first ones."""
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile  # which loads in a moment, but not without need
+
+        file = ParquetFile(path)
+        return file.metadata.num_rows, next(file.iter_batches(LOOKED_AT)).to_pylist()
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":  # where an empty cell is null
+            rows = (
+                {name: cell or None for name, cell in row.items() if name} for row in csv.DictReader(file)
+            )
+        elif path.suffix == ".json" and file.read(1) == "[":
             file.seek(0)
-            return sum(1 for line in file if line.strip())
+            rows = iter(json.load(file))
+        else:
+            file.seek(0)
+            rows = (line for line in file if line.strip())
+        first = [*islice(rows, LOOKED_AT)]
+        for index, row in enumerate(first):
+            if isinstance(row, str):
+                with refusing(f"reading row {index + 1} of {path}", "a line of JSON", "correct the line"):
+                    first[index] = json.loads(row)
+        return len(first) + sum(1 for _ in rows), first
 
 
 def _passes(rows: int | None, noise: str) -> list[tuple[str, Any, str]]:

@@ -76,7 +76,7 @@ class _Around(TrainerCallback):
             state.save_to_json(str(output / TRAINER_STATE_NAME))
             if self.callback is None:  # what a run of the other kind left there
                 (output / STATE_NAME).unlink(missing_ok=True)
-            if self.callback is None or self.callback.config.is_off:
+            if self.callback is None or self.callback.runtime.is_off:
                 undescribe(output / CARD_NAME)
         if self.callback is not None and (self.callback.runtime.is_sharded or state.is_world_process_zero):
             save_state(self.callback.runtime, output)

@@ -104,17 +104,21 @@ MISTAKES = [
     ([*RUN, "--output_dir", "run.yaml"], 1, "a file run.yaml"),
     ([*RUN, "--output_dir", "cut"], 1, "--resume_from_checkpoint true"),
     (["sft", "--config", "no_model.yaml"], 1, "model_name_or_path"),
-    ([*RUN, "--model_name_or_path", "missing"], 1, "missing"),
-    ([*RUN, "--lora_target_modules", "absent"], 1, "of its linear modules: q_proj, k_proj, v_proj, o_proj"),
-    ([*RUN, "--lora_target_modules", "q_proj", "v_porj"], 1, "lora_target_modules=['v_porj']"),
+    ([*RUN, "--model_name_or_path", "bass"], 1, "(did you mean ./base?)"),
+    (
+        [*RUN, "--lora_target_modules", "absent"],
+        1,
+        "of its linear modules: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj. Fix",
+    ),
+    ([*RUN, "--lora_target_modules", "q_proj", "v_porj"], 1, "(did you mean v_proj?)"),
     ([*RUN, "--lora_target_modules", ".*absent.*"], 1, ".*absent.*"),
     ([*RUN, "--lora_r", "4096"], 1, "rank 4096, above the width of every adapted module"),
     ([*RUN, "--lora_r", "0"], 1, "lora_r=0"),
     ([*RUN, "--lora_alpha", "0"], 1, "lora_alpha=0"),
     ([*RUN, "--lora_dropout", "1.5"], 1, "lora_dropout=1.5"),
-    ([*RUN, "--learning_rate=-1e-4"], 1, "learning_rate=-0.0001"),
-    ([*RUN, "--weight_decay=-1"], 1, "weight_decay=-1.0"),
-    ([*RUN, "--test_split_size", "2"], 1, "test_split_size=2.0"),
+    ([*RUN, "--learning_rate=-1e-4"], 1, "learning_rate=-1e-4"),
+    ([*RUN, "--weight_decay=-1"], 1, "weight_decay=-1"),
+    ([*RUN, "--test_split_size", "2"], 1, "test_split_size=2"),
     ([*RUN, "--max_steps=-1", "--num_train_epochs", "0"], 1, "num_train_epochs=0"),
     ([*RUN, "--model_name_or_path", "owner/missing"], 1, "hf download owner/missing"),
     ([*RUN, "--dataset_name", "null.jsonl"], 1, "nothing (null) in row 3, column `text`, of null.jsonl"),
@@ -132,8 +136,14 @@ MISTAKES = [
     (
         [*RUN, "--dataset_name", "turns.jsonl"],
         1,
-        "message 1 without `role` and `content` in row 2, column `messages`",
+        "nothing (null) as the `content` of message 1 in row 2, column `messages`",
     ),
+    (
+        [*RUN, "--dataset_name", "counted.jsonl"],
+        1,
+        "4 (int) as the `content` of message 1 in row 1, column `messages`",
+    ),
+    ([*RUN, "--dataset_name", "one.jsonl", "--test_split_size", "0.1"], 1, "test_split_size=0.1 of 1 rows"),
     ([*RUN, "--dataset_name", "no_turns.jsonl"], 1, "[] (list) in row 1, column `messages`"),
     (["sft", "--config", "no_data.yaml"], 1, "dataset_name"),
     ([*RUN, "--dataset_name", "broken.json"], 1, "loading the data"),
@@ -199,6 +209,8 @@ def spoilt(place):
     write_rows(place / "no_turns.jsonl", [{"messages": []}])
     turns = [[{"role": "user", "content": text}] for text in ("a", None)]
     write_rows(place / "turns.jsonl", [{"messages": turn} for turn in turns])
+    write_rows(place / "counted.jsonl", [{"messages": [{"role": "user", "content": 4}]}])
+    write_rows(place / "one.jsonl", [{"text": "a"}])
     Path("numbers.csv").write_text("prompt,completion\n2+2=,4\n")
     Path("empty.yaml").write_text("")
     Path("broken.json").write_text("{nothing")

@@ -199,14 +199,17 @@ def test_an_error_in_training_keeps_its_traceback(place, monkeypatch):
         main(["sft", "--config", config_file()])
 
 
-def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch):
+def test_the_best_checkpoint_is_what_is_saved(place, monkeypatch, capsys):
     every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     # The loss is to be as high as can be, and falls: the first checkpoint is the best.
     worst = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     more = {"greater_is_better": True, "test_split_size": 0.25, "learning_rate": 0.01, "max_steps": 4}
     trainer = trained(monkeypatch, "sft", "--config", config_file(**every, **worst, **more))
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.name != "checkpoint-4"
+    assert best.name == "checkpoint-1"
+    first, *_, last = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    said = f"held-out loss {first:.4g} of the best checkpoint, step 1 (last: {last:.4g})"
+    assert said in capsys.readouterr().out
     assert_same(*(load_file(folder / STATE_NAME) for folder in (Path("out"), best)))
     assert_plain_peft_agrees(trainer.model, "out")
     assert main(["inspect", "out"]) == 0  # adapter and state belong together
