@@ -155,7 +155,10 @@ def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
         for head, rows in columns.items()
         if any(value is not None for values in rows for value in values)
     }
-    shown = {head: _alike([value for values in rows for value in values]) for head, rows in columns.items()}
+    shown = {
+        head: _alike([value for values in rows for value in values], _DECIMALS.get(head))
+        for head, rows in columns.items()
+    }
     rows = [
         (
             name,
@@ -168,12 +171,13 @@ def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
     return [*columns], rows
 
 
-def _alike(values: list) -> Callable[[object], str]:
-    """What shows each value of a column: numbers with as many decimals as the smallest has with three digits."""
+def _alike(values: list, decimals: int | None) -> Callable[[object], str]:
+    """What shows each value of a column: numbers with as many decimals as are given, or as the smallest has with three digits."""
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]
     if not sizes:
         return _shown
-    decimals = max(0, 2 - math.floor(math.log10(min(sizes))))
+    if decimals is None:
+        decimals = max(0, 2 - math.floor(math.log10(min(sizes))))
     form = f".{decimals}f" if decimals <= 6 and max(sizes) < 1e6 else ".2e"
     return lambda value: format(value, form) if isinstance(value, float) and math.isfinite(value) else "-"
 
@@ -231,6 +235,8 @@ _COLUMNS: dict[str, Callable] = {
         else " ".join(kind.depths[other].layer for other in depth.semantic) or "none"
     ),
 }
+
+_DECIMALS = {"eff. rank": 2, "coherence": 3, "stream": 3}  # those of norms follow their size
 
 
 def _with_code(text: str) -> Markup:
