@@ -342,9 +342,9 @@ COMPARISONS |= {
         rows=(
             Row(LORA, 1 / 4, label="LoRA trained at rank 4"),
             Row(LORA, label="LoRA trained at rank 16"),
-            Row(LORA, column="cut.information.quarter", label="rank 16, a quarter kept by your data"),
-            Row(LORA, column="truncated.quarter", label="rank 16, a quarter kept by SVD of each module"),
-            Row(LORA, column="cut.random.quarter", label="rank 16, a quarter kept by chance"),
+            Row(LORA, column="cut.information.quarter", label="rank 16, `--keep 0.25 --data`"),
+            Row(LORA, column="truncated.quarter", label="rank 16, `--rank 4` without data"),
+            Row(LORA, column="cut.random.quarter", label="rank 16, a quarter by chance"),
         ),
         bases=(0,),
         figures=("accuracy",),

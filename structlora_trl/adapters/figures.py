@@ -237,11 +237,11 @@ def _unmapped(run: Run, names: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
-    values, told = {name: [] for name in names}, []
+    shown, told = {name: [] for name in names}, []
     for _, kind, _ in _by_kind(runs, names):
-        values[kind.name] += [value for row in kind.singular_values for value in row if value > 0]
+        shown[kind.name] += kind.singular_values
     panels = [
-        Panel(short, kind.name, _spectrum(kind, values[kind.name]), _CHART, _name(runs, run))
+        Panel(short, kind.name, _spectrum(kind, shown[kind.name]), _CHART, _name(runs, run))
         for run, kind, short in _by_kind(runs, names)
     ]
     for run in runs:
@@ -285,7 +285,7 @@ def _sizes(runs: list[Run]) -> Chart:
         + (
             "information and loss are those of the rows given."
             if any(run.curves for run in runs)
-            else "give some rows with --data to see the loss at each size."
+            else "give some rows with `--data` to see the loss at each size."
         )
     )
     panels = []
@@ -343,8 +343,10 @@ def _map(kind: KindReport) -> Callable[[Axes], None]:
     return draw
 
 
-def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
-    """Singular values on an axis that has room for all that are shown beside them, which are positive."""
+def _spectrum(kind: KindReport, shown: list[list[float]]) -> Callable[[Axes], None]:
+    """Singular values on axes that have room for all that are shown side by side, those of both runs."""
+    positive_shown = [value for row in shown for value in row if value > 0]
+    longest = max(map(len, shown))
 
     def draw(axis: Axes) -> None:
         for depth, row in zip(kind.depths, kind.singular_values, strict=True):
@@ -354,8 +356,9 @@ def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
             axis.plot(
                 range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1, **alone
             )
-        if shown:
-            axis.set(yscale="log", ylim=(min(shown) / 1.3, max(shown) * 1.3))
+        axis.set_xlim(1 - longest / 20, longest * 1.05)
+        if positive_shown:
+            axis.set(yscale="log", ylim=(min(positive_shown) / 1.3, max(positive_shown) * 1.3))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
