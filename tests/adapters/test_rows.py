@@ -138,7 +138,7 @@ WRONG = {
     "nothing": ([{"prompt": "w1", "completion": None}], "row 1.*`completion` null"),
     "a message without content": (
         [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]}],
-        "message 2 without .*in row 1, column `messages`",
+        r"nothing \(null\) as the `content` of message 2 in row 1, column `messages`",
     ),
     "a list of words": (
         [{"text": ["w1"]}],
