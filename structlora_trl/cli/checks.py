@@ -117,8 +117,9 @@ def _check_targets(model, found: dict[str, torch.nn.Module]) -> None:
         linear = [n for n, m in found.items() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
         ends = [*dict.fromkeys(name.rpartition(".")[2] for name in linear)]
         near = [*dict.fromkeys(near for t in absent for near in difflib.get_close_matches(t, ends, 1))]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
         raise StructLoRAError(
             f"lora_target_modules={absent} without a module of that name in {model.model_name_or_path}",
             f"'all-linear', or names of its linear modules: {', '.join(ends[:_LISTED])}",
-            "correct `lora_target_modules`" + (f" (did you mean {', '.join(near)}?)" if near else ""),
+            f"correct `lora_target_modules`{meant}",
         )

@@ -65,7 +65,7 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
         "loading the data",
         "files or a data set that `datasets` reads",
         "correct `dataset_name` or `datasets`: files or a folder, or a data set of the hub that can be reached"
-        + if_offline(*sources(script, mixture)),
+        f"{if_offline(*sources(script, mixture))}",
         also=(AttributeError, DatasetsError),  # AttributeError: streamed rows have no split
     ):
         try:

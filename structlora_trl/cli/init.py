@@ -154,7 +154,11 @@ def count_rows(data: str, command: str = "sft") -> int | None:
         count, first = _read(path)
     for number, row in enumerate(first, 1):
         if not isinstance(row, dict):
-            raise StructLoRAError(f"row {number} of {path} a {type(row).__name__}", "columns", "correct it")
+            raise StructLoRAError(
+                f"row {number} of {path} a {type(row).__name__}",
+                "cells by column",
+                'write each row as `{"text": ...}`, say',
+            )
     if form := form_of(command, [*dict.fromkeys(name for row in first for name in row)]):
         refuse_cells(form, first, str(path))
     if count < 2:

@@ -98,8 +98,8 @@ def _run(arguments: list[str]) -> int:
             parser.error(f"unknown command '{given.command}'; {hint}")
         module = given.command if given.command in OTHERS else "train"
         if module == "train":
-            from .arguments import refuse_misspelt  # before torch, which `train` imports
-            from .early import check
+            from .early import check  # before torch, which `train` imports
+            from .names import refuse_misspelt
 
             check(given.rest)
             refuse_misspelt(given.command, given.rest)

@@ -15,10 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from structlora_trl.cli import early, main
-from structlora_trl.cli.arguments import _names, _training_parser, refuse_misspelt
+from structlora_trl.cli.arguments import _names, _training_parser
 from structlora_trl.cli.init import count_rows, template
 from structlora_trl.cli.launch import launch_parser
 from structlora_trl.cli.main import TRAINING
+from structlora_trl.cli.names import refuse_misspelt
 from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES
 from structlora_trl.trainers.compat import trl_script
 from tests.support.cli_runs import skip_where_trl_cannot
