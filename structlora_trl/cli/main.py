@@ -99,10 +99,8 @@ def _run(arguments: list[str]) -> int:
         module = given.command if given.command in OTHERS else "train"
         if module == "train":
             from .early import check  # before torch, which `train` imports
-            from .names import refuse_misspelt
 
             check(given.rest)
-            refuse_misspelt(given.command, given.rest)
         import_module(f".{module}", __package__).run(given.command, given.rest)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a usage error
         return int(stop.code or 0)

@@ -15,14 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from structlora_trl.cli import early, main
-from structlora_trl.cli.arguments import _names, _training_parser
 from structlora_trl.cli.init import count_rows, template
-from structlora_trl.cli.launch import launch_parser
 from structlora_trl.cli.main import TRAINING
-from structlora_trl.cli.names import refuse_misspelt
 from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES
-from structlora_trl.trainers.compat import trl_script
-from tests.support.cli_runs import skip_where_trl_cannot
 from tests.support.data import write_rows
 from tests.support.launching import ROOT
 
@@ -83,7 +78,6 @@ COSTS_NOTHING = {
         n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0])
         for n in ("data", "alpha", "key")
     },
-    "word": ("sft --learning_rat 1", 2, "(did you mean `learning_rate`?)"),
     "inspect": ("inspect .", 1, "no adapter_config.json in ."),
     "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
 }
@@ -103,13 +97,6 @@ def test_it_costs_no_library(name, files):
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert json.loads(done.stdout.splitlines()[-1]) == [exit_code, []], done.stderr
     assert expected in done.stderr
-
-
-@pytest.mark.parametrize("command", TRAINING)
-def test_no_argument_of_the_libraries_is_taken_for_a_misspelt_one(command):
-    skip_where_trl_cannot(command)
-    names = _names(_training_parser(command, trl_script(command))) | _names(launch_parser())
-    refuse_misspelt(command, [f"--{name}" for name in names - {"config"}])
 
 
 @pytest.mark.parametrize(
