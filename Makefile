@@ -15,8 +15,11 @@ PINNED_axolotl := axolotl==0.21.0
 PYTHON_axolotl = $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
 PINNED_llamafactory := llamafactory==0.9.5
 PINNED_ms-swift := ms-swift==4.6.0
+# The source of llama.cpp, of which the converters are taken.
+LLAMACPP := llama-cpp-python==0.3.36
+LLAMACPP_SOURCE := llama_cpp_python-0.3.36
 
-.PHONY: demo test test-all test-oldest test-newest test-portable test-vllm $(FRONT_DOORS:%=test-%) lint format docs bench-overhead bench-distributed bench-quick bench-report gpu clean
+.PHONY: demo test test-all test-oldest test-newest test-portable test-vllm test-llamacpp $(FRONT_DOORS:%=test-%) lint format docs picture bench-overhead bench-distributed bench-quick bench-report gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/demo/demo.py
@@ -47,7 +50,11 @@ $(FRONT_DOORS:%=test-%): test-%: .venv-%/.dev
 
 # What `structlora export` writes, over vLLM's own HTTP server on a CPU (AVX2), which has an environment of its own: 3 GB.
 test-vllm: $(VENV)/.dev $(VLLM)/.dev
-	STRUCTLORA_VLLM=$(VLLM)/bin/python $(RUN) -m pytest -q tests/servers
+	STRUCTLORA_VLLM=$(VLLM)/bin/python $(RUN) -m pytest -q tests/servers/test_vllm.py
+
+# The same as GGUF files in llama.cpp's own server, which the wheel `xllamacpp` holds: 200 MB.
+test-llamacpp: $(VENV)/.llamacpp
+	STRUCTLORA_LLAMACPP=$(VENV)/llamacpp $(RUN) -m pytest -q tests/servers/test_llamacpp.py
 
 lint: $(VENV)/.ruff
 	$(VENV)/bin/ruff check .
@@ -64,6 +71,14 @@ docs: $(VENV)/.dev
 	$(RUN) docs/draw_map.py
 	$(RUN) docs/draw_imports.py
 	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
+
+# docs/report.png: the page of `make demo`, as a browser shows it.
+CHROMIUM ?= chromium
+picture: demo-output/report.html
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1180,1600 --screenshot=docs/report.png $(CURDIR)/$<
+
+demo-output/report.html:
+	$(MAKE) demo
 
 bench-overhead: $(VENV)/.dev
 	$(RUN) -m benchmarks.cost.overhead --quick
@@ -114,6 +129,14 @@ $(VENV)/.doors: $(VENV)/.dev
 # For its fused LoRA kernels alone, which need nothing of its dependencies; beside the environment's packages, not among them.
 $(VENV)/.axolotl: $(VENV)/.dev
 	$(RUN) -m pip install --quiet --no-deps --ignore-requires-python --target $(VENV)/axolotl $(PINNED_axolotl)
+	touch $@
+
+# The server and the converters, beside the environment's packages, not among them.
+$(VENV)/.llamacpp: $(VENV)/.dev
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/llamacpp xllamacpp==2026.10.11549 sentencepiece==0.2.3
+	$(RUN) -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV)/llamacpp $(LLAMACPP)
+	tar -xzf $(VENV)/llamacpp/$(LLAMACPP_SOURCE).tar.gz -C $(VENV)/llamacpp --strip-components 3 \
+		$(foreach part,convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py,$(LLAMACPP_SOURCE)/vendor/llama.cpp/$(part))
 	touch $@
 
 $(OLDEST)/.dev: pyproject.toml tests/requirements-oldest.txt

@@ -95,7 +95,7 @@ def _after_backward() -> list[str]:
         ("gradients of A′, B′", "plain backward, any engine"),
         ("gradients of A, B, Θ", "one vector-Jacobian product"),
         ("the optimizer's step", "on A, B and Θ"),
-        ("A′ = A + σ(Θᵀ Â (A − A₀))", "written into the model"),
+        ("A′ = A + tanh(Θᵀ Â (A − A₀))", "written into the model"),
     )
     flow = []
     for place, (what, how) in enumerate(steps):

@@ -32,7 +32,11 @@ comes from. The page is made from the source by `python docs/refusals.py`.
 # What a user was doing -> paths of the source, by their beginnings. The longest beginning wins.
 GROUPS = {
     "Starting a command: arguments, files, model": ("structlora_trl/cli/", "structlora_trl/errors"),
-    "Giving it data": ("structlora_trl/cli/data", "structlora_trl/adapters/rows"),
+    "Giving it data": (
+        "structlora_trl/cli/data",
+        "structlora_trl/adapters/rows",
+        "structlora_trl/adapters/cells",
+    ),
     "Choosing options": (
         "structlora_trl/config",
         "structlora_trl/yaml_block",
@@ -65,6 +69,9 @@ GROUPS = {
 OF_FUNCTION = {
     "last_checkpoint": "Saving, resuming, checkpoints",
     "local_data": "Giving it data",
+    "form_of": "Giving it data",
+    "count_rows": "Giving it data",
+    "_read": "Giving it data",
     "refuse_unwritable": "Saving, resuming, checkpoints",
 }
 COMMON = {"structlora", "class", "key", "NAME", "super"}  # words that nobody searches for

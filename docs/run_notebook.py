@@ -1,4 +1,4 @@
-"""Run examples/quickstart.ipynb and store its outputs, which the site shows (`python docs/run_notebook.py`, ten minutes)."""
+"""Run examples/quickstart.ipynb and store its outputs, which the site shows (`python docs/run_notebook.py`, half an hour)."""
 
 from __future__ import annotations
 

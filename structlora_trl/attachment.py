@@ -106,7 +106,6 @@ def build_runtime(
         ends_with_run (`bool`, *optional*, defaults to False): another optimizer that steps the adapter ends
             the run, and is no error.
     """
-    _refuse_ambient_state()
     wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
     adapter_name = _adapter(model, config)
     start = start_of(model.peft_config[adapter_name])
@@ -149,9 +148,10 @@ def build_runtime(
         "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
-    if config.is_off:
+    if runtime.is_off:
         logger.warning(
-            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA."
+            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA: %s.",
+            runtime.describe()[1],
         )
     return runtime
 
@@ -205,34 +205,21 @@ def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | Non
             "set `select_at=100`, say",
         )
     step = int(config.select_at) if config.select_at >= 1 else round(config.select_at * steps)
-    end = steps is not None and step >= steps
-    if end or step < LEAST_STEPS:
-        length = "" if steps is None else f" of a run of {steps} steps"
+    length = "" if steps is None else f" of a run of {steps} steps"
+    found = f"keep={config.keep!r} and select_at={config.select_at}, which is step {step}{length}"
+    if steps is not None and step >= steps:
         raise StructLoRAError(
-            f"keep={config.keep!r} and select_at={config.select_at}, which is step {step}{length}",
-            "a step before the end of the run"
-            if end
-            else f"at least {LEAST_STEPS} steps before it, to gather information in",
-            "lower `select_at`" if end else "train for more steps, or raise `select_at`",
+            found,
+            "a step before the end of the run",
+            "lower `select_at`" if steps > LEAST_STEPS else "train for more steps",
+        )
+    if step < LEAST_STEPS:
+        raise StructLoRAError(
+            found,
+            f"at least {LEAST_STEPS} steps before it, to gather information in",
+            "train for more steps, or raise `select_at`",
         )
     return step
-
-
-def _refuse_ambient_state() -> None:
-    """Stop where tensors that are made now could not be trained, or hold nothing."""
-    if torch.is_inference_mode_enabled():
-        raise StructLoRAError(
-            "`attach` under `torch.inference_mode()`, whose tensors autograd cannot use",
-            "latents that can be trained",
-            "attach outside of it",
-        )
-    device = torch.get_default_device()
-    if device.type == "meta":
-        raise StructLoRAError(
-            "`attach` under `torch.device('meta')`, where tensors hold no values",
-            "latents that can be trained",
-            "attach outside of it, to a model with its weights loaded",
-        )
 
 
 def _warn_of_moved_base(adapter_name: str, adapter: PeftConfig, start: Start) -> None:
@@ -274,17 +261,16 @@ def find_peft_model(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Pe
         )
     model = _unwrapped_model(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))}
+    if config.peft_module in found:
+        return config.peft_module, found[config.peft_module]
     if config.peft_module is not None:
-        found = {name: m for name, m in found.items() if name == config.peft_module}
-    if len(found) == 1:
-        return next(iter(found.items()))
-    if config.peft_module is not None:
-        inside = [name for name, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel))]
         raise StructLoRAError(
             f"peft_module={config.peft_module!r} and a model without a PEFT model of that name",
-            f"one of {', '.join(map(repr, inside))}" if inside else "a PEFT model inside the model",
+            f"one of {', '.join(map(repr, found))}" if found else "a PEFT model inside the model",
             "correct `peft_module`",
         )
+    if len(found) == 1:
+        return next(iter(found.items()))
     if found:
         raise StructLoRAError(
             f"a {type(model).__name__} with {len(found)} PEFT models inside ({', '.join(found)})",

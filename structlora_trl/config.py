@@ -49,6 +49,7 @@ ROLE_OF_PATTERN = Allowed(
     "a mapping from module pattern to 'read' or 'write'",
 )
 WITH_COORDINATOR = "acts on nothing without a coordinator"
+WITH_SEMANTIC_EDGES = "acts on nothing without semantic edges"
 WITH_SELECTION = "acts on nothing where nothing is selected"
 WITH_NOISE = "acts on nothing without noise"
 
@@ -116,10 +117,10 @@ class StructLoRAConfig:
         "hybrid",
         "Edges of the depth graph: 'adjacency' (neighbours in depth), 'similarity' (semantic edges alone) or 'hybrid' (both).",
     )
-    semantic_top_k: Annotated[int, _whole(1), WITH_COORDINATOR] = _option(
+    semantic_top_k: Annotated[int, _whole(1), WITH_COORDINATOR, WITH_SEMANTIC_EDGES] = _option(
         2, "Semantic edges each node may ask for."
     )
-    semantic_threshold: Annotated[float, COSINE, WITH_COORDINATOR] = _option(
+    semantic_threshold: Annotated[float, COSINE, WITH_COORDINATOR, WITH_SEMANTIC_EDGES] = _option(
         0.5, "Cosine of running-mean gradients above which a semantic edge is drawn."
     )
     align_init: Annotated[bool, WITH_COORDINATOR] = _option(
@@ -162,6 +163,8 @@ class StructLoRAConfig:
         idle = {}  # mark -> what keeps such options from acting, what they need, and the remedy
         if self.coordinator == "none":
             idle[WITH_COORDINATOR] = "coordinator='none'", "a coordinator", "remove `coordinator='none'`"
+        if self.edges == "adjacency":
+            idle[WITH_SEMANTIC_EDGES] = "edges='adjacency'", "semantic edges", "remove `edges='adjacency'`"
         if self.keep is None:
             idle[WITH_SELECTION] = "keep=None", "a selection", "set `keep`"
         if self.noise == "off":
@@ -217,11 +220,6 @@ class StructLoRAConfig:
             for f in fields(StructLoRAConfig)
             if getattr(self, f.name) != f.default
         }
-
-    @property
-    def is_off(self) -> bool:
-        """Whether nothing acts: this is plain LoRA."""
-        return self.noise == "off" and self.coordinator == "none" and self.keep is None
 
 
 def share_to_keep(keep: float | str) -> tuple[float, bool]:

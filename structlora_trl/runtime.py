@@ -107,7 +107,8 @@ class Runtime:
 
     Attributes:
         step (`int`): optimizer steps that counted.
-        skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients.
+        skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients. In a loop of your own,
+            those that a GradScaler leaves out are not among them: it never calls an unfused optimizer then.
         reached_steps (`int`): optimizer steps with gradients of the adapter, if only zeros.
         gated_count (`int`): modules whose gates have noise.
         is_attached (`bool`): whether the model and its optimizer are still in use.
@@ -238,6 +239,11 @@ class Runtime:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
         return ", ".join(self.describe())
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing acts, whatever switched the noise off: this is plain LoRA."""
+        return not self.gated_count and self.config.coordinator == "none" and self.config.keep is None
+
     def describe(self) -> list[str]:
         """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
         depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
@@ -257,8 +263,9 @@ class Runtime:
         ]
 
     def _describe_gates(self) -> str:
-        on = f"gates on {self.gated_count} modules ({self.plan.noise})" if self.gated_count else "no gates"
-        return on + "".join(f"; none on {count} ({why})" for why, count in self.plan.quiet.items())
+        on = [f"gates on {self.gated_count} modules ({self.plan.noise})"] if self.gated_count else []
+        off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
+        return "; ".join(on + off)
 
     @in_map_context
     def _before_step(self) -> bool:
@@ -397,6 +404,8 @@ class Runtime:
     def _select(self) -> None:
         """Make the selection, once."""
         selections = [m.selection for m in self.maps]
+        if selections[0].informed_steps < LEAST_STEPS:  # `reload` forgot what was known
+            return
         if selections[0].is_made or not select(selections, self.config.keep, self.plan.parts.choose):
             return
         kept, total = sum(int(s.kept.sum()) for s in selections), sum(s.kept.numel() for s in selections)
@@ -485,7 +494,7 @@ class Runtime:
         self._refuse_detached()
         latents = self.engine.read_latents(everything=True)
         kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
-        state.refuse_other_run(self.config, kinds)
+        state.refuse_other_run(self.config, self.maps)
         self._refuse_uninformed(state)
         changes = state.changes(self.config)
         if changes:
@@ -502,7 +511,8 @@ class Runtime:
 
         They become the latent factors. Coordinator, graph, their optimizer and what was learned of directions
         start anew, as at `attach`; the step's number goes on. Directions that selection has closed stay
-        closed. To continue a run of StructLoRA, use `load_state` instead.
+        closed; a selection that is to come waits for ten steps of information. To continue a run of StructLoRA,
+        use `load_state` instead.
 
         Raises:
             StructLoRAError: the runtime is detached.
@@ -594,8 +604,13 @@ class Runtime:
             )
 
     def _warn_of_other_adapters(self) -> None:
-        """Say once of each adapter that was made active after `attach`: its factors train as plain LoRA."""
+        """Say once of each adapter that was made active after `attach`, and has no runtime: its factors train as
+        plain LoRA.
+        """
         others = set(self.model.active_adapters) - self._active
+        if others:
+            runtimes = [r for r in list(_attached) if r.is_attached and r.model is self.model]
+            others -= set().union(*(r._active for r in runtimes))
         if others:
             self._active |= others
             logger.warning(

@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import StructLoRAConfig
-from .core.kinds import Adapted, Factors, unwrapped_name
+from .core.kinds import Factors, unwrapped_name
 from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
-from .errors import StructLoRAError, refuse_unwritable
+from .errors import StructLoRAError, refuse_unwritable, refusing
 
 STATE_NAME = "structlora.safetensors"
 FORMAT = 5  # those before it were never released
@@ -48,7 +48,6 @@ _START_ANEW = (
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER = "header"
 _FACTS = ("format", "step", "skipped_steps", "schedule", "options", "kinds")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 SlicedMap = tuple[KindMap, Factors, Slices]
 """A kind's map, its latent factors, and which slices of them each rank has."""
@@ -193,18 +192,13 @@ class State:
             header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
-            counts = [header[name] for name in ("step", "skipped_steps")]
-            if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not header["kinds"]:
-                raise ValueError(f"counts {counts}, {len(header['kinds'])} kinds")
-            for facts in header["kinds"].values():
-                _check_facts(**facts)
         except StructLoRAError as error:
             raise damaged(where, error.found) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(where, f"a header that no run wrote: {error!r}") from error
         return state
 
-    def refuse_other_run(self, config: StructLoRAConfig, kinds: list[SlicedMap]) -> None:
+    def refuse_other_run(self, config: StructLoRAConfig, maps: Iterable[KindMap]) -> None:
         """Stop where this state is of other options, modules or shapes than a run. Changes nothing.
 
         Raises:
@@ -220,41 +214,22 @@ class State:
                 "the options that shaped the state's weights as they were",
                 f"resume with {before}; or, {_START_ANEW}",
             )
-        facts = {m.kind.name: facts_of(m) for m, *_ in kinds}
+        facts = {m.kind.name: facts_of(m) for m in maps}
         for name in sorted(facts.keys() | self.header["kinds"].keys()):
             own, found = facts.get(name), self.header["kinds"].get(name)
             if own is None or found is None:
-                raise _misfit(
-                    f"a state {'without' if found is None else 'with'} '{name}'", "the same modules as now"
+                raise StructLoRAError(
+                    f"a state {'without' if found is None else 'with'} '{name}'",
+                    "the same modules as now",
+                    _SAME_RUN,
                 )
-            differing = [fact for fact in own if own[fact] != found[fact]]
+            differing = [fact for fact in own if own[fact] != found.get(fact, own[fact])]
             if differing:
                 fact = differing[0]
                 raise StructLoRAError(
                     f"a state with {fact} {found[fact]} of '{name}'",
                     f"{own[fact]}, as in this run",
                     "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
-                )
-        shapes = {}
-        for m, *_ in kinds:
-            shapes |= {f"{m.kind.name}/{name}": expected for name, expected in _shapes(m).items()}
-        unknown = sorted(self.tensors.keys() - shapes)
-        missing = sorted(n for n, (sizes, _) in shapes.items() if None not in sizes and n not in self.tensors)
-        for m, *_ in kinds:
-            for parameter, _ in m.named_parameters():  # all moments of its optimizer, or none
-                moments = {f"{m.kind.name}/optimizer.{parameter}.{key}" for key in _MOMENTS}
-                missing += sorted(moments - self.tensors.keys()) if moments & self.tensors.keys() else []
-        if unknown or missing:
-            raise _misfit(
-                f"a state of other parts (only in the state: {unknown[:3]}; only in this run: {missing[:3]})",
-                "the same parts as now",
-            )
-        for name, x in self.tensors.items():
-            allowed, dtype = shapes[name]
-            if tuple(x.shape) not in allowed or x.dtype != dtype:
-                raise _misfit(
-                    f"a state with '{name}' of shape {tuple(x.shape)} and {x.dtype}",
-                    f"{allowed[0]} and {dtype}, as in this run",
                 )
 
     def changes(self, config: StructLoRAConfig) -> list[str]:
@@ -273,7 +248,13 @@ class State:
             else:
                 own[name] = x.to(device)
         latent = Factors(own.pop("latent_A"), own.pop("latent_B"))
-        m.load_state_dict(own, strict=True)
+        with refusing(
+            f"loading the state of '{m.kind.name}'",
+            "a graph and a coordinator of the same shapes as now",
+            "resume with the `parts` of the run that wrote it",
+            (RuntimeError,),
+        ):
+            m.load_state_dict(own, strict=True)
         if optimizer:
             for parameter in m.parameters():
                 found = moments.get(parameter, {})
@@ -295,41 +276,8 @@ def facts_of(m: KindMap) -> dict:
         "per_depth": kind.per_depth,
         "adapted": asdict(kind.adapted),
         "sides": list(m.sides),
+        "a start other than zero": m.origin_B is not None,
     }
-
-
-def _check_facts(
-    modules: list[str], shape: list[int], per_depth: int, adapted: dict, sides: list[str]
-) -> None:
-    """Raise ValueError where a header says of a kind what none can be."""
-    experts = Adapted(**adapted).experts
-    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-        raise ValueError(f"modules {modules!r}")
-    sizes = [*shape, per_depth, experts]
-    nonzero = [size for place, size in enumerate(sizes) if place != 2]  # k is 0 of VeRA
-    if len(shape) != 4 or not all(type(size) is int and size >= 0 for size in sizes) or 0 in nonzero:
-        raise ValueError(f"sizes {sizes}")
-    if len(modules) != shape[0] or shape[0] % per_depth or shape[1] % experts or not set(sides) <= {"A", "B"}:
-        raise ValueError(f"{len(modules)} modules, shape {shape}, {per_depth} at each depth, sides {sides}")
-
-
-def _shapes(m: KindMap) -> dict[str, tuple[list[tuple[int, ...] | None], torch.dtype]]:
-    """Shapes that each tensor of a kind's state may have, with None where it may be missing, and its dtype."""
-    kind = m.kind
-    _, _, k, d = kind.shape
-    factors = {"A": (kind.node_count, kind.rank, k), "B": (kind.node_count, d, kind.rank)}
-    shapes = {name: ([tuple(x.shape)], x.dtype) for name, x in m.state_dict().items()}
-    for side, shape in factors.items():
-        shapes[f"latent_{side}"] = [shape], torch.float32
-        if f"origin_{side}" in shapes:
-            shapes[f"origin_{side}"] = [shape, (1, *shape[1:])], torch.float32
-        if side in m.coordinators:
-            shapes[f"graph.mean_{side}"] = [shape, None], torch.float32
-    for name, parameter in m.named_parameters():
-        for key in _MOMENTS:
-            shape = () if key == "step" else tuple(parameter.shape)
-            shapes[f"optimizer.{name}.{key}"] = [shape, None], torch.float32
-    return shapes
 
 
 def _whole(x: Tensor, name: str, slices: Slices) -> Tensor:
@@ -358,14 +306,15 @@ def save_state(
         `Path` of the file.
 
     Raises:
-        StructLoRAError: the file cannot be written; what was there before still is.
+        StructLoRAError: `directory` is the path of a file, or the file cannot be written; what was there before
+            still is.
 
     Example:
         >>> runtime = attach(model, optimizer)
         >>> save_state(runtime, folder).name
         'structlora.safetensors'
     """
-    path = Path(directory) / STATE_NAME
+    path = _file_in(directory)
     writes = state is not None or not runtime.is_sharded or dist.get_rank() == 0
     written = State.parse(runtime.state_dict() if state is None else state)
     if not writes:
@@ -393,15 +342,15 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
     """Continue from the state that `save_state` wrote to `directory`.
 
     Raises:
-        StructLoRAError: no state file, one that is damaged, or one of other modules, shapes, rank or options
-            that shaped its weights. Nothing has changed then.
+        StructLoRAError: `directory` is the path of a file; no state file, one that is damaged, or one of other
+            modules, shapes, rank or options that shaped its weights. Nothing has changed then.
 
     Example:
         >>> runtime = attach(model, optimizer)
         >>> _ = save_state(runtime, folder)
         >>> load_state(runtime, folder)
     """
-    path = Path(directory) / STATE_NAME
+    path = _file_in(directory)
     if not path.is_file():
         raise StructLoRAError(
             f"no {STATE_NAME} in {directory}",
@@ -409,6 +358,22 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
             f"resume from another checkpoint; or, {_START_ANEW}",
         )
     runtime.restore(read_state(path))
+
+
+def _file_in(directory: str | os.PathLike) -> Path:
+    """The state's file in a folder.
+
+    Raises:
+        StructLoRAError: the path of a file is given.
+    """
+    folder = Path(directory)
+    if folder.suffix == Path(STATE_NAME).suffix and not folder.is_dir():
+        raise StructLoRAError(
+            f"{folder}, the path of a file",
+            f"a folder, in which the state is always called {STATE_NAME}",
+            f"give the folder, such as {folder.parent}",
+        )
+    return folder / STATE_NAME
 
 
 def read_state(path: Path) -> State:
@@ -419,19 +384,11 @@ def read_state(path: Path) -> State:
     """
     try:
         with safe_open(path, "pt", device="cpu") as file:
-            header = {name: _json(text) for name, text in (file.metadata() or {}).items() if name != "digest"}
+            header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise damaged(str(path), str(error)) from error
     return State.checked(header, tensors, str(path))
-
-
-def _json(text: str):
-    """What a header's entry says; the text itself where it is no JSON, as in other files of safetensors."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def damaged(where: str, why: str) -> StructLoRAError:
@@ -441,7 +398,3 @@ def damaged(where: str, why: str) -> StructLoRAError:
         "a state that StructLoRA finished writing",
         "resume from the checkpoint before",
     )
-
-
-def _misfit(found: str, expected: str) -> StructLoRAError:
-    return StructLoRAError(found, expected, _SAME_RUN)

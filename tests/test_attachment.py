@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, lora
-from tests.support.tiny import adamw, base_model, logits_of, peft_model, train
+from tests.support.tiny import adamw, base_model, logits_of, peft_model, train, warm_up
 
 SERVED = ("LORA", "VERA")
 # What a type's configuration needs on the tiny model, where its defaults do not fit.
@@ -103,32 +103,28 @@ def test_monteclora_acts_and_saves_what_is_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ambient, named",
-    [(torch.inference_mode, "inference_mode"), (lambda: torch.device("meta"), "meta")],
-    ids=["inference_mode", "meta"],
+    "start, options, told",
+    [
+        (True, {}, True),
+        ("gaussian", {}, True),
+        (True, {"align_init": False}, False),
+        (True, {"coordinator": "none"}, False),
+        ("warm", {}, False),
+        ("pissa", {}, False),
+    ],
 )
-def test_ambient_state_in_which_nothing_can_train(ambient, named):
-    model = peft_model()
-    optimizer = adamw(model)
-    with ambient(), pytest.raises(StructLoRAError, match=named):
-        attach(model, optimizer)
-    runtime = attach(model, optimizer)  # nothing is left behind
-    train(model, "llama", optimizer, 2)
-    assert runtime.step == 2
-
-
-@pytest.mark.parametrize(
-    "start, align, told",
-    [(True, True, True), ("gaussian", True, True), (True, False, False), ("pissa", True, False)],
-)
-def test_the_log_tells_whether_lora_A_was_aligned(start, align, told, caplog):
+def test_a_fresh_adapter_starts_with_one_A_per_kind_and_the_log_tells(start, options, told, caplog):
     """A copy of the weights that is older than `attach` holds another lora_A then."""
-    model = get_peft_model(base_model("llama"), lora(init_lora_weights=start))
+    model = get_peft_model(base_model("llama"), lora(init_lora_weights=True if start == "warm" else start))
+    if start == "warm":
+        warm_up(model)
     copy = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
     caplog.set_level(logging.INFO, "structlora_trl")
-    attach(model, adamw(model), align_init=align)
+    runtime = attach(model, adamw(model), **options)
     changed = any(not torch.equal(p, copy[name]) for name, p in model.named_parameters() if name in copy)
     assert changed is told
+    for kind in runtime.kinds:
+        assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is told
     line = next(record.getMessage() for record in caplog.records if "StructLoRA on" in record.getMessage())
     assert ("lora_A" in line) is told
 

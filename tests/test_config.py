@@ -60,7 +60,13 @@ def test_misspelt_names_and_values_get_the_nearest():
         ({"coordinator": "none", "align_init": False}, "coordinator='none'.*or remove `align_init`"),
         ({"noise": "off", "noise_variance": 0.3}, "noise='off'.*or remove `noise_variance`"),
         ({"select_at": 100}, "keep=None.*set `keep`, or remove `select_at`"),
+        ({"edges": "adjacency", "semantic_top_k": 3}, "edges='adjacency'.*or remove `semantic_top_k`"),
+        (
+            {"edges": "adjacency", "semantic_threshold": 0.1},
+            "edges='adjacency'.*or remove `semantic_threshold`",
+        ),
         ({"edges": "adjacency", "side": "write"}, None),
+        ({"edges": "similarity", "semantic_top_k": 3}, None),
         ({"keep": "99%", "select_at": 100}, None),
     ],
 )

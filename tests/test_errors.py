@@ -41,6 +41,18 @@ def all_saved_in_full():
     return model
 
 
+def tied(factor: str, whole: bool):
+    """A user ties a factor of all depths by hand, the parameter or the module that holds it."""
+    model = peft_model(targets=["q_proj", "v_proj"])
+    first, *others = (layer.self_attn.q_proj for layer in model.get_base_model().model.layers)
+    for other in others:
+        if whole:
+            getattr(other, factor)["default"] = getattr(first, factor)["default"]
+        else:
+            getattr(other, factor)["default"].weight = getattr(first, factor)["default"].weight
+    return model
+
+
 class Odd(nn.Module):
     """Modules of no known family."""
 
@@ -77,6 +89,9 @@ CASES = {
     "in modules_to_save": (all_saved_in_full, {}, "`modules_to_save`"),
     "role of nothing": (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mx": "read"}}, "'mx'.*mix"),
     "one depth": (lambda: peft_model(layers_to_transform=[1]), {}, "one depth.*coordinator='none'"),
+    "lora_A tied by hand": (lambda: tied("lora_A", False), {}, "in one memory.*untie"),
+    "lora_A's module tied by hand": (lambda: tied("lora_A", True), {}, "in one memory.*untie"),
+    "lora_B tied by hand": (lambda: tied("lora_B", False), {}, "in one memory.*untie"),
     "alpha of zero": (lambda: peft_model(lora_alpha=0), {}, "lora_alpha=0.*set `lora_alpha`"),
     "a rank above every width": (lambda: peft_model(rank=64), {}, "rank 64, above the width.*lower `r`"),
     "nothing for noise": (lambda: peft_model(init="vera"), {"noise": "on"}, "noise='on'.*VeRA"),

@@ -96,6 +96,7 @@ def test_autocast_keeps_no_cast_of_weights_that_are_gone():
         assert torch.equal(logits_of(model, "llama"), found)
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step():
     """Forward, backward and optimizer in one function, against the same uncompiled; of the optimizer's step alone, see set-ups."""
     runs = []

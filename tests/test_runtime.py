@@ -65,16 +65,6 @@ def test_nothing_but_a_step_changes_a_parameter(act, tmp_path):
     assert_same(load_file(tmp_path / "adapter_model.safetensors"), get_peft_model_state_dict(model))
 
 
-def test_noise_is_on_in_training_alone():
-    model, _optimizer, runtime = trained()
-    model.train()
-    assert not torch.equal(loss_of(model, "llama", 5), loss_of(model, "llama", 5))
-    assert torch.equal(logits_of(model, "llama"), logits_of(model, "llama"))
-    runtime.detach()
-    model.train()
-    assert torch.equal(loss_of(model, "llama", 5), loss_of(model, "llama", 5))
-
-
 def test_a_model_outlives_a_run_that_nobody_ended():
     """Its gates go with the runtime, so that a later run trains as it should."""
     model, optimizer, runtime = trained()
@@ -165,7 +155,7 @@ def test_weights_that_other_code_writes_are_an_error_or_reloaded(write):
     written = weights_of(model)
     for _ in range(2):
         backward(model)
-        with pytest.raises(StructLoRAError, match="written since the last optimizer step.*`runtime.reload"):
+        with pytest.raises(StructLoRAError, match="written since .*`runtime.reload.*LocalSGD"):
             optimizer.step()
         optimizer.zero_grad()
         assert_same(weights_of(model), written)  # nothing is dropped
@@ -178,13 +168,11 @@ def test_weights_that_other_code_writes_are_an_error_or_reloaded(write):
     assert differing(written, weights_of(model))
 
 
-@pytest.mark.parametrize("dtypes", ["one", "mixed"])
-def test_values_that_are_swapped_out_and_back_are_fine(dtypes):
-    """As an average does for an evaluation, or SAM for its second gradient."""
+def test_values_that_are_swapped_out_and_back_are_fine_whatever_their_dtypes():
+    """In one dtype: SAM and moving averages among the set-ups."""
     model = peft_model(targets=FAMILIES["llama"].linear)
-    if dtypes == "mixed":
-        for name, parameter in lora_parameters(model).items():
-            parameter.data = parameter.data.bfloat16() if "layers.0." in name else parameter.data
+    for name, parameter in lora_parameters(model).items():
+        parameter.data = parameter.data.bfloat16() if "layers.0." in name else parameter.data
     model, optimizer, runtime = attached(model)
     train(model, "llama", optimizer, 2)
     backward(model)
@@ -411,8 +399,8 @@ def test_unfreezing_is_refused():
     assert runtime.step == 1 and {kind.depth_count for kind in runtime.kinds} == {3}
 
 
-def test_training_of_another_adapter_leaves_the_state():
-    """Plain LoRA's own loop: PEFT turns `requires_grad` off and on meanwhile."""
+def test_another_adapter_that_is_made_active_trains_as_plain_lora_and_leaves_the_state(caplog):
+    """Plain LoRA's own loop: PEFT turns `requires_grad` off and on meanwhile. It is told once."""
     model, _, _ = attached()
     model.add_adapter("other", model.peft_config["default"])
     optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)
@@ -420,8 +408,10 @@ def test_training_of_another_adapter_leaves_the_state():
     train(model, "llama", optimizer, 3)
     assert runtime.step == 3
     before = tensors_of(runtime)
+    assert "made active" not in caplog.text
     model.set_adapter("other")
     train(model, "llama", optimizer, 2)
+    assert caplog.text.count("Adapter 'other' was made active") == 1
     assert_same(before, tensors_of(runtime))
     model.set_adapter("default")
     train(model, "llama", optimizer, 1)
@@ -457,8 +447,9 @@ def test_bad_gradients_skip_the_step_and_are_counted(poison):
     assert runtime.step == 3 and all(w.isfinite().all() for w in weights_of(model).values())
 
 
+@pytest.mark.parametrize("coordinator", ["gcn", "none"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler(fused):
+def test_grad_scaler(fused, coordinator):
     """Scaled gradients train as unscaled ones, and a step that GradScaler skips changes nothing.
 
     Fused optimizers unscale inside their step; the others are not stepped at all after an overflow.
@@ -467,7 +458,7 @@ def test_grad_scaler(fused):
     def run(scaled: bool):
         model = peft_model(targets=FAMILIES["llama"].linear)
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
-        runtime = attach(model, optimizer)
+        runtime = attach(model, optimizer, coordinator=coordinator)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         states = []
         for seed, overflow in enumerate([False, True, False]):
@@ -484,7 +475,7 @@ def test_grad_scaler(fused):
         return runtime, states
 
     runtime, states = run(scaled=True)
-    assert runtime.step == 2
+    assert (runtime.step, runtime.skipped_steps) == (2, int(fused))
     assert_same(states[1][0], states[0][0])
     assert_same(states[1][1], states[0][1])
     _, plain = run(scaled=False)
@@ -492,22 +483,6 @@ def test_grad_scaler(fused):
     for name in final:
         if name.endswith(("latent_A", "latent_B", "theta")):
             torch.testing.assert_close(final[name], expected[name], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "init, options, aligned",
-    [
-        ("fresh", {}, True),
-        ("fresh", {"align_init": False}, False),
-        ("fresh", {"coordinator": "none"}, False),
-        ("warm", {}, False),
-        ("pissa", {}, False),
-    ],
-)
-def test_a_fresh_adapter_starts_with_one_A_per_kind(init, options, aligned):
-    _, _, runtime = attached(peft_model(init=init), **options)
-    for kind in runtime.kinds:
-        assert all(torch.equal(kind.A[0], a) for a in kind.A[1:]) is aligned
 
 
 def test_a_kind_without_gradients_rests_in_that_step():
@@ -593,6 +568,7 @@ def test_detach_leaves_plain_lora():
     calls = runtime.hook_calls
     train(model, "llama", optimizer, 1)
     assert runtime.hook_calls == calls and "step" not in vars(optimizer)
+    assert torch.equal(loss_of(model, "llama", 5), loss_of(model, "llama", 5))
 
 
 def test_a_broken_off_run_is_taken_over(caplog):

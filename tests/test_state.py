@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -145,7 +144,7 @@ def test_another_adapter_name_may_go_on(tmp_path):
             {"layers_to_transform": [1, 2]},
             r"modules .*layers.1.*Expected .*layers.0",
         ),
-        ({}, {"init": "pissa"}, "only in the state: .*origin_B"),
+        ({}, {"init": "pissa"}, "a start other than zero True of .*Expected False"),
     ],
 )
 def test_states_of_other_adapters_are_refused(here, there, message, tmp_path):
@@ -171,7 +170,15 @@ def test_a_state_dict_can_be_loaded_again_and_again():
 
 # --- damage --------------------------------------------------------------------------------------------------------
 
-MUTATIONS = 200
+# What befell a file -> its content then
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "a byte less": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "another's": lambda content: b"<html>not found</html>",
+    "a header cut": lambda content: content[:200],
+    "a header that is no JSON": lambda content: content[:8] + b"?" + content[9:],
+}
 
 
 @pytest.fixture(scope="module")
@@ -182,124 +189,22 @@ def two(tmp_path_factory):
     return folder, weights, Loop.start(side="both").train(2)
 
 
-def refuses_or_loads(load, loop: Loop, weights) -> bool:
-    """Whether a damaged state was refused. If it was, nothing has changed; if not, its weights are finite and fit."""
-    before, present = loop.runtime.state_dict(), loop.weights()
-    try:
-        load()
-    except StructLoRAError:
-        assert_same(before, loop.runtime.state_dict())
-        assert_same(present, loop.weights())
-        return True
-    assert all(w.isfinite().all() and w.shape == weights[name].shape for name, w in loop.weights().items())
-    loop.runtime.load_state_dict(before)
-    return False
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_refused_before_anything_changes(damage, two, tmp_path):
+    folder, _, loop = two
+    (tmp_path / STATE_NAME).write_bytes(DAMAGE[damage]((folder / STATE_NAME).read_bytes()))
+    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, f"{STATE_NAME} damaged")
 
 
-def damaged_file(content: bytes, rng: random.Random) -> bytes:
-    size = len(content)
-    head = 8 + int.from_bytes(content[:8], "little")
-    place = rng.choice([rng.randrange(8), rng.randrange(8, head), rng.randrange(head, size)])
-    damage = rng.choice(["flip", "cut", "zero", "insert", "byte"])
-    if damage == "flip":
-        return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
-    if damage == "byte":
-        return content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :]
-    if damage == "cut":
-        return content[:place]
-    if damage == "zero":
-        return content[:place] + bytes(min(64, size - place)) + content[place + 64 :]
-    return content[:place] + rng.randbytes(rng.randrange(1, 9)) + content[place:]
-
-
-def test_damaged_files_are_refused_by_name_before_anything_changes(two, tmp_path):
-    folder, weights, loop = two
-    content = Path(folder, STATE_NAME).read_bytes()
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(MUTATIONS):
-        Path(tmp_path, STATE_NAME).write_bytes(damaged_file(content, rng))
-        refused += refuses_or_loads(lambda: load_state(loop.runtime, tmp_path), loop, weights)
-    assert refused > MUTATIONS / 3  # the rest are other values of weights
-
-
-def damaged_tensor(value: torch.Tensor, rng: random.Random):
-    """Something else in the place of a tensor; never one that a run could have written."""
-    damages = [
-        None,
-        "text",
-        value[None],
-        value.to(torch.float16),
-        value.to(torch.complex64),
-        torch.zeros(0, dtype=value.dtype),
-        torch.cat([value.flatten()] * 2),
-    ]
-    if value.is_floating_point():
-        damages += [value.double() if value.dtype != torch.float64 else value.float()]
-        for poison in (float("nan"), float("inf")):
-            poisoned = value.clone()
-            poisoned.view(-1)[rng.randrange(value.numel())] = poison
-            damages.append(poisoned)
-    if value.dim() > 1 and value.shape[-1] != value.shape[-2]:
-        damages += [value.mT, value[..., :-1]]
-    return rng.choice(damages)
-
-
-def nodes_of(value, path=()):
-    yield path
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from nodes_of(value[key], (*path, key))
-
-
-def damaged_header(header: torch.Tensor, rng: random.Random):
-    decoded = json.loads(header.numpy().tobytes())
-    *path, last = rng.choice([path for path in nodes_of(decoded) if path])
-    place = decoded
-    for key in path:
-        place = place[key]
-    damage = rng.choice(["remove", "replace", "text"])
-    if damage == "remove":
-        del place[last]
-    else:
-        place[last] = rng.choice([None, True, -1, 2**70, 0.5, "", "x", [], ["x"], {}, {"x": 1}])
-    text = json.dumps(decoded)
-    if damage == "text":
-        cut = rng.randrange(len(text))
-        text = rng.choice([text[:cut], text[:cut] + "\\" + text[cut:], "[" * 100_000, "null", "7", "[]"])
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def damaged_state(state: dict, rng: random.Random) -> dict:
-    found = dict(state)
-    name = rng.choice(sorted(state))
-    damage = rng.choice(["remove", "rename", "add", "move", "value", "value", "header", "header"])
-    if damage == "header":
-        found["header"] = damaged_header(found["header"], rng)
-    elif damage == "value":
-        found[name] = damaged_tensor(found[name], rng)
-    elif damage == "remove":
-        del found[name]
-    elif damage == "rename":
-        found[name + "_"] = found.pop(name)
-    elif damage == "add":
-        found[rng.choice(["x", "x/y", f"{name}x", f"{name}/x", "/", ""])] = torch.zeros(2)
-    else:
-        found[f"other/{name.rpartition('/')[2]}"] = found.pop(name)
-    return found
-
-
-def test_damaged_states_are_refused_before_anything_changes(two):
-    """What a writer that went wrong may leave: entries missing, renamed, of other shapes and types, NaN, a header of anything."""
-    folder, weights, loop = two
-    whole = Loop.start(side="both")
-    load_state(whole.runtime, folder)
-    state, rng = whole.runtime.state_dict(), random.Random(1)
-    refused = sum(
-        refuses_or_loads(lambda: loop.runtime.load_state_dict(damaged_state(state, rng)), loop, weights)
-        for _ in range(2 * MUTATIONS)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_state_with_a_number_that_is_none_is_refused(number, two):
+    loop = two[-1]
+    state = {name: x.clone() for name, x in loop.runtime.state_dict().items()}
+    name = next(name for name in state if name.endswith("latent_B"))
+    state[name].view(-1)[7] = number
+    assert_refused(
+        lambda: loop.runtime.load_state_dict(state), loop, f"NaN or infinite numbers in '{re.escape(name)}'"
     )
-    assert refused > 0.85 * 2 * MUTATIONS  # the rest are other values of options and counts
 
 
 def rewritten(source: Path, target: Path, **metadata) -> None:
@@ -309,21 +214,18 @@ def rewritten(source: Path, target: Path, **metadata) -> None:
         save_file({name: file.get_tensor(name) for name in file.keys()}, target / STATE_NAME, kept)
 
 
-def test_a_state_with_half_of_an_optimizer_is_refused(two):
-    """AdamW would stop with a KeyError, in the step after."""
-    _, _, loop = two
-    state = loop.runtime.state_dict()
-    moment = next(name for name in state if name.endswith("optimizer.coordinators.A.theta.step"))
-    del state[moment]
-    with pytest.raises(StructLoRAError, match=re.escape(moment)):
-        loop.runtime.load_state_dict(state)
-
-
 def test_a_state_is_not_written_where_a_file_is(tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(StructLoRAError, match="a file .*where a folder is to be written"):
         save_state(Loop.start().runtime, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("action", [save_state, load_state])
+def test_the_path_of_a_file_is_no_folder(action, tmp_path):
+    with pytest.raises(StructLoRAError, match="the path of a file.*a folder"):
+        action(Loop.start().runtime, tmp_path / STATE_NAME)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("format", ["1", "4", "99", None])

@@ -8,7 +8,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from . import after_training, methods, pretrain, shrinking, tasks
-from .measures import diagnostics, evaluate, lora_factors, scaled, truncated
+from .measures import diagnostics, evaluate, figures, logits_of, lora_factors, scaled, tempered, truncated
 from .settings import CUT_SEEDS
 from .store import KEY
 from .tasks import vit
@@ -63,10 +63,12 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     training_seconds = time.process_time() - cpu_started
     _, validation, test = task.load()
     model = (average.module if average else model).eval()
+    answers = [(logits_of(model, split), split.labels) for split in (validation, test)]
     line = dict(zip(KEY, (task_name, method_name, rank, examples, lr, seed), strict=True))
     line |= {
-        "validation": evaluate(model, validation),
-        "test": evaluate(model, test),
+        "validation": figures(*answers[0]),
+        "test": figures(*answers[1]),
+        "tempered": tempered(*answers),
         "steps": task.steps,
         "batch": task.batch,
         "trained": trained - head + own,
@@ -91,8 +93,8 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     if method.shrink:
         line["shrunk"] = shrinking.shrink(model, training, seed=seed, test=tested, **method.shrink)
     if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
-        figures = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
-        line["scaled"] = figures or {"scale": 1.0, **line["test"]}
+        smaller = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
+        line["scaled"] = smaller or {"scale": 1.0, **line["test"]}
         line["cut"] = after_training.cut(model, training, validation, seed, tested)
         line |= truncated(model, rank, tested)
     return line

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from structlora_trl.adapters.measuring import SCALES
 from structlora_trl.adapters.peft_scaling import singular_directions
 
 from .store import packed
@@ -18,16 +19,16 @@ EVALUATION_BATCH = 100
 GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, split: Split) -> dict[str, float | str]:
     """`figures` of the model as it stands in evaluation mode."""
-    logits = torch.cat(
-        [
-            model(**split[part].inputs).logits.float()
-            for part in torch.arange(len(split)).split(EVALUATION_BATCH)
-        ]
-    )
-    return figures(logits, split.labels)
+    return figures(logits_of(model, split), split.labels)
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, split: Split) -> torch.Tensor:
+    """(n, classes) of a split."""
+    parts = torch.arange(len(split)).split(EVALUATION_BATCH)
+    return torch.cat([model(**split[part].inputs).logits.float() for part in parts])
 
 
 def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str]:
@@ -42,7 +43,23 @@ def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str
     }
 
 
-SCALES = (0.3, 0.5, 0.7, 0.85)
+TEMPERATURES = [20 / i for i in range(1, 61)]  # from 20 to 1/3
+
+
+def tempered(
+    validation: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, float]:
+    """Test figures with logits over that one of `TEMPERATURES` whose NLL on validation examples is lowest (arXiv 1706.04599).
+
+    The control for methods that lower the NLL without other answers: what calibration alone gives.
+
+    Args:
+        validation, test (`tuple`): logits (n, classes) and labels (n,).
+    """
+    logits, labels = validation
+    best = min(TEMPERATURES, key=lambda T: cross_entropy(logits / T, labels).item())
+    found = figures(test[0] / best, test[1])
+    return {"temperature": best, **{name: found[name] for name in ("accuracy", "nll", "ece")}}
 
 
 @torch.no_grad()
@@ -69,7 +86,7 @@ def scaled(
             B.copy_(value * scale)
         return figures()
 
-    nlls = {scale: at(scale, validation)["nll"] for scale in SCALES}
+    nlls = {scale: at(scale, validation)["nll"] for scale in SCALES if scale < 1}
     best = min(nlls, key=nlls.get)
     found = {"scale": best, **at(best, test)} if nlls[best] < whole["nll"] else None
     at(1.0, dict)

@@ -22,8 +22,7 @@ ROOT = HERE.parents[1]
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
 COHERENCE = HERE / "coherence.json"
 PAGES = (
-    HERE / "README.md",
-    HERE / "smaller.md",
+    *(HERE / f"{name}.md" for name in ("README", "appendix", "smaller")),
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "index")),
 )

@@ -223,6 +223,15 @@ _CUTS = {  # column of a cut -> what it keeps
 }
 
 
+def _scaled(rank: int) -> tuple[Row, ...]:
+    whole = f"LoRA, rank {rank}"
+    return (
+        Row(LORA, label=whole),
+        Row(LORA, column="scaled", label=f"{whole}, update times a scalar"),
+        Row(LORA, column="tempered", label=f"{whole}, logits over a temperature"),
+    )
+
+
 def _cut(rank: int, name: str) -> Comparison:
     share = SHARES[name]
     seeds = CUT_SEEDS if (rank, name) == (8, "quarter") else CUT_SEEDS[:6]
@@ -237,7 +246,7 @@ def _cut(rank: int, name: str) -> Comparison:
             Row(LORA, column=column.format(name), label=f"{rank} cut to {rank * share:g}: {rule}")
             for column, rule in _CUTS.items()
         ),
-        Row(LORA, column="scaled", label=f"LoRA, rank {rank}, update times a scalar"),
+        *_scaled(rank)[1:],
     )
     return Comparison(places, rows, bases=(0, 1), groups={"all": places}, by_place=False, goes_beyond=True)
 
@@ -282,7 +291,9 @@ COMPARISONS = {
         sum(_REGULARISED.values(), ()),
         _REGULARISERS,
         groups=_REGULARISED | {"all": sum(_REGULARISED.values(), ())},
+        by_place=False,
     ),
+    "regularisers-by-task": Comparison(sum(_REGULARISED.values(), ()), _REGULARISERS),
     "passes": Comparison(
         _at_passes(*PASSES),
         (
@@ -290,6 +301,11 @@ COMPARISONS = {
             # What the rule of passes is held against: no noise, and all of it, in any run.
             Row("no-gates", rate_of=OURS),
             Row("structlora:noise=on", rate_of=OURS),
+            # And what calibration alone gives.
+            *(
+                Row(name, rate_of=name, column="tempered", label=f"{label}, logits over a temperature")
+                for name, label in ((LORA, "LoRA"), (OURS, "StructLoRA"))
+            ),
         ),
         bases=(0, 1, 2, 3),
         groups=_PASSES_GROUPS,
@@ -312,6 +328,9 @@ COMPARISONS = {
     ),
     **{f"cut-{name}-of-{rank}": _cut(rank, name) for rank in (8, 16) for name in SHARES},
     **{f"shrunk-{name}-of-{rank}": _shrunk(rank, name, _SHRUNK) for rank in (8, 16) for name in SHARES},
+    "scaled-language": Comparison(
+        (Place("smollm-reviews", 8, 64, (2e-3,), tuple(range(60, 66))),), _scaled(8)
+    ),
     "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
 _quarter = COMPARISONS["cut-quarter-of-16"]
@@ -323,9 +342,9 @@ COMPARISONS |= {
         rows=(
             Row(LORA, 1 / 4, label="LoRA trained at rank 4"),
             Row(LORA, label="LoRA trained at rank 16"),
-            Row(LORA, column="cut.information.quarter", label="rank 16, a quarter kept by your data"),
-            Row(LORA, column="truncated.quarter", label="rank 16, a quarter kept by SVD of each module"),
-            Row(LORA, column="cut.random.quarter", label="rank 16, a quarter kept by chance"),
+            Row(LORA, column="cut.information.quarter", label="rank 16, `--keep 0.25 --data`"),
+            Row(LORA, column="truncated.quarter", label="rank 16, `--rank 4` without data"),
+            Row(LORA, column="cut.random.quarter", label="rank 16, a quarter by chance"),
         ),
         bases=(0,),
         figures=("accuracy",),

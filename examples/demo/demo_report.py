@@ -66,8 +66,6 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
 def write_page(directory: Path) -> None:
     """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
     runs = [Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
-    for run in runs:  # the page is to be shown to others: a model's name, and no path of this machine
-        run.saved.lora.base_model_name_or_path = Path(run.saved.lora.base_model_name_or_path).name
     write_runs(directory / PAGE, runs)
 
 
@@ -120,8 +118,8 @@ def _losses(results: dict[str, dict]) -> str:
 ![Training loss over the steps]({LOSS_PLOT})
 
 Mean of the last {LAST} steps: {_last_loss(results["lora"])} with LoRA, {_last_loss(results["structlora"])} with
-StructLoRA. The first steps mostly learn the form of the answer (one word, then the end). StructLoRA trains with noise
-on its gates; its training loss is with that noise, the table is without."""
+StructLoRA. The first steps mostly learn the form of the answer (one word, then the end). In so few passes over the
+sentences StructLoRA has no noise on its gates: what differs is the coordinator over depth."""
 
 
 def _last_loss(result: dict) -> str:

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..errors import StructLoRAError
@@ -153,8 +154,8 @@ def _on_device(model: PeftModel, tensors: dict[str, Tensor]) -> list[Tensor]:
 def _together(rows: list[Row]) -> list[dict]:
     """Rows in as few parts as run at once: those of equal shapes, and of a language model of any length."""
     parts: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: max(value[0].numel() for value in row.values())):
-        last = parts[-1] if parts else None
+    for row in sorted(rows, key=_positions):
+        last = parts[-1] if parts else []
         if last and _fits(last[0], row) and (len(last) + 1) * _positions(row) <= _ROOM:
             last.append(row)
         else:
@@ -173,10 +174,8 @@ def _is_text(row: Row) -> bool:
 
 
 def _fits(one: Row, other: Row) -> bool:
-    shapes = ({name: value.shape for name, value in row.items()} for row in (one, other))
-    return one.keys() == other.keys() and (
-        (_is_text(one) and _is_text(other)) or len({str(s) for s in shapes}) == 1
-    )
+    shapes = [{name: value.shape for name, value in row.items()} for row in (one, other)]
+    return shapes[0] == shapes[1] or (_is_text(one) and _is_text(other))
 
 
 def _stacked(rows: list[Row]) -> Row:
@@ -184,17 +183,10 @@ def _stacked(rows: list[Row]) -> Row:
         return rows[0]
     if not _is_text(rows[0]):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    longest = max(_positions(row) for row in rows)
-    masks = [row.get("attention_mask", torch.ones_like(row["input_ids"])) for row in rows]
-    filled = {"input_ids": 0, "labels": _IGNORED, "attention_mask": 0}
+    rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
     return {
-        name: torch.cat(
-            [
-                pad(value, (0, longest - value.shape[1]), value=fill)
-                for value in (masks if name == "attention_mask" else [row[name] for row in rows])
-            ]
-        )
-        for name, fill in filled.items()
+        name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=fill)
+        for name, fill in (("input_ids", 0), ("labels", _IGNORED), ("attention_mask", 0))
     }
 
 

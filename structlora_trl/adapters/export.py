@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..core.selection import best
 from ..errors import StructLoRAError, refuse_unwritable, refusing
 from .distilling import STEPS, Distilled, distil
 from .load_adapter import Saved
@@ -29,8 +30,10 @@ from .measuring import (
     Losses,
     Outputs,
     Probe,
+    Scaled,
     base_of,
     change_of,
+    choose_scale,
     gate_information,
     load_base,
     on_base,
@@ -44,8 +47,9 @@ from .peft_scaling import (
     base_is_moved,
     base_is_moved_for_good,
     factor_names,
-    masked,
     rank_of,
+    refuse_unscalable,
+    scaled,
     with_one_scale,
     with_singular_directions,
 )
@@ -57,6 +61,7 @@ from .servers import SERVERS, refuse_for
 _PREFIX = "base_model.model."  # of PEFT's names
 _TELL = 64  # rows of the data that tell which directions to keep, and most on which the loss is measured
 _LEARN = 1024  # most rows that are read where the smaller adapter learns from them
+AUTO = "auto"  # the scale that rows choose
 _SHARES = [2.0**-i for i in reversed(range(7))]  # sizes at which the loss is measured
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,6 +84,7 @@ class Export:
         pruned (`Pruned`, *optional*): the directions kept; None where nothing was to be dropped.
         change (`Change`, *optional*): None where nothing was to be dropped, or nothing measured.
         distilled (`Distilled`, *optional*): how near distillation brought it.
+        scaled (`Scaled`, *optional*): what its update was multiplied by; None where no `scale` was asked for.
         rows (`Rows`, *optional*): what was read of the data.
     """
 
@@ -87,7 +93,24 @@ class Export:
     pruned: Pruned | None = None
     change: Change | None = None
     distilled: Distilled | None = None
+    scaled: Scaled | None = None
     rows: Rows | None = None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What holds for every size of one call: see `export`."""
+
+    max_rank: int | None = None
+    data: str | Path | Sequence[dict] | None = None
+    split: str | None = None
+    distil: bool | int = False
+    scale: float | str | None = None
+    server: str | None = None
+    dtype: str | None = None
+    merge: bool = False
+    base: str | None = None
+    probe: str = RANDOM
 
 
 def export(
@@ -101,6 +124,7 @@ def export(
     data: str | Path | Sequence[dict] | None = None,
     split: str | None = None,
     distil: bool | int = False,
+    scale: float | str | None = None,
     server: str | None = None,
     dtype: str | None = None,
     merge: bool = False,
@@ -125,6 +149,9 @@ def export(
         distil (`bool` or `int`, *optional*, defaults to False): let the smaller adapter learn the outputs of the
             whole one, on the rows that the loss is not measured on, for that many steps (True: 100); see
             `distilling.distil`.
+        scale (`float` or `str`, *optional*): multiply the update ΔW, after any cut, by this number, which goes into
+            lora_B; `"auto"`: by the one of 1, 0.85, 0.7, 0.5 and 0.3 at which the loss is lowest on rows that the
+            adapter was not trained on: `data`, or the rows that the run held out. See `choose_scale`.
         server (`str`, *optional*): write what that server loads: "vllm", "sglang", "lorax" or "llamacpp".
         dtype (`str`, *optional*): of the file's numbers: "float32", "bfloat16" or "float16"; as they are where
             omitted.
@@ -139,12 +166,12 @@ def export(
 
     Raises:
         StructLoRAError: a folder that is not empty, or a file in its place; an adapter that cannot be made
-            smaller, or that the server cannot load; a base model that cannot be loaded or probed, or one that
-            training changed in a way that PEFT does not repeat; a full disk. Nothing is written then.
+            smaller or scaled, or that the server cannot load; `scale="auto"` without rows; a base model that cannot
+            be loaded or probed, or one that training changed in a way that PEFT does not repeat; a full disk.
+            Nothing is written then.
     """
-    sizes = [{"rank": rank, "keep": keep, "prune": prune}]
-    more = {"max_rank": max_rank, "data": data, "split": split, "distil": distil, "server": server}
-    return _export(saved, Path(out), [""], sizes, **more, dtype=dtype, merge=merge, base=base, probe=probe)[0]
+    options = _Options(max_rank, data, split, distil, scale, server, dtype, merge, base, probe)
+    return _export(saved, Path(out), {"": {"rank": rank, "keep": keep, "prune": prune}}, options)[0]
 
 
 def export_sizes(
@@ -165,49 +192,44 @@ def export_sizes(
     Raises:
         StructLoRAError: as for `export`.
     """
-    sizes = [*({"rank": value} for value in rank), *({"keep": value} for value in keep)]
-    names = [
-        *(f"rank-{value}" for value in rank),
-        *(f"keep-{str(value).replace('%', '-percent')}" for value in keep),
-    ]
-    return _export(saved, Path(out), names, sizes, **options)
+    sizes = {f"rank-{value}": {"rank": value} for value in rank}
+    sizes |= {f"keep-{str(value).replace('%', '-percent')}": {"keep": value} for value in keep}
+    return _export(saved, Path(out), sizes, _Options(**options))
 
 
-def _export(
-    saved: Saved,
-    out: Path,
-    names: list[str],
-    sizes: list[dict],
-    *,
-    max_rank: int | None = None,
-    data: str | Path | Sequence[dict] | None = None,
-    split: str | None = None,
-    distil: bool | int = False,
-    server: str | None = None,
-    dtype: str | None = None,
-    merge: bool = False,
-    base: str | None = None,
-    probe: str = RANDOM,
-) -> list[Export]:
+def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) -> list[Export]:
+    """Write the sizes, each to the folder of its name within `out`."""
     _refuse_used(out)
-    _refuse_contradictions(sizes, max_rank, distil, server, dtype, merge)
+    _refuse_contradictions([*sizes.values()], options)
+    _refuse_idle(saved, [*sizes.values()], options)
+    distil, scale, server, merge = options.distil, options.scale, options.server, options.merge
+    if scale is not None:
+        _refuse_scale(scale)
+        refuse_unscalable(saved.lora)
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
             "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
             "adapted weights that only one module uses",
             "export without merging",
         )
-    saved, base_name, revision = _with_base(saved, base)
+    saved, base_name, revision = _with_base(saved, options.base)
     if server:
         refuse_for(server, saved.lora, saved.tensors)
-    is_chosen = any(size.get("rank") is not None or size.get("keep") is not None for size in sizes)
+    is_chosen = any(size.get("rank") is not None or size.get("keep") is not None for size in sizes.values())
     rows = None
-    if is_chosen and (data is not None or probe == RANDOM):
-        rows = read_rows(data, saved, base_name, revision, _LEARN if distil else 2 * _TELL, split)
+    if scale == AUTO or (is_chosen and (options.data is not None or options.probe == RANDOM)):
+        count = _LEARN if distil else 2 * _TELL
+        rows = read_rows(options.data, saved, base_name, revision, count, options.split)
     if distil and rows is None:
         raise StructLoRAError(
             "`distil` without rows to learn from",
             "examples of what the adapter is for; no labels are needed",
+            "give `--data ROWS`",
+        )
+    if scale == AUTO and rows is None:
+        raise StructLoRAError(
+            "`scale` 'auto' without rows",
+            "rows with labels that the adapter was not trained on; it has none of its own",
             "give `--data ROWS`",
         )
     one_rank = bool(server and SERVERS[server].one_rank)
@@ -219,31 +241,35 @@ def _export(
         tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
     ):
-        trial = _Trial(saved, base_name, revision, rows, probe, Path(scratch), is_chosen)
-        for name, size in zip(names, sizes, strict=True):
+        trial = _Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
+        for name, size in sizes.items():
             result = Path(unfinished, "result", name)
             written = Export(out / name, rows=rows)
-            pruned = written.pruned = _smaller(saved, size, max_rank, one_rank, trial)
+            pruned = written.pruned = _smaller(saved, size, options.max_rank, one_rank, trial)
             lora, tensors = saved.lora, saved.tensors
+            directions = pruned.masked() if pruned else tensors
+            if distil:
+                directions, written.distilled = trial.distilled(
+                    directions, STEPS if distil is True else distil
+                )
+            if scale is not None:
+                written.scaled = trial.scaled(directions) if scale == AUTO else Scaled(scale)
+                directions = scaled(directions, written.scaled.scale)
             if pruned:
-                directions = pruned.masked()
-                if distil:
-                    directions, written.distilled = trial.distilled(
-                        directions, STEPS if distil is True else distil
-                    )
                 lora, tensors = pruned.written(directions)
-                written.change = trial.change(pruned.masked(), directions if distil else None, dtype)
+                shown = directions if distil or scale is not None else None
+                written.change = trial.change(pruned.masked(), shown, options.dtype)
             elif server:
-                lora, tensors = with_one_scale(lora, tensors, {}, one_rank)
-            tensors = _in_dtype(tensors, dtype)
+                lora, tensors = with_one_scale(lora, directions, {}, one_rank)
+            else:
+                tensors = directions
+            tensors = _in_dtype(tensors, options.dtype)
             if pruned:
                 written.sizes = _sizes(saved, pruned, tensors)
             if merge:
                 after = Path(scratch, "after")
                 write_adapter(after, lora, tensors)
-                _merge(
-                    load_base(base_name, saved.lora, saved.tensors, revision), lora, tensors, after, result
-                )
+                _merge(load_base(base_name, saved.lora, saved.tensors, revision), tensors, after, result)
             else:
                 write_adapter(result, lora, tensors)
             _copy_processor(saved.folder, base_name if merge else None, revision, result)
@@ -278,14 +304,8 @@ def _refuse_used(out: Path) -> None:
             )
 
 
-def _refuse_contradictions(
-    sizes: list[dict],
-    max_rank: int | None,
-    distil: bool | int,
-    server: str | None,
-    dtype: str | None,
-    merge: bool,
-) -> None:
+def _refuse_contradictions(sizes: list[dict], options: _Options) -> None:
+    distil, server, dtype = options.distil, options.server, options.dtype
     given = [
         name for size in sizes for name, value in size.items() if value is not None and value is not False
     ]
@@ -293,7 +313,7 @@ def _refuse_contradictions(
         raise StructLoRAError(
             f"both `{given[0]}` and `{given[1]}`", "one rule for what to drop", "give one of them"
         )
-    if max_rank is not None and given != ["keep"] * len(sizes):
+    if options.max_rank is not None and given != ["keep"] * len(sizes):
         raise StructLoRAError(
             "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"
         )
@@ -308,12 +328,57 @@ def _refuse_contradictions(
     if dtype is not None and dtype not in DTYPES:
         raise StructLoRAError(f"a dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct `--dtype`")
     for name, value in (("server", server), ("dtype", dtype)):
-        if merge and value is not None:
+        if options.merge and value is not None:
             raise StructLoRAError(
                 f"both `merge` and `{name}`",
                 "one of them: a merged model has the base model's own dtype, and every server loads it",
                 "give one of them",
             )
+
+
+def _refuse_idle(saved: Saved, sizes: list[dict], options: _Options) -> None:
+    """Stop at an option that acts on nothing beside the others."""
+    data, probe = options.data, options.probe
+    rules = {
+        name for size in sizes for name, value in size.items() if value is not None and value is not False
+    }
+    if data is not None and not rules & {"rank", "keep"} and options.scale != AUTO:
+        raise StructLoRAError(
+            "`data` without `rank`, `keep` or `scale='auto'`",
+            "a choice for its rows to tell",
+            "give one of them, or remove `data`",
+        )
+    if options.split is not None and data is None:
+        raise StructLoRAError(
+            "`split` without `data`", "rows that have splits", "give `data`, or remove `split`"
+        )
+    if probe != RANDOM and data is not None:
+        raise StructLoRAError(
+            "both `data` and `probe`",
+            "one of them: with `data`, its rows are what the change is measured on",
+            "remove `probe`",
+        )
+    if probe not in (RANDOM, NO_PROBE) and not rules:
+        raise StructLoRAError(
+            "`probe` without `rank`, `keep` or `prune`",
+            "a smaller adapter, whose cost it measures",
+            "give one of them, or remove `probe`",
+        )
+    loads_base = options.merge or options.scale == AUTO or (rules and (data is not None or probe != NO_PROBE))
+    if options.base is not None and not loads_base and not base_is_moved_for_good(saved.lora):
+        raise StructLoRAError(
+            f"`base` {options.base} in an export that loads no base model",
+            "`merge`, or a smaller adapter whose cost is measured",
+            "remove `base`",
+        )
+
+
+def _refuse_scale(scale: float | str) -> None:
+    is_number = isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0
+    if scale != AUTO and not is_number:
+        raise StructLoRAError(
+            f"`scale` {scale}", f"'{AUTO}', or a number above 0", "try 'auto', with rows, or 0.7"
+        )
 
 
 def _smaller(saved: Saved, size: dict, max_rank: int | None, one_rank: bool, trial: _Trial) -> Pruned | None:
@@ -344,7 +409,7 @@ class _Trial:
         is_chosen: bool,
     ):
         self._saved, self._base = saved, (base_name, revision)
-        self._rows, self._named, self._scratch = rows, probe, scratch
+        self._rows, self._named, self._scratch, self._is_chosen = rows, probe, scratch, is_chosen
         # Where directions are chosen, they are the singular ones.
         self.whole = with_singular_directions(saved.lora, saved.tensors)[0] if is_chosen else saved.tensors
         self._model: PeftModel | None = None
@@ -369,7 +434,7 @@ class _Trial:
             if self._rows is None:
                 self._probe = text_probe(base, name, revision, self._named, self._saved.lora)
             else:
-                self._probe = _held_out(self._rows)
+                self._probe = _held_out(self._rows, self._is_chosen)
             self._model = on_base(base, folder)
             put(self._model, self.whole)  # which looks at the names, too
         return self._model
@@ -390,6 +455,9 @@ class _Trial:
         learned = [*rows[:_TELL], *rows[2 * _TELL :]] if len(rows) > _TELL else rows
         found = distil(self.model, self.whole, small, learned, steps)
         return found.tensors, found
+
+    def scaled(self, tensors: dict[str, Tensor]) -> Scaled:
+        return choose_scale(self.model, tensors, self._probe)  # the model's loading makes the probe
 
     def change(
         self, cut: dict[str, Tensor], taught: dict[str, Tensor] | None, dtype: str | None
@@ -427,10 +495,8 @@ def _in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor
     return {name: x.to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def _merge(
-    base: PreTrainedModel, lora: LoraConfig, tensors: dict[str, Tensor], adapter: Path, out: Path
-) -> None:
-    _untie(base, lora, {match["module"] for name in tensors if (match := LORA_NAME.match(name))})
+def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:
+    _refuse_tied(base, {*factor_names(tensors)})
     model = on_base(base, adapter)
     with refusing(
         "merging the adapter",
@@ -469,39 +535,36 @@ def information_curves(
     with tempfile.TemporaryDirectory() as scratch:
         trial = _Trial(saved, base_name, revision, rows, NO_PROBE, Path(scratch), is_chosen=True)
         information, moments = trial.information(), trial.moments()
-    measured = _held_out(rows).rows
-    sigma = with_singular_directions(saved.lora, saved.tensors)[1]
-    select(saved, 1.0, information)  # which stops where no direction is worth anything
-    worth = {"most information": information, "largest singular values": sigma}
-    known = torch.cat([information[module].flatten() for module in sigma]).double()
-    carried, losses = {name: [(0.0, 0.0)] for name in worth}, {name: [] for name in worth}
-
-    def loss_with(tensors: dict[str, Tensor]) -> float:
-        put(trial.model, tensors)
-        return outputs_of(trial.model, measured).loss
-
-    for name, values in worth.items():
-        flat = torch.cat([values[module].flatten() for module in sigma])
-        for share in _SHARES:
-            mask = best(flat, share)
-            parts = mask.split([x.numel() for x in sigma.values()])
-            kept = {
-                module: [row.nonzero().flatten().tolist() for row in part.view_as(x)]
-                for (module, x), part in zip(sigma.items(), parts, strict=True)
-            }
-            carried[name].append((share, float(known[mask].sum() / known.sum())))
-            losses[name].append((share, loss_with(masked(saved.lora, trial.whole, kept))))
-    largest = max(rank_of(saved.lora, module) for module in sigma)
-    ranks = sorted({max(1, round(share * largest)) for share in _SHARES})
-    losses["one rank for all modules"] = []
-    for rank in ranks:
-        pruned = shrink(saved, rank, moments)
-        losses["one rank for all modules"].append((pruned.count / len(known), loss_with(pruned.masked())))
+    measured, directions = _held_out(rows, is_chosen=True).rows, sum(x.numel() for x in information.values())
+    largest = max(rank_of(saved.lora, module) for module in information)
+    orders = {
+        "most information": (partial(select, saved, information=information), _SHARES),
+        "largest singular values": (partial(select, saved), _SHARES),
+        "one rank for all modules": (
+            partial(shrink, saved, moments=moments),
+            sorted({max(1, round(share * largest)) for share in _SHARES}),
+        ),
+    }
+    carried, losses = {}, {name: [] for name in orders}
+    for name, (make, sizes) in orders.items():
+        for size in sizes:
+            pruned = make(size)
+            share = pruned.count / directions
+            put(trial.model, pruned.masked())
+            losses[name].append((share, outputs_of(trial.model, measured).loss))
+            if not pruned.one_rank:  # whose directions are of another basis
+                carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
     levels = {}
     if _base_is_beneath(saved.lora):
         with trial.model.disable_adapter():
             levels["base model"] = outputs_of(trial.model, measured).loss
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses, levels)]
+
+
+def _carried(pruned: Pruned, information: dict[str, Tensor]) -> float:
+    """Which share of the information the directions kept carry."""
+    kept = (information[m][e, d].sum() for m, experts in pruned.kept.items() for e, d in enumerate(experts))
+    return float(sum(kept) / sum(x.sum() for x in information.values()))
 
 
 def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
@@ -515,8 +578,10 @@ def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str |
     return saved, name, revision
 
 
-def _held_out(rows: Rows) -> Probe:
-    """The rows to measure the loss on."""
+def _held_out(rows: Rows, is_chosen: bool) -> Probe:
+    """The rows to measure the loss on: others than those that chose directions."""
+    if not is_chosen:
+        return Probe(rows.rows, f"{len(rows.rows)} rows")
     others = rows.rows[_TELL : 2 * _TELL]
     if others:
         return Probe(others, f"{len(others)} other rows")
@@ -535,58 +600,30 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
     )
 
 
-def _untie(base: PreTrainedModel, lora: LoraConfig, adapted: set[str]) -> None:
-    """Give a head tied to the embeddings its own weight where LoRA adds to either: merged, they differ.
-
-    Raises:
-        StructLoRAError: the head cannot have its own weight.
-    """
+def _refuse_tied(base: PreTrainedModel, adapted: set[str]) -> None:
+    """Stop where LoRA adds to the embeddings or to a head that shares their weight: merged, they would differ."""
     head = base.get_output_embeddings()
-    if getattr(head, "weight", None) is None:
+    if getattr(head, "weight", None) is None or head.weight is not base.get_input_embeddings().weight:
         return
-    embeddings = base.get_input_embeddings()
-    tied = {
-        f"{_PREFIX}{name}" for name, module in base.named_modules() if module is embeddings or module is head
-    }
-    if head.weight is not embeddings.weight or not tied & adapted:
-        return
-    if getattr(lora, "ensure_weight_tying", False):  # PEFT leaves the head of an untied model without LoRA
-        raise StructLoRAError(
-            "LoRA with `ensure_weight_tying` on embeddings and head that share one weight, in a model to merge",
-            "adapted weights that only one module uses",
-            "export without merging, and load the adapter with PEFT",
-        )
-    # With more than two uses of the weight; T5 scales by whether it is tied.
-    if base.config.is_encoder_decoder:
+    modules = (head, base.get_input_embeddings())
+    if adapted & {f"{_PREFIX}{name}" for name, module in base.named_modules() if module in modules}:
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",
-            "export without merging",
+            "export without merging, and load the adapter with PEFT",
         )
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in (base.config, base.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor]) -> list[Size]:
-    """Directions, parameters and bytes; then the directions of each kind."""
+    """Directions, parameters and bytes."""
     files = (saved.tensors, written)
     parameters = [sum(x.numel() for name, x in tensors.items() if LORA_NAME.match(name)) for tensors in files]
     size = [sum(x.numel() * x.element_size() for x in tensors.values()) for tensors in files]
-    names = factor_names(saved.tensors)
-    kinds = [
-        Size(
-            f"directions of {kind.name}",
-            sum(len(saved.tensors[names[module]["A"]]) for module in kind.modules),
-            sum(len(expert) for module in kind.modules for expert in pruned.kept[module]),
-        )
-        for kind in saved.kinds
-    ]
+    whole = sum(len(saved.tensors[names["A"]]) for names in factor_names(saved.tensors).values())
     return [
-        Size("directions", sum(kind.before for kind in kinds), sum(kind.after for kind in kinds)),
+        Size("directions", whole, pruned.count),
         Size("LoRA parameters", *parameters),
         Size(f"{SAFETENSORS_WEIGHTS_NAME} (bytes)", *size),
-        *kinds,
     ]
 
 

@@ -47,6 +47,8 @@ _STYLE = {
     **{"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4},
 }
 _MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.4)  # inches
+_COSINES = "RdBu_r"  # colours of cosines, from -1 to 1
+_SHARE = "share of "  # how the names of shares begin
 _COLUMNS = 4  # of panels in a file
 # What the Trainer logs -> the title of its chart.
 _CURVES = {
@@ -109,13 +111,12 @@ class Panel(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """The colours of a chart's maps, from `low` to `high`, and values to mark."""
+    """The colours of a chart's maps, from `low` to `high`."""
 
     colours: str
     low: float
     high: float
     label: str
-    marks: tuple[float, ...] = ()
 
     def svg(self) -> str:
         """An `svg` element with the colours and their values."""
@@ -130,9 +131,6 @@ class Scale(NamedTuple):
         into = {"cax": axes} if isinstance(axes, Axes) else {"ax": axes}
         bar = figure.colorbar(mappable, **into, orientation=orientation, label=self.label)
         bar.set_ticks(np.linspace(self.low, self.high, 5))
-        line = bar.ax.axvline if orientation == "horizontal" else bar.ax.axhline
-        for mark in self.marks:
-            line(mark, color="red", linewidth=2.5)
 
 
 class Chart(NamedTuple):
@@ -163,7 +161,7 @@ def charts(runs: list[Run]) -> list[Chart]:
         _sizes(runs),
         _training(runs),
     )
-    return [chart for chart in drawn if chart.panels]
+    return [chart for chart in drawn if chart.panels or chart.told]
 
 
 def write(folder: Path, drawn: list[Chart]) -> list[str]:
@@ -171,12 +169,13 @@ def write(folder: Path, drawn: list[Chart]) -> list[str]:
 
     Args:
         folder (`Path`): made where missing.
-        drawn (`list[Chart]`): of `charts`.
+        drawn (`list[Chart]`): of `charts`; those that are words alone have no file.
 
     Returns:
         Names of the files, without their endings.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = [chart for chart in drawn if chart.panels]
     for chart in drawn:
         columns = min(_COLUMNS, len(chart.panels))
         rows = -(-len(chart.panels) // columns)
@@ -200,7 +199,7 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
     panels, told = [], []
     for run, kind, short in _by_kind(runs, names):
         if kind.similarity is not None and len(kind.depths) > 1:
-            panels.append(_map(runs, run, kind, short, kind.similarity, ("RdBu_r", -1, 1), "layer"))
+            panels.append(Panel(short, kind.name, _map(kind), _MAP, _name(runs, run)))
     for run in runs:
         means = {
             names[name]: float(np.mean(np.diag(kind.similarity, 1)))
@@ -213,19 +212,36 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
                 f"{_of(runs, run)}neighbouring layers learned most alike in {most} (mean cosine {means[most]:.2f})"
                 + (f", least in {least} ({means[least]:.2f})." if least != most else ".")
             )
+        told += [
+            f"{_of(runs, run)}no map of {', '.join(lacking)}: {why}."
+            for why, lacking in _unmapped(run, names).items()
+        ]
     text = (
         "Cosine of the updates of two layers, on the side of the module that can be compared across depth. Red near the diagonal: "
         "neighbouring layers learned alike. White: each learned its own."
     )
-    return Chart("similarity", "Similarity over depth", text, told, panels, Scale("RdBu_r", -1, 1, "cosine"))
+    return Chart("similarity", "Similarity over depth", text, told, panels, Scale(_COSINES, -1, 1, "cosine"))
+
+
+def _unmapped(run: Run, names: dict[str, str]) -> dict[str, list[str]]:
+    """Why kinds of a run have no map of similarity -> their short names."""
+    without = "no structlora.safetensors beside it tells where lora_A began, which modules that read the stream are compared by"
+    lacking: dict[str, list[str]] = {}
+    for name, kind in run.kinds.items():
+        if len(kind.depths) == 1:
+            lacking.setdefault("there is one layer of it", []).append(names[name])
+        elif kind.similarity is None:
+            why = "neither of its sides can be compared across depth" if run.saved.maps else without
+            lacking.setdefault(why, []).append(names[name])
+    return lacking
 
 
 def _singular_values(runs: list[Run], names: dict[str, str]) -> Chart:
-    values, told = {name: [] for name in names}, []
+    shown, told = {name: [] for name in names}, []
     for _, kind, _ in _by_kind(runs, names):
-        values[kind.name] += [value for row in kind.singular_values for value in row if value > 0]
+        shown[kind.name] += kind.singular_values
     panels = [
-        Panel(short, kind.name, _spectrum(kind, values[kind.name]), _CHART, _name(runs, run))
+        Panel(short, kind.name, _spectrum(kind, shown[kind.name]), _CHART, _name(runs, run))
         for run, kind, short in _by_kind(runs, names)
     ]
     for run in runs:
@@ -254,24 +270,27 @@ def _sizes(runs: list[Run]) -> Chart:
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
                 label = " · ".join(filter(None, (_name(runs, run), order)))
                 values.setdefault(curve.value, []).append((label, points, colour, line))
+                at = _at(points, 0.25)
+                share = f"{100 * at:.0f} % of {curve.value.removeprefix(_SHARE)}"
+                at_quarter.append(
+                    f"{share if curve.value.startswith(_SHARE) else f'{curve.value} {at:.3g}'} ({order})"
+                )
             for level, height in curve.levels.items():
                 label = " · ".join(filter(None, (_name(runs, run), level)))
                 values[curve.value].append((label, [(0, height), (1, height)], _GREY, "-"))
-            shares = (f"{_at(points, 0.25):.3g} by {order}" for order, points in curve.orders.items())
-            at_quarter.append(f"{curve.value} {', '.join(shares)}")
         if at_quarter:
-            told.append(f"{_of(runs, run)}a quarter of the directions has: {'; '.join(at_quarter)}.")
+            told.append(f"{_of(runs, run)}a quarter of the directions has {', '.join(at_quarter)}.")
     text = (
         "What is left of an adapter with fewer directions, chosen over the whole model. Norms do not tell what a task needs: "
         + (
             "information and loss are those of the rows given."
             if any(run.curves for run in runs)
-            else "give some rows with --data to see the loss at each size."
+            else "give some rows with `--data` to see the loss at each size."
         )
     )
     panels = []
     for value, lines in values.items():
-        limits = {"xlim": (0, 1.02), **({"ylim": (0, 1.03)} if value.startswith("share") else {})}
+        limits = {"xlim": (0, 1.02), **({"ylim": (0, 1.03)} if value.startswith(_SHARE) else {})}
         draw = _lines(lines, xlabel="share of the directions kept", **limits)
         panels.append(Panel(value, value, draw, _WIDE))
     return Chart("size", "What a smaller adapter keeps", text, told, panels)
@@ -307,30 +326,27 @@ def _gap(train: float, held_out: float) -> str:
     return "new examples fare about as well as those trained on"
 
 
-def _map(
-    runs: list[Run], run: Run, kind: KindReport, short: str, rows: list, colours: tuple, across: str
-) -> Panel:
-    colour, low, high = colours
+def _map(kind: KindReport) -> Callable[[Axes], None]:
+    """Cosines of all pairs of a kind's layers."""
     labels = [depth.layer for depth in kind.depths]
 
     def draw(axis: Axes) -> None:
-        axis.imshow(np.array(rows), interpolation="none", cmap=colour, vmin=low, vmax=high, aspect="auto")
-        every = -(-len(labels) // 16)
+        cosines = np.array(kind.similarity)
+        axis.imshow(cosines, interpolation="none", cmap=_COSINES, vmin=-1, vmax=1, aspect="auto")
+        every, fewer = -(-len(labels) // 16), -(-len(labels) // 5)
         axis.set_yticks(range(0, len(labels), every), labels[::every])
-        if across == "layer":
-            fewer = -(-len(labels) // 5)
-            axis.set_xticks(range(0, len(labels), fewer), labels[::fewer])
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_xticks(range(0, len(labels), fewer), labels[::fewer])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        axis.set(xlabel=across)
+        axis.set(xlabel="layer")
 
-    return Panel(short, kind.name, draw, _MAP, _name(runs, run))
+    return draw
 
 
-def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
-    """Singular values on an axis that has room for all that are shown beside them, which are positive."""
+def _spectrum(kind: KindReport, shown: list[list[float]]) -> Callable[[Axes], None]:
+    """Singular values on axes that have room for all that are shown side by side, those of both runs."""
+    positive_shown = [value for row in shown for value in row if value > 0]
+    longest = max(map(len, shown))
 
     def draw(axis: Axes) -> None:
         for depth, row in zip(kind.depths, kind.singular_values, strict=True):
@@ -340,8 +356,9 @@ def _spectrum(kind: KindReport, shown: list[float]) -> Callable[[Axes], None]:
             axis.plot(
                 range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1, **alone
             )
-        if shown:
-            axis.set(yscale="log", ylim=(min(shown) / 1.3, max(shown) * 1.3))
+        axis.set_xlim(1 - longest / 20, longest * 1.05)
+        if positive_shown:
+            axis.set(yscale="log", ylim=(min(positive_shown) / 1.3, max(positive_shown) * 1.3))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())

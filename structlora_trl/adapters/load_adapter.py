@@ -7,6 +7,7 @@ once more, and are not read.
 
 from __future__ import annotations
 
+import filecmp
 import math
 import pickle
 import re
@@ -20,6 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..config import StructLoRAConfig
 from ..core.diagnostics import stream_cosine, stream_products
@@ -28,38 +30,22 @@ from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role, sp
 from ..core.mapping import KindMap
 from ..core.residual_roles import RESIDUAL_ROLES
 from ..engines.slices import WHOLE
-from ..errors import StructLoRAError
+from ..errors import StructLoRAError, refusing
 from ..map_context import map_context
-from ..state import STATE_NAME, State, damaged, read_state
-from .peft_scaling import LORA_NAME, adapted_by, diagonal_of, parameters_of, rank_of, scale_of
+from ..state import STATE_NAME, State, read_state
+from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
 _USE_ANOTHER = "use another checkpoint"
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # what files that are cut raise
 _SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
 # What the state alone does not hold of an adapter.
-_MORE_THAN_FACTORS = (
-    *("use_dora", "lora_bias", "kasa_config"),  # PEFT before 0.21 has no KaSA
-    *("modules_to_save", "trainable_token_indices"),
-)
+_MORE_THAN_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+# Variants of LoRA whose update is not lora_B times lora_A alone, by their options; newer than the oldest PEFT that is served.
+_OTHER_UPDATES = ("use_bdlora", "kasa_config", "monteclora_config")
 # Names of layers that are linear in every model: what else a state names may be an embedding or a
 # convolution.
 _LINEAR = re.compile(rf"(.*\.)?({'|'.join(RESIDUAL_ROLES)}|\w+_proj|lm_head|score)")
-# What the rest of PEFT's configuration is read for, and what it must be.
-_VALUES = {
-    "r": lambda v: type(v) is int and v > 0,
-    "lora_alpha": lambda v: type(v) in (int, float) and 0 < v < math.inf,
-    "use_rslora": lambda v: type(v) is bool,
-    "rank_pattern": lambda v: (
-        isinstance(v, dict) and all(type(rank) is int and rank > 0 for rank in v.values())
-    ),
-    "alpha_pattern": lambda v: (
-        isinstance(v, dict) and all(type(a) in (int, float) and a > 0 for a in v.values())
-    ),
-    "target_parameters": lambda v: (
-        v is None or (isinstance(v, list) and all(isinstance(name, str) for name in v))
-    ),
-    "base_model_name_or_path": lambda v: v is None or isinstance(v, str),
-}
 # Relative difference that rounding to the file's dtype, or another machine's arithmetic, may leave.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -78,7 +64,6 @@ class Saved:
         run_folder (`Path`): where the Trainer's log and StructLoRA's state lie, if any: `folder`, or the
             newest checkpoint near it that holds the same adapter.
         maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
-        latents (`list[Factors]`, *optional*): of nodes, one per kind, or None.
         step (`int`, *optional*): optimizer steps trained, or None.
     """
 
@@ -89,7 +74,6 @@ class Saved:
     effective: list[Factors]
     run_folder: Path
     maps: list[KindMap] | None = None
-    latents: list[Factors] | None = None
     step: int | None = None
 
     def scale(self, module: str) -> float:
@@ -101,20 +85,9 @@ class Saved:
         """StructLoRA's options in the run; None where no state was found."""
         return self.maps[0].config if self.maps else None
 
-    @property
-    def holds_base_weights(self) -> bool:
-        """Whether the run began from directions that hold part of the base weights (PiSSA and the like)."""
-        return any(m.origin_B is not None for m in self.maps or ())
-
     def factors(self, index: int) -> Factors:
-        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...). The
-        diagonal that KaSA trains between them is in B.
-        """
-        A, B = (self._by_expert(index, nodes) for nodes in self._nodes(index))
-        diagonals = [diagonal_of(self.tensors, module) for module in self.kinds[index].modules]
-        if diagonals[0] is not None:
-            B = B * torch.stack(diagonals).double().unsqueeze(1)
-        return Factors(A, B)
+        """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
+        return Factors(*(self._by_expert(index, nodes) for nodes in self._nodes(index)))
 
     def by_module(self, index: int, values: Tensor) -> dict[str, Tensor]:
         """Module -> (E or 1, ...) of values that are (L, ...), or with experts (E, L, ...)."""
@@ -177,8 +150,7 @@ class Saved:
 
 @map_context(torch.device("cpu"))
 def read_saved(folder: str | Path) -> Saved:
-    """Read a saved adapter, or a checkpoint of any engine. Of a folder that `zero_to_fp32.py` made inside a
-    checkpoint, the checkpoint is read.
+    """Read a saved adapter, or a checkpoint of any engine.
 
     Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
     are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
@@ -189,11 +161,6 @@ def read_saved(folder: str | Path) -> Saved:
             together.
     """
     home = Path(folder)
-    is_bare = home.is_dir() and not any(
-        (home / name).is_file() for name in ("adapter_config.json", STATE_NAME)
-    )
-    if is_bare and (home.parent / "zero_to_fp32.py").is_file():
-        home = home.parent
     if (home / STATE_NAME).is_file():
         return _read_with_state(home)
     lora = _read_config(home)
@@ -234,12 +201,9 @@ def _read_with_state(home: Path) -> Saved:
 def _read_state(home: Path) -> dict:
     """What a folder's state says of the fields of `Saved` that have these names."""
     state = read_state(home / STATE_NAME)
-    maps = [_map(name, state, home / STATE_NAME) for name in state.header["kinds"]]
-    state.refuse_other_run(state.config, [(m, None, WHOLE) for m in maps])
-    latents = [state.load_into(m, WHOLE, None) for m in maps]
-    effective = [_stored(m(latent), m.kind) for m, latent in zip(maps, latents, strict=True)]
-    kinds = [m.kind for m in maps]
-    return {"kinds": kinds, "effective": effective, "maps": maps, "latents": latents, "step": state.step}
+    maps = [_map(name, state) for name in state.header["kinds"]]
+    effective = [_stored(m(state.load_into(m, WHOLE, None)), m.kind) for m in maps]
+    return {"kinds": [m.kind for m in maps], "effective": effective, "maps": maps, "step": state.step}
 
 
 def _stored(nodes: Factors, kind: Kind) -> Factors:
@@ -260,28 +224,16 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
     """An adapter with a checkpoint's state and log; None where that one is damaged or of another adapter."""
-    path = _weights_file(checkpoint)
     try:
-        if path and not _equal(path, saved):
-            return None
-        if not (checkpoint / STATE_NAME).is_file():
-            return replace(saved, run_folder=checkpoint) if path else None
-        state = _read_state(checkpoint)
+        if (checkpoint / STATE_NAME).is_file():
+            state = _read_state(checkpoint)
+            is_other = _difference(state, saved.tensors)
+            return None if is_other else replace(saved, run_folder=checkpoint, **state)
     except StructLoRAError:
         return None
-    if _difference(state, saved.tensors):
-        return None
-    return replace(saved, run_folder=checkpoint, **state)
-
-
-def _equal(path: Path, saved: Saved) -> bool:
-    own = _weights_file(saved.folder)
-    if path.suffix != own.suffix or path.stat().st_size != own.stat().st_size:  # without reading it
-        return False
-    tensors = _load(path)
-    return tensors.keys() == saved.tensors.keys() and all(
-        torch.equal(x, saved.tensors[n]) for n, x in tensors.items()
-    )
+    path = _weights_file(checkpoint)
+    is_same = path and filecmp.cmp(path, _weights_file(saved.folder), shallow=False)
+    return replace(saved, run_folder=checkpoint) if is_same else None
 
 
 def _adapter_home(home: Path, state: dict) -> Path:
@@ -324,32 +276,21 @@ def _read_config(folder: Path) -> LoraConfig:
             f"give {checkpoints[-1]}" if checkpoints else "correct the path",
         )
     path = folder / "adapter_config.json"
-    try:
+    with refusing(f"reading {path}", "PEFT's configuration", "use another checkpoint", (AttributeError,)):
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StructLoRAError(
-            f"{path} unreadable ({error})", "PEFT's configuration", "use another checkpoint"
-        ) from error
-    if config.peft_type == PeftType.VERA:
-        raise StructLoRAError(
-            f"a VeRA adapter in {folder}, whose update takes matrices and widths that its file does not hold",
-            "a LoRA adapter, whose factors are its update",
-            "load it with PEFT, and merge it by `merge_and_unload()`; `runtime.metrics()` tells of its structure",
-        )
     if config.peft_type != PeftType.LORA:  # AdaLoRA's configuration is a subclass of LoraConfig
         raise StructLoRAError(
-            f"an adapter of PEFT type {config.peft_type.value} in {folder}", "LORA", "give a LoRA adapter"
+            f"an adapter of PEFT type {config.peft_type.value} in {folder}",
+            "LORA, whose factors are the update",
+            "load it with PEFT, and merge it by `merge_and_unload()`",
         )
-    if getattr(config, "use_bdlora", None):
-        raise StructLoRAError(
-            f"an adapter of block-diagonal factors (`use_bdlora`) in {folder}",
-            "factors of whole matrices",
-            "load or merge it with PEFT itself",
-        )
-    wrong = [name for name, is_right in _VALUES.items() if not is_right(getattr(config, name))]
-    if wrong:
-        found = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
-        raise StructLoRAError(f"{path} with {found}", "values that PEFT writes", "use another checkpoint")
+    for name in _OTHER_UPDATES:
+        if getattr(config, name, None):
+            raise StructLoRAError(
+                f"an adapter with `{name}` in {folder}",
+                "an update that is lora_B times lora_A",
+                "load or merge it with PEFT itself",
+            )
     return config
 
 
@@ -368,34 +309,23 @@ def _read_adapter(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
 
 def _load(path: Path) -> dict[str, Tensor]:
     """A weights file, as it is."""
-    try:
+    with refusing(f"reading {path}", "a whole file of weights", "use another checkpoint", _DAMAGE):
         if path.suffix == ".bin":
-            weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        else:
-            weights = load_file(path)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise StructLoRAError(f"{path} damaged ({reason})", "a whole file", _USE_ANOTHER) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise StructLoRAError(
-            f"something other than named weights in {path}", "a mapping of tensors", _USE_ANOTHER
-        )
-    return weights
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return load_file(path)
 
 
 def _refuse_odd_numbers(tensors: dict[str, Tensor], path: Path) -> None:
     """Modules that are saved whole may hold integers, as batch normalisation counts its batches."""
     for name, value in tensors.items():
-        is_number = value.is_floating_point() or not LORA_NAME.match(name)
-        if is_number and value.element_size() < 2 and value.is_floating_point():
+        is_odd = value.element_size() < 2 if value.is_floating_point() else LORA_NAME.match(name)
+        if is_odd or not value.isfinite().all():
+            found = f"numbers of type {value.dtype}" if is_odd else "NaN or infinite numbers"
             raise StructLoRAError(
-                f"numbers of type {value.dtype} in '{name}' of {path}",
-                "weights of 16 or 32 bits, which PEFT computes with",
-                "convert the file (`tensor.to(torch.bfloat16)`), and scale the tensors as its maker says",
+                f"{found} in '{name}' of {path}",
+                "finite weights of 16 or 32 bits, which PEFT computes with",
+                f"{_USE_ANOTHER}; of fp8, convert the file and scale the tensors as its maker says",
             )
-        if not is_number or not value.isfinite().all():
-            found = "NaN or infinite numbers" if is_number else f"numbers of type {value.dtype}"
-            raise StructLoRAError(f"{found} in '{name}' of {path}", "finite weights", _USE_ANOTHER)
 
 
 def _refuse_misfits(modules: dict[str, dict[str, nn.Parameter]], lora: LoraConfig, path: Path) -> None:
@@ -444,15 +374,11 @@ def _filled(
         if not lacking or parameters_of(lora, module):
             filled[module] = factors
             continue
-        A, B = factors["A"], factors["B"]
-        wider = (
-            A.new_zeros(len(A) + lacking, *A.shape[1:]),
-            B.new_zeros(len(B), B.shape[1] + lacking, *B.shape[2:]),
-        )
-        wider[0][: len(A)], wider[1][:, : B.shape[1]] = A, B
-        filled[module] = {
-            side: nn.Parameter(x, requires_grad=False) for side, x in zip("AB", wider, strict=True)
+        wider = {
+            side: pad(factor, (0, 0) * (factor.ndim - 1 - axis) + (0, lacking))
+            for axis, (side, factor) in enumerate(sorted(factors.items()))
         }
+        filled[module] = {side: nn.Parameter(x, requires_grad=False) for side, x in wider.items()}
     return filled
 
 
@@ -460,11 +386,9 @@ def _stacked(kind: Kind) -> Factors:
     return Factors(*(torch.stack([p.detach().flatten(1) for p in side]) for side in (kind.A, kind.B)))
 
 
-def _map(name: str, state: State, path: Path) -> KindMap:
+def _map(name: str, state: State) -> KindMap:
     """The map of a kind as a state has it, over the latent factors, before its parts are loaded."""
     facts, own, config = state.header["kinds"][name], state.of_kind(name), state.config
-    if not {"latent_A", "latent_B"} <= own.keys() or min(own[f"latent_{side}"].dim() for side in SIDES) != 3:
-        raise damaged(str(path), f"no latent factors of '{name}'")
     kind = Kind(name, facts["modules"], [], [], Adapted(**facts["adapted"]), per_depth=facts["per_depth"])
     stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
     # Of VeRA, lora_A is empty.

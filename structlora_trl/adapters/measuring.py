@@ -1,4 +1,5 @@
-"""A finished adapter on its base model: how two adapters' outputs differ, how informative a gate is."""
+"""A finished adapter on its base model: how two adapters' outputs differ, how informative a gate is, and which
+size of the update rows choose."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from transformers import (
 
 from ..errors import StructLoRAError, refusing
 from .load_adapter import Saved
-from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, factor_names, rank_of
+from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, factor_names, rank_of, scaled
 
 RANDOM, NO_PROBE = "random", "none"
 # Inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss.
@@ -42,6 +43,8 @@ HEADS = {
     "FEATURE_EXTRACTION": AutoModel,
 }
 _Conv = torch.nn.modules.conv._ConvNd
+# What an update may be multiplied by. None is above 1: what rows of the training would choose.
+SCALES = (1.0, 0.85, 0.7, 0.5, 0.3)
 
 
 class Probe(NamedTuple):
@@ -78,6 +81,17 @@ class Losses(NamedTuple):
         """
         gain = None if self.base is None else self.base - self.before
         return (self.base - self.after) / gain if gain and gain > 0 else None
+
+
+class Scaled(NamedTuple):
+    """An update ΔW times a number: `scale`, and the mean losses of the rows that `probe` names at 1, `before`, and at the
+    scale, `after`, each row at the one that the other rows choose; None where the scale was given and not chosen.
+    """
+
+    scale: float
+    probe: str = ""
+    before: float | None = None
+    after: float | None = None
 
 
 class Change(NamedTuple):
@@ -165,32 +179,23 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A base model with an adapter that lies in a folder, in evaluation mode.
 
     Raises:
-        StructLoRAError: they do not fit each other; or the adapter began from LoftQ, which PEFT repeats, and
-            PEFT cannot compute it here.
+        StructLoRAError: they do not fit each other, or PEFT cannot compute LoftQ here.
     """
-    if str(LoraConfig.from_pretrained(str(folder)).init_lora_weights).lower() == "loftq":
-        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
-        loading = refusing(
-            "loading the adapter, with what LoftQ takes out of the base model,",
-            "an accelerator and bitsandbytes, with which PEFT computes LoftQ",
-            "run this on a machine that has them; or save the base model as training had it "
-            '(`model.unload().save_pretrained(BASE)`), write `"init_lora_weights": true` to adapter_config.json, and give '
-            "`--base BASE`",
-            (RuntimeError, AssertionError),
-        )
-    else:
-        loading = refusing(
-            "loading the adapter onto the base model",
-            "the base model as it was trained on, its vocabulary and its modules' names too",
-            "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
-            "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one",
-            (RuntimeError,),
-        )
     for module in base.modules():
         # An evaluation would repack 4-bit weights into a layout that no gradient passes (bitsandbytes 0.50 on CPUs, AVX512-BF16).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    with loading:
+    with refusing(
+        "loading the adapter onto the base model",
+        "the base model as it was trained on, its vocabulary and its modules' names too; for what LoftQ takes out of the base, "
+        "an accelerator and bitsandbytes, too",
+        "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
+        "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one; LoftQ without "
+        "an accelerator: save the base as training had it (`model.unload().save_pretrained(BASE)`), write "
+        '`"init_lora_weights": true` to adapter_config.json, and give `--base BASE`',
+        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
+        (RuntimeError, AssertionError),
+    ):
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
@@ -288,6 +293,17 @@ def _run(model: PeftModel, row: Row):
         return model(**moved(row, model))
 
 
+def _loss_of(model: PeftModel, row: Row) -> Tensor:
+    loss = _run(model, row).get("loss")
+    if loss is None or not loss.isfinite():
+        raise StructLoRAError(
+            f"a loss of {loss} on a row of the data",
+            "rows with labels and a finite loss",
+            "correct the data",
+        )
+    return loss
+
+
 def moved(row: Row, model: torch.nn.Module) -> Row:
     """A row on the device of a model, which any of its parameters tells; accelerate moves it on from there."""
     device = next(model.parameters()).device
@@ -376,13 +392,7 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
         for module in sides
     }
     for row in rows:
-        loss = _run(model, row).get("loss")
-        if loss is None or not loss.isfinite():
-            raise StructLoRAError(
-                f"a loss of {loss} on a row of the data",
-                "rows with labels and a finite loss",
-                "correct the data",
-            )
+        loss = _loss_of(model, row)
         gradients = torch.autograd.grad(loss, [*sides.values()], allow_unused=True)
         for (module, B), gradient in zip(sides.items(), gradients, strict=True):
             # An expert that is a module of its own, and that no token of this row reaches.
@@ -391,6 +401,33 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
             parts = by_expert((gradient * B.detach()).float().flatten(1), experts[module]).sum(1)  # (E, r)
             found[module] += parts.square().cpu() / len(rows)
     return found
+
+
+@torch.no_grad()
+def choose_scale(model: PeftModel, tensors: dict[str, Tensor], probe: Probe) -> Scaled:
+    """The one of `SCALES` at which the mean loss of rows is lowest; 1 where it is no help to a row that did not choose.
+
+    Each row is held against the scale that all others choose (leave-one-out), so that the loss after it is of rows
+    that had no part in the choice, and a choice that is chance is not taken.
+
+    Args:
+        model (`PeftModel`): with one adapter, in evaluation mode; it is left at the last scale.
+        tensors (`dict[str, Tensor]`): of an adapter's file, of the shapes that the model has.
+        probe (`Probe`): rows with labels that the adapter was not trained on.
+
+    Raises:
+        StructLoRAError: rows that the model does not take, without a loss, or with one that is not finite.
+    """
+    found = []
+    for scale in SCALES:
+        put(model, scaled(tensors, scale))
+        found.append([float(_loss_of(model, row)) for row in probe.rows])
+    losses = torch.tensor(found, dtype=torch.float64, device="cpu")  # (scales, n)
+    of_others = (losses.sum(1, keepdim=True) - losses).argmin(0)  # (n,)
+    before, after = float(losses[0].mean()), float(losses.gather(0, of_others[None]).mean())
+    if after >= before:
+        return Scaled(1.0, probe.name, before, before)
+    return Scaled(SCALES[int(losses.sum(1).argmin())], probe.name, before, after)
 
 
 def text_probe(

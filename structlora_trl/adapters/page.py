@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
-from .inspecting import final_losses, held_out_rows, peak_learning_rate, short_names, training_data
+from .inspecting import contents, final_losses, held_out_rows, peak_learning_rate, short_names, training_data
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -30,7 +31,7 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
         runs (`list[Run]`): one, or two side by side.
     """
     facts = {name: [get(run) for run in runs] for name, get in _FACTS.items()}
-    heads, rows = _table(runs)
+    columns, rows = _table(runs)
     templates = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
@@ -47,21 +48,17 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
         lowest={_HELD_OUT: _lowest(facts[_HELD_OUT])},
         verdict=_verdict(runs),
         charts=charts(runs),
-        heads=heads,
+        columns=columns,
         rows=rows,
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _verdict(runs: list[Run]) -> str:
-    """Which run did better, as far as their logs tell."""
+    """Which run did better, as far as their logs tell; of adapters without a log, their sizes and losses."""
     losses = [final_losses(run.history)[1] for run in runs]
     if None in losses:
-        lacking = " and ".join(run.name for run, loss in zip(runs, losses, strict=True) if loss is None)
-        return (
-            f"The log of {lacking} has no held-out loss, which alone tells whether a run did well: train with "
-            "`test_split_size: 0.1` and `eval_strategy: steps`."
-        )
+        return " ".join(_without_losses(runs, losses))
     if len(runs) == 1:
         return f"Held-out loss at the end: {losses[0]:.4g}. Set another run beside it with `--against`."
     best, other = sorted(range(2), key=losses.__getitem__)
@@ -70,8 +67,65 @@ def _verdict(runs: list[Run]) -> str:
         return f"Held-out loss at the end: {lower} in both runs."
     return (
         f"Held-out loss at the end: {runs[best].name} is lower by {losses[other] - losses[best]:.3g} ({lower} against "
-        f"{higher}). This is one seed each: a difference that another seed turns round is chance."
+        f"{higher}). One seed each: repeat both with another before you believe it."
     )
+
+
+def _without_losses(runs: list[Run], losses: list[float | None]) -> Iterator[str]:
+    """What stands in place of a verdict where a log lacks held-out losses, or there is none, as of an exported adapter."""
+    without = [run.name for run in runs if not run.history]
+    if without:
+        yield _size(runs)
+        yield from (
+            f"Held-out loss of {run.name} at the end: {loss:.4g}."
+            for run, loss in zip(runs, losses, strict=True)
+            if loss is not None
+        )
+        measured = {run.name: curve for run in runs for curve in run.curves if curve.value == "loss"}
+        if measured:
+            at = [
+                f"{name} {next(iter(curve.orders.values()))[-1][1]:.4g}" for name, curve in measured.items()
+            ]
+            base = next(iter(measured.values())).levels
+            at += [f"{name} {loss:.4g}" for name, loss in base.items()]
+            yield f"Loss on the rows of `--data`: {', '.join(at)}."
+        else:
+            yield (
+                f"There is no training log beside {' and '.join(without)}: give `--data ROWS.jsonl` to see the loss at each size."
+            )
+    if silent := [run.name for run, loss in zip(runs, losses, strict=True) if run.history and loss is None]:
+        yield (
+            f"The log of {' and '.join(silent)} has no held-out loss, which alone tells whether a run did well: train with "
+            "`test_split_size: 0.1` and `eval_strategy: steps`."
+        )
+
+
+def _size(runs: list[Run]) -> str:
+    """How large an adapter is, or what the smaller of two has of the larger one."""
+
+    def directions(run: Run) -> int:
+        return sum(depth.rank for depth in run.depths())
+
+    def own(run: Run) -> str:
+        return f"{run.name} has {directions(run):,} directions in {len(run.depths()):,} modules"
+
+    if len(runs) == 1:
+        return f"{own(runs[0])}, of mean effective rank {_mean_effective_rank(runs[0]):.2f}."
+    small, large = sorted(runs, key=directions)
+    shares = {
+        "directions": directions(small) / directions(large),
+        "parameters": _parameters(small) / _parameters(large),
+    }
+    less = ", ".join(f"{100 * share:.0f}\N{NO-BREAK SPACE}% of the {what}" for what, share in shares.items())
+    return f"{own(large)}, {own(small)}: {less}."
+
+
+def _parameters(run: Run) -> int:
+    return sum(part.numbers for part in contents(run.saved.tensors))
+
+
+def _mean_effective_rank(run: Run) -> float:
+    return sum(depth.effective_rank for depth in run.depths()) / len(run.depths())
 
 
 def _lowest(values: list) -> object:
@@ -80,28 +134,63 @@ def _lowest(values: list) -> object:
 
 
 def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:
-    """Heads and rows of the table of modules: a row's kind in full and in short, layer and figures."""
+    """Columns and rows of the table of modules: a row's kind in full and in short, layer, and figures with their text.
+
+    Columns that say nothing of these adapters are left out.
+    """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     found = {}
     for index, run in enumerate(runs):
         for name in names:
             for depth in run.kinds[name].depths if name in run.kinds else ():
                 found.setdefault((name, depth.layer), [None] * len(runs))[index] = (run.kinds[name], depth)
-    heads = [head if len(runs) == 1 else f"{head}, {run.name}" for head in _COLUMNS for run in runs]
+    columns = {  # its values: of each module, of each run
+        head: [[get(*pair) if pair else None for pair in pairs] for pairs in found.values()]
+        for head, get in _COLUMNS.items()
+    }
+    if columns["adds"] == columns["rank"]:
+        del columns["adds"]
+    columns = {
+        head: rows
+        for head, rows in columns.items()
+        if any(value is not None for values in rows for value in values)
+    }
+    shown = {
+        head: _alike([value for values in rows for value in values], _DECIMALS.get(head))
+        for head, rows in columns.items()
+    }
     rows = [
         (
             name,
             names[name],
             layer,
-            [get(*pair) if pair else None for get in _COLUMNS.values() for pair in pairs],
+            [(value, shown[head](value)) for head, rows in columns.items() for value in rows[index]],
         )
-        for (name, layer), pairs in found.items()
+        for index, (name, layer) in enumerate(found)
     ]
-    return ["kind", "layer", *heads], rows
+    return [*columns], rows
+
+
+def _alike(values: list, decimals: int | None) -> Callable[[object], str]:
+    """What shows each value of a column: numbers with as many decimals as are given, or as the smallest has with three digits."""
+    sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value) and value]
+    if not sizes:
+        return _shown
+    if decimals is None:
+        decimals = max(0, 2 - math.floor(math.log10(min(sizes))))
+    form = f".{decimals}f" if decimals <= 6 and max(sizes) < 1e6 else ".2e"
+    return lambda value: format(value, form) if isinstance(value, float) and math.isfinite(value) else "-"
 
 
 def _option(name: str) -> Callable[[Run], object]:
     return lambda run: getattr(run.saved.config, name) if run.saved.config else None
+
+
+def _base_model(run: Run) -> str | None:
+    """The base model's name: of a folder its last part, since the page is for others, too."""
+    name = run.saved.lora.base_model_name_or_path
+    is_path = name and (os.path.isabs(name) or name.startswith((".", "~")))
+    return Path(os.path.abspath(name)).name if is_path else name
 
 
 def _ranks(run: Run) -> str:
@@ -111,12 +200,14 @@ def _ranks(run: Run) -> str:
 
 _HELD_OUT = "held-out loss at the end"  # training losses of StructLoRA are with noise: not to be compared
 _FACTS: dict[str, Callable[[Run], object]] = {
-    "base model": lambda run: run.saved.lora.base_model_name_or_path,
+    "base model": _base_model,
     "data": lambda run: training_data(run.saved),
     "r": lambda run: _ranks(run),
     "alpha": lambda run: run.saved.lora.lora_alpha,
     "modules": lambda run: len(run.depths()),
     "directions": lambda run: sum(depth.rank for depth in run.depths()),
+    "parameters": _parameters,
+    "bytes": lambda run: sum(part.bytes for part in contents(run.saved.tensors)),
     "learning rate": lambda run: peak_learning_rate(run.saved),
     "steps": lambda run: run.saved.step or (run.history[-1]["step"] if run.history else None),
     "training loss at the end": lambda run: final_losses(run.history)[0],
@@ -125,17 +216,17 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "noise": _option("noise"),
     "coordinator": _option("coordinator"),
     "directions that add something": lambda run: sum(depth.kept for depth in run.depths()),
-    "mean effective rank": lambda run: sum(d.effective_rank for d in run.depths()) / len(run.depths()),
+    "mean effective rank": _mean_effective_rank,
     "folder": lambda run: str(run.saved.folder),
     "state and log from": lambda run: (
         str(run.saved.run_folder) if run.saved.run_folder != run.saved.folder else None
     ),
 }
 _COLUMNS: dict[str, Callable] = {
-    "adds": lambda kind, depth: depth.kept,
-    "rank": lambda kind, depth: depth.rank,
     "eff. rank": lambda kind, depth: depth.effective_rank,
     "norm": lambda kind, depth: depth.norm,
+    "rank": lambda kind, depth: depth.rank,
+    "adds": lambda kind, depth: depth.kept,
     "coherence": lambda kind, depth: depth.coherence,
     "stream": lambda kind, depth: depth.stream,
     "semantic": lambda kind, depth: (
@@ -144,6 +235,8 @@ _COLUMNS: dict[str, Callable] = {
         else " ".join(kind.depths[other].layer for other in depth.semantic) or "none"
     ),
 }
+
+_DECIMALS = {"eff. rank": 2, "coherence": 3, "stream": 3}  # those of norms follow their size
 
 
 def _with_code(text: str) -> Markup:
@@ -154,4 +247,6 @@ def _with_code(text: str) -> Markup:
 def _shown(value) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )

@@ -21,20 +21,15 @@ from torch.nn.functional import pad
 
 from ..core.kinds import Adapted
 from ..errors import StructLoRAError
+from ..peft_adapter import start_of
 
 # With or without the adapter's name, as it stands in a model or in a file; `lora_B.bias` is not matched.
 LORA_NAME = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.(?P<adapter>(?!bias$)[^.]+))?(\.weight)?$"
 )
-# What draws MonteCLoRA's noise in training, of the module's rank.
-SAMPLER = ".lora_monteclora_sampler."
-_DIAGONAL = ".lora_diag"
 # `nn.MultiheadAttention` is adapted as a whole: this part lies in it, and PEFT looks up both by its name.
 _OUT_PROJ = ".base_layer.out_proj"
 _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
-
-# Initialisations that take part of the base weights out of the model by the module's rank.
-_MOVING_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 class Directions(NamedTuple):
@@ -81,10 +76,6 @@ def with_singular_directions(
     written, values = dict(tensors), {}
     for module, names in factor_names(tensors).items():
         A, B = tensors[names["A"]], tensors[names["B"]]
-        diagonal = diagonal_of(tensors, module)
-        if diagonal is not None:
-            B = B * diagonal
-            written[module + _DIAGONAL] = torch.ones_like(diagonal)
         experts = len(A) // rank_of(lora, module)
         parts = singular_directions(
             A.double().unflatten(0, (experts, -1)).flatten(2),
@@ -96,29 +87,19 @@ def with_singular_directions(
     return written, values
 
 
-def diagonal_of(tensors: dict[str, Tensor], module: str) -> Tensor | None:
-    """What KaSA trains between lora_A and lora_B of a module, (r,); None of other adapters."""
-    return tensors.get(module + _DIAGONAL)
-
-
 def by_expert(B: Tensor, experts: int) -> Tensor:
     """lora_B of a module, (d, r·E, ...), as that of each of its experts, (E, d, r, ...)."""
     return B.unflatten(1, (-1, experts)).movedim(2, 0)
 
 
 def base_is_moved_for_good(lora: LoraConfig) -> bool:
-    """Whether the run changed base weights, when it began, in a way that PEFT does not repeat on loading.
-
-    LoRA-GA and CorDA take it from gradients and activations that no file holds, PiSSA's fast variant from a
-    random start. (PiSSA, OLoRA, LoftQ and KaSA compute the same change of the same base weights again.)
-    """
-    return str(lora.init_lora_weights).lower().startswith(("lora_ga", "corda", "pissa_niter"))
+    """Whether the run changed base weights, when it began, in a way that PEFT does not repeat on loading."""
+    return base_is_moved(lora) and not start_of(lora).is_repeated
 
 
 def base_is_moved(lora: LoraConfig) -> bool:
-    """Whether PEFT, loading the adapter, takes part of the base weights out of the model."""
-    has_kasa = getattr(lora, "kasa_config", None)  # PEFT before 0.21 has none
-    return bool(has_kasa) or str(lora.init_lora_weights).lower().startswith(_MOVING_BASE)
+    """Whether the adapter holds part of the base weights that it was trained on."""
+    return start_of(lora).moves_base
 
 
 def scale_of(lora: LoraConfig, module: str) -> float:
@@ -169,6 +150,27 @@ def factor_names(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
         if match := LORA_NAME.match(name):
             names.setdefault(match["module"], {})[match["factor"]] = name
     return names
+
+
+def scaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The same adapter with its update ΔW times a number, which goes into lora_B: every server reads that."""
+    names = {sides["B"] for sides in factor_names(tensors).values()}
+    return {name: x * scale if name in names else x for name, x in tensors.items()}
+
+
+def refuse_unscalable(lora: LoraConfig) -> None:
+    """Stop at an adapter whose lora_B times a number is not its update times that number.
+
+    Raises:
+        StructLoRAError: it holds part of the base weights, or has DoRA's magnitudes.
+    """
+    if lora.use_dora or base_is_moved(lora) or base_is_moved_for_good(lora):
+        what = "DoRA's magnitudes" if lora.use_dora else "part of the base weights, with which it began,"
+        raise StructLoRAError(
+            f"`scale` for an adapter that holds {what} beside its update",
+            "LoRA that began at zero, whose update is B·A alone",
+            "export it without `--scale`",
+        )
 
 
 def masked(
@@ -230,7 +232,7 @@ def with_one_scale(
     written = {}
     for name, value in tensors.items():
         match, bias = LORA_NAME.match(name), _BIAS.match(name)
-        if (match and not ranks[match["module"]]) or (resized and SAMPLER in name):
+        if match and not ranks[match["module"]]:
             continue
         if match:
             module = match["module"]
@@ -240,10 +242,8 @@ def with_one_scale(
             value = value if share == 1 else (value.float() * share).to(value.dtype)
         written[name] = value
     smaller = _configured(lora, ranks, rank, scale)
-    if resized:  # how training began, and its noise, ask for ranks of their own (`orthogonal` for even ones)
+    if resized:  # how training began may ask for ranks of its own (`orthogonal` for even ones)
         smaller.init_lora_weights = True
-        if getattr(lora, "monteclora_config", None):  # PEFT before 0.21 has none
-            smaller.monteclora_config = None
     return smaller, written
 
 
@@ -255,11 +255,9 @@ def _refuse_other_base(
     by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
     if changed and base_is_moved(lora):
-        has_kasa = getattr(lora, "kasa_config", None)
-        start = "of KaSA (`kasa_config`)" if has_kasa else f"initialised with '{lora.init_lora_weights}'"
         raise StructLoRAError(
-            f"an adapter {start}, which takes base weights out of the model by rank or scale, and another rank or scale for "
-            f"'{changed[0]}'",
+            f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank or scale, "
+            f"and another rank or scale for '{changed[0]}'",
             "the ranks and scales of training",
             "export it as it is, without `--rank`, `--keep`, `--prune` and `--for`",
         )

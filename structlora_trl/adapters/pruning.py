@@ -25,7 +25,6 @@ from ..errors import StructLoRAError
 from .load_adapter import Saved
 from .peft_scaling import (
     LORA_NAME,
-    SAMPLER,
     factor_names,
     masked,
     rank_of,
@@ -67,7 +66,7 @@ class Pruned:
         whole one.
 
         Raises:
-            StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ, KaSA).
+            StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ).
         """
         return with_one_scale(self.whole, directions, self.kept, self.one_rank)
 
@@ -98,12 +97,7 @@ def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
     for index in range(len(saved.kinds)):
         factors = saved.factors(index)  # A (L, r, k), B (L, d, r), with experts before them
         adds |= saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
-    if not any(bool(of_module.any()) for of_module in adds.values()):
-        raise StructLoRAError(
-            "an adapter none of whose directions changes the model",
-            "a trained adapter",
-            "give a checkpoint of a later step",
-        )
+    _refuse_nothing(adds)
     if all(bool(of_module.all()) for of_module in adds.values()):
         return None
     kept, spared, left_out = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
@@ -131,22 +125,15 @@ def select(
 
     Raises:
         StructLoRAError: a share or a rank out of range, an adapter that adds nothing, or one whose ranks PEFT
-            needs as they are (PiSSA, OLoRA, LoftQ, KaSA).
+            needs as they are (PiSSA, OLoRA, LoftQ).
     """
     share_to_keep(keep)  # refused before the work
     if max_rank is not None:
         _refuse_rank(saved, max_rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     worth = information or {module: values.square() for module, values in sigma.items()}
+    _refuse_nothing(worth, "the loss on these rows" if information else "the model")
     flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
-    total = flat.sum()
-    if not total > 0:
-        raise StructLoRAError(
-            "an adapter none of whose directions changes "
-            + ("the loss on these rows" if information else "the model"),
-            "a trained adapter",
-            "give a checkpoint of a later step, or other rows",
-        )
     allowed = torch.ones_like(flat, dtype=torch.bool)
     if max_rank is not None:
         allowed = torch.cat([_best_of_each(worth[module], max_rank).flatten() for module in sigma])
@@ -154,7 +141,7 @@ def select(
     parts = mask.split([worth[module].numel() for module in sigma])
     chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
     kept, spared, left_out = _kept(saved, chosen, worth)
-    share = float(flat[mask].sum() / total)
+    share = float(flat[mask].sum() / flat.sum())
     return Pruned(saved.lora, tensors, kept, one_rank, spared, left_out, share)
 
 
@@ -174,16 +161,11 @@ def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) ->
 
     Raises:
         StructLoRAError: a rank above the adapter's, an adapter that adds nothing, or one whose ranks PEFT
-            needs as they are (PiSSA, OLoRA, LoftQ, KaSA).
+            needs as they are (PiSSA, OLoRA, LoftQ).
     """
     _refuse_rank(saved, rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
-    if not any(values.any() for values in sigma.values()):
-        raise StructLoRAError(
-            "an adapter none of whose directions changes the model",
-            "a trained adapter",
-            "give a checkpoint of a later step",
-        )
+    _refuse_nothing(sigma)
     names, kept, shares = factor_names(tensors), {}, []
     for module, values in sigma.items():
         energy = values.square()
@@ -219,6 +201,16 @@ def principal_outputs(A: Tensor, B: Tensor, moments: Tensor) -> tuple[Tensor, Te
     return new_A.view(A.shape).to(A.dtype), new_B.view(B.shape).to(B.dtype), energy
 
 
+def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:
+    """Stop where no direction is worth anything, of module -> (E, r)."""
+    if not any(values.any() for values in worth.values()):
+        raise StructLoRAError(
+            f"an adapter none of whose directions changes {what}",
+            "a trained adapter",
+            "give a checkpoint of a later step, or other rows",
+        )
+
+
 def _refuse_rank(saved: Saved, rank: int) -> None:
     largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
     if not 1 <= rank <= largest:
@@ -242,8 +234,8 @@ def _kept(
     same; and modules that are left out.
     """
     # More than two factors of each module: DoRA's magnitude, a bias.
-    more = (name for name in saved.tensors if ".lora_" in name and not LORA_NAME.match(name))
-    has_more = saved.lora.bias != "none" or any(SAMPLER not in name for name in more)
+    more = any(".lora_" in name and not LORA_NAME.match(name) for name in saved.tensors)
+    has_more = saved.lora.bias != "none" or more
     kept, spared, left_out = {}, [], []
     for module, mask in chosen.items():
         kept[module] = [row.nonzero().flatten().tolist() for row in mask]

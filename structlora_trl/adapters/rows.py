@@ -7,11 +7,9 @@ import json
 import warnings
 from collections.abc import Iterable
 from itertools import islice
-from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from datasets import load_dataset
@@ -29,6 +27,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
+from .cells import refuse_cell
 from .inspecting import command_facts
 from .load_adapter import Saved
 from .measuring import HEADS, Row
@@ -106,11 +105,13 @@ def read_rows(
         if found is None:
             return None
         data, source = found
+        _refuse_split(split, source)
     elif isinstance(data, (str, Path)):
         source = str(data)
         data = _load(source, split)
     else:
         source = "the rows given"
+        _refuse_split(split, source)
     with refusing(f"reading {source}", f"rows with {_FORMATS}", "correct the data", (DatasetsError,)):
         rows = [*islice(iter(data), count)]
     if not rows:
@@ -156,43 +157,42 @@ def _held_out_of(saved: Saved) -> tuple[Iterable[dict], str] | None:
 def _load(name: str, split: str | None) -> Iterable[dict]:
     """A file, a folder or a data set of the hub, streamed."""
     path = Path(name).expanduser()
-    packed = path.suffix.lower() in _PACKED
-    suffix = (Path(path.stem) if packed else path).suffix.lower()
-    builder = BUILDERS.get(suffix)
-    is_local = path.exists() or builder or name.startswith((".", "/", "~"))
-    if is_local and not (path.is_dir() or (builder and path.is_file())):
-        what = "a file of another kind" if path.exists() else "no file or folder"
-        raise StructLoRAError(
-            f"{what} {name}",
-            f"a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(_PACKED)}), a folder of them, or a "
-            "data set of the hub",
-            "correct the path given as `--data`",
-        )
+    suffix = (Path(path.stem) if path.suffix.lower() in _PACKED else path).suffix.lower()
     with refusing(
         f"reading {name}",
-        f"rows with {_FORMATS}, in files, in a folder, or in a data set of the hub that can be reached",
+        f"rows with {_FORMATS}, in a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(_PACKED)}), in a folder of "
+        "them, or in a data set of the hub that can be reached",
         "correct `--data`",
         (DatasetsError, RuntimeError),
     ):
-        if path.is_file():
-            # `datasets` takes paths for patterns.
+        if suffix in BUILDERS and not path.is_dir():
+            _refuse_split(split, name)
             options = {"sep": "\t"} if suffix == ".tsv" else {}
-            files = glob.escape(str(path))
+            options["data_files"] = glob.escape(str(path))  # `datasets` takes paths for patterns
             try:
-                return load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+                return load_dataset(BUILDERS[suffix], split="train", streaming=True, **options)
             except StopIteration:  # `datasets` 5 on an empty file of JSON
                 return []
-        place = str(path) if is_local else name
-        names = datasets.get_dataset_split_names(place)
+        splits = load_dataset(str(path) if path.exists() else name, streaming=True)
         if split is None:
-            split = next((known for known in _HELD_OUT if known in names), "train")
-        if split not in names:
+            split = next((known for known in _HELD_OUT if known in splits), "train")
+        if split not in splits:
             raise StructLoRAError(
-                f"no split '{split}' in {name} (it has {', '.join(map(repr, names))})",
+                f"no split '{split}' in {name} (it has {', '.join(map(repr, splits))})",
                 "one of these",
                 "correct `--split`",
             )
-        return load_dataset(place, split=split, streaming=True)
+        return splits[split]
+
+
+def _refuse_split(split: str | None, source: str) -> None:
+    """Stop at a split of rows that have none."""
+    if split is not None:
+        raise StructLoRAError(
+            f"split '{split}' of {source}, which has no splits",
+            "a folder, or a data set of the hub",
+            "remove `split`",
+        )
 
 
 def _as_inputs(row: dict, number: int, source: str) -> Row:
@@ -200,19 +200,14 @@ def _as_inputs(row: dict, number: int, source: str) -> Row:
     found = {}
     for name, value in row.items():
         if not isinstance(value, Tensor):
-            if not isinstance(value, (list, tuple, Number, np.ndarray)):
-                raise StructLoRAError(
-                    f"row {number}, column `{name}` of {source}: a {type(value).__name__}",
-                    f"inputs of the model (tensors, lists of numbers), or columns of text: {_FORMATS}",
-                    "rename or remove the column",
-                )
             with refusing(
                 f"reading row {number}, column `{name}` of {source}",
-                "numbers, lists of them, or a tensor",
-                "correct the rows",
+                f"inputs of the model (tensors, numbers, lists of them), or columns of text: {_FORMATS}",
+                "rename or remove the column",
+                (RuntimeError,),
             ):
-                value = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
-                value = (value.float() if value.dtype == torch.float64 else value)[None]
+                value = torch.from_numpy(np.asarray(value))[None]
+            value = value.float() if value.dtype == torch.float64 else value
         found[name] = value
     return found
 
@@ -256,7 +251,7 @@ class _Reader:
             with refusing(
                 f"reading row {number} of {self._source}", f"rows with {_FORMATS}", "correct the row"
             ):
-                inputs = self._inputs(row, f"row {number} of {self._source}")
+                inputs = self._inputs(row, number)
             if inputs is not None:
                 found.append(inputs)
         if not found:
@@ -268,7 +263,7 @@ class _Reader:
             )
         return Rows(found, self._source, self._left_out)
 
-    def _inputs(self, row: dict, where: str) -> Row | None:
+    def _inputs(self, row: dict, number: int) -> Row | None:
         # Columns that a row lacks and another has are null in it.
         present = {name: value for name, value in row.items() if value is not None}
         if "conversations" in present:
@@ -278,15 +273,16 @@ class _Reader:
             null = [f"`{name}`" for name, value in row.items() if value is None and name in _OF_TEXT]
             empty = f" ({', '.join(null)} null)" if null else ""
             raise StructLoRAError(
-                f"{where} with {', '.join(present) or 'nothing'}{empty}",
+                f"row {number} of {self._source} with {', '.join(present) or 'nothing'}{empty}",
                 f"rows of text alone: {_FORMATS}",
                 "rename the columns, or fill the cells",
             )
         example = {name: present[name] for name in used}
         label = example.pop("label", None)
-        self._refuse_cells(example, where)
+        for name, value in example.items():
+            refuse_cell(value, number, name, self._source)
         if self._task == "SEQ_CLS":
-            return self._labelled(example, label, where)
+            return self._labelled(example, label)
         if "chosen" in example:
             if "prompt" not in example and is_conversational(example):
                 example = extract_prompt(example)
@@ -302,31 +298,7 @@ class _Reader:
             return self._without("judged undesirable")
         return self._tokens(example, present)
 
-    def _refuse_cells(self, example: dict, where: str) -> None:
-        """Stop at a cell that is no text: a number, or a message without content."""
-        for name, value in example.items():
-            texts = {f"column `{name}`": value}
-            if isinstance(value, (list, tuple)):
-                if not all(isinstance(message, dict) and "role" in message for message in value):
-                    raise StructLoRAError(
-                        f"{where}, column `{name}`: a list of something other than messages",
-                        "text, or messages with `role` and `content`",
-                        "correct the cell",
-                    )
-                texts = {
-                    f"message {i} of column `{name}`": message.get("content")
-                    for i, message in enumerate(value, 1)
-                    if not (message.get("content") is None and message.get("tool_calls"))
-                }
-            for place, text in texts.items():
-                is_text = isinstance(text, str) or (
-                    isinstance(text, list) and all(isinstance(x, dict) for x in text)
-                )
-                if not is_text:
-                    found = "null" if text is None else f"{text!r:.40} ({type(text).__name__})"
-                    raise StructLoRAError(f"{where}, {place}: {found}", "text", "correct the cell")
-
-    def _labelled(self, example: dict, label, where: str) -> Row:
+    def _labelled(self, example: dict, label) -> Row:
         if "text" not in example or not isinstance(label, (int, float)):
             raise self._other_task()
         ids = self._tokenizer(example["text"])["input_ids"][: self._limit]

@@ -21,12 +21,13 @@ _VLLM_HEADS = {"classifier", "score"}
 
 
 class Server(NamedTuple):
-    """A server: its name, whether all modules must have one rank and one scale, what it cannot load, by what an
-    adapter has, and what its command needs, from the largest rank.
+    """A server: its name, whether all modules must have one rank and one scale, whether it reads `use_rslora`, what
+    it cannot load, by what an adapter has, and what its command needs, from the largest rank.
     """
 
     name: str
     one_rank: bool
+    rank_stabilised: bool
     refuses: tuple[str, ...]
     needs: Callable[[int], str]
 
@@ -51,9 +52,7 @@ _FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
     "an invocation (`alora_invocation_tokens`)": lambda lora, tensors: getattr(
         lora, "alora_invocation_tokens", None
     ),
-    "base weights in the adapter (`init_lora_weights`, `kasa_config`)": lambda lora, tensors: base_is_moved(
-        lora
-    ),
+    "base weights in the adapter (`init_lora_weights`)": lambda lora, tensors: base_is_moved(lora),
     "experts in one parameter (`target_parameters`)": lambda lora, tensors: lora.target_parameters,
     "convolutions": lambda lora, tensors: any(
         LORA_NAME.match(name) and value.ndim > 2 for name, value in tensors.items()
@@ -64,15 +63,25 @@ SERVERS = {
     "vllm": Server(
         "vLLM",
         one_rank=False,
+        rank_stabilised=True,
         # Experts in one parameter depend on the model.
         refuses=tuple(f for f in _ALL if "head" not in f and "experts" not in f),
         needs=_vllm_rank,
     ),
-    "sglang": Server("SGLang", one_rank=True, refuses=_ALL, needs=lambda rank: f"`--max-lora-rank {rank}`"),
-    "lorax": Server("LoRAX, TGI", one_rank=True, refuses=_ALL, needs=lambda rank: "nothing more"),
-    "llamacpp": Server(
-        "llama.cpp, Ollama",
+    "sglang": Server(
+        "SGLang",
         one_rank=True,
+        rank_stabilised=False,
+        refuses=_ALL,
+        needs=lambda rank: f"`--max-lora-rank {rank}`",
+    ),
+    "lorax": Server(
+        "LoRAX, TGI", one_rank=True, rank_stabilised=True, refuses=_ALL, needs=lambda rank: "nothing more"
+    ),
+    "llamacpp": Server(
+        "llama.cpp",
+        one_rank=True,
+        rank_stabilised=False,
         refuses=tuple(f for f in _ALL if "invocation" not in f),
         needs=lambda rank: "`convert_lora_to_gguf.py`",
     ),
@@ -84,9 +93,12 @@ def _is_embedding(name: str) -> bool:
     return ".lora_" not in name and any(part in name for part in ("embed_tokens", "lm_head"))
 
 
-def features_of(lora: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
-    """What an adapter has beside plain factors."""
-    return [feature for feature, has in _FEATURES.items() if has(lora, tensors)]
+def _refused(key: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """What an adapter has that a server cannot load, whatever its ranks."""
+    refused = [what for what, has in _FEATURES.items() if what in SERVERS[key].refuses and has(lora, tensors)]
+    if key == "lorax" and (lacking := _lacking([*factor_names(tensors)])):
+        refused += [f"{', '.join(lacking)} in some layers alone (it drops them in all, without a word)"]
+    return refused
 
 
 def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
@@ -95,14 +107,10 @@ def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> Non
     Raises:
         StructLoRAError: the message names what it cannot load.
     """
-    known = SERVERS[server]
-    refused = [feature for feature in features_of(lora, tensors) if feature in known.refuses]
-    if server == "lorax":
-        refused += [f"`{name}` in some layers alone" for name in _lacking([*factor_names(tensors)])]
-    if refused:
+    if refused := _refused(server, lora, tensors):
         raise StructLoRAError(
             f"an adapter with {', '.join(refused)}",
-            f"what {known.name} loads: factors of linear layers alone",
+            f"what {SERVERS[server].name} loads: factors of linear layers alone",
             "merge it (`structlora export ADAPTER MERGED --merge`), and serve the merged model",
         )
 
@@ -112,19 +120,16 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
     modules = [*factor_names(tensors)]
     ranks = {rank_of(lora, module) for module in modules}
     scales = {round(scale_of(lora, module), 9) for module in modules}
-    has, lines = features_of(lora, tensors), {}
+    lines = {}
     for key, server in SERVERS.items():
-        refused = [feature for feature in has if feature in server.refuses]
         reasons = []
         if server.one_rank and len(ranks) > 1:
             reasons.append(f"ranks differ ({min(ranks)} to {max(ranks)})")
         if len(scales) > 1:
             reasons.append("scales differ")
-        if key == "llamacpp" and lora.use_rslora:
+        if lora.use_rslora and not server.rank_stabilised:
             reasons.append("rank-stabilised scale")
-        if key == "lorax" and (lacking := _lacking(modules)):
-            refused += [f"{', '.join(lacking)} in some layers alone (it drops them in all, without a word)"]
-        if refused:
+        if refused := _refused(key, lora, tensors):
             lines[server.name] = f"cannot load {', '.join(refused)}: merge it (`--merge`)"
         elif reasons:
             lines[server.name] = f"{'; '.join(reasons)}: `structlora export ADAPTER NEW --for {key}`"

@@ -7,19 +7,59 @@ called again with the arguments as TRL has read them.
 from __future__ import annotations
 
 import argparse
+import difflib
 import glob
+import math
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..adapters.cells import refuse_cell
 from ..errors import StructLoRAError, refuse_unwritable, refusing
 
 # Names of PEFT, Transformers and this package, whose import takes seconds (`tests/cli/test_early.py`).
 ADAPTER_CONFIG, MODEL_CONFIG, TRAINER_STATE = "adapter_config.json", "config.json", "trainer_state.json"
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+LOOKED_AT = 10_000  # rows whose cells are looked at, a second's work; of later ones, TRL says what is wrong
+_PAIRS = (("chosen", "rejected"),)
+# Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
+_COLUMNS = {
+    "sft": (("messages",), ("prompt", "completion"), ("conversations",)),
+    "dpo": _PAIRS,
+    "reward": _PAIRS,
+    "kto": (("prompt", "completion", "label"), *_PAIRS),
+    "grpo": (("prompt",),),
+    "rloo": (("prompt",),),
+}
 _PATHS = ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
+
+
+def _above_zero(value) -> bool:
+    return 0 < value < math.inf
+
+
+# Argument -> which values it takes, and the words for them. Other libraries meet these in the middle of a set-up, or not at all.
+NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{
+        name: (lambda v: (v or 0) >= 1, "1 or more")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        )
+    },
+    "learning_rate": (_above_zero, "a number above 0"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
+    "num_train_epochs": (_above_zero, "a number of passes above 0"),
+    "seed": (lambda v: v is not None, "a number"),
+    "lora_r": (_above_zero, "a rank of 1 or more"),
+    "lora_alpha": (_above_zero, "a number above 0, since updates are scaled by `lora_alpha / lora_r`"),
+    "lora_dropout": (lambda v: 0 <= v < 1, "a probability of 0 or more and below 1"),
+    "test_split_size": (lambda v: v is None or 0 < v < 1, "a share of the rows above 0 and below 1"),
+}
 
 
 def check(arguments: list[str]) -> None:
@@ -29,13 +69,13 @@ def check(arguments: list[str]) -> None:
         arguments (`list[str]`): what stands after the command.
 
     Raises:
-        StructLoRAError: a YAML file that cannot be read; a model, data or a checkpoint that is not there; an
+        StructLoRAError: a YAML file that cannot be read; a number out of range; a model, data or a checkpoint that is not there; an
             output folder that holds another run.
     """
     if {"-h", "--help"} & {*arguments}:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", *_PATHS):
+    for name in ("config", *_PATHS, *NUMBERS):
         parser.add_argument(f"--{name}")
     parser.add_argument("--overwrite", nargs="?", const="true")
     try:
@@ -45,6 +85,7 @@ def check(arguments: list[str]) -> None:
     path = words.pop("config")
     file = {} if path is None else read_yaml(path)
     given = {**file, **{name: value for name, value in words.items() if value is not None}}
+    refuse_numbers(given)
     model, output = given.get("model_name_or_path"), given.get("output_dir")
     if isinstance(model, str):
         refuse_missing_model(model)
@@ -56,6 +97,76 @@ def check(arguments: list[str]) -> None:
     if isinstance(output, str):
         checkpoint = last_checkpoint(given.get("resume_from_checkpoint"), output)
         refuse_earlier_run(Path(output), checkpoint, is_true(given.get("overwrite")))
+
+
+def refuse_numbers(given: dict) -> None:
+    """Stop at a number that trains nothing. What is no number, TRL's parser tells.
+
+    Raises:
+        StructLoRAError: it names the argument.
+    """
+    for name, (accepts, meaning) in NUMBERS.items():
+        value = given.get(name)
+        try:
+            is_wrong = name in given and not accepts(float(value) if isinstance(value, str) else value)
+        except (TypeError, ValueError):
+            continue
+        if is_wrong:
+            raise StructLoRAError(f"{name}={value}", meaning, f"correct `{name}`")
+
+
+def form_of(command: str, found: list[str] | None, text: str = "text") -> tuple[str, ...] | None:
+    """The columns that a command trains on, of those found; None where they are not checked.
+
+    Args:
+        text (`str`, *optional*): of SFT, `dataset_text_field`.
+
+    Raises:
+        StructLoRAError: columns that the command does not take.
+    """
+    accepted = _COLUMNS.get(command, ()) + (((text,),) if command == "sft" else ())
+    if (
+        not found or not accepted or any(column.endswith("_ids") for column in found)
+    ):  # the last are tokenized
+        return None
+    form = next((columns for columns in accepted if {*columns} <= {*found}), None)
+    if form is None:
+        raise StructLoRAError(
+            f"the columns {', '.join(found)} in the data",
+            "the columns " + "; or ".join(", ".join(columns) for columns in accepted),
+            "rename the columns, or choose the command for data of this form",
+        )
+    return form
+
+
+def refuse_cells(form: tuple[str, ...], rows: Iterable[dict], where: str) -> None:
+    """Stop at the first cell of these columns that cannot be trained on.
+
+    Raises:
+        StructLoRAError: it names row and column.
+    """
+    for number, row in enumerate(rows, 1):
+        for column in form:
+            if column != "label":  # KTO's, true or false
+                refuse_cell(row.get(column), number, column, where)
+
+
+def nearest(name: str) -> str:
+    """The nearest name beside a path that is not there, in words."""
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    beside = [other.name for other in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, beside, 1)
+    return f" (did you mean {'' if path.is_absolute() else './'}{path.parent / near[0]}?)" if near else ""
+
+
+def if_offline(*names: str) -> str:
+    """In words, where the environment keeps the hub out of reach, and one of the names is of no local path."""
+    is_set = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if not is_set or all(os.path.exists(name) for name in names):
+        return ""
+    return "; HF_HUB_OFFLINE is set, so that nothing is fetched from the hub: unset it"
 
 
 def read_yaml(path: str) -> dict:
@@ -75,9 +186,9 @@ def read_yaml(path: str) -> dict:
         marks = (getattr(error, name, None) for name in ("problem_mark", "context_mark"))
         mark = next((mark for mark in marks if mark and mark.line < len(lines)), None)
         where = f"line {mark.line + 1}, column {mark.column + 1} of {path}" if mark else path
-        shown = f": `{lines[mark.line].strip()}`" if mark else ""
+        shown = [line.strip() for line in lines[max(mark.line - 1, 0) : mark.line + 1]] if mark else []
         raise StructLoRAError(
-            f"no YAML in {where} ({' '.join(str(what).split())}){shown}",
+            f"no YAML in {where} ({' '.join(str(what).split())}): {' / '.join(f'`{line}`' for line in shown)}",
             expected,
             "correct that line, or the one before it: `key: value`, two spaces of indentation and no tabs, each bracket "
             "and quotation mark closed",
@@ -100,7 +211,9 @@ def refuse_missing_model(name: str) -> str:
     if not path.startswith((".", "/")):
         return name
     if not os.path.isdir(path):
-        raise StructLoRAError(f"no folder {path}", "a model to adapt", "correct `model_name_or_path`")
+        raise StructLoRAError(
+            f"no folder {path}", "a model to adapt", f"correct `model_name_or_path`{nearest(path)}"
+        )
     if os.path.isfile(f"{path}/{ADAPTER_CONFIG}") and not os.path.isfile(f"{path}/{MODEL_CONFIG}"):
         raise StructLoRAError(
             f"an adapter in {path}",
@@ -123,7 +236,9 @@ def local_data(name: str, files: Any = None) -> tuple[str, Any]:
     path = os.path.expanduser(name)
     if not os.path.exists(path):
         what = "file" if builder else "folder"
-        raise StructLoRAError(f"no {what} {path}", "data to train on", "correct the path, or make the file")
+        raise StructLoRAError(
+            f"no {what} {path}", "data to train on", f"correct the path{nearest(path)}, or make the file"
+        )
     if builder is None or not os.path.isfile(path):
         return path, files
     with open(path, "rb") as file:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..config import share_to_keep
 from ..errors import StructLoRAError
 from .arguments import parser_of
+from .early import ADAPTER_CONFIG, nearest
 
 if TYPE_CHECKING:
     from ..adapters.export import Export
@@ -25,6 +26,11 @@ Smaller:
   --prune        drops directions that add nothing: those that `keep` closed while training.
   --distil       then 100 steps (--distil 300: more) in which the smaller adapter learns the outputs of the whole one on these
                  rows. No labels are needed. One row in eight is held out, and the best weights on these are kept.
+
+--scale auto   then the update times that number of 1, 0.85, 0.7, 0.5 and 0.3 at which the loss is lowest, with or without a
+               cut: an adapter that is too sure of itself gets a lower loss. Rows have to be held out of the training: on its
+               own training rows an adapter needs no smaller update. --scale 0.7 takes that number. It goes into lora_B.
+
 Several sizes in one call (--rank 8 4 2) are written to folders of their own, with a table.
 
 Rows (--data): what training takes: files (.jsonl, .json, .csv, .tsv, .parquet, packed or not), a folder of them, or a data set
@@ -32,7 +38,7 @@ of the hub, with `messages`, `prompt` and `completion`, `text`, `chosen` and `re
 tell what to keep, the loss is of 64 others, and --distil learns from up to 1,024. Without --data the run's own held-out
 rows are taken, where its log names them.
 
---for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp (Ollama too)
+--for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp
 need one rank and one scale, so that smaller modules are filled with zeros.
 
 All modules of a smaller adapter have one scale, `lora_alpha / r`. What it costs is measured on the rows, or on random tokens or
@@ -75,6 +81,12 @@ def run(command: str, arguments: list[str]) -> None:
         metavar="STEPS",
         help="let the smaller adapter learn from the whole one, for 100 steps or as many as are given",
     )
+    parser.add_argument(
+        "--scale",
+        type=_scale,
+        metavar="NUMBER",
+        help="the update times this number, or 'auto': as held-out rows ask",
+    )
     parser.add_argument("--data", metavar="ROWS", help="a file, a folder or a data set of the hub")
     parser.add_argument("--split", metavar="NAME", help="split of --data; default: test, validation or train")
     parser.add_argument(
@@ -98,6 +110,7 @@ def run(command: str, arguments: list[str]) -> None:
     options = {
         **{"data": given.data, "split": given.split, "max_rank": given.max_rank, "distil": given.distil},
         **{"server": given.server, "dtype": given.dtype, "merge": given.merge, "base": given.base},
+        "scale": given.scale,
         "probe": RANDOM if given.probe is None else given.probe,
     }
     sizes = given.rank or given.keep or []
@@ -110,6 +123,9 @@ def run(command: str, arguments: list[str]) -> None:
         print(f"State: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
     if done[0].pruned:
         print(table(saved, done))
+    for size in done:
+        if size.scaled:
+            print(f"{size.folder.name}: {_about_scale(*size.scaled)}")
     if given.prune and not done[0].pruned:
         print(
             "Every direction adds something, so nothing was dropped. To choose by a task: `--rank 4 --data ROWS`."
@@ -128,30 +144,27 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def _refuse_idle(parser, given) -> None:
-    """Stop at an argument that has no effect beside the others."""
+    """Stop at an argument that has no effect beside the others; `export` itself refuses what contradicts."""
     is_chosen = given.rank is not None or given.keep is not None
-    if not is_chosen and (given.data is not None or given.distil):
-        parser.error("--data and --distil need --rank or --keep")
+    if not is_chosen and given.data is not None and given.scale != "auto":
+        parser.error("--data needs --rank, --keep or --scale auto")
     if given.split is not None and given.data is None:
         parser.error("--split needs --data")
-    if given.max_rank is not None and given.keep is None:
-        parser.error("--max-rank needs --keep, whose ranks it limits; --rank gives all modules one rank")
     if given.probe is not None and (given.data is not None or not (is_chosen or given.prune)):
         parser.error(
             "--probe needs --rank, --keep or --prune, whose cost it measures; with --data the rows are measured on"
         )
-    if given.merge and (given.server or given.dtype):
-        parser.error("--for and --dtype are of the adapter, and --merge writes none; give one of them")
 
 
 def refuse_missing(folder: Path) -> None:
-    """Stop at a path that is no folder, before torch is imported.
+    """Stop at a path that is no folder, or one without an adapter, before torch is imported.
 
     Raises:
         StructLoRAError: it names what is there.
     """
-    if not folder.is_dir():
-        found = f"a file {folder}" if folder.exists() else f"no folder {folder}"
+    if not folder.is_dir() or not any(next(folder.glob(f"{p}{ADAPTER_CONFIG}"), None) for p in ("", "*/")):
+        found = f"a file {folder}" if folder.exists() else f"no folder {folder}{nearest(str(folder))}"
+        found = f"no {ADAPTER_CONFIG} in {folder}" if folder.is_dir() else found
         raise StructLoRAError(
             found,
             "a folder with a saved LoRA adapter: a run's output, or one of its checkpoints",
@@ -174,20 +187,20 @@ def table(saved: Saved, done: list[Export]) -> str:
     losses = first.change.losses if first.change else None
     heads = ["", "rank", "directions", "parameters", "size", *(["loss", "gain kept"] if losses else [])]
     whole = _ranks([depth for kind in saved.kinds for depth in _kind_ranks(saved, kind)])
-    before = [size.before for size in first.sizes[:3]]
+    before = [size.before for size in first.sizes]
     rows = [["the adapter", whole, *_counts(before), *([_number(losses.before), "100 %"] if losses else [])]]
     if losses and losses.base is not None:
         rows.insert(0, ["base model", *[""] * 4, _number(losses.base), "0 %"])
     for size in done:
         ranks = [max(map(len, experts)) for experts in size.pruned.kept.values()]
         name = size.folder.name
-        if size.distilled:
-            cut = size.change.losses and size.change.losses.cut
-            if cut is not None:
-                gain = size.change.losses._replace(after=cut).gain_kept
-                rows.append([f"{name}, cut alone", *[""] * 4, _number(cut), _share(gain)])
-            name += ", distilled"
-        row = [name, _ranks(ranks, size.pruned.one_rank), *_counts([line.after for line in size.sizes[:3]])]
+        if losses and size.change.losses.cut is not None:
+            cut = size.change.losses.cut
+            gain = size.change.losses._replace(after=cut).gain_kept
+            rows.append([f"{name}, cut alone", *[""] * 4, _number(cut), _share(gain)])
+        name += ", distilled" if size.distilled else ""
+        name += f", times {size.scaled.scale:g}" if size.scaled else ""
+        row = [name, _ranks(ranks, size.pruned.one_rank), *_counts([line.after for line in size.sizes])]
         if losses:
             row += [_number(size.change.losses.after), _share(size.change.losses.gain_kept)]
         rows.append(row)
@@ -233,19 +246,36 @@ def _about(size: Export, is_named: bool) -> list[str]:
     return [f"{size.folder.name}: {line}" for line in lines] if is_named else lines
 
 
+def _about_scale(scale: float, probe: str, before: float | None, after: float | None) -> str:
+    if before is None:
+        return f"the update is multiplied by {scale:g}."
+    if scale == 1:
+        return (
+            f"the update stays as it is. A smaller one does not lower the loss of {probe} ({_number(before)}), as is usual on "
+            "rows of the training."
+        )
+    loss = f"{_number(before)} -> {_number(after)}"
+    return f"the update is multiplied by {scale:g}: loss of {probe} {loss}, each at the number that all others choose."
+
+
+def _scale(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _by_layer(saved: Saved, done: Export) -> list[str]:
     """Directions of each kind of module, by layer, where ranks differ."""
     if done.pruned.one_rank:
         return []
-    counts = {size.what: size for size in done.sizes[3:]}
     rows = [["", "before", "after", "kept", "by layer"]]
     for kind in saved.kinds:
-        what = f"directions of {kind.name}"
-        size = counts[what]
-        by_layer = " ".join(str(sum(map(len, done.pruned.kept[module]))) for module in kind.modules)
-        rows.append(
-            [what, f"{size.before:,}", f"{size.after:,}", f"{size.after / size.before:.1%}", by_layer]
-        )
+        before = sum(rank * kind.adapted.experts for rank in _kind_ranks(saved, kind))
+        after = [sum(map(len, done.pruned.kept[module])) for module in kind.modules]
+        share = f"{sum(after) / before:.1%}"
+        by_layer = " ".join(map(str, after))
+        rows.append([f"directions of {kind.name}", f"{before:,}", f"{sum(after):,}", share, by_layer])
     return _aligned(rows, left=(0, 4))
 
 

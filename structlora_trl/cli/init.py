@@ -6,15 +6,16 @@ import csv
 import json
 import textwrap
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config import StructLoRAConfig
-from ..errors import refusing
+from ..errors import StructLoRAError, refusing
 from .arguments import parser_of
-from .early import local_data
+from .early import LOOKED_AT, form_of, local_data, refuse_cells
 from .main import TRAINING
 
 _WIDTH = 110
@@ -43,6 +44,8 @@ _DATA = {
     "rloo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
 }
 _FIRST_ROWS = 250  # of a public data set, so that the file is an example of few rows and several passes
+# As `core.gates` has it, which loads torch. The other trainers switch noise off, as they do dropout.
+_NOISE = "; too few for noise on gates, which begins above 5 and is whole from 45 on"
 _TOKENS = ("max_length", 1024, "tokens; longer rows are cut")
 _BETA = ("beta", 0.1, "how strongly the base model holds the adapter back")
 _OWN = {"sft": [_TOKENS], "dpo": [_BETA, _TOKENS], "kto": [_BETA, _TOKENS], "reward": [_TOKENS]}
@@ -59,7 +62,7 @@ def run(command: str, arguments: list[str]) -> None:
     """Print the file.
 
     Raises:
-        StructLoRAError: `--data` names a file that is not there, is empty or cannot be read.
+        StructLoRAError: `--data` names a file that is not there, cannot be read, or has rows that the command does not take.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
@@ -90,9 +93,9 @@ def template(
         all_options (`bool`, *optional*): whether every option of StructLoRA stands in it.
 
     Raises:
-        StructLoRAError: the file of rows is not there, is empty or cannot be read.
+        StructLoRAError: the file of rows cannot be read, or has rows that the command does not take.
     """
-    rows = _FIRST_ROWS if data is None else count_rows(data)
+    rows = _FIRST_ROWS if data is None else count_rows(data, name)
     public, columns = _DATA[name]
     settings = [
         ("model_name_or_path", model, "a folder, or a model of the hub"),
@@ -115,7 +118,7 @@ def template(
                     "the first rows; 'train' takes all of yours",
                 )
             )
-        settings += [*_passes(rows), *_OWN[name]]
+        settings += [*_passes(rows, _NOISE if name == "sft" else ""), *_OWN[name]]
     settings += [
         ("learning_rate", _RATES[name], "for LoRA; try half and twice as much"),
         ("per_device_train_batch_size", 8, ""),
@@ -136,49 +139,75 @@ def template(
     return "\n".join(lines) + "\n\n" + _OPTIONS + textwrap.indent(options, "  ")
 
 
-def count_rows(data: str) -> int | None:
-    """How many rows a file has; None for what is no single file.
+def count_rows(data: str, command: str = "sft") -> int | None:
+    """How many rows a file has, after a look at the first ones; None for what is no single file.
 
     Raises:
-        StructLoRAError: the file is not there, is empty or cannot be read.
+        StructLoRAError: the file is not there or cannot be read, or has fewer than two rows, or columns or
+            cells that the command does not take.
     """
     builder, _ = local_data(data)
     path = Path(data).expanduser()
     if builder == data or not path.is_file():
         return None
     with refusing(f"reading {path}", "rows, one example each", "correct the file"):
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # which loads in a moment, but not without need
+        count, first = _read(path)
+    for number, row in enumerate(first, 1):
+        if not isinstance(row, dict):
+            raise StructLoRAError(
+                f"row {number} of {path} a {type(row).__name__}",
+                "cells by column",
+                'write each row as `{"text": ...}`, say',
+            )
+    if form := form_of(command, [*dict.fromkeys(name for row in first for name in row)]):
+        refuse_cells(form, first, str(path))
+    if count < 2:
+        raise StructLoRAError(
+            f"{count} rows in {path}", "rows to train on, and others to hold out", "give more rows"
+        )
+    return count
 
-            return pyarrow.parquet.read_metadata(path).num_rows
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                return sum(1 for _ in csv.DictReader(file))
-            if path.suffix == ".json" and file.read(1) == "[":
-                file.seek(0)
-                return len(json.load(file))
+
+def _read(path: Path) -> tuple[int, list]:
+    """How many rows, and the first ones."""
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile  # which loads in a moment, but not without need
+
+        file = ParquetFile(path)
+        return file.metadata.num_rows, next(file.iter_batches(LOOKED_AT)).to_pylist()
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":  # where an empty cell is null
+            rows = (
+                {name: cell or None for name, cell in row.items() if name} for row in csv.DictReader(file)
+            )
+        elif path.suffix == ".json" and file.read(1) == "[":
             file.seek(0)
-            return sum(1 for line in file if line.strip())
+            rows = iter(json.load(file))
+        else:
+            file.seek(0)
+            rows = (line for line in file if line.strip())
+        first = [*islice(rows, LOOKED_AT)]
+        for index, row in enumerate(first):
+            if isinstance(row, str):
+                with refusing(f"reading row {index + 1} of {path}", "a line of JSON", "correct the line"):
+                    first[index] = json.loads(row)
+        return len(first) + sum(1 for _ in rows), first
 
 
-def _passes(rows: int | None) -> list[tuple[str, Any, str]]:
-    """Passes, held-out share, and when to evaluate and save: often where rows are few."""
+def _passes(rows: int | None, noise: str) -> list[tuple[str, Any, str]]:
+    """Passes, with what they mean for the noise, held-out share, and when to evaluate and save: often where rows are few."""
     resume = "checkpoints; --resume_from_checkpoint true continues from the last one"
     if rows is not None and rows < 2000:
         held_out, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
         return [
             ("test_split_size", held_out, f"of the {rows:,} rows, held out for the evaluation loss"),
-            (
-                "num_train_epochs",
-                epochs,
-                "passes over the rest, until the evaluation loss rises; gates have noise from 5 on",
-            ),
+            ("num_train_epochs", epochs, f"passes over the rest{noise}"),
             ("eval_strategy", "epoch", ""),
             ("save_strategy", "epoch", resume),
         ]
     return [
         ("test_split_size", 0.05, "share of the rows that is held out; 0.2 where rows are fewer than 500"),
-        ("num_train_epochs", 1, "passes over the rest; 3 to 5 where rows are few"),
+        ("num_train_epochs", 1, f"passes over the rest; 3 to 5 where rows are few{noise}"),
         ("eval_strategy", "steps", ""),
         ("eval_steps", 100, ""),
         ("save_steps", 100, resume),

@@ -129,10 +129,9 @@ def run(command: str, arguments: list[str]) -> None:
     lines = []
     if given.plot:
         drawn = figures.charts(runs)
-        lines += [f"\nWrote {', '.join(figures.write(given.plot, drawn))} to {given.plot}."]
-        lines += [
-            f"No {reason}." for key, reason in _LACKING.items() if key not in {chart.key for chart in drawn}
-        ]
+        written = figures.write(given.plot, drawn)
+        lines += [f"\nWrote {', '.join(written)} to {given.plot}."]
+        lines += [f"No {reason}." for key, reason in _LACKING.items() if key not in written]
     if given.html:
         write_page(given.html, runs)
         lines += [f"\nWrote {given.html}."]

@@ -24,7 +24,7 @@ TRAINING = {
 }
 # Commands that are modules of this package.
 OTHERS = {
-    "init": "print a commented YAML file for one of the above",
+    "init": f"print a commented YAML file for one of {', '.join(TRAINING)}",
     "inspect": "what an adapter or checkpoint has learned, by module and depth",
     "export": "a plain LoRA adapter of a checkpoint; pruned or merged if asked",
 }

@@ -25,7 +25,6 @@ from .checks import check_arguments
 from .early import last_checkpoint, whole_checkpoints
 from .launch import launch
 from .main import INTERRUPTED
-from .summary import next_commands
 
 
 class _Around(TrainerCallback):
@@ -70,13 +69,14 @@ class _Around(TrainerCallback):
         output = Path(args.output_dir)
         if state.is_world_process_zero and self.callback is None:
             trainer, _ = compat.calling_trainer()
-            print(end_lines("LoRA", trainer, trainer.accelerator.unwrap_model(trainer.model)), flush=True)
+            model, following = trainer.accelerator.unwrap_model(trainer.model), [["inspect", str(output)]]
+            print(end_lines("LoRA", trainer, model, following), flush=True)
         if state.is_world_process_zero:
             output.mkdir(parents=True, exist_ok=True)
             state.save_to_json(str(output / TRAINER_STATE_NAME))
             if self.callback is None:  # what a run of the other kind left there
                 (output / STATE_NAME).unlink(missing_ok=True)
-            if self.callback is None or self.callback.config.is_off:
+            if self.callback is None or self.callback.runtime.is_off:
                 undescribe(output / CARD_NAME)
         if self.callback is not None and (self.callback.runtime.is_sharded or state.is_world_process_zero):
             save_state(self.callback.runtime, output)
@@ -108,8 +108,6 @@ def run(command: str, arguments: list[str]) -> None:
     data.check(command, given.script, given.mixture, given.training)
     set_seed(given.training.seed)  # of the adapter's start, and of `test_split_size`
     callback = None if given.structlora is None else StructLoRACallback(given.structlora)
-    if callback is not None:
-        callback.names_next = False
     before = list(DEFAULT_CALLBACKS)
     try:
         with ExitStack() as setting_up, compat.resuming(checkpoint):
@@ -132,8 +130,6 @@ def run(command: str, arguments: list[str]) -> None:
         raise SystemExit(INTERRUPTED) from None
     finally:
         DEFAULT_CALLBACKS[:] = before
-    if _is_first_process():
-        print(next_commands(command, arguments, given))
 
 
 def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:

@@ -1,4 +1,5 @@
-"""What training reports about the structure of an adapter, each figure named as in the paper.
+"""What training reports about the structure of an adapter. Two figures have the paper's names: drift_energy is the
+paper's with our features in place of ΔW, and of gradient_cosine the paper does not say which tensor it is of.
 
 effective_rank      exp of the entropy of ΔW's normalised singular values (Roy & Vetterli, 2007), mean over nodes that
                     keep a direction; left out for VeRA, whose ΔW is made of more than its nodes

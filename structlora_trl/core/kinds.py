@@ -164,9 +164,11 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
     """
     modules: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
     adapters, copies = set(), 0
-    for name, parameter in model.named_parameters():
+    # A module that stands in two places is one; a factor that stands in two modules is seen in both.
+    first_names = {name for name, _ in model.named_modules()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         match = _PARAMETER.match(name)
-        if match is None:
+        if match is None or match["module"] not in first_names:
             continue
         adapters.add(match["adapter"])
         if match["adapter"] != adapter_name:
@@ -262,7 +264,7 @@ def _refuse_unpaired(modules: dict[str, dict[str, nn.Parameter]]) -> None:
 
 
 def _refuse_shared(modules: dict[str, dict[str, nn.Parameter]]) -> None:
-    """PEFT's `ensure_weight_tying` makes a head's factors views of an embedding's."""
+    """PEFT's `ensure_weight_tying` makes a head's factors views of an embedding's; users tie some by hand."""
     owner: dict[int, str] = {}
     for module, factors in modules.items():
         for parameter in factors.values():
@@ -270,9 +272,10 @@ def _refuse_shared(modules: dict[str, dict[str, nn.Parameter]]) -> None:
             address = parameter.data_ptr() if parameter.numel() else 0
             if address and owner.setdefault(address, module) != module:
                 raise StructLoRAError(
-                    f"LoRA of '{_target(owner[address])}' and '{_target(module)}' in one memory (`ensure_weight_tying`)",
+                    f"LoRA of '{_target(owner[address])}' and '{_target(module)}' in one memory (`ensure_weight_tying`, or "
+                    "a tie by hand)",
                     "factors of its own for each module, since each is mapped in its own way",
-                    "set `ensure_weight_tying=False`, or adapt neither",
+                    "set `ensure_weight_tying=False`, untie them, or adapt neither",
                 )
 
 

@@ -78,7 +78,8 @@ class TorchEngine(Engine):
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
             with torch.enable_grad():
                 loss = None if closure is None else closure()  # at the effective weights
-            stepped = before_step()
+            # GradScaler's word of an overflow, for optimizers that unscale themselves: this step is none.
+            stepped = before_step() and not getattr(optimizer, "found_inf", None)
             if not stepped:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:

@@ -57,8 +57,6 @@ class StructLoRACallback(TrainerCallback):
         >>> trainer.save_model(folder)  # a plain LoRA adapter
     """
 
-    names_next = True  # whether the end of a run names commands: `structlora sft` and the like name their own
-
     def __init__(
         self,
         config: StructLoRAConfig | dict | str | Path | None = None,
@@ -205,9 +203,9 @@ class StructLoRACallback(TrainerCallback):
         peft_model = self.runtime.model
         self._finish()
         if state.is_world_process_zero:
-            following = next_commands(self.runtime, args.output_dir) if self.names_next else ()
+            following = next_commands(self.runtime, args.output_dir)
             print(end_lines("StructLoRA", trainer, peft_model, following), flush=True)
-            if not self.config.is_off:
+            if not self.runtime.is_off:
                 describe_run(Path(args.output_dir) / CARD_NAME, self.runtime, peft_model)
 
     def _take_best(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -248,7 +246,7 @@ class StructLoRACallback(TrainerCallback):
         folder = checkpoint_folder(args, state)
         if folder.is_dir():
             save_state(self.runtime, folder, values)
-            if not self.config.is_off:
+            if not self.runtime.is_off:
                 describe_run(folder / CARD_NAME, self.runtime, self.runtime.model)
         else:
             logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
@@ -123,6 +124,8 @@ def trl_script(name: str) -> ModuleType:
         raise ImportError(
             f"TRL {trl.__version__}'s KTOTrainer sets `warnings_issued`, which transformers 5 dropped"
         )
+    # TRL's own default and PEFT use the old names, of which transformers warns in each run (TRL 1.15, transformers 5.24).
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         return import_module(f"trl.scripts.{name}")
     except RuntimeError as error:

@@ -48,7 +48,13 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
     for key, words in (("loss", "training loss"), ("eval_loss", "held-out loss")):
         found = [entry for entry in state.log_history if key in entry]
         told += [f"{words} {found[-1][key]:.4g}"] if found else []
-    if found and (lowest := min(found, key=lambda entry: entry["eval_loss"])) is not found[-1]:
+    best = state.best_global_step if trainer.args.load_best_model_at_end else None
+    if loaded := [entry for entry in found[:-1] if entry["step"] == best]:
+        last = told.pop().removeprefix("held-out loss ")
+        told.append(
+            f"held-out loss {loaded[-1]['eval_loss']:.4g} of the best checkpoint, step {best} (last: {last})"
+        )
+    elif found and (lowest := min(found, key=lambda entry: entry["eval_loss"])) is not found[-1]:
         told[-1] += f" (lowest: {lowest['eval_loss']:.4g} after step {lowest['step']})"
     count, _ = model.get_nb_trainable_parameters()
     width = next(p.element_size() for p in model.parameters() if p.requires_grad)

@@ -1,8 +1,7 @@
-"""`structlora export --rank` and `--distil`: one rank for all modules, against what plain PEFT makes of the files."""
+"""`structlora export --distil`, several sizes at once, and what a smaller adapter is chosen by; `test_pruning.py` has the sizes."""
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 
@@ -17,40 +16,16 @@ from structlora_trl.adapters.distilling import distil
 from structlora_trl.adapters.export import export, export_sizes
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import factors_of, load_base, put, rank_moments
-from structlora_trl.adapters.peft_scaling import (
-    factor_names,
-    rank_of,
-    singular_directions,
-    with_singular_directions,
-)
+from structlora_trl.adapters.peft_scaling import singular_directions, with_singular_directions
 from structlora_trl.adapters.pruning import principal_outputs, shrink
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
-from tests.adapters.test_pruning import ADAPTERS, adapter, answers, row_losses, rows_of  # noqa: F401
-from tests.support.adapters import ADAPTER, CONFIG, as_it_is, on_base, peft_run
+from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
+from tests.support.adapters import ADAPTER, as_it_is, on_base, peft_run
 from tests.support.data import write_rows
 from tests.support.promises import skip_without
 from tests.support.setups import llama
 from tests.support.tiny import FAMILIES, base_model, tokenizer
-
-
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_one_rank_is_what_peft_loads_and_its_whole_is_the_same_adapter(name, adapter, tmp_path):  # noqa: F811
-    saved, family = adapter(name)
-    rows = rows_of(family)
-    largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
-    before = answers(saved, tmp_path / "out", family)
-    for rank in (largest, 2):
-        done = export(saved, tmp_path / f"{rank}", rank=rank, data=rows)
-        config = json.loads((tmp_path / f"{rank}" / CONFIG).read_text())
-        assert config["r"] == rank and not config["rank_pattern"] and not config["alpha_pattern"]
-        after = answers(saved, tmp_path / f"{rank}", family)
-        if rank == largest:
-            torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
-        expected = [row_losses(saved, tmp_path / folder, rows) for folder in ("out", f"{rank}")]
-        assert done.change.losses[1:3] == pytest.approx(expected, abs=1e-5)
-    names = {n for n in saved.tensors if "lora_" in n and "sampler" not in n}
-    assert names <= load_file(tmp_path / "2" / ADAPTER).keys()
 
 
 def test_principal_outputs_are_the_best_of_their_rank_on_the_inputs():

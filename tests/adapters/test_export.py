@@ -7,10 +7,9 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -18,12 +17,12 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     ViTForImageClassification,
 )
 
+from structlora_trl import attach
 from structlora_trl.adapters.export import export, information_curves, write_adapter
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import load_base
@@ -43,14 +42,21 @@ from tests.support.adapters import (
     bare_run,
     llama_run,
     on_base,
-    peft_run,
     take_steps,
 )
 from tests.support.cli_runs import logits_of
 from tests.support.data import texts, write_rows
 from tests.support.promises import skip_without
-from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, Setup, t5, variant
-from tests.support.tiny import FAMILIES, VOCABULARY, adamw, base_model
+from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, OnCPU, t5
+from tests.support.tiny import (
+    FAMILIES,
+    VOCABULARY,
+    adamw,
+    assert_same,
+    base_model,
+    differing,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("variant", RUNS)
@@ -92,6 +98,31 @@ def test_prune_drops_closed_directions_and_nothing_else(variant, runs, tmp_path,
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
+def test_a_pruned_adapter_is_trained_on(runs, tmp_path):
+    """Ranks differ by module then, and some modules have none: what is left is as any adapter."""
+    base = runs().parent / "base"
+    export(read_saved(runs()), tmp_path / "small", prune=True, probe="none")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "small", is_trainable=True
+    )
+    before = weights_of(model)
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, noise="on")
+    assert_same(before, weights_of(model))
+    assert sorted(rank for kind in runtime.kinds for rank in [kind.rank] * kind.node_count) == sorted(
+        len(p) for name, p in before.items() if "lora_A" in name
+    )
+    take_steps(model, optimizer, FAMILIES["llama"].batch)
+    assert runtime.step == 3 and set(differing(before, weights_of(model))) == set(before)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        logits_of(on_base(tmp_path / "again", base), "llama"),
+        logits_of(model.eval(), "llama"),
+        atol=1e-6,
+        rtol=0,
+    )
+
+
 def test_nothing_to_prune_is_told(runs, tmp_path, capsys):
     """A checkpoint of before the selection."""
     assert main(["export", str(runs() / f"checkpoint-{HALF}"), str(tmp_path / "same"), "--prune"]) == 0
@@ -128,11 +159,7 @@ def test_the_base_is_of_the_revision_that_was_trained_on(given, expected, tmp_pa
 
 
 STARTS = {row.name: row for row in SETUPS["Adapters"]}
-STARTS = {
-    name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "LoftQ", "orthogonal init", "EVA", "KaSA")
-}
-if hasattr(peft, "MontecloraConfig"):
-    STARTS["MonteCLoRA"] = Setup("MonteCLoRA", wrap=variant("MontecloraConfig", "monteclora_config"))
+STARTS = {name: STARTS[name] for name in (*NOT_REPEATED, *REPEATED, "LoftQ", "orthogonal init", "EVA")}
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -223,6 +250,9 @@ MISTAKES = {
     "data of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
     "data with other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
     "data without rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
+    "distillation alone": (["--distil"], "`distil` without `rank` or `keep`"),
+    "a largest rank of one rank": (["--rank", "2", "--max-rank", "3"], "`max_rank` without `keep`"),
+    "a server of a merge": (["--merge", "--for", "vllm"], "both `merge` and `server`"),
 }
 WITHOUT_EFFECT = {
     "a probe alone": (["--probe", "sample.txt"], "--probe needs --rank, --keep or --prune"),
@@ -232,11 +262,8 @@ WITHOUT_EFFECT = {
         "--probe needs --rank, --keep or --prune",
     ),
     "two rules": (["--keep", "0.5", "--prune"], "--prune: not allowed with argument --keep"),
-    "data alone": (["--data", "rows.txt"], "need --rank or --keep"),
-    "distillation alone": (["--distil"], "need --rank or --keep"),
+    "data alone": (["--data", "rows.txt"], "--data needs --rank, --keep or --scale auto"),
     "a split alone": (["--keep", "0.5", "--split", "test"], "--split needs --data"),
-    "a largest rank of one rank": (["--rank", "2", "--max-rank", "3"], "--max-rank needs --keep"),
-    "a server of a merge": (["--merge", "--for", "vllm"], "give one of them"),
 }
 
 
@@ -252,6 +279,27 @@ def test_every_mistake_gets_a_message(mistake, runs, tmp_path, monkeypatch, caps
     code = main(["export", str(folder), str(tmp_path / "new"), *arguments])
     assert code == (2 if mistake in WITHOUT_EFFECT else 1)
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+# Options in Python that act on nothing beside the others -> words of the message
+IDLE = {
+    "data alone": ({"data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
+    "data of a prune": ({"prune": True, "data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
+    "data of a merge": ({"merge": True, "data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
+    "a split alone": ({"keep": 0.5, "split": "test"}, "`split` without `data`"),
+    "a probe alone": ({"probe": "some words"}, "`probe` without `rank`, `keep` or `prune`"),
+    "a probe beside data": ({"keep": 0.5, "data": [], "probe": "none"}, "both `data` and `probe`"),
+    "a base alone": ({"base": "other"}, "`base` other in an export that loads no base model"),
+    "a base for no measurement": ({"keep": 0.5, "probe": "none", "base": "other"}, "`base` other"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_options_that_act_on_nothing_are_refused_in_python_too(case, runs, tmp_path):
+    options, words = IDLE[case]
+    with pytest.raises(StructLoRAError, match=words):
+        export(read_saved(runs()), tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 
 
@@ -378,25 +426,9 @@ def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
 
 
 @pytest.mark.parametrize("tied", ["embed_tokens", "lm_head"])
-def test_a_merged_model_has_a_head_of_its_own_where_tied_weights_are_adapted(tied, tmp_path):
+def test_tied_weights_that_are_adapted_are_not_merged(tied, tmp_path):
     out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", tied])
-    export(read_saved(out), tmp_path / "merged", merge=True)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    expected = logits_of(on_base(out, tmp_path / "base"), "llama")
-    torch.testing.assert_close(logits_of(merged, "llama"), expected, atol=1e-5, rtol=0)
-    assert not merged.config.tie_word_embeddings
-
-
-@pytest.mark.skipif(
-    not hasattr(LoraConfig, "ensure_weight_tying"), reason="this version of PEFT cannot tie adapters"
-)
-def test_adapters_that_are_tied_to_each_other_are_not_merged(tmp_path):
-    """PEFT gives the head of a model that is not tied no LoRA then: its update would be lost."""
-    settings = LlamaConfig(**{**base_model("llama").config.to_dict(), "tie_word_embeddings": True})
-    model = as_it_is(lambda: LlamaForCausalLM(settings))(tmp_path / "base")
-    lora = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True}
-    out = peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora)
-    with pytest.raises(StructLoRAError, match="ensure_weight_tying"):
+    with pytest.raises(StructLoRAError, match="shares with its head"):
         export(read_saved(out), tmp_path / "merged", merge=True)
     assert not (tmp_path / "merged").exists()
 
@@ -534,12 +566,6 @@ BOUND = {
         1e-5,
     ),
 }
-if hasattr(peft, "KasaConfig"):
-    kasa = {"kasa_config": peft.KasaConfig()}
-    BOUND["KaSA pruned"] = (kasa, PRUNED, "kasa_config")
-    BOUND["KaSA of two ranks"] = ({**kasa, "rank_pattern": {"q_proj": 2}}, ONE_RANK, "kasa_config")
-    BOUND["KaSA of one rank"] = (kasa, ONE_RANK, 0)
-    BOUND["KaSA, all singular directions"] = (kasa, {"keep": 1.0, "probe": "none"}, 1e-5)
 
 
 @pytest.mark.parametrize("name", BOUND)

@@ -7,7 +7,6 @@ import math
 import sys
 from itertools import pairwise
 
-import peft
 import pytest
 import torch
 from peft import PeftModel
@@ -20,7 +19,6 @@ from structlora_trl.cli import main
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import (
     ADAPTER,
-    ATTENTION,
     DEPTHS,
     EXPERTS,
     HALF,
@@ -208,24 +206,6 @@ def test_experts_are_told_apart(scales, tmp_path):
                     assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
                     assert row.effective_rank == pytest.approx(entropy.exp().nan_to_num(0).item(), abs=1e-2)
                     assert row.stream is None or (folder == out and 0 <= row.stream <= 1 + 1e-6)
-
-
-@pytest.mark.skipif(not hasattr(peft, "KasaConfig"), reason="this version of PEFT has no KaSA")
-@pytest.mark.parametrize("with_state", [False, True])
-def test_figures_of_kasa_are_of_the_update_with_its_diagonal(with_state, tmp_path):
-    base = as_it_is("llama")(tmp_path / "base")
-    lora = {**ATTENTION, "kasa_config": peft.KasaConfig()}
-    out = bare_run(base, tmp_path / "out", FAMILIES["llama"].batch, **lora)
-    if not with_state:
-        only_adapter(out, tmp_path / "plain")
-        out = tmp_path / "plain"
-    model = on_base(out, tmp_path / "base")
-    for kind in report(read_saved(out)):
-        for row in kind.depths:
-            layer = model.get_base_model().get_submodule(row.module)
-            A, B = (getattr(layer, f"lora_{side}")["default"].weight for side in "AB")
-            update = layer.scaling["default"] * (B * layer.lora_diag["default"]) @ A
-            assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
 
 
 def test_experts_that_are_modules_are_told_apart_and_pruned(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from structlora_trl.adapters.export import information_curves
 from structlora_trl.adapters.inspecting import report, short_names
@@ -23,6 +24,8 @@ from tests.support.tiny import FAMILIES
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
+from matplotlib.figure import Figure
+
 from structlora_trl.adapters.figures import Run, charts, write
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
@@ -76,10 +79,11 @@ def test_the_page_holds_everything(page):
     spectra, sizes, curves = 2 * len(KINDS), 1, 5
     similarities = len(KINDS) + 1  # without the state, where writers alone can be compared
     assert parsed.counts["svg"] == 1 + similarities + spectra + sizes + curves
+    assert "plain &amp; simple: no map of q_proj, v_proj: no structlora.safetensors beside it" in text
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
     assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 7 * 2 for row in rows)
-    # kind, layer, directions that add something in either run
-    assert all(row[2] == row[3] for row in rows) and any(int(row[2]) < RANK for row in rows)
+    # kind, layer; of either run effective rank, norm, rank, directions that add something
+    assert all(row[8] == row[9] for row in rows) and any(int(row[8]) < RANK for row in rows)
 
 
 WITHOUT_STATE = ["Similarity over depth", "Singular values", "What a smaller adapter keeps", "Modules"]
@@ -109,6 +113,11 @@ def test_which_run_did_better(runs, tmp_path):
         and facts["r"] == [str(RANK)] * 2
         and facts["data"] == ["some/rows"] * 2
     )
+    tensors = load_file(folders["first"] / "adapter_model.safetensors").values()
+    numbers = sum(tensor.numel() for tensor in tensors)
+    assert facts["parameters"] == [f"{numbers:,}"] * 2 and facts["bytes"] == [f"{4 * numbers:,}"] * 2
+    base = json.loads((folders["first"] / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert facts["base model"] == ["base"] * 2 and base not in text  # a folder of this machine
     assert re.findall('class="lowest">(.*?)<', text) == ["2.25"]  # training losses are with noise
     assert re.search(r"first is lower by 0\.5\b", text)
     log = folders["second"] / "trainer_state.json"
@@ -121,6 +130,45 @@ def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):
     page = tmp_path / "a" / "new" / "page.html"
     assert main(["inspect", str(plain_adapter), "--html", str(page)]) == 0
     assert re.findall("<h2>(.*?)</h2>", page.read_text()) == WITHOUT_STATE
+
+
+def test_adapters_without_a_log(plain_adapter, tmp_path):
+    """Nobody is told to train anew: the page says what was cut, and how to see losses. A column has one number of decimals."""
+    small, page = tmp_path / "small", tmp_path / "page.html"
+    cut = ["export", str(plain_adapter), str(small), "--rank", str(RANK // 2), "--probe", "none"]
+    assert main(cut) == 0
+    assert main(["inspect", str(small), "--html", str(page), "--against", str(plain_adapter)]) == 0
+    text, modules = page.read_text(), len(KINDS) * DEPTHS
+    assert (
+        f"plain_adapter has {RANK * modules} directions in {modules} modules, small has {RANK // 2 * modules} directions in "
+        f"{modules} modules: 50\N{NO-BREAK SPACE}% of the directions, 50\N{NO-BREAK SPACE}% of the parameters."
+        in text
+    )
+    assert "give <code>--data ROWS.jsonl</code>" in text and "test_split_size" not in text
+    rows = [row for row in Page(text).rows if row[0] in ("q_proj", "v_proj", "o_proj")]
+    for column in (2, 3, 4, 5):  # effective rank and norm of either
+        assert len({len(row[column].partition(".")[2]) for row in rows}) == 1
+    kinds = charts([Run.of(folder.name, read_saved(folder)) for folder in (small, plain_adapter)])
+    for panels in next(chart for chart in kinds if chart.key == "singular_values").by_name():
+        axes = [Figure().subplots() for _ in panels]
+        for panel, axis in zip(panels, axes, strict=True):
+            panel.draw(axis)
+        assert len(axes) == 2 and len({(axis.get_xlim(), axis.get_ylim()) for axis in axes}) == 1
+
+
+def test_why_there_is_no_map(plain_adapter, tmp_path, capsys):
+    """Without state, of modules that read the residual stream alone, there is a reason in place of a map."""
+    weights = plain_adapter / "adapter_model.safetensors"
+    tensors = {name: x for name, x in load_file(weights).items() if ".o_proj." not in name}
+    save_file(tensors, weights)
+    options = json.loads((plain_adapter / "adapter_config.json").read_text())
+    options["target_modules"].remove("o_proj")
+    (plain_adapter / "adapter_config.json").write_text(json.dumps(options))
+    page, figures = tmp_path / "page.html", tmp_path / "figures"
+    assert main(["inspect", str(plain_adapter), "--html", str(page), "--plot", str(figures)]) == 0
+    assert "No similarity map" in capsys.readouterr().out and not (figures / "similarity.png").exists()
+    section = page.read_text().partition("<h2>Similarity over depth</h2>")[2].partition("</section>")[0]
+    assert "no map of q_proj, v_proj: no structlora.safetensors" in section and "<svg" not in section
 
 
 def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
@@ -150,9 +198,11 @@ def test_the_page_shows_sizes_on_the_rows_of_a_file(plain_adapter, runs, tmp_pat
     write_rows(tmp_path / "rows.jsonl", texts())
     given = ["--data", str(tmp_path / "rows.jsonl"), "--base", str(runs().parent / "base")]
     assert main(["inspect", str(plain_adapter), "--html", str(tmp_path / "page.html"), *given]) == 0
-    assert {"share of the information", "loss"} <= {
-        *re.findall("<figcaption.*?>(.*?)<", (tmp_path / "page.html").read_text())
-    }
+    text = (tmp_path / "page.html").read_text()
+    assert {"share of the information", "loss"} <= {*re.findall("<figcaption.*?>(.*?)<", text)}
+    assert re.search(
+        r"Loss on the rows of <code>--data</code>: plain_adapter [\d.]+, base model [\d.]+\.", text
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClass
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import gate_information, load_base
-from structlora_trl.adapters.peft_scaling import with_singular_directions
+from structlora_trl.adapters.peft_scaling import factor_names, rank_of, with_singular_directions
 from structlora_trl.adapters.pruning import select
 from structlora_trl.adapters.rows import read_rows
 from structlora_trl.cli import main
@@ -78,9 +78,6 @@ ADAPTERS = {
         ),
     ),
 }
-if hasattr(peft, "MontecloraConfig"):
-    more = {"monteclora_config": peft.MontecloraConfig(), "target_modules": ["q_proj", "v_proj"]}
-    ADAPTERS["noise of its own"] = ("llama", more)
 
 
 @pytest.fixture
@@ -110,23 +107,32 @@ def answers(saved, folder, family):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapter, tmp_path):
+    """Shares of all directions, and one rank for all modules."""
     saved, family = adapter(name)
-    before = answers(saved, tmp_path / "out", family)
+    rows = rows_of(family)
+    largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
+    before, loss = answers(saved, tmp_path / "out", family), row_losses(saved, tmp_path / "out", rows)
     sizes = {}
-    for keep in (1.0, 0.3):
-        done = export(saved, tmp_path / f"{keep}", keep=keep, data=rows_of(family))
-        after = answers(saved, tmp_path / f"{keep}", family)
-        if keep == 1:
+    for what, value in (("keep", 1.0), ("keep", 0.3), ("rank", largest), ("rank", 2)):
+        out = tmp_path / f"{what} {value}"
+        done = export(saved, out, data=rows, **{what: value})
+        after = answers(saved, out, family)
+        if value in (1.0, largest):
             torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
-            assert done.change.largest < 1e-5 and done.pruned.share == pytest.approx(1)
         # What is measured is what PEFT loads, on the same rows, one at a time.
-        expected = [
-            row_losses(saved, folder, rows_of(family)) for folder in (tmp_path / "out", tmp_path / f"{keep}")
-        ]
+        expected = [loss, row_losses(saved, out, rows)]
         assert done.change.losses[1:3] == pytest.approx(expected, abs=1e-5)
-        sizes[keep] = done.sizes[0].after
-        assert sizes[keep] == sum(len(expert) for rows in done.pruned.kept.values() for expert in rows)
-    assert 0 <= sizes[0.3] - round(0.3 * sizes[1.0]) <= len(done.pruned.spared)
+        if what == "rank":
+            config = json.loads((out / CONFIG).read_text())
+            assert config["r"] == value and not config["rank_pattern"] and not config["alpha_pattern"]
+            factors = {n for n in saved.tensors if "lora_" in n and "sampler" not in n}
+            assert factors <= load_file(out / ADAPTER).keys()
+            continue
+        if value == 1:
+            assert done.change.largest < 1e-5 and done.pruned.share == pytest.approx(1)
+        sizes[value] = done.sizes[0].after
+        assert sizes[value] == sum(len(kept) for experts in done.pruned.kept.values() for kept in experts)
+        assert 0 <= sizes[value] - round(value * sizes[1.0]) <= len(done.pruned.spared)
 
 
 def row_losses(saved, folder, rows) -> float:

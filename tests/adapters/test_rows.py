@@ -96,6 +96,13 @@ def test_a_split_is_the_one_that_is_named(saved, tmp_path):
         read(saved, folder, split="dev")
 
 
+@pytest.mark.parametrize("place", ["a file", "a list"])
+def test_a_split_of_what_has_none_is_refused(place, saved, tmp_path):
+    data = TEXTS if place == "a list" else str(write_text(tmp_path / "rows.jsonl", lines(TEXTS)))
+    with pytest.raises(StructLoRAError, match="split 'test' of .*has no splits"):
+        read(saved, data, split="test")
+
+
 def kto(label: bool) -> dict:
     return {"prompt": "w1 w2 ", "completion": "w3", "label": label}
 
@@ -127,16 +134,28 @@ def test_rows_of_every_trainer_are_used_rightly(name, saved):
 
 # Rows that are no examples -> words of the message
 WRONG = {
-    "a number": ([{"text": "w1"}, {"text": 5}], "row 2 of the rows given, column `text`: 5 .int."),
+    "a number": ([{"text": "w1"}, {"text": 5}], "5 .int. in row 2, column `text`, of the rows given"),
     "nothing": ([{"prompt": "w1", "completion": None}], "row 1.*`completion` null"),
     "a message without content": (
         [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]}],
-        "row 1.*message 2 of column `messages`: null",
+        r"nothing \(null\) as the `content` of message 2 in row 1, column `messages`",
     ),
-    "a list of words": ([{"text": ["w1"]}], "column `text`: a list of something other than messages"),
+    "a list of words": (
+        [{"text": ["w1"]}],
+        "a list of something other than messages in row 1, column `text`",
+    ),
+    "messages that are text": (
+        [{"messages": "[{'role': 'user'}]"}],
+        r"text \(.*in row 1, column `messages`",
+    ),
+    "no messages": ([{"messages": []}], r"\[\] \(list\) in row 1, column `messages`"),
+    "no messages of a pair": (
+        [{"prompt": [], "chosen": [], "rejected": []}],
+        r"\[\] \(list\) in row 1, column `prompt`",
+    ),
     "no mapping": (["w1 w2"], "row 1 of the rows given, which is a str"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
-    "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*a object"),
+    "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
     "uneven lists": ([{"input_ids": [[1, 2], [3]], "labels": [1, 2]}], "row 1, column `input_ids`"),
 }
 

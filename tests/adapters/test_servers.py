@@ -20,12 +20,12 @@ from tests.support.cli_runs import logits_of
 from tests.support.tiny import FAMILIES
 
 EVERY = {server.name for server in SERVERS.values()}
-LLAMACPP, VLLM, LORAX, SGLANG = "llama.cpp, Ollama", "vLLM", "LoRAX, TGI", "SGLang"
+VLLM, LORAX, SGLANG = "vLLM", "LoRAX, TGI", "SGLang"
 # LoRA's options -> servers that load it as PEFT saved it, those that cannot load it, and words of a line
 ADAPTERS = {
     "plain": ({}, EVERY, set(), "`--max-lora-rank 8`"),
     "a high rank": ({"r": 24}, EVERY, set(), "`--max-lora-rank 32`"),
-    "rank-stabilised": ({"use_rslora": True}, EVERY - {LLAMACPP}, set(), "rank-stabilised scale"),
+    "rank-stabilised": ({"use_rslora": True}, {VLLM, LORAX}, set(), "rank-stabilised scale"),
     "ranks": (
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
         {VLLM},

@@ -13,10 +13,11 @@ from benchmarks.quality.settings import CUT_SEEDS
 from benchmarks.quality.tasks import TASKS
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 RANK = 8
 
 
-@pytest.mark.slow
 def test_each_rule_leaves_its_share_and_the_whole_adapter_stands_afterwards(tiny_task, monkeypatch):  # noqa: F811
     found = {}
     monkeypatch.setattr(

@@ -8,6 +8,8 @@ import torch
 from benchmarks.cost import distributed, scale
 from benchmarks.cost.overhead import OURS, SMOLLM2_STACK
 
+pytestmark = pytest.mark.slow
+
 # Numbers of SmolLM2's q and v, r = 8, of which lora_A is mapped; and of the one all-reduce: Θ, and three flags.
 OF_A, REDUCED = 30 * 8 * (576 + 576), 2 * 8 * 8 + 3
 

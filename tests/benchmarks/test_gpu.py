@@ -13,6 +13,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import page, rows
 from tests.support.launching import ENVIRONMENT, ROOT, one_at_a_time
 
+pytestmark = pytest.mark.slow
+
 
 def rehearse(output, *arguments: str) -> tuple[dict, str]:
     start = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--minutes", "30"]
@@ -41,7 +43,6 @@ def names(report: dict, part: str) -> list[str]:
     return [row["name"] for row in report["parts"][part]["rows"]]
 
 
-@pytest.mark.slow
 def test_rehearsal(tmp_path):
     report, written = rehearse(tmp_path, "--parts", "promises", "around", "cost")
     assert_all_is_told(report, written)
@@ -68,7 +69,6 @@ def test_rehearsal(tmp_path):
         assert figures[f"tiny, {targets}, profile of structlora"]["largest additions, ms"]
 
 
-@pytest.mark.slow
 @one_at_a_time
 def test_rehearsal_of_several_processes(tmp_path):
     report, written = rehearse(tmp_path, "--parts", "engines")

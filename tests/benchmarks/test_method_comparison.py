@@ -1,6 +1,6 @@
 """PEFT's own comparison runs StructLoRA: its real `run.py`, offline, on a tiny model and a CPU.
 
-The suite is in no release of PEFT. `PEFT_CHECKOUT=/path/to/peft make test` runs this on a checkout; see PINNED.
+The suite is in no release of PEFT. `PEFT_CHECKOUT=/path/to/peft make test-all` runs this on a checkout; see PINNED.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import pytest
 from benchmarks.method_comparison.run import PINNED, copy_experiment
 from structlora_trl import StructLoRAConfig
 from tests.support.launching import ROOT
+
+pytestmark = pytest.mark.slow
 
 CHECKOUT = os.environ.get("PEFT_CHECKOUT")
 

@@ -7,6 +7,8 @@ import torch
 
 from benchmarks.cost import overhead
 
+pytestmark = pytest.mark.slow
+
 
 def test_cost_of_a_small_map():
     stack = overhead.Stack("tiny", 3, 2, {"q_proj": (8, 16), "o_proj": (16, 8)})

@@ -7,6 +7,8 @@ from benchmarks.quality import grids, noise, store, tasks
 from benchmarks.quality.selection import Runs
 from benchmarks.quality.settings import COMPARISONS, PASSES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("passes", PASSES)
 def test_a_run_is_as_long_as_its_passes(passes):

@@ -14,6 +14,8 @@ from benchmarks.quality.settings import COMPARISONS, SHRUNK_SEEDS
 from benchmarks.quality.shrinking import GLOBAL, ONE_RANK, RULES, shrink
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 RANK = 8
 
 
@@ -55,10 +57,10 @@ def test_every_rule_leaves_as_many_parameters_and_the_whole_adapter_stands_after
 
 def test_squeeze_leaves_the_rank_asked_for(tiny_task):  # noqa: F811
     models = []
-    original = measures.evaluate
+    original = measures.logits_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            cell, "evaluate", lambda model, split: (models.append(model), original(model, split))[1]
+            cell, "logits_of", lambda model, split: (models.append(model), original(model, split))[1]
         )
         cell.run("digits", "squeeze:to=2", RANK, 20, 1e-2, 0)
     for A, B in measures.lora_factors(models[0]).values():

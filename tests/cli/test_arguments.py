@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import fields
 from importlib import import_module
 
@@ -87,3 +88,9 @@ def test_options_of_ours(name, place):
 def test_a_key_without_a_value_leaves_the_launcher_alone(place):
     given = ["--config", config_file(accelerate_config=None, num_processes=None)]
     assert parse("sft", trl_script("sft"), given).launcher == []
+
+
+def test_nobody_is_warned_of_what_trl_sets_by_default(place):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        parse("sft", trl_script("sft"), ["--config", config_file()])

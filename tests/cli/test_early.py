@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 from structlora_trl.cli import early, main
 from structlora_trl.cli.init import count_rows, template
 from structlora_trl.cli.main import TRAINING
+from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES
 from tests.support.data import write_rows
 from tests.support.launching import ROOT
 
@@ -24,7 +25,7 @@ GOOD = {"model_name_or_path": "a/hub-model", "dataset_name": "rows.jsonl", "outp
 WRONG = {
     # what is wrong: the file (text, or keys beside good ones), words of the command line, words of the message
     "no file": (None, ["--config", "gone.yaml"], ["gone.yaml", "after `--config`"]),
-    "bracket": ("a: [1\nb: 2", [], ["line 2, column 2 of run.yaml", "`b: 2`"]),
+    "bracket": ("a: [1\nb: 2", [], ["line 2, column 2 of run.yaml", "`a: [1` / `b: 2`"]),
     "tab": ("a:\n\tb: 1\n", [], ["line 2, column 1 of run.yaml", "tabs"]),
     "quote": ("a: 'x\nb: 1\n", [], ["line 1, column 4 of run.yaml", "quotation mark"]),
     "data": ({"dataset_name": "gone.jsonl"}, [], ["no file gone.jsonl"]),
@@ -36,6 +37,10 @@ WRONG = {
     "adapter": ({}, ["--model_name_or_path", "./done"], ["an adapter in ./done", "--merge"]),
     "output": ({"output_dir": "done"}, [], ["earlier run in output_dir=done", "--overwrite"]),
     "output a file": ({}, ["--output_dir", "rows.jsonl/out"], ["a file rows.jsonl, above rows.jsonl/out"]),
+    "near": ({"dataset_name": "row.jsonl"}, [], ["did you mean ./rows.jsonl?"]),
+    "rate": ({"learning_rate": "-1e-4"}, [], ["learning_rate=-1e-4", "above 0"]),
+    "alpha": ({}, ["--lora_alpha", "0"], ["lora_alpha=0", "lora_alpha / lora_r"]),
+    "key": ({"learning_rat": 1}, [], ["`learning_rat` in run.yaml (did you mean `learning_rate`?)"]),
     "resume": ({"resume_from_checkpoint": True}, [], ["no whole checkpoint in out"]),
     "resume elsewhere": ({}, ["--resume_from_checkpoint", "gone"], ["no whole checkpoint at gone"]),
 }
@@ -67,19 +72,31 @@ def test_a_wrong_path_is_told(name, files, capsys):
     assert all(part in message for part in expected) and "Traceback" not in message, message
 
 
-@pytest.mark.parametrize("name", ["data", "bracket", "output"])
+COSTS_NOTHING = {
+    # the command, its exit code, words of the message; the file of the same name in WRONG
+    **{
+        n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0])
+        for n in ("data", "alpha")
+    },
+    "inspect": ("inspect .", 1, "no adapter_config.json in ."),
+    "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
+}
+
+
+@pytest.mark.parametrize("name", COSTS_NOTHING)
 def test_it_costs_no_library(name, files):
     """Torch and what is built on it take ten seconds and more."""
-    given, words, expected = WRONG[name]
-    _write(given)
+    words, exit_code, expected = COSTS_NOTHING[name]
+    _write(WRONG[name][0] if name in WRONG else None)
+    Path("done", CONFIG_NAME).unlink()
     code = (
         "import json, sys; from structlora_trl.cli import main; code = main(sys.argv[1:]); "
         f"print(json.dumps([code, [n for n in {LIBRARIES} if n in sys.modules]]))"
     )
-    command = [sys.executable, "-c", code, "sft", "--config", "run.yaml", *words]
+    command = [sys.executable, "-c", code, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert json.loads(done.stdout.splitlines()[-1]) == [1, []], done.stderr
-    assert expected[0] in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [exit_code, []], done.stderr
+    assert expected in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -89,6 +106,14 @@ def test_it_costs_no_library(name, files):
 def test_what_is_right_passes(given, words, files):
     _write(given)
     early.check(["--config", "run.yaml", "--learning_rate", "1e-4", *words])
+
+
+@pytest.mark.parametrize(
+    "value, name, is_told", [("1", "a/model", True), ("0", "a/model", False), ("true", "./done", False)]
+)
+def test_a_hub_that_the_environment_keeps_out_of_reach_is_told(value, name, is_told, files, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert ("HF_HUB_OFFLINE" in early.if_offline(name)) == is_told
 
 
 def test_names_of_files_are_those_of_the_libraries():
@@ -124,6 +149,40 @@ def test_passes_and_held_out_rows_fit_the_data(count, files):
     assert found == PASSES[count]
     assert (options["dataset_name"], options["model_name_or_path"]) == ("mine.jsonl", "./base")
     assert "dataset_train_split" not in options
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_passes_written_have_no_noise_and_the_file_says_which_have(name):
+    (line,) = [line for line in template(name).splitlines() if line.startswith("num_train_epochs")]
+    assert max(found[0] for found in PASSES.values()) <= FEW_PASSES
+    told = f"too few for noise on gates, which begins above {FEW_PASSES} and is whole from {MANY_PASSES} on"
+    assert (told in line) == (name == "sft")  # DPO switches noise off, as it does dropout
+
+
+BAD_ROWS = {
+    # file: its text, words of the message
+    "null.jsonl": (
+        '{"text": "a"}\n\n{"text": null}',
+        "nothing (null) in row 2, column `text`, of null.jsonl",
+    ),
+    "number.json": (
+        '[{"messages": [{"role": "user", "content": 4}]}]',
+        "4 (int) as the `content` of message 1 in row 1",
+    ),
+    "other.csv": ("question,answer\na,b\n", "the columns question, answer in the data"),
+    "hole.csv": ("prompt,completion\na,b\nc,\n", "nothing (null) in row 2, column `completion`"),
+    "broken.jsonl": ('{"text": "a"}\n{"text"\n', "reading row 2 of broken.jsonl"),
+    "list.jsonl": ("[1]\n", "row 1 of list.jsonl a list"),
+    "one.jsonl": ('{"text": "a"}\n', "1 rows in one.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_init_looks_at_the_rows(name, files, capsys):
+    text, expected = BAD_ROWS[name]
+    Path(name).write_text(text)
+    assert main(["init", "--data", name]) == 1
+    assert expected in capsys.readouterr().err
 
 
 def test_rows_are_counted_in_every_kind_of_file(files):

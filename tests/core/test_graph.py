@@ -35,7 +35,7 @@ def test_semantic_edges_follow_the_cosine():
     "edges, adjacent, semantic", [("hybrid", 2, 1), ("adjacency", 2, 0), ("similarity", 0, 1)]
 )
 def test_edge_sets(edges, adjacent, semantic):
-    graph = graph_over(3, edges=edges, semantic_top_k=1, semantic_threshold=0.9)
+    graph = graph_over(3, edges=edges)
     if graph.follows_gradients:
         graph.observe({"A": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.1]]])})
         graph.rebuild(graph.gradient_products())
@@ -46,7 +46,8 @@ def test_edge_sets(edges, adjacent, semantic):
 @pytest.mark.parametrize("edges", ["hybrid", "adjacency", "similarity"])
 def test_experts_of_a_layer_are_joined_by_one_edge_shared_out(edges):
     """Beside the edges over depth of each, as the whole matrix of all nodes has it."""
-    graph = graph_over(3, experts=5, edges=edges, semantic_threshold=0.0)
+    options = {} if edges == "adjacency" else {"semantic_threshold": 0.0}
+    graph = graph_over(3, experts=5, edges=edges, **options)
     if edges != "adjacency":
         gradients = torch.randn(15, 2, 10, generator=torch.Generator().manual_seed(0))
         graph.observe({"A": gradients, "B": gradients.mT})

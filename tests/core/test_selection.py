@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 
-from structlora_trl import StructLoRAError, attach
+from structlora_trl import StructLoRAConfig, StructLoRAError, attach
+from structlora_trl.attachment import build_runtime
+from structlora_trl.core.selection import LEAST_STEPS
 from tests.support.core import kind_map
 from tests.support.tiny import (
     FAMILIES,
@@ -126,6 +128,10 @@ def test_reload_keeps_what_is_closed_and_forgets_the_rest():
     assert any(m.selection.information.any() for m in runtime.maps)
     runtime.reload()  # information was about weights that may be gone
     assert not any(m.selection.information.any() for m in runtime.maps)
+    train(model, "llama", optimizer, LEAST_STEPS - 1, CUT - 1)
+    assert not runtime.has_selected  # which waits for as much information as ever
+    train(model, "llama", optimizer, 1, LAST)
+    assert runtime.has_selected
     model, optimizer, runtime = started()
     train(model, "llama", optimizer, CUT)
     kept = directions(model)
@@ -148,6 +154,30 @@ def test_reload_keeps_what_is_closed_and_forgets_the_rest():
 def test_a_selection_that_cannot_be_made_is_refused(options, named):
     with pytest.raises(StructLoRAError, match=named):
         started(**options)
+
+
+# Steps of a run, its options -> what is wrong, and the remedy; None where it can be made
+OF_A_RUN = {
+    "after the end": (300, {"select_at": 500}, "step 500 of a run of 300 steps.*lower `select_at`"),
+    "at the end": (300, {"select_at": 300}, "step 300 of a run of 300 steps.*lower `select_at`"),
+    "a share that is the end": (12, {"select_at": 0.99}, "step 12 of a run of 12 steps.*lower `select_at`"),
+    "too early a share": (300, {"select_at": 0.01}, "step 3 of a run of 300 steps.*or raise `select_at`"),
+    "a short run": (12, {}, "step 6 of a run of 12 steps.*train for more steps"),
+    "no step to spare": (10, {"select_at": 10}, "step 10 of a run of 10 steps.*train for more steps"),
+    "the last but one": (300, {"select_at": 299}, None),
+}
+
+
+@pytest.mark.parametrize("case", OF_A_RUN)
+def test_a_selection_is_within_the_run(case):
+    steps, options, named = OF_A_RUN[case]
+    model = peft_model()
+    config = StructLoRAConfig(keep=0.25, **options)
+    if named is None:
+        assert build_runtime(model, adamw(model), config, steps=steps).plan.select_step == config.select_at
+        return
+    with pytest.raises(StructLoRAError, match=named):
+        build_runtime(model, adamw(model), config, steps=steps)
 
 
 def test_a_run_that_ends_before_its_selection_says_so(caplog):

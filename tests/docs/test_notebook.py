@@ -41,6 +41,9 @@ def test_stored_outputs_are_whole():
     assert [cell.execution_count for cell in run] == [*range(1, len(run) + 1)]
     assert not [output for output in _outputs(notebook) if output.output_type == "error"]
     assert all(part in _text(notebook) for part in SAID)
+    (comment,) = (cell.source for cell in notebook.cells if cell.source.startswith("## Compare"))
+    figures = re.findall(r"0\.\d+", comment)  # held-out losses, which are those of the run that is stored
+    assert figures and all(f"'eval_loss': '{figure}'" in _text(notebook) for figure in figures)
     written = NOTEBOOK.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|work|usr)/", written) and len(written) < 300_000
 

@@ -16,6 +16,8 @@ import pytest
 import structlora_trl
 from tests.support.launching import ROOT
 
+pytestmark = pytest.mark.slow  # `make docs` builds it too
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Leaves [source, width in pixels] of each picture in the page's title, where `--dump-dom` shows it.
 PROBE = """<script>addEventListener("load", () => {

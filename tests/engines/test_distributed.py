@@ -49,8 +49,8 @@ EQUAL = {
     # name: (what the job is told, engines with their processes in the quick suite, and beside them)
     "ten steps": (
         {**length(1), **SEMANTIC},
-        [("zero3 sharded", 2)],
-        [*rows([*ENGINES, "zero3 sharded"], 3), *rows(["hsdp", "zero3 hpz"], 6)],
+        [],
+        [("zero3 sharded", 2), *rows([*ENGINES, "zero3 sharded"], 3), *rows(["hsdp", "zero3 hpz"], 6)],
     ),
     "accumulated": (
         {**length(3), **SEMANTIC},
@@ -79,8 +79,9 @@ EQUAL = {
         rows(["ddp", "fsdp2", "zero1", "zero2"], 3),
     ),
     "context parallelism": ({**EVEN, **SEMANTIC}, [("cp", 4)], []),
+    # Clipped: ZeRO 1 and 2 scale the gradients of ranks that share rows otherwise than one process, with plain LoRA too.
     "sequence parallelism": (
-        {**EVEN, "sequence_parallel": 2, **SEMANTIC},
+        {"trainer": {**EVEN["trainer"], "max_grad_norm": 0.1}, "sequence_parallel": 2, **SEMANTIC},
         [],
         rows(["zero1", "zero2", "zero3"], 2),
     ),

@@ -12,72 +12,24 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from examples.demo import demo_assets
+from structlora_trl import attach
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.servers import told
 from structlora_trl.errors import StructLoRAError
 
+from .forms import FORMS, RANK, REFUSED, TEXTS, TOKENS, difference, in_peft, prompts
+
 VLLM = os.environ.get("STRUCTLORA_VLLM")  # the Python of an environment with vLLM
 pytestmark = pytest.mark.skipif(VLLM is None, reason="STRUCTLORA_VLLM names no Python: `make test-vllm`")
-
-RANK, TOKENS, STARTING = 16, 8, 900  # STARTING: seconds that a server may take to start
-TEXTS = ["The capital of France is Paris, and the", "Once upon a time there was a small"]
-ROWS = [{"prompt": "Review: a fine film\nSentiment:", "completion": " positive"}] * 4
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Adapters that PEFT trains -> LoRA's options
-TRAINED = {
-    "plain": {},
-    "patterns": {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"q_proj": 8}, "use_rslora": True},
-    "dora": {"use_dora": True},
-    "heads": {"modules_to_save": ["lm_head"]},
-    "biases": {"lora_bias": True, "target_modules": ["q_proj"]},
-}
-# What is served -> the adapter it is made of, options of `export` (None: as PEFT saved it)
-FORMS = {
-    "as-peft-saved-it": ("plain", None),
-    "one-rank": ("plain", {"rank": 4, "data": ROWS}),
-    "one-rank-distilled": ("plain", {"rank": 4, "data": ROWS, "distil": 2}),
-    "a-quarter-of-many-ranks": ("plain", {"keep": 0.25, "data": ROWS}),
-    "a-quarter-filled-up": ("plain", {"keep": 0.25, "max_rank": 8, "server": "sglang", "data": ROWS}),
-    "for-vllm": ("patterns", {"server": "vllm"}),
-    "for-llamacpp": ("patterns", {"server": "llamacpp", "dtype": "bfloat16"}),
-    "bfloat16": ("plain", {"rank": 8, "probe": "none", "dtype": "bfloat16"}),
-}
-REFUSED = ("dora", "heads", "biases")
-
-
-@pytest.fixture(scope="module")
-def base() -> Path:
-    return demo_assets.model()
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory) -> Path:
-    """A folder with every adapter and form."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for name, options in TRAINED.items():
-        torch.manual_seed(0)
-        lora = LoraConfig(
-            **{"r": RANK, "lora_alpha": RANK, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **options}
-        )
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key and parameter.ndim > 1:  # of falling sizes, as after training
-                parameter.data.normal_().mul_(0.12 * torch.logspace(0, -1.5, parameter.shape[1]))
-        model.save_pretrained(folder / name)
-    for form, (name, options) in FORMS.items():
-        if options is not None:
-            export(read_saved(folder / name), folder / form, **options)
-    (folder / "as-peft-saved-it").symlink_to(folder / "plain")
-    return folder
+STARTING = 3600  # seconds that a server may take to start
 
 
 @pytest.fixture(scope="module")
@@ -157,31 +109,15 @@ def served(address: str, name: str, text: str) -> tuple[list[int], list[float]]:
     return tokens, choice["logprobs"]["token_logprobs"]
 
 
-@torch.no_grad()
-def expected(base: Path, adapter: Path | None, asked: dict[str, list[int]]) -> dict[str, list[float]]:
-    """By text, log-probabilities in plain PEFT of tokens that continue it."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
-    found = {}
-    for text, tokens in asked.items():
-        prompt = AutoTokenizer.from_pretrained(base)(text).input_ids
-        logs = (
-            model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        )
-        found[text] = logs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    return found
-
-
 def test_every_form_is_served_as_peft_computes_it_two_at_once(server, base, adapters):
     pairs = [(form, text) for text in TEXTS for form in FORMS]  # neighbours are of different adapters
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(pairs, pool.map(lambda pair: served(server, *pair), pairs), strict=True))
     for form in FORMS:
-        tokens, served_logs = ({text: found[form, text][i] for text in TEXTS} for i in range(2))
-        wanted, bare = (expected(base, adapter, tokens) for adapter in (adapters / form, None))
-        for text in TEXTS:
-            assert served_logs[text] == pytest.approx(wanted[text], abs=2e-3), form
-            assert max(abs(a - b) for a, b in zip(wanted[text], bare[text], strict=True)) > 0.05, form
+        of_form = {text: found[form, text] for text in TEXTS}
+        wanted, bare = in_peft(base, adapters / form, of_form)
+        assert difference(of_form, wanted) < 2e-3, form
+        assert difference(of_form, bare) > 0.05, form
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -197,6 +133,30 @@ def test_what_we_say_it_cannot_load_it_refuses(name, server, adapters, tmp_path)
 
 def test_an_adapter_may_be_loaded_while_it_serves(server, adapters, base):
     asked(server, "/v1/load_lora_adapter", lora_name="later", lora_path=str(adapters / "one-rank"))
-    tokens, found = served(server, "later", TEXTS[0])
-    wanted = expected(base, adapters / "one-rank", {TEXTS[0]: tokens})[TEXTS[0]]
-    assert found == pytest.approx(wanted, abs=2e-3)
+    found = {TEXTS[0]: served(server, "later", TEXTS[0])}
+    assert difference(found, in_peft(base, adapters / "one-rank", found)[0]) < 2e-3
+
+
+def test_what_async_grpo_publishes_while_training_is_served(server, base, tmp_path):
+    """TRL's own writer and client, after steps with noise. Its trainer itself needs a GPU, for FlashAttention 3."""
+    trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    if not hasattr(trainer, "save_lora_adapter"):
+        pytest.skip("this TRL publishes merged weights alone")
+    torch.manual_seed(0)
+    lora = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    attach(model, optimizer, noise="on")
+    ids = torch.tensor([prompts(base)[TEXTS[0]]])
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    published = str(tmp_path / "default")
+    alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
+    trainer.save_lora_adapter(model, alone, "default", published)
+    trainer.VLLMClient(server).load_lora_adapter("policy-v1", published)
+    found = {text: served(server, "policy-v1", text) for text in TEXTS}
+    wanted, bare = in_peft(base, tmp_path / "default", found)
+    assert difference(found, wanted) < 2e-3
+    assert difference(found, bare) > 0.05

@@ -207,15 +207,6 @@ INITS = {
 }
 
 
-# Initialisations and variants that PEFT refuses for `target_parameters`.
-_UNKNOWN_TO_EXPERTS = ("pissa", "dora", "vera")
-
-
-def inits(family: str) -> list[str]:
-    """The starts that a family's adapter can have."""
-    return [init for init in INITS if not (FAMILIES[family].parameters and init in _UNKNOWN_TO_EXPERTS)]
-
-
 MIXTURES = ("mixtral", "qwen3_moe")  # of experts
 
 

@@ -94,8 +94,10 @@ def test_a_readme_that_is_no_card_is_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
-def test_a_run_that_is_off_has_a_plain_card(tmp_path):
-    trainer = sft(tmp_path, [StructLoRACallback(noise="off", coordinator="none")])
+@pytest.mark.parametrize("noise", ["off", "auto"])  # which a run of so few passes switches off, too
+def test_a_run_that_is_off_says_so_and_has_a_plain_card(noise, tmp_path, caplog):
+    trainer = sft(tmp_path, [StructLoRACallback(noise=noise, coordinator="none")])
     trainer.train()
     trainer.save_model()
+    assert "trains as without StructLoRA: no gates on 9 modules (" in caplog.text
     assert TAG not in (tmp_path / "README.md").read_text().lower()

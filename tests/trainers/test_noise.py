@@ -19,12 +19,12 @@ from tests.support.tiny import warm_up
 ROWS_AT_ONCE = {"max_steps": -1, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 2}
 SOME = f"variance {noise_share(12):.2g} for 12 passes over the data)"
 CASES = {  # job of 48 rows, noise, training arguments, and what the start says of its gates
-    "few passes": ("sft", "auto", {}, "no gates; none on 9 (0.25 passes over the data, too few for noise)"),
+    "few passes": ("sft", "auto", {}, "no gates on 9 modules (0.25 passes over the data, too few for noise)"),
     "some passes": ("sft", "auto", {**ROWS_AT_ONCE, "num_train_epochs": 12}, f"gates on 9 modules ({SOME}"),
-    "streamed rows": ("trainer", "auto", {}, "none on 6 (passes over the data unknown)"),
-    "without dropout": ("reward", "auto", {}, "none on 9 (RewardTrainer switches dropout off)"),
+    "streamed rows": ("trainer", "auto", {}, "no gates on 6 modules (passes over the data unknown)"),
+    "without dropout": ("reward", "auto", {}, "no gates on 9 modules (RewardTrainer switches dropout off)"),
     "on": ("reward", "on", {}, "gates on 9 modules (variance 1)"),
-    "off": ("sft", "off", {}, "none on 9 (noise='off')"),
+    "off": ("sft", "off", {}, "no gates on 9 modules (noise='off')"),
 }
 
 
@@ -65,8 +65,7 @@ class Ratios:
         return loss
 
 
-@pytest.mark.parametrize("reuse", ["num_iterations", "steps_per_generation"])
-@pytest.mark.parametrize("job", ["grpo", "rloo"])
+@pytest.mark.parametrize("job, reuse", [("grpo", "num_iterations"), ("rloo", "steps_per_generation")])
 def test_importance_ratios_hold_no_noise(job, reuse, tmp_path):
     """Each generation serves two updates: the first meets the policy that generated, the second that policy after one update."""
 

@@ -335,6 +335,20 @@ def test_another_adapter_that_is_made_active_trains_as_plain_lora(caplog):
     assert runtime.step == 1 and caplog.text.count("Adapter 'other' was made active") == 1
 
 
+def test_adapters_with_a_runtime_each_take_turns(caplog):
+    model = peft_model()
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=1e-2)
+    runtimes = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        runtimes.append(attach(model, optimizer))
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        train(model, "llama", optimizer, 1)
+    assert [runtime.step for runtime in runtimes] == [2, 1] and "made active" not in caplog.text
+
+
 @pytest.mark.parametrize("when", ["interrupted", "done"])
 def test_another_train_starts_from_weights_that_other_code_has_written(when, tmp_path):
     class Look(TrainerCallback):
@@ -398,62 +412,49 @@ def test_a_trainer_that_keeps_no_log_history(tmp_path):
     assert callback.runtime.step == 3 and trainer.state.log_history == []
 
 
-def ours(trainer) -> StructLoRACallback:
-    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
-    return callback
+OPTIONS = {"noise_variance": 0.5, "coordinator": "none"}
+# Where options come from -> the trainer, its arguments, callbacks, and the options that act, or words of an error
+OPTIONS_FROM = {
+    "our arguments": (StructLoRASFTTrainer, OPTIONS, [], OPTIONS),
+    "nowhere": (StructLoRASFTTrainer, None, [], {}),
+    "our trainer": (partial(StructLoRASFTTrainer, structlora_config=OPTIONS), None, [], OPTIONS),
+    "our arguments, and a callback without any": (SFTTrainer, OPTIONS, [{}], OPTIONS),
+    "the same in both, and more": (
+        SFTTrainer,
+        OPTIONS,
+        [{**OPTIONS, "noise": "on"}],
+        {**OPTIONS, "noise": "on"},
+    ),
+    "others in both": (
+        SFTTrainer,
+        OPTIONS,
+        [{"noise": "on"}],
+        "noise_variance=0.5, coordinator='none' in .* noise_variance=1.0, coordinator='gcn'",
+    ),
+    "some of them in both": (
+        SFTTrainer,
+        OPTIONS,
+        [StructLoRAConfig(coordinator="none")],
+        "found noise_variance=0.5 in .* noise_variance=1.0",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "config_class, arguments, more, expected",
-    [
-        (
-            StructLoRASFTConfig,
-            {"structlora": {"noise": "off", "coordinator": "gat"}},
-            {},
-            {"noise": "off", "coordinator": "gat"},
-        ),
-        (SFTConfig, {}, {}, {}),
-        (SFTConfig, {}, {"structlora_config": {"noise_variance": 0.4}}, {"noise_variance": 0.4}),
-    ],
-)
-def test_where_a_trainer_subclass_takes_its_options_from(config_class, arguments, more, expected, tmp_path):
-    trainer = sft(tmp_path, None, partial(StructLoRASFTTrainer, **more), config_class, **arguments)
-    trainer.train()
-    assert ours(trainer).config == StructLoRAConfig(**expected)
-    assert ours(trainer).runtime.step == 3
-
-
-IN_ARGUMENTS = {"noise_variance": 0.5, "coordinator": "none"}
-
-
-@pytest.mark.parametrize(
-    "callback, expected",
-    [
-        (lambda: StructLoRACallback(), IN_ARGUMENTS),
-        (lambda: StructLoRACallback(IN_ARGUMENTS, noise="on"), IN_ARGUMENTS | {"noise": "on"}),
-        (
-            lambda: StructLoRACallback(noise="on"),
-            "noise_variance=0.5, coordinator='none' in .* noise_variance=1.0, coordinator='gcn'",
-        ),
-        (
-            lambda: StructLoRACallback(StructLoRAConfig(coordinator="none")),
-            "found noise_variance=0.5 in .* noise_variance=1.0",
-        ),
-    ],
-    ids=["none of its own", "the same and more", "others", "some of them"],
-)
-def test_plain_callback_and_options_in_the_arguments(callback, expected, tmp_path):
-    callback = callback()
-    trainer = sft(tmp_path, [callback], config_class=StructLoRASFTConfig, structlora=IN_ARGUMENTS)
+@pytest.mark.parametrize("place", OPTIONS_FROM)
+def test_where_options_come_from(place, tmp_path):
+    trainer_class, given, callbacks, expected = OPTIONS_FROM[place]
+    config_class, arguments = (
+        (SFTConfig, {}) if given is None else (StructLoRASFTConfig, {"structlora": given})
+    )
+    trainer = sft(tmp_path, [*map(StructLoRACallback, callbacks)], trainer_class, config_class, **arguments)
     if isinstance(expected, str):
         with pytest.raises(StructLoRAError, match=expected):
             trainer.train()
         return
     trainer.train()
-    assert (
-        callback.config.options().items() >= expected.items() and callback.runtime.config == callback.config
-    )
-    assert callback.runtime.step == 3
+    (ours,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, StructLoRACallback)]
+    assert ours.config == ours.runtime.config == StructLoRAConfig(**expected)
+    assert ours.runtime.step == 3
 
 
 def test_options_are_read_from_any_arguments(tmp_path):

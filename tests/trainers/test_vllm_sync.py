@@ -63,8 +63,7 @@ class SyncAtEvents(TrainerCallback):
         self.sync(model)
 
 
-@pytest.mark.parametrize("mode", ["server", "colocate"])
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name, mode", [("grpo", "server"), ("rloo", "colocate")])
 def test_vllm_receives_the_merged_adapter(name, mode, tmp_path):
     callback = StructLoRACallback()
     sync = SyncAtEvents(mode, callback)

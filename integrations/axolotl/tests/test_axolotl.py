@@ -266,7 +266,7 @@ def test_fused_kernels_without_noise(place):
 def test_fused_kernels_that_the_configuration_asks_for(place):
     """They stay, without noise, and the start line says so; noise that is asked for too is an error."""
     log = with_kernels(place, "asked", **dict.fromkeys(KERNELS, True))
-    assert "no gates; none on 21 (fused LoRA kernels)" in log
+    assert "no gates on 21 modules (fused LoRA kernels)" in log
     check(place / "asked", place / "model")
     log = with_kernels(
         place, "both", structlora={"noise": "on"}, succeeds=False, **dict.fromkeys(KERNELS, True)

@@ -1,0 +1,38 @@
+"""The committed runs of the benchmarks are whole, and the pages show what they give; `tests/benchmarks` has the rest."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks.quality import methods, report, store
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return store.read()
+
+
+def test_every_line_is_well_formed_and_its_key_unique(lines):
+    keys = [store.key_of(line) for line in lines]
+    assert lines and len(set(keys)) == len(keys)
+    for line in lines:
+        for split in ("validation", "test"):
+            assert 0 <= line[split]["accuracy"] <= 100 and math.isfinite(line[split]["nll"]), line
+        assert line["trained"] > 0 and line["cpu_seconds"] > 0 and line["steps"] > 0, line
+    for path in store.RESULTS.glob("*.jsonl"):
+        assert {json.loads(text)["task"] for text in path.read_text().splitlines()} == {path.stem}
+
+
+def test_a_name_means_one_set_of_options(lines):
+    """So that a default changes only with its runs."""
+    for line in lines:
+        method = methods.find(line["method"])
+        assert method.is_former or line["structlora"] == method.options(), store.key_of(line)
+
+
+def test_pages_show_what_the_store_gives(lines):
+    for page, text in report.written(lines).items():
+        assert text == page.read_text(), "run `make bench-report`"
