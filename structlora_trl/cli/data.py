@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+from itertools import islice
 
 import datasets
 from datasets.arrow_writer import SchemaInferenceError
@@ -101,7 +102,7 @@ def check(name: str, script: ScriptArguments, mixture: DatasetMixtureConfig, tra
         if isinstance(part, datasets.Dataset) and part.column_names == found:
             where = f"split '{name}' of " if len(splits) > 1 else ""
             where += ", ".join(sources(script, mixture))
-            refuse_cells(form, part.select_columns([*form]).take(LOOKED_AT), where)
+            refuse_cells(form, islice(part.select_columns([*form]), LOOKED_AT), where)
 
 
 def sources(script: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:

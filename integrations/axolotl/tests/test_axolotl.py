@@ -265,9 +265,10 @@ def test_fused_kernels_without_noise(place):
 
 def test_fused_kernels_that_the_configuration_asks_for(place):
     """They stay, without noise, and the start line says so; noise that is asked for too is an error."""
-    log = with_kernels(place, "asked", **dict.fromkeys(KERNELS, True))
+    six_passes = {"micro_batch_size": 16, "max_steps": 6, "save_steps": 6}
+    log = with_kernels(place, "asked", **six_passes, **dict.fromkeys(KERNELS, True))
     assert "no gates on 21 modules (fused LoRA kernels)" in log
-    check(place / "asked", place / "model")
+    check(place / "asked", place / "model", 6)
     log = with_kernels(
         place, "both", structlora={"noise": "on"}, succeeds=False, **dict.fromkeys(KERNELS, True)
     )
