@@ -162,7 +162,8 @@ def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pages").mkdir()
     (tmp_path / "notes.txt").write_text("kept")
-    assert main(["inspect", str(tmp_path), *given.split()]) == 1  # where no adapter is to be read
+    (tmp_path / "adapter_config.json").write_text("no adapter")  # which nothing reads before that
+    assert main(["inspect", str(tmp_path), *given.split()]) == 1
     assert IN_THE_WAY[given] in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "kept"
 
 
