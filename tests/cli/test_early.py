@@ -74,10 +74,7 @@ def test_a_wrong_path_is_told(name, files, capsys):
 
 COSTS_NOTHING = {
     # the command, its exit code, words of the message; the file of the same name in WRONG
-    **{
-        n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0])
-        for n in ("data", "alpha")
-    },
+    **{n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0]) for n in ("data", "alpha")},
     "inspect": ("inspect .", 1, "no adapter_config.json in ."),
     "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
 }
