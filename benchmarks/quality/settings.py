@@ -336,7 +336,13 @@ COMPARISONS = {
 _quarter = COMPARISONS["cut-quarter-of-16"]
 # What the landing pages show of these.
 COMPARISONS |= {
-    "headline": replace(COMPARISONS["structlora"], rows=_rows(LORA, OURS, GATES), by_place=False),
+    "headline": replace(
+        COMPARISONS["structlora"],
+        rows=_rows(LORA, OURS),
+        groups={"all": _GROUPS["all"]},
+        by_place=False,
+        figures=("accuracy", "nll"),
+    ),
     "smaller": replace(
         _quarter,
         rows=(
