@@ -164,7 +164,7 @@ def refuse_unscalable(lora: LoraConfig) -> None:
     Raises:
         StructLoRAError: it holds part of the base weights, or has DoRA's magnitudes.
     """
-    if lora.use_dora or base_is_moved(lora) or base_is_moved_for_good(lora):
+    if lora.use_dora or base_is_moved(lora):
         what = "DoRA's magnitudes" if lora.use_dora else "part of the base weights, with which it began,"
         raise StructLoRAError(
             f"`scale` for an adapter that holds {what} beside its update",

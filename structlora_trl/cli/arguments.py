@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ import yaml
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError, refusing
 from ..yaml_block import read_switch
-from .names import PREFIX, USAGE, hint, read_file
+from .early import read_yaml
 
 _DESCRIPTION = """Run TRL's script `{name}` with StructLoRA on its LoRA adapter.
 
@@ -35,6 +37,7 @@ _EXAMPLES = """examples:
   structlora {name} --config run.yaml --accelerate_config zero2 --num_processes 4
   torchrun --nproc_per_node 8 -m structlora_trl.cli {name} --config run.yaml
 """
+_PREFIX = "structlora."
 
 
 class Arguments(NamedTuple):
@@ -84,10 +87,10 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     for word in words:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:] not in known:
-            parser.error(f"unknown argument {flag}{hint(flag[2:], known)}")
+            parser.error(f"unknown argument {flag}{_hint(flag[2:], known)}")
     # `--learning-rate` and `--no_packing` are words of a command line alone: TRL reads them in no file.
     keys = {action.dest for action in parser._actions} | launchers | {"env"}
-    file = {} if given.config is None else read_file(given.config, keys)
+    file = {} if given.config is None else _read_file(given.config, keys)
     os.environ.update({variable: str(value) for variable, value in (file.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**file)
     with refusing(
@@ -103,14 +106,19 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
         stray = launcher.parse_args([*for_launcher, "."]).training_script
         if stray != ".":
             parser.error(f"unexpected {stray!r}; each value follows the --name of its argument")
-    options = {key.removeprefix(PREFIX): value for key, value in vars(ours).items() if key.startswith(PREFIX)}
+    options = {
+        key.removeprefix(_PREFIX): value for key, value in vars(ours).items() if key.startswith(_PREFIX)
+    }
     return Arguments(_config(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
 
 
 def _training_parser(name: str, script: ModuleType):
     """TRL's parser, with ours in a group of their own, and LoRA on."""
     parser = script.make_parser()
-    parser.prog, parser.usage = f"structlora {name}", USAGE.format(name=name)
+    parser.prog, parser.usage = (
+        f"structlora {name}",
+        f"structlora {name} --config run.yaml [--any_argument value]",
+    )
     parser.description, parser.epilog = _DESCRIPTION.format(name=name), _EXAMPLES.format(name=name)
     parser.formatter_class, parser.allow_abbrev = _HelpFormatter, False
     parser.set_defaults(use_peft=True)
@@ -123,7 +131,7 @@ def _training_parser(name: str, script: ModuleType):
     group.add_argument("--structlora", nargs="?", type=_yaml_value, const=True, default=True, help=switch)
     for option in fields(StructLoRAConfig):
         text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
-        flag = f"--{PREFIX}{option.name}"
+        flag = f"--{_PREFIX}{option.name}"
         group.add_argument(flag, type=_yaml_value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
     return parser
 
@@ -143,7 +151,7 @@ def _config(block: Any, options: dict) -> StructLoRAConfig | None:
     below = block if isinstance(block, dict) else read_switch(block)
     if below is None:
         raise StructLoRAError(
-            f"structlora=false and {', '.join(f'{PREFIX}{name}' for name in options)}",
+            f"structlora=false and {', '.join(f'{_PREFIX}{name}' for name in options)}",
             "options for a run that trains StructLoRA",
             "remove the options for plain LoRA, or `structlora=false`",
         )
@@ -153,6 +161,38 @@ def _config(block: Any, options: dict) -> StructLoRAConfig | None:
 def _names(parser: argparse.ArgumentParser) -> set[str]:
     """What may stand after `--`."""
     return {flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, in words. Options of ours without their prefix count as misspelt."""
+    names = {
+        **{option.name: _PREFIX + option.name for option in fields(StructLoRAConfig)},
+        **{n: n for n in known},
+    }
+    # lora_rank is lora_r, not local_rank.
+    begun = [n for n in names if name.startswith(n) and 2 * len(n) > len(name)]
+    spelt = name.replace("-", "_").removeprefix("no_")
+    near = [n for n in (spelt,) if n in names] or difflib.get_close_matches(name, names, 1, 0.9)
+    near = near or sorted(begun, key=len)[-1:]
+    near = near or difflib.get_close_matches(name, names, 1)
+    return f" (did you mean `{names[near[0]]}`?)" if near else ""
+
+
+def _read_file(path: str, known: set[str]) -> dict:
+    """The keys and values of the YAML file, every key known."""
+    options = read_yaml(path)
+    for name in options:
+        if name not in known:
+            raise StructLoRAError(
+                f"an unknown key `{name}` in {path}{_hint(str(name), known)}",
+                "arguments that `--help` lists",
+                "correct or remove it",
+            )
+    if not isinstance(options.get("env") or {}, dict):
+        raise StructLoRAError(
+            f"env={options['env']!r} in {path}", "`NAME: value` lines under `env:`", "indent them"
+        )
+    return options
 
 
 def _refuse_without_gpu(error: ValueError) -> None:
