@@ -75,7 +75,7 @@ def check(arguments: list[str]) -> None:
     if {"-h", "--help"} & {*arguments}:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", *_PATHS, *NUMBERS):
+    for name in ("config", "max_steps", *_PATHS, *NUMBERS):
         parser.add_argument(f"--{name}")
     parser.add_argument("--overwrite", nargs="?", const="true")
     try:
@@ -105,6 +105,9 @@ def refuse_numbers(given: dict) -> None:
     Raises:
         StructLoRAError: it names the argument.
     """
+    steps = str(given.get("max_steps"))
+    if steps.isdigit() and int(steps) > 0:  # which Trainer counts then, and not passes
+        given = {name: value for name, value in given.items() if name != "num_train_epochs"}
     for name, (accepts, meaning) in NUMBERS.items():
         value = given.get(name)
         try:

@@ -40,6 +40,7 @@ WRONG = {
     "near": ({"dataset_name": "row.jsonl"}, [], ["did you mean ./rows.jsonl?"]),
     "rate": ({"learning_rate": "-1e-4"}, [], ["learning_rate=-1e-4", "above 0"]),
     "alpha": ({}, ["--lora_alpha", "0"], ["lora_alpha=0", "lora_alpha / lora_r"]),
+    "passes": ({"num_train_epochs": 0}, ["--max_steps", "-1"], ["num_train_epochs=0", "above 0"]),
     "key": ({"learning_rat": 1}, [], ["`learning_rat` in run.yaml (did you mean `learning_rate`?)"]),
     "resume": ({"resume_from_checkpoint": True}, [], ["no whole checkpoint in out"]),
     "resume elsewhere": ({}, ["--resume_from_checkpoint", "gone"], ["no whole checkpoint at gone"]),
@@ -98,7 +99,12 @@ def test_it_costs_no_library(name, files):
 
 @pytest.mark.parametrize(
     "given, words",
-    [({}, []), ({"output_dir": "done"}, ["--overwrite"]), ({"output_dir": "done", "overwrite": True}, [])],
+    [
+        ({}, []),
+        ({"output_dir": "done"}, ["--overwrite"]),
+        ({"output_dir": "done", "overwrite": True}, []),
+        ({"num_train_epochs": 0}, ["--max_steps", "100"]),
+    ],
 )
 def test_what_is_right_passes(given, words, files):
     _write(given)
