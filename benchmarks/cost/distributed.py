@@ -108,7 +108,7 @@ def main() -> None:
         if not arguments.counts:
             times = {e: start("times", e, TIMED_PROCESSES, arguments.quick) for e in arguments.engines}
         report |= {
-            "model": f"SmolLM2-135M's shape, random fp32 weights, {'+'.join(TARGETS)}, r={SMOLLM2_STACK.rank}",
+            "model": f"SmolLM2-135M's shape, random fp32 weights, {'+'.join(TARGETS['q+v'])}, r={SMOLLM2_STACK.rank}",
             "setting": f"gloo on CPU; times: {TIMED_PROCESSES} processes, {BATCH // TIMED_PROCESSES}x{TOKENS} tokens each",
             "torch": torch.__version__,
             "times": times,
@@ -181,7 +181,7 @@ class Trainee:
         torch.manual_seed(0)
         self.engine = engine
         config = LlamaConfig(**SMOLLM2_135M | shape)
-        model = get_peft_model(LlamaForCausalLM(config), adapter_of("lora")).train()
+        model = get_peft_model(LlamaForCausalLM(config), adapter_of("lora", TARGETS["q+v"])).train()
         self.batch = torch.randint(config.vocab_size, (batch, tokens))
         self.model, self.optimizer = wrap(model, engine, batch)
         self.runtime = attach(self.model, self.optimizer, OURS[method]) if method in OURS else None

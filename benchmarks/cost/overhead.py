@@ -1,15 +1,17 @@
 """What StructLoRA costs, with and without its coordinator, next to LoRA, DoRA and AdaLoRA; and the map by itself.
 
     python -m benchmarks.cost.overhead            # all methods on a model of SmolLM2-135M's shape
-    python -m benchmarks.cost.overhead --quick    # the same, within 5 minutes
+    python -m benchmarks.cost.overhead --quick    # the same, within 10 minutes
     python -m benchmarks.cost.overhead --map      # the map: LLaMA-7B, LLaMA-70B and up to 1000 depths, on one core
 
 Each prints one JSON line; progress goes to stderr. How it measures:
 
-* Weights are random, since neither time nor memory depends on them: nothing is downloaded.
+* Weights are random, since neither time nor memory depends on them: nothing is downloaded. Gates have noise throughout.
+* Query and value are adapted, as in the paper, and then all linear modules.
 * Time: every round takes one step of each method, in an order shuffled anew, and ratios are taken within a round; their
   medians and quartiles are printed. `added_ms` is how long StructLoRA's hooks around the optimizer's update ran.
   It is far less noisy than a difference of whole steps; gates, which are part of the forward, are in whole steps alone.
+  `gate_kernels` counts what one gate adds to a forward and to a backward: operators that compute, each a kernel on a GPU.
 * Memory: `peak_memory_ratio` compares the peak bytes of torch's allocator from before the model is built to the end of
   the second step: exact and repeatable. `peak_rss_ratio` (Linux, on the CPU, not with `--quick`) compares the peak
   resident sets of fresh processes, which also hold the interpreter and its libraries.
@@ -36,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +48,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
@@ -55,7 +59,8 @@ from structlora_trl.engines import TorchEngine
 from structlora_trl.runtime import Plan
 from structlora_trl.state import State
 
-OURS = {"structlora": {}, "gates": {"coordinator": "none"}}  # name -> options of StructLoRA
+# name -> options of StructLoRA
+OURS = {"structlora": {"noise": "on"}, "gates": {"noise": "on", "coordinator": "none"}}
 METHODS = ("lora", *OURS, "dora", "adalora")
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -68,12 +73,18 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
 }
-TARGETS = ["q_proj", "v_proj"]
+TARGETS = {
+    "q+v": ["q_proj", "v_proj"],
+    "all linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 RANK, ADALORA_INITIAL_RANK = 8, 12
 BATCH, TOKENS = 8, 45
 LEARNING_RATE, CLIP = 2e-4, 1.0
 WARM_UP, MOST_ROUNDS = 2, 150
-SECONDS, QUICK_SECONDS = 1500, 270  # in all, without the processes that measure resident memory
+SECONDS, QUICK_SECONDS = (
+    1500,
+    270,
+)  # for each set of targets, without the processes that measure resident memory
 RSS_REPEATS = 3
 BYTES_PER_KB = 1024
 
@@ -89,7 +100,9 @@ class Workload:
     dtype: torch.dtype = torch.float32
 
 
-SMOLLM2_WORKLOAD = Workload(SMOLLM2_135M, TARGETS, BATCH, TOKENS)
+SMOLLM2_WORKLOADS = {
+    name: Workload(SMOLLM2_135M, targets, BATCH, TOKENS) for name, targets in TARGETS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="end within 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="end within 10 minutes")
     parser.add_argument("--map", action="store_true", help="time the map alone, on factors of large models")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count this process's CPU seconds, not wall seconds"
@@ -209,7 +222,7 @@ class Trainee:
     """A model, one of the methods on it, and the loop that trains it."""
 
     def __init__(
-        self, method: str, device: torch.device, clock: Clock, workload: Workload = SMOLLM2_WORKLOAD
+        self, method: str, device: torch.device, clock: Clock, workload: Workload = SMOLLM2_WORKLOADS["q+v"]
     ):
         config = LlamaConfig(**workload.shape)
         with device:  # a large model is drawn there in seconds, and never as a whole in fp32
@@ -245,7 +258,7 @@ class Trainee:
         return self.clock.now() - started, attached
 
 
-def adapter_of(method: str, targets: list[str] = TARGETS) -> LoraConfig:
+def adapter_of(method: str, targets: list[str]) -> LoraConfig:
     if method == "adalora":  # PEFT's own schedule: the budget shrinks, and is allocated anew, in every step
         return AdaLoraConfig(
             task_type="CAUSAL_LM",
@@ -258,29 +271,67 @@ def adapter_of(method: str, targets: list[str] = TARGETS) -> LoraConfig:
 
 
 def overhead_report(device: torch.device, clock: Clock, quick: bool) -> dict:
-    deadline = time.perf_counter() + (QUICK_SECONDS if quick else SECONDS)
-    trainees, peaks = {}, {}
-    for method in METHODS:
-        progress(f"memory of {method}")
-        trainees[method], peaks[method] = started_trainee(method, device, clock)
-    rounds = timed_rounds(trainees, deadline)
-    adalora = trainees["adalora"].model.peft_config["default"]
     return {
         "benchmark": "overhead",
         **setting(device, clock),
-        "model": f"SmolLM2-135M's shape, random fp32 weights, {'+'.join(TARGETS)}, r={RANK}, {BATCH}x{TOKENS} tokens",
+        "model": f"SmolLM2-135M's shape, random fp32 weights, r={RANK}, {BATCH}x{TOKENS} tokens",
+        "adapted": {
+            name: workload_report(workload, device, clock, quick)
+            for name, workload in SMOLLM2_WORKLOADS.items()
+        },
+        "peak_rss_ratio": None if quick or device.type == "cuda" else ratios_to_lora(resident_bytes()),
+    }
+
+
+def workload_report(workload: Workload, device: torch.device, clock: Clock, quick: bool) -> dict:
+    deadline = time.perf_counter() + (QUICK_SECONDS if quick else SECONDS)
+    trainees, peaks = {}, {}
+    for method in METHODS:
+        progress(f"memory of {method}, {'+'.join(workload.targets)}")
+        trainees[method], peaks[method] = started_trainee(method, device, clock, workload)
+    rounds = timed_rounds(trainees, deadline)
+    adalora = trainees["adalora"].model.peft_config["default"]
+    return {
         "rounds": len(rounds),
         **time_figures(rounds),
-        "map_ms": {m: round(trainees[m].runtime.metrics()["structlora/map_ms"], 2) for m in OURS},
+        "map_ms": round(trainees["structlora"].runtime.metrics()["structlora/map_ms"], 2),
+        "gate_kernels": gate_kernels(trainees),
         "peak_memory_ratio": ratios_to_lora(peaks),
         "peak_bytes": peaks,
-        "peak_rss_ratio": None if quick or device.type == "cuda" else ratios_to_lora(resident_bytes()),
         "held_bytes": {m: held_bytes(trainees[m].runtime) for m in OURS},
         "adalora_directions": {
             "start": len(adalora.rank_pattern) * ADALORA_INITIAL_RANK,
             "end": sum(map(sum, adalora.rank_pattern.values())),
         },
     }
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the operators that compute: neither views nor memory that is only taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view and "empty" not in operator.name():
+            self.counts[operator.name()] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def gate_kernels(trainees: dict[str, Trainee]) -> dict[str, float]:
+    """Operators that one gate adds to a forward and to a backward: those of the model with gates less those of plain LoRA."""
+    counts = {}
+    for method in ("lora", "gates"):
+        trainee = trainees[method]
+        with CountedOperators() as forward:
+            loss = trainee.model(input_ids=trainee.batch, labels=trainee.batch).loss
+        with CountedOperators() as backward:
+            loss.backward()
+        trainee.optimizer.zero_grad()
+        counts[method] = {"forward": forward.counts.total(), "backward": backward.counts.total()}
+    gates = sum(name.endswith("lora_A.default") for name, _ in trainees["gates"].model.named_modules())
+    return {way: (counts["gates"][way] - counts["lora"][way]) / gates for way in ("forward", "backward")}
 
 
 def time_figures(rounds: list[dict[str, tuple[float, float]]]) -> dict:
@@ -317,12 +368,14 @@ def quartiles(values: list[float]) -> list[float]:
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def started_trainee(method: str, device: torch.device, clock: Clock) -> tuple[Trainee, int]:
+def started_trainee(
+    method: str, device: torch.device, clock: Clock, workload: Workload
+) -> tuple[Trainee, int]:
     """A trainee that is warm, and the peak bytes of getting there."""
     trainees = []
 
     def start() -> None:
-        trainees.append(Trainee(method, device, clock))
+        trainees.append(Trainee(method, device, clock, workload))
         trainees[0].warm_up()
 
     gc.collect()

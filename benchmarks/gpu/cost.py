@@ -18,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cost.overhead import (
+    TARGETS,
     Clock,
     Trainee,
     Workload,
@@ -30,10 +31,6 @@ from . import rows
 
 METHODS = ("lora", "structlora", "gates", "dora", "adalora")  # `gates` is StructLoRA without its coordinator
 QUICK_METHODS = ("lora", "structlora")
-TARGETS = {
-    "q+v": ["q_proj", "v_proj"],
-    "all linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 _LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 8192}
 SHAPES = {
     # LLaMA 3.2 1B and LLaMA 3.1 8B

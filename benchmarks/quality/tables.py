@@ -125,13 +125,14 @@ def diagnostics(runs: Runs, comparison: Comparison) -> str:
 def cost(measured: dict) -> str:
     """Step time and peak memory relative to LoRA's, as `benchmarks.cost.overhead` measured them in interleaved rounds."""
     cells = []
-    for name, ratio in measured["step_time_ratio"].items():
-        if name != LORA:
-            low, high = measured["step_time_ratio_quartiles"][name]
-            memory = measured["peak_memory_ratio"][name]
-            own = [f"{ratio:.3f}x", f"{low:.3f} to {high:.3f}", f"{memory:.3f}x"]
-            cells.append([label(Row(name)), *own, *PAPER_COST.get(name, ("", ""))])
-    header = ["method", "step time / LoRA's", "quartiles", "peak memory / LoRA's"]
+    for targets, found in measured["adapted"].items():
+        for name, ratio in found["step_time_ratio"].items():
+            if name != LORA:
+                low, high = found["step_time_ratio_quartiles"][name]
+                memory = found["peak_memory_ratio"][name]
+                own = [targets, f"{ratio:.3f}x", f"{low:.3f} to {high:.3f}", f"{memory:.3f}x"]
+                cells.append([label(Row(name)), *own, *PAPER_COST.get(name, ("", ""))])
+    header = ["method", "adapted", "step time / LoRA's", "quartiles", "peak memory / LoRA's"]
     return markdown([*header, "paper, time", "paper, memory"], cells)
 
 

@@ -5,21 +5,21 @@ import torch
 
 from benchmarks.quality import grids, noise, store, tasks
 from benchmarks.quality.selection import Runs
-from benchmarks.quality.settings import COMPARISONS, PASSES
+from benchmarks.quality.settings import COMPARISONS, FEW_PASSES, MANY_PASSES
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("passes", [*FEW_PASSES, *MANY_PASSES])
 def test_a_run_is_as_long_as_its_passes(passes):
     task = tasks.find(f"digits-all@{passes}", 100)
     assert task.steps * task.batch == pytest.approx(100 * passes, abs=task.batch / 2)
-    assert tasks.steps_of(f"smollm-numbers-few@{passes}", 64, 8, otherwise=40) == 8 * passes
     assert tasks.find("digits-all", 100) == tasks.TASKS["digits-all"]
 
 
-def test_every_method_chooses_its_rate_with_as_many_runs():
-    comparison = COMPARISONS["passes"]
+@pytest.mark.parametrize("name", ["passes", "passes-few"])
+def test_every_method_chooses_its_rate_with_as_many_runs(name):
+    comparison = COMPARISONS[name]
     cells = list(grids._cells(comparison, Runs(store.read())))
     own = [row.method for row in comparison.rows if row.rate_of is None]
     for place in comparison.places:
