@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from . import assets, store
 from .grids import GRIDS, cells_of
 
@@ -29,6 +31,7 @@ def work(cells: list[tuple], results: Path) -> None:
     """Run the cells that nobody has run or is running."""
     from . import cell  # torch, PEFT and the rest, once there is work to do
 
+    torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for a process that has torch already
     for i, key in enumerate(cells):
         with claim(key) as ours:
             if not ours or key in {store.key_of(line) for line in store.read(results)}:

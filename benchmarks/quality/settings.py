@@ -299,7 +299,7 @@ COMPARISONS = {
         by_place=False,
     ),
     "regularisers-by-task": Comparison(sum(_REGULARISED.values(), ()), _REGULARISERS),
-    "language": Comparison(_LANGUAGE, _rows(LORA, _DROPOUTS[0], OURS)),
+    "language": Comparison(_LANGUAGE, _rows(LORA, OURS)),
     "passes": Comparison(
         _at_passes(*MANY_PASSES),
         (
