@@ -54,10 +54,9 @@ GROUPS = {
         "structlora_trl/engines/fsdp2",
         "structlora_trl/engines/sharded",
         "structlora_trl/engines/slic",
-        "structlora_trl/engines/tensor_parallel",
         "structlora_trl/engines/replicated",
     ),
-    "Saving, resuming, checkpoints": ("structlora_trl/state", "structlora_trl/older_state"),
+    "Saving, resuming, checkpoints": ("structlora_trl/state",),
     "Looking into an adapter, or making it smaller (`inspect`, `export`)": (
         "structlora_trl/adapters/",
         "structlora_trl/cli/export",
@@ -73,6 +72,7 @@ OF_FUNCTION = {
     "count_rows": "Giving it data",
     "_read": "Giving it data",
     "refuse_unwritable": "Saving, resuming, checkpoints",
+    "refuse_used": "Looking into an adapter, or making it smaller (`inspect`, `export`)",
 }
 COMMON = {"structlora", "class", "key", "NAME", "super"}  # words that nobody searches for
 

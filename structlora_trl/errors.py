@@ -62,6 +62,27 @@ def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception],
         ) from error
 
 
+def refuse_used(folder: Path) -> None:
+    """Stop where something lies in a folder that is to be written, or where it cannot be made.
+
+    Raises:
+        StructLoRAError: the message names the folder.
+    """
+    refuse_unwritable(folder)
+    try:
+        is_used = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise StructLoRAError(
+            f"that looking at {folder} failed ({error.strerror})",
+            "a path that the file system takes",
+            "name another folder",
+        ) from error
+    if is_used:
+        raise StructLoRAError(
+            f"{folder}, which is not empty", "a new or empty folder", "name another, or empty it"
+        )
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Stop where a folder cannot be made or written to: a file is in its place or above, or no permission.
 

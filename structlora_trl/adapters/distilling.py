@@ -113,7 +113,7 @@ def distil(
     best = start = distance(watched, learning=False)
     kept, at = [value.clone() for value in student], 0
     drawn: list[int] = []
-    with tqdm(range(1, steps + 1), desc="distilling", unit="step", disable=None) as bar:
+    with tqdm(range(1, steps + 1), desc="distilling", unit="step") as bar:
         for step in bar:
             while len(drawn) < _BATCH:
                 drawn += torch.randperm(len(learned), generator=generator).tolist()

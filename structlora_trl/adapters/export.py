@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..errors import StructLoRAError, refuse_unwritable, refusing
+from ..errors import StructLoRAError, refuse_used, refusing
 from .distilling import STEPS, Distilled, distil
 from .load_adapter import Saved
 from .measuring import (
@@ -53,7 +53,7 @@ from .peft_scaling import (
     with_one_scale,
     with_singular_directions,
 )
-from .pruning import Pruned, select, shrink
+from .pruning import Pruned, refuse_size, select, shrink
 from .pruning import prune as prune_zeros
 from .rows import Rows, read_rows
 from .servers import SERVERS, refuse_for
@@ -199,9 +199,11 @@ def export_sizes(
 
 def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) -> list[Export]:
     """Write the sizes, each to the folder of its name within `out`."""
-    _refuse_used(out)
+    refuse_used(out)
     _refuse_contradictions([*sizes.values()], options)
     _refuse_idle(saved, [*sizes.values()], options)
+    for size in sizes.values():
+        refuse_size(saved, size.get("rank"), size.get("keep"), options.max_rank)
     distil, scale, server, merge = options.distil, options.scale, options.server, options.merge
     if scale is not None:
         _refuse_scale(scale)
@@ -293,15 +295,6 @@ def _writing(out: Path) -> Iterator[None]:
             f"({tempfile.gettempdir()}, which TMPDIR names)",
             "free some space, or name another folder",
         ) from error
-
-
-def _refuse_used(out: Path) -> None:
-    with refusing(f"looking at {out}", "a path that the file system takes", "name another folder"):
-        refuse_unwritable(out)
-        if out.exists() and any(out.iterdir()):
-            raise StructLoRAError(
-                f"{out}, which is not empty", "a new or empty folder", "name another, or empty it"
-            )
 
 
 def _refuse_contradictions(sizes: list[dict], options: _Options) -> None:

@@ -210,7 +210,11 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
             most, least = max(means, key=means.get), min(means, key=means.get)
             told.append(
                 f"{_of(runs, run)}neighbouring layers learned most alike in {most} (mean cosine {means[most]:.2f})"
-                + (f", least in {least} ({means[least]:.2f})." if least != most else ".")
+                + (
+                    f", least in {least} ({means[least]:.2f})."
+                    if f"{means[least]:.2f}" != f"{means[most]:.2f}"
+                    else "."
+                )
             )
         told += [
             f"{_of(runs, run)}no map of {', '.join(lacking)}: {why}."

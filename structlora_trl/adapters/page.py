@@ -45,7 +45,7 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
     page = templates.get_template("page.html.j2").render(
         runs=[*zip(runs, RUN_COLOURS, strict=False)],
         facts={name: values for name, values in facts.items() if any(value is not None for value in values)},
-        lowest={_HELD_OUT: _lowest(facts[_HELD_OUT])},
+        lowest={_HELD_OUT: _lowest(runs, facts[_HELD_OUT])},
         verdict=_verdict(runs),
         charts=charts(runs),
         columns=columns,
@@ -61,6 +61,12 @@ def _verdict(runs: list[Run]) -> str:
         return " ".join(_without_losses(runs, losses))
     if len(runs) == 1:
         return f"Held-out loss at the end: {losses[0]:.4g}. Set another run beside it with `--against`."
+    steps = [run.history[-1]["step"] for run in runs]
+    if steps[0] != steps[1]:
+        each = (
+            f"{r.name} {loss:.4g} after {n:,} steps" for r, loss, n in zip(runs, losses, steps, strict=True)
+        )
+        return f"Held-out loss at the end: {', '.join(each)}. Runs of different lengths cannot be compared."
     best, other = sorted(range(2), key=losses.__getitem__)
     lower, higher = f"{losses[best]:.4g}", f"{losses[other]:.4g}"
     if lower == higher:
@@ -128,9 +134,11 @@ def _mean_effective_rank(run: Run) -> float:
     return sum(depth.effective_rank for depth in run.depths()) / len(run.depths())
 
 
-def _lowest(values: list) -> object:
-    known = [value for value in values if value is not None]
-    return min(known) if len(known) > 1 else None
+def _lowest(runs: list[Run], values: list) -> object:
+    """The lower of two runs' figures, where both have one after as many steps."""
+    if len(runs) < 2 or None in values or runs[0].history[-1]["step"] != runs[1].history[-1]["step"]:
+        return None
+    return min(values)
 
 
 def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import share_to_keep
-from ..errors import StructLoRAError
+from ..errors import StructLoRAError, refuse_used
 from .arguments import parser_of
 from .early import ADAPTER_CONFIG, nearest
 
@@ -102,6 +102,9 @@ def run(command: str, arguments: list[str]) -> None:
     _refuse_idle(parser, given)
     # After the arguments, and after a path that is wrong: these load torch and PEFT.
     refuse_missing(given.checkpoint)
+    refuse_used(given.out)
+    for share in given.keep or ():
+        share_to_keep(share)
     from ..adapters.export import export, export_sizes
     from ..adapters.load_adapter import read_saved
     from ..adapters.measuring import RANDOM
@@ -242,7 +245,9 @@ def _about(size: Export, is_named: bool) -> list[str]:
             line += f", mean KL {change.divergence:.3g} nats, same prediction {change.agreement:.1%}"
         lines.append(f"{line}.")
         if size.rows:
-            lines.append(f"Rows: {size.rows.told()}; the loss is of {change.probe}.")
+            lines.append(
+                f"Rows: {size.rows.told()}; the loss is of {change.probe}. New ones have a higher loss than those of the training."
+            )
     return [f"{size.folder.name}: {line}" for line in lines] if is_named else lines
 
 

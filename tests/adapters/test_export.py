@@ -303,6 +303,13 @@ def test_options_that_act_on_nothing_are_refused_in_python_too(case, runs, tmp_p
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("size", [{"rank": 0}, {"rank": 1000}, {"keep": "25"}, {"keep": 0.5, "max_rank": 0}])
+def test_a_size_out_of_range_is_refused_before_the_rows_are_read(size, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("structlora_trl.adapters.export.read_rows", None)
+    with pytest.raises(StructLoRAError, match="a rank of|`keep` 25"):
+        export(read_saved(runs()), tmp_path / "new", data="rows.jsonl", **size)
+
+
 def test_an_output_folder_that_is_not_empty(runs, capsys):
     assert main(["export", str(runs()), str(runs())]) == 1
     assert "not empty" in capsys.readouterr().err

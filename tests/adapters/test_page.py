@@ -124,6 +124,11 @@ def test_which_run_did_better(runs, tmp_path):
     log.write_text(json.dumps({"log_history": [{"step": 9, "eval_loss": 2.25001}]}))
     assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
     assert "2.25 in both runs" in (tmp_path / "page.html").read_text()  # not "lower (2.25 against 2.25)"
+    log.write_text(json.dumps({"log_history": [{"step": 7, "eval_loss": 2.0}]}))
+    assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "second 2 after 7 steps. Runs of different lengths cannot be compared" in text
+    assert 'class="lowest"' not in text
 
 
 def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):

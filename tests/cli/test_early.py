@@ -53,8 +53,9 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 8)
     Path("empty.jsonl").write_text("\n")
-    Path("done").mkdir()
-    Path("done", CONFIG_NAME).write_text("{}")
+    for name in ("done", "a/lora"):
+        Path(name).mkdir(parents=True)
+        Path(name, CONFIG_NAME).write_text("{}")
     return tmp_path
 
 
@@ -78,6 +79,8 @@ COSTS_NOTHING = {
     **{n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0]) for n in ("data", "alpha")},
     "inspect": ("inspect .", 1, "no adapter_config.json in ."),
     "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
+    "share": ("export a/lora out --keep 25", 1, "`keep` 25"),
+    "full folder": ("export a/lora a/lora", 1, "a/lora, which is not empty"),
 }
 
 
