@@ -61,8 +61,8 @@ def _verdict(runs: list[Run]) -> str:
         return " ".join(_without_losses(runs, losses))
     if len(runs) == 1:
         return f"Held-out loss at the end: {losses[0]:.4g}. Set another run beside it with `--against`."
-    steps = [run.history[-1]["step"] for run in runs]
-    if steps[0] != steps[1]:
+    steps = _last_steps(runs)
+    if len({*steps}) > 1:
         each = (
             f"{r.name} {loss:.4g} after {n:,} steps" for r, loss, n in zip(runs, losses, steps, strict=True)
         )
@@ -136,9 +136,14 @@ def _mean_effective_rank(run: Run) -> float:
 
 def _lowest(runs: list[Run], values: list) -> object:
     """The lower of two runs' figures, where both have one after as many steps."""
-    if len(runs) < 2 or None in values or runs[0].history[-1]["step"] != runs[1].history[-1]["step"]:
+    if len(runs) < 2 or None in values or len({*_last_steps(runs)}) > 1:
         return None
     return min(values)
+
+
+def _last_steps(runs: list[Run]) -> list[int]:
+    """The steps at which logs end."""
+    return [run.history[-1]["step"] for run in runs]
 
 
 def _table(runs: list[Run]) -> tuple[list[str], list[tuple]]:

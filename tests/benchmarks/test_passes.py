@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 def test_a_run_is_as_long_as_its_passes(passes):
     task = tasks.find(f"digits-all@{passes}", 100)
     assert task.steps * task.batch == pytest.approx(100 * passes, abs=task.batch / 2)
+    assert tasks.steps_of(f"smollm-numbers-few@{passes}", 64, 8, otherwise=40) == 8 * passes
     assert tasks.find("digits-all", 100) == tasks.TASKS["digits-all"]
 
 
