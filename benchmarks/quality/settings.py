@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .shrinking import RULES
+from .shrinking import DISTILLED, RULES
 
 LORA, FORMER, OURS, GATES = "lora", "former", "structlora", "gates"
 
@@ -263,13 +263,14 @@ _SMOLLM = Place("smollm-reviews", 16, 64, (5e-4, 1e-3, 2e-3), SHRUNK_SEEDS[:6], 
 
 def _shrunk(rank: int, name: str, places: tuple[Place, ...]) -> Comparison:
     share, places = SHARES[name], tuple(replace(place, rank=rank) for place in places)
+    shrunk = f"shrink:keep={share:g}"  # plain LoRA, and made smaller after training
     rows = (
         Row(LORA, share, label=f"LoRA trained at rank {rank * share:g}"),
-        Row(LORA, label=f"the whole adapter, rank {rank}"),
+        Row(shrunk, rate_of=LORA, label=f"the whole adapter, rank {rank}"),
         *(
-            Row(f"shrink:keep={share:g}", rate_of=LORA, column=f"shrunk.{rule}.{how}", label=f"{rule}, {how}")
+            Row(shrunk, rate_of=LORA, column=f"shrunk.{rule}.{how}", label=f"{rule}, {how}")
             for rule in RULES
-            for how in ("cut", "distilled")
+            for how in ("cut", *(("distilled",) if rule in DISTILLED else ()))
         ),
         Row(f"squeeze:to={rank * share:g}", rate_of=LORA),
     )

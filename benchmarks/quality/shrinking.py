@@ -18,7 +18,8 @@ Over the whole model, with as many parameters, so that ranks differ:
 | sv-fro, sv-cumulative | of each module the fewest singular values that hold a share of the norm, or of their sum, as kohya's
   `resize_lora.py` does; the share is the one at which the size is right |
 
-Each as cut, and after 100 steps in which it learns the whole adapter's outputs on the training examples.
+Each as cut; those of `structlora export`, and singular directions by information, also after 100 steps in which the
+smaller adapter learns the whole one's outputs on the training examples.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ EXAMPLES = 64  # that directions are chosen on, as `structlora export` takes the
 ONE_RANK = ("activations", "svd", "information", "random")
 GLOBAL = ("global-information", "global-svd", "sv-fro", "sv-cumulative")
 RULES = (*ONE_RANK, *GLOBAL)
+DISTILLED = ("activations", "svd", "information", "global-information")
 _HALVINGS = 40  # of the interval in which a rule's share is sought
 
 
@@ -59,7 +61,8 @@ def shrink(
         test (`Callable`): () -> figures of the model as it stands then.
 
     Returns:
-        rule -> `cut` and `distilled` (accuracy and NLL each), `parameters`, and the largest `rank` of a module.
+        rule -> `cut` and, of `DISTILLED`, `distilled` (accuracy and NLL each), `parameters`, and the largest `rank` of a
+            module.
     """
     trained = _file(model)
     rows = [_row(training, i) for i in range(len(training))]
@@ -68,10 +71,11 @@ def shrink(
     found = {}
     for rule, small in candidates.items():
         put(model, small)
-        figures = {"cut": _short(test()), **_size(small)}
-        taught = distil(model, singular, small, rows)
-        put(model, taught.tensors)
-        found[rule] = {**figures, "distilled": _short(test()), "steps": taught.steps}
+        found[rule] = {"cut": _short(test()), **_size(small)}
+        if rule in DISTILLED:
+            taught = distil(model, singular, small, rows)
+            put(model, taught.tensors)
+            found[rule] |= {"distilled": _short(test()), "steps": taught.steps}
     put(model, trained)
     for parameter in model.parameters():
         parameter.grad = None
