@@ -47,7 +47,7 @@ _STYLE = {
     **{"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4},
 }
 _MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.4)  # inches
-_COSINES = "RdBu_r"  # colours of cosines, from -1 to 1
+_COSINES = "Reds"  # colours of cosines, from 0 to 1
 _SHARE = "share of "  # how the names of shares begin
 _COLUMNS = 4  # of panels in a file
 # What the Trainer logs -> the title of its chart.
@@ -201,11 +201,11 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
         if kind.similarity is not None and len(kind.depths) > 1:
             panels.append(Panel(short, kind.name, _map(kind), _MAP, _name(runs, run)))
     for run in runs:
-        means = {
-            names[name]: float(np.mean(np.diag(kind.similarity, 1)))
-            for name, kind in run.kinds.items()
-            if kind.similarity is not None and len(kind.depths) > 1
-        }
+        means = {}
+        for name, kind in run.kinds.items():
+            known = [depth.similarity for depth in kind.depths if depth.similarity is not None]
+            if known:
+                means[names[name]] = float(np.mean(known))
         if means:
             most, least = max(means, key=means.get), min(means, key=means.get)
             told.append(
@@ -221,10 +221,10 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
             for why, lacking in _unmapped(run, names).items()
         ]
     text = (
-        "Cosine of the updates of two layers, on the side of the module that can be compared across depth. Red near the diagonal: "
-        "neighbouring layers learned alike. White: each learned its own."
+        "Cosine of what the updates of two layers read from the residual stream, or write to it, whatever the order of their "
+        "directions. Red near the diagonal: neighbouring layers learned alike. White: each learned its own."
     )
-    return Chart("similarity", "Similarity over depth", text, told, panels, Scale(_COSINES, -1, 1, "cosine"))
+    return Chart("similarity", "Similarity over depth", text, told, panels, Scale(_COSINES, 0, 1, "cosine"))
 
 
 def _unmapped(run: Run, names: dict[str, str]) -> dict[str, list[str]]:
@@ -318,7 +318,7 @@ def _training(runs: list[Run]) -> Chart:
                 f"{_of(runs, run)}training ended at a loss of {train:.3g}"
                 + ("." if held_out is None else f", held out {held_out:.3g}: {_gap(train, held_out)}.")
             )
-    text = "From the Trainer's log. Training losses of StructLoRA are with noise on its gates; held-out ones are without."
+    text = "From the Trainer's log. Where gates have noise, training losses are with it; held-out ones are without."
     return Chart("training", "Training", text, told, panels)
 
 
@@ -335,8 +335,8 @@ def _map(kind: KindReport) -> Callable[[Axes], None]:
     labels = [depth.layer for depth in kind.depths]
 
     def draw(axis: Axes) -> None:
-        cosines = np.array(kind.similarity)
-        axis.imshow(cosines, interpolation="none", cmap=_COSINES, vmin=-1, vmax=1, aspect="auto")
+        cosines = np.array(kind.similarity, dtype=float)  # NaN for None
+        axis.imshow(cosines, interpolation="none", cmap=_COSINES, vmin=0, vmax=1, aspect="auto")
         every, fewer = -(-len(labels) // 16), -(-len(labels) // 5)
         axis.set_yticks(range(0, len(labels), every), labels[::every])
         axis.set_xticks(range(0, len(labels), fewer), labels[::fewer])

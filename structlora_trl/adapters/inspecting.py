@@ -1,4 +1,4 @@
-"""What an adapter has learned, by kind of module and depth: singular values, coherence over depth."""
+"""What an adapter has learned, by kind of module and depth: singular values, similarity over depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import metadata_load
 from torch import Tensor
-from torch.nn.functional import normalize
 from yaml import YAMLError
 
 from ..core.diagnostics import effective_rank
@@ -35,8 +34,7 @@ class DepthReport:
         kept (`int`): directions of these that add something: all but those that `keep` closed while training.
         effective_rank (`float`): exp of the entropy of the update's normalised singular values.
         norm (`float`): Frobenius norm of the update as it is added to the weight.
-        coherence (`float`, *optional*): mean similarity with the neighbouring depths.
-        stream (`float`, *optional*): mean `stream_cosine` with the neighbouring depths.
+        similarity (`float`, *optional*): mean `stream_cosine` with the neighbouring depths.
         semantic (`list[int]`, *optional*): depths that a semantic edge joins it with.
     """
 
@@ -47,8 +45,7 @@ class DepthReport:
     kept: int
     effective_rank: float
     norm: float
-    coherence: float | None
-    stream: float | None
+    similarity: float | None
     semantic: list[int] | None
 
 
@@ -62,7 +59,8 @@ class KindReport:
             where unknown.
         shape (`list[int]`): [L, r, k, d], of the largest rank.
         depths (`list[DepthReport]`): its modules, by depth.
-        similarity (`list[list[float]]`, *optional*): (L, L) cosines.
+        similarity (`list[list[float]]`, *optional*): (L, L), `stream_cosine` of every two depths; None with one
+            that has learned nothing.
         singular_values (`list[list[float]]`): of each module as many as its rank, of the update as it is added
             to the weight, descending.
         coverage (`list[list[float]]`): their cumulative share of the squared singular values.
@@ -72,7 +70,7 @@ class KindReport:
     role: str | None
     shape: list[int]
     depths: list[DepthReport]
-    similarity: list[list[float]] | None
+    similarity: list[list[float | None]] | None
     singular_values: list[list[float]]
     coverage: list[list[float]]
 
@@ -217,11 +215,8 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     factors = type(factors)(*map(own, factors))
     modules = kind.modules[expert :: kind.per_depth] if kind.per_depth > 1 else kind.modules
     adds = (factors.B != 0).any(-2) & (factors.A != 0).any(-1)  # (L, r)
-    stream = own(saved.stream_cosines(index))  # (L - 1,)
     semantic = own(saved.semantic_edges(index))  # (L, L)
-    features = own(saved.features(index))  # (L, n)
-    unit = None if features is None else normalize(features, dim=1)
-    similarity = None if unit is None else unit @ unit.mT
+    similarity = own(saved.similarity(index))  # (L, L)
     scales = torch.tensor([saved.scale(module) for module in modules], dtype=torch.float64, device="cpu")
     singular = scales[:, None] * singular_directions(*factors).sigma  # (L, r)
     energy = singular.square()
@@ -236,8 +231,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             kept=int(adds[depth].sum()),
             effective_rank=float(ranks[depth]),
             norm=float(total[depth].sqrt()),
-            coherence=_beside(None if similarity is None else similarity.diagonal(1), depth),
-            stream=_beside(stream, depth),
+            similarity=_beside(None if similarity is None else similarity.diagonal(1), depth),
             semantic=None if semantic is None else semantic[depth].nonzero().flatten().tolist(),
         )
         for depth, module in enumerate(modules)
@@ -247,7 +241,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
         role=saved.role(index),
         shape=[kind.depth_count, kind.rank, *kind.shape[2:]],
         depths=depths,
-        similarity=None if similarity is None else similarity.tolist(),
+        similarity=None if similarity is None else [[_known(x) for x in row] for row in similarity.tolist()],
         singular_values=[row[: d.rank].tolist() for row, d in zip(singular, depths, strict=True)],
         coverage=[
             (row.cumsum(0) / row.sum().clamp(min=torch.finfo(row.dtype).tiny))[: d.rank].tolist()
@@ -264,5 +258,9 @@ def _name(kind: Kind, expert: int) -> str:
 
 def _beside(cosines: Tensor | None, depth: int) -> float | None:
     """Mean of a depth's cosines with its neighbours, of those of all neighbours, (L - 1,); None where unknown."""
-    mean = math.nan if cosines is None else float(cosines[max(depth - 1, 0) : depth + 1].nanmean())
-    return None if math.isnan(mean) else mean
+    return None if cosines is None else _known(float(cosines[max(depth - 1, 0) : depth + 1].nanmean()))
+
+
+def _known(value: float) -> float | None:
+    """None in place of NaN, which JSON does not have."""
+    return None if math.isnan(value) else value

@@ -109,33 +109,29 @@ class Saved:
         """`"read"` or `"write"`: what a kind does with the residual stream; None where unknown."""
         return residual_role(self.kinds[index], self.config.roles if self.maps else None)
 
-    def features(self, index: int) -> Tensor | None:
-        """Updates on the sides that are comparable across depth, flattened: (L, n), with experts (E, L, n).
+    def similarity(self, index: int) -> Tensor | None:
+        """`stream_cosine` of every two depths, (L, L), with experts (E, L, L).
 
         None where unknown: a plain adapter does not tell where lora_A began, nor which side of experts that
         are one parameter meets the input.
         """
-        if self.maps:
-            updates = self.maps[index].features(self._nodes(index)).values()
-            return (
-                self._by_expert(index, torch.cat([u.flatten(1) for u in updates], dim=-1))
-                if updates
-                else None
-            )
-        return self.factors(index).B.flatten(-2) if self._is_plain_writer(index) else None
-
-    def stream_cosines(self, index: int) -> Tensor | None:
-        """`stream_cosine` of neighbouring depths, (L - 1,), with experts (E, L - 1); None where unknown."""
         A, B = self._nodes(index)
         if self.maps:
             pair = self.maps[index].stream_factors(Factors(A, B))
         else:
             pair = (B.mT, A) if self._is_plain_writer(index) else None
-        return (
-            None
-            if pair is None
-            else stream_cosine(*stream_products(*(self._by_expert(index, x) for x in pair)))
-        )
+        if pair is None:
+            return None
+        side, other = (self._by_expert(index, x) for x in pair)
+        gram, own, _ = stream_products(side, other)
+        depths = side.shape[-3]
+        found = side.new_empty(*side.shape[:-3], depths, depths)
+        for apart in range(depths):
+            cross = side[..., apart:, :, :] @ side[..., : depths - apart, :, :].mT
+            cosines = stream_cosine(gram, own, cross)
+            for offset in (apart, -apart):
+                found.diagonal(offset, -2, -1).copy_(cosines)
+        return found
 
     def semantic_edges(self, index: int) -> Tensor | None:
         """Which depths a semantic edge joins, (L, L), with experts (E, L, L); None without a coordinator."""

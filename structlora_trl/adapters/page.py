@@ -240,8 +240,7 @@ _COLUMNS: dict[str, Callable] = {
     "norm": lambda kind, depth: depth.norm,
     "rank": lambda kind, depth: depth.rank,
     "adds": lambda kind, depth: depth.kept,
-    "coherence": lambda kind, depth: depth.coherence,
-    "stream": lambda kind, depth: depth.stream,
+    "similarity": lambda kind, depth: depth.similarity,
     "semantic": lambda kind, depth: (
         None
         if depth.semantic is None
@@ -249,7 +248,7 @@ _COLUMNS: dict[str, Callable] = {
     ),
 }
 
-_DECIMALS = {"eff. rank": 2, "coherence": 3, "stream": 3}  # those of norms follow their size
+_DECIMALS = {"eff. rank": 2, "similarity": 3}  # those of norms follow their size
 
 
 def _with_code(text: str) -> Markup:

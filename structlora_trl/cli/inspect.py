@@ -23,9 +23,8 @@ For each kind of module and each depth, named by its layer's number:
   rank       of the module's adapter
   eff. rank  exp of the entropy of the normalised singular values of the update BA
   norm       Frobenius norm of the update as it is added to the weight
-  coherence  mean cosine with the neighbouring depths' updates, on the side that is comparable across depth
-  stream     the same for what the update reads from the residual stream, or writes to it, as a subspace: from 0 to 1, and
-             whatever the order and mixture of the directions
+  similarity mean cosine with the neighbouring depths of what the update reads from the residual stream, or writes to it, as
+             a subspace: from 0 to 1, whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
 What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter
 lies alone, the state is that of the newest checkpoint near it that holds the same adapter. First come where the
@@ -201,19 +200,17 @@ def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
         rank = "to ".join(f"{value} " for value in sorted({min(ranks), max(ranks)})).strip()
         depths = f"{depth_count} {'depth' if depth_count == 1 else 'depths'}"
         lines += [f"\n{kind.name}  ({depths}, r {rank}, {k} -> {d}, {about})"]
-        figures = f"{'eff. rank':>9}  {'norm':>9}  {'coherence':>9}  {'stream':>6}"
+        figures = f"{'eff. rank':>9}  {'norm':>9}  {'similarity':>10}"
         more = f"  | {'rank':>4}  {'eff. rank':>9}  {'norm':>9}" if others else ""
         lines += [f"{'layer':>5}  {'adds':>4}  {'rank':>4}  {figures}  semantic{more}"]
         for row in kind.depths:
-            coherence, stream = (
-                "-" if cosine is None else f"{cosine:.3f}" for cosine in (row.coherence, row.stream)
-            )
+            similarity = "-" if row.similarity is None else f"{row.similarity:.3f}"
             semantic = (
                 "-"
                 if row.semantic is None
                 else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
             )
-            figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {coherence:>9}  {stream:>6}"
+            figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {similarity:>10}"
             other = beside.get(row.module)
             more = "  | left out" if others else ""
             if other:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
@@ -64,10 +63,6 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         layers = [getattr(layer.self_attn, leaf) for layer in model.model.layers]
         updates = [layer.get_delta_weight("default") for layer in layers]
         origin = state[f"{kind['name']}/origin_A"][0] if side == "A" else 0
-        updates_of_side = [getattr(layer, f"lora_{side}")["default"].weight - origin for layer in layers]
-        masks = [kept[:, None] if side == "A" else kept for kept in state[f"{kind['name']}/selection.kept"]]
-        features = [(update * mask).flatten() for update, mask in zip(updates_of_side, masks, strict=True)]
-        cosines = [float(torch.cosine_similarity(a, b, 0)) for a, b in pairwise(features)]
         assert [row["layer"] for row in kind["depths"]] == ["0", "1", "2"]
         for row, update, kept in zip(
             kind["depths"], updates, state[f"{kind['name']}/selection.kept"], strict=True
@@ -78,15 +73,17 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
             assert row["effective_rank"] == pytest.approx(
                 (-torch.xlogy(share, share).sum()).exp().nan_to_num(0).item(), abs=1e-2
             )
-        coherence = [row["coherence"] for row in kind["depths"]]
-        assert coherence == pytest.approx(_means(cosines), abs=1e-4)
         # What the side on the residual stream has added, the stream's axis last.
         parts = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
         learned = [B @ (A - origin) if side == "A" else (B @ A).T for A, B in parts]
         squares = [(update.T @ update).flatten() for update in learned]
-        cosines = [_cosine(a, b) for a, b in pairwise(squares)]
-        stream = [row["stream"] for row in kind["depths"]]
-        assert stream == pytest.approx(_means(cosines), abs=1e-4)
+        cosines = [[_cosine(a, b) for b in squares] for a in squares]
+        for found, expected in zip(kind["similarity"], cosines, strict=True):
+            assert [math.nan if x is None else x for x in found] == pytest.approx(
+                expected, abs=1e-4, nan_ok=True
+            )
+        similarity = [row["similarity"] for row in kind["depths"]]
+        assert similarity == pytest.approx(_means([cosines[0][1], cosines[1][2]]), abs=1e-4)
         assert [row["semantic"] for row in kind["depths"]] == [
             joined.nonzero().flatten().tolist() for joined in state[f"{kind['name']}/graph.semantic"][0]
         ]
@@ -112,10 +109,9 @@ def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
         for row, known in zip(kind["depths"], whole[kind["name"]]["depths"], strict=True):
             assert row["kept"] == known["kept"] and row["semantic"] is None
             # Without the state, A's origin is unknown; B began at zero.
-            for figure in ("coherence", "stream"):
-                assert row[figure] == (
-                    pytest.approx(known[figure], abs=1e-4) if kind["role"] == "write" else None
-                )
+            assert row["similarity"] == (
+                pytest.approx(known["similarity"], abs=1e-4) if kind["role"] == "write" else None
+            )
             assert row["norm"] == pytest.approx(known["norm"], rel=1e-4)
 
 
@@ -206,7 +202,8 @@ def test_experts_are_told_apart(scales, tmp_path):
                     entropy = -torch.xlogy(share, share).sum()
                     assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
                     assert row.effective_rank == pytest.approx(entropy.exp().nan_to_num(0).item(), abs=1e-2)
-                    assert row.stream is None or (folder == out and 0 <= row.stream <= 1 + 1e-6)
+                    similarity = row.similarity
+                    assert similarity is None or (folder == out and 0 <= similarity <= 1 + 1e-6)
 
 
 def test_experts_that_are_modules_are_told_apart_and_pruned(tmp_path):

@@ -81,7 +81,7 @@ def test_the_page_holds_everything(page):
     assert parsed.counts["svg"] == 1 + similarities + spectra + sizes + curves
     assert "plain &amp; simple: no map of q_proj, v_proj: no structlora.safetensors beside it" in text
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
-    assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 7 * 2 for row in rows)
+    assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 6 * 2 for row in rows)
     # kind, layer; of either run effective rank, norm, rank, directions that add something
     assert all(row[8] == row[9] for row in rows) and any(int(row[8]) < RANK for row in rows)
 
