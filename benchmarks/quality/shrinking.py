@@ -18,8 +18,8 @@ Over the whole model, with as many parameters, so that ranks differ:
 | sv-fro, sv-cumulative | of each module the fewest singular values that hold a share of the norm, or of their sum, as kohya's
   `resize_lora.py` does; the share is the one at which the size is right |
 
-Each as cut; those of `structlora export`, and singular directions by information, also after 100 steps in which the
-smaller adapter learns the whole one's outputs on the training examples.
+Each as cut; activations, svd and global-information also after 100 steps in which the smaller adapter learns the whole
+one's outputs on the training examples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXAMPLES = 64  # that directions are chosen on, as `structlora export` takes the
 ONE_RANK = ("activations", "svd", "information", "random")
 GLOBAL = ("global-information", "global-svd", "sv-fro", "sv-cumulative")
 RULES = (*ONE_RANK, *GLOBAL)
-DISTILLED = ("activations", "svd", "information", "global-information")
+DISTILLED = ("activations", "svd", "global-information")
 _HALVINGS = 40  # of the interval in which a rule's share is sought
 
 

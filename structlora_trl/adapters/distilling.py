@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..errors import StructLoRAError
 from .measuring import Row, factors_of, moved, predictions, put
@@ -86,7 +87,7 @@ def distil(
     order = torch.randperm(len(rows), generator=generator).tolist()
     count = len(rows) // _HELD_OUT
     held_out, learned = [rows[i] for i in order[:count]], [rows[i] for i in order[count:]]
-    watched = held_out or learned
+    watched, padding = held_out or learned, _padding(model)
     optimizer = torch.optim.AdamW(places, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
@@ -96,7 +97,7 @@ def distil(
 
     def distance(chosen: list[Row], learning: bool) -> float:
         """Mean over positions; with gradients where it is learned from."""
-        total, parts = 0.0, _together(chosen)
+        total, parts = 0.0, _together(chosen, padding)
         for part in parts:
             use(teacher)
             with torch.no_grad():
@@ -151,16 +152,22 @@ def _on_device(model: PeftModel, tensors: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
-def _together(rows: list[Row]) -> list[dict]:
-    """Rows in as few parts as run at once: those of equal shapes, and of a language model of any length."""
+def _padding(model: PeftModel) -> int | None:
+    """The token that fills up shorter rows; None where a model has none: its classifiers take one row at a time."""
+    config = model.get_base_model().config if isinstance(model.get_base_model(), PreTrainedModel) else None
+    return 0 if config is None else getattr(config.get_text_config(), "pad_token_id", None)
+
+
+def _together(rows: list[Row], padding: int | None) -> list[dict]:
+    """Rows in as few parts as run at once: text of any length, others of equal shapes."""
     parts: list[list[Row]] = []
     for row in sorted(rows, key=_positions):
         last = parts[-1] if parts else []
-        if last and _fits(last[0], row) and (len(last) + 1) * _positions(row) <= _ROOM:
+        if last and _fits(last[0], row, padding) and (len(last) + 1) * _positions(row) <= _ROOM:
             last.append(row)
         else:
             parts.append([row])
-    return [{"rows": part, "inputs": _stacked(part)} for part in parts]
+    return [{"rows": part, "inputs": _stacked(part, padding or 0)} for part in parts]
 
 
 def _positions(row: Row) -> int:
@@ -168,25 +175,34 @@ def _positions(row: Row) -> int:
 
 
 def _is_text(row: Row) -> bool:
-    """Whether a row is tokens of a language model, with as many labels: such rows can be padded."""
-    named = {"input_ids", "labels"} <= row.keys() <= {"input_ids", "labels", "attention_mask"}
-    return named and row["labels"].shape == row["input_ids"].shape
+    """Whether a row is tokens with labels, of each token or of the row: such rows can be padded."""
+    return {"input_ids", "labels"} <= row.keys() <= {"input_ids", "labels", "attention_mask"}
 
 
-def _fits(one: Row, other: Row) -> bool:
-    shapes = [{name: value.shape for name, value in row.items()} for row in (one, other)]
-    return shapes[0] == shapes[1] or (_is_text(one) and _is_text(other))
+def _is_classified(row: Row) -> bool:
+    """Whether a row of text has one label."""
+    return row["labels"].shape != row["input_ids"].shape
 
 
-def _stacked(rows: list[Row]) -> Row:
+def _fits(one: Row, other: Row, padding: int | None) -> bool:
+    if _is_text(one) and _is_text(other):
+        # A classifier on a decoder looks for the last token that is no padding.
+        return _is_classified(one) == _is_classified(other) and not (_is_classified(one) and padding is None)
+    return {n: x.shape for n, x in one.items()} == {n: x.shape for n, x in other.items()}
+
+
+def _stacked(rows: list[Row], padding: int) -> Row:
     if len(rows) == 1:
         return rows[0]
     if not _is_text(rows[0]):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
-    return {
+    fills = {"input_ids": padding, "attention_mask": 0, "labels": _IGNORED}
+    whole = {"labels": torch.cat([row["labels"] for row in rows])} if _is_classified(rows[0]) else {}
+    return whole | {
         name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=fill)
-        for name, fill in (("input_ids", 0), ("labels", _IGNORED), ("attention_mask", 0))
+        for name, fill in fills.items()
+        if name not in whole
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +21,9 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..errors import StructLoRAError, refuse_used, refusing
 from .distilling import STEPS, Distilled, distil
+from .export_options import AUTO, NO_PROBE, RANDOM, Options, Sizes, sizes_of
 from .load_adapter import Saved
 from .measuring import (
-    NO_PROBE,
-    RANDOM,
     Change,
     Losses,
     Outputs,
@@ -53,7 +51,7 @@ from .peft_scaling import (
     with_one_scale,
     with_singular_directions,
 )
-from .pruning import Pruned, refuse_size, select, shrink
+from .pruning import Pruned, refuse_rank, select, shrink
 from .pruning import prune as prune_zeros
 from .rows import Rows, read_rows
 from .servers import SERVERS, refuse_for
@@ -61,9 +59,7 @@ from .servers import SERVERS, refuse_for
 _PREFIX = "base_model.model."  # of PEFT's names
 _TELL = 64  # rows of the data that tell which directions to keep, and most on which the loss is measured
 _LEARN = 1024  # most rows that are read where the smaller adapter learns from them
-AUTO = "auto"  # the scale that rows choose
 _SHARES = [2.0**-i for i in reversed(range(7))]  # sizes at which the loss is measured
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Size(NamedTuple):
@@ -95,22 +91,6 @@ class Export:
     distilled: Distilled | None = None
     scaled: Scaled | None = None
     rows: Rows | None = None
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What holds for every size of one call: see `export`."""
-
-    max_rank: int | None = None
-    data: str | Path | Sequence[dict] | None = None
-    split: str | None = None
-    distil: bool | int = False
-    scale: float | str | None = None
-    server: str | None = None
-    dtype: str | None = None
-    merge: bool = False
-    base: str | None = None
-    probe: str = RANDOM
 
 
 def export(
@@ -170,8 +150,9 @@ def export(
             be loaded or probed, or one that training changed in a way that PEFT does not repeat; a full disk.
             Nothing is written then.
     """
-    options = _Options(max_rank, data, split, distil, scale, server, dtype, merge, base, probe)
-    return _export(saved, Path(out), {"": {"rank": rank, "keep": keep, "prune": prune}}, options)[0]
+    sizes = sizes_of([] if rank is None else [rank], [] if keep is None else [keep], prune)
+    options = Options(max_rank, data, split, distil, scale, server, dtype, merge, base, probe)
+    return write(saved, Path(out), sizes, options)[0]
 
 
 def export_sizes(
@@ -192,21 +173,23 @@ def export_sizes(
     Raises:
         StructLoRAError: as for `export`.
     """
-    sizes = {f"rank-{value}": {"rank": value} for value in rank}
-    sizes |= {f"keep-{str(value).replace('%', '-percent')}": {"keep": value} for value in keep}
-    return _export(saved, Path(out), sizes, _Options(**options))
+    return write(saved, Path(out), sizes_of(rank, keep, named=True), Options(**options))
 
 
-def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) -> list[Export]:
-    """Write the sizes, each to the folder of its name within `out`."""
+def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Export]:
+    """Write the adapter as it is, or the sizes, each to the folder of its name within `out`; see `export`."""
     refuse_used(out)
-    _refuse_contradictions([*sizes.values()], options)
-    _refuse_idle(saved, [*sizes.values()], options)
-    for size in sizes.values():
-        refuse_size(saved, size.get("rank"), size.get("keep"), options.max_rank)
+    options.refuse_contradictions(sizes)
+    for rule, value in sizes.values():
+        refuse_rank(saved, value if rule == "rank" else options.max_rank)
+    if options.base is not None and not options.loads_base(sizes) and not base_is_moved_for_good(saved.lora):
+        raise StructLoRAError(
+            f"`base` {options.base} in an export that loads no base model",
+            "`merge`, or a smaller adapter whose cost is measured",
+            "remove `base`",
+        )
     distil, scale, server, merge = options.distil, options.scale, options.server, options.merge
     if scale is not None:
-        _refuse_scale(scale)
         refuse_unscalable(saved.lora)
     if merge and saved.lora.layer_replication:
         raise StructLoRAError(
@@ -217,7 +200,7 @@ def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) 
     saved, base_name, revision = _with_base(saved, options.base)
     if server:
         refuse_for(server, saved.lora, saved.tensors)
-    is_chosen = any(size.get("rank") is not None or size.get("keep") is not None for size in sizes.values())
+    is_chosen = any(rule != "prune" for rule, _ in sizes.values())
     rows = None
     if scale == AUTO or (is_chosen and (options.data is not None or options.probe == RANDOM)):
         count = _LEARN if distil else 2 * _TELL
@@ -244,10 +227,10 @@ def _export(saved: Saved, out: Path, sizes: dict[str, dict], options: _Options) 
         tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
     ):
         trial = _Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
-        for name, size in sizes.items():
+        for name, (rule, value) in (sizes or {"": (None, None)}).items():
             result = Path(unfinished, "result", name)
             written = Export(out / name, rows=rows)
-            pruned = written.pruned = _smaller(saved, size, options.max_rank, one_rank, trial)
+            pruned = written.pruned = _smaller(saved, rule, value, options.max_rank, one_rank, trial)
             lora, tensors = saved.lora, saved.tensors
             directions = pruned.masked() if pruned else tensors
             if distil:
@@ -297,90 +280,15 @@ def _writing(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_contradictions(sizes: list[dict], options: _Options) -> None:
-    distil, server, dtype = options.distil, options.server, options.dtype
-    given = [
-        name for size in sizes for name, value in size.items() if value is not None and value is not False
-    ]
-    if len(given) > len(sizes):
-        raise StructLoRAError(
-            f"both `{given[0]}` and `{given[1]}`", "one rule for what to drop", "give one of them"
-        )
-    if options.max_rank is not None and given != ["keep"] * len(sizes):
-        raise StructLoRAError(
-            "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"
-        )
-    if distil and not {*given} & {"rank", "keep"}:
-        raise StructLoRAError(
-            "`distil` without `rank` or `keep`", "a smaller adapter, which learns", "give one of them"
-        )
-    if distil < 0:
-        raise StructLoRAError(f"{distil} steps of `distil`", "a number of steps above 0", "try 100")
-    if server is not None and server not in SERVERS:
-        raise StructLoRAError(f"a server {server!r}", f"one of {', '.join(SERVERS)}", "correct `--for`")
-    if dtype is not None and dtype not in DTYPES:
-        raise StructLoRAError(f"a dtype {dtype!r}", f"one of {', '.join(DTYPES)}", "correct `--dtype`")
-    for name, value in (("server", server), ("dtype", dtype)):
-        if options.merge and value is not None:
-            raise StructLoRAError(
-                f"both `merge` and `{name}`",
-                "one of them: a merged model has the base model's own dtype, and every server loads it",
-                "give one of them",
-            )
-
-
-def _refuse_idle(saved: Saved, sizes: list[dict], options: _Options) -> None:
-    """Stop at an option that acts on nothing beside the others."""
-    data, probe = options.data, options.probe
-    rules = {
-        name for size in sizes for name, value in size.items() if value is not None and value is not False
-    }
-    if data is not None and not rules & {"rank", "keep"} and options.scale != AUTO:
-        raise StructLoRAError(
-            "`data` without `rank`, `keep` or `scale='auto'`",
-            "a choice for its rows to tell",
-            "give one of them, or remove `data`",
-        )
-    if options.split is not None and data is None:
-        raise StructLoRAError(
-            "`split` without `data`", "rows that have splits", "give `data`, or remove `split`"
-        )
-    if probe != RANDOM and data is not None:
-        raise StructLoRAError(
-            "both `data` and `probe`",
-            "one of them: with `data`, its rows are what the change is measured on",
-            "remove `probe`",
-        )
-    if probe not in (RANDOM, NO_PROBE) and not rules:
-        raise StructLoRAError(
-            "`probe` without `rank`, `keep` or `prune`",
-            "a smaller adapter, whose cost it measures",
-            "give one of them, or remove `probe`",
-        )
-    loads_base = options.merge or options.scale == AUTO or (rules and (data is not None or probe != NO_PROBE))
-    if options.base is not None and not loads_base and not base_is_moved_for_good(saved.lora):
-        raise StructLoRAError(
-            f"`base` {options.base} in an export that loads no base model",
-            "`merge`, or a smaller adapter whose cost is measured",
-            "remove `base`",
-        )
-
-
-def _refuse_scale(scale: float | str) -> None:
-    is_number = isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0
-    if scale != AUTO and not is_number:
-        raise StructLoRAError(
-            f"`scale` {scale}", f"'{AUTO}', or a number above 0", "try 'auto', with rows, or 0.7"
-        )
-
-
-def _smaller(saved: Saved, size: dict, max_rank: int | None, one_rank: bool, trial: _Trial) -> Pruned | None:
-    if size.get("prune"):
+def _smaller(
+    saved: Saved, rule: str | None, value, max_rank: int | None, one_rank: bool, trial: _Trial
+) -> Pruned | None:
+    if rule == "prune":
         return prune_zeros(saved, one_rank)
-    if size.get("keep") is not None:
-        return select(saved, size["keep"], trial.information(), max_rank, one_rank)
-    if size.get("rank") is not None:
-        return shrink(saved, size["rank"], trial.moments())
+    if rule == "keep":
+        return select(saved, value, trial.information(), max_rank, one_rank)
+    if rule == "rank":
+        return shrink(saved, value, trial.moments())
     return None
 
 
@@ -485,7 +393,7 @@ def _base_is_beneath(lora: LoraConfig) -> bool:
 def _in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
     if dtype is None:
         return tensors
-    return {name: x.to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in tensors.items()}
+    return {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:

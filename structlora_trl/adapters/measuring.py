@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from ..errors import StructLoRAError, refusing
+from .export_options import RANDOM
 from .load_adapter import Saved
 from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, factor_names, rank_of, scaled
 
-RANDOM, NO_PROBE = "random", "none"
 # Inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss.
 Row = dict[str, Tensor]
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens

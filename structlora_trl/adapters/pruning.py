@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from ..config import share_to_keep
 from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
@@ -127,7 +126,7 @@ def select(
         StructLoRAError: a share or a rank out of range, an adapter that adds nothing, or one whose ranks PEFT
             needs as they are (PiSSA, OLoRA, LoftQ).
     """
-    refuse_size(saved, keep=keep, max_rank=max_rank)
+    refuse_rank(saved, max_rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     worth = information or {module: values.square() for module, values in sigma.items()}
     _refuse_nothing(worth, "the loss on these rows" if information else "the model")
@@ -161,7 +160,7 @@ def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) ->
         StructLoRAError: a rank above the adapter's, an adapter that adds nothing, or one whose ranks PEFT
             needs as they are (PiSSA, OLoRA, LoftQ).
     """
-    refuse_size(saved, rank)
+    refuse_rank(saved, rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     _refuse_nothing(sigma)
     names, kept, shares = factor_names(tensors), {}, []
@@ -209,28 +208,19 @@ def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:
         )
 
 
-def refuse_size(
-    saved: Saved, rank: int | None = None, keep: float | str | None = None, max_rank: int | None = None
-) -> None:
-    """Stop at a size that an adapter cannot be given, before the work.
-
-    Args:
-        saved (`Saved`): the adapter.
-        rank, keep, max_rank: those of `shrink` and `select` that are given.
+def refuse_rank(saved: Saved, rank: int | None) -> None:
+    """Stop at a rank that an adapter cannot be given, before the work; None is none.
 
     Raises:
-        StructLoRAError: a share or a rank out of range.
+        StructLoRAError: it is out of range.
     """
-    if keep is not None:
-        share_to_keep(keep)
     largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
-    for given in (rank, max_rank):
-        if given is not None and not 1 <= given <= largest:
-            raise StructLoRAError(
-                f"a rank of {given} for an adapter of rank {largest}",
-                f"a smaller one, from 1 to {largest}",
-                f"try {max(1, largest // 2)}",
-            )
+    if rank is not None and not 1 <= rank <= largest:
+        raise StructLoRAError(
+            f"a rank of {rank} for an adapter of rank {largest}",
+            f"a smaller one, from 1 to {largest}",
+            f"try {max(1, largest // 2)}",
+        )
 
 
 def _best_of_each(worth: Tensor, count: int) -> Tensor:

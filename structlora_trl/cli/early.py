@@ -78,8 +78,14 @@ def check(arguments: list[str]) -> None:
     for name in ("config", "max_steps", *_PATHS, *NUMBERS):
         parser.add_argument(f"--{name}")
     parser.add_argument("--overwrite", nargs="?", const="true")
+    joined: list[str] = []
+    for word in arguments:  # argparse takes -2e-4 for an option
+        if joined and _is_negative(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
     try:
-        words = vars(parser.parse_known_args(arguments)[0])
+        words = vars(parser.parse_known_args(joined)[0])
     except argparse.ArgumentError:
         return  # a name without its value, which TRL's parser tells with its usage
     path = words.pop("config")
@@ -97,6 +103,13 @@ def check(arguments: list[str]) -> None:
     if isinstance(output, str):
         checkpoint = last_checkpoint(given.get("resume_from_checkpoint"), output)
         refuse_earlier_run(Path(output), checkpoint, is_true(given.get("overwrite")))
+
+
+def _is_negative(word: str) -> bool:
+    try:
+        return float(word) < 0
+    except ValueError:
+        return False
 
 
 def refuse_numbers(given: dict) -> None:
@@ -240,13 +253,17 @@ def local_data(name: str, files: Any = None) -> tuple[str, Any]:
     if not os.path.exists(path):
         what = "file" if builder else "folder"
         raise StructLoRAError(
-            f"no {what} {path}", "data to train on", f"correct the path{nearest(path)}, or make the file"
+            f"no {what} {path}",
+            "rows, one example each",
+            f"correct the path{nearest(path)}, or make the file",
         )
     if builder is None or not os.path.isfile(path):
         return path, files
     with open(path, "rb") as file:
         if not file.read(4096).strip():
-            raise StructLoRAError(f"{path} empty", "rows to train on", "write the rows, or correct the path")
+            raise StructLoRAError(
+                f"{path} empty", "rows, one example each", "write the rows, or correct the path"
+            )
     return builder, glob.escape(path)  # `datasets` takes paths for patterns
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters.export_options import RANDOM, Options, sizes_of
 from ..config import share_to_keep
 from ..errors import StructLoRAError, refuse_used
 from .arguments import parser_of
-from .early import ADAPTER_CONFIG, nearest
+from .early import ADAPTER_CONFIG, local_data, nearest
 
 if TYPE_CHECKING:
     from ..adapters.export import Export
@@ -60,7 +62,7 @@ def run(command: str, arguments: list[str]) -> None:
     Raises:
         StructLoRAError: no adapter to read, one that cannot be made smaller, a base model that cannot be
             loaded, or an output folder that is not empty.
-        SystemExit: `--help`, an unknown argument, or one that has no effect beside the others.
+        SystemExit: `--help`, or an unknown argument.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint or adapter")
@@ -97,31 +99,24 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--base", metavar="MODEL", help="base model; default: the one named in adapter_config.json"
     )
-    parser.add_argument("--probe", metavar="FILE", help="text to measure the change on, or 'none' to skip it")
+    parser.add_argument(
+        "--probe", metavar="FILE", default=RANDOM, help="text to measure the change on, or 'none' to skip it"
+    )
     given = parser.parse_args(arguments)
-    _refuse_idle(parser, given)
-    # After the arguments, and after a path that is wrong: these load torch and PEFT.
+    ranks, shares = given.rank or [], given.keep or []
+    sizes = sizes_of(ranks, shares, given.prune, named=len(ranks + shares) > 1)
+    options = Options(**{option.name: getattr(given, option.name) for option in fields(Options)})
+    options.refuse_contradictions(sizes)
     refuse_missing(given.checkpoint)
     refuse_used(given.out)
-    for share in given.keep or ():
-        share_to_keep(share)
-    from ..adapters.export import export, export_sizes
+    if given.data is not None:
+        local_data(given.data)
+    # After the arguments, and after a path that is wrong: these load torch and PEFT.
+    from ..adapters.export import write
     from ..adapters.load_adapter import read_saved
-    from ..adapters.measuring import RANDOM
 
     saved = read_saved(given.checkpoint)
-    options = {
-        **{"data": given.data, "split": given.split, "max_rank": given.max_rank, "distil": given.distil},
-        **{"server": given.server, "dtype": given.dtype, "merge": given.merge, "base": given.base},
-        "scale": given.scale,
-        "probe": RANDOM if given.probe is None else given.probe,
-    }
-    sizes = given.rank or given.keep or []
-    if len(sizes) > 1:
-        done = export_sizes(saved, given.out, rank=given.rank or (), keep=given.keep or (), **options)
-    else:
-        one = {"rank": given.rank and given.rank[0], "keep": given.keep and given.keep[0]}
-        done = [export(saved, given.out, prune=given.prune, **one, **options)]
+    done = write(saved, given.out, sizes, options)
     if saved.maps and saved.run_folder != saved.folder:
         print(f"State: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
     if done[0].pruned:
@@ -133,30 +128,17 @@ def run(command: str, arguments: list[str]) -> None:
         print(
             "Every direction adds something, so nothing was dropped. To choose by a task: `--rank 4 --data ROWS`."
         )
-    if given.keep and (lost := _costly(given.keep)):
+    if lost := _costly(shares):
         print(
             f"{lost} of the information is a share of what matters, and not of the size: below 90 % an adapter loses much of "
             "what it learned. A share of the directions is written 0.25."
         )
-    if sizes and done[0].rows is None:
+    if (ranks or shares) and done[0].rows is None:
         print(
             "Singular values do not know the task, and are usually the worse choice: give examples with --data ROWS."
         )
     what = "the merged model" if given.merge else "a plain LoRA adapter"
     print(f"Wrote {what} to {', '.join(str(size.folder) for size in done)}.")
-
-
-def _refuse_idle(parser, given) -> None:
-    """Stop at an argument that has no effect beside the others; `export` itself refuses what contradicts."""
-    is_chosen = given.rank is not None or given.keep is not None
-    if not is_chosen and given.data is not None and given.scale != "auto":
-        parser.error("--data needs --rank, --keep or --scale auto")
-    if given.split is not None and given.data is None:
-        parser.error("--split needs --data")
-    if given.probe is not None and (given.data is not None or not (is_chosen or given.prune)):
-        parser.error(
-            "--probe needs --rank, --keep or --prune, whose cost it measures; with --data the rows are measured on"
-        )
 
 
 def refuse_missing(folder: Path) -> None:

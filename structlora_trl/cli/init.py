@@ -175,6 +175,7 @@ def _read(path: Path) -> tuple[int, list]:
 
         file = ParquetFile(path)
         return file.metadata.num_rows, next(file.iter_batches(LOOKED_AT)).to_pylist()
+    are_lines = False
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":  # where an empty cell is null
             rows = (
@@ -185,12 +186,12 @@ def _read(path: Path) -> tuple[int, list]:
             rows = iter(json.load(file))
         else:
             file.seek(0)
-            rows = (line for line in file if line.strip())
+            rows, are_lines = (line for line in file if line.strip()), True
         first = [*islice(rows, LOOKED_AT)]
-        for index, row in enumerate(first):
-            if isinstance(row, str):
+        if are_lines:
+            for index, line in enumerate(first):
                 with refusing(f"reading row {index + 1} of {path}", "a line of JSON", "correct the line"):
-                    first[index] = json.loads(row)
+                    first[index] = json.loads(line)
         return len(first) + sum(1 for _ in rows), first
 
 

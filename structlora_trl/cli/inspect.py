@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StructLoRAError, refuse_unwritable
 from .arguments import parser_of
+from .early import local_data
 from .export import in_words, refuse_missing
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def run(command: str, arguments: list[str]) -> None:
             parser.error(f"--{name} needs --data")
     for folder in filter(None, (given.adapter, given.against)):
         refuse_missing(folder)
+    if given.data is not None:
+        local_data(given.data)
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
     from ..adapters.export import information_curves
     from ..adapters.inspecting import contents, final_losses, log_history, report

@@ -9,7 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertForQuestionAnswering, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForSequenceClassification,
+)
 
 from structlora_trl.adapters import distilling
 from structlora_trl.adapters.distilling import distil
@@ -97,17 +103,42 @@ def test_distillation_brings_the_outputs_nearer_and_keeps_the_size(loaded):
 
 def test_padded_rows_are_learned_as_single_ones(loaded, monkeypatch):
     _, model, _, rows = loaded
-    (together,) = distilling._together(rows[:4])
+    (together,) = distilling._together(rows[:4], None)
     found, is_distribution = distilling._wanted(model, together)
     alone = torch.cat(
-        [distilling._wanted(model, part)[0] for row in rows[:4] for part in distilling._together([row])]
+        [distilling._wanted(model, part)[0] for row in rows[:4] for part in distilling._together([row], None)]
     )
     assert (
         is_distribution and len(found) == sum(range(4, 8)) - 4
     )  # of each row all but the first token are predicted
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
     monkeypatch.setattr(distilling, "_ROOM", 10)
-    assert [len(part["rows"]) for part in distilling._together(rows[:4])] == [2, 1, 1]
+    assert [len(part["rows"]) for part in distilling._together(rows[:4], None)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "family, head, padding, parts",
+    [
+        ("bert", BertForSequenceClassification, 0, 1),
+        ("llama", LlamaForSequenceClassification, 0, 1),
+        # It takes no two rows, not even of one length.
+        ("llama", LlamaForSequenceClassification, None, 5),
+    ],
+)
+def test_rows_of_a_classifier_are_learned_together_where_the_model_can(family, head, padding, parts):
+    torch.manual_seed(0)
+    base = head(base_model(family).config).eval()
+    base.config.pad_token_id = padding
+    model = get_peft_model(base, LoraConfig(target_modules=FAMILIES[family].attention)).eval()
+    rows = [
+        {"input_ids": ids[None, :n], "labels": torch.tensor([n % 2])}
+        for ids, n in zip(_tokens(), (4, 4, 9, 6, 12), strict=False)
+    ]
+    found = distilling._together(rows, distilling._padding(model))
+    assert len(found) == parts
+    logits = torch.cat([distilling._wanted(model, part)[0] for part in found])
+    alone = [model(**row).logits for row in sorted(rows, key=lambda row: row["input_ids"].shape[1])]
+    torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
 def test_a_start_that_nothing_is_nearer_than_stays(loaded):

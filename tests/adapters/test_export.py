@@ -253,50 +253,42 @@ MISTAKES = {
     "distillation alone": (["--distil"], "`distil` without `rank` or `keep`"),
     "a largest rank of one rank": (["--rank", "2", "--max-rank", "3"], "`max_rank` without `keep`"),
     "a server of a merge": (["--merge", "--for", "vllm"], "both `merge` and `server`"),
-}
-WITHOUT_EFFECT = {
-    "a probe alone": (["--probe", "sample.txt"], "--probe needs --rank, --keep or --prune"),
-    "a probe of a merge": (["--merge", "--probe", "none"], "--probe needs --rank, --keep or --prune"),
+    "a probe alone": (["--probe", "sample.txt"], "`probe` without `rank`, `keep` or `prune`"),
     "a probe beside data": (
         ["--keep", "0.5", "--data", "rows.txt", "--probe", "none"],
-        "--probe needs --rank, --keep or --prune",
+        "both `data` and `probe`",
     ),
-    "two rules": (["--keep", "0.5", "--prune"], "--prune: not allowed with argument --keep"),
-    "data alone": (["--data", "rows.txt"], "--data needs --rank, --keep or --scale auto"),
-    "a split alone": (["--keep", "0.5", "--split", "test"], "--split needs --data"),
+    "data alone": (["--data", "rows.txt"], "`data` without `rank`, `keep` or `scale='auto'`"),
+    "a split alone": (["--keep", "0.5", "--split", "test"], "`split` without `data`"),
 }
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, *WITHOUT_EFFECT])
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_every_mistake_gets_a_message(mistake, runs, tmp_path, monkeypatch, capsys):
-    arguments, words = {**MISTAKES, **WITHOUT_EFFECT}[mistake]
+    arguments, words = MISTAKES[mistake]
     folder = runs()
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.txt", texts())
     write_rows(tmp_path / "other.jsonl", [{"question": "w1", "answer": "w2"}])
     (tmp_path / "empty.jsonl").touch()
     capsys.readouterr()
-    code = main(["export", str(folder), str(tmp_path / "new"), *arguments])
-    assert code == (2 if mistake in WITHOUT_EFFECT else 1)
+    assert main(["export", str(folder), str(tmp_path / "new"), *arguments]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
-# Options in Python that act on nothing beside the others -> words of the message
+# Options in Python that contradict each other or act on nothing -> words of the message
 IDLE = {
-    "data alone": ({"data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
     "data of a prune": ({"prune": True, "data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
     "data of a merge": ({"merge": True, "data": []}, "`data` without `rank`, `keep` or `scale=.auto.`"),
-    "a split alone": ({"keep": 0.5, "split": "test"}, "`split` without `data`"),
-    "a probe alone": ({"probe": "some words"}, "`probe` without `rank`, `keep` or `prune`"),
-    "a probe beside data": ({"keep": 0.5, "data": [], "probe": "none"}, "both `data` and `probe`"),
     "a base alone": ({"base": "other"}, "`base` other in an export that loads no base model"),
     "a base for no measurement": ({"keep": 0.5, "probe": "none", "base": "other"}, "`base` other"),
+    "two rules": ({"keep": 0.5, "rank": 2}, "both `rank` and `keep`"),
 }
 
 
 @pytest.mark.parametrize("case", IDLE)
-def test_options_that_act_on_nothing_are_refused_in_python_too(case, runs, tmp_path):
+def test_options_that_contradict_or_act_on_nothing_are_refused_in_python_too(case, runs, tmp_path):
     options, words = IDLE[case]
     with pytest.raises(StructLoRAError, match=words):
         export(read_saved(runs()), tmp_path / "new", **options)

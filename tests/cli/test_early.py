@@ -39,6 +39,7 @@ WRONG = {
     "output a file": ({}, ["--output_dir", "rows.jsonl/out"], ["a file rows.jsonl, above rows.jsonl/out"]),
     "near": ({"dataset_name": "row.jsonl"}, [], ["did you mean ./rows.jsonl?"]),
     "rate": ({"learning_rate": "-1e-4"}, [], ["learning_rate=-1e-4", "above 0"]),
+    "rate in words": ({}, ["--learning_rate", "-2e-4"], ["learning_rate=-2e-4", "above 0"]),
     "alpha": ({}, ["--lora_alpha", "0"], ["lora_alpha=0", "lora_alpha / lora_r"]),
     "passes": ({"num_train_epochs": 0}, ["--max_steps", "-1"], ["num_train_epochs=0", "above 0"]),
     "key": ({"learning_rat": 1}, [], ["`learning_rat` in run.yaml (did you mean `learning_rate`?)"]),
@@ -79,7 +80,9 @@ COSTS_NOTHING = {
     **{n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0]) for n in ("data", "alpha")},
     "inspect": ("inspect .", 1, "no adapter_config.json in ."),
     "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
+    "rows": ("export a/lora out --rank 2 --data row.jsonl", 1, "did you mean ./rows.jsonl?"),
     "share": ("export a/lora out --keep 25", 1, "`keep` 25"),
+    "no effect": ("export a/lora out --split test", 1, "`split` without `data`"),
     "full folder": ("export a/lora a/lora", 1, "a/lora, which is not empty"),
 }
 
@@ -179,6 +182,7 @@ BAD_ROWS = {
     "hole.csv": ("prompt,completion\na,b\nc,\n", "nothing (null) in row 2, column `completion`"),
     "broken.jsonl": ('{"text": "a"}\n{"text"\n', "reading row 2 of broken.jsonl"),
     "list.jsonl": ("[1]\n", "row 1 of list.jsonl a list"),
+    "texts.json": ('["a", "b"]', "row 1 of texts.json a str"),
     "one.jsonl": ('{"text": "a"}\n', "1 rows in one.jsonl"),
 }
 
