@@ -3,6 +3,7 @@ over plain LoRA, for questions of form and size that were decided before the pac
 
     python -m benchmarks.quality.noise form          # per example, token or step; Gaussian or Bernoulli; sizes by information
     python -m benchmarks.quality.noise level         # variances at 2, 5, 15 and 50 passes over the examples
+    python -m benchmarks.quality.noise schedule      # noise that begins after a third of the run; Gumbel-Softmax
     python -m benchmarks.quality.noise table form    # what the stored runs say
 
 Runs are lines of `trials/noise.jsonl`; those that are there already are skipped.
@@ -208,8 +209,18 @@ def level() -> list[dict]:
     ]
 
 
+def schedule() -> list[dict]:
+    return [
+        {"task": task, "examples": 100, "lr": PLACES[task], "seed": seed, "passes": 50, **given}
+        for seed in SEEDS[:3]
+        for task in ("digits-all", "fashion-all")
+        for given in ({}, *({"variance": 1.0, "per": "example", **more} for more in SCHEDULES))
+    ]
+
+
+SCHEDULES = ({}, {"after": 1 / 3}, {"law": "gumbel"})
 LEVELS = {5: (0.0, 1.0, 0.25), 15: (0.0, 1.0, 0.25), 2: (0.0, 0.25), 50: (0.0, 1.0, 0.25)}
-GRIDS = {"form": form, "level": level}
+GRIDS = {"form": form, "level": level, "schedule": schedule}
 AVERAGED = 15  # passes, from which on the mean of the weights over the last half is measured too
 KEY = (
     "task",
