@@ -282,7 +282,7 @@ def table(keys: list[dict]) -> None:
             row = (
                 key["task"],
                 key["passes"],
-                "; ".join(f"{n} {key[n]}" for n in NONE if key[n] != NONE[n]) or "LoRA",
+                "; ".join(_named(n, key[n]) for n in NONE if key[n] != NONE[n]) or "LoRA",
             )
             found.setdefault(row, {})[key["seed"]] = line, base
     print(
@@ -295,6 +295,10 @@ def table(keys: list[dict]) -> None:
             shown = all(not which or which in line for line, _ in pairs.values())
             print(" |", "; ".join(_compared(list(pairs.values()), which)) if shown else "", end="")
         print(" |")
+
+
+def _named(name: str, value) -> str:
+    return f"{name} {value:.2g}" if isinstance(value, float) else f"{name} {value}"
 
 
 NONE = {name: DEFAULTS[name] for name in ("variance", "per", "law", "after", "sized", "dropout")}
