@@ -338,7 +338,6 @@ COMPARISONS = {
     ),
     "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
-_quarter = COMPARISONS["cut-quarter-of-16"]
 # What the landing pages show of these.
 COMPARISONS |= {
     "headline": replace(
@@ -349,15 +348,21 @@ COMPARISONS |= {
         figures=("accuracy", "nll"),
     ),
     "smaller": replace(
-        _quarter,
+        COMPARISONS["shrunk-quarter-of-16"],
         rows=(
             Row(LORA, 1 / 4, label="LoRA trained at rank 4"),
-            Row(LORA, label="LoRA trained at rank 16"),
-            Row(LORA, column="cut.information.quarter", label="rank 16, `--keep 0.25 --data`"),
-            Row(LORA, column="truncated.quarter", label="rank 16, `--rank 4` without data"),
-            Row(LORA, column="cut.random.quarter", label="rank 16, a quarter by chance"),
+            *(
+                Row("shrink:keep=0.25", rate_of=LORA, column=column, label=label)
+                for column, label in {
+                    "test": "LoRA trained at rank 16",
+                    "shrunk.activations.distilled": "rank 16, `--rank 4 --data --distil`",
+                    "shrunk.activations.cut": "rank 16, `--rank 4 --data`",
+                    "shrunk.svd.cut": "rank 16, `--rank 4` without data",
+                    "shrunk.global-information.cut": "rank 16, `--keep 0.25 --data`",
+                    "shrunk.random.cut": "rank 16, a quarter by chance",
+                }.items()
+            ),
         ),
-        bases=(0,),
         figures=("accuracy",),
     ),
 }

@@ -30,8 +30,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from structlora_trl.adapters.base_model import factors_of, put
 from structlora_trl.adapters.distilling import distil
-from structlora_trl.adapters.measuring import factors_of, gate_information, put, rank_moments
+from structlora_trl.adapters.measuring import gate_information, rank_moments
 from structlora_trl.adapters.peft_scaling import singular_directions
 from structlora_trl.adapters.pruning import principal_outputs
 

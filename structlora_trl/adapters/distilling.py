@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import StructLoRAError
-from .measuring import Row, factors_of, moved, predictions, put
+from .base_model import Row, factors_of, moved, put
+from .measuring import predictions
 from .peft_scaling import factor_names
 
 STEPS = 100

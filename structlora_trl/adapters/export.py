@@ -5,61 +5,37 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..errors import StructLoRAError, refuse_used, refusing
-from .distilling import STEPS, Distilled, distil
-from .export_options import AUTO, NO_PROBE, RANDOM, Options, Sizes, sizes_of
+from .base_model import in_dtype, load_base, on_base, with_base, write_adapter
+from .distilling import STEPS, Distilled
+from .export_options import AUTO, RANDOM, Options, Sizes, sizes_of
 from .load_adapter import Saved
-from .measuring import (
-    Change,
-    Losses,
-    Outputs,
-    Probe,
-    Scaled,
-    base_of,
-    change_of,
-    choose_scale,
-    gate_information,
-    load_base,
-    on_base,
-    outputs_of,
-    put,
-    rank_moments,
-    text_probe,
-)
+from .measuring import Change, Scaled
 from .peft_scaling import (
     LORA_NAME,
-    base_is_moved,
     base_is_moved_for_good,
     factor_names,
-    rank_of,
     refuse_unscalable,
     scaled,
     with_one_scale,
-    with_singular_directions,
 )
 from .pruning import Pruned, refuse_rank, select, shrink
 from .pruning import prune as prune_zeros
 from .rows import Rows, read_rows
 from .servers import SERVERS, refuse_for
+from .trial import TELL, Trial
 
 _PREFIX = "base_model.model."  # of PEFT's names
-_TELL = 64  # rows of the data that tell which directions to keep, and most on which the loss is measured
 _LEARN = 1024  # most rows that are read where the smaller adapter learns from them
-_SHARES = [2.0**-i for i in reversed(range(7))]  # sizes at which the loss is measured
 
 
 class Size(NamedTuple):
@@ -197,13 +173,13 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
             "adapted weights that only one module uses",
             "export without merging",
         )
-    saved, base_name, revision = _with_base(saved, options.base)
+    saved, base_name, revision = with_base(saved, options.base)
     if server:
         refuse_for(server, saved.lora, saved.tensors)
     is_chosen = any(rule != "prune" for rule, _ in sizes.values())
     rows = None
     if scale == AUTO or (is_chosen and (options.data is not None or options.probe == RANDOM)):
-        count = _LEARN if distil else 2 * _TELL
+        count = _LEARN if distil else 2 * TELL
         rows = read_rows(options.data, saved, base_name, revision, count, options.split)
     if distil and rows is None:
         raise StructLoRAError(
@@ -226,7 +202,7 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
         tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
     ):
-        trial = _Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
+        trial = Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
         for name, (rule, value) in (sizes or {"": (None, None)}).items():
             result = Path(unfinished, "result", name)
             written = Export(out / name, rows=rows)
@@ -248,7 +224,7 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
                 lora, tensors = with_one_scale(lora, directions, {}, one_rank)
             else:
                 tensors = directions
-            tensors = _in_dtype(tensors, options.dtype)
+            tensors = in_dtype(tensors, options.dtype)
             if pruned:
                 written.sizes = _sizes(saved, pruned, tensors)
             if merge:
@@ -281,119 +257,15 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _smaller(
-    saved: Saved, rule: str | None, value, max_rank: int | None, one_rank: bool, trial: _Trial
+    saved: Saved, rule: str | None, value, max_rank: int | None, one_rank: bool, trial: Trial
 ) -> Pruned | None:
     if rule == "prune":
         return prune_zeros(saved, one_rank)
     if rule == "keep":
-        return select(saved, value, trial.information(), max_rank, one_rank)
+        return select(saved, value, trial.information, max_rank, one_rank)
     if rule == "rank":
-        return shrink(saved, value, trial.moments())
+        return shrink(saved, value, trial.moments)
     return None
-
-
-class _Trial:
-    """The base model with the adapter on it, loaded when it is first asked for: what directions are worth on
-    some rows, and what smaller ones do to the output.
-
-    Smaller adapters take the place of the whole one's factors in the one model, with zeros for what they lack.
-    """
-
-    def __init__(
-        self,
-        saved: Saved,
-        base_name: str | None,
-        revision: str | None,
-        rows: Rows | None,
-        probe: str,
-        scratch: Path,
-        is_chosen: bool,
-    ):
-        self._saved, self._base = saved, (base_name, revision)
-        self._rows, self._named, self._scratch, self._is_chosen = rows, probe, scratch, is_chosen
-        # Where directions are chosen, they are the singular ones.
-        self.whole = with_singular_directions(saved.lora, saved.tensors)[0] if is_chosen else saved.tensors
-        self._model: PeftModel | None = None
-        self._probe: Probe | None = None
-        self._before: Outputs | None = None
-        self._alone: float | None = None
-        self._information: dict[str, Tensor] | None = None
-        self._moments: dict[str, Tensor] | None = None
-
-    @property
-    def model(self) -> PeftModel:
-        if self._model is None:
-            folder = self._scratch / "whole"
-            write_adapter(folder, self._saved.lora, self.whole)
-            name, revision = self._base
-            place = "auto" if torch.accelerator.is_available() else None
-            with torch.random.fork_rng():
-                torch.manual_seed(
-                    0
-                )  # weights that no file holds are drawn at random: the same ones each time
-                base = load_base(name, self._saved.lora, self._saved.tensors, revision, device_map=place)
-            if self._rows is None:
-                self._probe = text_probe(base, name, revision, self._named, self._saved.lora)
-            else:
-                self._probe = _held_out(self._rows, self._is_chosen)
-            self._model = on_base(base, folder)
-            put(self._model, self.whole)  # which looks at the names, too
-        return self._model
-
-    def information(self) -> dict[str, Tensor] | None:
-        if self._rows is not None and self._information is None:
-            self._information = gate_information(self.model, self._rows.rows[:_TELL])
-        return self._information
-
-    def moments(self) -> dict[str, Tensor] | None:
-        if self._rows is not None and self._moments is None:
-            put(self.model, self.whole)
-            self._moments = rank_moments(self.model, self._rows.rows[:_TELL])
-        return self._moments
-
-    def distilled(self, small: dict[str, Tensor], steps: int) -> tuple[dict[str, Tensor], Distilled]:
-        rows = self._rows.rows
-        learned = [*rows[:_TELL], *rows[2 * _TELL :]] if len(rows) > _TELL else rows
-        found = distil(self.model, self.whole, small, learned, steps)
-        return found.tensors, found
-
-    def scaled(self, tensors: dict[str, Tensor]) -> Scaled:
-        return choose_scale(self.model, tensors, self._probe)  # the model's loading makes the probe
-
-    def change(
-        self, cut: dict[str, Tensor], taught: dict[str, Tensor] | None, dtype: str | None
-    ) -> Change | None:
-        """What a smaller adapter does, as its file will have it; None where nothing is measured."""
-        if self._rows is None and self._named == NO_PROBE:
-            return None
-        model = self.model
-        if self._before is None:
-            put(model, self.whole)
-            self._before = outputs_of(model, self._probe.rows)
-            if self._before.loss is not None and _base_is_beneath(self._saved.lora):
-                with model.disable_adapter():
-                    self._alone = outputs_of(model, self._probe.rows).loss
-        found = []
-        for tensors in (cut, taught):
-            if tensors is not None:
-                put(model, _in_dtype(tensors, dtype))
-                found.append(outputs_of(model, self._probe.rows))
-        losses = None
-        if self._before.loss is not None:
-            at_cut = found[0].loss if len(found) > 1 else None
-            losses = Losses(self._alone, self._before.loss, found[-1].loss, at_cut)
-        return change_of(self._probe.name, self._before, found[-1], losses)
-
-
-def _base_is_beneath(lora: LoraConfig) -> bool:
-    """Whether the model without the adapter is its base model, and not one that the adapter has changed."""
-    return lora.bias == "none" and not lora.layer_replication and not base_is_moved(lora)
-
-
-def _in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    if dtype is None:
-        return tensors
-    return {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:
@@ -406,99 +278,6 @@ def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out
         (RuntimeError,),
     ):
         model.merge_and_unload().save_pretrained(out)
-
-
-class SizeCurve(NamedTuple):
-    """What a smaller adapter keeps of one thing: points (share of directions, value) by their order, and
-    values to compare with, by name.
-    """
-
-    value: str
-    orders: dict[str, list[tuple[float, float]]]
-    levels: dict[str, float] = {}  # noqa: RUF012 - of a tuple, never written to
-
-
-def information_curves(
-    saved: Saved, data: str | Path | Sequence[dict] | None, base: str | None = None, split: str | None = None
-) -> list[SizeCurve]:
-    """What smaller adapters would keep at each size: of the information, and the loss: over the whole model
-    (`select`), by information and by singular values, and with one rank for all modules (`shrink`).
-
-    Args:
-        saved (`Saved`): any adapter.
-        data, split, base: as for `export`.
-
-    Raises:
-        StructLoRAError: as for `export`.
-    """
-    saved, base_name, revision = _with_base(saved, base)
-    rows = read_rows(data, saved, base_name, revision, 2 * _TELL, split)
-    with tempfile.TemporaryDirectory() as scratch:
-        trial = _Trial(saved, base_name, revision, rows, NO_PROBE, Path(scratch), is_chosen=True)
-        information, moments = trial.information(), trial.moments()
-    measured, directions = _held_out(rows, is_chosen=True).rows, sum(x.numel() for x in information.values())
-    largest = max(rank_of(saved.lora, module) for module in information)
-    orders = {
-        "most information": (partial(select, saved, information=information), _SHARES),
-        "largest singular values": (partial(select, saved), _SHARES),
-        "one rank for all modules": (
-            partial(shrink, saved, moments=moments),
-            sorted({max(1, round(share * largest)) for share in _SHARES}),
-        ),
-    }
-    carried, losses = {}, {name: [] for name in orders}
-    for name, (make, sizes) in orders.items():
-        for size in sizes:
-            pruned = make(size)
-            share = pruned.count / directions
-            put(trial.model, pruned.masked())
-            losses[name].append((share, outputs_of(trial.model, measured).loss))
-            if not pruned.one_rank:  # whose directions are of another basis
-                carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
-    levels = {}
-    if _base_is_beneath(saved.lora):
-        with trial.model.disable_adapter():
-            levels["base model"] = outputs_of(trial.model, measured).loss
-    return [SizeCurve("share of the information", carried), SizeCurve("loss", losses, levels)]
-
-
-def _carried(pruned: Pruned, information: dict[str, Tensor]) -> float:
-    """Which share of the information the directions kept carry."""
-    kept = (information[m][e, d].sum() for m, experts in pruned.kept.items() for e, d in enumerate(experts))
-    return float(sum(kept) / sum(x.sum() for x in information.values()))
-
-
-def _with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
-    """The adapter as it loads onto its base model, and that model's name and revision."""
-    name, revision = base_of(saved, base)
-    # The one given is as training left it: nothing more is to be taken out of it.
-    if base_is_moved_for_good(saved.lora):
-        lora = deepcopy(saved.lora)
-        lora.init_lora_weights, lora.base_model_name_or_path, lora.revision = True, name, revision
-        saved = replace(saved, lora=lora)
-    return saved, name, revision
-
-
-def _held_out(rows: Rows, is_chosen: bool) -> Probe:
-    """The rows to measure the loss on: others than those that chose directions."""
-    if not is_chosen:
-        return Probe(rows.rows, f"{len(rows.rows)} rows")
-    others = rows.rows[_TELL : 2 * _TELL]
-    if others:
-        return Probe(others, f"{len(others)} other rows")
-    return Probe(rows.rows, f"the same {len(rows.rows)} rows")
-
-
-def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Write PEFT's two files."""
-    lora = deepcopy(lora)
-    lora.inference_mode = True
-    lora.save_pretrained(str(folder))
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        folder / SAFETENSORS_WEIGHTS_NAME,
-        {"format": "pt"},
-    )
 
 
 def _refuse_tied(base: PreTrainedModel, adapted: set[str]) -> None:

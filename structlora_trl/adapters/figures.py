@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import StructLoRAError
-from .export import SizeCurve
 from .inspecting import KindReport, final_losses, log_history, report, short_names
 from .load_adapter import Saved
 from .pruning import size_curve
+from .trial import SizeCurve
 
 try:
     from matplotlib import colormaps, rc_context

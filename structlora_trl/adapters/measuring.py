@@ -1,47 +1,27 @@
-"""A finished adapter on its base model: how two adapters' outputs differ, how informative a gate is, and which
-size of the update rows choose."""
+"""What an adapter does to its base model's outputs, what its directions are worth on some rows, and which size of the
+update rows choose."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import StructLoRAError, refusing
+from .base_model import Row, at, factors_of, moved, put
 from .export_options import RANDOM
-from .load_adapter import Saved
-from .peft_scaling import LORA_NAME, base_is_moved_for_good, by_expert, factor_names, rank_of, scaled
+from .peft_scaling import LORA_NAME, by_expert, rank_of, scaled
 
-# Inputs of the model, of one example: (1, ...) each; with `labels` where there is a loss.
-Row = dict[str, Tensor]
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens
 _PICTURE = 224  # pixels
 _PROBE_SEED = 0
-# Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep
-# theirs: models of pictures and text have the same task type.)
-HEADS = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
-}
 _Conv = torch.nn.modules.conv._ConvNd
 # What an update may be multiplied by. None is above 1: what rows of the training would choose.
 SCALES = (1.0, 0.85, 0.7, 0.5, 0.3)
@@ -109,133 +89,6 @@ class Change(NamedTuple):
     losses: Losses | None = None
 
 
-def load_base(
-    name: str | None,
-    lora: LoraConfig,
-    tensors: dict[str, Tensor],
-    revision: str | None = None,
-    device_map: str | None = None,
-) -> PreTrainedModel:
-    """The base model of an adapter, with the head that it was trained with, in the model's own precision.
-
-    Args:
-        name (`str`, *optional*): name or path.
-        lora (`LoraConfig`): names the head, by its task or the model's class.
-        tensors (`dict[str, Tensor]`): of the adapter; where they hold the head, they say how many classes it
-            has.
-        revision (`str`, *optional*): branch, tag or commit of the model; the main branch where omitted.
-        device_map (`str`, *optional*): where to load it, as `from_pretrained` takes it; the CPU where
-            omitted.
-
-    Raises:
-        StructLoRAError: it cannot be loaded.
-    """
-    if not name:
-        raise StructLoRAError(
-            "no base model named in adapter_config.json", "its name or path", "give `--base MODEL`"
-        )
-    with refusing(
-        f"loading the base model {name}",
-        "the model that the adapter was trained on",
-        "give `--base MODEL`",
-        (RuntimeError,),
-    ):
-        config = AutoConfig.from_pretrained(name, **_at(revision))
-        named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
-        model_class = HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
-        classes = _class_count(tensors)
-        # The adapter brings the head: the model's own may be of another number of classes.
-        labels = {"num_labels": classes, "ignore_mismatched_sizes": True} if classes else {}
-        place = {"device_map": device_map} if device_map else {}
-        return model_class.from_pretrained(name, dtype="auto", **labels, **place, **_at(revision))
-
-
-def base_of(saved: Saved, base: str | None) -> tuple[str | None, str | None]:
-    """Name and revision of the base model of an adapter.
-
-    Args:
-        saved (`Saved`): the adapter.
-        base (`str`, *optional*): the one to take in place of the one that the adapter's configuration names.
-
-    Raises:
-        StructLoRAError: the run changed the base model when it began, PEFT does not repeat this, and `base`
-            is not given.
-    """
-    lora = saved.lora
-    if base_is_moved_for_good(lora) and base in (None, lora.base_model_name_or_path):
-        raise StructLoRAError(
-            f"an adapter initialised with '{lora.init_lora_weights}', which changed the weights of its base model when training "
-            f"began, in a way that PEFT does not repeat on {lora.base_model_name_or_path}",
-            "the base model as it was trained on, or an adapter that PEFT has converted",
-            "in the process that trained, call `save_pretrained(folder, path_initial_model_for_weight_conversion=INITIAL)`, "
-            "where INITIAL is a folder with the adapter as it was before training, saved with `init_lora_weights=True`, and "
-            "export that folder; or save the changed base model (`model.unload().save_pretrained(BASE)`) and give "
-            "`--base BASE`",
-        )
-    return (base, None) if base else (lora.base_model_name_or_path, lora.revision)
-
-
-def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """A base model with an adapter that lies in a folder, in evaluation mode.
-
-    Raises:
-        StructLoRAError: they do not fit each other, or PEFT cannot compute LoftQ here.
-    """
-    for module in base.modules():
-        # An evaluation would repack 4-bit weights into a layout that no gradient passes (bitsandbytes 0.50 on CPUs, AVX512-BF16).
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    with refusing(
-        "loading the adapter onto the base model",
-        "the base model as it was trained on, its vocabulary and its modules' names too; for what LoftQ takes out of the base, "
-        "an accelerator and bitsandbytes, too",
-        "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
-        "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one; LoftQ without "
-        "an accelerator: save the base as training had it (`model.unload().save_pretrained(BASE)`), write "
-        '`"init_lora_weights": true` to adapter_config.json, and give `--base BASE`',
-        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
-        (RuntimeError, AssertionError),
-    ):
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-
-
-def _at(revision: str | None) -> dict[str, str]:
-    return {"revision": revision} if revision else {}
-
-
-def put(model: PeftModel, tensors: dict[str, Tensor]) -> None:
-    """Give a model with one adapter the factors of an adapter file, in place; what else is in it stays.
-
-    Args:
-        model (`PeftModel`): with one adapter.
-        tensors (`dict[str, Tensor]`): of the file, of the shapes that the model has.
-
-    Raises:
-        StructLoRAError: the file names other modules than the model that PEFT makes of it.
-    """
-    places, names = factors_of(model), factor_names(tensors)
-    if places.keys() != names.keys():
-        differing = min(places.keys() ^ names.keys())
-        raise StructLoRAError(
-            f"an adapter whose file names other modules than the model that PEFT makes of it ('{differing}')",
-            "the names of the model, as this version of PEFT writes them",
-            "load it with PEFT, save it again (`PeftModel.from_pretrained(base, folder).save_pretrained(new)`), and export that",
-        )
-    with torch.no_grad():
-        for module, sides in places.items():
-            for side, parameter in sides.items():
-                parameter.copy_(tensors[names[module][side]])
-
-
-def factors_of(model: PeftModel) -> dict[str, dict[str, Tensor]]:
-    """Module -> "A" or "B" -> that factor, a parameter of a model with one adapter."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if match := LORA_NAME.match(name):
-            found.setdefault(match["module"], {})[match["factor"]] = parameter
-    return found
-
-
 def change_of(probe: str, before: Outputs, after: Outputs, losses: Losses | None) -> Change:
     """How the outputs of two adapters differ on the same rows."""
     largest = float((before.predicted - after.predicted).abs().max())
@@ -255,7 +108,7 @@ def outputs_of(model: PeftModel, rows: list[Row]) -> Outputs:
         StructLoRAError: rows that the model does not take, or a model without any output to compare.
     """
     found, room, losses = [], _PROBE_ROWS * _PROBE_LENGTH, []
-    for row in rows:
+    for row in _told(rows, "outputs"):
         output = _run(model, row)
         predicted, is_distribution = predictions(output, model)
         if room > 0:
@@ -286,6 +139,11 @@ def predictions(output, model: PeftModel) -> tuple[Tensor, bool]:
     )
 
 
+def _told(rows: list[Row], what: str) -> Iterable[Row]:
+    """The rows, with a progress bar where they take more than two seconds."""
+    return tqdm(rows, desc=what, unit="row", leave=False, delay=2)
+
+
 def _run(model: PeftModel, row: Row):
     with refusing(
         "the model on a row of the data", "its inputs, with `labels`", "correct the data", (RuntimeError,)
@@ -302,12 +160,6 @@ def _loss_of(model: PeftModel, row: Row) -> Tensor:
             "correct the data",
         )
     return loss
-
-
-def moved(row: Row, model: torch.nn.Module) -> Row:
-    """A row on the device of a model, which any of its parameters tells; accelerate moves it on from there."""
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in row.items()}
 
 
 def rank_moments(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
@@ -349,7 +201,7 @@ def rank_moments(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
     ]
     try:
         with torch.no_grad():
-            for row in rows:
+            for row in _told(rows, "what modules read"):
                 _run(model, row)
     finally:
         for hook in hooks:
@@ -391,7 +243,7 @@ def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
         module: torch.zeros(experts[module], ranks[module], dtype=torch.float32, device="cpu")
         for module in sides
     }
-    for row in rows:
+    for row in _told(rows, "information"):
         loss = _loss_of(model, row)
         gradients = torch.autograd.grad(loss, [*sides.values()], allow_unused=True)
         for (module, B), gradient in zip(sides.items(), gradients, strict=True):
@@ -439,7 +291,7 @@ def text_probe(
     with refusing(
         "reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"
     ):
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **_at(revision))
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **at(revision))
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
     if not ids:
         raise StructLoRAError(f"no text in {given}", "a text of some words", "correct `--probe`")
@@ -481,15 +333,3 @@ def _random_probe(base: PreTrainedModel, invocation: list[int]) -> Probe:
 
 def _of_tokens(base: PreTrainedModel, tokens: Tensor) -> Row:
     return {"input_ids": tokens, **({"decoder_input_ids": tokens} if base.config.is_encoder_decoder else {})}
-
-
-def _class_count(tensors: dict[str, Tensor]) -> int | None:
-    """Rows of the last layer of a classification head that is saved with the adapter."""
-    heads = [
-        name
-        for name in tensors
-        if name.endswith(".weight")
-        and {"classifier", "score"} & {*name.split(".")}
-        and not LORA_NAME.match(name)
-    ]
-    return len(tensors[max(heads)]) if heads else None

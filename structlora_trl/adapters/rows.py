@@ -27,10 +27,10 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
+from .base_model import HEADS, Row
 from .cells import refuse_cell
 from .inspecting import command_facts
 from .load_adapter import Saved
-from .measuring import HEADS, Row
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst")

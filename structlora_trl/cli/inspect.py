@@ -82,10 +82,10 @@ def run(command: str, arguments: list[str]) -> None:
     if given.data is not None:
         local_data(given.data)
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
-    from ..adapters.export import information_curves
     from ..adapters.inspecting import contents, final_losses, log_history, report
     from ..adapters.load_adapter import read_saved
     from ..adapters.servers import told
+    from ..adapters.trial import information_curves
 
     if is_drawn:
         from ..adapters import figures

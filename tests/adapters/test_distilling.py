@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from structlora_trl.adapters import distilling
+from structlora_trl.adapters.base_model import factors_of, load_base, put
 from structlora_trl.adapters.distilling import distil
 from structlora_trl.adapters.export import export, export_sizes
 from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.measuring import factors_of, load_base, put, rank_moments
+from structlora_trl.adapters.measuring import rank_moments
 from structlora_trl.adapters.peft_scaling import singular_directions, with_singular_directions
 from structlora_trl.adapters.pruning import principal_outputs, shrink
 from structlora_trl.cli import main
@@ -242,7 +243,7 @@ def test_a_disk_that_does_not_take_the_file_is_told(what, adapter, tmp_path, mon
         def fail(*given, **options):
             raise error
 
-        monkeypatch.setattr("structlora_trl.adapters.export.save_file", fail)
+        monkeypatch.setattr("structlora_trl.adapters.base_model.save_file", fail)
     words = "File name too long" if what == "a long path" else "No space left on device"
     with pytest.raises(StructLoRAError, match=words):
         export(saved, out, rank=2, probe="none")

@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from structlora_trl import attach
-from structlora_trl.adapters.export import export, information_curves, write_adapter
+from structlora_trl.adapters.base_model import load_base, write_adapter
+from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.measuring import load_base
 from structlora_trl.adapters.peft_scaling import with_one_scale
+from structlora_trl.adapters.trial import information_curves
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from tests.support.adapters import (

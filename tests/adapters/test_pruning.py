@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
+from structlora_trl.adapters.base_model import load_base
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.measuring import gate_information, load_base
+from structlora_trl.adapters.measuring import gate_information
 from structlora_trl.adapters.peft_scaling import factor_names, rank_of, with_singular_directions
 from structlora_trl.adapters.pruning import select
 from structlora_trl.adapters.rows import read_rows

@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from structlora_trl.adapters import measuring
+from structlora_trl.adapters.base_model import load_base
 from structlora_trl.adapters.export import export
-from structlora_trl.adapters.measuring import load_base
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
@@ -101,8 +101,8 @@ def test_the_command_tells_what_it_did(adapter, tmp_path, capsys):  # noqa: F811
         assert main(["export", str(saved.folder), str(tmp_path / f"{number}"), "--scale", *given]) == 0
         assert words in capsys.readouterr().out
     given = ["--scale", "0.5", "--data", str(tmp_path / "rows.jsonl")]
-    assert main(["export", str(saved.folder), str(tmp_path / "new"), *given]) == 2
-    assert "--scale auto" in capsys.readouterr().err
+    assert main(["export", str(saved.folder), str(tmp_path / "new"), *given]) == 1
+    assert "scale='auto'" in capsys.readouterr().err
 
 
 # What is wrong -> (adapter, options, words)
