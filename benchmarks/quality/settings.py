@@ -350,16 +350,15 @@ COMPARISONS |= {
     "smaller": replace(
         COMPARISONS["shrunk-quarter-of-16"],
         rows=(
-            Row(LORA, 1 / 4, label="LoRA trained at rank 4"),
+            Row(LORA, 1 / 4, label="trained at rank 4"),
             *(
                 Row("shrink:keep=0.25", rate_of=LORA, column=column, label=label)
                 for column, label in {
-                    "test": "LoRA trained at rank 16",
-                    "shrunk.activations.distilled": "rank 16, `--rank 4 --data --distil`",
-                    "shrunk.activations.cut": "rank 16, `--rank 4 --data`",
-                    "shrunk.svd.cut": "rank 16, `--rank 4` without data",
-                    "shrunk.global-information.cut": "rank 16, `--keep 0.25 --data`",
-                    "shrunk.random.cut": "rank 16, a quarter by chance",
+                    "test": "trained at rank 16",
+                    "shrunk.activations.distilled": "`--rank 4 --data --distil`",
+                    "shrunk.activations.cut": "`--rank 4 --data`",
+                    "shrunk.svd.cut": "`--rank 4`",
+                    "shrunk.global-information.cut": "`--keep 0.25 --data`",
                 }.items()
             ),
         ),
