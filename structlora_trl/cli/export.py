@@ -133,9 +133,9 @@ def run(command: str, arguments: list[str]) -> None:
             f"{lost} of the information is a share of what matters, and not of the size: below 90 % an adapter loses much of "
             "what it learned. A share of the directions is written 0.25."
         )
-    if (ranks or shares) and done[0].rows is None:
+    if shares and done[0].rows is None:
         print(
-            "Singular values do not know the task, and are usually the worse choice: give examples with --data ROWS."
+            "Singular values over the whole model do not know the task, and are the worse choice: give examples with --data ROWS."
         )
     what = "the merged model" if given.merge else "a plain LoRA adapter"
     print(f"Wrote {what} to {', '.join(str(size.folder) for size in done)}.")
