@@ -71,14 +71,14 @@ def load_base(
         "give `--base MODEL`",
         (RuntimeError,),
     ):
-        config = AutoConfig.from_pretrained(name, **at(revision))
+        config = AutoConfig.from_pretrained(name, **at_revision(revision))
         named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
         model_class = HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
         classes = _class_count(tensors)
         # The adapter brings the head: the model's own may be of another number of classes.
         labels = {"num_labels": classes, "ignore_mismatched_sizes": True} if classes else {}
         place = {"device_map": device_map} if device_map else {}
-        return model_class.from_pretrained(name, dtype="auto", **labels, **place, **at(revision))
+        return model_class.from_pretrained(name, dtype="auto", **labels, **place, **at_revision(revision))
 
 
 def with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
@@ -199,7 +199,7 @@ def moved(row: Row, model: torch.nn.Module) -> Row:
     return {name: value.to(device) for name, value in row.items()}
 
 
-def at(revision: str | None) -> dict[str, str]:
+def at_revision(revision: str | None) -> dict[str, str]:
     """Arguments of `from_pretrained` for a branch, tag or commit."""
     return {"revision": revision} if revision else {}
 

@@ -154,9 +154,12 @@ def _on_device(model: PeftModel, tensors: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _padding(model: PeftModel) -> int | None:
-    """The token that fills up shorter rows; None where a model has none: its classifiers take one row at a time."""
-    config = model.get_base_model().config if isinstance(model.get_base_model(), PreTrainedModel) else None
-    return 0 if config is None else getattr(config.get_text_config(), "pad_token_id", None)
+    """The token that fills up shorter rows of a classifier; None where it knows none, and takes one row at a time."""
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        return 0
+    token = getattr(base.config.get_text_config(), "pad_token_id", None)
+    return None if token is None or token < 0 else token  # -1 in old configurations
 
 
 def _together(rows: list[Row], padding: int | None) -> list[dict]:
@@ -168,7 +171,7 @@ def _together(rows: list[Row], padding: int | None) -> list[dict]:
             last.append(row)
         else:
             parts.append([row])
-    return [{"rows": part, "inputs": _stacked(part, padding or 0)} for part in parts]
+    return [{"rows": part, "inputs": _stacked(part, padding)} for part in parts]
 
 
 def _positions(row: Row) -> int:
@@ -192,19 +195,19 @@ def _fits(one: Row, other: Row, padding: int | None) -> bool:
     return {n: x.shape for n, x in one.items()} == {n: x.shape for n, x in other.items()}
 
 
-def _stacked(rows: list[Row], padding: int) -> Row:
+def _stacked(rows: list[Row], padding: int | None) -> Row:
     if len(rows) == 1:
         return rows[0]
     if not _is_text(rows[0]):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
-    fills = {"input_ids": padding, "attention_mask": 0, "labels": _IGNORED}
-    whole = {"labels": torch.cat([row["labels"] for row in rows])} if _is_classified(rows[0]) else {}
-    return whole | {
-        name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=fill)
-        for name, fill in fills.items()
-        if name not in whole
-    }
+    if _is_classified(rows[0]):
+        fills, stacked = {"input_ids": padding}, {"labels": torch.cat([row["labels"] for row in rows])}
+    else:
+        fills, stacked = {"input_ids": 0, "labels": _IGNORED}, {}
+    for name, fill in {**fills, "attention_mask": 0}.items():
+        stacked[name] = pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=fill)
+    return stacked
 
 
 def _wanted(model: PeftModel, part: dict) -> tuple[Tensor, bool]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..errors import StructLoRAError, refuse_used, refusing
-from .base_model import in_dtype, load_base, on_base, with_base, write_adapter
+from .base_model import at_revision, in_dtype, load_base, on_base, with_base, write_adapter
 from .distilling import STEPS, Distilled
 from .export_options import AUTO, RANDOM, Options, Sizes, sizes_of
 from .load_adapter import Saved
@@ -311,7 +311,7 @@ def _copy_processor(folder: Path, base_name: str | None, revision: str | None, o
     """The run's own tokenizer or processor, or else the base's where one is named."""
     sources = [
         (str(folder), {}),
-        *([(base_name, {"revision": revision} if revision else {})] if base_name else []),
+        *([(base_name, at_revision(revision))] if base_name else []),
     ]
     for source, options in sources:
         for kind in (AutoProcessor, AutoTokenizer):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import StructLoRAError, refusing
-from .base_model import Row, at, factors_of, moved, put
+from .base_model import Row, at_revision, factors_of, moved, put
 from .export_options import RANDOM
 from .peft_scaling import LORA_NAME, by_expert, rank_of, scaled
 
@@ -291,7 +291,7 @@ def text_probe(
     with refusing(
         "reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"
     ):
-        tokenizer = AutoTokenizer.from_pretrained(base_name, **at(revision))
+        tokenizer = AutoTokenizer.from_pretrained(base_name, **at_revision(revision))
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
     if not ids:
         raise StructLoRAError(f"no text in {given}", "a text of some words", "correct `--probe`")

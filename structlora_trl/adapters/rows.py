@@ -27,7 +27,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
-from .base_model import HEADS, Row
+from .base_model import HEADS, Row, at_revision
 from .cells import refuse_cell
 from .inspecting import command_facts
 from .load_adapter import Saved
@@ -219,7 +219,7 @@ class _Reader:
         self._source, self._task = source, saved.lora.task_type
         if self._task in HEADS and self._task not in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
             raise self._other_task()
-        at = {"revision": revision} if revision else {}
+        at = at_revision(revision)
         with refusing(
             "loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"
         ):

@@ -124,6 +124,7 @@ def test_padded_rows_are_learned_as_single_ones(loaded, monkeypatch):
         ("llama", LlamaForSequenceClassification, 0, 1),
         # It takes no two rows, not even of one length.
         ("llama", LlamaForSequenceClassification, None, 5),
+        ("llama", LlamaForSequenceClassification, -1, 5),
     ],
 )
 def test_rows_of_a_classifier_are_learned_together_where_the_model_can(family, head, padding, parts):
