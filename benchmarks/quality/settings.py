@@ -279,6 +279,14 @@ def _shrunk(rank: int, name: str, places: tuple[Place, ...]) -> Comparison:
     )
 
 
+def _rules(comparison: Comparison, rules: tuple[str, ...]) -> Comparison:
+    """Ways of making smaller against the first of them."""
+    rows = {row.column.removeprefix("shrunk."): row for row in comparison.rows}
+    return replace(comparison, rows=tuple(rows[rule] for rule in rules), bases=(0,))
+
+
+_IN_MODULES = ("svd.cut", "activations.cut", "svd.distilled", "activations.distilled")
+_OVER_MODEL = ("global-information.cut", "global-svd.cut", "sv-fro.cut", "sv-cumulative.cut")
 _SHRUNK = tuple(
     Place(task, 16, _WHOLE[task.removesuffix("-all")], rates, SHRUNK_SEEDS, SHRUNK_SEEDS[:3])
     for task, rates in _WHOLE_RATES.items()
@@ -338,6 +346,9 @@ COMPARISONS = {
     ),
     "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
+for _name in ("quarter", "eighth"):
+    for _where, _ways in (("modules", _IN_MODULES), ("model", _OVER_MODEL)):
+        COMPARISONS[f"rules-{_where}-{_name}-of-16"] = _rules(COMPARISONS[f"shrunk-{_name}-of-16"], _ways)
 # What the landing pages show of these.
 COMPARISONS |= {
     "headline": replace(
