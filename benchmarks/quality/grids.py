@@ -36,16 +36,19 @@ def _cells(comparison: Comparison, runs: Runs) -> Iterator[Cell]:
     rows = [row for row in comparison.rows if not find(row.method).is_former]
     for place in comparison.places:
         for row in rows:
-            if row.rate_of is None:
-                yield from _choosing(comparison, runs, place, row)
+            yield from _choosing(comparison, runs, place, _chooser(row))
     done = {tuple(cell) for cell in runs.rows[list(store.KEY)].itertuples(index=False)}
     for start in range(0, max(len(place.seeds) for place in comparison.places), SEEDS_AT_ONCE):
         for place in comparison.places:
             for row in rows:
-                chooser = replace(row, method=row.rate_of or row.method)
-                if all(cell in done for cell in _choosing(comparison, runs, place, chooser)):
+                if all(cell in done for cell in _choosing(comparison, runs, place, _chooser(row))):
                     for seed in place.seeds[start : start + SEEDS_AT_ONCE]:
                         yield _cell(place, row, runs.rate(place, row), seed)
+
+
+def _chooser(row: Row) -> Row:
+    """The row whose runs choose a row's rate; it need not be shown."""
+    return replace(row, method=row.rate_of or row.method, rate_of=None)
 
 
 def _choosing(comparison: Comparison, runs: Runs, place: Place, row: Row) -> Iterator[Cell]:

@@ -117,6 +117,9 @@ def test_a_grid_asks_for_the_seeds_of_the_rate_that_was_chosen(monkeypatch):
     lora = [(lr, seed) for lr in (0.1, 0.2, 0.4) for seed in (0, 1)] + [(0.2, 2), (0.2, 3)]
     dora = [(lr, seed) for lr in (0.1, 0.2, 0.4) for seed in (0, 1)]  # 0.4 as `FURTHER_RATES` says
     assert sorted(cells) == sorted([("lora", *at) for at in lora] + [("dora", *at) for at in dora])
+    lines[:] = lines[:1]  # what chooses a rate is run where no table shows it
+    monkeypatch.setitem(settings.COMPARISONS, "t", Comparison((PLACE,), (Row("pissa", rate_of="lora"),)))
+    assert {cell[1] for cell in grids.cells_of("t")} == {"lora"}
 
 
 def test_nothing_is_chosen_on_the_test_split():
