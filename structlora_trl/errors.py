@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 # What other libraries raise about files, values, columns and packages.
@@ -56,10 +58,17 @@ def refusing(what: str, expected: str, remedy: str, also: tuple[type[Exception],
         cause = error
         while cause.__cause__ is not None:  # the outermost often says only that something failed
             cause = cause.__cause__
-        message = " ".join(str(cause).split()).rstrip(".")
         raise StructLoRAError(
-            f"that {what} failed ({type(cause).__name__}: {message})", expected, remedy
+            f"that {what} failed ({type(cause).__name__}: {_brief(str(cause))})", expected, remedy
         ) from error
+
+
+def _brief(message: str) -> str:
+    """A message on one line; of lines that begin alike, as torch lists tensors of other shapes, the first and their number."""
+    lines = [line.split() for line in message.splitlines() if line.strip()]
+    alike = [[*lines_alike] for _, lines_alike in groupby(lines, key=lambda words: words[:3])]
+    told = (" ".join(first) + (f" (and {len(more):,} more)" if more else "") for first, *more in alike)
+    return " ".join(told).rstrip(".")
 
 
 def refuse_used(folder: Path) -> None:
@@ -106,3 +115,13 @@ def refuse_unwritable(folder: Path) -> None:
             "a folder that can be written to",
             "name another path, or change its permissions",
         )
+
+
+def nearest(name: str) -> str:
+    """The nearest name beside a path that is not there, in words."""
+    path = Path(name).expanduser()
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    beside = [other.name for other in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, beside, 1)
+    return f" (did you mean {'' if path.is_absolute() else './'}{path.parent / near[0]}?)" if near else ""

@@ -495,6 +495,8 @@ class Runtime:
         latents = self.engine.read_latents(everything=True)
         kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
         state.refuse_other_run(self.config, self.maps)
+        for m, latent, slices in kinds:
+            state.refuse_misfits(m, slices, latent)
         self._refuse_uninformed(state)
         changes = state.changes(self.config)
         if changes:

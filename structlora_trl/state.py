@@ -32,7 +32,7 @@ from .core.kinds import Factors, unwrapped_name
 from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
-from .errors import StructLoRAError, refuse_unwritable, refusing
+from .errors import StructLoRAError, refuse_unwritable
 
 STATE_NAME = "structlora.safetensors"
 FORMAT = 5  # those before it were never released
@@ -47,6 +47,7 @@ _START_ANEW = (
 )
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER = "header"
+_OPTIONAL = ("graph.mean_A", "graph.mean_B")  # which a graph that has seen no gradient lacks
 _FACTS = ("format", "step", "skipped_steps", "schedule", "options", "kinds")
 
 SlicedMap = tuple[KindMap, Factors, Slices]
@@ -192,9 +193,10 @@ class State:
             header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
             _ = state.config, state.schedule
+            _ = [" ".join(facts["modules"]) for facts in state.header["kinds"].values()][0]
         except StructLoRAError as error:
             raise damaged(where, error.found) from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise damaged(where, f"a header that no run wrote: {error!r}") from error
         return state
 
@@ -232,6 +234,36 @@ class State:
                     "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
                 )
 
+    def refuse_misfits(self, m: KindMap, slices: Slices, latent: Factors) -> None:
+        """Stop where a kind's tensors are not those of its map, latent factors and their optimizer. Changes nothing.
+
+        Raises:
+            StructLoRAError: it names the first tensor.
+        """
+
+        def shape(name: str, x: Tensor) -> list[int]:
+            # One for all nodes is the same as one of each.
+            is_shared = name == "origin_A" and len(x) == 1
+            return [len(latent.A) if is_shared else len(x), *x.shape[1:]] if x.ndim else []
+
+        ours = {**m.state_dict(), "latent_A": latent.A, "latent_B": latent.B}
+        theirs = {
+            name: _part(x, name, slices) if x.ndim else x for name, x in self.of_kind(m.kind.name).items()
+        }
+        for parameter, theta in m.named_parameters():
+            moments = {f"optimizer.{parameter}.{key}": theta for key in ("exp_avg", "exp_avg_sq")}
+            if moments.keys() & theirs.keys():
+                ours |= {**moments, f"optimizer.{parameter}.step": torch.zeros((), dtype=torch.float32)}
+        wanted, found = ({name: (x.dtype, shape(name, x)) for name, x in of.items()} for of in (ours, theirs))
+        for name in [*wanted, *found]:
+            if name not in _OPTIONAL and wanted.get(name) != found.get(name):
+                has, needs = (of.get(name, ["none"]) for of in (found, wanted))
+                raise StructLoRAError(
+                    f"a state with {' of shape '.join(map(str, has))} as {name} of '{m.kind.name}'",
+                    f"{' of shape '.join(map(str, needs))}, as in this run",
+                    "resume from a checkpoint of this run, with the `parts` of the run that wrote it",
+                )
+
     def changes(self, config: StructLoRAConfig) -> list[str]:
         """Options that differ in a run that continues from this state, and take effect from there on."""
         theirs, ours = self.header["options"], config.options()
@@ -248,13 +280,7 @@ class State:
             else:
                 own[name] = x.to(device)
         latent = Factors(own.pop("latent_A"), own.pop("latent_B"))
-        with refusing(
-            f"loading the state of '{m.kind.name}'",
-            "a graph and a coordinator of the same shapes as now",
-            "resume with the `parts` of the run that wrote it",
-            (RuntimeError,),
-        ):
-            m.load_state_dict(own, strict=True)
+        m.load_state_dict(own, strict=True)
         if optimizer:
             for parameter in m.parameters():
                 found = moments.get(parameter, {})

@@ -8,6 +8,7 @@ from typing import get_type_hints
 from .config import StructLoRAConfig
 from .errors import StructLoRAError
 
+PREFIX = "structlora."  # of an option that is an argument of a command
 _NUMBERS = {name for name, type_ in get_type_hints(StructLoRAConfig).items() if type_ is float}
 
 
@@ -39,6 +40,29 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
         "true, false or options",
         "write `structlora: true` for the defaults, `structlora: false` for plain LoRA, or options indented under the key",
     )
+
+
+def read_over(block: object, options: dict) -> StructLoRAConfig | None:
+    """Read the value of a `structlora` key, or the file that it names, with other options over it.
+
+    Args:
+        block (`dict`, `bool`, `str` or `Path`): as `read_switch` takes it.
+        options (`dict`): by name, as the arguments of a command give them.
+
+    Raises:
+        StructLoRAError: options for plain LoRA; or as `read_switch`.
+    """
+    if not options:
+        return read_switch(block)
+    below = block if isinstance(block, dict) else read_switch(block)
+    options = {name.removeprefix(PREFIX): value for name, value in options.items()}
+    if below is None:
+        raise StructLoRAError(
+            f"structlora=false and {', '.join(f'{PREFIX}{name}' for name in options)}",
+            "options for a run that trains StructLoRA",
+            "remove the options for plain LoRA, or `structlora=false`",
+        )
+    return read_switch({**(below if isinstance(below, dict) else below.changed_options()), **options})
 
 
 def read_given(

@@ -207,6 +207,39 @@ def test_a_state_with_a_number_that_is_none_is_refused(number, two):
     )
 
 
+# How a state is spoilt -> what is in place of a tensor (None: nothing), which tensor, words of the message
+ODD = {
+    "no latent": ("latent_B", None, "none as latent_B"),
+    "a latent of another shape": ("latent_A", torch.zeros(3), r"\[3\] as latent_A"),
+    "a start of another dtype": ("origin_A", torch.float64, "float64 of shape .* as origin_A"),
+    "no Theta": ("coordinators.B.theta", None, "none as coordinators.B.theta"),
+    "a moment alone": ("optimizer.coordinators.A.theta.exp_avg", None, "none as optimizer"),
+    "a moment of another shape": ("optimizer.coordinators.B.theta.exp_avg_sq", torch.zeros(2), r"\[2\] as"),
+    "a stranger": ("of_nobody", torch.zeros(2), "of_nobody"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_that_are_not_a_runs_are_refused_before_anything_changes(name, two):
+    """In the last kind: those before it are not loaded either."""
+    loop = two[-1]
+    key, value, words = ODD[name]
+    state = dict(loop.runtime.state_dict())
+    key = f"{loop.runtime.kinds[-1].name}/{key}"
+    if value is None:
+        del state[key]
+    else:
+        state[key] = value if isinstance(value, torch.Tensor) else state[key].to(value)
+    assert_refused(lambda: loop.runtime.load_state_dict(state), loop, words)
+
+
+@pytest.mark.parametrize("kinds", [{}, 0, {"q_proj": 1}, {"q_proj": {}}, {"q_proj": {"modules": [{}]}}])
+def test_headers_that_no_run_wrote_are_refused(kinds, two, tmp_path):
+    folder, _, loop = two
+    rewritten(folder, tmp_path, kinds=json.dumps(kinds))
+    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, "damaged")
+
+
 def rewritten(source: Path, target: Path, **metadata) -> None:
     """A copy of a state file with some of its header replaced; None removes an entry."""
     with safe_open(source / STATE_NAME, "pt") as file:

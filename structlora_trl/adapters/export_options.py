@@ -14,6 +14,7 @@ from ..errors import StructLoRAError
 
 RANDOM, NO_PROBE = "random", "none"  # what a smaller adapter's cost is measured on without rows
 AUTO = "auto"  # the scale that rows choose
+SERVERS = ("vllm", "sglang", "lorax", "llamacpp")  # what `servers.py` knows of
 DTYPES = ("float32", "bfloat16", "float16")
 # Folder of a size within the output, empty where there is one -> its rule ("rank", "keep" or "prune") and value.
 Sizes = dict[str, tuple[str, int | float | str | bool]]
@@ -88,6 +89,10 @@ class Options:
         if self.dtype not in (None, *DTYPES):
             raise StructLoRAError(
                 f"a dtype {self.dtype!r}", f"one of {', '.join(DTYPES)}", "correct `--dtype`"
+            )
+        if self.server not in (None, *SERVERS):
+            raise StructLoRAError(
+                f"a server {self.server!r}", f"one of {', '.join(SERVERS)}", "correct `--for`"
             )
         for name in ("server", "dtype"):
             if self.merge and getattr(self, name) is not None:

@@ -196,9 +196,13 @@ def _read_with_state(home: Path) -> Saved:
 @torch.no_grad()
 def _read_state(home: Path) -> dict:
     """What a folder's state says of the fields of `Saved` that have these names."""
-    state = read_state(home / STATE_NAME)
-    maps = [_map(name, state) for name in state.header["kinds"]]
-    effective = [_stored(m(state.load_into(m, WHOLE, None)), m.kind) for m in maps]
+    path = home / STATE_NAME
+    state = read_state(path)
+    with refusing(
+        f"reading {path}", "a state that StructLoRA wrote", _USE_ANOTHER, (RuntimeError, AttributeError)
+    ):
+        maps = [_map(name, state) for name in state.header["kinds"]]
+        effective = [_stored(m(state.load_into(m, WHOLE, None)), m.kind) for m in maps]
     return {"kinds": [m.kind for m in maps], "effective": effective, "maps": maps, "step": state.step}
 
 

@@ -221,7 +221,9 @@ class _Reader:
             raise self._other_task()
         at = at_revision(revision)
         with refusing(
-            "loading a tokenizer", "one beside the adapter, or the base model's", "give `--base MODEL`"
+            f"loading the configuration and the tokenizer of {base_name}",
+            "the base model's, and its tokenizer where none lies beside the adapter",
+            "give the base model's folder or its name on the hub: `--base MODEL`",
         ):
             config = AutoConfig.from_pretrained(base_name, **at)
             own = (saved.folder / "tokenizer_config.json").is_file()

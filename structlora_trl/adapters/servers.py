@@ -105,10 +105,8 @@ def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> Non
     """Stop where a server cannot load an adapter whatever its ranks.
 
     Raises:
-        StructLoRAError: the message names what it cannot load; or the server is not one of `SERVERS`.
+        StructLoRAError: the message names what it cannot load.
     """
-    if server not in SERVERS:
-        raise StructLoRAError(f"a server {server!r}", f"one of {', '.join(SERVERS)}", "correct `--for`")
     if refused := _refused(server, lora, tensors):
         raise StructLoRAError(
             f"an adapter with {', '.join(refused)}",

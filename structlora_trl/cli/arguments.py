@@ -10,12 +10,10 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import yaml
-
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError, refusing
-from ..yaml_block import read_switch
-from .early import read_yaml
+from ..yaml_block import PREFIX, read_over
+from .early import read_yaml, yaml_value
 
 _DESCRIPTION = """Run TRL's script `{name}` with StructLoRA on its LoRA adapter.
 
@@ -37,7 +35,6 @@ _EXAMPLES = """examples:
   structlora {name} --config run.yaml --accelerate_config zero2 --num_processes 4
   torchrun --nproc_per_node 8 -m structlora_trl.cli {name} --config run.yaml
 """
-_PREFIX = "structlora."
 
 
 class Arguments(NamedTuple):
@@ -106,10 +103,8 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
         stray = launcher.parse_args([*for_launcher, "."]).training_script
         if stray != ".":
             parser.error(f"unexpected {stray!r}; each value follows the --name of its argument")
-    options = {
-        key.removeprefix(_PREFIX): value for key, value in vars(ours).items() if key.startswith(_PREFIX)
-    }
-    return Arguments(_config(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
+    options = {key: value for key, value in vars(ours).items() if key.startswith(PREFIX)}
+    return Arguments(read_over(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
 
 
 def _training_parser(name: str, script: ModuleType):
@@ -125,37 +120,15 @@ def _training_parser(name: str, script: ModuleType):
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")  # TRL leaves it to the user
     output = "Write over the adapter that `output_dir` holds, and remove its checkpoints."
-    parser.add_argument("--overwrite", nargs="?", type=_yaml_value, const=True, default=False, help=output)
+    parser.add_argument("--overwrite", nargs="?", type=yaml_value, const=True, default=False, help=output)
     group = parser.add_argument_group("StructLoRA")
     switch = "Train StructLoRA. 'false' trains plain LoRA, with all else equal."
-    group.add_argument("--structlora", nargs="?", type=_yaml_value, const=True, default=True, help=switch)
+    group.add_argument("--structlora", nargs="?", type=yaml_value, const=True, default=True, help=switch)
     for option in fields(StructLoRAConfig):
         text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
-        flag = f"--{_PREFIX}{option.name}"
-        group.add_argument(flag, type=_yaml_value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+        flag = f"--{PREFIX}{option.name}"
+        group.add_argument(flag, type=yaml_value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
     return parser
-
-
-def _yaml_value(text: str) -> Any:
-    """A value as the YAML file would have it."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
-
-
-def _config(block: Any, options: dict) -> StructLoRAConfig | None:
-    """What stands under `structlora:`, or in the file that it names, with the options of the command line over it."""
-    if not options:
-        return read_switch(block)
-    below = block if isinstance(block, dict) else read_switch(block)
-    if below is None:
-        raise StructLoRAError(
-            f"structlora=false and {', '.join(f'{_PREFIX}{name}' for name in options)}",
-            "options for a run that trains StructLoRA",
-            "remove the options for plain LoRA, or `structlora=false`",
-        )
-    return read_switch({**(below if isinstance(below, dict) else below.changed_options()), **options})
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
@@ -166,7 +139,7 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
 def _hint(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names, in words. Options of ours without their prefix count as misspelt."""
     names = {
-        **{option.name: _PREFIX + option.name for option in fields(StructLoRAConfig)},
+        **{option.name: PREFIX + option.name for option in fields(StructLoRAConfig)},
         **{n: n for n in known},
     }
     # lora_rank is lora_r, not local_rank.

@@ -11,10 +11,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import StructLoRAError, refusing
+from ..errors import StructLoRAError, nearest, refusing
 from ..state import STATE_NAME
 from .arguments import Arguments
-from .early import if_offline, is_true, nearest, refuse_earlier_run, refuse_missing_model, refuse_numbers
+from .early import if_offline, is_true, refuse_earlier_run, refuse_missing_model, refuse_numbers
 
 _LISTED = 12  # names of modules in a message
 
@@ -52,12 +52,6 @@ def check_arguments(command: str, given: Arguments) -> None:
 
 def _check_model(command: str, given: Arguments) -> None:
     model = given.model
-    if not isinstance(model.model_name_or_path, str) or not model.model_name_or_path:
-        raise StructLoRAError(
-            f"`model_name_or_path` of {model.model_name_or_path!r}",
-            "a model to adapt",
-            "set it to a folder or to a model of the hub",
-        )
     model.model_name_or_path = refuse_missing_model(model.model_name_or_path)
     if not model.use_peft:
         raise StructLoRAError(

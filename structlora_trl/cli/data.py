@@ -15,7 +15,8 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
-from .early import BUILDERS, LOOKED_AT, form_of, if_offline, local_data, refuse_cells
+from .early import if_offline
+from .local_rows import BUILDERS, LOOKED_AT, form_of, local_data, refuse_cells
 
 
 def as_mixture(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:

@@ -7,33 +7,22 @@ called again with the arguments as TRL has read them.
 from __future__ import annotations
 
 import argparse
-import difflib
-import glob
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..adapters.cells import refuse_cell
-from ..errors import StructLoRAError, refuse_unwritable, refusing
+from ..config import StructLoRAConfig
+from ..errors import StructLoRAError, nearest, refuse_unwritable, refusing
+from ..yaml_block import PREFIX, read_over
+from .local_rows import local_data, look_at
 
 # Names of PEFT, Transformers and this package, whose import takes seconds (`tests/cli/test_early.py`).
 ADAPTER_CONFIG, MODEL_CONFIG, TRAINER_STATE = "adapter_config.json", "config.json", "trainer_state.json"
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-LOOKED_AT = 10_000  # rows whose cells are looked at, a second's work; of later ones, TRL says what is wrong
-_PAIRS = (("chosen", "rejected"),)
-# Script -> the columns that rows have, in one of these forms. A script that is not here is not checked.
-_COLUMNS = {
-    "sft": (("messages",), ("prompt", "completion"), ("conversations",)),
-    "dpo": _PAIRS,
-    "reward": _PAIRS,
-    "kto": (("prompt", "completion", "label"), *_PAIRS),
-    "grpo": (("prompt",),),
-    "rloo": (("prompt",),),
-}
 _PATHS = ("model_name_or_path", "dataset_name", "output_dir", "resume_from_checkpoint")
 
 
@@ -62,22 +51,28 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check(arguments: list[str]) -> None:
-    """Look at the file and the paths that a training command is given.
+def check(command: str, arguments: list[str]) -> None:
+    """Look at the file and the paths that a training command is given, and at StructLoRA's options.
 
     Args:
-        arguments (`list[str]`): what stands after the command.
+        command (`str`): the training command.
+        arguments (`list[str]`): what stands after it.
 
     Raises:
-        StructLoRAError: a YAML file that cannot be read; a number out of range; a model, data or a checkpoint that is not there; an
-            output folder that holds another run.
+        StructLoRAError: a YAML file that cannot be read; a number out of range; an option that is refused; no model, or a
+            model, data or a checkpoint that is not there; rows of a local file that the command does not take; an output
+            folder that holds another run.
     """
     if {"-h", "--help"} & {*arguments}:
         return
+    options = [PREFIX + option.name for option in fields(StructLoRAConfig)]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("config", "max_steps", *_PATHS, *NUMBERS):
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--overwrite", nargs="?", const="true")
+    for name in ("config", "max_steps", "dataset_text_field", *_PATHS, *NUMBERS):
+        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name)
+    for name in options:
+        parser.add_argument(f"--{name}", type=yaml_value, default=argparse.SUPPRESS)
+    for name in ("overwrite", "structlora"):
+        parser.add_argument(f"--{name}", nargs="?", type=yaml_value, const=True, default=argparse.SUPPRESS)
     joined: list[str] = []
     for word in arguments:  # argparse takes -2e-4 for an option
         if joined and _is_negative(word):
@@ -92,14 +87,18 @@ def check(arguments: list[str]) -> None:
     file = {} if path is None else read_yaml(path)
     given = {**file, **{name: value for name, value in words.items() if value is not None}}
     refuse_numbers(given)
+    block = words.get("structlora", file.get("structlora", True))
+    read_over(block, {name: words[name] for name in options if name in words})
     model, output = given.get("model_name_or_path"), given.get("output_dir")
-    if isinstance(model, str):
-        refuse_missing_model(model)
+    refuse_missing_model(model)
     parts = given.get("datasets") or given.get("dataset_name")
     for part in parts if isinstance(parts, list) else [parts]:
-        name = part.get("path") if isinstance(part, dict) else part
+        is_entry = isinstance(part, dict)
+        name = part.get("path") if is_entry else part
         if isinstance(name, str) and name:
             local_data(name)
+            if not is_entry:  # which may choose columns
+                look_at(name, command, given.get("dataset_text_field", "text"))
     if isinstance(output, str):
         checkpoint = last_checkpoint(given.get("resume_from_checkpoint"), output)
         refuse_earlier_run(Path(output), checkpoint, is_true(given.get("overwrite")))
@@ -113,7 +112,7 @@ def _is_negative(word: str) -> bool:
 
 
 def refuse_numbers(given: dict) -> None:
-    """Stop at a number that trains nothing. What is no number, TRL's parser tells.
+    """Stop at a number that trains nothing, or at a word in its place.
 
     Raises:
         StructLoRAError: it names the argument.
@@ -125,56 +124,12 @@ def refuse_numbers(given: dict) -> None:
         value = given.get(name)
         try:
             is_wrong = name in given and not accepts(float(value) if isinstance(value, str) else value)
-        except (TypeError, ValueError):
+        except ValueError:  # a word
+            is_wrong = True
+        except TypeError:  # nothing, or a list
             continue
         if is_wrong:
             raise StructLoRAError(f"{name}={value}", meaning, f"correct `{name}`")
-
-
-def form_of(command: str, found: list[str] | None, text: str = "text") -> tuple[str, ...] | None:
-    """The columns that a command trains on, of those found; None where they are not checked.
-
-    Args:
-        text (`str`, *optional*): of SFT, `dataset_text_field`.
-
-    Raises:
-        StructLoRAError: columns that the command does not take.
-    """
-    accepted = _COLUMNS.get(command, ()) + (((text,),) if command == "sft" else ())
-    if (
-        not found or not accepted or any(column.endswith("_ids") for column in found)
-    ):  # the last are tokenized
-        return None
-    form = next((columns for columns in accepted if {*columns} <= {*found}), None)
-    if form is None:
-        raise StructLoRAError(
-            f"the columns {', '.join(found)} in the data",
-            "the columns " + "; or ".join(", ".join(columns) for columns in accepted),
-            "rename the columns, or choose the command for data of this form",
-        )
-    return form
-
-
-def refuse_cells(form: tuple[str, ...], rows: Iterable[dict], where: str) -> None:
-    """Stop at the first cell of these columns that cannot be trained on.
-
-    Raises:
-        StructLoRAError: it names row and column.
-    """
-    for number, row in enumerate(rows, 1):
-        for column in form:
-            if column != "label":  # KTO's, true or false
-                refuse_cell(row.get(column), number, column, where)
-
-
-def nearest(name: str) -> str:
-    """The nearest name beside a path that is not there, in words."""
-    path = Path(name).expanduser()
-    if path.exists() or not path.parent.is_dir():
-        return ""
-    beside = [other.name for other in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, beside, 1)
-    return f" (did you mean {'' if path.is_absolute() else './'}{path.parent / near[0]}?)" if near else ""
 
 
 def if_offline(*names: str) -> str:
@@ -183,6 +138,14 @@ def if_offline(*names: str) -> str:
     if not is_set or all(os.path.exists(name) for name in names):
         return ""
     return "; HF_HUB_OFFLINE is set, so that nothing is fetched from the hub: unset it"
+
+
+def yaml_value(text: str) -> Any:
+    """A word of the command line as the YAML file would have it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
 
 
 def read_yaml(path: str) -> dict:
@@ -214,57 +177,38 @@ def read_yaml(path: str) -> dict:
     return options
 
 
-def refuse_missing_model(name: str) -> str:
+def refuse_missing_model(name: object, argument: str = "model_name_or_path") -> str:
     """Look at the folder of a base model; other names are the hub's.
+
+    Args:
+        name (`str`): what is given as the model.
+        argument (`str`, *optional*): by which it is given.
 
     Returns:
         `str`: the name, with `~` written out.
 
     Raises:
-        StructLoRAError: no folder there, or one of an adapter.
+        StructLoRAError: no name, no folder there, or one of an adapter.
     """
+    if not isinstance(name, str) or not name:
+        raise StructLoRAError(
+            f"no model (`{argument}` is {name!r})",
+            "a base model",
+            f"set `{argument}` to a folder or to a model of the hub",
+        )
     path = os.path.expanduser(name)
     if not path.startswith((".", "/")):
         return name
     if not os.path.isdir(path):
-        raise StructLoRAError(
-            f"no folder {path}", "a model to adapt", f"correct `model_name_or_path`{nearest(path)}"
-        )
+        raise StructLoRAError(f"no folder {path}", "a base model", f"correct `{argument}`{nearest(path)}")
     if os.path.isfile(f"{path}/{ADAPTER_CONFIG}") and not os.path.isfile(f"{path}/{MODEL_CONFIG}"):
         raise StructLoRAError(
             f"an adapter in {path}",
-            "a whole model, to which a new adapter is added",
-            f"merge it (`structlora export {path} MERGED --merge`) and train on MERGED; or continue its run with "
+            "a whole model, to which an adapter is added",
+            f"merge it (`structlora export {path} MERGED --merge`) and give MERGED; to continue its run, "
             "`resume_from_checkpoint`",
         )
     return path
-
-
-def local_data(name: str, files: Any = None) -> tuple[str, Any]:
-    """What `load_dataset` calls a local file: its builder and its path. Other names stay.
-
-    Raises:
-        StructLoRAError: no such file or folder, or an empty file.
-    """
-    builder = BUILDERS.get(Path(name).suffix)
-    if builder is None and not name.startswith((".", "/", "~")):
-        return name, files
-    path = os.path.expanduser(name)
-    if not os.path.exists(path):
-        what = "file" if builder else "folder"
-        raise StructLoRAError(
-            f"no {what} {path}",
-            "rows, one example each",
-            f"correct the path{nearest(path)}, or make the file",
-        )
-    if builder is None or not os.path.isfile(path):
-        return path, files
-    with open(path, "rb") as file:
-        if not file.read(4096).strip():
-            raise StructLoRAError(
-                f"{path} empty", "rows, one example each", "write the rows, or correct the path"
-            )
-    return builder, glob.escape(path)  # `datasets` takes paths for patterns
 
 
 def whole_checkpoints(output: Path) -> list[Path]:

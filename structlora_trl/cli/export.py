@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..adapters.export_options import RANDOM, Options, sizes_of
 from ..config import share_to_keep
-from ..errors import StructLoRAError, refuse_used
+from ..errors import StructLoRAError, nearest, refuse_used
 from .arguments import parser_of
-from .early import ADAPTER_CONFIG, local_data, nearest
+from .early import ADAPTER_CONFIG, refuse_missing_model
+from .local_rows import local_data
 
 if TYPE_CHECKING:
     from ..adapters.export import Export
@@ -111,6 +112,8 @@ def run(command: str, arguments: list[str]) -> None:
     refuse_used(given.out)
     if given.data is not None:
         local_data(given.data)
+    if given.base is not None:
+        given.base = refuse_missing_model(given.base, "--base")
     # After the arguments, and after a path that is wrong: these load torch and PEFT.
     from ..adapters.export import write
     from ..adapters.load_adapter import read_saved

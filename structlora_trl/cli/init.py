@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import textwrap
 from dataclasses import fields
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config import StructLoRAConfig
-from ..errors import StructLoRAError, refusing
 from .arguments import parser_of
-from .early import LOOKED_AT, form_of, local_data, refuse_cells
+from .early import refuse_missing_model
+from .local_rows import count_rows
 from .main import TRAINING
 
 _WIDTH = 110
@@ -62,7 +58,8 @@ def run(command: str, arguments: list[str]) -> None:
     """Print the file.
 
     Raises:
-        StructLoRAError: `--data` names a file that is not there, cannot be read, or has rows that the command does not take.
+        StructLoRAError: `--model` names no folder that is there; `--data` a file that is not there, cannot be read, or has
+            rows that the command does not take.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
@@ -78,6 +75,7 @@ def run(command: str, arguments: list[str]) -> None:
     )
     parser.add_argument("--all", action="store_true", help="list every option of StructLoRA")
     given = parser.parse_args(arguments)
+    refuse_missing_model(given.model, "--model")
     print(template(given.method, given.data, given.model, given.all), end="")
 
 
@@ -129,7 +127,7 @@ def template(
     ]
     lines = [f"# structlora {name} --config run.yaml"]
     lines += [f"{key}: {_value(value)}" + (f"  # {why}" if why else "") for key, value, why in settings]
-    lines.append("# use_cpu: true  # without a GPU")
+    lines.append("# use_cpu: true  # without a GPU; with `bf16: false`, which most CPUs compute faster")
     if not all_options:
         return "\n".join([*lines, f"structlora: {_ON}"]) + "\n"
     options = ""
@@ -137,62 +135,6 @@ def template(
         comment = textwrap.wrap(" ".join(option.metadata["help"].split()), _WIDTH)
         options += "".join(f"# {line}\n" for line in comment) + f"{option.name}: {_value(option.default)}\n"
     return "\n".join(lines) + "\n\n" + _OPTIONS + textwrap.indent(options, "  ")
-
-
-def count_rows(data: str, command: str = "sft") -> int | None:
-    """How many rows a file has, after a look at the first ones; None for what is no single file.
-
-    Raises:
-        StructLoRAError: the file is not there or cannot be read, or has fewer than two rows, or columns or
-            cells that the command does not take.
-    """
-    builder, _ = local_data(data)
-    path = Path(data).expanduser()
-    if builder == data or not path.is_file():
-        return None
-    with refusing(f"reading {path}", "rows, one example each", "correct the file"):
-        count, first = _read(path)
-    for number, row in enumerate(first, 1):
-        if not isinstance(row, dict):
-            raise StructLoRAError(
-                f"row {number} of {path} a {type(row).__name__}",
-                "cells by column",
-                'write each row as `{"text": ...}`, say',
-            )
-    if form := form_of(command, [*dict.fromkeys(name for row in first for name in row)]):
-        refuse_cells(form, first, str(path))
-    if count < 2:
-        raise StructLoRAError(
-            f"{count} rows in {path}", "rows to train on, and others to hold out", "give more rows"
-        )
-    return count
-
-
-def _read(path: Path) -> tuple[int, list]:
-    """How many rows, and the first ones."""
-    if path.suffix == ".parquet":
-        from pyarrow.parquet import ParquetFile  # which loads in a moment, but not without need
-
-        file = ParquetFile(path)
-        return file.metadata.num_rows, next(file.iter_batches(LOOKED_AT)).to_pylist()
-    are_lines = False
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":  # where an empty cell is null
-            rows = (
-                {name: cell or None for name, cell in row.items() if name} for row in csv.DictReader(file)
-            )
-        elif path.suffix == ".json" and file.read(1) == "[":
-            file.seek(0)
-            rows = iter(json.load(file))
-        else:
-            file.seek(0)
-            rows, are_lines = (line for line in file if line.strip()), True
-        first = [*islice(rows, LOOKED_AT)]
-        if are_lines:
-            for index, line in enumerate(first):
-                with refusing(f"reading row {index + 1} of {path}", "a line of JSON", "correct the line"):
-                    first[index] = json.loads(line)
-        return len(first) + sum(1 for _ in rows), first
 
 
 def _passes(rows: int | None, noise: str) -> list[tuple[str, Any, str]]:

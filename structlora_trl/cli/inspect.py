@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import StructLoRAError, refuse_unwritable
 from .arguments import parser_of
-from .early import local_data
+from .early import refuse_missing_model
 from .export import in_words, refuse_missing
+from .local_rows import local_data
 
 if TYPE_CHECKING:
     from ..adapters.inspecting import KindReport
@@ -81,6 +82,8 @@ def run(command: str, arguments: list[str]) -> None:
         refuse_missing(folder)
     if given.data is not None:
         local_data(given.data)
+    if given.base is not None:
+        given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
     from ..adapters.inspecting import contents, final_losses, log_history, report
     from ..adapters.load_adapter import read_saved

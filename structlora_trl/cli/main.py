@@ -100,7 +100,7 @@ def _run(arguments: list[str]) -> int:
         if module == "train":
             from .early import check  # before torch, which `train` imports
 
-            check(given.rest)
+            check(given.command, given.rest)
         import_module(f".{module}", __package__).run(given.command, given.rest)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a usage error
         return int(stop.code or 0)

@@ -137,7 +137,7 @@ def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:
     whole = whole_checkpoints(Path(output))
     if not whole:
         return (
-            "\nInterrupted before the first checkpoint (`save_steps` says when it comes).\nStart over with: "
+            "\nInterrupted before the first checkpoint (`save_strategy` and `save_steps` say when it comes).\nStart over with: "
             + (shlex.join(again))
         )
     if "--resume_from_checkpoint" not in arguments:

@@ -47,7 +47,9 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
     told = [f"{state.global_step:,} steps"]
     for key, words in (("loss", "training loss"), ("eval_loss", "held-out loss")):
         found = [entry for entry in state.log_history if key in entry]
-        told += [f"{words} {found[-1][key]:.4g}"] if found else []
+        if found:
+            at = "" if found[-1]["step"] == state.global_step else f" (of step {found[-1]['step']})"
+            told.append(f"{words} {found[-1][key]:.4g}{at}")
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
     if loaded := [entry for entry in found[:-1] if entry["step"] == best]:
         last = told.pop().removeprefix("held-out loss ")
@@ -61,7 +63,8 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
     count, _ = model.get_nb_trainable_parameters()
     width = next(p.element_size() for p in model.parameters() if p.requires_grad)
     following = " or ".join(f"`{shlex.join(['structlora', *words])}`" for words in commands)
-    return _lines(
+    begun = "" if trainer.args.disable_tqdm else "\n"  # a line that a progress bar stands on
+    return begun + _lines(
         [
             f"{name} ends: {', '.join(told)}",
             f"the adapter: {count:,} parameters, {_bytes(count * width)}, plain LoRA",

@@ -15,7 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG_NAME
 
 from structlora_trl.cli import early, main
-from structlora_trl.cli.init import count_rows, template
+from structlora_trl.cli.init import template
+from structlora_trl.cli.local_rows import count_rows
 from structlora_trl.cli.main import TRAINING
 from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES
 from tests.support.data import write_rows
@@ -37,6 +38,20 @@ WRONG = {
     "adapter": ({}, ["--model_name_or_path", "./done"], ["an adapter in ./done", "--merge"]),
     "output": ({"output_dir": "done"}, [], ["earlier run in output_dir=done", "--overwrite"]),
     "output a file": ({}, ["--output_dir", "rows.jsonl/out"], ["a file rows.jsonl, above rows.jsonl/out"]),
+    "no model": ({"model_name_or_path": None}, [], ["`model_name_or_path` is None", "model of the hub"]),
+    "word": ({"num_train_epochs": "three"}, [], ["num_train_epochs=three", "above 0"]),
+    "option": ({"structlora": {"nois": "off"}}, [], ["an unknown option `nois`", "write `noise`"]),
+    "value": ({"structlora": {"noise": "maybe"}}, [], ["noise='maybe'"]),
+    "value in words": ({}, ["--structlora.keep", "0"], ["keep=0"]),
+    "block": ({"structlora": "on please"}, [], ["'on please' for `structlora`"]),
+    "off and on": (
+        {"structlora": False},
+        ["--structlora.noise", "on"],
+        ["structlora=false", "structlora.noise"],
+    ),
+    "line": ({"dataset_name": "cut.jsonl"}, [], ["reading row 2 of cut.jsonl", "correct the line"]),
+    "columns": ({"dataset_name": "other.csv"}, [], ["the columns question, answer"]),
+    "cell": ({"datasets": ["rows.jsonl", "hole.csv"]}, [], ["row 2, column `completion`, of hole.csv"]),
     "near": ({"dataset_name": "row.jsonl"}, [], ["did you mean ./rows.jsonl?"]),
     "rate": ({"learning_rate": "-1e-4"}, [], ["learning_rate=-1e-4", "above 0"]),
     "rate in words": ({}, ["--learning_rate", "-2e-4"], ["learning_rate=-2e-4", "above 0"]),
@@ -54,6 +69,10 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 8)
     Path("empty.jsonl").write_text("\n")
+    Path("cut.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
+    Path("other.csv").write_text("question,answer\na,b\n")
+    Path("list.jsonl").write_text('[{"text": "a"}]')
+    Path("hole.csv").write_text("prompt,completion\na,b\nc,\n")
     for name in ("done", "a/lora"):
         Path(name).mkdir(parents=True)
         Path(name, CONFIG_NAME).write_text("{}")
@@ -77,7 +96,14 @@ def test_a_wrong_path_is_told(name, files, capsys):
 
 COSTS_NOTHING = {
     # the command, its exit code, words of the message; the file of the same name in WRONG
-    **{n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0]) for n in ("data", "alpha")},
+    **{
+        n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0])
+        for n in ("data", "alpha", "no model", "option", "value in words", "line", "cell")
+    },
+    "base": ("export a/lora out --rank 2 --base ./don", 1, "correct `--base` (did you mean ./done?)"),
+    "base of figures": ("inspect a/lora --html a.html --data rows.jsonl --base ./don", 1, "correct `--base`"),
+    "server": ("export a/lora out --for vlm", 1, "a server 'vlm'"),
+    "model of a file": ("init --model ./don", 1, "correct `--model` (did you mean ./done?)"),
     "inspect": ("inspect .", 1, "no adapter_config.json in ."),
     "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
     "rows": ("export a/lora out --rank 2 --data row.jsonl", 1, "did you mean ./rows.jsonl?"),
@@ -110,11 +136,17 @@ def test_it_costs_no_library(name, files):
         ({"output_dir": "done"}, ["--overwrite"]),
         ({"output_dir": "done", "overwrite": True}, []),
         ({"num_train_epochs": 0}, ["--max_steps", "100"]),
+        ({"model_name_or_path": None}, ["--model-name-or-path", "a/hub-model"]),
+        ({"dataset_name": "other.csv"}, ["--dataset_text_field", "answer"]),
+        ({"dataset_name": "list.jsonl"}, []),  # one list, which `datasets` reads
+        ({"datasets": [{"path": "other.csv", "columns": ["answer"]}]}, []),
+        ({"structlora": {"noise": "off"}}, ["--structlora.coordinator", "gat"]),
+        ({"structlora": {"noise": "maybe"}}, ["--structlora", "false"]),
     ],
 )
 def test_what_is_right_passes(given, words, files):
     _write(given)
-    early.check(["--config", "run.yaml", "--learning_rate", "1e-4", *words])
+    early.check("sft", ["--config", "run.yaml", "--learning_rate", "1e-4", *words])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +213,7 @@ BAD_ROWS = {
     "other.csv": ("question,answer\na,b\n", "the columns question, answer in the data"),
     "hole.csv": ("prompt,completion\na,b\nc,\n", "nothing (null) in row 2, column `completion`"),
     "broken.jsonl": ('{"text": "a"}\n{"text"\n', "reading row 2 of broken.jsonl"),
-    "list.jsonl": ("[1]\n", "row 1 of list.jsonl a list"),
+    "list.jsonl": ("[1]\n", "row 1 of list.jsonl a int"),
     "texts.json": ('["a", "b"]', "row 1 of texts.json a str"),
     "one.jsonl": ('{"text": "a"}\n', "1 rows in one.jsonl"),
 }

@@ -97,7 +97,7 @@ MISTAKES = [
     (["sft", "--config", "batchless.yaml"], 1, "per_device_train_batch_size=None"),
     (["sft", "--config", "names.yaml"], 1, "dataset_name=['data.jsonl']"),
     (["sft", "--config", "entry.yaml"], 1, "'pth'"),
-    (["sft", "--config", "number.yaml"], 1, "`model_name_or_path` of 5"),
+    (["sft", "--config", "number.yaml"], 1, "`model_name_or_path` is 5"),
     ([*RUN, "--dataset_streaming", "true", "--test_split_size", "0.5"], 1, "`dataset_streaming`"),
     ([*RUN, "--structlora.noise_variance=-3"], 1, "noise_variance=-3"),
     ([*RUN, "--structlora.edges", "none"], 1, "edges='none'"),
