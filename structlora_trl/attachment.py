@@ -172,6 +172,13 @@ def _refuse_senseless(adapter: PeftConfig, kinds: list[Kind]) -> None:
             "a rank that is smaller than the matrices",
             "lower `r`; 8 or 16 is usual",
         )
+    spare = [kind for kind in kinds if not kind.is_vera and kind.rank > min(kind.shape[2:])]
+    if spare:
+        logger.warning(
+            "Directions to spare, since the rank is above the width of a matrix: %s. Lower `r`, or give these less "
+            "with `rank_pattern`.",
+            ", ".join(f"{kind.name} (rank {kind.rank}, width {min(kind.shape[2:])})" for kind in spare),
+        )
 
 
 def _variance(config: StructLoRAConfig, quiet: str | None, passes: float | None) -> tuple[float, str]:

@@ -204,7 +204,7 @@ class StructLoRAConfig:
         known = [f.name for f in fields(StructLoRAConfig)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1)
+                near = difflib.get_close_matches(str(name), known, 1, 0.7)
                 remedy = f"write `{near[0]}`" if near else "remove it"
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
         return StructLoRAConfig(**options)

@@ -192,8 +192,8 @@ class State:
             # An option that the writer's version lacked had today's default.
             header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
-            _ = state.config, state.schedule
-            _ = [" ".join(facts["modules"]) for facts in state.header["kinds"].values()][0]
+            kinds = [" ".join(facts["modules"]) for facts in state.header["kinds"].values()]
+            _ = state.config, state.schedule, kinds[0]
         except StructLoRAError as error:
             raise damaged(where, error.found) from error
         except (LookupError, TypeError, ValueError, AttributeError) as error:

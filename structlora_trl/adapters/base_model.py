@@ -131,9 +131,9 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
         "loading the adapter onto the base model",
         "the base model as it was trained on, its vocabulary and its modules' names too; for what LoftQ takes out of the base, "
         "an accelerator and bitsandbytes, too",
-        "save the base model after `resize_token_embeddings`, and give `--base MODEL`; an adapter that an older version of "
-        "transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that one; LoftQ without "
-        "an accelerator: save the base as training had it (`model.unload().save_pretrained(BASE)`), write "
+        "give that model (`--base MODEL`), saved after `resize_token_embeddings` where that was called; an adapter that an "
+        "older version of transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that "
+        "one; LoftQ without an accelerator: save the base as training had it (`model.unload().save_pretrained(BASE)`), write "
         '`"init_lora_weights": true` to adapter_config.json, and give `--base BASE`',
         # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
         (RuntimeError, AssertionError),

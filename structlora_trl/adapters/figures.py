@@ -229,7 +229,7 @@ def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
 
 def _unmapped(run: Run, names: dict[str, str]) -> dict[str, list[str]]:
     """Why kinds of a run have no map of similarity -> their short names."""
-    without = "no structlora.safetensors beside it tells where lora_A began, which modules that read the stream are compared by"
+    without = "no structlora.safetensors beside it says where lora_A began, and so what it learned"
     lacking: dict[str, list[str]] = {}
     for name, kind in run.kinds.items():
         if len(kind.depths) == 1:
@@ -269,20 +269,18 @@ def _sizes(runs: list[Run]) -> Chart:
         curves = run.curves
         if points := size_curve(run.saved):
             curves = [*curves, SizeCurve("share of the squared norm", {"largest singular values": points})]
-        at_quarter = []
         for curve in curves:
+            at_quarter = []
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
                 label = " · ".join(filter(None, (_name(runs, run), order)))
                 values.setdefault(curve.value, []).append((label, points, colour, line))
                 at = _at(points, 0.25)
                 share = f"{100 * at:.0f} % of {curve.value.removeprefix(_SHARE)}"
-                at_quarter.append(
-                    f"{share if curve.value.startswith(_SHARE) else f'{curve.value} {at:.3g}'} ({order})"
-                )
+                is_share = curve.value.startswith(_SHARE)
+                at_quarter.append(f"{share if is_share else f'{curve.value} {at:.3g}'} by {order}")
             for level, height in curve.levels.items():
                 label = " · ".join(filter(None, (_name(runs, run), level)))
                 values[curve.value].append((label, [(0, height), (1, height)], _GREY, "-"))
-        if at_quarter:
             told.append(f"{_of(runs, run)}a quarter of the directions has {', '.join(at_quarter)}.")
     text = (
         "What is left of an adapter with fewer directions, chosen over the whole model. Norms do not tell what a task needs: "
@@ -360,7 +358,7 @@ def _spectrum(kind: KindReport, shown: list[list[float]]) -> Callable[[Axes], No
             axis.plot(
                 range(1, len(row) + 1), positive, color=colormaps["viridis"](shade), linewidth=1, **alone
             )
-        axis.set_xlim(1 - longest / 20, longest * 1.05)
+        axis.set_xlim(0.5, longest + 0.5)
         if positive_shown:
             axis.set(yscale="log", ylim=(min(positive_shown) / 1.3, max(positive_shown) * 1.3))
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))

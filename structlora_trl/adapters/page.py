@@ -45,7 +45,6 @@ def write_page(path: str | Path, runs: list[Run]) -> None:
     page = templates.get_template("page.html.j2").render(
         runs=[*zip(runs, RUN_COLOURS, strict=False)],
         facts={name: values for name, values in facts.items() if any(value is not None for value in values)},
-        lowest={_HELD_OUT: _lowest(runs, facts[_HELD_OUT])},
         verdict=_verdict(runs),
         charts=charts(runs),
         columns=columns,
@@ -134,13 +133,6 @@ def _mean_effective_rank(run: Run) -> float:
     return sum(depth.effective_rank for depth in run.depths()) / len(run.depths())
 
 
-def _lowest(runs: list[Run], values: list) -> object:
-    """The lower of two runs' figures, where both have one after as many steps."""
-    if len(runs) < 2 or None in values or len({*_last_steps(runs)}) > 1:
-        return None
-    return min(values)
-
-
 def _last_steps(runs: list[Run]) -> list[int]:
     """The steps at which logs end."""
     return [run.history[-1]["step"] for run in runs]
@@ -211,7 +203,6 @@ def _ranks(run: Run) -> str:
     return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
-_HELD_OUT = "held-out loss at the end"  # training losses of StructLoRA are with noise: not to be compared
 _FACTS: dict[str, Callable[[Run], object]] = {
     "base model": _base_model,
     "data": lambda run: training_data(run.saved),
@@ -224,7 +215,7 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "learning rate": lambda run: peak_learning_rate(run.saved),
     "steps": lambda run: run.saved.step or (run.history[-1]["step"] if run.history else None),
     "training loss at the end": lambda run: final_losses(run.history)[0],
-    _HELD_OUT: lambda run: final_losses(run.history)[1],
+    "held-out loss at the end": lambda run: final_losses(run.history)[1],
     "held-out rows": lambda run: held_out_rows(run.history),
     "noise": _option("noise"),
     "coordinator": _option("coordinator"),

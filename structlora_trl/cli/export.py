@@ -231,7 +231,7 @@ def _about(size: Export, is_named: bool) -> list[str]:
         lines.append(f"{line}.")
         if size.rows:
             lines.append(
-                f"Rows: {size.rows.told()}; the loss is of {change.probe}. New ones have a higher loss than those of the training."
+                f"Rows: {size.rows.told()}; the loss is of {change.probe}. Rows of the training have a lower loss than new ones."
             )
     return [f"{size.folder.name}: {line}" for line in lines] if is_named else lines
 

@@ -75,7 +75,7 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
 
 def next_commands(runtime: Runtime, folder: str) -> list[list[str]]:
     """What can be done with an adapter in a folder."""
-    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "ROWS.jsonl"]
+    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "TRAINING_ROWS.jsonl"]
     return [["inspect", folder], ["export", folder, "SMALL", *smaller]]
 
 

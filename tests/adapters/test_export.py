@@ -234,6 +234,15 @@ def test_loftq_without_an_accelerator_is_refused_by_name(smaller, tmp_path):
         torch.testing.assert_close(logits_of(merged, "llama"), trained, atol=1e-5, rtol=0)
 
 
+def test_a_base_of_another_width_is_told_by_one_matrix_and_a_count(tmp_path):
+    saved = read_saved(llama_run(tmp_path / "own"))
+    llama_run(tmp_path / "wide", {"hidden_size": 64})
+    base = str(tmp_path / "wide" / "base")
+    with pytest.raises(StructLoRAError, match=r"\(and \d+ more\).*`--base MODEL`") as refused:
+        export(saved, tmp_path / "small", rank=2, base=base)
+    assert str(refused.value).count("size mismatch") == 1
+
+
 # What is wrong -> (arguments, words of the message)
 MISTAKES = {
     "no base": (["--merge", "--base", "missing"], "loading the base model missing failed"),

@@ -118,7 +118,6 @@ def test_which_run_did_better(runs, tmp_path):
     assert facts["parameters"] == [f"{numbers:,}"] * 2 and facts["bytes"] == [f"{4 * numbers:,}"] * 2
     base = json.loads((folders["first"] / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert facts["base model"] == ["base"] * 2 and base not in text  # a folder of this machine
-    assert re.findall('class="lowest">(.*?)<', text) == ["2.25"]  # training losses are with noise
     assert re.search(r"first is lower by 0\.5\b", text)
     log = folders["second"] / "trainer_state.json"
     log.write_text(json.dumps({"log_history": [{"step": 9, "eval_loss": 2.25001}]}))
@@ -128,7 +127,6 @@ def test_which_run_did_better(runs, tmp_path):
     assert main(["inspect", *given, "--html", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
     assert "second 2 after 7 steps. Runs of different lengths cannot be compared" in text
-    assert 'class="lowest"' not in text
 
 
 def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):

@@ -339,6 +339,10 @@ class ReentrantCheckpointing(Checkpointing):
     reentrant = True
 
 
+class CheckpointingAsLoaded(AsLoaded, Checkpointing):
+    """Layers in `eval()`, LoRA's modules in `train()`."""
+
+
 class Compiled(Loop):
     def wrap(self, model):
         return torch.compile(model, backend="aot_eager")

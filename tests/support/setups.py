@@ -705,6 +705,11 @@ LOOPS = [
     Setup("Accelerate", loop=loops.Accelerated),
     Setup("accelerator.save_state and load_state", loop=loops.AcceleratedState),
     Setup("gradient checkpointing", loop=loops.Checkpointing, lora={"lora_dropout": 0.1}),
+    Setup(
+        "gradient checkpointing, base model left in eval()",
+        loop=loops.CheckpointingAsLoaded,
+        lora={"lora_dropout": 0.1},
+    ),
     Setup("reentrant checkpointing", loop=loops.ReentrantCheckpointing, lora={"lora_dropout": 0.1}),
     Setup("torch.compile", loop=loops.Compiled, slow=True),
     Setup("torch.compile of the optimizer's step", loop=loops.CompiledStep),
