@@ -253,7 +253,10 @@ class State:
         for parameter, theta in m.named_parameters():
             moments = {f"optimizer.{parameter}.{key}": theta for key in ("exp_avg", "exp_avg_sq")}
             if moments.keys() & theirs.keys():
-                ours |= {**moments, f"optimizer.{parameter}.step": torch.zeros((), dtype=torch.float32)}
+                ours |= {
+                    **moments,
+                    f"optimizer.{parameter}.step": torch.zeros((), dtype=torch.float32, device="cpu"),
+                }
         wanted, found = ({name: (x.dtype, shape(name, x)) for name, x in of.items()} for of in (ours, theirs))
         for name in [*wanted, *found]:
             if name not in _OPTIONAL and wanted.get(name) != found.get(name):

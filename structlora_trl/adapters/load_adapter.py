@@ -199,7 +199,10 @@ def _read_state(home: Path) -> dict:
     path = home / STATE_NAME
     state = read_state(path)
     with refusing(
-        f"reading {path}", "a state that StructLoRA wrote", _USE_ANOTHER, (RuntimeError, AttributeError)
+        f"reading {path}",
+        "a state that StructLoRA wrote",
+        "use another checkpoint",
+        (RuntimeError, AttributeError),
     ):
         maps = [_map(name, state) for name in state.header["kinds"]]
         effective = [_stored(m(state.load_into(m, WHOLE, None)), m.kind) for m in maps]

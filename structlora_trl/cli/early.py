@@ -89,8 +89,8 @@ def check(command: str, arguments: list[str]) -> None:
     refuse_numbers(given)
     block = words.get("structlora", file.get("structlora", True))
     read_over(block, {name: words[name] for name in options if name in words})
-    model, output = given.get("model_name_or_path"), given.get("output_dir")
-    refuse_missing_model(model)
+    if "model_name_or_path" in given:
+        refuse_missing_model(given["model_name_or_path"])
     parts = given.get("datasets") or given.get("dataset_name")
     for part in parts if isinstance(parts, list) else [parts]:
         is_entry = isinstance(part, dict)
@@ -99,6 +99,7 @@ def check(command: str, arguments: list[str]) -> None:
             local_data(name)
             if not is_entry:  # which may choose columns
                 look_at(name, command, given.get("dataset_text_field", "text"))
+    output = given.get("output_dir")
     if isinstance(output, str):
         checkpoint = last_checkpoint(given.get("resume_from_checkpoint"), output)
         refuse_earlier_run(Path(output), checkpoint, is_true(given.get("overwrite")))

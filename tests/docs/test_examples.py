@@ -64,12 +64,18 @@ class Example:
 CHATS = {"trl-lib/Capybara": chats}
 PREFERENCES = {"trl-lib/ultrafeedback_binarized": preferences}
 TABLE = {
-    "sft_callback": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-sft", CHATS),
-    "sft_trainer": Example("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", "smollm2-sft", CHATS),
+    "sft_callback": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-sft", CHATS, steps=60),
+    "sft_trainer": Example("HuggingFaceTB/SmolLM2-360M-Instruct", "llama", "smollm2-sft", CHATS, steps=60),
     "dpo": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-dpo", PREFERENCES, trl="1.0"),
     "reward_mixin": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-reward", PREFERENCES, trl="1.0"),
     "qlora": Example(
-        "Qwen/Qwen3-8B", "qwen3", "qwen3-qlora", CHATS, needs="bitsandbytes", sizes=data.BLOCKS_OF_64
+        "Qwen/Qwen3-8B",
+        "qwen3",
+        "qwen3-qlora",
+        CHATS,
+        needs="bitsandbytes",
+        sizes=data.BLOCKS_OF_64,
+        steps=60,
     ),
     "llava": Example(
         "llava-hf/llava-1.5-7b-hf", "llava", "llava-sft", {"trl-lib/llava-instruct-mix": pictures}
@@ -91,7 +97,7 @@ TABLE = {
         {"Abirate/english_quotes": lambda: Dataset.from_list([{"quote": sentence(i)} for i in range(3 * 8)])},
         steps=15 * 3,
     ),
-    "serve": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-sft", CHATS, after="sft_callback"),
+    "serve": Example("Qwen/Qwen3-0.6B", "qwen3", "qwen3-sft", CHATS, after="sft_callback", steps=60),
 }
 
 
