@@ -364,7 +364,7 @@ def _spectrum(kind: KindReport, shown: list[list[float]]) -> Callable[[Axes], No
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(axis="y")
         axis.set(xlabel="singular value")
 

@@ -159,6 +159,16 @@ def test_adapters_without_a_log(plain_adapter, tmp_path):
         assert len(axes) == 2 and len({(axis.get_xlim(), axis.get_ylim()) for axis in axes}) == 1
 
 
+def test_a_spectrum_of_one_value_has_one_tick(plain_adapter, tmp_path):
+    assert main(["export", str(plain_adapter), str(tmp_path / "one"), "--rank", "1", "--probe", "none"]) == 0
+    drawn = charts([Run.of("one", read_saved(tmp_path / "one"))])
+    for panel in next(chart for chart in drawn if chart.key == "singular_values").panels:
+        axis = Figure().subplots()
+        panel.draw(axis)
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_why_there_is_no_map(plain_adapter, tmp_path, capsys):
     """Without state, of modules that read the residual stream alone, there is a reason in place of a map."""
     weights = plain_adapter / "adapter_model.safetensors"

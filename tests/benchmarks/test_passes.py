@@ -21,7 +21,7 @@ def test_a_run_is_as_long_as_its_passes(passes):
 @pytest.mark.parametrize("name", ["passes", "passes-few"])
 def test_every_method_chooses_its_rate_with_as_many_runs(name):
     comparison = COMPARISONS[name]
-    cells = list(grids._cells(comparison, Runs(store.read())))
+    cells = list(dict.fromkeys(grids._cells(comparison, Runs(store.read()))))
     own = [row.method for row in comparison.rows if row.rate_of is None]
     for place in comparison.places:
         runs = [cell[1] for cell in cells if cell[0] == place.task]
