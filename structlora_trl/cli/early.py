@@ -96,8 +96,9 @@ def check(command: str, arguments: list[str]) -> None:
         is_entry = isinstance(part, dict)
         name = part.get("path") if is_entry else part
         if isinstance(name, str) and name:
-            local_data(name)
-            if not is_entry:  # which may choose columns
+            if is_entry:  # which may choose columns
+                local_data(name)
+            else:
                 look_at(name, command, given.get("dataset_text_field", "text"))
     output = given.get("output_dir")
     if isinstance(output, str):

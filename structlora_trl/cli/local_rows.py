@@ -113,8 +113,8 @@ def look_at(data: str, command: str, text: str = "text", whole: bool = False) ->
         data (`str`): the file; what is no single file is passed over.
         command (`str`): the command, whose columns the rows need.
         text (`str`, *optional*): of SFT, `dataset_text_field`.
-        whole (`bool`, *optional*, defaults to False): read to the end, and one list of rows too, which has no
-            first ones.
+        whole (`bool`, *optional*, defaults to False): read to the end, and files too that have no first lines:
+            one list of rows, and .parquet, which is read with all its columns, pictures too.
 
     Returns:
         `int`, *optional*: the rows, if `whole`; None for what is no single file.
@@ -125,7 +125,7 @@ def look_at(data: str, command: str, text: str = "text", whole: bool = False) ->
     """
     builder, _ = local_data(data)
     path = Path(data).expanduser()
-    if builder == data or not path.is_file() or not (whole or not _is_list(path)):
+    if builder == data or not path.is_file() or not (whole or _has_lines(path)):
         return None
     with refusing(f"reading {path}", "rows, one example each", "correct the file", also=(csv.Error,)):
         rows = _read(path)
@@ -141,6 +141,10 @@ def look_at(data: str, command: str, text: str = "text", whole: bool = False) ->
     if form := form_of(command, [*dict.fromkeys(name for row in first for name in row)], text):
         refuse_cells(form, first, str(path))
     return count
+
+
+def _has_lines(path: Path) -> bool:
+    return path.suffix != ".parquet" and not _is_list(path)
 
 
 def _is_list(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 
 import pytest
@@ -357,7 +356,7 @@ DAMAGED = {
     "no latent in the state": (_spoilt_state(lambda t, h: t.pop(_last(t, "latent_A"))), "latent_A"),
     "a start of another shape in the state": (
         _spoilt_state(lambda t, h: t.update({_last(t, "origin_A"): torch.zeros(3)})),
-        f"reading .*{STATE_NAME} failed",
+        f"{STATE_NAME} failed",
     ),
     "no module in the state": (_spoilt_state(lambda t, h: h.update(kinds="{}")), "damaged"),
     "an adapter in the place of the state": (lambda f: shutil.copy(f / ADAPTER, f / STATE_NAME), "damaged"),
@@ -387,5 +386,5 @@ def test_damage_is_refused_by_name(damage, folder, capsys):
     for command in (["inspect", str(folder)], ["export", str(folder), str(folder.parent / "new")]):
         capsys.readouterr()
         assert main(command) == 1
-        assert re.search(words, capsys.readouterr().err)
+        assert words in capsys.readouterr().err
     assert not (folder.parent / "new").exists()

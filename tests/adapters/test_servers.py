@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from structlora_trl.adapters import export_options
 from structlora_trl.adapters.export import export
 from structlora_trl.adapters.inspecting import contents, held_out_rows, report
 from structlora_trl.adapters.load_adapter import read_saved
@@ -50,6 +51,10 @@ ADAPTERS = {
 def adapter(folder, family="llama", **lora):
     model = as_it_is(family)(folder / "base")
     return read_saved(peft_run(model, folder / "out", FAMILIES[family].batch, **{**ATTENTION, **lora}))
+
+
+def test_the_command_line_knows_every_server_before_torch_is_loaded():
+    assert tuple(SERVERS) == export_options.SERVERS
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

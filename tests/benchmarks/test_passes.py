@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.quality import grids, noise, store, tasks
-from benchmarks.quality.selection import Runs
+from benchmarks.quality import grids, noise, tasks
 from benchmarks.quality.settings import COMPARISONS, FEW_PASSES, MANY_PASSES
 
 pytestmark = pytest.mark.slow
@@ -21,7 +20,7 @@ def test_a_run_is_as_long_as_its_passes(passes):
 @pytest.mark.parametrize("name", ["passes", "passes-few"])
 def test_every_method_chooses_its_rate_with_as_many_runs(name):
     comparison = COMPARISONS[name]
-    cells = list(dict.fromkeys(grids._cells(comparison, Runs(store.read()))))
+    cells = grids.cells_of(name)
     own = [row.method for row in comparison.rows if row.rate_of is None]
     for place in comparison.places:
         runs = [cell[1] for cell in cells if cell[0] == place.task]
