@@ -1,6 +1,6 @@
 """Sphinx builds the site from this folder: `make docs`."""
 
-import re
+import os
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -39,13 +39,14 @@ html_title = f"structlora-trl {release}"
 html_copy_source = False
 html_show_copyright = False
 html_theme_options = {}
-PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-if source := re.search(r'^Source = "(.+)"', PROJECT, re.MULTILINE):
-    # Links to the repository and to each page's source, as soon as pyproject.toml has its address.
+if repository := os.environ.get("GITHUB_REPOSITORY"):
+    # Built by a workflow (docs.yml): links to the repository that runs it, and to each page's source there.
+    address = f"{os.environ['GITHUB_SERVER_URL']}/{repository}/"
     html_theme_options = {
-        "source_repository": source[1],
+        "source_repository": address,
         "source_branch": "main",
         "source_directory": "docs/",
+        "footer_icons": [{"name": "Repository", "url": address, "html": "Repository", "class": ""}],
     }
 
 

@@ -46,7 +46,7 @@ _STYLE = {
     },
     **{"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4},
 }
-_MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.4)  # inches
+_MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.8)  # inches
 _COSINES = "Reds"  # colours of cosines, from 0 to 1
 _SHARE = "share of "  # how the names of shares begin
 _COLUMNS = 4  # of panels in a file
@@ -382,7 +382,8 @@ def _lines(lines: list[tuple], **axes) -> Callable[[Axes], None]:
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=axes["xlabel"] == "step"))
         axis.grid()
         if any(label for label, *_ in lines):
-            axis.legend(frameon=False, fontsize=7)
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25)}  # below, where no curve is
+            axis.legend(frameon=False, fontsize=6, ncols=-(-len(lines) // 4), columnspacing=1, **place)
 
     return draw
 

@@ -100,6 +100,7 @@ COSTS_NOTHING = {
         n: ("sft --config run.yaml " + " ".join(WRONG[n][1]), 1, WRONG[n][2][0])
         for n in ("data", "alpha", "no model", "option", "value in words", "line", "cell")
     },
+    "nothing": ("sft", 1, "no model (`model_name_or_path` is None)"),
     "base": ("export a/lora out --rank 2 --base ./don", 1, "correct `--base` (did you mean ./done?)"),
     "base of figures": ("inspect a/lora --html a.html --data rows.jsonl --base ./don", 1, "correct `--base`"),
     "server": ("export a/lora out --for vlm", 1, "a server 'vlm'"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
@@ -26,6 +25,9 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 
 
+HOST, NAME = "https://github.com", "us/it"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
@@ -35,6 +37,7 @@ def site(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env={**os.environ, "GITHUB_SERVER_URL": HOST, "GITHUB_REPOSITORY": NAME},
     )
     assert built.returncode == 0, built.stderr[-4000:]
     return out
@@ -45,16 +48,9 @@ def test_the_notebook_is_shown_with_its_outputs(site):
     assert "cell_output" in page and "sentences to train on" in page
 
 
-def test_pages_link_to_the_repository_once_it_has_an_address(monkeypatch):
-    """pyproject.toml is the one place that names it."""
-    address, read = "https://example.org/us/it", Path.read_text
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    named = project.replace("[project.urls]", f'[project.urls]\nSource = "{address}"')
-    monkeypatch.setattr(
-        Path, "read_text", lambda p, **how: named if p.name == "pyproject.toml" else read(p, **how)
-    )
-    theme = runpy.run_path(str(ROOT / "docs" / "conf.py"))["html_theme_options"]
-    assert theme["source_repository"] == address and (ROOT / theme["source_directory"] / "index.md").is_file()
+def test_pages_link_to_the_repository_whose_workflow_builds_them(site):
+    page, address = (site / "index.html").read_text(), f"{HOST}/{NAME}"
+    assert f'href="{address}/"' in page and f'href="{address}/blob/main/docs/index.md' in page
 
 
 def test_reference_names_everything_public(site):
