@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,12 +19,28 @@ NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 LOGGED = (sys.prefix, "[WARNING]", "Failed to load", "_pytree.py", "Loading weights:")
 
 
-def _is_warning(output: dict) -> bool:
-    return output.get("name") == "stderr" or any(part in output.get("text", "") for part in LOGGED)
+# A progress bar; and times, which other work on the same processor changes.
+BAR = re.compile(r"\d+%\|")
+TIME = re.compile(r"'(?:eval|train)_(?:runtime|\w+_per_second)': '[^']*', ")
+
+
+def _is_read(output: dict) -> bool:
+    text = output.get("text", "")
+    return (
+        output.get("name") != "stderr" and not BAR.search(text) and not any(part in text for part in LOGGED)
+    )
+
+
+def clean(cell: dict) -> None:
+    """Leave what readers need of a cell's outputs: no warnings of libraries, no progress bars, no times."""
+    cell.outputs = [output for output in cell.outputs if _is_read(output)]
+    for output in cell.outputs:
+        if "text" in output:
+            output.text = TIME.sub("", output.text)
 
 
 def run() -> None:
-    """Execute every cell in a folder that is thrown away; keep what readers would see, without what libraries warn of."""
+    """Execute every cell in a folder that is thrown away, and store what `clean` leaves of its outputs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -38,7 +55,7 @@ def run() -> None:
         cell.metadata.pop("execution", None)  # times
         if cell.cell_type != "code":
             continue
-        cell.outputs = [output for output in cell.outputs if not _is_warning(output)]
+        clean(cell)
         if cell.execution_count:
             count += 1
             cell.execution_count = count
