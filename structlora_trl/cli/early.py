@@ -89,8 +89,8 @@ def check(command: str, arguments: list[str]) -> None:
     refuse_numbers(given)
     block = words.get("structlora", file.get("structlora", True))
     read_over(block, {name: words[name] for name in options if name in words})
-    # TRL's parser takes beginnings of names too.
-    if "model_name_or_path" in given or not any(word.startswith("--model") for word in arguments):
+    # Without a model, TRL's parser first tells a name that is misspelt; of the command alone it would say "no GPU".
+    if "model_name_or_path" in given or not arguments:
         refuse_missing_model(given.get("model_name_or_path"))
     parts = given.get("datasets") or given.get("dataset_name")
     for part in parts if isinstance(parts, list) else [parts]:

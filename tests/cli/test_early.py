@@ -58,6 +58,11 @@ WRONG = {
     "alpha": ({}, ["--lora_alpha", "0"], ["lora_alpha=0", "lora_alpha / lora_r"]),
     "passes": ({"num_train_epochs": 0}, ["--max_steps", "-1"], ["num_train_epochs=0", "above 0"]),
     "key": ({"learning_rat": 1}, [], ["`learning_rat` in run.yaml (did you mean `learning_rate`?)"]),
+    "key of the model": (
+        "modle_name_or_path: a/b\ndataset_name: rows.jsonl\n",
+        [],
+        ["`modle_name_or_path` in run.yaml (did you mean `model_name_or_path`?)"],
+    ),
     "resume": ({"resume_from_checkpoint": True}, [], ["no whole checkpoint in out"]),
     "resume elsewhere": ({}, ["--resume_from_checkpoint", "gone"], ["no whole checkpoint at gone"]),
 }

@@ -68,9 +68,9 @@ MISTAKES = [
     # arguments, exit code, words of the message; paths that lead nowhere are in `test_early.py`
     (["stf"], 2, "'sft'"),
     (["init", "stf"], 2, "stf"),
-    ([*RUN, "--structlora.noise_varianc", "0.3"], 2, "structlora.noise_variance"),
-    ([*RUN, "--noise_variance", "0.3"], 2, "structlora.noise_variance"),
-    ([*RUN, "--lora_rank", "4"], 2, "`lora_r`"),
+    (["sft", "--structlora.noise_varianc", "0.3"], 2, "structlora.noise_variance"),
+    (["sft", "--noise_variance", "0.3"], 2, "structlora.noise_variance"),
+    (["sft", "--lora_rank", "4"], 2, "`lora_r`"),
     ([*RUN, "stray"], 2, "'stray'"),
     ([*RUN, "--num_proceses", "2"], 2, "num_processes"),
     ([*RUN, "--num_processes"], 2, "--num_processes"),
