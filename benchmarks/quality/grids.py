@@ -55,6 +55,7 @@ def _choosing(comparison: Comparison, runs: Runs, place: Place, row: Row) -> Ite
     """The cells that choose a row's rate; none where it is given."""
     if not place.choosing or row.method in dict(place.fixed):
         return
+    place = place.of_choice
     stored = runs.of(place, row)
     tried = {*rates(place, row.method), *stored["lr"][stored["seed"].isin(place.choosing)]}
     ends = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}

@@ -15,7 +15,7 @@ from structlora_trl.adapters.peft_scaling import singular_directions
 from .store import packed
 from .tasks import Split
 
-EVALUATION_BATCH = 100
+EVALUATION_BATCH = 32
 GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 
 

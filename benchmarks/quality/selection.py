@@ -49,7 +49,7 @@ class Runs:
             return fixed[chooser]
         if len(place.rates) == 1:
             return place.rates[0]
-        runs = self.of(place, Row(chooser, row.share))
+        runs = self.of(place.of_choice, Row(chooser, row.share))
         return choose_rate(runs[runs["seed"].isin(place.choosing)])
 
     def of(self, place: Place, row: Row) -> pd.DataFrame:

@@ -19,6 +19,7 @@ class Place:
         seeds (`tuple[int, ...]`): of all figures.
         choosing (`tuple[int, ...]`): the seeds that run at all rates, and choose.
         fixed (`tuple[tuple[str, float], ...]`): methods whose rate is given, and the rate.
+        chosen_on (`str`, *optional*): the task whose runs choose the rates, which differs in its test examples alone.
     """
 
     task: str
@@ -28,6 +29,12 @@ class Place:
     seeds: tuple[int, ...]
     choosing: tuple[int, ...] = ()
     fixed: tuple[tuple[str, float], ...] = ()
+    chosen_on: str | None = None
+
+    @property
+    def of_choice(self) -> Place:
+        """The place whose runs choose the rates."""
+        return replace(self, task=self.chosen_on or self.task)
 
     def __str__(self) -> str:
         return f"{self.task}, {self.rank}, {self.examples}"
@@ -258,7 +265,15 @@ def _cut(rank: int, name: str) -> Comparison:
 
 # LoRA made smaller as `structlora export` does. The primary question stands in smaller.md, from before the first run.
 SHRUNK_SEEDS = tuple(range(300, 312))
-_SMOLLM = Place("smollm-reviews", 16, 64, (5e-4, 1e-3, 2e-3), SHRUNK_SEEDS[:6], SHRUNK_SEEDS[:3])
+_SMOLLM = Place(
+    "smollm-reviews-large",
+    16,
+    64,
+    (5e-4, 1e-3, 2e-3),
+    SHRUNK_SEEDS[:6],
+    SHRUNK_SEEDS[:3],
+    chosen_on="smollm-reviews",
+)
 
 
 def _shrunk(rank: int, name: str, places: tuple[Place, ...]) -> Comparison:
