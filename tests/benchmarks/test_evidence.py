@@ -120,6 +120,11 @@ def test_a_grid_asks_for_the_seeds_of_the_rate_that_was_chosen(monkeypatch):
     lines[:] = lines[:1]  # what chooses a rate is run where no table shows it
     monkeypatch.setitem(settings.COMPARISONS, "t", Comparison((PLACE,), (Row("pissa", rate_of="lora"),)))
     assert {cell[1] for cell in grids.cells_of("t")} == {"lora"}
+    lines[:] = [line(lr=lr, seed=seed, validation=right) for lr, right in accuracy.items() for seed in (0, 1)]
+    elsewhere = dataclasses.replace(PLACE, task="more tests", rates=tuple(accuracy), chosen_on=PLACE.task)
+    monkeypatch.setitem(settings.COMPARISONS, "t", Comparison((elsewhere,), (Row("lora"),)))
+    chosen = [("more tests", "lora", 4, 9, 0.2, seed) for seed in range(4)]
+    assert [cell for cell in grids.cells_of("t") if cell[0] != PLACE.task] == chosen
 
 
 def test_nothing_is_chosen_on_the_test_split():
