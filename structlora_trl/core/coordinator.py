@@ -31,12 +31,14 @@ class GCN(nn.Module):
         Args:
             kept (`Tensor`, *optional*): (N, r) of bool, the directions that take part; all where omitted.
         """
-        added = torch.zeros_like(features)
-        for layer, theta in enumerate(self.theta):
-            reached = features + added
-            reached = reached if kept is None else reached * kept[..., None]
-            added = added + torch.tanh(self.aggregate(reached, graph, layer, theta, kept))
+        added = self._round(0, features, graph, kept)
+        for layer in range(1, len(self.theta)):
+            added = added + self._round(layer, features + added, graph, kept)
         return added
+
+    def _round(self, layer: int, features: Tensor, graph: DepthGraph, kept: Tensor | None) -> Tensor:
+        reached = features if kept is None else features * kept[..., None]
+        return torch.tanh(self.aggregate(reached, graph, layer, self.theta[layer], kept))
 
     def aggregate(
         self, features: Tensor, graph: DepthGraph, layer: int, theta: Tensor, kept: Tensor | None

@@ -29,7 +29,7 @@ from ..core.kinds import Factors, Kind
 from .schedule import Rate
 from .slices import Slices
 
-_COMPARED_BYTES = 2**25  # of factors at once: as many as a few kernels compare, and little memory
+_COMPARED_BYTES = 2**19  # of small factors at once, so that kernels are few; larger ones by themselves, without a copy
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is what NaN is
 
 
@@ -174,7 +174,8 @@ def differs(expected: list[Tensor], found: list[Tensor], device: torch.device) -
 
 def _differ(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     expected, found = (
-        torch.cat(parts).view(_BITS[parts[0].element_size()]) for parts in zip(*pairs, strict=True)
+        (torch.cat(parts) if len(parts) > 1 else parts[0]).view(_BITS[parts[0].element_size()])
+        for parts in zip(*pairs, strict=True)
     )
     return (expected != found).any()
 
