@@ -43,7 +43,7 @@ class Method:
         tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
         shrink (`dict`, *optional*): arguments of `shrinking.shrink`: the adapter is made smaller after training.
         squeeze (`dict`, *optional*): `to`, the rank to which it is halved in training (`shrinking.Squeeze`).
-        is_former (`bool`): runs are in the store, made with an earlier version of the package; they cannot be made again.
+        is_former (`bool`): runs are in the store, made with commit a02963b (its `structlora`, with the same tasks and seeds).
     """
 
     summary: str

@@ -310,6 +310,7 @@ _SHRUNK = tuple(
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS),
     "summary": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS, by_place=False),
+    "former": Comparison(_GROUPS["all"], _rows(FORMER, OURS), groups=_GROUPS, by_place=False),
     "coordinator": Comparison(_GROUPS["all"], _rows(GATES, OURS), groups=_GROUPS, by_place=False),
     "ablations": Comparison(
         _ABLATED,
