@@ -132,12 +132,14 @@ def cost(measured: dict) -> str:
         for name, ratio in found["step_time_ratio"].items():
             if name != LORA:
                 low, high = found["step_time_ratio_quartiles"][name]
-                whole = [f"{ratio:.3f}x", f"{low:.3f} to {high:.3f}"] if found["rounds"] >= ROUNDS else ["", ""]
+                whole = (f"{ratio:.3f}x", f"{low:.3f} to {high:.3f}")
+                whole = whole if found["rounds"] >= ROUNDS else ("", "")
                 added = f"{found['added_ratio'][name]:.3f}x" if name in found["added_ratio"] else ""
                 own = [targets, *whole, added, f"{found['peak_memory_ratio'][name]:.3f}x"]
                 cells.append([label(Row(name)), *own, *PAPER_COST.get(name, ("", ""))])
-    header = ["method", "adapted", "step time / LoRA's", "quartiles", "around the update", "peak memory / LoRA's"]
-    return markdown([*header, "paper, time", "paper, memory"], cells)
+    times = ["step time / LoRA's", "quartiles", "around the update"]
+    header = ["method", "adapted", *times, "peak memory / LoRA's", "paper, time", "paper, memory"]
+    return markdown(header, cells)
 
 
 def coherence(found: dict[str, dict[str, list[float]]]) -> str:

@@ -29,7 +29,8 @@ from ..core.kinds import Factors, Kind
 from .schedule import Rate
 from .slices import Slices
 
-_COMPARED_BYTES = 2**19  # of small factors at once, so that kernels are few; larger ones by themselves, without a copy
+# Of small factors at once, so that kernels are few; larger ones by themselves, without a copy.
+_COMPARED_BYTES = 2**19
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is what NaN is
 
 
