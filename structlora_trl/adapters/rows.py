@@ -119,7 +119,7 @@ def read_rows(
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise StructLoRAError(
-                f"row {number} of {source}, which is a {type(row).__name__}",
+                f"row {number} of {source} to be {row!r:.40} ({type(row).__name__})",
                 f"a mapping: {_FORMATS}, or inputs of the model",
                 "give a list of mappings, or a `Dataset`",
             )

@@ -134,7 +134,7 @@ def look_at(data: str, command: str, text: str = "text", whole: bool = False) ->
     for number, row in enumerate(first, 1):
         if not isinstance(row, dict):
             raise StructLoRAError(
-                f"row {number} of {path} a {type(row).__name__}",
+                f"row {number} of {path} to be {row!r:.40} ({type(row).__name__})",
                 "cells by column",
                 'write each row as `{"text": ...}`, say',
             )

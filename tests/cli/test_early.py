@@ -219,8 +219,8 @@ BAD_ROWS = {
     "other.csv": ("question,answer\na,b\n", "the columns question, answer in the data"),
     "hole.csv": ("prompt,completion\na,b\nc,\n", "nothing (null) in row 2, column `completion`"),
     "broken.jsonl": ('{"text": "a"}\n{"text"\n', "reading row 2 of broken.jsonl"),
-    "list.jsonl": ("[1]\n", "row 1 of list.jsonl a int"),
-    "texts.json": ('["a", "b"]', "row 1 of texts.json a str"),
+    "list.jsonl": ("[1]\n", "row 1 of list.jsonl to be 1 (int)"),
+    "texts.json": ('["a", "b"]', "row 1 of texts.json to be 'a' (str)"),
     "one.jsonl": ('{"text": "a"}\n', "1 rows in one.jsonl"),
 }
 
