@@ -153,7 +153,7 @@ WRONG = {
         [{"prompt": [], "chosen": [], "rejected": []}],
         r"\[\] \(list\) in row 1, column `prompt`",
     ),
-    "no mapping": (["w1 w2"], "row 1 of the rows given, which is a str"),
+    "no mapping": (["w1 w2"], "row 1 of the rows given to be 'w1 w2'"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
     "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
     "uneven lists": ([{"input_ids": [[1, 2], [3]], "labels": [1, 2]}], "row 1, column `input_ids`"),
