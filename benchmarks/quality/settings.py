@@ -382,8 +382,7 @@ COMPARISONS |= {
                 Row("shrink:keep=0.25", rate_of=LORA, column=column, label=label)
                 for column, label in {
                     "test": "trained at rank 16",
-                    "shrunk.activations.distilled": "`--rank 4 --data --distil`",
-                    "shrunk.activations.cut": "`--rank 4 --data`",
+                    "shrunk.svd.distilled": "`--rank 4 --distil --data`",
                     "shrunk.svd.cut": "`--rank 4`",
                     "shrunk.global-information.cut": "`--keep 0.25 --data`",
                 }.items()

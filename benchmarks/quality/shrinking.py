@@ -1,10 +1,10 @@
-"""A trained LoRA adapter made smaller, by the rules that people use: what `structlora export --rank` and `--keep` do.
+"""A trained LoRA adapter made smaller by what `structlora export` does, by what others do, and by what was tried.
 
 At one rank for all modules, k of r:
 
 | rule | keeps of each module |
 |---|---|
-| activations | the principal components of its output on training examples (`export --rank --data`) |
+| activations | the principal components of its output on training examples |
 | svd | the largest singular values of its update (PEFT's conversion, mergekit, `export --rank`) |
 | information | the singular directions of largest Fisher information |
 | random | singular directions drawn by chance |
@@ -32,9 +32,8 @@ from torch import Tensor
 
 from structlora_trl.adapters.base_model import factors_of, put
 from structlora_trl.adapters.distilling import distil
-from structlora_trl.adapters.measuring import gate_information, rank_moments
+from structlora_trl.adapters.measuring import gate_information
 from structlora_trl.adapters.peft_scaling import singular_directions
-from structlora_trl.adapters.pruning import principal_outputs
 
 from .measures import lora_factors, truncate
 from .tasks import Split
@@ -122,6 +121,55 @@ def _candidates(
             parts |= {f"{module}.lora_A.weight": A * mask[:, None], f"{module}.lora_B.weight": B * mask}
         found[rule] = parts
     return found
+
+
+@torch.no_grad()
+def rank_moments(model: PeftModel, rows: list[dict]) -> dict[str, Tensor]:
+    """Second moments of what each module's lora_A makes of its inputs: mean over rows and positions of a aᵀ, a = A x. From
+    forward passes alone, without labels; they belong to the directions as they stand in the model.
+
+    Args:
+        model (`PeftModel`): in evaluation mode, with one LoRA adapter of linear modules.
+        rows (`list[dict[str, Tensor]]`): one example each.
+
+    Returns:
+        module -> (r, r), in fp64.
+    """
+    seen: dict[str, list[Tensor]] = {module: [] for module in factors_of(model)}
+
+    def watch(module: str):
+        return lambda layer, inputs, output: seen[module].append(output.double().flatten(0, -2))
+
+    hooks = [
+        model.get_submodule(module).lora_A["default"].register_forward_hook(watch(module)) for module in seen
+    ]
+    for row in rows:
+        model(**row)
+    for hook in hooks:
+        hook.remove()
+    activations = {module: torch.cat(parts) for module, parts in seen.items()}
+    return {module: a.mT @ a / len(a) for module, a in activations.items()}
+
+
+def principal_outputs(A: Tensor, B: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the same product whose columns of B are the principal directions of the output, the largest first, with the
+    mean squares (r,) of the output along them.
+
+    The best of rank k in mean square over the rows: the part of the update that writes into the span of the first k.
+
+    Args:
+        A, B (`Tensor`): (r, k) and (d, r), in singular directions: B's columns are orthogonal.
+        moments (`Tensor`): (r, r), E[a aᵀ] of a = A x, as `rank_moments` gives it.
+    """
+    wide_A, wide_B = A.double(), B.double()
+    sizes = wide_B.norm(dim=0)  # (r,)
+    unit = wide_B / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
+    energy, turn = torch.linalg.eigh(sizes[:, None] * moments * sizes)  # ascending
+    energy, turn = energy.flip(0).clamp(min=0), turn.flip(1)
+    new_B, new_A = unit @ turn, turn.mT @ (sizes[:, None] * wide_A)
+    root = new_A.norm(dim=1).sqrt()  # shared equally, as singular values are
+    new_B, new_A = new_B * root, new_A / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
+    return new_A.to(A.dtype), new_B.to(B.dtype), energy
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

@@ -92,15 +92,15 @@ def export(
     Args:
         saved (`Saved`): what `read_saved` found: of StructLoRA, or any LoRA adapter of PEFT.
         out (`str` or `Path`): folder to write, new or empty.
-        rank (`int`, *optional*): give every module this rank, and keep what its output needs most on the rows
-            of `data`, or without data the largest singular values; see `shrink`.
+        rank (`int`, *optional*): give every module this rank, with the largest singular values of its update;
+            see `shrink`.
         keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a
             share of the information ("99%"), over the whole model; see `select`. Ranks differ then.
         prune (`bool`, *optional*, defaults to False): drop directions that add nothing, as `keep` leaves them.
         max_rank (`int`, *optional*): with `keep`, most directions of a module.
-        data (`str`, `Path` or rows, *optional*): examples that tell which directions to keep, and what the loss
-            becomes: what `read_rows` reads, or inputs of the model with `labels`, one example each. The first
-            64 tell; the loss is of the next 64 where there are more.
+        data (`str`, `Path` or rows, *optional*): examples that tell what the loss becomes, and with `keep` which
+            directions to keep: what `read_rows` reads, or inputs of the model with `labels`, one example each.
+            With `keep` the first 64 tell; with `keep` or `distil` the loss is of the next 64 where there are more.
         split (`str`, *optional*): of `data`.
         distil (`bool` or `int`, *optional*, defaults to False): let the smaller adapter learn the outputs of the
             whole one, on the rows that the loss is not measured on, for that many steps (True: 100); see
@@ -176,9 +176,9 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
     saved, base_name, revision = with_base(saved, options.base)
     if server:
         refuse_for(server, saved.lora, saved.tensors)
-    is_chosen = any(rule != "prune" for rule, _ in sizes.values())
+    rules = {rule for rule, _ in sizes.values()}
     rows = None
-    if scale == AUTO or (is_chosen and (options.data is not None or options.probe == RANDOM)):
+    if scale == AUTO or (rules & {"rank", "keep"} and (options.data is not None or options.probe == RANDOM)):
         count = _LEARN if distil else 2 * TELL
         rows = read_rows(options.data, saved, base_name, revision, count, options.split)
     if distil and rows is None:
@@ -202,6 +202,7 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
         tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
     ):
+        is_chosen = "keep" in rules or bool(distil)
         trial = Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
         for name, (rule, value) in (sizes or {"": (None, None)}).items():
             result = Path(unfinished, "result", name)
@@ -264,7 +265,7 @@ def _smaller(
     if rule == "keep":
         return select(saved, value, trial.information, max_rank, one_rank)
     if rule == "rank":
-        return shrink(saved, value, trial.moments)
+        return shrink(saved, value)
     return None
 
 

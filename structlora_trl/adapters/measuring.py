@@ -15,14 +15,13 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import StructLoRAError, refusing
-from .base_model import Row, at_revision, factors_of, moved, put
+from .base_model import Row, at_revision, moved, put
 from .export_options import RANDOM
 from .peft_scaling import LORA_NAME, by_expert, rank_of, scaled
 
 _PROBE_ROWS, _PROBE_LENGTH = 4, 64  # length in tokens
 _PICTURE = 224  # pixels
 _PROBE_SEED = 0
-_Conv = torch.nn.modules.conv._ConvNd
 # What an update may be multiplied by. None is above 1: what rows of the training would choose.
 SCALES = (1.0, 0.85, 0.7, 0.5, 0.3)
 
@@ -160,57 +159,6 @@ def _loss_of(model: PeftModel, row: Row) -> Tensor:
             "correct the data",
         )
     return loss
-
-
-def rank_moments(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:
-    """Second moments of what each module's lora_A makes of its inputs: mean over rows and positions of a aᵀ,
-    a = A x. From forward passes alone, without labels.
-
-    They belong to the directions as they stand in the model (`put`). Of modules whose lora_A is not run on the
-    inputs alone (embeddings, experts in one parameter, torch's attention, DoRA) the moments are those of white
-    inputs, A Aᵀ.
-
-    Args:
-        model (`PeftModel`): with one adapter, in evaluation mode.
-        rows (`list[dict[str, Tensor]]`): one example each; some tens are enough.
-
-    Returns:
-        Module -> (r, r), in fp64 on the CPU.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def watch(module: str):
-        def hook(layer, inputs, output):
-            a = output.detach().double()
-            # (n, r), of a convolution (N, r, H, W)
-            a = a.flatten(2).movedim(1, -1).flatten(0, -2) if isinstance(layer, _Conv) else a.flatten(0, -2)
-            sums[module] = sums.get(module, 0) + (a.mT @ a).cpu()
-            counts[module] = counts.get(module, 0) + len(a)
-
-        return hook
-
-    (lora,) = model.peft_config.values()
-    layers = (
-        [] if lora.use_dora else [(LORA_NAME.match(name), layer) for name, layer in model.named_modules()]
-    )
-    hooks = [
-        layer.register_forward_hook(watch(match["module"]))
-        for match, layer in layers
-        if match and match["factor"] == "A" and getattr(layer, "weight", None) is not None
-    ]
-    try:
-        with torch.no_grad():
-            for row in _told(rows, "what modules read"):
-                _run(model, row)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for module, sides in factors_of(model).items():
-        A = sides["A"].detach().flatten(1).double().cpu()
-        found[module] = sums[module] / counts[module] if counts.get(module) else A @ A.mT
-    return found
 
 
 def gate_information(model: PeftModel, rows: list[Row]) -> dict[str, Tensor]:

@@ -3,9 +3,8 @@
 Removing row j of a module's lora_A and column j of its lora_B takes exactly that rank-one part out of its
 update. Which go:
 
-* `shrink`: of any adapter, all but the R best of each module, so that all modules have one rank, which is what
-  LoRA servers pay for. Directions are the principal components of what a module adds to its output on some
-  rows, or without rows the singular ones of its update.
+* `shrink`: of any adapter, all but the R largest singular values of each module's update, so that all modules
+  have one rank, which is what LoRA servers pay for.
 * `select`: of any adapter, those that matter least to a task over the whole model, among the singular
   directions of each module's update: directions depend on the basis, and the update does not. Ranks differ.
 * `prune`: those that add nothing, as `keep` leaves them.
@@ -46,7 +45,8 @@ class Pruned:
         spared (`list[str]`): modules none of whose directions would stay, and that keep their best one, since
             PEFT cannot leave them out (experts in one parameter, torch's attention, DoRA, biases).
         left_out (`list[str]`): modules without any direction, which the new adapter does not adapt.
-        share (`float`, *optional*): what the directions kept carry, of that which they were chosen by.
+        share (`float`, *optional*): what the directions kept carry of `measure`.
+        measure (`str`): what they were chosen by.
     """
 
     whole: LoraConfig
@@ -56,6 +56,7 @@ class Pruned:
     spared: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     share: float | None = None
+    measure: str = "the squared singular values"
 
     def __post_init__(self):
         self.lora, self.tensors = self.written(self.directions)
@@ -139,22 +140,19 @@ def select(
     chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
     kept, spared, left_out = _kept(saved, chosen, worth)
     share = float(flat[mask].sum() / flat.sum())
-    return Pruned(saved.lora, tensors, kept, one_rank, spared, left_out, share)
+    measure = "what its rows tell about them" if information else Pruned.measure
+    return Pruned(saved.lora, tensors, kept, one_rank, spared, left_out, share, measure)
 
 
-def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) -> Pruned:
-    """Give every module one rank, with the directions that its output needs most.
+def shrink(saved: Saved, rank: int) -> Pruned:
+    """Give every module one rank, with the largest singular values of its update: the update of that rank which is
+    nearest to it (Eckart and Young, 1936).
 
-    Of a module's ΔW = s·B·A the best in mean square over the rows are the principal components of what it adds
-    to its output, those of E[B A x xᵀ Aᵀ Bᵀ]: the part of the update that writes into the span of the first
-    `rank` of them.
+    To choose by what a module adds to its output on some rows was no better (`benchmarks/quality/smaller.md`).
 
     Args:
         saved (`Saved`): any adapter.
         rank (`int`): of every module; narrower ones, and those of a smaller rank, are filled with zeros.
-        moments (`dict[str, Tensor]`, *optional*): module -> (r, r), of `rank_moments` on the same adapter in
-            its singular directions. Where omitted, and of experts in one parameter, inputs are taken for
-            white: directions are the singular ones of the update.
 
     Raises:
         StructLoRAError: a rank above the adapter's, an adapter that adds nothing, or one whose ranks PEFT
@@ -163,39 +161,14 @@ def shrink(saved: Saved, rank: int, moments: dict[str, Tensor] | None = None) ->
     refuse_rank(saved, rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     _refuse_nothing(sigma)
-    names, kept, shares = factor_names(tensors), {}, []
+    kept, shares = {}, []
     for module, values in sigma.items():
-        energy = values.square()
-        if moments and len(values) == 1:
-            A, B = (tensors[names[module][side]] for side in "AB")
-            new_A, new_B, energy = principal_outputs(A, B, moments[module])
-            tensors[names[module]["A"]], tensors[names[module]["B"]] = new_A, new_B
-            energy = energy[None]
         first = list(range(min(rank, values.shape[1])))
         kept[module] = [first] * len(values)
-        if energy.sum() > 0:
+        energy = values.square()
+        if energy.any():
             shares.append(float(energy[:, first].sum() / energy.sum()))
-    share = sum(shares) / len(shares)
-    return Pruned(saved.lora, tensors, kept, one_rank=True, share=share)
-
-
-def principal_outputs(A: Tensor, B: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of the same product whose columns of B are the principal directions of the output, the largest
-    first, with the mean squares (r,) of the output along them.
-
-    Args:
-        A, B (`Tensor`): in singular directions: B's columns are orthogonal.
-        moments (`Tensor`): (r, r), E[a aᵀ] of a = A x.
-    """
-    flat_A, flat_B = A.double().flatten(1), B.double().flatten(1)
-    sizes = flat_B.norm(dim=0)  # (r,)
-    unit = flat_B / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
-    energy, turn = torch.linalg.eigh(sizes[:, None] * moments * sizes)  # ascending
-    energy, turn = energy.flip(0).clamp(min=0), turn.flip(1)
-    new_B, new_A = unit @ turn, turn.mT @ (sizes[:, None] * flat_A)
-    root = new_A.norm(dim=1).sqrt()  # shared equally, as singular values are
-    new_B, new_A = new_B * root, new_A / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
-    return new_A.view(A.shape).to(A.dtype), new_B.view(B.shape).to(B.dtype), energy
+    return Pruned(saved.lora, tensors, kept, one_rank=True, share=sum(shares) / len(shares))
 
 
 def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:

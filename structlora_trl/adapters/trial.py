@@ -26,7 +26,6 @@ from .measuring import (
     choose_scale,
     gate_information,
     outputs_of,
-    rank_moments,
     text_probe,
 )
 from .peft_scaling import rank_of, with_singular_directions
@@ -46,13 +45,14 @@ class Trial:
     Args:
         saved (`Saved`): the adapter, as it loads onto its base model (`with_base`).
         base_name, revision (`str`, *optional*): of the base model.
-        rows (`Rows`, *optional*): the first 64 tell what directions are worth, the next 64 what is lost.
+        rows (`Rows`, *optional*): what the loss is measured on. Where they choose or teach, the next 64 after the first.
         probe (`str`): what the change of the output is measured on where there are no rows.
         scratch (`Path`): a folder for files that nobody keeps.
-        is_chosen (`bool`): whether directions are chosen: then they are the singular ones of each update.
+        is_chosen (`bool`): whether rows choose directions, or teach: the loss is of others then, and directions
+            are the singular ones of each update.
 
     Attributes:
-        whole (`dict[str, Tensor]`): the adapter's file, in the directions that are chosen from.
+        whole (`dict[str, Tensor]`): the adapter's file, in these directions.
     """
 
     def __init__(
@@ -94,14 +94,6 @@ class Trial:
     def information(self) -> dict[str, Tensor] | None:
         """`gate_information` of the whole adapter; None without rows."""
         return None if self._rows is None else gate_information(self.model, self._rows.rows[:TELL])
-
-    @cached_property
-    def moments(self) -> dict[str, Tensor] | None:
-        """`rank_moments` of the whole adapter; None without rows."""
-        if self._rows is None:
-            return None
-        put(self.model, self.whole)
-        return rank_moments(self.model, self._rows.rows[:TELL])
 
     def distilled(self, small: dict[str, Tensor], steps: int) -> tuple[dict[str, Tensor], Distilled]:
         """`small`, of the whole one's shapes, after `distil` on rows that the loss is not measured on."""
@@ -166,14 +158,14 @@ def information_curves(
     rows = read_rows(data, saved, base_name, revision, 2 * TELL, split)
     with tempfile.TemporaryDirectory() as scratch:
         trial = Trial(saved, base_name, revision, rows, NO_PROBE, Path(scratch), is_chosen=True)
-        information, moments = trial.information, trial.moments
+        information = trial.information
     measured, directions = _held_out(rows, is_chosen=True).rows, sum(x.numel() for x in information.values())
     largest = max(rank_of(saved.lora, module) for module in information)
     orders = {
         "most information": (partial(select, saved, information=information), _SHARES),
         "largest singular values": (partial(select, saved), _SHARES),
         "one rank for all modules": (
-            partial(shrink, saved, moments=moments),
+            partial(shrink, saved),
             sorted({max(1, round(share * largest)) for share in _SHARES}),
         ),
     }
@@ -184,8 +176,7 @@ def information_curves(
             share = pruned.count / directions
             put(trial.model, pruned.masked())
             losses[name].append((share, outputs_of(trial.model, measured).loss))
-            if not pruned.one_rank:  # whose directions are of another basis
-                carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
+            carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
     levels = {}
     if base_is_beneath(saved.lora):
         with trial.model.disable_adapter():

@@ -21,8 +21,8 @@ _DESCRIPTION = """Write the plain LoRA adapter of a run's output, of a checkpoin
 ZeRO), or of any LoRA adapter of PEFT: smaller, for a server, or merged. The result needs nothing of this package.
 
 Smaller:
-  --rank R       one rank for all modules, which is what LoRA servers pay for. Each module keeps what its output needs most
-                 on the rows of --data; without rows, the largest singular values of its update.
+  --rank R       one rank for all modules, which is what LoRA servers pay for. Each module keeps the largest singular values
+                 of its update.
   --keep SHARE   the share of all directions (0.25) that matters most over the whole model, or the fewest that carry a share
                  of the information (99%). Ranks then differ by module (`rank_pattern`), and modules that keep nothing are
                  left out: the smallest file for a given loss, and no smaller in a server's memory; --max-rank limits it.
@@ -38,8 +38,8 @@ Several sizes in one call (--rank 8 4 2) are written to folders of their own, wi
 
 Rows (--data): what training takes: files (.jsonl, .json, .csv, .tsv, .parquet, packed or not), a folder of them, or a data set
 of the hub, with `messages`, `prompt` and `completion`, `text`, `chosen` and `rejected`; for classifiers `text` and `label`. 64
-tell what to keep, the loss is of 64 others, and --distil learns from up to 1,024. Without --data the run's own held-out
-rows are taken, where its log names them.
+tell --keep what to keep, --distil learns from up to 1,024, and the loss is of 64 others. Without --data the run's own
+held-out rows are taken, where its log names them.
 
 --for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp
 need one rank and one scale, so that smaller modules are filled with zeros.
@@ -129,7 +129,7 @@ def run(command: str, arguments: list[str]) -> None:
             print(f"{size.folder.name}: {_about_scale(*size.scaled)}")
     if given.prune and not done[0].pruned:
         print(
-            "Every direction adds something, so nothing was dropped. To choose by a task: `--rank 4 --data ROWS`."
+            "Every direction adds something, so nothing was dropped. To choose by a task: `--keep 0.25 --data ROWS`."
         )
     if lost := _costly(shares):
         print(
@@ -204,10 +204,7 @@ def _about(size: Export, is_named: bool) -> list[str]:
     """What else there is to say of a size."""
     pruned, lines = size.pruned, []
     if pruned.share is not None:
-        of = "of what its rows tell about them" if size.rows else "of the squared singular values"
-        if pruned.one_rank and size.rows:
-            of = "of the mean square of what modules add to their outputs"
-        lines.append(f"What is kept carries {pruned.share:.1%} {of}.")
+        lines.append(f"What is kept carries {pruned.share:.1%} of {pruned.measure}.")
     if pruned.spared:
         lines.append(
             f"{len(pruned.spared)} modules would keep no direction; each keeps its best one, for PEFT knows no rank 0 there."

@@ -18,13 +18,12 @@ from transformers import (
 )
 
 from structlora_trl.adapters import distilling
-from structlora_trl.adapters.base_model import factors_of, load_base, put
+from structlora_trl.adapters.base_model import load_base, put
 from structlora_trl.adapters.distilling import distil
 from structlora_trl.adapters.export import export, export_sizes
 from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.measuring import rank_moments
-from structlora_trl.adapters.peft_scaling import singular_directions, with_singular_directions
-from structlora_trl.adapters.pruning import principal_outputs, shrink
+from structlora_trl.adapters.peft_scaling import with_singular_directions
+from structlora_trl.adapters.pruning import shrink
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
@@ -33,27 +32,6 @@ from tests.support.data import write_rows
 from tests.support.promises import skip_without
 from tests.support.setups import llama
 from tests.support.tiny import FAMILIES, base_model, tokenizer
-
-
-def test_principal_outputs_are_the_best_of_their_rank_on_the_inputs():
-    """The mean square of what is lost is that of the components dropped, and no less than that of singular values."""
-    generator = torch.Generator().manual_seed(0)
-    B, A = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((12, 4), (4, 10)))
-    inputs = (
-        torch.randn(200, 10, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 10).double()
-    )
-    parts = singular_directions(A, B)
-    ranked = inputs @ parts.A.T
-    moments = ranked.T @ ranked / len(ranked)
-    new_A, new_B, energy = principal_outputs(parts.A, parts.B, moments)
-    torch.testing.assert_close(new_B @ new_A, B @ A)
-
-    def lost(A_, B_, k):
-        return (inputs @ (B @ A - B_[:, :k] @ A_[:k]).T).square().sum(1).mean()
-
-    for k in range(1, 4):
-        torch.testing.assert_close(lost(new_A, new_B, k), energy[k:].sum())
-        assert lost(new_A, new_B, k) < lost(parts.A, parts.B, k)
 
 
 @pytest.fixture
@@ -76,25 +54,9 @@ def _tokens() -> torch.Tensor:
     return torch.randint(4, 40, (32, 40), generator=generator)
 
 
-def test_moments_are_of_what_lora_A_makes_of_its_inputs(loaded):
-    _, model, _, rows = loaded
-    module = next(name for name in factors_of(model) if name.endswith("layers.1.self_attn.v_proj"))
-    layer, seen = model.get_submodule(module), []
-    hook = layer.register_forward_hook(
-        lambda _, inputs, output: seen.append(inputs[0].detach().flatten(0, -2))
-    )
-    with torch.no_grad():
-        for row in rows:
-            model(**row)
-    hook.remove()
-    a = torch.cat(seen) @ layer.lora_A["default"].weight.detach().T
-    found = rank_moments(model, rows)[module]
-    torch.testing.assert_close(found.float(), a.T @ a / len(a), atol=1e-5, rtol=1e-4)
-
-
 def test_distillation_brings_the_outputs_nearer_and_keeps_the_size(loaded):
     saved, model, whole, rows = loaded
-    small = shrink(saved, 1, rank_moments(model, rows))
+    small = shrink(saved, 1)
     done = distil(model, whole, small.masked(), rows, steps=40, learning_rate=3e-3)
     assert done.held_out == 4 and 0 < done.steps <= 40 and done.end < 0.8 * done.start
     for name, value in small.masked().items():

@@ -7,11 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from benchmarks.quality import cell, measures, shrinking, tables
 from benchmarks.quality.selection import Runs
 from benchmarks.quality.settings import COMPARISONS, SHRUNK_SEEDS
-from benchmarks.quality.shrinking import DISTILLED, GLOBAL, ONE_RANK, RULES, shrink
+from benchmarks.quality.shrinking import (
+    DISTILLED,
+    GLOBAL,
+    ONE_RANK,
+    RULES,
+    principal_outputs,
+    rank_moments,
+    shrink,
+)
+from structlora_trl.adapters.peft_scaling import singular_directions
 from tests.benchmarks.test_evidence import tiny_task  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -55,6 +66,40 @@ def test_every_rule_leaves_as_many_parameters_and_the_whole_adapter_stands_after
     assert min(cuts, key=cuts.get) == "global-svd" and min(ONE_RANK, key=cuts.get) == "svd"
     for name, (A, B) in measures.lora_factors(model).items():
         torch.testing.assert_close(B @ A, updates[name])
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(10, 12)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_principal_outputs_are_the_best_of_their_rank_on_the_inputs():
+    """The mean square of what is lost is that of the components dropped, and less than with singular directions."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["linear"], init_lora_weights=False)
+    model = get_peft_model(Layer().double(), lora).eval()
+    rows = [{"x": torch.randn(20, 10).double() * torch.logspace(0, -2, 10)} for _ in range(10)]
+    inputs = torch.cat([row["x"] for row in rows])
+    ((A, B),) = measures.lora_factors(model).values()
+    update = (B @ A).detach()
+    parts = singular_directions(A.detach(), B.detach())
+    with torch.no_grad():
+        A.copy_(parts.A)
+        B.copy_(parts.B)
+    (moments,) = rank_moments(model, rows).values()
+    new_A, new_B, energy = principal_outputs(parts.A, parts.B, moments)
+    torch.testing.assert_close(new_B @ new_A, update)
+
+    def lost(A_, B_, k):
+        return (inputs @ (update - B_[:, :k] @ A_[:k]).T).square().sum(1).mean()
+
+    for k in range(1, 4):
+        torch.testing.assert_close(lost(new_A, new_B, k), energy[k:].sum())
+        assert lost(new_A, new_B, k) < lost(parts.A, parts.B, k)
 
 
 def test_squeeze_leaves_the_rank_asked_for(tiny_task):  # noqa: F811
