@@ -195,14 +195,13 @@ class Clock:
 
 
 class HookTimer:
-    """Times an optimizer's hooks apart from its update. Make it before the hooks, then call `follow_hooks`."""
+    """Times an optimizer's hooks apart from its update. Make it after the hooks: its own are the innermost."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, clock: Clock):
         self.optimizer, self.clock = optimizer, clock
-        optimizer.register_step_post_hook(self._end_update)
-
-    def follow_hooks(self) -> None:
-        self.optimizer.register_step_pre_hook(self._begin_update)
+        optimizer.register_step_pre_hook(self._begin_update)
+        last = optimizer.register_step_post_hook(self._end_update)
+        optimizer._optimizer_step_post_hooks.move_to_end(last.id, last=False)
 
     def step(self) -> float:
         """Step the optimizer: seconds that its hooks took."""
@@ -236,9 +235,8 @@ class Trainee:
         self.autocast = torch.autocast(device.type, workload.dtype if half else None, enabled=half)
         self.clock = clock
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
-        self.hooks = HookTimer(self.optimizer, clock)
         self.runtime = attach(self.model, self.optimizer, OURS[method]) if method in OURS else None
-        self.hooks.follow_hooks()
+        self.hooks = HookTimer(self.optimizer, clock)
         self.allocates, self.steps = method == "adalora", 0
 
     def warm_up(self) -> None:
@@ -469,13 +467,12 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     kinds = [build_kind(stack, name, device) for name in stack.widths]
     parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
-    hooks = HookTimer(optimizer, clock)
     runtime = Runtime(
         Plan(Factors(parameters), kinds, StructLoRAConfig(), TorchEngine(optimizer, kinds), align=True)
     )
     for m in runtime.maps:
         m.graph.redraw_every = NEVER  # the edges are drawn here, and timed apart
-    hooks.follow_hooks()
+    hooks = HookTimer(optimizer, clock)
 
     def step() -> tuple[float, int]:
         fill_gradients(kinds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -21,6 +23,18 @@ def test_cost_of_a_small_map():
     per_byte = found["held_bytes"]["all"] / found["lora_bytes"]
     assert found["held_bytes_per_lora_byte"] == pytest.approx(per_byte, abs=1e-3)
     assert found["ms_per_step"] > 0
+
+
+def test_hooks_before_and_after_an_update_are_counted():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: time.sleep(0.05))
+    optimizer._optimizer_step_post_hooks.move_to_end(
+        optimizer.register_step_post_hook(lambda *_: time.sleep(0.05)).id, last=False
+    )
+    timer = overhead.HookTimer(optimizer, overhead.Clock(torch.device("cpu"), cpu_time=False))
+    assert timer.step() >= 0.1
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
