@@ -277,10 +277,8 @@ _SMOLLM = Place(
 
 
 def _shrunk(rank: int, name: str, places: tuple[Place, ...]) -> Comparison:
-    share, seeds = SHARES[name], SHRUNK_SEEDS[: 12 if (rank, name) == (16, "quarter") else 3]
-    places = tuple(
-        replace(place, rank=rank, seeds=tuple(s for s in seeds if s in place.seeds)) for place in places
-    )
+    share, seeds = SHARES[name], 12 if (rank, name) == (16, "quarter") else 3
+    places = tuple(replace(place, rank=rank, seeds=place.seeds[:seeds]) for place in places)
     shrunk = f"shrink:keep={share:g}"  # plain LoRA, and made smaller after training
     rows = (
         Row(LORA, share, label=f"LoRA trained at rank {rank * share:g}"),

@@ -67,7 +67,7 @@ class Options:
             StructLoRAError: it names the option.
         """
         rules = {rule for rule, _ in sizes.values()}
-        is_chosen = bool(rules & {"rank", "keep"})
+        is_smaller = bool(rules & {"rank", "keep"})
         for rule, value in sizes.values():
             if rule == "keep":
                 share_to_keep(value)
@@ -75,7 +75,7 @@ class Options:
             raise StructLoRAError(
                 "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"
             )
-        if self.distil and not is_chosen:
+        if self.distil and not is_smaller:
             raise StructLoRAError(
                 "`distil` without `rank` or `keep`", "a smaller adapter, which learns", "give one of them"
             )
@@ -101,7 +101,7 @@ class Options:
                     "one of them: a merged model has the base model's own dtype, and every server loads it",
                     "give one of them",
                 )
-        if self.data is not None and not is_chosen and self.scale != AUTO:
+        if self.data is not None and not is_smaller and self.scale != AUTO:
             raise StructLoRAError(
                 "`data` without `rank`, `keep` or `scale='auto'`",
                 "a choice for its rows to tell",
