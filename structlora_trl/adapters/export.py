@@ -179,7 +179,7 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
     rules = {rule for rule, _ in sizes.values()}
     rows = None
     if scale == AUTO or (rules & {"rank", "keep"} and (options.data is not None or options.probe == RANDOM)):
-        count = _LEARN if distil else 2 * TELL
+        count = _LEARN if distil else TELL if rules == {"rank"} else 2 * TELL
         rows = read_rows(options.data, saved, base_name, revision, count, options.split)
     if distil and rows is None:
         raise StructLoRAError(
