@@ -71,7 +71,7 @@ class Plan:
         align (`bool`): give every node of a fresh kind (B = 0) the lora_A of the first.
         moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
         frozen (`list[nn.Parameter]`): LoRA factors of the adapter that no map has, and must stay frozen.
-        select_step (`int`, *optional*): optimizer steps after which directions are selected.
+        select_step (`int`, *optional*): optimizer steps, taken or skipped, after which directions are selected.
         ends_with_run (`bool`): whether another optimizer that steps the adapter means that the run is over.
     """
 
@@ -203,11 +203,11 @@ class Runtime:
 
     def _hook_gates(self) -> list:
         """Put the gates into the model; the hooks' handles."""
-        gated, self._heard = self.plan.gated, set()
+        gated, self._heard = self.plan.gated, set()  # modules with a gradient of training
         handles = [module.lora_A.register_forward_hook(module.gate) for module in gated]
         # Of modules whose gate has not fired yet: what tells of a gradient without it.
         self._listening = {
-            m.name: m.factor.register_post_accumulate_grad_hook(_adds(m.name, self._heard)) for m in gated
+            m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in gated
         }
         return [*handles, *self._listening.values()]
 
@@ -340,7 +340,7 @@ class Runtime:
         select_step = self.plan.select_step
         if select_step is None or self.maps[0].selection.is_made:
             return False
-        return self.step >= self._first_informed_step()
+        return self.acted_steps >= self._first_informed_step()
 
     def _sum(self, pulled: list[_Pulled]) -> tuple[bool, bool, bool, list[dict[str, Tensor]]]:
         """Sum over ranks what a step needs, in one collective, the one place where it waits for the device.
@@ -393,7 +393,7 @@ class Runtime:
                 m.selection.observe(d)
         self.step += 1
         self._metric_steps += 1
-        if self.plan.select_step is not None and self.step >= self.plan.select_step:
+        if self.plan.select_step is not None and self.acted_steps >= self.plan.select_step:
             self._select()
         graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
         graphs = [graph for graph in graphs if self.step % graph.redraw_every == 0]
@@ -418,7 +418,7 @@ class Runtime:
                 "`structlora export ADAPTER SMALL --prune` writes the saved adapter as a small file.",
                 kept,
                 total,
-                self.step,
+                self.acted_steps,
                 100 * carried,
                 empty,
             )
@@ -544,7 +544,7 @@ class Runtime:
             logger.warning(
                 "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
                 self.config.keep,
-                self.step,
+                self.acted_steps,
                 self.plan.select_step,
             )
         # Whoever keeps the runtime for its state or figures does not keep the model.
@@ -564,13 +564,14 @@ class Runtime:
         select_step, informed = self.plan.select_step, state.informed_steps
         if select_step is None or informed is None:
             return
-        begins = max(state.step, self._first_informed_step())
+        acted = state.step + state.skipped_steps
+        begins = max(acted, self._first_informed_step())
         if informed + max(select_step - begins, 0) < LEAST_STEPS:
             raise StructLoRAError(
-                f"a state of step {state.step}, with {informed} steps of information on its directions, and a selection at "
+                f"a state of step {acted}, with {informed} steps of information on its directions, and a selection at "
                 f"step {select_step} of this run",
                 f"{LEAST_STEPS} steps of information before the selection",
-                f"train for more steps, or set `select_at={max(state.step, begins) + LEAST_STEPS - informed}`",
+                f"train for more steps, or set `select_at={begins + LEAST_STEPS - informed}`",
             )
 
     def _first_informed_step(self) -> int:
@@ -640,7 +641,7 @@ class Runtime:
             "`optimizer.step()`",
             "call `runtime.reload()` after the write, to train on from what stands, or load the run's own state after it "
             "(`load_state`, or `accelerator.register_for_checkpointing(runtime)`). Accelerate's LocalSGD, which averages "
-            "weights between steps, needs `coordinator='none'`",
+            "weights between steps, needs `coordinator='none'` and no `keep`",
         )
 
 
@@ -652,19 +653,25 @@ def _watch_optimizers() -> None:
 
     @_disable_dynamo
     def before(optimizer, *_):
-        if len(_attached):
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            others = [r for r in Runtime.attached_to(ids) if r.engine.optimizer is not optimizer]
-            calls[optimizer] = [(weakref.ref(runtime), runtime.hook_calls) for runtime in others]
+        ids = (
+            {id(p) for group in optimizer.param_groups for p in group["params"]} if len(_attached) else set()
+        )
+        calls[optimizer] = []
+        for runtime in list(_attached):
+            # An optimizer within the runtime's steps with it.
+            if not runtime.is_attached or runtime.engine.optimizer is optimizer or runtime.engine.is_stepping:
+                continue
+            if runtime.engine.is_replaced:
+                runtime.end_for(optimizer)
+            elif not ids.isdisjoint(runtime._parameter_ids):
+                calls[optimizer].append((weakref.ref(runtime), runtime.hook_calls))
 
     @_disable_dynamo
     def after(optimizer, *_):
         for reference, seen in calls.pop(optimizer, []):
             runtime = reference()
-            # An optimizer around the runtime's (SAM, say), or within it, steps with it.
-            if runtime is None or not runtime.is_attached or runtime.engine.is_stepping:
-                continue
-            if runtime.hook_calls == seen:
+            # An optimizer around the runtime's (SAM, say) steps with it.
+            if runtime is not None and runtime.is_attached and runtime.hook_calls == seen:
                 runtime.end_for(optimizer)
 
     _watching.extend([register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)])
@@ -673,8 +680,9 @@ def _watch_optimizers() -> None:
 _watching: list = []  # handles of the hooks that see every optimizer
 
 
-def _adds(name: str, names: set[str]):
-    return lambda parameter: names.add(name)
+def _notes(module: GatedModule, names: set[str]):
+    """A gradient hook that notes a module whose gate a training forward should have met."""
+    return lambda parameter: names.add(module.name) if module.lora_A.training else None
 
 
 def _close(handles: list, gates: list[Gate]) -> None:

@@ -174,3 +174,34 @@ def test_arguments_of_other_types_are_refused_by_name(arguments, named):
     model = peft_model()
     with pytest.raises(StructLoRAError, match=named):
         attach(*arguments(model, adamw(model)))
+
+
+def unsloth_forward(self, x):
+    return x
+
+
+unsloth_forward.__module__ = "unsloth.kernels.fast_lora"
+# What Unsloth does to a model -> modules that its kernels compute
+UNSLOTH = {
+    "a method of the block": (lambda block: setattr(block, "apply_qkv", unsloth_forward), 2),
+    "the forward of PEFT's class": (
+        lambda block: setattr(
+            block.q_proj,
+            "__class__",
+            type("Linear", (type(block.q_proj),), {"forward": unsloth_forward}),
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("how", UNSLOTH)
+def test_modules_that_unsloths_kernels_compute_have_no_gate(how):
+    fuse, count = UNSLOTH[how]
+    model = peft_model()
+    fuse(model.base_model.model.model.layers[0].self_attn)
+    runtime = attach(model, adamw(model), passes=50)
+    gated = sum(len(kind.modules) for kind in runtime.kinds) - count
+    assert (runtime.plan.quiet, runtime.gated_count) == ({"fused LoRA kernels": count}, gated)
+    with pytest.raises(StructLoRAError, match="switch fused LoRA kernels off"):
+        attach(model, adamw(model), noise="on")

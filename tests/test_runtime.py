@@ -8,6 +8,8 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -118,6 +120,42 @@ def test_a_step_that_breaks_off_leaves_what_stood(scheduler):
             assert torch.equal(getattr(then, side), getattr(now, side)), m.kind.name
     train(model, "llama", optimizer, 1)
     assert runtime.step == 4 and schedule
+
+
+@pytest.mark.parametrize("next_run", ["goes on", "of another optimizer"])
+def test_a_step_that_breaks_off_unseen_is_put_back(next_run):
+    """Accelerate, with a GradScaler, calls the `step` that it kept from before `attach`."""
+    Accelerator(cpu=True)  # the state that Accelerate's optimizer asks
+    model = peft_model(init="warm")
+    inner = Breaks(lora_parameters(model).values(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    runtime = attach(model, optimizer, passes=50)
+
+    def step():
+        model.train()
+        scaler.scale(loss_of(model, "llama", 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    before = standing(runtime)
+    inner.breaks = True
+    with pytest.raises(Interrupted):
+        step()
+    inner.breaks = False
+    model.zero_grad()
+    if next_run == "goes on":
+        step()
+        assert runtime.step == 4
+    else:
+        backward(model)
+        with pytest.raises(StructLoRAError, match="SGD, another optimizer"):
+            torch.optim.SGD(lora_parameters(model).values(), lr=0.0).step()
+        for m, then, now in zip(runtime.maps, before, standing(runtime), strict=True):
+            for side in m.coordinators:
+                assert torch.equal(getattr(then, side), getattr(now, side)), m.kind.name
 
 
 def other_weights(model) -> dict:
@@ -234,9 +272,12 @@ def test_training_without_noise_under_eval():
     assert runtime.step == 1
 
 
-def test_a_gate_that_never_fires_is_an_error():
+@pytest.mark.parametrize("evaluates_first", [False, True])
+def test_a_gate_that_never_fires_is_an_error(evaluates_first):
     """Fused code computes lora_A's product without calling it."""
     model, optimizer, _runtime = attached()
+    if evaluates_first:
+        evaluate(model)
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     lora_A = layer.lora_A["default"]
     lora_A.__class__ = type("Fused", (torch.nn.Linear,), {"__call__": lambda self, x: x @ self.weight.T})

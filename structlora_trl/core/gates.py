@@ -13,12 +13,6 @@ import math
 
 from torch import Tensor, nn
 
-
-def nats(variance: float) -> float:
-    """Information that a gate of variance α lets through, ½ log(1 + 1/α), in nats; infinite for no noise."""
-    return math.inf if variance == 0 else 0.5 * math.log1p(1 / variance)
-
-
 # Passes over the data up to which noise costs more than it gives, and from which on it has its whole size.
 FEW_PASSES, MANY_PASSES = 5, 45
 
@@ -36,8 +30,9 @@ def noise_share(passes: float) -> float:
 class Gate:
     """The gates of one LoRA module: a forward hook on its lora_A.
 
-    Noise is drawn for each example by torch's own generator, as dropout draws it: activation checkpointing,
-    `torch.compile`, a resumed run and data parallelism treat it alike. A copy of the model, and a pickle, get
+    Noise is drawn by torch's own generator, as dropout draws it: activation checkpointing, `torch.compile`, a
+    resumed run and data parallelism treat it alike. Each entry of the first axis has its own, and shares it over
+    the others: an example, where sequences are not packed into one row. A copy of the model, and a pickle, get
     gates that do nothing.
 
     Args:
@@ -48,7 +43,7 @@ class Gate:
             passing the (k, k) identity through lora_A. Inputs of that shape get no noise.
 
     Attributes:
-        has_fired (`bool`): whether a forward has come through.
+        has_fired (`bool`): whether a training forward has come through.
     """
 
     def __init__(self, variance: float = 0.0, rank_axis: int = -1, identity_width: int | None = None):
@@ -56,8 +51,10 @@ class Gate:
         self.has_fired = False
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], activations: Tensor) -> Tensor | None:
+        if not module.training:
+            return None
         self.has_fired = True
-        if not module.training or self.variance == 0:
+        if self.variance == 0:
             return None
         width = self.identity_width
         if width is not None and inputs[0].shape == (width, width):

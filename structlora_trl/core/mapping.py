@@ -129,7 +129,10 @@ class KindMap(nn.Module):
         """Node features by side, the updates that are comparable across depth: (N, r, n) each. Zero for
         directions that selection has closed.
         """
-        return {side: self._open(self._feature(side, getattr(factors, side))) for side in self.sides}
+        features = {side: self._feature(side, getattr(factors, side)) for side in self.sides}
+        if self.kept is None:
+            return features
+        return {side: of_side * self.kept[..., None] for side, of_side in features.items()}
 
     def stream_factors(self, factors: Factors) -> Factors | None:
         """The update as the residual stream sees it: the factor on the stream's side with its origin taken
@@ -146,12 +149,8 @@ class KindMap(nn.Module):
         """A factor with what message passing adds."""
         if side not in self.coordinators:
             return factor
-        features = self._open(self._feature(side, factor))
-        added = self.coordinators[side](features, self.graph, self.kept)
+        added = self.coordinators[side](self._feature(side, factor), self.graph, self.kept)
         return factor + (added if side == "A" else added.mT)
-
-    def _open(self, features: Tensor) -> Tensor:
-        return features if self.kept is None else features * self.kept[..., None]
 
     def _feature(self, side: str, factor: Tensor) -> Tensor:
         """The update on one side with the rank axis first, (N, r, n)."""

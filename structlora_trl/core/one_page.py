@@ -91,13 +91,15 @@ def train(
         model (`nn.Module`): a PEFT model with a LoRA adapter 'default' whose lora_B is zero.
         optimizer (`torch.optim.Optimizer`): steps its LoRA parameters, at a constant learning rate.
         losses (`Iterable`): for each step, a function that computes the loss.
-        config (`StructLoRAConfig`): the options of gates and coordinator; all else is at its default.
+        config (`StructLoRAConfig`): the options of gates and coordinator; all else is at its default. Gates have
+            all of their noise (`noise="off"`: none), whatever the passes.
     """
+    variance = 0.0 if config.noise == "off" else config.noise_variance
     kinds = discover(model, "default")
     for kind in kinds:
         for module, A in zip(kind.modules, kind.A, strict=True):
             A.data.copy_(kind.A[0].data)  # one lora_A for all depths of a kind
-            model.get_submodule(f"{module}.lora_A.default").register_forward_hook(Gate(config.noise_variance))
+            model.get_submodule(f"{module}.lora_A.default").register_forward_hook(Gate(variance))
     sides = [residual_side(kind, None) for kind in kinds]
     coordinators = [Coordinator(getattr(k, s), s, config) for k, s in zip(kinds, sides, strict=True)]
     own = torch.optim.AdamW([c.theta for c in coordinators], lr=config.coordinator_lr, weight_decay=0.0)

@@ -5,7 +5,7 @@
     read_latents      master values, which the optimizer steps
     write_working     effective values, which the model computes with
 
-    install, remove                                           the place in the step
+    install, remove, is_stepping, is_replaced                 the place in the step
     gradient_flags, gradient_scale, learning_rate, maximizes  of the step under way
     written, put_back                                         whether other code wrote to the model; what we wrote
     read_working, write_latents                               for `reload`, and a state that is loaded
@@ -64,7 +64,14 @@ class Engine(ABC):
     @property
     @abstractmethod
     def is_stepping(self) -> bool:
-        """Whether the optimizer steps: latents stand in the model then."""
+        """Whether the optimizer steps: latents stand in the model then. Where a step has broken off and nobody
+        saw it, working values are put back first.
+        """
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another engine has taken the parameters over, so that ours steps them no more."""
+        return False
 
     @abstractmethod
     def remove(self) -> None:

@@ -56,6 +56,8 @@ class DeepSpeedEngine(ShardedEngine):
         self._shard(kinds, self.optimizer.dp_process_group, self._span)
         # How effective values reach shards, and of which sides.
         self._scattered: tuple[list[tuple[str, ...]], Exchange] | None = None
+        held = next(p for group in self._stepped() for p in group if self._is_held(p))
+        self._first_held = held, self._owner(held)
         self._is_stepping = False
         self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
         self._groups = self._groups_of_lora()
@@ -98,6 +100,11 @@ class DeepSpeedEngine(ShardedEngine):
     def is_stepping(self) -> bool:
         return self._is_stepping
 
+    @property
+    def is_replaced(self) -> bool:  # as a second `deepspeed.initialize` does
+        parameter, owner = self._first_held
+        return self._owner(parameter) is not owner
+
     @torch.no_grad()
     def put_back(self) -> None:
         self._is_stepping = False
@@ -114,8 +121,9 @@ class DeepSpeedEngine(ShardedEngine):
             del self.engine.step  # the class's own shows again
             if self._covered_step is not None:
                 self.engine.step = self._covered_step
-        mapped = [p for p in self._mapped.parameters if id(p) in self._trained_ids]
-        copy_values([self._master(p) for p in mapped], [self._working(p) for p in mapped])
+        if not self.is_replaced:
+            mapped = [p for p in self._mapped.parameters if id(p) in self._trained_ids]
+            copy_values([self._master(p) for p in mapped], [self._working(p) for p in mapped])
         self.engine = self.optimizer = self._step = self._covered_step = None
 
     def read_gradients(self) -> list[Factors] | None:
@@ -256,6 +264,10 @@ class DeepSpeedEngine(ShardedEngine):
             self._spans[parameter] = self._share(parameter) if self._is_held(parameter) else unheld
         return self._spans[parameter]
 
+    def _owner(self, parameter: nn.Parameter) -> object:
+        """What leads from a parameter to its master: another object where another engine owns it."""
+        return getattr(parameter, "_z3_optimizer" if self.stage == 3 else "_hp_mapping", None)
+
     def _is_held(self, parameter: nn.Parameter) -> bool:
         """Whether this rank owns a part of it."""
         return self.stage == 3 or getattr(parameter, "_hp_mapping", None) is not None
@@ -274,8 +286,10 @@ class DeepSpeedEngine(ShardedEngine):
         return self._own_part(parameter, parameter.ds_tensor.data if self.stage == 3 else parameter.data)
 
     def _master(self, parameter: nn.Parameter) -> torch.Tensor:
-        """This rank's part of the fp32 master; of a frozen factor, which has none, of the factor."""
-        if id(parameter) not in self._trained_ids or not self._is_held(parameter):
+        """This rank's part of the fp32 master; of a frozen factor, which has none, of the factor, and of one that
+        another engine has taken over.
+        """
+        if id(parameter) not in self._trained_ids or not self._is_held(parameter) or self.is_replaced:
             return self._working(parameter)
         if self.stage == 3:
             return self._own_part(parameter, self.optimizer._get_fp32_opt_state_partition(parameter, True)[0])

@@ -70,7 +70,7 @@ class TorchEngine(Engine):
         @_disable_dynamo
         def before(optimizer, args, kwargs):
             nonlocal stepped
-            if self._step_depth and _is_running(self._step_frame):
+            if self.is_stepping:
                 # The `step` of its class calls that of its parent, which torch has hooked too.
                 self._step_depth += 1
                 return None
@@ -116,7 +116,9 @@ class TorchEngine(Engine):
         self._guard_step()
 
     def _guard_step(self) -> None:
-        """Have working values stand again where `optimizer.step()` raises."""
+        """Have working values stand again where `optimizer.step()` raises. Accelerate, with a GradScaler, calls
+        the `step` that it kept from before: then `is_stepping` finds out.
+        """
         optimizer = self.optimizer
         self._covered_step, inner = vars(optimizer).get("step"), optimizer.step  # a scheduler's wrapper, say
         function = getattr(inner, "__func__", None)
@@ -126,9 +128,7 @@ class TorchEngine(Engine):
             try:
                 return (function or inner)(*args, **kwargs)
             except BaseException:
-                self._step_depth, self._step_frame = 0, None
-                if self.is_stepping:
-                    self.put_back()
+                self._end_broken_step()
                 raise
 
         # A method where it was one: torch's schedulers wrap methods alone.
@@ -136,15 +136,21 @@ class TorchEngine(Engine):
 
     @property
     def is_stepping(self) -> bool:
+        if self._is_stepping and not _is_running(self._step_frame):
+            self._end_broken_step()
         return self._is_stepping
+
+    def _end_broken_step(self) -> None:
+        self._step_depth, self._step_frame = 0, None
+        if self._is_stepping:
+            self.put_back()
 
     def put_back(self) -> None:
         self._is_stepping = False
         self._put(self._written)
 
     def remove(self) -> None:
-        if self._is_stepping:  # and broke off in a way that nobody saw
-            self.put_back()
+        self._end_broken_step()
         self._last = self.read_latents(everything=True)
         for handle in self._handles:
             handle.remove()

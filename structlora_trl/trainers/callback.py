@@ -15,7 +15,7 @@ from ..config import StructLoRAConfig
 from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
-from ..model_card import CARD_NAME, describe_run
+from ..model_card import CARD_NAME, describe_run, undescribe
 from ..runtime import Runtime
 from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
@@ -163,6 +163,12 @@ class StructLoRACallback(TrainerCallback):
             print(start_lines(self.runtime, trainer, peft_model, name), flush=True)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        if not self.runtime.is_attached:
+            raise StructLoRAError(
+                f"another optimizer that stepped the adapter in step {state.global_step} of a run, which would go on as plain LoRA",
+                f"steps of the run's own optimizer, {type(optimizer.optimizer).__name__}, alone",
+                "keep the adapter out of the other optimizer, or leave StructLoRACallback out",
+            )
         if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
             raise StructLoRAError(
                 f"a training step in which {type(optimizer.optimizer).__name__}.step ran no step hooks",
@@ -205,8 +211,11 @@ class StructLoRACallback(TrainerCallback):
         if state.is_world_process_zero:
             following = next_commands(self.runtime, args.output_dir)
             print(end_lines("StructLoRA", trainer, peft_model, following), flush=True)
-            if not self.runtime.is_off:
-                describe_run(Path(args.output_dir) / CARD_NAME, self.runtime, peft_model)
+            card = Path(args.output_dir) / CARD_NAME
+            if self.runtime.is_off:
+                undescribe(card)
+            else:
+                describe_run(card, self.runtime, peft_model)
 
     def _take_best(self, args: TrainingArguments, state: TrainerState) -> None:
         """Follow Trainer to its best checkpoint, whose weights stand in the model by now.

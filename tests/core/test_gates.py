@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES, Gate, nats, noise_share
+from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES, Gate, noise_share
 
 
 def gated(layer: nn.Module, **options) -> nn.Module:
@@ -55,12 +54,6 @@ def test_the_identity_that_doras_norm_passes_has_no_noise():
     layer = gated(nn.Linear(6, 4, bias=False), identity_width=6)
     assert torch.equal(layer(torch.eye(6)), layer.weight.T)
     assert not torch.equal(layer(torch.ones(5, 6)), layer.weight.sum(1).expand(5, 4))
-
-
-def test_nats_fall_with_noise():
-    assert nats(0) == math.inf
-    assert nats(1) == pytest.approx(0.5 * math.log(2))
-    assert nats(0.1) > nats(1) > nats(10) > 0
 
 
 def test_noise_grows_with_the_passes():

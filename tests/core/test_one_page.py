@@ -15,11 +15,11 @@ from tests.support.tiny import FAMILIES, adamw, logits_of, lora_parameters, loss
 STEPS = 12
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_one_page_trains_as_the_package_does(family, monkeypatch):
-    """With the gates' noise on: both draw it from torch's generator."""
+@pytest.mark.parametrize("family, noise", [("llama", "on"), ("llama", "off"), ("bert", "on")])
+def test_one_page_trains_as_the_package_does(family, noise, monkeypatch):
+    """Both draw noise from torch's generator."""
     monkeypatch.setattr(DepthGraph, "redraw_every", 3)
-    config = StructLoRAConfig(semantic_threshold=0.0, noise="on")
+    config = StructLoRAConfig(semantic_threshold=0.0, noise=noise)
 
     def model_of():
         torch.manual_seed(0)

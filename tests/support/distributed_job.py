@@ -5,6 +5,7 @@ Prints one JSON line on rank 0 with what really ran; the state goes to OUTPUT/st
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -65,6 +66,7 @@ DEFAULTS = {
     "stop_at": None,  # a step
     "again": False,  # call `train` a second time
     "anew": False,  # with the model wrapped and the optimizer built anew
+    "plain_after": None,  # a step where the run breaks off; then plain LoRA is trained, wrapped and with an optimizer anew
     "halve_between": False,  # with lora_B halved before that
     "whole_widths": False,  # have PEFT make adapters as wide as their base
     "never_average": False,  # keep Trainer from averaging a replicated adapter
@@ -146,6 +148,15 @@ class PoisonAt(TrainerCallback):
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
+
+
+class BreakOffAt(TrainerCallback):
+    def __init__(self, step):
+        self.at = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise KeyboardInterrupt
 
 
 class KillAt(TrainerCallback):
@@ -277,6 +288,7 @@ def main():
     others = [
         callback,
         args.stop_at is not None and StopAt(args.stop_at),
+        args.plain_after is not None and BreakOffAt(args.plain_after),
         args.poison_at is not None and PoisonAt(args.poison_at),
         args.kill is not None and rank == args.kill["rank"] and KillAt(args.kill),
     ]
@@ -304,7 +316,13 @@ def main():
         if args.freeze is not None and args.freeze in name:
             parameter.requires_grad_(False)
     counted = Counted()
-    trainer.train(resume_from_checkpoint=args.resume)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=args.resume)
+    if args.plain_after is not None:
+        for other in callbacks:
+            trainer.remove_callback(other)
+        trainer.model_wrapped, trainer.optimizer = trainer.model, None
+        trainer.train()
     if args.again:
         if args.halve_between:
             halve(trainer, callback.runtime.kinds)
@@ -329,6 +347,7 @@ def main():
     if callback is not None:
         runtime = callback.runtime
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
+        facts["attached"] = runtime.is_attached
         if is_deepspeed or args.engine in MESHES:
             facts |= {"bytes_sent": counted.bytes_sent, "collectives": counted.collectives}
         if args.engine in LOADED:

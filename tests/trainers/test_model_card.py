@@ -96,6 +96,8 @@ def test_a_readme_that_is_no_card_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("noise", ["off", "auto"])  # which a run of so few passes switches off, too
 def test_a_run_that_is_off_says_so_and_has_a_plain_card(noise, tmp_path, caplog):
+    sft(tmp_path, [StructLoRACallback()]).train()  # whose card it takes over
+    assert TAG in (tmp_path / "README.md").read_text().lower()
     trainer = sft(tmp_path, [StructLoRACallback(noise=noise, coordinator="none")])
     trainer.train()
     trainer.save_model()

@@ -175,6 +175,26 @@ def test_another_train_goes_on_with_a_clock_of_its_own(ending, tmp_path):
         assert float(torch.cat(open_).float().mean()) == 0.25
 
 
+class Poison(TrainerCallback):
+    """NaN in the gradients of the first two steps."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step < 2:
+            next(p for n, p in model.named_parameters() if "lora_B" in n).grad.fill_(math.nan)
+
+
+def test_the_selection_is_at_its_step_where_steps_were_skipped(tmp_path):
+    selected = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            selected.append(callback.runtime.has_selected)
+
+    callback = StructLoRACallback(keep=0.25, select_at=12)
+    sft(tmp_path, [callback, Poison(), Look()], max_steps=14, max_grad_norm=0.0).train()
+    assert callback.runtime.skipped_steps == 2 and selected.index(True) == 11
+
+
 # What a first run has been, whose checkpoint-9 a run of other length goes on from -> its options, and the error
 RESUMED = {
     "as it was": ({"max_steps": 40}, None),
@@ -324,6 +344,21 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
     assert set(differing(saved[0], start)) == set(start)
     for name, value in saved[1].items():  # gates were in the forward of the first step
         assert noise == "on" or torch.allclose(saved[0][name], value, atol=1e-6)
+
+
+def test_another_optimizer_within_a_run_is_an_error(tmp_path):
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                parameters = lora_parameters(model).values()
+                for parameter in parameters:
+                    parameter.grad = torch.ones_like(parameter)
+                torch.optim.SGD(parameters, lr=1e-4).step()
+
+    with pytest.raises(
+        StructLoRAError, match="another optimizer that stepped the adapter .*own optimizer, AdamW"
+    ):
+        sft(tmp_path, [StructLoRACallback(), Second()]).train()
 
 
 def test_another_adapter_that_is_made_active_trains_as_plain_lora(caplog):

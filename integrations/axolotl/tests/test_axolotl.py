@@ -291,6 +291,24 @@ def validated(**keys) -> DictDefault:
     return validate_config(cfg)
 
 
+# keys of a run -> whether Axolotl's kernels stay on
+RUNS = {
+    "one pass": ({"num_epochs": 1}, True),
+    "the default of passes": ({}, True),
+    "many passes": ({"num_epochs": 20}, False),
+    "steps": ({"max_steps": 100}, False),
+    "one pass, noise": ({"num_epochs": 1, "structlora": {"noise": "on"}}, False),
+    "many passes, no noise": ({"num_epochs": 20, "structlora": QUIET}, True),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_kernels_stay_where_gates_have_no_noise(run):
+    keys, stay = RUNS[run]
+    cfg = validated(adapter="structlora", lora_r=4, lora_alpha=8, lora_target_linear=True, **keys)
+    assert [bool(cfg.get(key)) for key in KERNELS] == [stay] * len(KERNELS)
+
+
 MISTAKES = {
     "misspelt option": ({"adapter": "structlora", "structlora": {"nosie": "on"}}, "write `noise`"),
     "misspelt on lora": ({"adapter": "lora", "structlora": {"kep": 0.4}}, "write `keep`"),
