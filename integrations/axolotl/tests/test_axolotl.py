@@ -306,7 +306,8 @@ RUNS = {
 def test_kernels_stay_where_gates_have_no_noise(run):
     keys, stay = RUNS[run]
     cfg = validated(adapter="structlora", lora_r=4, lora_alpha=8, lora_target_linear=True, **keys)
-    assert [bool(cfg.get(key)) for key in KERNELS] == [stay] * len(KERNELS)
+    # What is left out Axolotl switches on, where the machine has a GPU.
+    assert [cfg.get(key) is not False for key in KERNELS] == [stay] * len(KERNELS)
 
 
 MISTAKES = {
