@@ -249,7 +249,7 @@ def _warn_of_moved_base(adapter_name: str, adapter: PeftConfig, start: Start) ->
         "PEFT repeats the move when it loads the adapter, vLLM does not"
         if start.is_repeated
         else "PEFT does not repeat the move",
-        save_base if adapter.init_lora_weights == "loftq" else convert,
+        convert if start.is_converted else save_base,
     )
 
 

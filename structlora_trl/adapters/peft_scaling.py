@@ -251,8 +251,7 @@ def _refuse_other_base(
     lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]
 ) -> None:
     """Stop where PEFT, loading the new adapter, would change base weights otherwise than in training."""
-    init = str(lora.init_lora_weights).lower()
-    by_scale = rescaled if init == "olora" else ()  # the only one whose part is taken times the scale
+    by_scale = rescaled if start_of(lora).is_scaled else ()
     changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
     if changed and base_is_moved(lora):
         raise StructLoRAError(

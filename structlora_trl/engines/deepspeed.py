@@ -56,7 +56,8 @@ class DeepSpeedEngine(ShardedEngine):
         self._shard(kinds, self.optimizer.dp_process_group, self._span)
         # How effective values reach shards, and of which sides.
         self._scattered: tuple[list[tuple[str, ...]], Exchange] | None = None
-        held = next(p for group in self._stepped() for p in group if self._is_held(p))
+        stepped = [p for group in self._stepped() for p in group]
+        held = next(filter(self._is_held, stepped), stepped[0])  # a rank may hold padding alone
         self._first_held = held, self._owner(held)
         self._is_stepping = False
         self._clip_still_to_come = 1.0  # factor by which DeepSpeed will shrink this step's gradients
