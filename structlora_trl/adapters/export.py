@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
@@ -270,7 +271,7 @@ def _smaller(
 
 
 def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:
-    _refuse_tied(base, {*factor_names(tensors)})
+    _untie(base, {*factor_names(tensors)})
     model = on_base(base, adapter)
     with refusing(
         "merging the adapter",
@@ -281,18 +282,23 @@ def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out
         model.merge_and_unload().save_pretrained(out)
 
 
-def _refuse_tied(base: PreTrainedModel, adapted: set[str]) -> None:
-    """Stop where LoRA adds to the embeddings or to a head that shares their weight: merged, they would differ."""
-    head = base.get_output_embeddings()
-    if getattr(head, "weight", None) is None or head.weight is not base.get_input_embeddings().weight:
+def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
+    """Give a head that shares the embeddings' weight one of its own, where LoRA adds to either: merged, they differ."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if getattr(head, "weight", None) is None or head.weight is not embeddings.weight:
         return
-    modules = (head, base.get_input_embeddings())
-    if adapted & {f"{_PREFIX}{name}" for name, module in base.named_modules() if module in modules}:
+    if not adapted & {f"{_PREFIX}{n}" for n, module in base.named_modules() if module in (head, embeddings)}:
+        return
+    if (
+        base.config.is_encoder_decoder
+    ):  # T5 and others compute otherwise, or are tied again, where these are two
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",
             "export without merging, and load the adapter with PEFT",
         )
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
 def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor]) -> list[Size]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from peft import LoraConfig
 from torch import Tensor
+from transformers import AutoConfig
 
 from ..core.kinds import split_depth
 from ..errors import StructLoRAError
@@ -44,6 +45,9 @@ _FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
         {*(lora.modules_to_save or ())} & _VLLM_HEADS
     ),
     "`modules_to_save`": lambda lora, tensors: {*(lora.modules_to_save or ())} - _VLLM_HEADS,
+    "LoRA on embeddings": lambda lora, tensors: any(
+        match["embedding"] for name in tensors if (match := LORA_NAME.match(name))
+    ),
     "trained embeddings": lambda lora, tensors: (
         lora.trainable_token_indices or any(_is_embedding(name) for name in tensors)
     ),
@@ -58,7 +62,8 @@ _FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
         LORA_NAME.match(name) and value.ndim > 2 for name, value in tensors.items()
     ),
 }
-_ALL = tuple(_FEATURES)
+_EMBEDDINGS = "LoRA on embeddings"  # LoRAX alone does not read `lora_embedding_A`
+_ALL = tuple(feature for feature in _FEATURES if feature != _EMBEDDINGS)
 SERVERS = {
     "vllm": Server(
         "vLLM",
@@ -76,7 +81,11 @@ SERVERS = {
         needs=lambda rank: f"`--max-lora-rank {rank}`",
     ),
     "lorax": Server(
-        "LoRAX, TGI", one_rank=True, rank_stabilised=True, refuses=_ALL, needs=lambda rank: "nothing more"
+        "LoRAX, TGI",
+        one_rank=True,
+        rank_stabilised=True,
+        refuses=(*_ALL, _EMBEDDINGS),
+        needs=lambda rank: "nothing more",
     ),
     "llamacpp": Server(
         "llama.cpp",
@@ -90,13 +99,15 @@ SERVERS = {
 
 def _is_embedding(name: str) -> bool:
     """Whether a tensor is the weights of embeddings or of a head, which PEFT saves where they were resized."""
-    return ".lora_" not in name and any(part in name for part in ("embed_tokens", "lm_head"))
+    # Where LoRA adapts them, PEFT adds the weights beneath by itself, and servers pass over them.
+    is_beneath = ".lora_" in name or ".base_layer." in name
+    return not is_beneath and any(part in name for part in ("embed_tokens", "lm_head"))
 
 
 def _refused(key: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> list[str]:
     """What an adapter has that a server cannot load, whatever its ranks."""
     refused = [what for what, has in _FEATURES.items() if what in SERVERS[key].refuses and has(lora, tensors)]
-    if key == "lorax" and (lacking := _lacking([*factor_names(tensors)])):
+    if key == "lorax" and (lacking := _lacking(lora, [*factor_names(tensors)])):
         refused += [f"{', '.join(lacking)} in some layers alone (it drops them in all, without a word)"]
     return refused
 
@@ -138,11 +149,28 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
     return lines
 
 
-def _lacking(modules: list[str]) -> list[str]:
-    """Kinds of modules that some layer lacks which has others."""
+def _lacking(lora: LoraConfig, modules: list[str]) -> list[str]:
+    """Kinds of modules that some layer of the base model lacks."""
     layers: dict[str, set] = {}
     for module in modules:
         name, depth = split_depth(module)
-        layers.setdefault(name.rpartition(".")[2], set()).add(tuple(depth))
-    every = set().union(*layers.values())
-    return [name for name, of in layers.items() if of != every]
+        if depth:  # a head or embeddings lie in no layer
+            layers.setdefault(name.rpartition(".")[2], set()).add(depth)
+    count = _layer_count(lora)
+    every = set().union(*layers.values(), ((i,) for i in range(count)))
+    is_partial = not count and lora.layers_to_transform is not None
+    return [name for name, of in layers.items() if is_partial or of != every]
+
+
+def _layer_count(lora: LoraConfig) -> int:
+    """Layers of the base model, as far as its configuration lies on this machine; else 0."""
+    try:
+        config = AutoConfig.from_pretrained(
+            lora.base_model_name_or_path,
+            revision=lora.revision,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return config.get_text_config().num_hidden_layers
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0

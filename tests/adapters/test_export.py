@@ -435,11 +435,13 @@ def test_pruning_is_measured_on_the_base_model_as_it_was(option, tmp_path):
 
 
 @pytest.mark.parametrize("tied", ["embed_tokens", "lm_head"])
-def test_tied_weights_that_are_adapted_are_not_merged(tied, tmp_path):
+def test_tied_weights_that_are_adapted_are_two_once_merged(tied, tmp_path):
     out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", tied])
-    with pytest.raises(StructLoRAError, match="shares with its head"):
-        export(read_saved(out), tmp_path / "merged", merge=True)
-    assert not (tmp_path / "merged").exists()
+    expected = logits_of(on_base(out, tmp_path / "base"), "llama")
+    export(read_saved(out), tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits_of(merged, "llama"), expected, atol=1e-5, rtol=0)
 
 
 def test_a_merged_model_stays_tied_where_tied_weights_are_not_adapted(tmp_path):

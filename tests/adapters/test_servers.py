@@ -44,6 +44,20 @@ ADAPTERS = {
         {LORAX},
         "q_proj in some layers",
     ),
+    "the first layers": ({"layers_to_transform": [0, 1]}, EVERY - {LORAX}, {LORAX}, "q_proj, v_proj"),
+    "the last layers": (
+        {"exclude_modules": r".*layers\.0\..*"},
+        EVERY - {LORAX},
+        {LORAX},
+        "in some layers alone",
+    ),
+    "a head and embeddings too": (
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        EVERY - {LORAX},
+        {LORAX},
+        "cannot load LoRA on embeddings:",
+    ),
+    "a head too": ({"target_modules": ["q_proj", "lm_head"]}, EVERY, set(), "`--max-lora-rank 8`"),
     "layer replication": ({"layer_replication": [[0, 2], [1, 3]]}, set(), EVERY, "`layer_replication`"),
 }
 
