@@ -63,11 +63,16 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
     count, _ = model.get_nb_trainable_parameters()
     width = next(p.element_size() for p in model.parameters() if p.requires_grad)
     following = " or ".join(f"`{shlex.join(['structlora', *words])}`" for words in commands)
+    runtimes = (getattr(callback, "runtime", None) for callback in trainer.callback_handler.callbacks)
+    kept = [m.kept for run in runtimes if isinstance(run, Runtime) and run.has_selected for m in run.maps]
+    count_kept, directions = sum(int(x.sum()) for x in kept), sum(x.numel() for x in kept)
+    smaller = f"{count_kept:,} of {directions:,} directions kept (`structlora export ADAPTER SMALL --prune` writes them alone)"
     begun = "" if trainer.args.disable_tqdm else "\n"  # a line that a progress bar stands on
     return begun + _lines(
         [
             f"{name} ends: {', '.join(told)}",
             f"the adapter: {count:,} parameters, {_bytes(count * width)}, plain LoRA",
+            *([smaller] if kept else []),
             *([f"next, once it is saved: {following}"] if following else []),
         ]
     )

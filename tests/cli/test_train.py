@@ -118,20 +118,31 @@ def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys)
     assert main(["inspect", "my out"]) == 0
 
 
-@pytest.mark.parametrize("switch", [[], ["--structlora", "false"]], ids=["structlora", "lora"])
-def test_a_run_says_what_it_is_and_what_may_come_next(switch, place, monkeypatch, capsys):
+SWITCHES = {
+    "structlora": [],
+    "lora": ["--structlora", "false"],
+    "selection": ["--structlora.keep", "0.25", "--structlora.select_at", "10"],
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_run_says_what_it_is_and_what_may_come_next(name, place, monkeypatch, capsys):
     """Before the first step: rows, batch, steps, passes, parameters. After the last: losses, size, commands that run."""
     held_out = {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
-    given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=4)
-    trainer = trained(monkeypatch, "sft", "--config", given, "--seed", "7", "--output_dir", "my-out", *switch)
+    given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=12)
+    more = ["--seed", "7", "--output_dir", "my-out", *SWITCHES[name]]
+    trainer = trained(monkeypatch, "sft", "--config", given, *more)
     said = capsys.readouterr().out
-    assert said.count("18 rows, 6 held out, batch of 8, 4 steps, 1.6 passes over the rows") == 1
+    assert said.count("18 rows, 6 held out, batch of 8, 12 steps, 4.8 passes over the rows") == 1
     trains, of = trainer.model.get_nb_trainable_parameters()
     assert said.count(f"trains {trains:,} of {of:,} parameters") == 1
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert said.count(f"held-out loss {losses[-1]:.4g}") == 1
     assert said.count(f"the adapter: {trains:,} parameters") == 1
     assert said.count("`structlora inspect my-out`") == 1
+    directions = sum(len(p) for n, p in trainer.model.named_parameters() if "lora_A" in n)
+    kept = f"{directions // 4} of {directions} directions kept (`structlora export ADAPTER SMALL --prune`"
+    assert said.count(kept) == said.count("directions kept") == (name == "selection")
     assert main(["inspect", "my-out"]) == 0
 
 
