@@ -72,6 +72,9 @@ OF_FUNCTION = {
     "count_rows": "Giving it data",
     "_read": "Giving it data",
     "refuse_unwritable": "Saving, resuming, checkpoints",
+    "refuse_unwritable_file": "Looking into an adapter, or making it smaller (`inspect`, `export`)",
+    "writing": "Looking into an adapter, or making it smaller (`inspect`, `export`)",
+    "_looking_at": "Looking into an adapter, or making it smaller (`inspect`, `export`)",
     "refuse_used": "Looking into an adapter, or making it smaller (`inspect`, `export`)",
 }
 COMMON = {"structlora", "class", "key", "NAME", "super"}  # words that nobody searches for

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -78,14 +79,8 @@ def refuse_used(folder: Path) -> None:
         StructLoRAError: the message names the folder.
     """
     refuse_unwritable(folder)
-    try:
+    with _looking_at(folder):
         is_used = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise StructLoRAError(
-            f"that looking at {folder} failed ({error.strerror})",
-            "a path that the file system takes",
-            "name another folder",
-        ) from error
     if is_used:
         raise StructLoRAError(
             f"{folder}, which is not empty", "a new or empty folder", "name another, or empty it"
@@ -101,6 +96,8 @@ def refuse_unwritable(folder: Path) -> None:
     Raises:
         StructLoRAError: the message names the file or the folder that is in the way.
     """
+    with _looking_at(folder), suppress(FileNotFoundError, NotADirectoryError):
+        folder.lstat()
     path = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     where = "" if path == folder else f", above {folder}"
     if not path.is_dir():
@@ -115,6 +112,64 @@ def refuse_unwritable(folder: Path) -> None:
             "a folder that can be written to",
             "name another path, or change its permissions",
         )
+
+
+def refuse_unwritable_file(path: Path) -> None:
+    """Stop where a file cannot be made or written over.
+
+    Raises:
+        StructLoRAError: the message names what is in the way.
+    """
+    refuse_unwritable(path.parent)
+    with _looking_at(path), suppress(FileNotFoundError):
+        path.lstat()
+    if path.exists() and not path.is_file():
+        raise StructLoRAError(
+            f"{'a folder' if path.is_dir() else 'no regular file'} {path}, where a file is to be written",
+            "the name of a file",
+            f"name a file, such as {path.parent / 'report.html'}",
+        )
+
+
+@contextmanager
+def _looking_at(path: Path) -> Iterator[None]:
+    """Turn an error about a path that the file system does not take into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise StructLoRAError(
+            f"that looking at {path} failed ({error.strerror})",
+            "a path that the file system takes",
+            "name another path",
+        ) from error
+
+
+@contextmanager
+def writing(out: Path, also: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
+    """A folder to write to, whose files are moved to `out` at the end: an error leaves nothing of them.
+
+    Args:
+        out (`Path`): a folder, made where missing; the other one is beside it, on the same disk.
+        also (`tuple`, *optional*): errors of other libraries that are about the disk here.
+
+    Raises:
+        StructLoRAError: the disk is full, or it may not be written to. Errors about models and data should be ours by then.
+    """
+    try:
+        near = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=near) as unfinished:
+            yield Path(unfinished)
+            out.mkdir(parents=True, exist_ok=True)
+            for path in Path(unfinished).iterdir():
+                path.replace(out / path.name)
+    except (OSError, *also) as error:
+        message = " ".join(str(error).split()).rstrip(".")
+        raise StructLoRAError(
+            f"that writing {out} failed ({message})",
+            "room on the disk and permission to write, there and in the folder for temporary files "
+            f"({tempfile.gettempdir()}, which TMPDIR names)",
+            "free some space, or name another folder",
+        ) from error
 
 
 def nearest(name: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..errors import StructLoRAError, refuse_used, refusing
+from ..errors import StructLoRAError, refuse_used, refusing, writing
 from .base_model import at_revision, in_dtype, load_base, on_base, with_base, write_adapter
 from .distilling import STEPS, Distilled
 from .export_options import AUTO, RANDOM, Options, Sizes, sizes_of
@@ -195,18 +194,12 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
             "give `--data ROWS`",
         )
     one_rank = bool(server and SERVERS[server].one_rank)
-    # The result is made beside its place, on the same disk, and moved: an error leaves nothing of it.
-    near = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     done = []
-    with (
-        _writing(out),
-        tempfile.TemporaryDirectory() as scratch,
-        tempfile.TemporaryDirectory(prefix=".export-", dir=near) as unfinished,
-    ):
+    with writing(out, (SafetensorError,)) as unfinished, tempfile.TemporaryDirectory() as scratch:
         is_chosen = "keep" in rules or bool(distil)
         trial = Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
         for name, (rule, value) in (sizes or {"": (None, None)}).items():
-            result = Path(unfinished, "result", name)
+            result = unfinished / name
             written = Export(out / name, rows=rows)
             pruned = written.pruned = _smaller(saved, rule, value, options.max_rank, one_rank, trial)
             lora, tensors = saved.lora, saved.tensors
@@ -237,25 +230,7 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
                 write_adapter(result, lora, tensors)
             _copy_processor(saved.folder, base_name if merge else None, revision, result)
             done.append(written)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in Path(unfinished, "result").iterdir():
-            path.rename(out / path.name)
     return done
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn an error about the disk into ours; those about models and data have their own by then."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        message = " ".join(str(error).split()).rstrip(".")
-        raise StructLoRAError(
-            f"that writing {out} failed ({message})",
-            "room on the disk and permission to write, there and in the folder for temporary files "
-            f"({tempfile.gettempdir()}, which TMPDIR names)",
-            "free some space, or name another folder",
-        ) from error
 
 
 def _smaller(

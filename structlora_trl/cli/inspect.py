@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StructLoRAError, refuse_unwritable
+from ..errors import refuse_unwritable, refuse_unwritable_file, writing
 from .arguments import parser_of
 from .early import refuse_missing_model
 from .export import in_words, refuse_missing
@@ -80,6 +80,10 @@ def run(command: str, arguments: list[str]) -> None:
             parser.error(f"--{name} needs --data")
     for folder in filter(None, (given.adapter, given.against)):
         refuse_missing(folder)
+    if given.html:
+        refuse_unwritable_file(given.html)
+    if given.plot:
+        refuse_unwritable(given.plot)
     if given.data is not None:
         local_data(given.data)
     if given.base is not None:
@@ -94,16 +98,6 @@ def run(command: str, arguments: list[str]) -> None:
         from ..adapters import figures
     if given.html:
         from ..adapters.page import write_page
-
-        if given.html.is_dir():
-            raise StructLoRAError(
-                f"a folder {given.html}, where the page is to be written",
-                "the name of an HTML file",
-                f"name a file, such as {given.html / 'report.html'}",
-            )
-        refuse_unwritable(given.html.parent)
-    if given.plot:
-        refuse_unwritable(given.plot)
     folders = [folder for folder in (given.adapter, given.against) if folder]
     # Both before the work: a wrong path is told at once.
     adapters = [read_saved(folder) for folder in folders]
@@ -134,11 +128,13 @@ def run(command: str, arguments: list[str]) -> None:
     lines = []
     if given.plot:
         drawn = figures.charts(runs)
-        written = figures.write(given.plot, drawn)
+        with writing(given.plot) as folder:
+            written = figures.write(folder, drawn)
         lines += [f"\nWrote {', '.join(written)} to {given.plot}."]
         lines += [f"No {reason}." for key, reason in _LACKING.items() if key not in written]
     if given.html:
-        write_page(given.html, runs)
+        with writing(given.html.parent) as folder:
+            write_page(folder / given.html.name, runs)
         lines += [f"\nWrote {given.html}."]
     if not given.json:
         print("\n".join(lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
 
 import pytest
@@ -146,7 +147,11 @@ def test_a_missing_library_is_named(library, module, option, runs, tmp_path, mon
 IN_THE_WAY = {
     "--plot notes.txt": "a file notes.txt, where a folder is to be written",
     "--plot notes.txt/figures": "a file notes.txt, above notes.txt/figures",
-    "--html pages": "a folder pages, where the page is to be written",
+    "--html pages": "a folder pages, where a file is to be written",
+    "--html /dev/null": "no regular file /dev/null",
+    f"--html {'x' * 300}": "File name too long",
+    f"--html {'x' * 300}/page.html": "File name too long",
+    f"--plot {'x' * 300}": "File name too long",
     "--html notes.txt/a/page.html": "a file notes.txt, above notes.txt/a",
 }
 
@@ -161,6 +166,25 @@ def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkey
     (tmp_path / "adapter_config.json").write_text("no adapter")  # which nothing reads before that
     assert main(["inspect", str(tmp_path), *given.split()]) == 1
     assert IN_THE_WAY[given] in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("given", ["--html new/page.html", "--html page.html", "--plot figures"])
+def test_a_disk_without_room_is_told_and_keeps_what_was_there(
+    given, plain_adapter, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.html").write_text("the page before")
+    there, limits = sorted(tmp_path.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert main(["inspect", str(plain_adapter), *given.split()]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == there
+    assert (tmp_path / "page.html").read_text() == "the page before"
 
 
 def test_inspect_begins_with_a_summary(runs, capsys):
