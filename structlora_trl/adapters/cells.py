@@ -1,8 +1,20 @@
-"""Cells of data that no trainer takes. Nothing heavy is imported for it."""
+"""Files of rows by their endings, and cells that no trainer takes. Nothing heavy is imported for it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..errors import StructLoRAError
+
+# Ending of a file of rows -> what `datasets` calls its reader.
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def ending_of(path: str | Path) -> str:
+    """What says of which kind a file is, in lower case: ".jsonl" of "ROWS.JSONL.gz"."""
+    path = Path(path)
+    return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
 def refuse_cell(cell, number: int, column: str, source: str) -> None:

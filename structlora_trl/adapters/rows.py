@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -28,13 +30,22 @@ from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
 from .base_model import HEADS, Row, at_revision
-from .cells import refuse_cell
+from .cells import BUILDERS, PACKED, ending_of, refuse_cell
 from .inspecting import command_facts
 from .load_adapter import Saved
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 _HELD_OUT = ("test", "validation", "eval", "dev", "valid")  # names of splits, the first that is there
+# What lies beside rows that `datasets` has saved, and is none.
+_NO_ROWS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# Splits of a folder, and what names them in its files and folders, as `datasets` has it.
+_SPLITS = {
+    name: re.compile(rf"(?<![a-z])({words})(?![a-z])")
+    for name, words in {
+        "train": "train|training",
+        "validation": "validation|valid|dev|val",
+        "test": "test|testing|eval|evaluation",
+    }.items()
+}
 _LENGTH = 1024  # tokens of a row that are read where the run does not say, TRL's default `max_length`
 _IGNORED = -100  # as PyTorch's cross-entropy has it
 _FORMATS = (
@@ -157,23 +168,17 @@ def _held_out_of(saved: Saved) -> tuple[Iterable[dict], str] | None:
 def _load(name: str, split: str | None) -> Iterable[dict]:
     """A file, a folder or a data set of the hub, streamed."""
     path = Path(name).expanduser()
-    suffix = (Path(path.stem) if path.suffix.lower() in _PACKED else path).suffix.lower()
     with refusing(
         f"reading {name}",
-        f"rows with {_FORMATS}, in a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(_PACKED)}), in a folder of "
+        f"rows with {_FORMATS}, in a file that ends in {', '.join(BUILDERS)} (or packed, {', '.join(PACKED)}), in a folder of "
         "them, or in a data set of the hub that can be reached",
         "correct `--data`",
         (DatasetsError, RuntimeError),
     ):
-        if suffix in BUILDERS and not path.is_dir():
+        if ending_of(path) in BUILDERS and not path.is_dir():
             _refuse_split(split, name)
-            options = {"sep": "\t"} if suffix == ".tsv" else {}
-            options["data_files"] = glob.escape(str(path))  # `datasets` takes paths for patterns
-            try:
-                return load_dataset(BUILDERS[suffix], split="train", streaming=True, **options)
-            except StopIteration:  # `datasets` 5 on an empty file of JSON
-                return []
-        splits = load_dataset(str(path) if path.exists() else name, streaming=True)
+            return _read_files([path])
+        splits = _splits_of(path) or load_dataset(str(path) if path.exists() else name, streaming=True)
         if split is None:
             split = next((known for known in _HELD_OUT if known in splits), "train")
         if split not in splits:
@@ -182,7 +187,40 @@ def _load(name: str, split: str | None) -> Iterable[dict]:
                 "one of these",
                 "correct `--split`",
             )
-        return splits[split]
+        return _read_files(splits[split]) if isinstance(splits[split], list) else splits[split]
+
+
+def _splits_of(folder: Path) -> dict[str, list[Path]]:
+    """Split -> files of a folder, of the most frequent ending; nothing of what is none, or has a card that names its files."""
+    card = folder / "README.md"
+    if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8"):
+        return {}
+    names = {path: path.relative_to(folder).as_posix().lower() for path in sorted(folder.rglob("*"))}
+    files = [
+        path
+        for path, name in names.items()
+        if ending_of(path) in BUILDERS
+        and path.is_file()
+        and path.name not in _NO_ROWS
+        and "/." not in f"/{name}"
+    ]
+    if not files:
+        return {}
+    ((ending, _),) = Counter(map(ending_of, files)).most_common(1)
+    files = [path for path in files if ending_of(path) == ending]
+    found = {split: [path for path in files if words.search(names[path])] for split, words in _SPLITS.items()}
+    return {split: paths for split, paths in found.items() if paths} or {"train": files}
+
+
+def _read_files(files: list[Path]) -> Iterable[dict]:
+    """Files of one ending, streamed."""
+    ending = ending_of(files[0])
+    options = {"sep": "\t"} if ending == ".tsv" else {}
+    options["data_files"] = [glob.escape(str(path)) for path in files]  # `datasets` takes paths for patterns
+    try:
+        return load_dataset(BUILDERS[ending], split="train", streaming=True, **options)
+    except StopIteration:  # `datasets` 5 on an empty file of JSON
+        return []
 
 
 def _refuse_split(split: str | None, source: str) -> None:

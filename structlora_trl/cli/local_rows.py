@@ -11,10 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..adapters.cells import refuse_cell
+from ..adapters import cells
+from ..adapters.cells import ending_of, refuse_cell
 from ..errors import StructLoRAError, nearest, refusing
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Of what training takes: `datasets` would read .tsv by commas.
+BUILDERS = {ending: builder for ending, builder in cells.BUILDERS.items() if ending != ".tsv"}
 LOOKED_AT = 10_000  # rows whose cells are looked at, a second's work; of later ones, TRL says what is wrong
 _LONGEST_CELL = 2**31 - 1  # characters of a .csv file's, as pandas has it
 _PAIRS = (("chosen", "rejected"),)
@@ -30,17 +32,17 @@ _COLUMNS = {
 
 
 def local_data(name: str, files: Any = None) -> tuple[str, Any]:
-    """What `load_dataset` calls a local file: its builder and its path. Other names stay.
+    """What `load_dataset` calls a local file that training takes: its builder and its path. Other names stay.
 
     Raises:
         StructLoRAError: no such file or folder, or an empty file.
     """
-    builder = BUILDERS.get(Path(name).suffix)
-    if builder is None and not name.startswith((".", "/", "~")):
+    is_file = ending_of(name) in cells.BUILDERS
+    if not is_file and not name.startswith((".", "/", "~")):
         return name, files
-    path = os.path.expanduser(name)
+    path, builder = os.path.expanduser(name), BUILDERS.get(Path(name).suffix.lower())
     if not os.path.exists(path):
-        what = "file" if builder else "folder"
+        what = "file" if is_file else "folder"
         raise StructLoRAError(
             f"no {what} {path}",
             "rows, one example each",
@@ -125,7 +127,7 @@ def look_at(data: str, command: str, text: str = "text", whole: bool = False) ->
     """
     builder, _ = local_data(data)
     path = Path(data).expanduser()
-    if builder == data or not path.is_file() or not (whole or _has_lines(path)):
+    if builder not in BUILDERS.values() or not path.is_file() or not (whole or _has_lines(path)):
         return None
     with refusing(f"reading {path}", "rows, one example each", "correct the file", also=(csv.Error,)):
         rows = _read(path)
@@ -144,19 +146,19 @@ def look_at(data: str, command: str, text: str = "text", whole: bool = False) ->
 
 
 def _has_lines(path: Path) -> bool:
-    return path.suffix != ".parquet" and not _is_list(path)
+    return path.suffix.lower() != ".parquet" and not _is_list(path)
 
 
 def _is_list(path: Path) -> bool:
     """Whether a file of JSON is one list, and not a row on each line."""
-    if BUILDERS[path.suffix] != "json":
+    if BUILDERS[path.suffix.lower()] != "json":
         return False
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         return file.read(1) == "["
 
 
 def _count(path: Path, seen: int, rest: Iterator) -> int:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         from pyarrow.parquet import read_metadata
 
         return read_metadata(path).num_rows
@@ -165,14 +167,14 @@ def _count(path: Path, seen: int, rest: Iterator) -> int:
 
 def _read(path: Path) -> Iterator:
     """Rows; of .jsonl files those after the first `LOOKED_AT` as they stand there."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         from pyarrow.parquet import ParquetFile  # which loads in a moment, but not without need
 
         for batch in ParquetFile(path).iter_batches(LOOKED_AT):
             yield from batch.to_pylist()
         return
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":  # where an empty cell is null
+        if path.suffix.lower() == ".csv":  # where an empty cell is null
             csv.field_size_limit(_LONGEST_CELL)
             for row in csv.DictReader(file):
                 yield {name: cell or None for name, cell in row.items() if name}

@@ -58,6 +58,16 @@ def folder_of_splits(folder: Path) -> Path:
     return folder
 
 
+def odd_folder(folder: Path) -> Path:
+    folder.mkdir()
+    half = len(TEXTS) // 2
+    write_rows(folder / "A.JSONL", TEXTS[:half])
+    write_rows(folder / "B[1].jsonl", TEXTS[half:])
+    (folder / "notes.txt").write_text("no rows")
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
 def packed(path: Path) -> Path:
     path.write_bytes(gzip.compress(lines(TEXTS).encode()))
     return path
@@ -73,6 +83,8 @@ PLACES = {
         d / "rows.tsv", "\n".join(["text", *(row["text"] for row in TEXTS)])
     ),
     "a folder with splits": lambda d: folder_of_splits(d / "rows"),
+    "a folder with odd names": lambda d: odd_folder(d / "fo[1]"),
+    "a folder of folders": lambda d: folder_of_splits(d / "rows") and d,
     "a list": lambda d: TEXTS,
     "a data set": lambda d: Dataset.from_list(TEXTS),
     "a generator": lambda d: iter(TEXTS),

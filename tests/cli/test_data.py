@@ -79,12 +79,12 @@ def test_the_mixture_wins_over_the_name_as_in_trl(place, monkeypatch):
 
 
 def test_a_file_is_read_by_its_name_and_not_by_a_pattern(place):
-    for name, text in (("rows[1].jsonl", "this"), ("rows1.jsonl", "another")):
+    for name, text in (("rows[1].JSONL", "this"), ("rows1.JSONL", "another")):
         write_rows(place / name, [{"text": text}])
-    script, mixture = ScriptArguments(dataset_name="rows[1].jsonl"), DatasetMixtureConfig()
+    script, mixture = ScriptArguments(dataset_name="rows[1].JSONL"), DatasetMixtureConfig()
     as_mixture(script, mixture)
     assert get_dataset(mixture)["train"]["text"][:] == ["this"]
-    assert sources(script, mixture) == ["rows[1].jsonl"]
+    assert sources(script, mixture) == ["rows[1].JSONL"]
 
 
 def test_llava_with_pictures(place, monkeypatch):

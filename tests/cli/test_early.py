@@ -32,6 +32,7 @@ WRONG = {
     "data": ({"dataset_name": "gone.jsonl"}, [], ["no file gone.jsonl"]),
     "data in words": ({}, ["--dataset_name=gone.jsonl"], ["no file gone.jsonl"]),
     "folder of data": ({"dataset_name": "./gone"}, [], ["no folder ./gone"]),
+    "upper case": ({"dataset_name": "GONE.JSONL"}, [], ["no file GONE.JSONL"]),
     "mixture": ({"datasets": [{"path": "gone.csv"}, "rows.jsonl"]}, [], ["no file gone.csv"]),
     "empty": ({"dataset_name": "empty.jsonl"}, [], ["empty.jsonl empty"]),
     "model": ({"model_name_or_path": "./gone"}, [], ["no folder ./gone", "model_name_or_path"]),
@@ -113,6 +114,8 @@ COSTS_NOTHING = {
     "inspect": ("inspect .", 1, "no adapter_config.json in ."),
     "columns": ("init dpo --data rows.jsonl", 1, "the columns text in the data"),
     "rows": ("export a/lora out --rank 2 --data row.jsonl", 1, "did you mean ./rows.jsonl?"),
+    "packed rows": ("export a/lora out --rank 2 --data row.jsonl.gz", 1, "did you mean ./rows.jsonl?"),
+    "rows in upper case": ("export a/lora out --rank 2 --data OTHERS.TSV", 1, "no file OTHERS.TSV"),
     "share": ("export a/lora out --keep 25", 1, "`keep` 25"),
     "no effect": ("export a/lora out --split test", 1, "`split` without `data`"),
     "full folder": ("export a/lora a/lora", 1, "a/lora, which is not empty"),
@@ -236,8 +239,10 @@ def test_init_looks_at_the_rows(name, files, capsys):
 def test_rows_are_counted_in_every_kind_of_file(files):
     rows = [{"text": "two\nlines"}, {"text": "b"}, {"text": "c"}]
     write_rows(files / "a.jsonl", rows)
+    write_rows(files / "b.JSONL", rows)
     Path("a.json").write_text(json.dumps(rows, indent=1))
     Dataset.from_list(rows).to_csv("a.csv")
     Dataset.from_list(rows).to_parquet("a.parquet")
-    assert [count_rows(f"a.{kind}") for kind in ("jsonl", "json", "csv", "parquet")] == [3, 3, 3, 3]
+    names = ("a.jsonl", "b.JSONL", "a.json", "a.csv", "a.parquet")
+    assert [count_rows(name) for name in names] == [3] * len(names)
     assert count_rows("owner/set") is None and count_rows("./done") is None
