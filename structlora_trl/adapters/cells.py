@@ -43,7 +43,7 @@ def _what_is_wrong(cell, column: str) -> str | None:
     if isinstance(cell, str):
         return f"text ({cell!r:.40})" if column == "messages" else None
     if not isinstance(cell, (list, tuple)) or not cell:
-        return _shown(cell)
+        return shown(cell)
     if not all(isinstance(message, dict) for message in cell):
         return "a list of something other than messages"
     for number, message in enumerate(cell, 1):
@@ -52,11 +52,12 @@ def _what_is_wrong(cell, column: str) -> str | None:
         # A message that calls tools may have no content, and one with pictures has a list of parts.
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
-            return f"{_shown(role)} as the `role` of message {number}"
+            return f"{shown(role)} as the `role` of message {number}"
         if not isinstance(content, (str, list)) and (content is not None or not message.get("tool_calls")):
-            return f"{_shown(content)} as the `content` of message {number}"
+            return f"{shown(content)} as the `content` of message {number}"
     return None
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
+    """A cell of a wrong kind, in words."""
     return "nothing (null)" if value is None else f"{value!r:.40} ({type(value).__name__})"

@@ -154,6 +154,12 @@ def export_sizes(
 
 def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Export]:
     """Write the adapter as it is, or the sizes, each to the folder of its name within `out`; see `export`."""
+    if not isinstance(saved, Saved):
+        raise StructLoRAError(
+            f"{saved!r:.60} ({type(saved).__name__}), where an adapter is expected",
+            "what `read_saved` makes of its folder",
+            "call `export(read_saved(folder), out)`",
+        )
     refuse_used(out)
     options.refuse_contradictions(sizes)
     for rule, value in sizes.values():

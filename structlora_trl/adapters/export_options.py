@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from ..config import share_to_keep
@@ -71,6 +72,14 @@ class Options:
         for rule, value in sizes.values():
             if rule == "keep":
                 share_to_keep(value)
+        whole = [(rule, value) for rule, value in sizes.values() if rule == "rank"]
+        for name, value in [*whole, ("max_rank", self.max_rank), ("distil", self.distil)]:
+            if value is not None and not isinstance(value, Integral):
+                raise StructLoRAError(
+                    f"`{name}` {value!r} ({type(value).__name__})",
+                    "a whole number; of ranks, `export_sizes` takes several",
+                    f"correct `{name}`",
+                )
         if self.max_rank is not None and rules != {"keep"}:
             raise StructLoRAError(
                 "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
 from .base_model import HEADS, Row, at_revision
-from .cells import BUILDERS, PACKED, ending_of, refuse_cell
+from .cells import BUILDERS, PACKED, ending_of, refuse_cell, shown
 from .inspecting import command_facts
 from .load_adapter import Saved
 
@@ -61,6 +62,8 @@ _COLUMNS = (
     ("text",),
 )
 _OF_TEXT = {*(name for names in _COLUMNS for name in names), "conversations"} - {"label"}
+# Inputs of a model -> dimensions of one example without the first.
+_ONE_EXAMPLE = {"input_ids": 1, "pixel_values": 3}
 
 
 class Rows(NamedTuple):
@@ -88,7 +91,7 @@ def read_rows(
 
     Of pairs, the chosen completion is read; of rows that are judged one by one (`label`), those judged good.
     A row that is too long for the run's `max_length` (1,024 tokens where that is unknown), or for the model,
-    loses the beginning of its prompt.
+    loses the beginning of its prompt; of encoder-decoder models and classifiers the end of each text.
 
     Args:
         data (`str`, `Path` or rows, *optional*): a file (.json, .jsonl, .csv, .tsv, .parquet, also packed as
@@ -133,6 +136,12 @@ def read_rows(
                 f"row {number} of {source} to be {row!r:.40} ({type(row).__name__})",
                 f"a mapping: {_FORMATS}, or inputs of the model",
                 "give a list of mappings, or a `Dataset`",
+            )
+        if "input_ids" in row and (text := [name for name, x in row.items() if isinstance(x, str)]):
+            raise StructLoRAError(
+                f"text in column `{text[0]}`, beside `input_ids`, in row {number} of {source}",
+                f"inputs of the model alone, or columns of text: {_FORMATS}",
+                f"remove one of them (`dataset.remove_columns('{text[0]}')`)",
             )
     if not any(_OF_TEXT & row.keys() or any(isinstance(x, str) for x in row.values()) for row in rows):
         return Rows([_as_inputs(row, number, source) for number, row in enumerate(rows, 1)], source, {})
@@ -234,10 +243,16 @@ def _refuse_split(split: str | None, source: str) -> None:
 
 
 def _as_inputs(row: dict, number: int, source: str) -> Row:
-    """A row of a model's inputs, of one example: lists and numbers become tensors with a first dimension."""
+    """A row of a model's inputs, of one example: lists, numbers, and tensors of such, get a first dimension."""
+    lacks_first = any(
+        isinstance(row.get(name), Tensor) and row[name].ndim == dimensions
+        for name, dimensions in _ONE_EXAMPLE.items()
+    )
     found = {}
     for name, value in row.items():
-        if not isinstance(value, Tensor):
+        if isinstance(value, Tensor):
+            value = value[None] if lacks_first else value
+        else:
             with refusing(
                 f"reading row {number}, column `{name}` of {source}",
                 f"inputs of the model (tensors, numbers, lists of them), or columns of text: {_FORMATS}",
@@ -322,7 +337,7 @@ class _Reader:
         for name, value in example.items():
             refuse_cell(value, number, name, self._source)
         if self._task == "SEQ_CLS":
-            return self._labelled(example, label)
+            return self._labelled(example, label, row, number)
         if "chosen" in example:
             if "prompt" not in example and is_conversational(example):
                 example = extract_prompt(example)
@@ -338,12 +353,26 @@ class _Reader:
             return self._without("judged undesirable")
         return self._tokens(example, present)
 
-    def _labelled(self, example: dict, label) -> Row:
-        if "text" not in example or not isinstance(label, (int, float)):
+    def _labelled(self, example: dict, label, row: dict, number: int) -> Row:
+        if "text" not in example or "label" not in row:
             raise self._other_task()
-        ids = self._tokenizer(example["text"])["input_ids"][: self._limit]
-        kind = torch.int64 if isinstance(label, int) else torch.float32
+        if not isinstance(label, Real):
+            raise StructLoRAError(
+                f"{shown(label)} in row {number}, column `label`, of {self._source}",
+                "the number of a class, or a score",
+                "number the classes as in training",
+            )
+        ids, is_cut = self._cut(text=example["text"])
+        self._count("shortened", is_cut)
+        kind = torch.int64 if isinstance(label, Integral) else torch.float32
         return {"input_ids": _row(ids), "labels": torch.tensor([label], dtype=kind, device="cpu")}
+
+    def _cut(self, **text) -> tuple[list[int], bool]:
+        """Tokens of a text, and whether it was too long; special tokens stay at its end."""
+        ids = self._tokenizer(**text)["input_ids"]
+        if len(ids) <= self._limit:
+            return ids, False
+        return self._tokenizer(**text, truncation=True, max_length=self._limit)["input_ids"], True
 
     def _tokens(self, example: dict, row: dict) -> Row | None:
         chat = is_conversational(example)
@@ -371,7 +400,7 @@ class _Reader:
         )
         shared = shared if prompt else 0
         if len(ids) > self._limit:
-            self._left_out["shortened"] = self._left_out.get("shortened", 0) + 1
+            self._count("shortened")
             # The completion stays, with the end of its prompt; of a long one, its beginning.
             start = max(0, min(len(ids) - self._limit, shared - self._limit // 2))
             ids, shared = ids[start : start + self._limit], shared - start
@@ -393,14 +422,20 @@ class _Reader:
         completion = example["completion"]
         if not completion.strip():
             return self._without("empty")
-        ids = self._tokenizer(example["prompt"], **special)["input_ids"][: self._limit]
-        labels = self._tokenizer(text_target=completion, **special)["input_ids"]
+        ids, is_cut = self._cut(text=example["prompt"], **special)
+        labels, is_cut_too = self._cut(text_target=completion, **special)
         if self._tokenizer.eos_token_id is not None and labels[-1:] != [self._tokenizer.eos_token_id]:
-            labels = [*labels, self._tokenizer.eos_token_id]
-        return {"input_ids": _row(ids), "labels": _row(labels[: self._limit])}
+            is_cut_too |= len(labels) == self._limit
+            labels = [*labels[: self._limit - 1], self._tokenizer.eos_token_id]
+        self._count("shortened", is_cut or is_cut_too)
+        return {"input_ids": _row(ids), "labels": _row(labels)}
 
     def _without(self, reason: str) -> None:
-        self._left_out[reason] = self._left_out.get(reason, 0) + 1
+        self._count(reason)
+
+    def _count(self, reason: str, is_so: bool = True) -> None:
+        if is_so:
+            self._left_out[reason] = self._left_out.get(reason, 0) + 1
 
 
 def _row(ids: list[int]) -> Tensor:

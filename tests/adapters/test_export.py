@@ -294,6 +294,11 @@ IDLE = {
     "a base alone": ({"base": "other"}, "`base` other in an export that loads no base model"),
     "a base for no measurement": ({"keep": 0.5, "probe": "none", "base": "other"}, "`base` other"),
     "two rules": ({"keep": 0.5, "rank": 2}, "both `rank` and `keep`"),
+    "half a rank": ({"rank": 2.5}, r"`rank` 2.5 \(float\)"),
+    "a rank in words": ({"rank": "2"}, r"`rank` '2' \(str\)"),
+    "several ranks": ({"rank": [2, 1]}, r"`rank` \[2, 1\] \(list\).*`export_sizes`"),
+    "a largest rank in words": ({"keep": 0.5, "max_rank": "2"}, r"`max_rank` '2' \(str\)"),
+    "half a step": ({"rank": 2, "data": [], "distil": 2.5}, r"`distil` 2.5 \(float\)"),
 }
 
 
@@ -303,6 +308,11 @@ def test_options_that_contradict_or_act_on_nothing_are_refused_in_python_too(cas
     with pytest.raises(StructLoRAError, match=words):
         export(read_saved(runs()), tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_path_in_place_of_an_adapter_is_refused(tmp_path):
+    with pytest.raises(StructLoRAError, match=r"'plain' \(str\), where an adapter is expected.*read_saved"):
+        export("plain", tmp_path / "new")
 
 
 @pytest.mark.parametrize("size", [{"rank": 0}, {"rank": 1000}, {"keep": "25"}, {"keep": 0.5, "max_rank": 0}])

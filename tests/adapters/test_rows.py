@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM
 from trl import SFTTrainer
 
@@ -168,6 +169,10 @@ WRONG = {
     "no mapping": (["w1 w2"], "row 1 of the rows given to be 'w1 w2'"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
     "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
+    "text beside inputs": (
+        [{"input_ids": [1, 2], "labels": [1, 2], "source": "web"}],
+        "text in column `source`, beside `input_ids`, in row 1",
+    ),
     "uneven lists": ([{"input_ids": [[1, 2], [3]], "labels": [1, 2]}], "row 1, column `input_ids`"),
 }
 
@@ -182,7 +187,8 @@ def test_a_wrong_cell_is_named_by_row_and_column(name, saved):
 def test_lists_of_numbers_are_inputs_of_one_example(saved, tmp_path):
     ids = FAMILIES["llama"].batch(3)["input_ids"]
     given = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
-    for data in (given, Dataset.from_list(given)):
+    tensors = [{"input_ids": row, "labels": row} for row in ids]
+    for data in (given, Dataset.from_list(given), Dataset.from_list(given).with_format("torch"), tensors):
         assert torch.equal(torch.cat([row["input_ids"] for row in read(saved, data).rows]), ids)
     assert export(saved, tmp_path / "small", rank=2, data=given).change.losses.before > 0
 
@@ -195,6 +201,27 @@ def test_rows_are_no_longer_than_the_model_takes(tmp_path):
     assert export(saved, tmp_path / "small", rank=2, data=[{"text": "w1 " * 100}]).rows.left_out == {
         "shortened": 1
     }
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
+def test_what_an_encoder_reads_is_cut_before_its_special_tokens(task, tmp_path):
+    if task == "SEQ_CLS":
+        saved = adapter_of("bert", tmp_path, "bert", target_modules=["query"], task_type=task)
+        rows = [{"text": "w1 " * length, "label": 0} for length in (2000, 3)]
+    else:
+        saved = adapter_of(t5, tmp_path, target_modules=["q"], task_type=task)
+        sizes = ((2000, 2000), (3, 1024), (3, 1023))  # the last one and its end are as long as may be
+        rows = [{"prompt": "w1 " * a, "completion": "w2 " * b} for a, b in sizes]
+    ending = tokenizer()
+    ends = [("<eos>", ending.eos_token_id)]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=ends)
+    ending.save_pretrained(saved.lora.base_model_name_or_path)
+    found = read(saved, rows)
+    assert found.left_out == {"shortened": len(rows) - 1}
+    for row in found.rows:
+        for ids in [row["input_ids"]] + ([row["labels"]] if task == "SEQ_2_SEQ_LM" else []):
+            assert ids[0, -1] == ending.eos_token_id and (ids == ending.eos_token_id).sum() == 1
+            assert ids.shape[1] <= 1024
 
 
 def positions(saved) -> int:
@@ -226,6 +253,9 @@ def test_a_classifier_takes_texts_with_labels(tmp_path):
     rows = [{"text": "w1 w2 w3", "label": i % 2} for i in range(4)]
     assert [row["labels"].tolist() for row in read(saved, rows).rows] == [[0], [1], [0], [1]]
     assert export(saved, tmp_path / "small", keep=0.5, data=rows).change.losses.after > 0
+    for label, words in ((None, r"nothing \(null\)"), ("good", r"'good' \(str\)")):
+        with pytest.raises(StructLoRAError, match=f"{words} in row 5, column `label`, of the rows given"):
+            read(saved, [*rows, {"text": "w1", "label": label}])
     with pytest.raises(StructLoRAError, match="columns `text` and `label`"):
         read(saved, TEXTS)
 
