@@ -113,7 +113,7 @@ class Options:
         if self.data is not None and not is_smaller and self.scale != AUTO:
             raise StructLoRAError(
                 "`data` without `rank`, `keep` or `scale='auto'`",
-                "a choice for its rows to tell",
+                "a smaller adapter, whose loss its rows tell, or a scale that they choose",
                 "give one of them, or remove `data`",
             )
         if self.split is not None and self.data is None:

@@ -120,6 +120,12 @@ def report(saved: Saved) -> list[KindReport]:
     ]
 
 
+def mean_effective_rank(depths: list[DepthReport]) -> float:
+    """Of the modules that add something; 0 where none does."""
+    ranks = [depth.effective_rank for depth in depths if depth.kept]
+    return sum(ranks) / max(len(ranks), 1)
+
+
 def short_names(names: list[str]) -> dict[str, str]:
     """Each name's shortest end that no other name shares; of a long end, its first and last part where these
     tell it apart.

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
-from .inspecting import contents, final_losses, held_out_rows, peak_learning_rate, short_names, training_data
+from .inspecting import (
+    contents,
+    final_losses,
+    held_out_rows,
+    mean_effective_rank,
+    peak_learning_rate,
+    short_names,
+    training_data,
+)
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -115,7 +123,7 @@ def _size(runs: list[Run]) -> str:
         return f"{run.name} has {directions(run):,} directions in {len(run.depths()):,} modules"
 
     if len(runs) == 1:
-        return f"{own(runs[0])}, of mean effective rank {_mean_effective_rank(runs[0]):.2f}."
+        return f"{own(runs[0])}, of mean effective rank {mean_effective_rank(runs[0].depths()):.2f}."
     small, large = sorted(runs, key=directions)
     shares = {
         "directions": directions(small) / directions(large),
@@ -127,10 +135,6 @@ def _size(runs: list[Run]) -> str:
 
 def _parameters(run: Run) -> int:
     return sum(part.numbers for part in contents(run.saved.tensors))
-
-
-def _mean_effective_rank(run: Run) -> float:
-    return sum(depth.effective_rank for depth in run.depths()) / len(run.depths())
 
 
 def _last_steps(runs: list[Run]) -> list[int]:
@@ -220,7 +224,7 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "noise": _option("noise"),
     "coordinator": _option("coordinator"),
     "directions that add something": lambda run: sum(depth.kept for depth in run.depths()),
-    "mean effective rank": _mean_effective_rank,
+    "mean effective rank": lambda run: mean_effective_rank(run.depths()),
     "folder": lambda run: str(run.saved.folder),
     "state and log from": lambda run: (
         str(run.saved.run_folder) if run.saved.run_folder != run.saved.folder else None

@@ -67,11 +67,14 @@ _ONE_EXAMPLE = {"input_ids": 1, "pixel_values": 3}
 
 
 class Rows(NamedTuple):
-    """Rows that were read: inputs of the model, where they are from, and what was left out, by reason."""
+    """Rows that were read: inputs of the model, where they are from, what was left out, by reason, and whether the run
+    held them out of its training.
+    """
 
     rows: list[Row]
     source: str
     left_out: dict[str, int]
+    held_out: bool = False
 
     def told(self) -> str:
         """In words."""
@@ -114,7 +117,7 @@ def read_rows(
         StructLoRAError: nothing there to read, no tokenizer, rows of another format, or a model with another
             task.
     """
-    if data is None:
+    if held_out := data is None:
         found = _held_out_of(saved)
         if found is None:
             return None
@@ -144,8 +147,9 @@ def read_rows(
                 f"remove one of them (`dataset.remove_columns('{text[0]}')`)",
             )
     if not any(_OF_TEXT & row.keys() or any(isinstance(x, str) for x in row.values()) for row in rows):
-        return Rows([_as_inputs(row, number, source) for number, row in enumerate(rows, 1)], source, {})
-    return _Reader(saved, base_name, revision, source).read(rows)
+        inputs = [_as_inputs(row, number, source) for number, row in enumerate(rows, 1)]
+        return Rows(inputs, source, {}, held_out)
+    return _Reader(saved, base_name, revision, source).read(rows)._replace(held_out=held_out)
 
 
 def _held_out_of(saved: Saved) -> tuple[Iterable[dict], str] | None:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.export_options import RANDOM, Options, sizes_of
+from ..adapters.export_options import RANDOM, Options, Sizes, sizes_of
 from ..config import share_to_keep
 from ..errors import StructLoRAError, nearest, refuse_used
 from .arguments import parser_of
@@ -16,6 +16,7 @@ from .local_rows import local_data
 if TYPE_CHECKING:
     from ..adapters.export import Export
     from ..adapters.load_adapter import Saved
+    from ..adapters.measuring import Losses
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output, of a checkpoint (of one process, DDP, FSDP2 or DeepSpeed
 ZeRO), or of any LoRA adapter of PEFT: smaller, for a server, or merged. The result needs nothing of this package.
@@ -36,10 +37,10 @@ Smaller:
 
 Several sizes in one call (--rank 8 4 2) are written to folders of their own, with a table.
 
-Rows (--data): what training takes: files (.jsonl, .json, .csv, .tsv, .parquet, packed or not), a folder of them, or a data set
-of the hub, with `messages`, `prompt` and `completion`, `text`, `chosen` and `rejected`; for classifiers `text` and `label`. 64
-tell --keep what to keep, --distil learns from up to 1,024, and the loss is of 64 others. Without --data the run's own
-held-out rows are taken, where its log names them.
+Rows (--data): a file (.jsonl, .json, .csv, .tsv, .parquet, packed or not), a folder of them, or a data set of the hub, with
+`messages`, `prompt` and `completion`, `text`, `chosen` and `rejected`; for classifiers `text` and `label`. 64 tell --keep what
+to keep, --distil learns from up to 1,024, and the loss is of 64 others. Without --data the run's own held-out rows are taken,
+where its log names them.
 
 --for SERVER writes what that server loads, or says what it cannot: vllm; sglang, lorax (TGI too) and llamacpp
 need one rank and one scale, so that smaller modules are filled with zeros.
@@ -131,10 +132,10 @@ def run(command: str, arguments: list[str]) -> None:
         print(
             "Every direction adds something, so nothing was dropped. To choose by a task: `--keep 0.25 --data ROWS`."
         )
-    if lost := _costly(shares):
+    if lost := _costly(done, sizes):
         print(
-            f"{lost} of the information is a share of what matters, and not of the size: below 90 % an adapter loses much of "
-            "what it learned. A share of the directions is written 0.25."
+            f"{' and '.join(lost)} of the information kept: a percentage is a share of what matters, and not of the size, and "
+            "below 90 % an adapter loses much of what it learned. A share of the directions is written 0.25."
         )
     if shares and done[0].rows is None:
         print(
@@ -160,13 +161,11 @@ def refuse_missing(folder: Path) -> None:
         )
 
 
-def _costly(sizes: list[str]) -> str | None:
-    """The first size that is less than 90 % of the information, as it was given."""
-    for given in sizes:
-        share, is_of_information = share_to_keep(given)
-        if is_of_information and share < 0.9:
-            return str(given)
-    return None
+def _costly(done: list[Export], sizes: Sizes) -> list[str]:
+    """What is kept of the information, where a share of it was asked for and less than 90 % is carried."""
+    asked = [rule == "keep" and share_to_keep(value)[1] for rule, value in sizes.values()]
+    carried = [size.pruned.share for size, is_share in zip(done, asked, strict=True) if is_share]
+    return [f"{share:.1%}" for share in carried if share < 0.9]
 
 
 def table(saved: Saved, done: list[Export]) -> str:
@@ -176,27 +175,31 @@ def table(saved: Saved, done: list[Export]) -> str:
     heads = ["", "rank", "directions", "parameters", "size", *(["loss", "gain kept"] if losses else [])]
     whole = _ranks([depth for kind in saved.kinds for depth in _kind_ranks(saved, kind)])
     before = [size.before for size in first.sizes]
-    rows = [["the adapter", whole, *_counts(before), *([_number(losses.before), "100 %"] if losses else [])]]
+    rows = [["the adapter", whole, *_counts(before)]]
+    if losses:
+        rows[0] += [_number(losses.before), _gain(losses, losses.before)]
     if losses and losses.base is not None:
-        rows.insert(0, ["base model", *[""] * 4, _number(losses.base), "0 %"])
+        rows.insert(0, ["base model", *[""] * 4, _number(losses.base), _gain(losses, losses.base)])
     for size in done:
         ranks = [max(map(len, experts)) for experts in size.pruned.kept.values()]
         name = size.folder.name
         if losses and size.change.losses.cut is not None:
             cut = size.change.losses.cut
-            gain = size.change.losses._replace(after=cut).gain_kept
-            rows.append([f"{name}, cut alone", *[""] * 4, _number(cut), _share(gain)])
+            rows.append([f"{name}, cut alone", *[""] * 4, _number(cut), _gain(losses, cut)])
         name += ", distilled" if size.distilled else ""
         name += f", times {size.scaled.scale:g}" if size.scaled else ""
         row = [name, _ranks(ranks, size.pruned.one_rank), *_counts([line.after for line in size.sizes])]
         if losses:
-            row += [_number(size.change.losses.after), _share(size.change.losses.gain_kept)]
+            after = size.change.losses.after
+            row += [_number(after), _gain(losses, after)]
         rows.append(row)
     lines = _aligned([heads, *rows])
+    if losses and losses.base is not None and losses.base <= losses.before:
+        lines.append("The adapter is no better than its base model on these rows: there is no gain to keep.")
     for size in done:
         lines += _about(size, len(done) > 1)
-    if len(done) == 1:
-        lines += _by_layer(saved, first)
+    for size in done:
+        lines += _by_layer(saved, size, f"{size.folder.name}: " if len(done) > 1 else "")
     return "\n".join(lines)
 
 
@@ -227,9 +230,8 @@ def _about(size: Export, is_named: bool) -> list[str]:
             line += f", mean KL {change.divergence:.3g} nats, same prediction {change.agreement:.1%}"
         lines.append(f"{line}.")
         if size.rows:
-            lines.append(
-                f"Rows: {size.rows.told()}; the loss is of {change.probe}. Rows of the training have a lower loss than new ones."
-            )
+            lower = "" if size.rows.held_out else " Rows of the training have a lower loss than new ones."
+            lines.append(f"Rows: {size.rows.told()}; the loss is of {change.probe}.{lower}")
     return [f"{size.folder.name}: {line}" for line in lines] if is_named else lines
 
 
@@ -252,8 +254,8 @@ def _scale(text: str) -> float | str:
         return text
 
 
-def _by_layer(saved: Saved, done: Export) -> list[str]:
-    """Directions of each kind of module, by layer, where ranks differ."""
+def _by_layer(saved: Saved, done: Export, name: str) -> list[str]:
+    """Directions of each kind of module, by layer, where ranks differ; `name` comes before them."""
     if done.pruned.one_rank:
         return []
     rows = [["", "before", "after", "kept", "by layer"]]
@@ -262,7 +264,7 @@ def _by_layer(saved: Saved, done: Export) -> list[str]:
         after = [sum(map(len, done.pruned.kept[module])) for module in kind.modules]
         share = f"{sum(after) / before:.1%}"
         by_layer = " ".join(map(str, after))
-        rows.append([f"directions of {kind.name}", f"{before:,}", f"{sum(after):,}", share, by_layer])
+        rows.append([f"{name}directions of {kind.name}", f"{before:,}", f"{sum(after):,}", share, by_layer])
     return _aligned(rows, left=(0, 4))
 
 
@@ -306,5 +308,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}".replace("%", " %")
+def _gain(losses: Losses, loss: float) -> str:
+    """What an adapter of this loss keeps of the gain over the base model."""
+    kept = losses._replace(after=loss).gain_kept
+    return "-" if kept is None else f"{kept:.0%}".replace("%", " %")

@@ -89,7 +89,7 @@ def run(command: str, arguments: list[str]) -> None:
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
-    from ..adapters.inspecting import contents, final_losses, log_history, report
+    from ..adapters.inspecting import contents, report
     from ..adapters.load_adapter import read_saved
     from ..adapters.servers import told
     from ..adapters.trial import information_curves
@@ -110,14 +110,12 @@ def run(command: str, arguments: list[str]) -> None:
         facts["servers"] = told(saved.lora, saved.tensors)
         print(json.dumps({**facts, "kinds": [asdict(kind) for kind in kinds]}, indent=2))
     else:
-        print(summary(saved, kinds, final_losses(log_history(saved.run_folder))))
+        print(summary(saved, kinds))
         print("\n".join(about_file(saved)))
         others = []
         if given.against:
             others = report(adapters[1])
-            print(
-                f"\nBeside it: {summary(adapters[1], others, final_losses(log_history(adapters[1].run_folder)))}"
-            )
+            print(f"\nBeside it: {summary(adapters[1], others)}")
         print(table(kinds, others))
     if not is_drawn:
         return
@@ -152,8 +150,11 @@ def _run_names(folders: list[Path]) -> list[str]:
     return names if len({*names}) == len(names) else [str(folder) for folder in folders]
 
 
-def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, float | None]) -> str:
-    """What matters most, in a few lines: what the adapter is, its directions, its last losses."""
+def summary(saved: Saved, kinds: list[KindReport]) -> str:
+    """What matters most, in a few lines: what the adapter is, its directions, the last losses of its log."""
+    from ..adapters.inspecting import final_losses, held_out_rows, log_history, mean_effective_rank
+
+    history = log_history(saved.run_folder)
     if saved.config:
         config = saved.config
         lines = [
@@ -168,11 +169,15 @@ def summary(saved: Saved, kinds: list[KindReport], losses: tuple[float | None, f
     depths = [depth for kind in kinds for depth in kind.depths]
     directions = sum(depth.rank for depth in depths)
     line = f"{directions:,} directions in {len(depths):,} modules, mean effective rank "
-    line += f"{sum(depth.effective_rank for depth in depths) / len(depths):.2f}"
+    line += f"{mean_effective_rank(depths):.2f}"
     kept = sum(depth.kept for depth in depths)
     line += f"; {kept:,} of the directions add something" if kept < directions else ""
-    for name, loss in zip(("training", "held-out"), losses, strict=True):
-        line += "" if loss is None else f"; {name} loss {loss:.4g}"
+    training, held_out = final_losses(history)
+    rows = held_out_rows(history)
+    line += "" if training is None else f"; training loss {training:.4g}"
+    line += (
+        "" if held_out is None else f"; held-out loss {held_out:.4g}" + (f" of {rows:,} rows" if rows else "")
+    )
     return "\n".join([*lines, line + "."])
 
 

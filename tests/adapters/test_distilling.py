@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertForQuestionAnswering,
@@ -28,7 +28,7 @@ from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
 from tests.support.adapters import ADAPTER, as_it_is, on_base, peft_run
-from tests.support.data import write_rows
+from tests.support.data import texts, write_rows
 from tests.support.promises import skip_without
 from tests.support.setups import llama
 from tests.support.tiny import FAMILIES, base_model, tokenizer
@@ -173,7 +173,34 @@ def test_several_sizes_in_one_call(adapter, tmp_path, capsys):  # noqa: F811
     assert main([*given[:2], str(tmp_path / "shares"), *given[3:], "--keep", "0.5", "25%"]) == 0
     printed = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "shares").iterdir()} == {"keep-0.5", "keep-25-percent"}
-    assert "25% of the information is a share of what matters" in printed
+    assert re.search(
+        r"(?m)^\d\d\.\d% of the information kept: a percentage is a share of what matters", printed
+    )
+    assert all(f"{name}: directions of " in printed for name in ("keep-0.5", "keep-25-percent"))
+    assert main([*given[:2], str(tmp_path / "cap"), *given[3:], "--keep", "99%", "--max-rank", "1"]) == 0
+    assert "% of the information kept: " in capsys.readouterr().out
+    assert main([*given[:2], str(tmp_path / "99"), *given[3:], "--keep", "99%"]) == 0
+    assert "% of the information kept: " not in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_worse_than_its_base_has_no_gain_to_keep(adapter, tmp_path, capsys):  # noqa: F811
+    adapter("plain")
+    tokenizer().save_pretrained(tmp_path / "base")
+    path = tmp_path / "out" / ADAPTER
+    save_file(
+        {n: x * (1000 if "lora_B" in n else 1) for n, x in load_file(path).items()}, path, {"format": "pt"}
+    )
+    write_rows(tmp_path / "rows.jsonl", texts())
+    given = ["export", str(tmp_path / "out"), str(tmp_path / "small"), "--data", str(tmp_path / "rows.jsonl")]
+    assert main([*given, "--rank", "2"]) == 0
+    printed = capsys.readouterr().out
+    table = [
+        line.split()
+        for line in printed.splitlines()
+        if line.startswith(("base model", "the adapter", "small"))
+    ]
+    assert [line[-1] for line in table] == ["-", "-", "-"]
+    assert "no better than its base model on these rows" in printed
 
 
 def test_a_largest_rank_beside_a_share(adapter, tmp_path):  # noqa: F811

@@ -193,7 +193,10 @@ def test_inspect_begins_with_a_summary(runs, capsys):
     assert main(["inspect", out]) == 0
     lines = capsys.readouterr().out.splitlines()
     modules = len(KINDS) * DEPTHS
-    kept = sum(depth.kept for kind in report(read_saved(runs())) for depth in kind.depths)
+    depths = [depth for kind in report(read_saved(runs())) for depth in kind.depths]
+    kept = sum(depth.kept for depth in depths)
+    ranks = [depth.effective_rank for depth in depths if depth.kept]
+    assert f"mean effective rank {sum(ranks) / len(ranks):.2f}" in lines[1] and len(ranks) < modules
     assert lines[1].startswith(f"{RANK * modules} directions in {modules} modules")
     assert f"{kept} of the directions add something" in lines[1]
     last = [entry["loss"] for entry in log_history(runs()) if "loss" in entry][-1]

@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM
 from trl import SFTTrainer
 
 from structlora_trl.adapters.export import export
+from structlora_trl.adapters.inspecting import log_history
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.rows import read_rows
 from structlora_trl.cli import main
@@ -288,7 +289,11 @@ def test_without_data_the_rows_are_those_that_the_run_held_out(tmp_path, monkeyp
     capsys.readouterr()
     given = [str(tmp_path / "out"), str(tmp_path / "small"), "--rank", "2", "--base", str(tmp_path / "base")]
     assert main(["export", *given]) == 0
-    assert "5 rows of the run's held-out split" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "5 rows of the run's held-out split" in printed and "Rows of the training" not in printed
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    loss = next(entry["eval_loss"] for entry in log_history(saved.run_folder)[::-1] if "eval_loss" in entry)
+    assert f"held-out loss {loss:.4g} of 5 rows." in capsys.readouterr().out
     (tmp_path / "data.jsonl").unlink()
     with pytest.warns(UserWarning, match="cannot be read"):
         assert read_rows(None, saved, str(tmp_path / "base"), None, 64) is None

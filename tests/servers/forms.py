@@ -19,6 +19,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 TRAINED = {
     "plain": {},
     "patterns": {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"q_proj": 8}, "use_rslora": True},
+    "closed": {},  # half of its directions, and one kind of modules, as `keep` does while training
     "dora": {"use_dora": True},
     "heads": {"modules_to_save": ["lm_head"]},
     "biases": {"lora_bias": True, "target_modules": ["q_proj"]},
@@ -33,6 +34,10 @@ FORMS = {
     "a-quarter-filled-up": ("plain", {"keep": 0.25, "max_rank": 8, "server": "sglang", "data": ROWS}),
     "for-vllm": ("patterns", {"server": "vllm"}),
     "for-llamacpp": ("patterns", {"server": "llamacpp", "dtype": "bfloat16"}),
+    "scaled": ("plain", {"scale": 0.7}),
+    "pruned": ("closed", {"prune": True, "probe": "none"}),
+    "pruned-for-lorax": ("closed", {"prune": True, "probe": "none", "server": "lorax"}),
+    "for-lorax": ("patterns", {"server": "lorax"}),
     "bfloat16": ("plain", {"rank": 8, "probe": "none", "dtype": "bfloat16"}),
 }
 
@@ -48,6 +53,8 @@ def write(base: Path, folder: Path) -> None:
         for key, parameter in model.named_parameters():
             if "lora_B" in key and parameter.ndim > 1:  # of falling sizes, as after training
                 parameter.data.normal_().mul_(0.12 * torch.logspace(0, -1.5, parameter.shape[1]))
+                if name == "closed":
+                    parameter.data[:, 0 if "k_proj" in key else RANK // 2 :] = 0
         model.save_pretrained(folder / name)
     for form, (name, options) in FORMS.items():
         if options is not None:

@@ -31,6 +31,9 @@ RIGHT = (
     "one-rank-distilled",
     "a-quarter-filled-up",
     "for-llamacpp",
+    "scaled",
+    "pruned-for-lorax",
+    "for-lorax",
     "bfloat16",
 )
 WRONG = ("patterns", "a-quarter-of-many-ranks")  # loaded, and scaled by what PEFT does not scale by
