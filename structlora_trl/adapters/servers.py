@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.kinds import split_depth
 from ..errors import StructLoRAError
@@ -48,6 +48,14 @@ _FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
     "LoRA on embeddings": lambda lora, tensors: any(
         match["embedding"] for name in tensors if (match := LORA_NAME.match(name))
     ),
+    "LoRA on embeddings that the base model shares with its head": lambda lora, tensors: (
+        any(
+            match["embedding"] or match["module"].endswith("lm_head")
+            for name in tensors
+            if (match := LORA_NAME.match(name))
+        )
+        and getattr(_base_config(lora), "tie_word_embeddings", False)
+    ),
     "trained embeddings": lambda lora, tensors: (
         lora.trainable_token_indices or any(_is_embedding(name) for name in tensors)
     ),
@@ -62,8 +70,8 @@ _FEATURES: dict[str, Callable[[LoraConfig, dict[str, Tensor]], object]] = {
         LORA_NAME.match(name) and value.ndim > 2 for name, value in tensors.items()
     ),
 }
-_EMBEDDINGS = "LoRA on embeddings"  # LoRAX alone does not read `lora_embedding_A`
-_ALL = tuple(feature for feature in _FEATURES if feature != _EMBEDDINGS)
+# LoRAX does not read `lora_embedding_A`; in llama.cpp a shared matrix has one adapter, of either shape, and its server ends.
+_ALL = tuple(feature for feature in _FEATURES if not feature.startswith("LoRA on embeddings"))
 SERVERS = {
     "vllm": Server(
         "vLLM",
@@ -84,14 +92,14 @@ SERVERS = {
         "LoRAX, TGI",
         one_rank=True,
         rank_stabilised=True,
-        refuses=(*_ALL, _EMBEDDINGS),
+        refuses=(*_ALL, "LoRA on embeddings"),
         needs=lambda rank: "nothing more",
     ),
     "llamacpp": Server(
         "llama.cpp",
         one_rank=True,
         rank_stabilised=False,
-        refuses=tuple(f for f in _ALL if "invocation" not in f),
+        refuses=tuple(f for f in _FEATURES if f != "LoRA on embeddings" and "invocation" not in f),
         needs=lambda rank: "`convert_lora_to_gguf.py`",
     ),
 }
@@ -163,14 +171,19 @@ def _lacking(lora: LoraConfig, modules: list[str]) -> list[str]:
 
 
 def _layer_count(lora: LoraConfig) -> int:
-    """Layers of the base model, as far as its configuration lies on this machine; else 0."""
+    """Layers of the base model, 0 where they are not known."""
+    config = _base_config(lora)
+    return getattr(config.get_text_config(), "num_hidden_layers", 0) if config else 0
+
+
+def _base_config(lora: LoraConfig) -> PreTrainedConfig | None:
+    """The base model's configuration, where it lies on this machine."""
     try:
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             lora.base_model_name_or_path,
             revision=lora.revision,
             local_files_only=True,
             trust_remote_code=False,
         )
-        return config.get_text_config().num_hidden_layers
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return 0
+        return None

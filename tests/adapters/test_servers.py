@@ -16,7 +16,7 @@ from structlora_trl.adapters.peft_scaling import rank_of
 from structlora_trl.adapters.servers import SERVERS, told
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
-from tests.support.adapters import ADAPTER, ATTENTION, CONFIG, EXPERTS, as_it_is, on_base, peft_run
+from tests.support.adapters import ADAPTER, ATTENTION, CONFIG, EXPERTS, as_it_is, llama_run, on_base, peft_run
 from tests.support.cli_runs import logits_of
 from tests.support.tiny import FAMILIES
 
@@ -97,6 +97,14 @@ def test_each_server_is_told_of_and_written_for(name, tmp_path, capsys):
             atol=1e-5,
             rtol=0,
         )
+
+
+def test_lora_on_a_shared_head_is_for_servers_that_keep_two(tmp_path):
+    """llama.cpp loads no adapter of a head that it does not have, and ends at one of embeddings that are the head."""
+    out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", "lm_head"])
+    lines = told(*(getattr(read_saved(out), name) for name in ("lora", "tensors")))
+    cannot = {name for name, line in lines.items() if line.startswith("cannot load LoRA on embeddings that")}
+    assert cannot == {"llama.cpp"}
 
 
 def test_experts_in_one_parameter_are_told_of(tmp_path):
