@@ -163,8 +163,8 @@ def refuse_missing(folder: Path) -> None:
 
 def _costly(done: list[Export], sizes: Sizes) -> list[str]:
     """What is kept of the information, where a share of it was asked for and less than 90 % is carried."""
-    asked = [rule == "keep" and share_to_keep(value)[1] for rule, value in sizes.values()]
-    carried = [size.pruned.share for size, is_share in zip(done, asked, strict=True) if is_share]
+    asked = {name for name, (rule, value) in sizes.items() if rule == "keep" and share_to_keep(value)[1]}
+    carried = [size.pruned.share for size, name in zip(done, sizes, strict=False) if name in asked]
     return [f"{share:.1%}" for share in carried if share < 0.9]
 
 

@@ -99,6 +99,12 @@ def test_each_server_is_told_of_and_written_for(name, tmp_path, capsys):
         )
 
 
+def test_without_the_base_models_configuration_chosen_layers_are_not_all(tmp_path):
+    saved = adapter(tmp_path, layers_to_transform=[0, 1])
+    saved.lora.base_model_name_or_path = "nowhere/to-be-found"
+    assert "q_proj, v_proj in some layers" in told(saved.lora, saved.tensors)[LORAX]
+
+
 def test_lora_on_a_shared_head_is_for_servers_that_keep_two(tmp_path):
     """llama.cpp loads no adapter of a head that it does not have, and ends at one of embeddings that are the head."""
     out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", "lm_head"])

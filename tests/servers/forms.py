@@ -20,6 +20,7 @@ TRAINED = {
     "plain": {},
     "patterns": {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"q_proj": 8}, "use_rslora": True},
     "closed": {},  # half of its directions, and one kind of modules, as `keep` does while training
+    "embeddings": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
     "dora": {"use_dora": True},
     "heads": {"modules_to_save": ["lm_head"]},
     "biases": {"lora_bias": True, "target_modules": ["q_proj"]},
@@ -38,6 +39,7 @@ FORMS = {
     "pruned": ("closed", {"prune": True, "probe": "none"}),
     "pruned-for-lorax": ("closed", {"prune": True, "probe": "none", "server": "lorax"}),
     "for-lorax": ("patterns", {"server": "lorax"}),
+    "with-embeddings": ("embeddings", {"server": "vllm"}),
     "bfloat16": ("plain", {"rank": 8, "probe": "none", "dtype": "bfloat16"}),
 }
 
@@ -55,6 +57,8 @@ def write(base: Path, folder: Path) -> None:
                 parameter.data.normal_().mul_(0.12 * torch.logspace(0, -1.5, parameter.shape[1]))
                 if name == "closed":
                     parameter.data[:, 0 if "k_proj" in key else RANK // 2 :] = 0
+            if "lora_embedding_A" in key:  # which begins at zero, as lora_B does
+                parameter.data.normal_().mul_(0.01)
         model.save_pretrained(folder / name)
     for form, (name, options) in FORMS.items():
         if options is not None:
