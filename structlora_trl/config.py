@@ -222,6 +222,9 @@ class StructLoRAConfig:
         }
 
 
+ENOUGH_INFORMATION = 0.9  # a share of the information below which an adapter loses much of what it learned
+
+
 def share_to_keep(keep: float | str) -> tuple[float, bool]:
     """A share above 0 and at most 1, and whether it is of the information ('99%') and not of the directions (0.25).
 

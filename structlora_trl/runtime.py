@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .config import StructLoRAConfig
+from .config import ENOUGH_INFORMATION, StructLoRAConfig, share_to_keep
 from .core.diagnostics import cosines, neighbour_products, structure_metrics
 from .core.gates import Gate
 from .core.kinds import SIDES, Factors, Kind
@@ -412,14 +412,18 @@ class Runtime:
         empty = sum(int((~s.kept.any(-1)).sum()) for s in selections)
         information = sum(s.information.sum().item() for s in selections)
         carried = sum(s.information[s.kept].sum().item() for s in selections) / information
+        _, is_of_information = share_to_keep(self.config.keep)
         if is_first_rank():
             logger.warning(
-                "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the information (%d modules keep none). "
+                "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the information%s (%d modules keep none). "
                 "`structlora export ADAPTER SMALL --prune` writes the saved adapter as a small file.",
                 kept,
                 total,
                 self.acted_steps,
                 100 * carried,
+                ", where below 90 % an adapter loses much of what it learned (a share of the directions is written 0.25)"
+                if is_of_information and carried < ENOUGH_INFORMATION
+                else "",
                 empty,
             )
 

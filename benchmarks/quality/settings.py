@@ -341,12 +341,14 @@ COMPARISONS = {
         bases=(0, 1, 2, 3),
         groups=_passes_groups(*MANY_PASSES),
         by_place=False,
+        goes_beyond=True,
     ),
     "passes-few": Comparison(  # without coordinator StructLoRA is LoRA there
         _at_passes(*FEW_PASSES),
         _rows(LORA, *_DROPOUTS, OURS),
         groups=_passes_groups(*FEW_PASSES),
         by_place=False,
+        goes_beyond=True,
     ),
     "paper-rates": Comparison(
         _PAPER, _rows(LORA, _DROPOUTS[0], OURS), groups={"all": _PAPER}, by_place=False

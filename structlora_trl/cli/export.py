@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.export_options import RANDOM, Options, Sizes, sizes_of
-from ..config import share_to_keep
+from ..config import ENOUGH_INFORMATION, share_to_keep
 from ..errors import StructLoRAError, nearest, refuse_used
 from .arguments import parser_of
 from .early import ADAPTER_CONFIG, refuse_missing_model
@@ -165,7 +165,7 @@ def _costly(done: list[Export], sizes: Sizes) -> list[str]:
     """What is kept of the information, where a share of it was asked for and less than 90 % is carried."""
     asked = {name for name, (rule, value) in sizes.items() if rule == "keep" and share_to_keep(value)[1]}
     carried = [size.pruned.share for size, name in zip(done, sizes, strict=False) if name in asked]
-    return [f"{share:.1%}" for share in carried if share < 0.9]
+    return [f"{share:.1%}" for share in carried if share < ENOUGH_INFORMATION]
 
 
 def table(saved: Saved, done: list[Export]) -> str:

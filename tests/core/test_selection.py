@@ -213,3 +213,13 @@ def test_modules_without_any_direction_have_no_effective_rank():
     train(model, "llama", optimizer, CUT)
     assert any(not m.kept.any(-1).all() for m in runtime.maps)
     assert runtime.metrics()["structlora/effective_rank"] >= 1
+
+
+@pytest.mark.parametrize("keep, costs", [("25%", True), (0.25, False)])
+def test_the_line_of_a_selection_tells_what_is_kept(keep, costs, caplog):
+    model, optimizer, _ = started(keep=keep)
+    train(model, "llama", optimizer, CUT)
+    assert re.search(
+        rf"keeps \d+ of \d+ directions from step {CUT} on, with \d+\.\d % of the information", caplog.text
+    )
+    assert ("below 90 %" in caplog.text) is costs
