@@ -13,7 +13,7 @@ from .settings import CUT_SEEDS
 from .store import KEY
 from .tasks import vit
 
-CUT_RANK = 8  # from which on LoRA is cut after training, and its update tried with a scalar
+CUT_RANK = 8  # from which on LoRA's update is tried with a scalar, and LoRA is cut after training
 WARMUP = 0.06  # of the steps, as in the paper
 
 
@@ -26,7 +26,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     started, cpu_started = time.perf_counter(), time.process_time()
     task, method = tasks.find(task_name, examples), methods.find(method_name)
     torch.manual_seed(seed)  # head, adapter and dropout
-    model, optimizer, runtime = method.prepare(task, rank, lr, passes=task.steps * task.batch / examples)
+    model, optimizer, runtime = method.prepare(task, rank, lr, passes=tasks.passes_of(task_name, examples))
     training = task.training_examples(examples, seed)
     warmup = max(1, round(WARMUP * task.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -80,6 +80,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
         "seconds": round(time.perf_counter() - started, 2),
     }
     if runtime:
+        line["noise"] = runtime.plan.noise
         line["diagnostics"] |= {
             name.removeprefix("structlora/"): round(value, 4)
             for name, value in runtime.metrics().items()
@@ -92,9 +93,10 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
 
     if method.shrink:
         line["shrunk"] = shrinking.shrink(model, training, seed=seed, test=tested, **method.shrink)
-    if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
+    if method_name == "lora" and rank >= CUT_RANK:
         smaller = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = smaller or {"scale": 1.0, **line["test"]}
+    if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
         line["cut"] = after_training.cut(model, training, validation, seed, tested)
         line |= truncated(model, rank, tested)
     return line

@@ -333,6 +333,7 @@ COMPARISONS = {
             *_rows(LORA, *_DROPOUTS, OURS, GATES),
             Row("lora-average", rate_of=LORA),
             # What calibration alone gives.
+            Row(LORA, column="scaled", label="LoRA, update times a scalar"),
             *(
                 Row(name, rate_of=name, column="tempered", label=f"{label}, logits over a temperature")
                 for name, label in ((LORA, "LoRA"), (OURS, "StructLoRA"))

@@ -292,6 +292,12 @@ def steps_of(name: str, examples: int, batch: int, otherwise: int) -> int:
     return round(int(passes) * examples / batch) if passes else otherwise
 
 
+def passes_of(name: str, examples: int) -> float:
+    """Passes of a run over its examples: those in the task's name, or what its steps make."""
+    passes, task = name.partition(AT_PASSES)[2], TASKS[base_of(name)]
+    return float(passes) if passes else task.steps * task.batch / examples
+
+
 def find(name: str, examples: int) -> Task:
     """The task of that name, as long as it says."""
     task = TASKS[base_of(name)]

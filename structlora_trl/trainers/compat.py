@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ def passes_of(trainer: Trainer) -> float | None:
     loader = trainer.callback_handler.train_dataloader
     if not has_length(loader) or not len(loader):
         return None
-    return trainer.state.max_steps * trainer.args.gradient_accumulation_steps / len(loader)
+    # The last step of a pass takes what is left of it.
+    return trainer.state.max_steps / math.ceil(len(loader) / trainer.args.gradient_accumulation_steps)
 
 
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:

@@ -21,6 +21,12 @@ SOME = f"variance {noise_share(12):.2g} for 12 passes over the data)"
 CASES = {  # job of 48 rows, noise, training arguments, and what the start says of its gates
     "few passes": ("sft", "auto", {}, "no gates on 9 modules (0.25 passes over the data, too few for noise)"),
     "some passes": ("sft", "auto", {**ROWS_AT_ONCE, "num_train_epochs": 12}, f"gates on 9 modules ({SOME}"),
+    "a short last step": (
+        "sft",
+        "auto",
+        {**ROWS_AT_ONCE, "gradient_accumulation_steps": 8, "num_train_epochs": 12},
+        f"gates on 9 modules ({SOME}",
+    ),
     "streamed rows": ("trainer", "auto", {}, "no gates on 6 modules (passes over the data unknown)"),
     "without dropout": ("reward", "auto", {}, "no gates on 9 modules (RewardTrainer switches dropout off)"),
     "on": ("reward", "on", {}, "gates on 9 modules (variance 1)"),
