@@ -119,7 +119,12 @@ def diagnostics(runs: Runs, comparison: Comparison) -> str:
             cells.append(
                 [label(row), sum(map(len, found)), *shown, PAPER_GRADIENT_COSINE.get(row.method, "")]
             )
-    header = ["method", "runs", *(figure.replace("_", " ") for figure in figures), "paper's gradient cosine"]
+    header = [
+        "method",
+        "runs",
+        *(figure.replace("_", " ") for figure in figures),
+        "paper's gradient cosine (another quantity)",
+    ]
     return markdown(header, cells) if cells else NOTHING
 
 
