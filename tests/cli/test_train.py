@@ -133,7 +133,7 @@ def test_a_run_says_what_it_is_and_what_may_come_next(name, place, monkeypatch, 
     more = ["--seed", "7", "--output_dir", "my-out", *SWITCHES[name]]
     trainer = trained(monkeypatch, "sft", "--config", given, *more)
     said = capsys.readouterr().out
-    assert said.count("18 rows, 6 held out, batch of 8, 12 steps, 4.8 passes over the rows") == 1
+    assert said.count("18 rows, 6 held out, batch of 8, 12 steps, 4 passes over the rows") == 1
     trains, of = trainer.model.get_nb_trainable_parameters()
     assert said.count(f"trains {trains:,} of {of:,} parameters") == 1
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
