@@ -96,7 +96,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     if method_name == "lora" and rank >= CUT_RANK:
         smaller = scaled(model, line["validation"], lambda: evaluate(model, validation), tested)
         line["scaled"] = smaller or {"scale": 1.0, **line["test"]}
-    if method_name == "lora" and rank >= CUT_RANK and seed in CUT_SEEDS:
-        line["cut"] = after_training.cut(model, training, validation, seed, tested)
-        line |= truncated(model, rank, tested)
+        if seed in CUT_SEEDS:
+            line["cut"] = after_training.cut(model, training, validation, seed, tested)
+            line |= truncated(model, rank, tested)
     return line

@@ -17,7 +17,7 @@ PAPER_COST = {"structlora": ("1.06x", "1.04x")}
 PAPER_GRADIENT_COSINE = {LORA: "0.27 to 0.41", OURS: "0.55 to 0.69"}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 WORDS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
-NOTHING = "No runs are kept yet."
+NOTHING = "Not all runs that it takes are kept yet."
 ROUNDS = 5  # that time ratios of whole steps are shown from
 
 

@@ -270,9 +270,8 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
         return
     if not adapted & {f"{_PREFIX}{n}" for n, module in base.named_modules() if module in (head, embeddings)}:
         return
-    if (
-        base.config.is_encoder_decoder
-    ):  # T5 and others compute otherwise, or are tied again, where these are two
+    # T5 and others compute otherwise, or are tied again, where these are two.
+    if base.config.is_encoder_decoder:
         raise StructLoRAError(
             f"LoRA on embeddings that {type(base).__name__} shares with its head, in a model to merge",
             "adapted weights that only one module uses",

@@ -271,7 +271,7 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _is_held(self, parameter: nn.Parameter) -> bool:
         """Whether this rank owns a part of it."""
-        return self.stage == 3 or getattr(parameter, "_hp_mapping", None) is not None
+        return self.stage == 3 or self._owner(parameter) is not None
 
     def _is_whole(self, parameter: nn.Parameter) -> bool:
         """Whether the model holds the whole parameter on every rank."""

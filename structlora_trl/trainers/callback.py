@@ -210,7 +210,7 @@ class StructLoRACallback(TrainerCallback):
         self._finish()
         if state.is_world_process_zero:
             following = next_commands(self.runtime, args.output_dir)
-            print(end_lines("StructLoRA", trainer, peft_model, following), flush=True)
+            print(end_lines("StructLoRA", trainer, peft_model, following, self.runtime), flush=True)
             card = Path(args.output_dir) / CARD_NAME
             if self.runtime.is_off:
                 undescribe(card)

@@ -36,12 +36,19 @@ def plain_start_lines(trainer: Trainer, model: PeftModel) -> str:
     return _lines(["Plain LoRA (structlora: false)", *_given(trainer, model)])
 
 
-def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[list[str]] = ()) -> str:
+def end_lines(
+    name: str,
+    trainer: Trainer,
+    model: PeftModel,
+    commands: Iterable[list[str]] = (),
+    runtime: Runtime | None = None,
+) -> str:
     """How the run ended, the adapter's size, and what can be done with it next.
 
     Args:
         name (`str`): what was trained.
         commands (`Iterable[list[str]]`, *optional*): that may come next.
+        runtime (`Runtime`, *optional*): of a run with StructLoRA, whose selection is told.
     """
     state = trainer.state
     told = [f"{state.global_step:,} steps"]
@@ -63,8 +70,7 @@ def end_lines(name: str, trainer: Trainer, model: PeftModel, commands: Iterable[
     count, _ = model.get_nb_trainable_parameters()
     width = next(p.element_size() for p in model.parameters() if p.requires_grad)
     following = " or ".join(f"`{shlex.join(['structlora', *words])}`" for words in commands)
-    runtimes = (getattr(callback, "runtime", None) for callback in trainer.callback_handler.callbacks)
-    kept = [m.kept for run in runtimes if isinstance(run, Runtime) and run.has_selected for m in run.maps]
+    kept = [m.kept for m in runtime.maps] if runtime is not None and runtime.has_selected else []
     count_kept, directions = sum(int(x.sum()) for x in kept), sum(x.numel() for x in kept)
     smaller = f"{count_kept:,} of {directions:,} directions kept (`structlora export ADAPTER SMALL --prune` writes them alone)"
     begun = "" if trainer.args.disable_tqdm else "\n"  # a line that a progress bar stands on
