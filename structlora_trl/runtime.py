@@ -546,10 +546,12 @@ class Runtime:
         self._let_go()
         if self.plan.select_step is not None and not self.has_selected:
             logger.warning(
-                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
+                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d, once there are "
+                "%d steps of information on them.",
                 self.config.keep,
                 self.acted_steps,
                 self.plan.select_step,
+                LEAST_STEPS,
             )
         # Whoever keeps the runtime for its state or figures does not keep the model.
         self.model = self.plan.model = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -120,6 +121,36 @@ def test_a_step_that_breaks_off_leaves_what_stood(scheduler):
             assert torch.equal(getattr(then, side), getattr(now, side)), m.kind.name
     train(model, "llama", optimizer, 1)
     assert runtime.step == 4 and schedule
+
+
+class Meanwhile(torch.optim.SGD):
+    """Waits in its step for another thread, which steps a model of its own."""
+
+    waits = False
+
+    def step(self, closure=None):
+        if self.waits:
+            other = torch.nn.Linear(2, 2)
+            other(torch.ones(1, 2)).sum().backward()
+            thread = threading.Thread(target=torch.optim.SGD(other.parameters(), lr=0.1).step)
+            thread.start()
+            thread.join()
+        return super().step(closure)
+
+
+def test_a_step_in_another_thread_leaves_this_one_alone():
+    """As where a search has its trials in threads."""
+    ends = []
+    for waits in (False, True):
+        torch.manual_seed(0)
+        model, optimizer, runtime = attached(
+            optimizer=lambda model: Meanwhile(lora_parameters(model).values(), lr=0.5), noise="off"
+        )
+        optimizer.waits = waits
+        train(model, "llama", optimizer, 4)
+        assert runtime.step == 4
+        ends.append(weights_of(model))
+    assert_same(*ends)
 
 
 @pytest.mark.parametrize("next_run", ["goes on", "of another optimizer"])

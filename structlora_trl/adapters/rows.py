@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
@@ -93,7 +93,8 @@ def read_rows(
     """Read the first rows, with labels: the completion's tokens where there is a prompt, else all.
 
     Of pairs, the chosen completion is read; of rows that are judged one by one (`label`), those judged good.
-    A row that is too long for the run's `max_length` (1,024 tokens where that is unknown), or for the model,
+    A row that is too long for the run's `max_length` (where that is unknown, 1,024 tokens or the tokenizer's
+    `model_max_length`), or for the model,
     loses the beginning of its prompt; of encoder-decoder models and classifiers the end of each text.
 
     Args:
@@ -134,7 +135,7 @@ def read_rows(
     if not rows:
         raise StructLoRAError(f"no rows in {source}", "some examples", "give others, or leave them out")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
+        if not isinstance(row, Mapping):
             raise StructLoRAError(
                 f"row {number} of {source} to be {row!r:.40} ({type(row).__name__})",
                 f"a mapping: {_FORMATS}, or inputs of the model",
@@ -290,7 +291,9 @@ class _Reader:
         self._has_decoder = config.is_encoder_decoder
         self._end = self._tokenizer.eos_token or ""
         limits = (
-            command_facts(saved.run_folder).get("max_length") or _LENGTH,
+            # Models of RoBERTa's kind take fewer tokens than they have positions: the tokenizer tells.
+            command_facts(saved.run_folder).get("max_length")
+            or min(_LENGTH, self._tokenizer.model_max_length),
             # A decoder with positions of its own; others may have none, or none that bound them.
             getattr(config.get_text_config(), "max_position_embeddings", None) or _LENGTH,
         )
@@ -337,7 +340,9 @@ class _Reader:
                 "rename the columns, or fill the cells",
             )
         example = {name: present[name] for name in used}
-        label = example.pop("label", None)
+        label = present.get("label")
+        label = label.item() if getattr(label, "ndim", None) == 0 else label  # of a `Dataset` with a format
+        example.pop("label", None)
         for name, value in example.items():
             refuse_cell(value, number, name, self._source)
         if self._task == "SEQ_CLS":
@@ -349,11 +354,8 @@ class _Reader:
                 **({"prompt": example["prompt"]} if "prompt" in example else {}),
                 ("completion" if "prompt" in example else "text"): example["chosen"],
             }
-        if (
-            isinstance(present.get("label"), (bool, np.bool_))
-            and "completion" in example
-            and not present["label"]
-        ):
+        # Read as KTO's trainer does: 0 and 1 are judgements, too.
+        if "completion" in example and isinstance(label, Real) and not label:
             return self._without("judged undesirable")
         return self._tokens(example, present)
 

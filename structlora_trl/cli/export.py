@@ -11,7 +11,7 @@ from ..config import ENOUGH_INFORMATION, share_to_keep
 from ..errors import StructLoRAError, nearest, refuse_used
 from .arguments import parser_of
 from .early import ADAPTER_CONFIG, refuse_missing_model
-from .local_rows import local_data
+from .local_rows import is_local
 
 if TYPE_CHECKING:
     from ..adapters.export import Export
@@ -112,7 +112,7 @@ def run(command: str, arguments: list[str]) -> None:
     refuse_missing(given.checkpoint)
     refuse_used(given.out)
     if given.data is not None:
-        local_data(given.data)
+        is_local(given.data)
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments, and after a path that is wrong: these load torch and PEFT.

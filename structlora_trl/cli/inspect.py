@@ -12,7 +12,7 @@ from ..errors import refuse_unwritable, refuse_unwritable_file, writing
 from .arguments import parser_of
 from .early import refuse_missing_model
 from .export import in_words, refuse_missing
-from .local_rows import local_data
+from .local_rows import is_local
 
 if TYPE_CHECKING:
     from ..adapters.inspecting import KindReport
@@ -85,7 +85,7 @@ def run(command: str, arguments: list[str]) -> None:
     if given.plot:
         refuse_unwritable(given.plot)
     if given.data is not None:
-        local_data(given.data)
+        is_local(given.data)
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.

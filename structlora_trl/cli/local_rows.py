@@ -31,16 +31,15 @@ _COLUMNS = {
 }
 
 
-def local_data(name: str, files: Any = None) -> tuple[str, Any]:
-    """What `load_dataset` calls a local file that training takes: its builder and its path. Other names stay.
+def is_local(name: str) -> bool:
+    """Whether a name is one of a local file or folder of rows, which has to be there then.
 
     Raises:
-        StructLoRAError: no such file or folder, or an empty file.
+        StructLoRAError: it is not there.
     """
-    is_file = ending_of(name) in cells.BUILDERS
+    is_file, path = ending_of(name) in cells.BUILDERS, os.path.expanduser(name)
     if not is_file and not name.startswith((".", "/", "~")):
-        return name, files
-    path, builder = os.path.expanduser(name), BUILDERS.get(Path(name).suffix.lower())
+        return False
     if not os.path.exists(path):
         what = "file" if is_file else "folder"
         raise StructLoRAError(
@@ -48,8 +47,26 @@ def local_data(name: str, files: Any = None) -> tuple[str, Any]:
             "rows, one example each",
             f"correct the path{nearest(path)}, or make the file",
         )
-    if builder is None or not os.path.isfile(path):
+    return True
+
+
+def local_data(name: str, files: Any = None) -> tuple[str, Any]:
+    """What `load_dataset` calls a local file that training takes: its builder and its path. Other names stay.
+
+    Raises:
+        StructLoRAError: no such file or folder, an empty file, or one of a kind that training does not take.
+    """
+    if not is_local(name):
+        return name, files
+    path, builder = os.path.expanduser(name), BUILDERS.get(Path(name).suffix.lower())
+    if not os.path.isfile(path):
         return path, files
+    if builder is None:
+        raise StructLoRAError(
+            f"{path} as rows to train on",
+            f"a file that ends in {', '.join(BUILDERS)}",
+            "unpack it, or write the rows as one of these",
+        )
     with open(path, "rb") as file:
         if not file.read(4096).strip():
             raise StructLoRAError(

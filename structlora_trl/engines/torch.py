@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType, MethodType
 
@@ -75,6 +76,7 @@ class TorchEngine(Engine):
                 self._step_depth += 1
                 return None
             self._step_depth, self._step_frame = 1, _caller_in(_OPTIMIZER_FILE)
+            self._step_thread = threading.get_ident()
             closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
             with torch.enable_grad():
                 loss = None if closure is None else closure()  # at the effective weights
@@ -136,7 +138,9 @@ class TorchEngine(Engine):
 
     @property
     def is_stepping(self) -> bool:
-        if self._is_stepping and not _is_running(self._step_frame):
+        # Of a step in another thread, its stack does not tell.
+        is_ours = self._is_stepping and self._step_thread == threading.get_ident()
+        if is_ours and not _is_running(self._step_frame):
             self._end_broken_step()
         return self._is_stepping
 

@@ -14,6 +14,7 @@ from ..attachment import build_runtime, find_peft_model
 from ..config import StructLoRAConfig
 from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
+from ..core.selection import LEAST_STEPS
 from ..errors import StructLoRAError
 from ..model_card import CARD_NAME, describe_run, undescribe
 from ..runtime import Runtime
@@ -165,9 +166,10 @@ class StructLoRACallback(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if not self.runtime.is_attached:
             raise StructLoRAError(
-                f"another optimizer that stepped the adapter in step {state.global_step} of a run, which would go on as plain LoRA",
-                f"steps of the run's own optimizer, {type(optimizer.optimizer).__name__}, alone",
-                "keep the adapter out of the other optimizer, or leave StructLoRACallback out",
+                f"a runtime that is detached, at step {state.global_step} of a run that would go on as plain LoRA",
+                f"one that stays attached, and steps of the run's own optimizer, {type(optimizer.optimizer).__name__}, alone",
+                "leave out the call of `detach` or `attach`; of another optimizer, which a warning names, keep the adapter out; "
+                "or leave StructLoRACallback out",
             )
         if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
             raise StructLoRAError(
@@ -230,7 +232,8 @@ class StructLoRACallback(TrainerCallback):
             self._finish()
             raise StructLoRAError(
                 f"keep={self.config.keep!r} in a run that ended at step {state.global_step}, before directions are selected at "
-                f"step {step}, so that the best checkpoint ({state.best_model_checkpoint}) has them all",
+                f"step {step}, once there are {LEAST_STEPS} steps of information on them, so that the best checkpoint "
+                f"({state.best_model_checkpoint}) has them all",
                 "a run that goes on after the selection",
                 "lower `select_at`, stop later (a longer patience), or remove `keep`; the model has the weights of that checkpoint",
             )

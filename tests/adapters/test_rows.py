@@ -6,11 +6,12 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, BatchEncoding
 from trl import SFTTrainer
 
 from structlora_trl.adapters.export import export
@@ -22,7 +23,7 @@ from structlora_trl.errors import StructLoRAError
 from tests.support.adapters import as_it_is, peft_run
 from tests.support.cli_runs import SFT, command_line
 from tests.support.data import save_base, texts, write_rows
-from tests.support.setups import gpt2, t5
+from tests.support.setups import gpt2, roberta, t5
 from tests.support.tiny import FAMILIES, tokenizer
 
 TEXTS = texts()[:6]
@@ -117,7 +118,7 @@ def test_a_split_of_what_has_none_is_refused(place, saved, tmp_path):
         read(saved, data, split="test")
 
 
-def kto(label: bool) -> dict:
+def kto(label) -> dict:
     return {"prompt": "w1 w2 ", "completion": "w3", "label": label}
 
 
@@ -125,7 +126,24 @@ def kto(label: bool) -> dict:
 MEANING = {
     "the chosen of a pair": ([{"prompt": "w1 w2 ", "chosen": "w3", "rejected": "w4"}], ["w3 <eos>"], {}),
     "a pair without a prompt": ([{"chosen": "w3 w5", "rejected": "w4"}], ["w3 w5 <eos>"], {}),
-    "judged good and bad": ([kto(True), kto(False)], ["w3 <eos>"], {"judged undesirable": 1}),
+    **{
+        f"judged by {type(good).__name__}": (
+            [kto(good), kto(bad)],
+            ["w3 <eos>"],
+            {"judged undesirable": 1},
+        )
+        for good, bad in (
+            (True, False),
+            (1, 0),
+            (np.True_, np.False_),
+            (torch.tensor(True), torch.tensor(False)),
+        )
+    },
+    "inputs as a tokenizer gives them": (
+        [BatchEncoding({"input_ids": [1, 5], "labels": [-100, 5]})],
+        [tokenizer().decode([5])],
+        {},
+    ),
     "empty ones": (
         [{"text": "w1 w2"}, {"text": " "}, {"prompt": "w1", "completion": ""}],
         ["w1 w2 <eos>"],
@@ -204,6 +222,17 @@ def test_rows_are_no_longer_than_the_model_takes(tmp_path):
     }
 
 
+def test_rows_are_no_longer_than_the_tokenizer_says(tmp_path):
+    """Of RoBERTa's positions, the first ones are of the padding."""
+    saved = adapter_of(roberta, tmp_path, "bert", target_modules=["query"], task_type="SEQ_CLS")
+    of_base = tokenizer()
+    of_base.model_max_length = 62
+    of_base.save_pretrained(saved.lora.base_model_name_or_path)
+    rows = [{"text": "w1 " * 100, "label": 0}, {"text": "w1 w2", "label": 1}]
+    found = export(saved, tmp_path / "small", rank=1, data=rows)
+    assert found.rows.left_out == {"shortened": 1} and found.change.losses.after > 0
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
 def test_what_an_encoder_reads_is_cut_before_its_special_tokens(task, tmp_path):
     if task == "SEQ_CLS":
@@ -253,6 +282,8 @@ def test_a_classifier_takes_texts_with_labels(tmp_path):
     saved = adapter_of("bert", tmp_path, "bert", target_modules=["query", "value"], task_type="SEQ_CLS")
     rows = [{"text": "w1 w2 w3", "label": i % 2} for i in range(4)]
     assert [row["labels"].tolist() for row in read(saved, rows).rows] == [[0], [1], [0], [1]]
+    tensors = Dataset.from_list(rows).with_format("torch")
+    assert [row["labels"].tolist() for row in read(saved, tensors).rows] == [[0], [1], [0], [1]]
     assert export(saved, tmp_path / "small", keep=0.5, data=rows).change.losses.after > 0
     for label, words in ((None, r"nothing \(null\)"), ("good", r"'good' \(str\)")):
         with pytest.raises(StructLoRAError, match=f"{words} in row 5, column `label`, of the rows given"):

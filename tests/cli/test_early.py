@@ -64,6 +64,7 @@ WRONG = {
         [],
         ["`modle_name_or_path` in run.yaml (did you mean `model_name_or_path`?)"],
     ),
+    "tabs": ({}, ["--dataset_name", "rows.tsv"], ["rows.tsv as rows to train on. Expected a file that ends"]),
     "resume": ({"resume_from_checkpoint": True}, [], ["no whole checkpoint in out"]),
     "resume elsewhere": ({}, ["--resume_from_checkpoint", "gone"], ["no whole checkpoint at gone"]),
 }
@@ -79,6 +80,7 @@ def files(tmp_path, monkeypatch):
     Path("other.csv").write_text("question,answer\na,b\n")
     Path("list.jsonl").write_text('[{"text": "a"}]')
     Path("hole.csv").write_text("prompt,completion\na,b\nc,\n")
+    Path("rows.tsv").write_text("text\na\n")
     for name in ("done", "a/lora"):
         Path(name).mkdir(parents=True)
         Path(name, CONFIG_NAME).write_text("{}")

@@ -41,6 +41,7 @@ from structlora_trl import (
 from structlora_trl.core.gates import Gate
 from structlora_trl.core.mapping import Parts
 from structlora_trl.core.selection import LEAST_STEPS
+from structlora_trl.trainers.console import end_lines
 from tests.support.jobs import StopAt, arguments, checkpoints, plain, sft
 from tests.support.launching import ROOT
 from tests.support.left import state_of
@@ -261,6 +262,20 @@ def test_the_best_model_is_one_with_its_directions_selected(tmp_path):
     assert float(torch.cat(open_).float().mean()) == 0.25
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+def test_the_end_names_what_would_have_kept_a_lower_loss(is_on, tmp_path):
+    trainer = sft(
+        tmp_path, [StructLoRACallback()], **{**BEST, "max_steps": 4, "load_best_model_at_end": is_on}
+    )
+    trainer.add_callback(Scripted(best=4))
+    trainer.train()
+    first, last = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    first["eval_loss"] = last["eval_loss"] / 2
+    said = end_lines("a run", trainer, trainer.model)
+    assert f"(lowest: {first['eval_loss']:.4g} after step 2" in said
+    assert ("which `load_best_model_at_end` keeps" in said) != is_on
+
+
 def test_a_best_model_of_a_run_that_ended_before_the_selection_is_refused(tmp_path):
     trainer = sft(tmp_path, [StructLoRACallback(KEEP), Scripted(best=2), StopAt(6)], **BEST)
     with pytest.raises(StructLoRAError, match="ended at step 6, before directions are selected at step 10"):
@@ -346,19 +361,24 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
         assert noise == "on" or torch.allclose(saved[0][name], value, atol=1e-6)
 
 
-def test_another_optimizer_within_a_run_is_an_error(tmp_path):
+@pytest.mark.parametrize("by", ["another optimizer", "a call"])
+def test_a_runtime_that_is_detached_within_a_run_is_an_error(by, tmp_path):
+    ours = StructLoRACallback()
+
     class Second(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 2:
+            if state.global_step == 2 and by == "a call":
+                ours.runtime.detach()
+            elif state.global_step == 2:
                 parameters = lora_parameters(model).values()
                 for parameter in parameters:
                     parameter.grad = torch.ones_like(parameter)
                 torch.optim.SGD(parameters, lr=1e-4).step()
 
     with pytest.raises(
-        StructLoRAError, match="another optimizer that stepped the adapter .*own optimizer, AdamW"
+        StructLoRAError, match="a runtime that is detached, at step 3 of .*own optimizer, AdamW"
     ):
-        sft(tmp_path, [StructLoRACallback(), Second()]).train()
+        sft(tmp_path, [ours, Second()]).train()
 
 
 def test_another_adapter_that_is_made_active_trains_as_plain_lora(caplog):
