@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -95,16 +96,16 @@ def build_runtime(
     quiet: str | None = None,
     steps: int | None = None,
     passes: float | None = None,
-    ends_with_run: bool = False,
+    is_over: Callable[[], bool] | None = None,
 ) -> Runtime:
     """Attach with a configuration that is built; see `attach`.
 
     Args:
         quiet (`str`, *optional*): why `noise='auto'` is off; where omitted, it is on.
-        steps (`int`, *optional*): optimizer steps of the run, where they are known.
+        steps (`int`, *optional*): optimizer steps of the run, where they are known. Whether directions can be
+            selected in them is for the caller to ask (`refuse_unreachable`), once it has loaded what the run goes on from.
         passes (`float`, *optional*): passes over the data, where they are known.
-        ends_with_run (`bool`, *optional*, defaults to False): another optimizer that steps the adapter ends
-            the run, and is no error.
+        is_over (callable, *optional*): whether the run has ended; see `Plan`.
     """
     wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
     adapter_name = _adapter(model, config)
@@ -113,6 +114,8 @@ def build_runtime(
     _refuse_senseless(model.peft_config[adapter_name], kinds)
     refuse_unmappable(kinds, config)
     select_step = _select_step(config, model.peft_config[adapter_name], steps)
+    if steps is None:
+        refuse_unreachable(config, select_step)
     variance, why = _variance(config, quiet, passes)
     if variance:
         gated, silent = gates_of(model, kinds, adapter_name, config, partial(parts.gate, variance))
@@ -134,7 +137,7 @@ def build_runtime(
             parts=parts,
             frozen=_frozen_factors(model, adapter_name),
             select_step=select_step,
-            ends_with_run=ends_with_run,
+            is_over=is_over,
         )
     )
     if world_size() > 1:
@@ -211,7 +214,21 @@ def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | Non
             "in a loop of your own, a number of optimizer steps",
             "set `select_at=100`, say",
         )
-    step = int(config.select_at) if config.select_at >= 1 else round(config.select_at * steps)
+    return int(config.select_at) if config.select_at >= 1 else round(config.select_at * steps)
+
+
+def refuse_unreachable(config: StructLoRAConfig, step: int | None, steps: int | None = None) -> None:
+    """Stop where directions are to be selected after the end of a run, or before enough is known of them.
+
+    Args:
+        step (`int`, *optional*): after which they are selected; None where they are not.
+        steps (`int`, *optional*): of the run, where they are known.
+
+    Raises:
+        StructLoRAError: it names the option.
+    """
+    if step is None:
+        return
     length = "" if steps is None else f" of a run of {steps} steps"
     found = f"keep={config.keep!r} and select_at={config.select_at}, which is step {step}{length}"
     if steps is not None and step >= steps:
@@ -226,7 +243,6 @@ def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | Non
             f"at least {LEAST_STEPS} steps before it, to gather information in",
             "train for more steps, or raise `select_at`",
         )
-    return step
 
 
 def _warn_of_moved_base(adapter_name: str, adapter: PeftConfig, start: Start) -> None:
@@ -280,7 +296,7 @@ def find_peft_model(model: nn.Module, config: StructLoRAConfig) -> tuple[str, Pe
         return next(iter(found.items()))
     if found:
         raise StructLoRAError(
-            f"a {type(model).__name__} with {len(found)} PEFT models inside ({', '.join(found)})",
+            f"a {type(model).__name__} with {len(found)} PEFT models inside ({', '.join(map(repr, found))})",
             "one to train",
             f"name it with `peft_module`, as in peft_module={next(iter(found))!r}",
         )
@@ -366,7 +382,8 @@ def _adapter(model: nn.Module, config: StructLoRAConfig) -> str:
 def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None:
     """A run that broke off may still hold the adapter."""
     for runtime in Runtime.attached_to({id(p) for kind in kinds for p in kind.parameters}):
-        if runtime.engine.optimizer is optimizer:
+        is_over = runtime.plan.is_over
+        if runtime.engine.optimizer is optimizer and (is_over is None or not is_over()):
             raise StructLoRAError(
                 "StructLoRA already attached to this adapter and optimizer",
                 "one attachment",

@@ -7,14 +7,20 @@ What saves into that folder afterwards keeps the text of a card (PEFT's `save_pr
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 TAG = "structlora"
 HEADING = "## StructLoRA"
@@ -25,7 +31,8 @@ _SECTION = re.compile(rf"^{HEADING}[ \t\r]*$.*?(^{_LAST}[^\n]*$|(?=^#{{1,6}} )|\
 
 
 def describe_run(path: Path, runtime: Runtime, model: PeftModel) -> None:
-    """Add tag and section on a run to the card of its adapter; where there is none yet, PEFT makes one.
+    """Add tag and section on a run to the card of its adapter; where there is none yet, PEFT makes one. Where it
+    cannot be read or written, it is left as it is, with a warning.
 
     Args:
         path (`Path`): the card, a `README.md`. One without metadata is no model's card, and is left alone.
@@ -35,11 +42,12 @@ def describe_run(path: Path, runtime: Runtime, model: PeftModel) -> None:
     base = model.get_base_model()
     if isinstance(base, PreTrainedModel):
         base.add_model_tags([TAG])  # PEFT writes the tags of a card anew, from these
-    if not path.exists() and isinstance(model, PeftModel):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model.create_or_update_model_card(str(path.parent))
-    if path.is_file() and path.read_text(encoding="utf-8").startswith("---"):
-        describe(path, section(runtime))
+    with _leaving(path):
+        if not path.exists() and isinstance(model, PeftModel):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            model.create_or_update_model_card(str(path.parent))
+        if path.is_file() and path.read_text(encoding="utf-8").startswith("---"):
+            describe(path, section(runtime))
 
 
 def section(runtime: Runtime) -> str:
@@ -82,17 +90,28 @@ def describe(path: Path, text: str) -> None:
 
 
 def undescribe(path: Path) -> None:
-    """Take the tag and the section that an earlier run left off a card, if there; other text is kept.
+    """Take the tag and the section that an earlier run left off a card, if there; other text is kept. A card that
+    cannot be read or written is left as it is, with a warning.
 
     Args:
         path (`Path`): the card, a `README.md`.
     """
-    if not path.is_file() or not _SECTION.search(path.read_text(encoding="utf-8")):
-        return
-    card = ModelCard.load(path)
-    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != TAG] or None
-    _put_section(card, "")
-    card.save(path)
+    with _leaving(path):
+        if not path.is_file() or not _SECTION.search(path.read_text(encoding="utf-8")):
+            return
+        card = ModelCard.load(path)
+        card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != TAG] or None
+        _put_section(card, "")
+        card.save(path)
+
+
+@contextlib.contextmanager
+def _leaving(path: Path) -> Iterator[None]:
+    """Leave alone a card that cannot be read or written: a run does not end for it."""
+    try:
+        yield
+    except (OSError, ValueError, YAMLError) as error:
+        logger.warning("The model card %s was left as it is (%s).", path, " ".join(str(error).split()))
 
 
 def _put_section(card: ModelCard, text: str) -> None:

@@ -107,7 +107,7 @@ def gates_of(
                 if getattr(adapter, "use_dora", False) and isinstance(lora_A, nn.Linear)
                 else None
             )
-            gate = build(1 if isinstance(layer, _ConvNd) else -1, width)
+            gate = build(-1 - len(lora_A.kernel_size) if isinstance(layer, _ConvNd) else -1, width)
             factor = next(p for p in (kind.B[place], kind.A[place]) if p.requires_grad)
             gated.append(GatedModule(name, lora_A, factor, gate))
     if config.noise == "on" and (fused or not gated):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ class Plan:
         moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
         frozen (`list[nn.Parameter]`): LoRA factors of the adapter that no map has, and must stay frozen.
         select_step (`int`, *optional*): optimizer steps, taken or skipped, after which directions are selected.
-        ends_with_run (`bool`): whether another optimizer that steps the adapter means that the run is over.
+        is_over (callable, *optional*): whether the trainer's run, that this is for, has ended; None in a loop of one's
+            own, where another optimizer that steps the adapter is an error.
     """
 
     model: nn.Module
@@ -87,7 +89,7 @@ class Plan:
     parts: Parts = DEFAULT_PARTS
     frozen: list[nn.Parameter] = field(default_factory=list)
     select_step: int | None = None
-    ends_with_run: bool = False
+    is_over: Callable[[], bool] | None = None
 
 
 class _Pulled(NamedTuple):
@@ -217,13 +219,14 @@ class Runtime:
         return [r for r in list(_attached) if r.is_attached and not parameters.isdisjoint(r._parameter_ids)]
 
     def end_for(self, optimizer: torch.optim.Optimizer) -> None:
-        """Another optimizer has stepped the adapter: stop, or let go of it where the run is over.
+        """Another optimizer steps the adapter, or the runtime's own in a later run: stop, or let go of it.
 
         Raises:
-            StructLoRAError: the run is not known to be over.
+            StructLoRAError: this is in a loop of one's own, which is not known to be over.
         """
-        found = f"{type(optimizer).__name__}, another optimizer, stepping the adapter that StructLoRA is attached to"
-        if not self.plan.ends_with_run:
+        which = "of a later run" if optimizer is self.engine.optimizer else "another optimizer"
+        found = f"{type(optimizer).__name__}, {which}, stepping the adapter that StructLoRA is attached to"
+        if self.plan.is_over is None:
             raise StructLoRAError(
                 found,
                 f"steps of the {type(self.engine.optimizer).__name__} that it was attached to",
@@ -273,6 +276,7 @@ class Runtime:
         self.hook_calls += 1
         self._rate, self._relevance = None, []
         self._warn_of_other_adapters()
+        self._refuse_moved()
         gradients = self.engine.read_gradients()
         if gradients is None:  # no backward has reached the adapter
             self._refuse_replaced()
@@ -375,10 +379,12 @@ class Runtime:
         if self._rate is not None and not stepped:  # an overflow that only the engine saw
             self.skipped_steps += 1
             self._rate = None
-        if self._rate is not None:
-            self._count_step()
-        if self._maps_anything:
-            self._write()
+        try:
+            if self._rate is not None:
+                self._count_step()
+        finally:  # the optimizer has stepped, whatever broke off
+            if self._maps_anything:
+                self._write()
 
     def _count_step(self) -> None:
         share = self.schedule.advance(self._rate)
@@ -544,7 +550,7 @@ class Runtime:
         self.is_attached = False
         self.engine.remove()
         self._let_go()
-        if self.plan.select_step is not None and not self.has_selected:
+        if self.plan.select_step is not None and not self.has_selected and self.acted_steps:
             logger.warning(
                 "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d, once there are "
                 "%d steps of information on them.",
@@ -554,7 +560,7 @@ class Runtime:
                 LEAST_STEPS,
             )
         # Whoever keeps the runtime for its state or figures does not keep the model.
-        self.model = self.plan.model = None
+        self.model = self.plan.model = self.plan.is_over = None
         self._places, self.plan.gated, self.plan.frozen, self._listening = [], [], [], {}
 
     def _refuse_detached(self) -> None:
@@ -592,12 +598,13 @@ class Runtime:
                 self._listening.pop(m.name).remove()
         bypassed = [name for name in self._listening if name in self._heard]
         if bypassed:
+            more = ", ..." if len(bypassed) > 3 else ""
             raise StructLoRAError(
-                f"{len(bypassed)} LoRA modules with gradients whose gates never ran ({', '.join(bypassed[:3])}, ...)",
-                "a forward that calls `lora_A`, on which the gates are hooks: no fused LoRA kernel, and no code compiled "
-                "before StructLoRA was attached",
-                "set `noise='off'` to keep such kernels, or switch them off; after an earlier run under `torch.compile`, call "
-                "`torch.compiler.reset()`",
+                f"{len(bypassed)} LoRA modules with gradients whose gates never ran ({', '.join(bypassed[:3])}{more})",
+                "a forward under `train()` that calls their `lora_A`, on which the gates are hooks: no fused LoRA kernel, no code "
+                "compiled before StructLoRA was attached, no loss on the weights of modules that the forward leaves out",
+                "set `noise='off'` to keep such kernels or losses, or switch them off; after an earlier run under "
+                "`torch.compile`, call `torch.compiler.reset()`",
             )
 
     def _refuse_unfrozen(self) -> None:
@@ -626,6 +633,15 @@ class Runtime:
                 "Adapter %s was made active after StructLoRA was attached: what this optimizer trains of it is plain LoRA. To "
                 "train it as StructLoRA, `detach()` the runtime and attach again, with `adapter_name`.",
                 ", ".join(map(repr, sorted(others))),
+            )
+
+    def _refuse_moved(self) -> None:
+        """Stop where the model is on another device than at `attach`."""
+        if (device := self.kinds[0].device) != self.device:
+            raise StructLoRAError(
+                f"the adapter moved from {self.device} to {device} since StructLoRA was attached",
+                "a model that stays where it is",
+                "move the model first (`model.to(...)`, `accelerator.prepare`), build the optimizer, then call `attach`",
             )
 
     def _refuse_replaced(self) -> None:
@@ -665,9 +681,12 @@ def _watch_optimizers() -> None:
         calls[optimizer] = []
         for runtime in list(_attached):
             # An optimizer within the runtime's steps with it.
-            if not runtime.is_attached or runtime.engine.optimizer is optimizer or runtime.engine.is_stepping:
+            if not runtime.is_attached or runtime.engine.is_stepping:
                 continue
-            if runtime.engine.is_replaced:
+            is_own, is_over = runtime.engine.optimizer is optimizer, runtime.plan.is_over
+            if is_own and (is_over is None or not is_over()):
+                continue
+            if is_own or runtime.engine.is_replaced:
                 runtime.end_for(optimizer)
             elif not ids.isdisjoint(runtime._parameter_ids):
                 calls[optimizer].append((weakref.ref(runtime), runtime.hook_calls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_type_hints
 
@@ -31,7 +32,7 @@ def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> St
         value = _parsed(value)
     if isinstance(value, bool):
         return StructLoRAConfig() if value else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return StructLoRAConfig.build({name: _number(name, option) for name, option in value.items()})
     if isinstance(value, StructLoRAConfig):
         return value
@@ -54,7 +55,7 @@ def read_over(block: object, options: dict) -> StructLoRAConfig | None:
     """
     if not options:
         return read_switch(block)
-    below = block if isinstance(block, dict) else read_switch(block)
+    below = block if isinstance(block, Mapping) else read_switch(block)
     options = {name.removeprefix(PREFIX): value for name, value in options.items()}
     if below is None:
         raise StructLoRAError(
@@ -62,7 +63,7 @@ def read_over(block: object, options: dict) -> StructLoRAConfig | None:
             "options for a run that trains StructLoRA",
             "remove the options for plain LoRA, or `structlora=false`",
         )
-    return read_switch({**(below if isinstance(below, dict) else below.changed_options()), **options})
+    return read_switch({**(below if isinstance(below, Mapping) else below.changed_options()), **options})
 
 
 def read_given(

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from structlora_trl import StructLoRAError, attach
 from structlora_trl.core.graph import DepthGraph
+from structlora_trl.core.kinds import Kind
+from structlora_trl.core.mapping import Parts
 from tests.support.promises import assert_same_run
 from tests.support.setups import WHOLE, Setup, family
 from tests.support.tiny import (
@@ -136,6 +138,82 @@ class Meanwhile(torch.optim.SGD):
             thread.start()
             thread.join()
         return super().step(closure)
+
+
+def test_gradients_of_a_step_that_broke_off_are_used_once():
+    """They were carried back through the map by then."""
+    model = peft_model(init="warm")
+    optimizer = Breaks(lora_parameters(model).values(), lr=1e-2)
+    runtime = attach(model, optimizer)
+    backward(model)
+    optimizer.breaks = True
+    with pytest.raises(Interrupted):
+        optimizer.step()
+    optimizer.breaks = False
+    before = weights_of(model)
+    optimizer.step()
+    assert_same(before, weights_of(model))
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 1
+
+
+def test_a_step_that_broke_off_in_another_thread_is_put_back():
+    """There the optimizer's own `step` was called, around the guard."""
+    model = peft_model(init="warm")
+    optimizer = Breaks(lora_parameters(model).values(), lr=1e-2)
+    step = optimizer.step
+    runtime = attach(model, optimizer)
+    backward(model)
+    optimizer.breaks = True
+
+    def breaks():
+        with pytest.raises(Interrupted):
+            step()
+
+    worker = threading.Thread(target=breaks)
+    worker.start()
+    worker.join()
+    optimizer.breaks = False
+    optimizer.zero_grad()
+    train(model, "llama", optimizer, 1)
+    assert runtime.step == 1 and not runtime.is_rewritten()
+
+
+def test_a_selection_that_breaks_off_leaves_the_step_that_was_taken():
+    class Breaking:
+        def __call__(self, *_):
+            raise Interrupted
+
+    model = peft_model()
+    optimizer = adamw(model)
+    runtime = attach(model, optimizer, parts=Parts(choose=Breaking()), noise="off", keep=0.5, select_at=10)
+    with pytest.raises(Interrupted):
+        train(model, "llama", optimizer, 10)
+    assert runtime.step == 10 and not runtime.is_rewritten()
+    state = runtime.state_dict()
+    stands = weights_of(model)
+    runtime.load_state_dict(state)
+    for name, value in weights_of(model).items():
+        torch.testing.assert_close(value, stands[name], atol=1e-6, rtol=0)
+
+
+def test_a_model_that_moves_is_refused(monkeypatch):
+    model, optimizer, _runtime = attached()
+    backward(model)
+    monkeypatch.setattr(Kind, "device", torch.device("meta"))
+    with pytest.raises(StructLoRAError, match="moved from cpu to meta.*then call `attach`"):
+        optimizer.step()
+
+
+def test_sparse_gradients_beside_the_adapter():
+    model, beside = peft_model(), torch.nn.Embedding(3, 2, sparse=True)
+    optimizer = torch.optim.SGD([*lora_parameters(model).values(), *beside.parameters()], lr=1e-2)
+    runtime = attach(model, optimizer)
+    before = beside.weight.detach().clone()
+    backward(model)
+    beside(torch.tensor([0, 0])).sum().backward()
+    optimizer.step()
+    assert runtime.step == 1 and (before != beside.weight).any(1).tolist() == [True, False, False]
 
 
 def test_a_step_in_another_thread_leaves_this_one_alone():
@@ -341,6 +419,24 @@ def test_optimizers_that_evaluate_within_a_step_are_refused():
     with pytest.raises(StructLoRAError, match="Evaluates, which evaluates its closure during a step.*AdamW"):
         optimizer.step(closure)
     assert all(torch.equal(then.A, now.A) for then, now in zip(before, standing(runtime), strict=True))
+
+
+def test_optimizers_that_evaluate_within_a_step_serve_where_nothing_is_mapped():
+    model, optimizer, runtime = attached(
+        optimizer=lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1, max_iter=3),
+        noise="off",
+        coordinator="none",
+    )
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(loss_of(model, "llama", 0))
+        losses[-1].backward()
+        return losses[-1]
+
+    optimizer.step(closure)
+    assert len(losses) >= 3 and losses[-1] < losses[0] and runtime.step == 1
 
 
 @pytest.mark.parametrize("what", ["NaN", "no backward"])

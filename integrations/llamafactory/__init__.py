@@ -13,8 +13,10 @@ import os
 import sys
 from pathlib import Path
 
+import yaml
+
 from structlora_trl.errors import StructLoRAError
-from structlora_trl.yaml_block import read_switch
+from structlora_trl.yaml_block import PREFIX, read_over, read_switch
 
 USAGE = """\
 usage: structlora-llamafactory train CONFIG.yaml [KEY=VALUE ...]
@@ -69,9 +71,12 @@ def read_arguments(arguments: list[str]) -> dict:
             "a YAML or JSON file that exists",
             "name the configuration first, then overrides as key=value",
         )
-    args = OmegaConf.merge(OmegaConf.load(arguments[0]), OmegaConf.from_cli(arguments[1:]))
+    options = dict(word.split("=", 1) for word in arguments[1:] if word.startswith(PREFIX) and "=" in word)
+    others = [word for word in arguments[1:] if word.partition("=")[0] not in options]
+    args = OmegaConf.merge(OmegaConf.load(arguments[0]), OmegaConf.from_cli(others))
     args = OmegaConf.to_container(args)
-    args["structlora"] = read_switch(args.get("structlora", True)) or False
+    options = {name: yaml.safe_load(value) for name, value in options.items()}
+    args["structlora"] = read_over(args.get("structlora", True), options) or False
     kind = args.get("finetuning_type", "lora")
     if args["structlora"] and kind != "lora":
         raise StructLoRAError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 
-import yaml
 from swift.callbacks import callbacks_map
 
 from structlora_trl.errors import StructLoRAError
@@ -25,7 +24,7 @@ class SwiftCallback(StructLoRACallback):
     """
 
     def __init__(self, args, trainer):
-        config = read_switch(yaml.safe_load(os.environ.get("STRUCTLORA", "true")))
+        config = read_switch(os.environ.get("STRUCTLORA", "true"))
         if config is None:
             raise StructLoRAError(
                 "STRUCTLORA=false beside `--callbacks structlora`",

@@ -103,6 +103,7 @@ def check(command: str, arguments: list[str]) -> None:
                 look_at(name, command, given.get("dataset_text_field", "text"))
     output = given.get("output_dir")
     if isinstance(output, str):
+        output = os.path.expanduser(output)  # as `TrainingArguments` does
         checkpoint = last_checkpoint(given.get("resume_from_checkpoint"), output)
         refuse_earlier_run(Path(output), checkpoint, is_true(given.get("overwrite")))
 
@@ -228,7 +229,7 @@ def last_checkpoint(asked: str | bool | None, output: str) -> str | None:
     Raises:
         StructLoRAError: there is none, or its writing was cut short.
     """
-    asked = str(asked)
+    asked = os.path.expanduser(str(asked))
     if asked.lower() in ("false", "none", ""):
         return None
     whole = whole_checkpoints(Path(output))

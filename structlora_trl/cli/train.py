@@ -140,8 +140,7 @@ def _how_to_go_on(command: str, arguments: list[str], output: str) -> str:
             "\nInterrupted before the first checkpoint (`save_strategy` and `save_steps` say when it comes).\nStart over with: "
             + (shlex.join(again))
         )
-    if "--resume_from_checkpoint" not in arguments:
-        again += ["--resume_from_checkpoint", "true"]
+    again += ["--resume_from_checkpoint", "true"]  # over another that stands before it
     return f"\nInterrupted; the last checkpoint is {whole[-1]}.\nContinue with: {shlex.join(again)}"
 
 

@@ -37,8 +37,8 @@ class Gate:
 
     Args:
         variance (`float`, *optional*, defaults to 0.0): α; 0 for no noise.
-        rank_axis (`int`, *optional*, defaults to -1): axis of the r activations in lora_A's output; 1 for
-            convolutions.
+        rank_axis (`int`, *optional*, defaults to -1): axis of the r activations in lora_A's output, from its
+            end: -2 for a convolution over one axis, -3 over two.
         identity_width (`int`, *optional*): k of a module with DoRA, which computes the norm of its weights by
             passing the (k, k) identity through lora_A. Inputs of that shape get no noise.
 

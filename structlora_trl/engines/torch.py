@@ -90,7 +90,7 @@ class TorchEngine(Engine):
             self._swap_in_latents()
             if closure is None:
                 return None
-            given = self._evaluated(loss)
+            given = self._evaluated(loss, closure)
             return tuple(given if a is closure else a for a in args), {
                 name: given if a is closure else a for name, a in kwargs.items()
             }
@@ -130,6 +130,9 @@ class TorchEngine(Engine):
             try:
                 return (function or inner)(*args, **kwargs)
             except BaseException:
+                if self._is_stepping:  # gradients are pulled back by now: another step would do it again
+                    for parameter in self._trained:
+                        parameter.grad = None
                 self._end_broken_step()
                 raise
 
@@ -138,9 +141,7 @@ class TorchEngine(Engine):
 
     @property
     def is_stepping(self) -> bool:
-        # Of a step in another thread, its stack does not tell.
-        is_ours = self._is_stepping and self._step_thread == threading.get_ident()
-        if is_ours and not _is_running(self._step_frame):
+        if self._is_stepping and not _is_running(self._step_frame, self._step_thread):
             self._end_broken_step()
         return self._is_stepping
 
@@ -168,11 +169,13 @@ class TorchEngine(Engine):
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._trained)
 
-    def _evaluated(self, loss: Tensor | None) -> Callable[[], Tensor | None]:
-        """What a step gets in place of a closure that has been evaluated; it gives the loss, once."""
+    def _evaluated(self, loss: Tensor | None, closure: Callable) -> Callable[[], Tensor | None]:
+        """What a step gets in place of a closure that has been evaluated; it gives the loss, once where latents stand."""
         unread, had_gradients = [loss], self._has_gradients()  # none where the step is skipped
 
         def result():
+            if not unread and not any(self._sides):
+                return closure()
             if not unread or (had_gradients and not self._has_gradients()):
                 raise StructLoRAError(
                     f"{type(self.optimizer).__name__}, which evaluates its closure during a step, at intermediate weights",
@@ -331,8 +334,10 @@ def _stack_gradients(kind: Kind, side: str) -> Tensor:
     return stack_nodes([g.to(kind.device, torch.float32) for g in gradients], side, kind)
 
 
-def _is_running(frame: FrameType | None) -> bool:
-    """Whether the call of a frame is on this thread's stack."""
+def _is_running(frame: FrameType | None, thread: int) -> bool:
+    """Whether the call of a frame is on the stack of its thread; of another thread, whether that one lives."""
+    if thread != threading.get_ident():
+        return thread in sys._current_frames()
     current = sys._getframe(1)
     while current is not None and current is not frame:
         current = current.f_back

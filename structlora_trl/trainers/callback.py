@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..attachment import build_runtime, find_peft_model
+from ..attachment import build_runtime, find_peft_model, refuse_unreachable
 from ..config import StructLoRAConfig
 from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
@@ -81,6 +82,14 @@ class StructLoRACallback(TrainerCallback):
         Raises:
             StructLoRAError: StructLoRA cannot act on this model and optimizer.
         """
+        trainer_of, state_of = (
+            weakref.ref(trainer),
+            weakref.ref(trainer.state),
+        )  # each `train()` has its own state
+
+        def is_over() -> bool:
+            return trainer_of() is None or trainer_of().state is not state_of()
+
         return build_runtime(
             trainer.model_wrapped,
             optimizer,
@@ -89,7 +98,7 @@ class StructLoRACallback(TrainerCallback):
             quiet=why_quiet(trainer),
             steps=trainer.state.max_steps,
             passes=passes_of(trainer),
-            ends_with_run=True,
+            is_over=is_over,
         )
 
     def refuse_starting_over(self) -> None:
@@ -151,17 +160,33 @@ class StructLoRACallback(TrainerCallback):
         if self.runtime.has_aligned:
             _warn_of_earlier(earlier)
         self._seen_hook_calls = 0
-        if resumed_from is not None:
-            load_state(self.runtime, resumed_from)
-        elif self._finished is not None and _equal(self._finished[1], self.runtime):
-            # Another `train()` goes on where the last one ended, with steps and a schedule of its own.
-            self.runtime.restore(State.parse(self._finished[0]).rewound())
+        try:
+            self._go_on(resumed_from)
+            if not self.runtime.has_selected:
+                refuse_unreachable(self.config, self.runtime.plan.select_step, state.max_steps)
+        except BaseException:
+            self.runtime.detach()
+            raise
         self._acted_before, self._had_selected = self.runtime.acted_steps, self.runtime.has_selected
         log_briefly(trainer)
         if state.is_world_process_zero:
             name, peft_model = find_peft_model(trainer.model_wrapped, self.config)
             # As Trainer prints its logs: at its default log level, INFO is not shown.
             print(start_lines(self.runtime, trainer, peft_model, name), flush=True)
+
+    def _go_on(self, checkpoint: str | None) -> None:
+        """Continue from a checkpoint, or where the last `train()` ended, with steps and a schedule of its own."""
+        if checkpoint is not None:
+            load_state(self.runtime, checkpoint)
+        elif self._finished is not None and _equal(self._finished[1], self.runtime):
+            state = State.parse(self._finished[0]).rewound()
+            if changed := state.reshaping(self.config):
+                logger.warning(
+                    "StructLoRA starts anew from the weights of the last `train()`, which had other options (%s).",
+                    ", ".join(f"{name}: {then!r} -> {now!r}" for name, (then, now) in changed.items()),
+                )
+            else:
+                self.runtime.restore(state)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if not self.runtime.is_attached:
@@ -328,7 +353,9 @@ def _equal(weights: list[Factors], runtime: Runtime) -> bool:
     """Whether these weights stand in a runtime's model, on every rank."""
     now = runtime.engine.read_working()
     same = len(weights) == len(now) and all(
-        torch.equal(a, b) for pair in zip(weights, now, strict=True) for a, b in zip(*pair, strict=True)
+        a.device == b.device and torch.equal(a, b)
+        for pair in zip(weights, now, strict=True)
+        for a, b in zip(*pair, strict=True)
     )
     return bool(
         runtime.engine.slices[0].every(torch.tensor(same, dtype=torch.bool, device=runtime.kinds[0].device))

@@ -162,13 +162,24 @@ def test_resume_goes_on_where_the_run_ended(more, place, monkeypatch, capsys):
     given = config_file(save_strategy="steps", save_steps=2, max_steps=4, lr_scheduler_type="constant")
     trained(monkeypatch, "sft", "--config", given, "--output_dir", "whole")
     trained(monkeypatch, "sft", "--config", given, "--max_steps", "2")
-    trained(monkeypatch, "sft", "--config", given, "--resume_from_checkpoint", "true", *more)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    trained(
+        monkeypatch,
+        "sft",
+        "--config",
+        given,
+        "--resume_from_checkpoint",
+        "true",
+        "--output_dir",
+        "~/out",
+        *more,
+    )
     assert "checkpoint-2" in capsys.readouterr().out
     assert_same(*(load_file(f"{folder}/{STATE_NAME}") for folder in ("whole", "out")))
     assert state_of("out")[0]["step"] == 4
 
 
-@pytest.mark.parametrize("save_steps, words", [(1, "--resume_from_checkpoint true"), (9, "save_steps")])
+@pytest.mark.parametrize("save_steps, words", [(1, "false --resume_from_checkpoint true"), (9, "save_steps")])
 def test_interrupted(save_steps, words, place, monkeypatch, capsys):
     """Ctrl-C in the third step: two lines that say how to go on, and the exit code of SIGINT."""
     step = Trainer.training_step
@@ -180,7 +191,7 @@ def test_interrupted(save_steps, words, place, monkeypatch, capsys):
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
     given = config_file("my run.yaml", save_strategy="steps", save_steps=save_steps)
-    assert main(["sft", "--config", given]) == 130
+    assert main(["sft", "--config", given, "--resume_from_checkpoint", "false"]) == 130
     last = capsys.readouterr().err.strip().splitlines()[-2:]
     assert words in " ".join(last) and "structlora sft --config 'my run.yaml'" in last[1]
     assert ("checkpoint-2" in last[0]) == (save_steps == 1)

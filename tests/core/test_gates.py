@@ -20,8 +20,8 @@ def gated(layer: nn.Module, **options) -> nn.Module:
 CASES = {
     "tokens": (nn.Linear(6, 4, bias=False), (3, 5, 6), -1),
     "rows": (nn.Linear(6, 4, bias=False), (3, 6), -1),
-    "images": (nn.Conv2d(3, 4, 2, bias=False), (3, 3, 5, 5), 1),
-    "waves": (nn.Conv1d(3, 4, 2, bias=False), (3, 3, 7), 1),
+    "images": (nn.Conv2d(3, 4, 2, bias=False), (3, 3, 5, 5), -3),
+    "waves": (nn.Conv1d(3, 4, 2, bias=False), (3, 3, 7), -2),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
-from structlora_trl.attachment import build_runtime
+from structlora_trl.attachment import build_runtime, refuse_unreachable
 from structlora_trl.core.selection import LEAST_STEPS
 from tests.support.core import kind_map
 from tests.support.tiny import (
@@ -173,11 +173,13 @@ def test_a_selection_is_within_the_run(case):
     steps, options, named = OF_A_RUN[case]
     model = peft_model()
     config = StructLoRAConfig(keep=0.25, **options)
+    step = build_runtime(model, adamw(model), config, steps=steps).plan.select_step
     if named is None:
-        assert build_runtime(model, adamw(model), config, steps=steps).plan.select_step == config.select_at
+        refuse_unreachable(config, step, steps)
+        assert step == config.select_at
         return
     with pytest.raises(StructLoRAError, match=named):
-        build_runtime(model, adamw(model), config, steps=steps)
+        refuse_unreachable(config, step, steps)
 
 
 def test_a_run_that_ends_before_its_selection_says_so(caplog):

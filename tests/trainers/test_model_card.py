@@ -86,12 +86,17 @@ def test_text_around_the_section_is_kept(beside, above, tmp_path):
     )
 
 
-def test_a_readme_that_is_no_card_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    "text", [b"# My project\n", b"---\nNotes\n---\n", b"---\nNotes: a: b\n---\n", b"---\n\xe9\n"]
+)
+def test_a_readme_that_is_no_card_is_left_alone(text, tmp_path):
     """`output_dir="."` in the folder of a project."""
-    (tmp_path / "README.md").write_text("# My project\n")
+    path = tmp_path / "README.md"
+    path.write_bytes(text)
     model, _, runtime = attached()
-    describe_run(tmp_path / "README.md", runtime, model)
-    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    describe_run(path, runtime, model)
+    undescribe(path)
+    assert path.read_bytes() == text
 
 
 @pytest.mark.parametrize("noise", ["off", "auto"])  # which a run of so few passes switches off, too

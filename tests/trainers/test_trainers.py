@@ -52,6 +52,7 @@ from tests.support.tiny import (
     base_model,
     differing,
     lora_parameters,
+    loss_of,
     peft_model,
     train,
     weights_of,
@@ -182,6 +183,28 @@ class Poison(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step < 2:
             next(p for n, p in model.named_parameters() if "lora_B" in n).grad.fill_(math.nan)
+
+
+def test_a_short_train_goes_on_with_directions_that_are_selected(tmp_path):
+    callback = StructLoRACallback(keep=0.5)
+    trainer = sft(tmp_path, [callback], max_steps=24)
+    trainer.train()
+    trainer.args.max_steps = 3
+    trainer.train()
+    assert callback.runtime.has_selected and callback.runtime.step == 3
+    callback.config = StructLoRAConfig(keep=0.25)  # a selection of its own, for which three steps are few
+    with pytest.raises(StructLoRAError, match="a run of 3 steps"):
+        trainer.train()
+    assert not callback.runtime.is_attached
+
+
+def test_a_train_with_other_options_starts_from_the_weights(tmp_path, caplog):
+    callback = StructLoRACallback(noise="off")
+    trainer = sft(tmp_path, [callback], max_steps=3)
+    trainer.train()
+    callback.config = StructLoRAConfig(noise="off", coordinator="gat")
+    trainer.train()
+    assert "coordinator: 'gcn' -> 'gat'" in caplog.text and callback.runtime.config.coordinator == "gat"
 
 
 def test_the_selection_is_at_its_step_where_steps_were_skipped(tmp_path):
@@ -359,6 +382,28 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
     assert set(differing(saved[0], start)) == set(start)
     for name, value in saved[1].items():  # gates were in the forward of the first step
         assert noise == "on" or torch.allclose(saved[0][name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("then", ["plain LoRA", "another callback"])
+def test_an_interrupted_trainer_goes_on_without_its_callback(then, tmp_path, caplog):
+    """It keeps its optimizer."""
+    first, breaks = StructLoRACallback(noise="on"), interrupting("on_step_end")
+    trainer = sft(tmp_path, [first, breaks], max_steps=6)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(first)
+    trainer.remove_callback(breaks)
+    if then == "plain LoRA":
+        trainer.train()
+        assert "AdamW, of a later run, stepping the adapter" in caplog.text
+        losses = [loss_of(trainer.model.train(), "llama", 0) for _ in range(2)]
+        assert torch.equal(*losses)
+    else:
+        second = StructLoRACallback(noise="off")
+        trainer.add_callback(second)
+        trainer.train()
+        assert second.runtime.step == 6
+    assert not first.runtime.is_attached and first.runtime.step == 3
 
 
 @pytest.mark.parametrize("by", ["another optimizer", "a call"])

@@ -9,6 +9,9 @@ import yaml
 
 pytest.importorskip("llamafactory", reason="run `make test-llamafactory`")
 
+from structlora_trl.integrations.llamafactory import read_arguments
+
+from structlora_trl.errors import StructLoRAError
 from tests.support.data import BLOCKS_OF_64, save_base
 from tests.support.doors import ROOT, check, instruction, run, save_rows, state_of
 from tests.support.launching import free_port
@@ -171,6 +174,16 @@ def test_mistakes_end_with_a_remedy(place, name):
 def test_command_line(arguments, remedy):
     assert remedy in run(COMMAND, *arguments, succeeds=False)
     assert "structlora: false" in run(COMMAND, "--help")
+
+
+def test_options_of_the_command_line_are_over_those_of_the_file(tmp_path):
+    others, file = tmp_path / "others.yaml", tmp_path / "run.yaml"
+    others.write_text("structlora: {noise: 'off', keep: 0.5}\n")
+    file.write_text(f"structlora: {others}\n")
+    found = read_arguments([str(file), "structlora.keep=0.25", "lora_rank=4"])
+    assert found["structlora"].changed_options() == {"noise": "off", "keep": 0.25} and found["lora_rank"] == 4
+    with pytest.raises(StructLoRAError, match="structlora=false and structlora.keep"):
+        read_arguments([str(file), "structlora=false", "structlora.keep=0.25"])
 
 
 CONFIGS = {path.stem: path for path in (ROOT / "configs" / "llamafactory").glob("*.yaml")}
