@@ -382,8 +382,7 @@ def _adapter(model: nn.Module, config: StructLoRAConfig) -> str:
 def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None:
     """A run that broke off may still hold the adapter."""
     for runtime in Runtime.attached_to({id(p) for kind in kinds for p in kind.parameters}):
-        is_over = runtime.plan.is_over
-        if runtime.engine.optimizer is optimizer and (is_over is None or not is_over()):
+        if runtime.is_run_by(optimizer):
             raise StructLoRAError(
                 "StructLoRA already attached to this adapter and optimizer",
                 "one attachment",

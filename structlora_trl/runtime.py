@@ -218,6 +218,11 @@ class Runtime:
         """The runtimes that train some of the parameters with these ids."""
         return [r for r in list(_attached) if r.is_attached and not parameters.isdisjoint(r._parameter_ids)]
 
+    def is_run_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer is the one that it was attached to, in a run that is not over."""
+        is_over = self.plan.is_over
+        return self.engine.optimizer is optimizer and (is_over is None or not is_over())
+
     def end_for(self, optimizer: torch.optim.Optimizer) -> None:
         """Another optimizer steps the adapter, or the runtime's own in a later run: stop, or let go of it.
 
@@ -683,10 +688,9 @@ def _watch_optimizers() -> None:
             # An optimizer within the runtime's steps with it.
             if not runtime.is_attached or runtime.engine.is_stepping:
                 continue
-            is_own, is_over = runtime.engine.optimizer is optimizer, runtime.plan.is_over
-            if is_own and (is_over is None or not is_over()):
+            if runtime.is_run_by(optimizer):
                 continue
-            if is_own or runtime.engine.is_replaced:
+            if runtime.engine.optimizer is optimizer or runtime.engine.is_replaced:
                 runtime.end_for(optimizer)
             elif not ids.isdisjoint(runtime._parameter_ids):
                 calls[optimizer].append((weakref.ref(runtime), runtime.hook_calls))
