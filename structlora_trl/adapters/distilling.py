@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import StructLoRAError
-from .base_model import Row, factors_of, moved, put
-from .measuring import predictions
+from .base_model import Row, factors_of, put
+from .measuring import predictions, run
 from .peft_scaling import factor_names
 
 STEPS = 100
@@ -68,16 +68,23 @@ def distil(
         model (`PeftModel`): with one adapter, in evaluation mode; it is left with the smaller adapter.
         whole, small (`dict[str, Tensor]`): of adapter files, both of the shapes that the model has.
         rows (`list[dict[str, Tensor]]`): one example each. Where they have labels of tokens, outputs are
-            learned where these are.
+            learned where these are; rows without any are left out.
         steps (`int`, *optional*, defaults to 100): of 16 rows each.
         learning_rate (`float`, *optional*, defaults to 1e-3): of AdamW; it falls to zero.
 
     Raises:
-        StructLoRAError: rows that the model does not take, a model without outputs, or a distance that is not
-            finite.
+        StructLoRAError: rows that the model does not take or that have no labels, a model without outputs, or a
+            distance that is not finite.
     """
     started = time.perf_counter()
     model.eval()
+    rows = [row for row in rows if _teaches(row, _predicts_the_next(model))]
+    if not rows:
+        raise StructLoRAError(
+            f"rows to learn from whose labels are all {_IGNORED}",
+            "labels of the tokens to learn",
+            "give other rows (`--data ROWS`), or export without `--distil`",
+        )
     teacher, student = _on_device(model, whole), _on_device(model, small)
     places = [parameter for sides in factors_of(model).values() for parameter in sides.values()]
     for parameter in model.parameters():
@@ -175,7 +182,10 @@ def _together(rows: list[Row], padding: int | None) -> list[dict]:
 
 
 def _positions(row: Row) -> int:
-    return row["input_ids"].shape[-1] if "input_ids" in row else 1
+    """Tokens of a row; of an encoder-decoder, of its longer side."""
+    if not _is_text(row):
+        return row["input_ids"].shape[-1] if "input_ids" in row else 1
+    return max(row["input_ids"].shape[-1], row["labels"].numel())
 
 
 def _is_text(row: Row) -> bool:
@@ -183,9 +193,16 @@ def _is_text(row: Row) -> bool:
     return {"input_ids", "labels"} <= row.keys() <= {"input_ids", "labels", "attention_mask"}
 
 
+def _teaches(row: Row, from_the_second: bool) -> bool:
+    """Whether any label of a row is looked at; where outputs are of the next token, none is of the first."""
+    labels = row.get("labels")
+    return labels is None or labels.ndim < 2 or bool((labels[:, int(from_the_second) :] != _IGNORED).any())
+
+
 def _is_classified(row: Row) -> bool:
-    """Whether a row of text has one label."""
-    return row["labels"].shape != row["input_ids"].shape
+    """Whether a row of text has a label as a whole, or a share of each class; a decoder's labels are tokens, of any number."""
+    labels = row["labels"]
+    return labels.is_floating_point() or (labels.numel() == 1 and labels.shape != row["input_ids"].shape)
 
 
 def _fits(one: Row, other: Row, padding: int | None) -> bool:
@@ -212,8 +229,8 @@ def _stacked(rows: list[Row], padding: int | None) -> Row:
 
 def _wanted(model: PeftModel, part: dict) -> tuple[Tensor, bool]:
     """Outputs (n, classes) of a part's rows at the positions that are learned, and whether they are logits."""
-    inputs = moved(part["inputs"], model)
-    output, is_distribution = predictions(model(**inputs), model)
+    inputs = part["inputs"]
+    output, is_distribution = predictions(run(model, inputs), model)
     labels, mask = inputs.get("labels"), inputs.get("attention_mask")
     if labels is not None and labels.shape == output.shape[:-1] and labels.ndim > 1:
         chosen = labels != _IGNORED

@@ -31,7 +31,7 @@ from .peft_scaling import (
 from .pruning import Pruned, refuse_rank, select, shrink
 from .pruning import prune as prune_zeros
 from .rows import Rows, read_rows
-from .servers import SERVERS, refuse_for
+from .servers import SERVERS, refuse_for, refuse_rank_for
 from .trial import TELL, Trial
 
 _PREFIX = "base_model.model."  # of PEFT's names
@@ -135,15 +135,15 @@ def export_sizes(
     saved: Saved,
     out: str | Path,
     *,
-    rank: Sequence[int] = (),
-    keep: Sequence[float | str] = (),
+    rank: int | Sequence[int] = (),
+    keep: float | str | Sequence[float | str] = (),
     **options,
 ) -> list[Export]:
     """Write an adapter at several sizes, each to a folder of its own in `out`: "rank-4", "keep-0.25".
 
     Args:
         saved, out: as for `export`.
-        rank, keep (`Sequence`, *optional*): the sizes, of one of them.
+        rank, keep (*optional*): a size or several, of one of them.
         **options: further ones of `export`.
 
     Raises:
@@ -208,6 +208,8 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
             result = unfinished / name
             written = Export(out / name, rows=rows)
             pruned = written.pruned = _smaller(saved, rule, value, options.max_rank, one_rank, trial)
+            if server:
+                refuse_rank_for(server, (pruned or saved).lora, (pruned or saved).tensors)
             lora, tensors = saved.lora, saved.tensors
             directions = pruned.masked() if pruned else tensors
             if distil:
@@ -252,6 +254,12 @@ def _smaller(
 
 
 def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise StructLoRAError(
+            "a quantised base model to merge into, which would round the update",
+            "a base model of 16 or 32 bits",
+            "give the one that was quantised, or this one dequantised and saved (`--base MODEL`)",
+        )
     _untie(base, {*factor_names(tensors)})
     model = on_base(base, adapter)
     with refusing(

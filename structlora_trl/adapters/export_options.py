@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Number, Real
 from pathlib import Path
 
 from ..config import share_to_keep
@@ -22,17 +22,21 @@ Sizes = dict[str, tuple[str, int | float | str | bool]]
 
 
 def sizes_of(
-    rank: Sequence[int] = (), keep: Sequence[float | str] = (), prune: bool = False, named: bool = False
+    rank: int | Sequence[int] = (),
+    keep: float | str | Sequence[float | str] = (),
+    prune: bool = False,
+    named: bool = False,
 ) -> Sizes:
     """The sizes that are asked for: "rank-4", "keep-0.25".
 
     Args:
-        rank, keep, prune: as for `export.export_sizes` and `export.export`.
+        rank, keep, prune: as for `export.export_sizes` and `export.export`; one size may stand for itself.
         named (`bool`, *optional*, defaults to False): whether each has a folder of its own; else there is one.
 
     Raises:
         StructLoRAError: more than one rule.
     """
+    rank, keep = ([sizes] if isinstance(sizes, (str, Number)) else sizes for sizes in (rank, keep))
     given = [("rank", value) for value in rank] + [("keep", value) for value in keep]
     given += [("prune", True)] if prune else []
     rules = [*dict.fromkeys(rule for rule, _ in given)]
@@ -90,10 +94,10 @@ class Options:
             )
         if self.distil < 0:
             raise StructLoRAError(f"{self.distil} steps of `distil`", "a number of steps above 0", "try 100")
-        is_number = isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale > 0
+        is_number = isinstance(self.scale, Real) and math.isfinite(self.scale) and self.scale > 0
         if self.scale not in (None, AUTO) and not is_number:
             raise StructLoRAError(
-                f"`scale` {self.scale}", f"'{AUTO}', or a number above 0", "try 'auto', with rows, or 0.7"
+                f"`scale` {self.scale!r}", f"'{AUTO}', or a number above 0", "try 'auto', with rows, or 0.7"
             )
         if self.dtype not in (None, *DTYPES):
             raise StructLoRAError(

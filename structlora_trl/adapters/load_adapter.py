@@ -37,7 +37,8 @@ from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_o
 
 LOG_NAME = "trainer_state.json"
 _USE_ANOTHER = "use another checkpoint"
-_DAMAGE = (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError)  # what files that are cut raise
+# What files that are cut, or hold no tensors, raise.
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError)
 _SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
 # What the state alone does not hold of an adapter.
 _MORE_THAN_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
@@ -273,10 +274,12 @@ def _weights_file(folder: Path) -> Path | None:
 def _read_config(folder: Path) -> LoraConfig:
     if not (folder / "adapter_config.json").is_file():
         checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        named = [str(path.parent) for path in sorted(folder.glob("*/adapter_config.json"))]
+        below = [str(path) for path in checkpoints[-1:]] or named  # PEFT's folders of adapters with names
         raise StructLoRAError(
             f"no adapter_config.json in {folder}",
             "a folder with a saved LoRA adapter: a run's output, one of its checkpoints, or an exported adapter",
-            f"give {checkpoints[-1]}" if checkpoints else "correct the path",
+            f"give {' or '.join(below)}" if below else "correct the path",
         )
     path = folder / "adapter_config.json"
     with refusing(f"reading {path}", "PEFT's configuration", "use another checkpoint", (AttributeError,)):
@@ -314,7 +317,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     """A weights file, as it is."""
     with refusing(f"reading {path}", "a whole file of weights", "use another checkpoint", _DAMAGE):
         if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            # Tied ones are one storage there, and two in a file of safetensors.
+            return {name: value.clone() for name, value in tensors.items()}
         return load_file(path)
 
 

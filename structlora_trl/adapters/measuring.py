@@ -108,7 +108,7 @@ def outputs_of(model: PeftModel, rows: list[Row]) -> Outputs:
     """
     found, room, losses = [], _PROBE_ROWS * _PROBE_LENGTH, []
     for row in _told(rows, "outputs"):
-        output = _run(model, row)
+        output = run(model, row)
         predicted, is_distribution = predictions(output, model)
         if room > 0:
             found.append(predicted.float().flatten(0, -2)[:room].cpu())
@@ -143,7 +143,12 @@ def _told(rows: list[Row], what: str) -> Iterable[Row]:
     return tqdm(rows, desc=what, unit="row", leave=False, delay=2)
 
 
-def _run(model: PeftModel, row: Row):
+def run(model: PeftModel, row: Row):
+    """A model's output of a row, or of several stacked.
+
+    Raises:
+        StructLoRAError: inputs that the model does not take.
+    """
     with refusing(
         "the model on a row of the data", "its inputs, with `labels`", "correct the data", (RuntimeError,)
     ):
@@ -151,7 +156,7 @@ def _run(model: PeftModel, row: Row):
 
 
 def _loss_of(model: PeftModel, row: Row) -> Tensor:
-    loss = _run(model, row).get("loss")
+    loss = run(model, row).get("loss")
     if loss is None or not loss.isfinite():
         raise StructLoRAError(
             f"a loss of {loss} on a row of the data",

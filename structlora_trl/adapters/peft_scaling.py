@@ -162,10 +162,12 @@ def refuse_unscalable(lora: LoraConfig) -> None:
     """Stop at an adapter whose lora_B times a number is not its update times that number.
 
     Raises:
-        StructLoRAError: it holds part of the base weights, or has DoRA's magnitudes.
+        StructLoRAError: it holds part of the base weights, DoRA's magnitudes, or biases of its own.
     """
-    if lora.use_dora or base_is_moved(lora):
-        what = "DoRA's magnitudes" if lora.use_dora else "part of the base weights, with which it began,"
+    if lora.use_dora or lora.lora_bias or base_is_moved(lora):
+        what = "part of the base weights, with which it began,"
+        what = "biases (`lora_bias`)" if lora.lora_bias else what
+        what = "DoRA's magnitudes" if lora.use_dora else what
         raise StructLoRAError(
             f"`scale` for an adapter that holds {what} beside its update",
             "LoRA that began at zero, whose update is B·A alone",
@@ -213,7 +215,7 @@ def with_one_scale(
         `alpha_pattern` what keeps the scale in PEFT; nothing is rank-stabilised.
 
     Raises:
-        StructLoRAError: PEFT would take another part of the base weights out of the model.
+        StructLoRAError: PEFT would take another part of the base weights out of the model, or all scales are 0.
     """
     rows = {module: len(tensors[names["A"]]) for module, names in factor_names(tensors).items()}
     scales = {module: scale_of(lora, module) for module in rows}
@@ -224,6 +226,12 @@ def with_one_scale(
     chosen = {**whole, **kept}
     ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
     rank, scale = max(ranks.values()), max(scales.values())
+    if not scale:
+        raise StructLoRAError(
+            "a `lora_alpha` of 0, with which an adapter adds nothing",
+            "the one that it was trained with",
+            "correct `lora_alpha` in adapter_config.json",
+        )
     for module in rows:
         if one_rank or shares_pattern(lora, module, rows):
             ranks[module] = rank

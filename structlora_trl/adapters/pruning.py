@@ -44,7 +44,6 @@ class Pruned:
         one_rank (`bool`): whether every module is filled up to the largest rank.
         spared (`list[str]`): modules none of whose directions would stay, and that keep their best one, since
             PEFT cannot leave them out (experts in one parameter, torch's attention, DoRA, biases).
-        left_out (`list[str]`): modules without any direction, which the new adapter does not adapt.
         share (`float`, *optional*): what the directions kept carry of `measure`.
         measure (`str`): what they were chosen by.
     """
@@ -54,7 +53,6 @@ class Pruned:
     kept: dict[str, list[list[int]]]
     one_rank: bool = False
     spared: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
     share: float | None = None
     measure: str = "the squared singular values"
 
@@ -69,6 +67,16 @@ class Pruned:
             StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ).
         """
         return with_one_scale(self.whole, directions, self.kept, self.one_rank)
+
+    @property
+    def empty(self) -> list[str]:
+        """Modules without any direction."""
+        return [module for module, experts in self.kept.items() if not any(experts)]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Modules that the new adapter does not adapt: the empty ones, but where all are filled up to one rank."""
+        return [] if self.one_rank else self.empty
 
     def masked(self) -> dict[str, Tensor]:
         """`directions` with zeros in place of those that are not kept: the same adapter, at its old size."""
@@ -96,12 +104,14 @@ def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
     adds = {}
     for index in range(len(saved.kinds)):
         factors = saved.factors(index)  # A (L, r, k), B (L, d, r), with experts before them
-        adds |= saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
+        opened = saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
+        # Without what fills smaller ranks of a kind up with zeros.
+        adds |= {module: mask[:, : rank_of(saved.lora, module)] for module, mask in opened.items()}
     _refuse_nothing(adds)
     if all(bool(of_module.all()) for of_module in adds.values()):
         return None
-    kept, spared, left_out = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
-    return Pruned(saved.lora, saved.tensors, kept, one_rank, spared, left_out)
+    kept, spared = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
+    return Pruned(saved.lora, saved.tensors, kept, one_rank, spared)
 
 
 def select(
@@ -138,10 +148,10 @@ def select(
     mask = best(torch.where(allowed, flat, 0), keep) & allowed
     parts = mask.split([worth[module].numel() for module in sigma])
     chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
-    kept, spared, left_out = _kept(saved, chosen, worth)
+    kept, spared = _kept(saved, chosen, worth)
     share = float(flat[mask].sum() / flat.sum())
     measure = "what its rows tell about them" if information else Pruned.measure
-    return Pruned(saved.lora, tensors, kept, one_rank, spared, left_out, share, measure)
+    return Pruned(saved.lora, tensors, kept, one_rank, spared, share, measure)
 
 
 def shrink(saved: Saved, rank: int) -> Pruned:
@@ -204,23 +214,18 @@ def _best_of_each(worth: Tensor, count: int) -> Tensor:
 
 def _kept(
     saved: Saved, chosen: dict[str, Tensor], worth: dict[str, Tensor]
-) -> tuple[dict[str, list[list[int]]], list[str], list[str]]:
-    """Directions chosen, (E or 1, r) of bool by module, as lists; modules that keep their best one all the
-    same; and modules that are left out.
-    """
+) -> tuple[dict[str, list[list[int]]], list[str]]:
+    """Directions chosen, (E or 1, r) of bool by module, as lists; and modules that keep their best one all the same."""
     # More than two factors of each module: DoRA's magnitude, a bias.
     more = any(".lora_" in name and not LORA_NAME.match(name) for name in saved.tensors)
     has_more = saved.lora.bias != "none" or more
-    kept, spared, left_out = {}, [], []
+    kept, spared = {}, []
     for module, mask in chosen.items():
         kept[module] = [row.nonzero().flatten().tolist() for row in mask]
-        if not any(kept[module]):
-            if has_more or shares_pattern(saved.lora, module, chosen):
-                kept[module][0] = [int(worth[module][0].argmax())]
-                spared.append(module)
-            else:
-                left_out.append(module)
-    return kept, spared, left_out
+        if not any(kept[module]) and (has_more or shares_pattern(saved.lora, module, chosen)):
+            kept[module][0] = [int(worth[module][0].argmax())]
+            spared.append(module)
+    return kept, spared
 
 
 def size_curve(saved: Saved, count: int = 64) -> list[tuple[float, float]]:

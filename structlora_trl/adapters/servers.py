@@ -4,6 +4,7 @@ each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ _VLLM_HEADS = {"classifier", "score"}
 
 class Server(NamedTuple):
     """A server: its name, whether all modules must have one rank and one scale, whether it reads `use_rslora`, what
-    it cannot load, by what an adapter has, and what its command needs, from the largest rank.
+    it cannot load, by what an adapter has, what its command needs, from the largest rank, and the largest that it takes.
     """
 
     name: str
@@ -31,11 +32,11 @@ class Server(NamedTuple):
     rank_stabilised: bool
     refuses: tuple[str, ...]
     needs: Callable[[int], str]
+    largest_rank: float = math.inf
 
 
 def _vllm_rank(rank: int) -> str:
-    room = next((value for value in _VLLM_RANKS if value >= rank), None)
-    return f"`--max-lora-rank {room}`" if room else f"a rank of at most {_VLLM_RANKS[-1]}"
+    return f"`--max-lora-rank {next(value for value in _VLLM_RANKS if value >= rank)}`"
 
 
 # What an adapter may have that a server cannot load -> how it is found.
@@ -80,6 +81,7 @@ SERVERS = {
         # Experts in one parameter depend on the model.
         refuses=tuple(f for f in _ALL if "head" not in f and "experts" not in f),
         needs=_vllm_rank,
+        largest_rank=_VLLM_RANKS[-1],
     ),
     "sglang": Server(
         "SGLang",
@@ -127,10 +129,37 @@ def refuse_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> Non
         StructLoRAError: the message names what it cannot load.
     """
     if refused := _refused(server, lora, tensors):
+        if why := _unmergeable(lora):
+            fix = f"serve it with PEFT: {why}"
+        else:
+            fix = "merge it (`structlora export ADAPTER MERGED --merge`), and serve the merged model"
         raise StructLoRAError(
             f"an adapter with {', '.join(refused)}",
             f"what {SERVERS[server].name} loads: factors of linear layers alone",
-            "merge it (`structlora export ADAPTER MERGED --merge`), and serve the merged model",
+            fix,
+        )
+
+
+def _unmergeable(lora: LoraConfig) -> str:
+    """Why PEFT may not merge an adapter, empty where it does."""
+    if lora.layer_replication or getattr(lora, "alora_invocation_tokens", None):
+        return "it cannot be merged"
+    return "`lora_bias` can be merged (`--merge`) only into layers that have a bias" if lora.lora_bias else ""
+
+
+def refuse_rank_for(server: str, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Stop where an adapter, as it is to be written, has a rank that a server cannot load.
+
+    Raises:
+        StructLoRAError: the message names the rank and the largest that it takes.
+    """
+    largest = max(rank_of(lora, module) for module in factor_names(tensors))
+    most = SERVERS[server].largest_rank
+    if largest > most:
+        raise StructLoRAError(
+            f"an adapter of rank {largest}",
+            f"what {SERVERS[server].name} loads: ranks up to {most}",
+            f"make it smaller: `--rank {most}` or less",
         )
 
 
@@ -139,6 +168,9 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
     modules = [*factor_names(tensors)]
     ranks = {rank_of(lora, module) for module in modules}
     scales = {round(scale_of(lora, module), 9) for module in modules}
+    experts = ""
+    if lora.target_parameters:  # which all but vLLM refuse
+        experts = "; only where it knows this model's experts, else merge it (`--merge`)"
     lines = {}
     for key, server in SERVERS.items():
         reasons = []
@@ -149,23 +181,29 @@ def told(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, str]:
         if lora.use_rslora and not server.rank_stabilised:
             reasons.append("rank-stabilised scale")
         if refused := _refused(key, lora, tensors):
-            lines[server.name] = f"cannot load {', '.join(refused)}: merge it (`--merge`)"
+            why = _unmergeable(lora)
+            instead = f"serve it with PEFT: {why}" if why else "merge it (`--merge`)"
+            lines[server.name] = f"cannot load {', '.join(refused)}: {instead}"
+        elif max(ranks) > server.largest_rank:
+            smaller = f"`structlora export ADAPTER NEW --rank {server.largest_rank}` or less"
+            lines[server.name] = f"cannot load rank {max(ranks)}: {smaller}"
         elif reasons:
-            lines[server.name] = f"{'; '.join(reasons)}: `structlora export ADAPTER NEW --for {key}`"
+            lines[server.name] = f"{'; '.join(reasons)}: `structlora export ADAPTER NEW --for {key}`{experts}"
         else:
-            lines[server.name] = f"loads it, with {server.needs(max(ranks))}"
+            lines[server.name] = f"loads it, with {server.needs(max(ranks))}{experts}"
     return lines
 
 
 def _lacking(lora: LoraConfig, modules: list[str]) -> list[str]:
     """Kinds of modules that some layer of the base model lacks."""
-    layers: dict[str, set] = {}
+    layers: dict[str, set[int]] = {}
     for module in modules:
         name, depth = split_depth(module)
         if depth:  # a head or embeddings lie in no layer
-            layers.setdefault(name.rpartition(".")[2], set()).add(depth)
+            # Of several numbers, as T5 has them, the first is the layer's.
+            layers.setdefault(name.rpartition(".")[2], set()).add(depth[0])
     count = _layer_count(lora)
-    every = set().union(*layers.values(), ((i,) for i in range(count)))
+    every = set().union(*layers.values(), range(count))
     is_partial = not count and lora.layers_to_transform is not None
     return [name for name, of in layers.items() if is_partial or of != every]
 

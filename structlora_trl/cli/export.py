@@ -34,6 +34,7 @@ Smaller:
 --scale auto   then the update times that number of 1, 0.85, 0.7, 0.5 and 0.3 at which the loss is lowest, with or without a
                cut: an adapter that is too sure of itself gets a lower loss. Rows have to be held out of the training: on its
                own training rows an adapter needs no smaller update. --scale 0.7 takes that number. It goes into lora_B.
+               Weights that the adapter holds whole (`modules_to_save`, `bias`) stay as they are.
 
 Several sizes in one call (--rank 8 4 2) are written to folders of their own, with a table.
 
@@ -212,10 +213,9 @@ def _about(size: Export, is_named: bool) -> list[str]:
         lines.append(
             f"{len(pruned.spared)} modules would keep no direction; each keeps its best one, for PEFT knows no rank 0 there."
         )
-    if pruned.left_out:
-        lines.append(
-            f"{len(pruned.left_out)} modules keep no direction and are left out (`exclude_modules`)."
-        )
+    if pruned.empty:
+        how = "are in the file as zeros" if pruned.one_rank else "are left out (`exclude_modules`)"
+        lines.append(f"{len(pruned.empty)} modules keep no direction and {how}.")
     if size.distilled:
         taught = size.distilled
         on = f"{taught.held_out} held-out rows" if taught.held_out else "the rows learned from"
@@ -299,7 +299,7 @@ def in_words(count: int, unit: str = "") -> str:
     """A count in words: 1.2 million, 4.9 MB."""
     steps = ((1e9, "billion", "G"), (1e6, "million", "M"), (1e3, "thousand", "k"))
     for size, word, letter in steps:
-        if count >= size:
+        if count >= 0.9995 * size:  # what rounds to 1,000 of the next smaller one
             return f"{count / size:.3g} {letter + unit if unit else word}"
     return f"{count} {unit}".strip()
 

@@ -28,9 +28,10 @@ from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
 from tests.support.adapters import ADAPTER, as_it_is, on_base, peft_run
+from tests.support.cli_runs import logits_of
 from tests.support.data import texts, write_rows
 from tests.support.promises import skip_without
-from tests.support.setups import llama
+from tests.support.setups import llama, t5
 from tests.support.tiny import FAMILIES, base_model, tokenizer
 
 
@@ -105,6 +106,59 @@ def test_rows_of_a_classifier_are_learned_together_where_the_model_can(family, h
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
+def test_rows_of_an_encoder_and_decoder_are_learned_together(tmp_path):
+    """Their labels are tokens of another number than the inputs."""
+    model = as_it_is(t5)(tmp_path / "base")
+    lora = {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}
+    saved = read_saved(peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora))
+    rows = [
+        {"input_ids": ids[None, :n], "labels": ids[None, n : n + m]}
+        for ids, n, m in zip(
+            _tokens(), (9, 4, 4, 6, 7, 5, 3, 8, 4), (2, 4, 1, 6, 3, 5, 9, 8, 3), strict=False
+        )
+    ]
+    base = load_base(saved.lora.base_model_name_or_path, saved.lora, saved.tensors)
+    model = PeftModel.from_pretrained(base, saved.folder).eval()
+    found = distilling._together(rows, distilling._padding(model))
+    assert len(found) < 4 and max(len(part["rows"]) for part in found) > 6
+    logits, is_distribution = zip(*(distilling._wanted(model, part) for part in found), strict=True)
+    assert all(is_distribution)
+    alone = [model(**row).logits[0] for part in found for row in part["rows"]]
+    torch.testing.assert_close(torch.cat(logits), torch.cat(alone), atol=1e-5, rtol=1e-4)
+    done = export(saved, tmp_path / "small", rank=1, data=rows, distil=20)
+    assert done.distilled.end < done.distilled.start
+
+
+IDS = torch.tensor([[1, 2, 3]])
+# Rows that cannot teach -> words of the message
+UNFIT = {
+    "tokens that the model does not have": (
+        {"input_ids": IDS + 9999, "labels": IDS},
+        "a row of the data failed",
+    ),
+    "no label": ({"input_ids": IDS, "labels": torch.full_like(IDS, -100)}, "labels are all -100"),
+    "a label of the first token alone": (
+        {"input_ids": IDS, "labels": torch.tensor([[1, -100, -100]])},
+        "labels are all -100",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_rows_that_cannot_teach_are_refused(what, adapter, tmp_path):  # noqa: F811
+    row, words = UNFIT[what]
+    with pytest.raises(StructLoRAError, match=words):
+        export(adapter("plain")[0], tmp_path / "small", rank=2, data=[row] * 9, distil=2)
+
+
+def test_rows_without_labels_are_left_out_among_others(loaded):
+    _, model, whole, rows = loaded
+    mute = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows]
+    small = {name: x / 2 for name, x in whole.items()}
+    found = [distil(model, whole, small, given, steps=2) for given in (rows, [*rows, *mute])]
+    assert found[0][1:5] == found[1][1:5]
+
+
 def test_a_start_that_nothing_is_nearer_than_stays(loaded):
     _, model, whole, rows = loaded
     done = distil(model, whole, whole, rows, steps=5)
@@ -147,6 +201,19 @@ def test_distillation_on_a_quantised_base(tmp_path):
     )
     assert done.distilled.end < done.distilled.start and done.change.losses.base is not None
     assert {len(x) for n, x in load_file(tmp_path / "small" / ADAPTER).items() if "lora_A" in n} == {1}
+    with pytest.raises(StructLoRAError, match="a quantised base model to merge into.*`--base MODEL`"):
+        export(saved, tmp_path / "merged", merge=True, base=str(tmp_path / "quantised"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised")
+    base.dequantize().save_pretrained(tmp_path / "dequantised")  # the way that the error names
+    export(saved, tmp_path / "merged", merge=True, base=str(tmp_path / "dequantised"))
+    found, expected = (
+        logits_of(loaded, "llama")
+        for loaded in (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+            on_base(tmp_path / "out", tmp_path / "dequantised"),
+        )
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_several_sizes_in_one_call(adapter, tmp_path, capsys):  # noqa: F811

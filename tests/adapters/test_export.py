@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -24,7 +25,7 @@ from transformers import (
 
 from structlora_trl import attach
 from structlora_trl.adapters.base_model import load_base, write_adapter
-from structlora_trl.adapters.export import export
+from structlora_trl.adapters.export import export, export_sizes
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.peft_scaling import with_one_scale
 from structlora_trl.adapters.trial import information_curves
@@ -308,6 +309,23 @@ def test_options_that_contradict_or_act_on_nothing_are_refused_in_python_too(cas
     with pytest.raises(StructLoRAError, match=words):
         export(read_saved(runs()), tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_one_size_and_any_kind_of_number_are_taken_in_python(runs, tmp_path):
+    saved = read_saved(runs())
+    for options, folder in (({"rank": 2}, "rank-2"), ({"keep": "50%"}, "keep-50-percent")):
+        (done,) = export_sizes(saved, tmp_path / folder, probe="none", **options)
+        assert done.folder == tmp_path / folder / folder
+    export(saved, tmp_path / "half", scale=np.float32(0.5))
+    for name, value in load_file(tmp_path / "half" / ADAPTER).items():
+        assert torch.equal(value, saved.tensors[name] * (0.5 if "lora_B" in name else 1))
+
+
+def test_a_scale_of_zero_is_refused_by_name(runs, tmp_path):
+    saved = read_saved(runs())
+    saved.lora.lora_alpha = 0
+    with pytest.raises(StructLoRAError, match="a `lora_alpha` of 0"):
+        export(saved, tmp_path / "new", server="vllm")
 
 
 def test_a_path_in_place_of_an_adapter_is_refused(tmp_path):

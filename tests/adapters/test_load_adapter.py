@@ -114,10 +114,15 @@ def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
     assert max(float(x.abs().max()) for x in moved) > 1e-4
 
 
-def test_a_pickled_adapter_is_read_whole(tmp_path):
-    """`save_pretrained(safe_serialization=False)`, with biases that the state does not hold."""
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_pickled_adapter_is_read_whole(is_tied, tmp_path):
+    """`save_pretrained(safe_serialization=False)`, with biases that the state does not hold; tied factors are two then."""
     out = llama_run(tmp_path, lora_bias=True)
     tensors = load_file(out / ADAPTER)
+    if is_tied:
+        (out / STATE_NAME).unlink()
+        first, second, *_ = (name for name in tensors if name.endswith("q_proj.lora_A.weight"))
+        tensors[second] = tensors[first]
     (out / ADAPTER).unlink()
     torch.save(tensors, out / "adapter_model.bin")
     export(read_saved(out), tmp_path / "exported")
@@ -137,6 +142,16 @@ def test_vera_is_refused_with_what_reads_it(has_state, tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) != 0
     told = capsys.readouterr().err
     assert "VERA" in told and "merge_and_unload" in told and "Traceback" not in told
+
+
+def test_folders_of_adapters_with_names_are_told(tmp_path):
+    for name in ("mine", "other"):
+        get_peft_model(base_model("llama"), LoraConfig(target_modules=["q_proj"]), name).save_pretrained(
+            tmp_path
+        )
+    with pytest.raises(StructLoRAError, match=f"give {tmp_path / 'mine'} or {tmp_path / 'other'}"):
+        read_saved(tmp_path)
+    assert len(read_saved(tmp_path / "mine").kinds) == 1
 
 
 # What is adapted -> words of the message where only the state is saved

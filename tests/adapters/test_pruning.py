@@ -398,6 +398,13 @@ def test_the_parts_of_torchs_attention_have_one_rank(tmp_path):
         )
 
 
+def test_modules_of_smaller_ranks_have_nothing_to_drop_either(tmp_path):
+    model = as_it_is("llama")(tmp_path / "base")
+    lora = {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}}
+    saved = read_saved(peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora))
+    assert export(saved, tmp_path / "same", prune=True, probe="none").pruned is None
+
+
 def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
     model = as_it_is("llama")(tmp_path / "base")
     peft.get_peft_model(model, LoraConfig(r=RANK, target_modules=["q_proj"])).save_pretrained(

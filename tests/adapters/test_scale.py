@@ -64,7 +64,7 @@ CASES = {
     "as it is": ("two ranks", {}),
     "distilled": ("plain", {"rank": 2, "distil": 3}),
     "over the model, for a server": ("rslora", {"keep": 0.5, "server": "lorax"}),
-    "biases, which are no part of the update": ("biases", {"dtype": "float32"}),
+    "biases of the model, which are no part of the update": ("biases of the model", {"dtype": "float32"}),
     "experts": ("experts", {}),
 }
 
@@ -110,7 +110,9 @@ MISTAKES = {
     "no rows": ("plain", {"scale": "auto"}, "'auto' without rows"),
     "nothing": ("plain", {"scale": 0}, "`scale` 0"),
     "no number": ("plain", {"scale": float("nan")}, "`scale` nan"),
-    "another word": ("plain", {"scale": "half"}, "`scale` half"),
+    "another word": ("plain", {"scale": "half"}, "`scale` 'half'"),
+    "a number as text": ("plain", {"scale": "0.5"}, "`scale` '0.5'"),
+    "biases, which PEFT scales": ("biases", {"scale": 0.5}, "`lora_bias`"),
     "magnitudes": ("dora", {"scale": 0.5}, "DoRA's magnitudes"),
 }
 

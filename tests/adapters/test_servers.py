@@ -15,9 +15,11 @@ from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.peft_scaling import rank_of
 from structlora_trl.adapters.servers import SERVERS, told
 from structlora_trl.cli import main
+from structlora_trl.cli.export import table
 from structlora_trl.errors import StructLoRAError
 from tests.support.adapters import ADAPTER, ATTENTION, CONFIG, EXPERTS, as_it_is, llama_run, on_base, peft_run
 from tests.support.cli_runs import logits_of
+from tests.support.setups import t5
 from tests.support.tiny import FAMILIES
 
 EVERY = {server.name for server in SERVERS.values()}
@@ -36,7 +38,7 @@ ADAPTERS = {
     "scales": ({"alpha_pattern": {"q_proj": 2}}, set(), set(), "scales differ"),
     "DoRA": ({"use_dora": True}, set(), EVERY, "DoRA"),
     "a head": ({"modules_to_save": ["lm_head"]}, set(), EVERY, "`modules_to_save`"),
-    "biases": ({"lora_bias": True}, set(), EVERY, "biases"),
+    "biases": ({"lora_bias": True}, set(), EVERY, "serve it with PEFT: `lora_bias` can be merged"),
     "PiSSA": ({"init_lora_weights": "pissa"}, set(), EVERY, "base weights"),
     "some layers": (
         {"exclude_modules": ["layers.1.self_attn.q_proj"]},
@@ -58,13 +60,26 @@ ADAPTERS = {
         "cannot load LoRA on embeddings:",
     ),
     "a head too": ({"target_modules": ["q_proj", "lm_head"]}, EVERY, set(), "`--max-lora-rank 8`"),
-    "layer replication": ({"layer_replication": [[0, 2], [1, 3]]}, set(), EVERY, "`layer_replication`"),
+    "layer replication": (
+        {"layer_replication": [[0, 2], [1, 3]]},
+        set(),
+        EVERY,
+        "cannot load `layer_replication`: serve it with PEFT",
+    ),
+    "an invocation": (
+        {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"},
+        {"llama.cpp"},
+        EVERY - {"llama.cpp"},
+        "(`alora_invocation_tokens`): serve it with PEFT",
+    ),
+    "a rank above vLLM's": ({"r": 520}, EVERY - {VLLM}, {VLLM}, "--rank 512` or less"),
 }
 
 
 def adapter(folder, family="llama", **lora):
     model = as_it_is(family)(folder / "base")
-    return read_saved(peft_run(model, folder / "out", FAMILIES[family].batch, **{**ATTENTION, **lora}))
+    batch = FAMILIES[family if isinstance(family, str) else "llama"].batch
+    return read_saved(peft_run(model, folder / "out", batch, **{**ATTENTION, **lora}))
 
 
 def test_the_command_line_knows_every_server_before_torch_is_loaded():
@@ -116,7 +131,21 @@ def test_lora_on_a_shared_head_is_for_servers_that_keep_two(tmp_path):
 def test_experts_in_one_parameter_are_told_of(tmp_path):
     saved = adapter(tmp_path, "mixtral", **EXPERTS)
     lines = told(saved.lora, saved.tensors)
-    assert lines[VLLM].startswith("loads it") and "experts in one parameter" in lines[SGLANG]
+    assert lines[VLLM].startswith("loads it") and "knows this model's experts" in lines[VLLM]
+    assert "experts in one parameter" in lines[SGLANG]
+
+
+def test_a_layer_of_t5_is_one_whatever_its_parts(tmp_path):
+    """Names of its modules have two numbers: the layer's, and that of a part of it."""
+    saved = adapter(tmp_path, t5, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    assert told(saved.lora, saved.tensors)[LORAX].startswith("loads it")
+
+
+def test_a_high_rank_is_cut_for_a_server_that_takes_less(tmp_path):
+    """The way that the refusal names."""
+    saved = adapter(tmp_path, r=520)
+    export(saved, tmp_path / "served", rank=512, server="vllm", probe="none")
+    assert {len(x) for n, x in load_file(tmp_path / "served" / ADAPTER).items() if "lora_A" in n} == {512}
 
 
 def test_a_small_adapter_is_filled_up_for_a_server_of_one_rank(tmp_path):
@@ -126,7 +155,10 @@ def test_a_small_adapter_is_filled_up_for_a_server_of_one_rank(tmp_path):
     tensors = load_file(tmp_path / "small" / ADAPTER)
     largest = max(len(experts[0]) for experts in done.pruned.kept.values())
     assert {len(x) for n, x in tensors.items() if "lora_A" in n} == {largest} and largest <= 2
-    assert done.pruned.left_out and tensors.keys() == saved.tensors.keys()
+    assert done.pruned.empty and not done.pruned.left_out and tensors.keys() == saved.tensors.keys()
+    assert f"{len(done.pruned.empty)} modules keep no direction and are in the file as zeros" in table(
+        saved, [done]
+    )
 
 
 def test_modules_of_one_name_are_one_kind_whatever_their_ranks(tmp_path, capsys):

@@ -15,6 +15,7 @@ import yaml
 from structlora_trl import __version__
 from structlora_trl.cli import main
 from structlora_trl.cli.early import last_checkpoint
+from structlora_trl.cli.export import in_words
 from structlora_trl.cli.main import TRAINING
 from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import SETTINGS, config_file, skip_where_trl_cannot
@@ -51,6 +52,12 @@ def test_what_must_come_at_once_imports_no_library(words):
 def test_help_of_a_training_command_has_arguments_of_both(capsys):
     assert main(["sft", "--help"]) == 0
     assert {"--structlora.noise_variance", "--learning_rate"} <= {*capsys.readouterr().out.split()}
+
+
+def test_counts_in_words_round_up_to_the_next_one():
+    counts = {999: "999 B", 999_499: "999 kB", 999_936: "1 MB", 1_234_567: "1.23 MB", 999_999_999: "1 GB"}
+    assert {count: in_words(count, "B") for count in counts} == counts
+    assert in_words(999_936) == "1 million"
 
 
 def test_a_reader_that_has_closed_the_output():
