@@ -13,8 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
-
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.yaml_block import PREFIX, read_over, read_switch
 
@@ -59,6 +57,7 @@ def read_arguments(arguments: list[str]) -> dict:
     Raises:
         StructLoRAError: no such file; an option of StructLoRA that is misspelt or out of range; no LoRA.
     """
+    import yaml
     from omegaconf import OmegaConf
 
     if (
