@@ -19,26 +19,50 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from . import assets, store
 from .grids import GRIDS, cells_of
+from .settings import LORA
 
 
 def work(cells: list[tuple], results: Path) -> None:
     """Run the cells that nobody has run or is running."""
-    from . import cell  # torch, PEFT and the rest, once there is work to do
+    from . import cell, pretrain  # torch, PEFT and the rest, once there is work to do
 
+    unpaired = without_a_pair(cells, store.read(results), pretrain.fingerprint)
+    if unpaired:
+        print(
+            f"{len(unpaired)} of {len(cells)} cells pair with runs on another ViT than this machine's: left out",
+            flush=True,
+        )
     torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for a process that has torch already
     for i, key in enumerate(cells):
         with claim(key) as ours:
-            if not ours or key in {store.key_of(line) for line in store.read(results)}:
+            if not ours or key in unpaired or key in {store.key_of(line) for line in store.read(results)}:
                 continue
             line = cell.run(*key)
             store.append(line, results)
             print(f"{time.strftime('%H:%M:%S')} {i + 1}/{len(cells)} {_summary(line)}", flush=True)
+
+
+def without_a_pair(cells: list[tuple], lines: list[dict], fingerprint: Callable[[], str]) -> set[tuple]:
+    """The cells whose LoRA run is on another backbone than this machine has: no table would show them beside it
+    (`selection.on_one_backbone`).
+
+    Args:
+        lines (`list[dict]`): of the store.
+        fingerprint (callable): of this machine's backbone, which is trained for it; asked where some run names one.
+    """
+    named = {}
+    for line in lines:
+        if line["method"] == LORA and "backbone" in line:
+            named.setdefault((line["task"], line["seed"]), line["backbone"])
+    wanted = {key: named[key[0], key[-1]] for key in cells if (key[0], key[-1]) in named}
+    return {key for key, backbone in wanted.items() if backbone != fingerprint()}
 
 
 @contextlib.contextmanager

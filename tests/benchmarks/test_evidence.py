@@ -107,6 +107,14 @@ def test_runs_on_another_backbone_than_loras_are_no_pair():
     assert runs.runs(place, Row("pissa")).empty
 
 
+def test_a_machine_leaves_out_the_cells_that_pair_with_another_backbone():
+    lines = [line(seed=0), line(seed=1, backbone="one"), line("dora", seed=2, backbone="two")]
+    cells = [("t", "dora", 4, 9, 0.1, seed) for seed in range(4)]
+    assert run.without_a_pair(cells, lines, lambda: "one") == set()
+    assert run.without_a_pair(cells, lines, lambda: "two") == {cells[1]}
+    assert run.without_a_pair(cells, lines[:1], None) == set()  # nothing to ask for
+
+
 def test_a_grid_asks_for_the_seeds_of_the_rate_that_was_chosen(monkeypatch):
     accuracy = {0.1: 60, 0.2: 70, 0.4: 50}  # the last because 0.2 was at the end
     lines = [line(lr=lr, seed=seed, validation=right) for lr, right in accuracy.items() for seed in (0, 1)]
