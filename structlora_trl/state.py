@@ -200,21 +200,17 @@ class State:
             raise damaged(where, f"a header that no run wrote: {error!r}") from error
         return state
 
-    def reshaping(self, config: StructLoRAConfig) -> dict[str, tuple]:
-        """Options that shaped the weights and are others now: by name, theirs and ours."""
-        theirs, ours = self.header["options"], config.options()
-        return {name: (theirs[name], ours[name]) for name in SHAPING if theirs[name] != ours[name]}
-
     def refuse_other_run(self, config: StructLoRAConfig, maps: Iterable[KindMap]) -> None:
         """Stop where this state is of other options, modules or shapes than a run. Changes nothing.
 
         Raises:
             StructLoRAError: what differs, by name.
         """
-        if changed := self.reshaping(config):
-            before, now = (
-                ", ".join(f"{name}={both[i]!r}" for name, both in changed.items()) for i in range(2)
-            )
+        ours, theirs = config.options(), self.header["options"]
+        changed = [name for name in SHAPING if theirs[name] != ours[name]]
+        if changed:
+            before = ", ".join(f"{name}={theirs[name]!r}" for name in changed)
+            now = ", ".join(f"{name}={ours[name]!r}" for name in changed)
             raise StructLoRAError(
                 f"a state trained with {before}, and now {now}",
                 "the options that shaped the state's weights as they were",

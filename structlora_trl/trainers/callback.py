@@ -180,10 +180,11 @@ class StructLoRACallback(TrainerCallback):
             load_state(self.runtime, checkpoint)
         elif self._finished is not None and _equal(self._finished[1], self.runtime):
             state = State.parse(self._finished[0]).rewound()
-            if changed := state.reshaping(self.config):
+            try:
+                state.refuse_other_run(self.config, self.runtime.maps)
+            except StructLoRAError as error:
                 logger.warning(
-                    "StructLoRA starts anew from the weights of the last `train()`, which had other options (%s).",
-                    ", ".join(f"{name}: {then!r} -> {now!r}" for name, (then, now) in changed.items()),
+                    "StructLoRA starts anew from the weights that stand: it found %s.", error.found
                 )
             else:
                 self.runtime.restore(state)

@@ -198,13 +198,15 @@ def test_a_short_train_goes_on_with_directions_that_are_selected(tmp_path):
     assert not callback.runtime.is_attached
 
 
-def test_a_train_with_other_options_starts_from_the_weights(tmp_path, caplog):
+@pytest.mark.parametrize("option", [{"coordinator": "gat"}, {"side": "both"}])
+def test_a_train_with_other_options_starts_from_the_weights(option, tmp_path, caplog):
     callback = StructLoRACallback(noise="off")
     trainer = sft(tmp_path, [callback], max_steps=3)
     trainer.train()
-    callback.config = StructLoRAConfig(noise="off", coordinator="gat")
+    callback.config = StructLoRAConfig(noise="off", **option)
     trainer.train()
-    assert "coordinator: 'gcn' -> 'gat'" in caplog.text and callback.runtime.config.coordinator == "gat"
+    assert "starts anew from the weights that stand" in caplog.text
+    assert callback.runtime.config == callback.config and callback.runtime.step == 3
 
 
 def test_the_selection_is_at_its_step_where_steps_were_skipped(tmp_path):
