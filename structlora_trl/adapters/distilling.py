@@ -246,9 +246,8 @@ def _predicts_the_next(model: PeftModel) -> bool:
     """Whether a model's output at a position is of the next one's label."""
     base = model.get_base_model()
     name = type(base).__name__
-    return not getattr(base.config, "is_encoder_decoder", False) and (
-        "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name
-    )
+    is_language = "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name
+    return is_language and not getattr(base.config, "is_encoder_decoder", False)
 
 
 def _distance(wanted: Tensor, found: Tensor, is_distribution: bool) -> Tensor:
