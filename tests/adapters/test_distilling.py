@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +16,7 @@ from transformers import (
     BertModel,
     LlamaForSequenceClassification,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from structlora_trl.adapters import distilling
 from structlora_trl.adapters.base_model import load_base, put
@@ -63,6 +64,29 @@ def test_distillation_brings_the_outputs_nearer_and_keeps_the_size(loaded):
     for name, value in small.masked().items():
         assert torch.equal(value == 0, done.tensors[name] == 0) or "lora_" not in name
     assert all(len(x) == 1 for n, x in small.written(done.tensors)[1].items() if "lora_A" in n)
+
+
+class Bare(torch.nn.Module):
+    """A module of PyTorch, which has no configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+
+    def forward(self, x, labels=None):
+        return SequenceClassifierOutput(logits=self.inner(x))
+
+
+def test_a_base_model_needs_no_configuration():
+    torch.manual_seed(0)
+    model = get_peft_model(Bare(), LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False))
+    whole = get_peft_model_state_dict(model)
+    small = {name: x.clone() for name, x in whole.items()}
+    for name, x in small.items():
+        (x[1] if "lora_A" in name else x[:, 1]).zero_()
+    rows = [{"x": torch.randn(1, 8), "labels": torch.tensor([i % 2])} for i in range(32)]
+    done = distil(model, whole, small, rows, steps=20, learning_rate=1e-2)
+    assert done.end < done.start
 
 
 def test_padded_rows_are_learned_as_single_ones(loaded, monkeypatch):
