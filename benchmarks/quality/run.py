@@ -62,7 +62,8 @@ def without_a_pair(cells: list[tuple], lines: list[dict], fingerprint: Callable[
         if line["method"] == LORA and "backbone" in line:
             named.setdefault((line["task"], line["seed"]), line["backbone"])
     wanted = {key: named[key[0], key[-1]] for key in cells if (key[0], key[-1]) in named}
-    return {key for key, backbone in wanted.items() if backbone != fingerprint()}
+    ours = fingerprint() if wanted else None
+    return {key for key, backbone in wanted.items() if backbone != ours}
 
 
 @contextlib.contextmanager

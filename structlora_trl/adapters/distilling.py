@@ -78,7 +78,8 @@ def distil(
     """
     started = time.perf_counter()
     model.eval()
-    rows = [row for row in rows if _teaches(row, _predicts_the_next(model))]
+    from_the_second = _predicts_the_next(model)
+    rows = [row for row in rows if _teaches(row, from_the_second)]
     if not rows:
         raise StructLoRAError(
             f"rows to learn from whose labels are all {_IGNORED}",

@@ -339,10 +339,9 @@ class _Reader:
                 f"rows of text alone: {_FORMATS}",
                 "rename the columns, or fill the cells",
             )
-        example = {name: present[name] for name in used}
+        example = {name: present[name] for name in used if name != "label"}
         label = present.get("label")
         label = label.item() if getattr(label, "ndim", None) == 0 else label  # of a `Dataset` with a format
-        example.pop("label", None)
         for name, value in example.items():
             refuse_cell(value, number, name, self._source)
         if self._task == "SEQ_CLS":

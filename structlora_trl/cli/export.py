@@ -113,7 +113,7 @@ def run(command: str, arguments: list[str]) -> None:
     refuse_missing(given.checkpoint)
     refuse_used(given.out)
     if given.data is not None:
-        is_local(given.data)
+        is_local(given.data)  # a file that is not there is told here
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments, and after a path that is wrong: these load torch and PEFT.

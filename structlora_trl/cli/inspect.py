@@ -85,7 +85,7 @@ def run(command: str, arguments: list[str]) -> None:
     if given.plot:
         refuse_unwritable(given.plot)
     if given.data is not None:
-        is_local(given.data)
+        is_local(given.data)  # a file that is not there is told here
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.

@@ -57,8 +57,8 @@ class Engine(ABC):
             before_step (`Callable`): called when gradients are complete. Where it returns False, the
                 optimizer must not change anything in this step.
             after_step (`Callable`): called when the optimizer has stepped, with whether it did. Where it
-                raises instead, working values stand again, gradients are gone, which were latents' by then, and
-                this is not called.
+                raises instead, working values stand again and this is not called. Gradients are latents' by
+                then: where the engine sees the error itself, it drops them.
             mapped (`list[tuple[str, ...]]`): the mapped sides of each kind.
         """
 
@@ -154,7 +154,7 @@ class Engine(ABC):
 
 def flags_of(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Whether some tensor holds NaN or Inf, and whether some is other than zero: (2,), 1.0 or 0.0, on `device`."""
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients if g.numel()]
+    gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     gradients = [g for g in gradients if g.numel()]
     if not gradients:
         return torch.zeros(2, dtype=torch.float32, device=device)

@@ -82,10 +82,8 @@ class StructLoRACallback(TrainerCallback):
         Raises:
             StructLoRAError: StructLoRA cannot act on this model and optimizer.
         """
-        trainer_of, state_of = (
-            weakref.ref(trainer),
-            weakref.ref(trainer.state),
-        )  # each `train()` has its own state
+        # Each `train()` has a state of its own.
+        trainer_of, state_of = weakref.ref(trainer), weakref.ref(trainer.state)
 
         def is_over() -> bool:
             return trainer_of() is None or trainer_of().state is not state_of()

@@ -64,8 +64,8 @@ def end_lines(
             f"held-out loss {loaded[-1]['eval_loss']:.4g} of the best checkpoint, step {best} (last: {last})"
         )
     elif found and (lowest := min(found, key=lambda entry: entry["eval_loss"])) is not found[-1]:
-        kept = "" if trainer.args.load_best_model_at_end else ", which `load_best_model_at_end` keeps"
-        told[-1] += f" (lowest: {lowest['eval_loss']:.4g} after step {lowest['step']}{kept})"
+        remedy = "" if trainer.args.load_best_model_at_end else ", which `load_best_model_at_end` keeps"
+        told[-1] += f" (lowest: {lowest['eval_loss']:.4g} after step {lowest['step']}{remedy})"
     count, _ = model.get_nb_trainable_parameters()
     width = next(p.element_size() for p in model.parameters() if p.requires_grad)
     following = " or ".join(f"`{shlex.join(['structlora', *words])}`" for words in commands)

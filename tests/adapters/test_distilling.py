@@ -227,9 +227,8 @@ def test_distillation_on_a_quantised_base(tmp_path):
     assert {len(x) for n, x in load_file(tmp_path / "small" / ADAPTER).items() if "lora_A" in n} == {1}
     with pytest.raises(StructLoRAError, match="a quantised base model to merge into.*`--base MODEL`"):
         export(saved, tmp_path / "merged", merge=True, base=str(tmp_path / "quantised"))
-    export(
-        saved, tmp_path / "merged", merge=True, base=str(tmp_path / "base")
-    )  # the way that the error names
+    # The way that the error names.
+    export(saved, tmp_path / "merged", merge=True, base=str(tmp_path / "base"))
     found, expected = (
         logits_of(loaded, "llama")
         for loaded in (
