@@ -164,12 +164,10 @@ def refuse_unscalable(lora: LoraConfig) -> None:
     Raises:
         StructLoRAError: it holds part of the base weights, DoRA's magnitudes, or biases of its own.
     """
-    holds = {
-        "DoRA's magnitudes": lora.use_dora,
-        "biases (`lora_bias`)": lora.lora_bias,
-        "part of the base weights, with which it began,": base_is_moved(lora),
-    }
-    if what := next((what for what, is_held in holds.items() if is_held), None):
+    if lora.use_dora or lora.lora_bias or base_is_moved(lora):
+        what = "part of the base weights, with which it began,"
+        what = "biases (`lora_bias`)" if lora.lora_bias else what
+        what = "DoRA's magnitudes" if lora.use_dora else what
         raise StructLoRAError(
             f"`scale` for an adapter that holds {what} beside its update",
             "LoRA that began at zero, whose update is B·A alone",
