@@ -46,5 +46,5 @@ for epoch in range(EPOCHS):
     print(epoch + 1, loss.item(), runtime.metrics())
 
 model.save_pretrained(OUTPUT)  # a plain LoRA adapter
-# What resuming needs beside optimizer and scheduler; `load_state(runtime, OUTPUT)` reads it.
+# What resuming needs beside adapter, optimizer and scheduler; `load_state(runtime, OUTPUT)` reads it.
 save_state(runtime, OUTPUT)

@@ -53,7 +53,8 @@ def describe_run(path: Path, runtime: Runtime, model: PeftModel) -> None:
 def section(runtime: Runtime) -> str:
     """The section of a model card on what acted in a run, Markdown."""
     config, is_vera = runtime.config, runtime.kinds[0].is_vera
-    adapter, loader = ("VeRA", "PEFT") if is_vera else ("LoRA", "PEFT, vLLM or llama.cpp")
+    adapter = "VeRA" if is_vera else "LoRA"
+    servers = "" if is_vera else " `structlora inspect` says what vLLM, SGLang, LoRAX and llama.cpp need."
     acted = []
     if runtime.gated_count:
         acted.append(
@@ -72,7 +73,7 @@ def section(runtime: Runtime) -> str:
 This {adapter} adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): {"; ".join(acted) or "nothing acted"}.
 Options other than the defaults: {", ".join(changed) or "none"}.
 
-{_LAST} {loader} is needed: the file is a plain {adapter} adapter.
+{_LAST} PEFT is needed: the file is a plain {adapter} adapter.{servers}
 """
 
 

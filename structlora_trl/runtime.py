@@ -495,7 +495,8 @@ class Runtime:
         return State.of(self.config, counts, self.schedule, kinds, self._optimizer).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`: afterwards the model holds that state's weights.
+        """Continue from `state_dict()`: afterwards the model's trained LoRA factors are that state's. What else an adapter
+        trains (DoRA's magnitudes, VeRA's λ_b, biases, `modules_to_save`) comes from its own file.
 
         Raises:
             StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped
@@ -577,9 +578,11 @@ class Runtime:
             )
 
     def _refuse_uninformed(self, state: State) -> None:
-        """Stop where the selection would come before there is information on the directions."""
+        """Stop where the selection would come before there is information on the directions. In a run that gathers
+        it already, steps that were skipped make the selection wait.
+        """
         select_step, informed = self.plan.select_step, state.informed_steps
-        if select_step is None or informed is None:
+        if select_step is None or informed is None or informed or state.step <= self._first_informed_step():
             return
         acted = state.step + state.skipped_steps
         begins = max(acted, self._first_informed_step())

@@ -164,12 +164,7 @@ class State:
         Raises:
             StructLoRAError: it has no header, or is of another format; it holds NaN or infinite numbers.
         """
-        tensors = dict(flat)
-        try:
-            header = json.loads(tensors.pop(_HEADER).cpu().numpy().tobytes())
-        except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
-            raise damaged("a state", "no header") from error
-        return cls.checked(header, tensors, "a state")
+        return cls.checked(*_unflattened(flat), "a state")
 
     @classmethod
     def checked(cls, header: dict, tensors: dict[str, Tensor], where: str) -> State:
@@ -235,7 +230,8 @@ class State:
                 )
 
     def refuse_misfits(self, m: KindMap, slices: Slices, latent: Factors) -> None:
-        """Stop where a kind's tensors are not those of its map, latent factors and their optimizer. Changes nothing.
+        """Stop where a kind's tensors are not those of its map, latent factors and their optimizer, or where its frozen
+        factors are others. Changes nothing.
 
         Raises:
             StructLoRAError: it names the first tensor.
@@ -266,6 +262,16 @@ class State:
                     f"{' of shape '.join(map(str, needs))}, as in this run",
                     "resume from a checkpoint of this run, with the `parts` of the run that wrote it",
                 )
+        for side in m.kind.sides:
+            is_frozen = not getattr(m.kind, side)[0].requires_grad
+            if is_frozen and not torch.equal(
+                getattr(latent, side), theirs[f"latent_{side}"].to(m.kind.device)
+            ):
+                raise StructLoRAError(
+                    f"a state with another lora_{side} of '{m.kind.name}', which is frozen, than the model has",
+                    "the adapter that was saved beside the state",
+                    "load it first: `PeftModel.from_pretrained(base, folder, is_trainable=True)`",
+                )
 
     def changes(self, config: StructLoRAConfig) -> list[str]:
         """Options that differ in a run that continues from this state, and take effect from there on."""
@@ -294,6 +300,15 @@ class State:
                         for key, x in found.items()
                     }
         return latent
+
+
+def _unflattened(flat: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """The header and the tensors that `State.flatten` wrote down, whatever they hold."""
+    tensors = dict(flat)
+    try:
+        return json.loads(tensors.pop(_HEADER).cpu().numpy().tobytes()), tensors
+    except (KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise damaged("a state", "no header") from error
 
 
 def facts_of(m: KindMap) -> dict:
@@ -345,15 +360,16 @@ def save_state(
     """
     path = _file_in(directory)
     writes = state is not None or not runtime.is_sharded or dist.get_rank() == 0
-    written = State.parse(runtime.state_dict() if state is None else state)
+    # Weights that hold NaN are saved, as those beside are; whoever reads the state is told.
+    header, tensors = _unflattened(runtime.state_dict() if state is None else state)
     if not writes:
         return path
     refuse_unwritable(path.parent)
-    tensors = {name: x.cpu() for name, x in written.tensors.items()}
+    tensors = {name: x.cpu() for name, x in tensors.items()}
     unfinished = path.with_suffix(".unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {name: json.dumps(value) for name, value in written.header.items()})
+        save_file(tensors, unfinished, {name: json.dumps(value) for name, value in header.items()})
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -20,8 +20,10 @@ from tests.support.tiny import (
     FAMILIES,
     adamw,
     assert_same,
+    attached,
     differing,
     lora_parameters,
+    loss_of,
     peft_model,
     tensors_of,
     train,
@@ -166,6 +168,78 @@ def test_a_state_dict_can_be_loaded_again_and_again():
         assert_same(state, kept)
         assert_same(state, loop.runtime.state_dict())
         assert_same(weights, loop.weights())
+
+
+def frozen_A() -> torch.nn.Module:
+    """A tiny model with a frozen lora_A, as in LoRA-FA."""
+    model = peft_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+    return model
+
+
+def test_a_frozen_factor_comes_from_the_adapter_beside_the_state(tmp_path):
+    """A new adapter has another lora_A, with which the state's lora_B would be another model."""
+    first = Loop.start(frozen_A(), side="write").train()
+    first.leave(tmp_path)
+    other = frozen_A()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(2)
+    second = Loop.start(other, side="write")
+    message = "another lora_A of 'model.layers.*q_proj', which is frozen.*is_trainable=True"
+    assert_refused(lambda: load_state(second.runtime, tmp_path), second, message)
+    other.load_state_dict(first.model.state_dict())
+    third = Loop.start(other, side="write")
+    load_state(third.runtime, tmp_path)
+    assert_same(first.weights(), third.weights())
+
+
+# Steps with NaN gradients and a step of `reload`, of a run that selects at step 20; where it is left
+WAITING = {
+    "skipped steps": ({12, 13}, None, 15),
+    "skipped steps, past the selection's": ({12, 13}, None, 21),
+    "skipped first steps": ({10, 11}, None, 12),
+    "reload": ((), 15, 22),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_selection_that_waits_for_information_waits_on_resume(name, tmp_path):
+    bad, reloaded, stop = WAITING[name]
+
+    def go_on(loop, until):
+        loop.model.train()
+        for step in range(loop.runtime.acted_steps, until):
+            if step == reloaded:
+                loop.runtime.reload()
+            torch.manual_seed(step)
+            loss_of(loop.model, "llama", step).backward()
+            if step in bad:
+                next(p for p in loop.model.parameters() if p.grad is not None).grad.fill_(torch.nan)
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+
+    first = Loop.start(keep=0.5, select_at=20)
+    go_on(first, stop)
+    saved = first.leave(tmp_path)
+    assert not first.runtime.has_selected
+    go_on(first, 30)
+    second = Loop.start(keep=0.5, select_at=20).enter(tmp_path, *saved)
+    go_on(second, 30)
+    assert second.runtime.has_selected
+    assert_same(first.weights(), second.weights())
+
+
+def test_weights_that_are_no_numbers_are_saved_and_refused_on_resume(tmp_path):
+    """Saving them ends no run, as it ends none of plain LoRA."""
+    model, _, runtime = attached(noise="off", coordinator="none")
+    with torch.no_grad():
+        next(iter(lora_parameters(model).values())).fill_(torch.nan)
+    save_state(runtime, tmp_path)
+    with pytest.raises(StructLoRAError, match="NaN or infinite numbers"):
+        load_state(runtime, tmp_path)
 
 
 # --- damage --------------------------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
 
 def residual_role(kind: Kind, roles: dict[str, str] | None) -> str | None:
     """'read', 'write', or None where neither the user's patterns nor the built-in table know the kind."""
-    for pattern, role in {**(roles or {}), **RESIDUAL_ROLES}.items():
+    for pattern, role in (*(roles or {}).items(), *RESIDUAL_ROLES.items()):
         if matches(pattern, kind):
             return role
     return None

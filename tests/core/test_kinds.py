@@ -9,8 +9,9 @@ from torch import nn
 
 from structlora_trl import StructLoRAConfig
 from structlora_trl.core.expert_storage import to_nodes, to_storage
-from structlora_trl.core.kinds import discover, residual_role
+from structlora_trl.core.kinds import discover, matches, residual_role
 from structlora_trl.core.mapping import compared_sides
+from structlora_trl.core.residual_roles import RESIDUAL_ROLES
 from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, base_model, peft_model
 
 
@@ -141,6 +142,7 @@ def test_roles_of_the_user_come_first():
     (kind,) = discover(Adapted({f"h.{i}.mixer.q_proj": (4, 8, 8) for i in range(2)}), "default")
     assert residual_role(kind, None) == "read"
     assert residual_role(kind, {r"mixer\.\w+": "write"}) == "write"
+    assert residual_role(kind, {next(p for p in RESIDUAL_ROLES if matches(p, kind)): "write"}) == "write"
     (odd,) = discover(Adapted({f"h.{i}.odd": (4, 8, 8) for i in range(2)}), "default")
     assert residual_role(odd, None) is None
     assert residual_role(odd, {"dd": "read"}) is None  # a pattern matches whole names from a dot on

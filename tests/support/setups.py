@@ -627,7 +627,7 @@ OPTIMIZERS = [
         optimizer=by("Adafactor", None, module="transformers", relative_step=True, scale_parameter=True),
     ),
     Setup("Muon", optimizer=by("Muon"), needs=("torch>=2.9",)),
-    Setup("LBFGS", optimizer=by("LBFGS", 1.0, max_iter=1), loop=loops.WithClosure),
+    Setup("LBFGS with `max_iter=1`", optimizer=by("LBFGS", 1.0, max_iter=1), loop=loops.WithClosure),
     Setup(
         "8-bit AdamW",
         optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16),
@@ -762,7 +762,7 @@ REFUSED = [
     Setup("layer-wise optimizers", optimizer=layer_wise, refused="missing from the optimizer.*layer-wise"),
     Setup("LoRA spread over two optimizers", optimizer=over_half, refused="missing from the optimizer"),
     Setup(
-        "two adapters active at once",
+        "two adapters active at once, without `adapter_name`",
         wrap=with_(lambda model: (second_adapter(model), model.base_model.set_adapter(["default", "other"]))),
         refused="2 active adapters.*`adapter_name`",
     ),

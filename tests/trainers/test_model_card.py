@@ -56,10 +56,12 @@ def test_the_section_says_what_acted(name):
     assert sum(words in text for words in WORDS) == len(said)
 
 
-def test_the_card_of_vera_names_what_loads_it():
-    _, _, runtime = attached(peft_model(init="vera"))
-    text = section(runtime)
-    assert "plain VeRA adapter" in text and "LoRA adapter" not in text and "vLLM" not in text
+def test_the_card_names_what_loads_any_adapter():
+    """Of LoRA with DoRA's magnitudes, say, that is PEFT alone."""
+    for model, name, servers in ((peft_model(), "LoRA", True), (peft_model(init="vera"), "VeRA", False)):
+        text = section(attached(model)[2])
+        assert f"nothing but PEFT is needed: the file is a plain {name} adapter" in text
+        assert ("vLLM" in text) == servers
 
 
 BESIDE = ["## My notes\n\nKeep this.", "Keep this.", "# My notes\n\nKeep this.", "### My notes\n\nKeep this."]
