@@ -38,6 +38,8 @@ HEADS = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": AutoModel,
 }
+# What models call the head of a classifier; those of BART's kind and of XLNet's come last.
+_HEADS_OF_CLASSES = {"classifier", "score", "classification_head", "logits_proj"}
 
 
 def load_base(
@@ -74,7 +76,7 @@ def load_base(
         config = AutoConfig.from_pretrained(name, **at_revision(revision))
         named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
         model_class = HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
-        classes = _class_count(tensors)
+        classes = class_count(tensors)
         # The adapter brings the head: the model's own may be of another number of classes.
         labels = {"num_labels": classes, "ignore_mismatched_sizes": True} if classes else {}
         place = {"device_map": device_map} if device_map else {}
@@ -154,10 +156,23 @@ def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) ->
 
 
 def in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    """Factors of a file in another dtype, by its name; as they are where it is None."""
+    """Factors of a file in another dtype, by its name; as they are where it is None.
+
+    Raises:
+        StructLoRAError: a number that is too large for it, or factors that are all too small.
+    """
     if dtype is None:
         return tensors
-    return {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
+    cast = {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
+    for name, x in cast.items():
+        is_lost = not x.isfinite().all() or (tensors[name].any() and not x.any())
+        if x.is_floating_point() and is_lost:
+            raise StructLoRAError(
+                f"numbers of '{name}' that {dtype} cannot hold (the largest is {float(tensors[name].abs().max()):.3g})",
+                "a dtype of their range",
+                "choose `--dtype bfloat16`, or leave it out",
+            )
+    return cast
 
 
 def put(model: PeftModel, tensors: dict[str, Tensor]) -> None:
@@ -204,13 +219,11 @@ def at_revision(revision: str | None) -> dict[str, str]:
     return {"revision": revision} if revision else {}
 
 
-def _class_count(tensors: dict[str, Tensor]) -> int | None:
+def class_count(tensors: dict[str, Tensor]) -> int | None:
     """Rows of the last layer of a classification head that is saved with the adapter."""
     heads = [
         name
         for name in tensors
-        if name.endswith(".weight")
-        and {"classifier", "score"} & {*name.split(".")}
-        and not LORA_NAME.match(name)
+        if name.endswith(".weight") and _HEADS_OF_CLASSES & {*name.split(".")} and not LORA_NAME.match(name)
     ]
     return len(tensors[max(heads)]) if heads else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from .peft_scaling import (
     factor_names,
     refuse_unscalable,
     scaled,
+    ties_adapted,
     with_one_scale,
 )
 from .pruning import Pruned, refuse_rank, select, shrink
@@ -33,6 +35,8 @@ from .pruning import prune as prune_zeros
 from .rows import Rows, read_rows
 from .servers import SERVERS, refuse_for, refuse_rank_for
 from .trial import TELL, Trial
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."  # of PEFT's names
 _LEARN = 1024  # most rows that are read where the smaller adapter learns from them
@@ -144,7 +148,7 @@ def export_sizes(
     Args:
         saved, out: as for `export`.
         rank, keep (*optional*): a size or several, of one of them.
-        **options: further ones of `export`.
+        **options: further ones of `export`, but for `prune`.
 
     Raises:
         StructLoRAError: as for `export`.
@@ -179,10 +183,16 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
             "adapted weights that only one module uses",
             "export without merging",
         )
+    rules = {rule for rule, _ in sizes.values()}
+    if (merge or "keep" in rules) and ties_adapted(saved.lora, saved.tensors):
+        raise StructLoRAError(
+            "LoRA on embeddings and a head that share their factors (`ensure_weight_tying`), in an adapter to merge or with `keep`",
+            "factors of its own for each module",
+            "give `rank`, which cuts both alike, or export it whole and without merging",
+        )
     saved, base_name, revision = with_base(saved, options.base)
     if server:
         refuse_for(server, saved.lora, saved.tensors)
-    rules = {rule for rule, _ in sizes.values()}
     rows = None
     if scale == AUTO or (rules & {"rank", "keep"} and (options.data is not None or options.probe == RANDOM)):
         count = _LEARN if distil else TELL if rules == {"rank"} else 2 * TELL
@@ -311,7 +321,11 @@ def _copy_processor(folder: Path, base_name: str | None, revision: str | None, o
     for source, options in sources:
         for kind in (AutoProcessor, AutoTokenizer):
             try:
-                kind.from_pretrained(source, **options).save_pretrained(out)
+                kind.from_pretrained(source, trust_remote_code=False, **options).save_pretrained(out)
                 return
-            except (OSError, ValueError, KeyError):
-                continue
+            except Exception as error:  # tokenizers raises bare ones, and an adapter needs none
+                why = error
+    if (folder / "tokenizer_config.json").is_file():
+        logger.warning(
+            "The tokenizer in %s cannot be read (%s), and is not copied.", folder, " ".join(str(why).split())
+        )

@@ -92,7 +92,7 @@ class Options:
             raise StructLoRAError(
                 "`distil` without `rank` or `keep`", "a smaller adapter, which learns", "give one of them"
             )
-        if self.distil < 0:
+        if (self.distil or 0) < 0:
             raise StructLoRAError(f"{self.distil} steps of `distil`", "a number of steps above 0", "try 100")
         is_number = isinstance(self.scale, Real) and math.isfinite(self.scale) and self.scale > 0
         if self.scale not in (None, AUTO) and not is_number:

@@ -78,7 +78,7 @@ class Change(NamedTuple):
 
     `largest` is the largest difference of an output, `divergence` the mean KL divergence of the predicted
     distributions in nats, and `agreement` the share of equal predictions, all on the first 256 positions
-    (NaN of a model without a head); `losses` are of all rows, None where they have no labels.
+    (NaN where the model predicts no choice among classes); `losses` are of all rows, None where they have no labels.
     """
 
     probe: str
@@ -120,13 +120,15 @@ def outputs_of(model: PeftModel, rows: list[Row]) -> Outputs:
 
 def predictions(output, model: PeftModel) -> tuple[Tensor, bool]:
     """What a model predicts: logits (n, ..., classes), of question answering (2, n, positions), or where there
-    are none the last hidden state; and whether it is logits.
+    are none the last hidden state; and whether it is logits of one choice among classes, and no score or several labels.
 
     Raises:
         StructLoRAError: none of these.
     """
     if output.get("logits") is not None:
-        return output["logits"], True
+        problem = getattr(model.get_base_model().config, "problem_type", None)
+        is_choice = problem in (None, "single_label_classification") and output["logits"].shape[-1] > 1
+        return output["logits"], is_choice
     if output.get("start_logits") is not None:
         return torch.stack([output["start_logits"], output["end_logits"]]), True
     if output.get("last_hidden_state") is not None:
@@ -240,9 +242,18 @@ def text_probe(
 ) -> Probe:
     """What `--probe` names: random inputs, or a text file."""
     if given == RANDOM:
-        return _random_probe(base, lora.alora_invocation_tokens or [])
+        with refusing(
+            f"making random inputs of {type(base).__name__}",
+            "a model of tokens or of pictures, whose configuration tells their size",
+            "give rows (`--data`), or `--probe none`",
+            (AttributeError, NotImplementedError),
+        ):
+            return _random_probe(base, lora.alora_invocation_tokens or [])
     with refusing(
-        "reading the probe text", "a text file and the base model's tokenizer", "correct `--probe`"
+        "reading the probe text",
+        "a text file and the base model's tokenizer",
+        "correct `--probe`",
+        (Exception,),  # of tokenizers, bare ones
     ):
         tokenizer = AutoTokenizer.from_pretrained(base_name, **at_revision(revision))
         ids = tokenizer(Path(given).read_text(encoding="utf-8"))["input_ids"][: _PROBE_ROWS * _PROBE_LENGTH]
@@ -270,10 +281,11 @@ def _random_probe(base: PreTrainedModel, invocation: list[int]) -> Probe:
         rows = [_of_tokens(base, row) for row in tokens.split(1)]
         return Probe(rows, f"{_PROBE_ROWS} x {_PROBE_LENGTH} random tokens")
     if base.main_input_name == "pixel_values":
-        size = getattr(base.config, "image_size", _PICTURE)  # convolutions take any
+        config = getattr(base.config, "vision_config", base.config)
+        size = getattr(config, "image_size", _PICTURE)  # convolutions take any
         height, width = (size, size) if isinstance(size, int) else size
         pixels = torch.empty(
-            _PROBE_ROWS, base.config.num_channels, height, width, dtype=torch.float32, device="cpu"
+            _PROBE_ROWS, config.num_channels, height, width, dtype=torch.float32, device="cpu"
         ).normal_(generator=generator)
         rows = [{"pixel_values": picture} for picture in pixels.to(base.dtype).split(1)]
         return Probe(rows, f"{_PROBE_ROWS} random pictures")

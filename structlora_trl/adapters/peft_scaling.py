@@ -115,6 +115,13 @@ def rank_of(lora: LoraConfig, module: str) -> int:
     return _looked_up(lora, module, lora.rank_pattern, lora.r)
 
 
+def ties_adapted(lora: LoraConfig, tensors: Iterable[str]) -> bool:
+    """Whether embeddings and a head share their LoRA factors (`ensure_weight_tying`, PEFT 0.18)."""
+    names = [match for match in map(LORA_NAME.match, tensors) if match]
+    adapted = any(match["embedding"] or match["module"].endswith("lm_head") for match in names)
+    return adapted and getattr(lora, "ensure_weight_tying", False)
+
+
 def parameters_of(lora: LoraConfig, module: str) -> list[str]:
     """Full names of the parameters that a module may wrap (`target_parameters`), with factors for each expert
     in one matrix; several where wrappers are nested, none of other modules.

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from ..errors import StructLoRAError, refusing
-from .base_model import HEADS, Row, at_revision
+from .base_model import HEADS, Row, at_revision, class_count
 from .cells import BUILDERS, PACKED, ending_of, refuse_cell, shown
 from .inspecting import command_facts
 from .load_adapter import Saved
@@ -281,7 +281,8 @@ class _Reader:
         with refusing(
             f"loading the configuration and the tokenizer of {base_name}",
             "the base model's, and its tokenizer where none lies beside the adapter",
-            "give the base model's folder or its name on the hub: `--base MODEL`",
+            "give the base model's folder or its name on the hub: `--base MODEL`; remove a tokenizer that cannot be read",
+            (Exception,),  # of tokenizers, bare ones
         ):
             config = AutoConfig.from_pretrained(base_name, **at)
             own = (saved.folder / "tokenizer_config.json").is_file()
@@ -289,6 +290,7 @@ class _Reader:
                 saved.folder if own else base_name, **({} if own else at)
             )
         self._has_decoder = config.is_encoder_decoder
+        self._classes = class_count(saved.tensors) or config.num_labels
         self._end = self._tokenizer.eos_token or ""
         limits = (
             # Models of RoBERTa's kind take fewer tokens than they have positions: the tokenizer tells.
@@ -354,22 +356,30 @@ class _Reader:
                 ("completion" if "prompt" in example else "text"): example["chosen"],
             }
         # Read as KTO's trainer does: 0 and 1 are judgements, too.
-        if "completion" in example and isinstance(label, Real) and not label:
-            return self._without("judged undesirable")
+        if "completion" in example and label is not None:
+            if not isinstance(label, Real):
+                raise StructLoRAError(
+                    f"{shown(label)} in row {number}, column `label`, of {self._source}",
+                    "true or false, 1 or 0: whether the completion is desirable",
+                    "write the labels so",
+                )
+            if not label:
+                return self._without("judged undesirable")
         return self._tokens(example, present)
 
     def _labelled(self, example: dict, label, row: dict, number: int) -> Row:
         if "text" not in example or "label" not in row:
             raise self._other_task()
-        if not isinstance(label, Real):
+        # A column of numbers with an empty cell is of decimal ones.
+        if not isinstance(label, Real) or (self._classes > 1 and label != int(label)):
             raise StructLoRAError(
                 f"{shown(label)} in row {number}, column `label`, of {self._source}",
-                "the number of a class, or a score",
+                f"the number of one of {self._classes} classes" if self._classes > 1 else "a score",
                 "number the classes as in training",
             )
         ids, is_cut = self._cut(text=example["text"])
         self._count("shortened", is_cut)
-        kind = torch.int64 if isinstance(label, Integral) else torch.float32
+        kind = torch.int64 if self._classes > 1 else torch.float32
         return {"input_ids": _row(ids), "labels": torch.tensor([label], dtype=kind, device="cpu")}
 
     def _cut(self, **text) -> tuple[list[int], bool]:

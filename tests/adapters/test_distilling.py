@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
@@ -128,6 +130,27 @@ def test_rows_of_a_classifier_are_learned_together_where_the_model_can(family, h
     logits = torch.cat([distilling._wanted(model, part)[0] for part in found])
     alone = [model(**row).logits for row in sorted(rows, key=lambda row: row["input_ids"].shape[1])]
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("problem, labels", [(None, 1), ("multi_label_classification", 3)])
+def test_scores_are_learned_and_told_as_what_they_are(problem, labels, tmp_path):
+    """A softmax would find no difference between any two scores, or where all labels move alike."""
+
+    torch.manual_seed(0)
+    config = BertConfig.from_dict(base_model("bert").config.to_dict() | {"num_labels": labels})
+    config.problem_type = problem
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "out")
+    rows = [{"input_ids": ids[None], "labels": torch.rand(1, labels).squeeze(-1)} for ids in _tokens()[:, :8]]
+    found = export(read_saved(tmp_path / "out"), tmp_path / "small", rank=1, data=rows, distil=20)
+    assert found.distilled.end < found.distilled.start
+    assert (
+        found.change.largest > 0
+        and math.isnan(found.change.divergence)
+        and math.isnan(found.change.agreement)
+    )
 
 
 def test_rows_of_an_encoder_and_decoder_are_learned_together(tmp_path):

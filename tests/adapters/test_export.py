@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -18,13 +19,16 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
+    CLIPModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    SiglipForImageClassification,
     ViTForImageClassification,
 )
 
 from structlora_trl import attach
-from structlora_trl.adapters.base_model import load_base, write_adapter
+from structlora_trl.adapters.base_model import class_count, load_base, write_adapter
 from structlora_trl.adapters.export import export, export_sizes
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.peft_scaling import with_one_scale
@@ -57,6 +61,7 @@ from tests.support.tiny import (
     assert_same,
     base_model,
     differing,
+    tokenizer,
     weights_of,
 )
 
@@ -299,6 +304,14 @@ IDLE = {
     "a rank in words": ({"rank": "2"}, r"`rank` '2' \(str\)"),
     "several ranks": ({"rank": [2, 1]}, r"`rank` \[2, 1\] \(list\).*`export_sizes`"),
     "a largest rank in words": ({"keep": 0.5, "max_rank": "2"}, r"`max_rank` '2' \(str\)"),
+    "a dtype too narrow": (
+        {"dtype": "float16", "scale": 1e30},
+        "numbers of .*lora_B.* that float16 cannot hold",
+    ),
+    "a dtype too coarse": (
+        {"dtype": "float16", "scale": 1e-30},
+        "numbers of .*lora_B.* that float16 cannot hold",
+    ),
     "half a step": ({"rank": 2, "data": [], "distil": 2.5}, r"`distil` 2.5 \(float\)"),
 }
 
@@ -470,6 +483,66 @@ def test_tied_weights_that_are_adapted_are_two_once_merged(tied, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not merged.config.tie_word_embeddings
     torch.testing.assert_close(logits_of(merged, "llama"), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("smaller", [{"merge": True}, {"keep": 0.3}])
+def test_factors_that_two_modules_share_are_neither_merged_nor_cut_apart(smaller, tmp_path):
+    if "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT ties no factors")
+    config = LlamaConfig(**base_model("llama").config.to_dict() | {"tie_word_embeddings": True})
+    model = as_it_is(lambda: LlamaForCausalLM(config))(tmp_path / "base")
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    lora = LoraConfig(r=4, target_modules=targets, ensure_weight_tying=True, init_lora_weights=False)
+    out = tmp_path / "out"
+    get_peft_model(model, lora).save_pretrained(out)
+    with pytest.raises(StructLoRAError, match="share their factors .`ensure_weight_tying`"):
+        export(read_saved(out), tmp_path / "small", **smaller)
+    export(read_saved(out), tmp_path / "small", rank=2)
+    on_base(tmp_path / "small", tmp_path / "base")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_left_out(runs, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(runs(), folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "of tomorrow"}}')
+    export(read_saved(folder), tmp_path / "small", rank=2, probe="none")
+    assert "tokenizer" in caplog.text and not (tmp_path / "small" / "tokenizer.json").exists()
+    with pytest.raises(StructLoRAError, match="a tokenizer that cannot be read"):
+        export(read_saved(folder), tmp_path / "smaller", rank=2, data=texts()[:4])
+
+
+@pytest.mark.parametrize("model", [SiglipForImageClassification, CLIPModel])
+def test_models_whose_sizes_lie_deeper_are_probed_or_refused_by_name(model, tmp_path):
+    config = model.config_class(
+        vision_config=base_model("vit").config.to_dict() | {"num_hidden_layers": 2},
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+        },
+    )
+    model(config).save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(
+        model.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    tuned.save_pretrained(tmp_path / "out")
+    saved = read_saved(tmp_path / "out")
+    if model is CLIPModel:
+        with pytest.raises(StructLoRAError, match="random inputs of CLIPModel failed.*--probe none"):
+            export(saved, tmp_path / "small", rank=2)
+    else:
+        assert export(saved, tmp_path / "small", rank=2).change.probe == PICTURES
+
+
+@pytest.mark.parametrize("head", ["classifier", "score", "classification_head.out_proj", "logits_proj"])
+def test_the_adapters_own_head_tells_the_number_of_classes(head):
+    tensors = {f"base_model.model.{head}.weight": torch.zeros(5, 8)}
+    if "." in head:
+        tensors["base_model.model.classification_head.dense.weight"] = torch.zeros(8, 8)
+    assert class_count(tensors) == 5
 
 
 def test_a_merged_model_stays_tied_where_tied_weights_are_not_adapted(tmp_path):

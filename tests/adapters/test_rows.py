@@ -185,6 +185,7 @@ WRONG = {
         [{"prompt": [], "chosen": [], "rejected": []}],
         r"\[\] \(list\) in row 1, column `prompt`",
     ),
+    "a judgement in words": ([kto("False")], r"'False' \(str\) in row 1, column `label`, of the rows given"),
     "no mapping": (["w1 w2"], "row 1 of the rows given to be 'w1 w2'"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
     "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
@@ -285,7 +286,9 @@ def test_a_classifier_takes_texts_with_labels(tmp_path):
     tensors = Dataset.from_list(rows).with_format("torch")
     assert [row["labels"].tolist() for row in read(saved, tensors).rows] == [[0], [1], [0], [1]]
     assert export(saved, tmp_path / "small", keep=0.5, data=rows).change.losses.after > 0
-    for label, words in ((None, r"nothing \(null\)"), ("good", r"'good' \(str\)")):
+    # An empty cell anywhere makes a column of decimal numbers.
+    assert [row["labels"].dtype for row in read(saved, [{**rows[0], "label": 1.0}]).rows] == [torch.int64]
+    for label, words in ((None, r"nothing \(null\)"), ("good", r"'good' \(str\)"), (0.5, r"0.5 \(float\)")):
         with pytest.raises(StructLoRAError, match=f"{words} in row 5, column `label`, of the rows given"):
             read(saved, [*rows, {"text": "w1", "label": label}])
     with pytest.raises(StructLoRAError, match="columns `text` and `label`"):
