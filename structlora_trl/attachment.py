@@ -151,6 +151,15 @@ def build_runtime(
         "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
+    if (
+        quiet is None
+        and passes is None
+        and config.noise == "auto"
+        and "noise_variance" in config.changed_options()
+    ):
+        logger.warning(
+            "`noise_variance` acts on nothing, since the passes over the data are unknown: give `passes`, or `noise='on'`."
+        )
     if runtime.is_off:
         logger.warning(
             "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA: %s.",

@@ -397,10 +397,11 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
     """
     path = _file_in(directory)
     if not path.is_file():
+        whole = sorted(path.parent.parent.glob(f"checkpoint-*/{STATE_NAME}"), key=os.path.getmtime)
         raise StructLoRAError(
             f"no {STATE_NAME} in {directory}",
             "a checkpoint that StructLoRA wrote",
-            f"resume from another checkpoint; or, {_START_ANEW}",
+            f"resume from {whole[-1].parent if whole else 'another checkpoint'}; or, {_START_ANEW}",
         )
     runtime.restore(read_state(path))
 

@@ -122,7 +122,9 @@ def _parsed(text: str | Path) -> object:
 
 
 def _number(name: str, option):
-    """PyYAML follows YAML 1.1, in which 1e-2 is text (1.0e-2 is a number)."""
+    """PyYAML follows YAML 1.1, in which 1e-2 is text (1.0e-2 is a number), and so is Python's None."""
+    if option in ("None", "none") and getattr(StructLoRAConfig(), name, option) is None:
+        return None
     if name in _NUMBERS and isinstance(option, str):
         try:
             return float(option)

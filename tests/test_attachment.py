@@ -205,3 +205,10 @@ def test_modules_that_unsloths_kernels_compute_have_no_gate(how):
     assert (runtime.plan.quiet, runtime.gated_count) == ({"fused LoRA kernels": count}, gated)
     with pytest.raises(StructLoRAError, match="switch fused LoRA kernels off"):
         attach(model, adamw(model), noise="on")
+
+
+def test_a_variance_that_acts_on_nothing_is_told(caplog):
+    """In a loop of one's own, the passes are unknown where they are not given."""
+    model = peft_model()
+    attach(model, adamw(model), noise_variance=0.5)
+    assert "`noise_variance` acts on nothing" in caplog.text and "`passes`" in caplog.text

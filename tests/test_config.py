@@ -78,6 +78,11 @@ def test_options_that_act_on_nothing_are_refused(options, found):
         StructLoRAConfig(**options)
 
 
+@pytest.mark.parametrize("word", ["null", "None", "none"])
+def test_nothing_is_written_as_in_yaml_or_in_python(word):
+    assert read_switch(f"{{keep: {word}, roles: {word}}}") == StructLoRAConfig()
+
+
 def test_overrides_win_and_the_original_stays():
     config = StructLoRAConfig(keep=0.3)
     assert StructLoRACallback(config, select_at=0.7).config == StructLoRAConfig(keep=0.3, select_at=0.7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, adamw, attached, peft_model, train
+from tests.support.tiny import FAMILIES, adamw, assert_same, attached, peft_model, train, weights_of
 
 lightning = pytest.importorskip("lightning")
 
@@ -59,8 +59,29 @@ class Module(lightning.LightningModule):
         self.runtime = attach(self.model, self.optimizers(), passes=50)
 
 
-def test_trainer(tmp_path):
-    module = Module()
+class Resumable(Module):
+    """As the quickstart has it."""
+
+    def configure_optimizers(self):
+        optimizer = adamw(self.model)
+        self.runtime = attach(self.model, optimizer, passes=50)
+        return optimizer
+
+    def on_fit_start(self):
+        pass
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["structlora"] = self.runtime.state_dict()
+
+    def on_load_checkpoint(self, checkpoint):
+        self.state = checkpoint["structlora"]
+
+    def on_train_start(self):
+        if hasattr(self, "state"):
+            self.runtime.load_state_dict(self.state)
+
+
+def fit(module, folder, passes: int = 1, **options):
     batches = torch.utils.data.DataLoader([tokens(seed) for seed in range(4)])
     quiet = {
         "logger": False,
@@ -68,6 +89,22 @@ def test_trainer(tmp_path):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
-    trainer.fit(module, batches, batches)
+    trainer = lightning.Trainer(max_epochs=passes, accelerator="cpu", default_root_dir=folder, **quiet)
+    trainer.fit(module, batches, batches, **options)
+    return trainer
+
+
+def test_trainer(tmp_path):
+    module = Module()
+    fit(module, tmp_path)
     assert_equals_a_bare_loop(module.runtime, 4)
+
+
+def test_a_run_goes_on_from_lightnings_checkpoint(tmp_path):
+    whole, first, second = Resumable(), Resumable(), Resumable()
+    fit(whole, tmp_path, passes=2)
+    fit(first, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
+    fit(second, tmp_path, passes=2, ckpt_path=tmp_path / "one.ckpt", weights_only=False)
+    assert second.runtime.step == 8
+    assert_same(weights_of(whole.model), weights_of(second.model))
+    assert_same(whole.runtime.state_dict(), second.runtime.state_dict())

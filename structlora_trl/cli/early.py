@@ -43,7 +43,7 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (_above_zero, "a number above 0"),
     "weight_decay": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
     "num_train_epochs": (_above_zero, "a number of passes above 0"),
-    "seed": (lambda v: v is not None, "a number"),
+    "seed": (lambda v: v is not None and 0 <= v < 2**32, "a number from 0 to 2**32 - 1"),
     "lora_r": (_above_zero, "a rank of 1 or more"),
     "lora_alpha": (_above_zero, "a number above 0, since updates are scaled by `lora_alpha / lora_r`"),
     "lora_dropout": (lambda v: 0 <= v < 1, "a probability of 0 or more and below 1"),

@@ -209,8 +209,8 @@ def refuse_unmappable(kinds: list[Kind], config: StructLoRAConfig) -> None:
     if config.coordinator != "none" and all(kind.depth_count == 1 for kind in kinds):
         raise StructLoRAError(
             f"only one depth in every kind ({', '.join(kind.name for kind in kinds)})",
-            "two depths or more of some kind for a coordinator",
-            "adapt more layers, or set `coordinator='none'`",
+            "two depths or more of some kind for a coordinator, told by a number between dots, as in `layers.3.q_proj`",
+            "adapt more layers (or name them so), or set `coordinator='none'`",
         )
     for kind in kinds:
         for side in mapped_sides(kind, config):

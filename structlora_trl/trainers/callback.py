@@ -141,6 +141,7 @@ class StructLoRACallback(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         trainer, resumed_from = calling_trainer()
         refuse_engine_taken_down(trainer)
+        _refuse_unannounced_checkpoints(args)
         callbacks = trainer.callback_handler.callbacks
         count = sum(isinstance(callback, StructLoRACallback) for callback in callbacks)
         if count > 1:
@@ -262,7 +263,17 @@ class StructLoRACallback(TrainerCallback):
                 "lower `select_at`, stop later (a longer patience), or remove `keep`; the model has the weights of that checkpoint",
             )
         if (Path(state.best_model_checkpoint) / STATE_NAME).is_file():
+            loaded = self.runtime.engine.read_working()
             load_state(self.runtime, state.best_model_checkpoint)
+            if not _equal(loaded, self.runtime):
+                logger.warning(
+                    "The best checkpoint (%s) was saved with other weights than those that were trained (a moving average, say): "
+                    "they stay in the model.",
+                    state.best_model_checkpoint,
+                )
+                self.runtime.engine.write_latents(loaded)
+                self.runtime.engine.write_working(loaded)
+                self.runtime.reload()
         else:  # gone, or of an earlier run of plain LoRA: Trainer takes what it finds
             self.runtime.reload()
 
@@ -271,6 +282,13 @@ class StructLoRACallback(TrainerCallback):
         is_stale = self.runtime.is_rewritten()
         self.runtime.detach()
         self._finished = None if is_stale else (self.runtime.state_dict(), self.runtime.engine.read_working())
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        # A checkpoint is uploaded before `on_save`, by one rank, which has no whole state where ranks have slices.
+        if self.runtime is None or not self.runtime.is_attached or self.runtime.is_sharded:
+            return
+        if (folder := checkpoint_folder(args, state)).is_dir():
+            save_state(self.runtime, folder)
 
     def on_save(self, args, state, control, **kwargs):
         if self.runtime is None or not self.runtime.is_attached:
@@ -314,6 +332,16 @@ class StructLoRACallback(TrainerCallback):
                 "give them to the arguments alone (a `StructLoRACallback()`, no `structlora_config`), or use the trainer's "
                 "own arguments, such as SFTConfig",
             )
+
+
+def _refuse_unannounced_checkpoints(args: TrainingArguments) -> None:
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise StructLoRAError(
+            "`enable_jit_checkpoint`, whose checkpoint Trainer writes without a word to callbacks, so that it would lack "
+            "StructLoRA's state",
+            "checkpoints that a run can go on from",
+            "leave it out, and save often (`save_steps`)",
+        )
 
 
 def _warn_of_earlier(callbacks: list[TrainerCallback]) -> None:

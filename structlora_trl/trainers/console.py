@@ -53,7 +53,7 @@ def end_lines(
     state = trainer.state
     told = [f"{state.global_step:,} steps"]
     for key, words in (("loss", "training loss"), ("eval_loss", "held-out loss")):
-        found = [entry for entry in state.log_history if key in entry]
+        found = [entry for entry in state.log_history if key in entry and "step" in entry]
         if found:
             at = "" if found[-1]["step"] == state.global_step else f" (of step {found[-1]['step']})"
             told.append(f"{words} {found[-1][key]:.4g}{at}")
@@ -113,9 +113,10 @@ def _given(trainer: Trainer, model: PeftModel) -> list[str]:
     share = passes_of(trainer)
     passes = "" if share is None else f", {share:.3g} passes over the rows"
     count, of = model.get_nb_trainable_parameters()
+    rate = "" if args.learning_rate is None else f", learning rate {args.learning_rate:g}"
     return [
         f"{rows}, batch of {batch}, {state.max_steps:,} steps{passes}",
-        f"trains {count:,} of {of:,} parameters ({100 * count / of:.3g} %), learning rate {args.learning_rate:g}",
+        f"trains {count:,} of {of:,} parameters ({100 * count / of:.3g} %){rate}",
     ]
 
 

@@ -93,6 +93,7 @@ MISTAKES = [
     (["sft", "--config", "dashes.yaml"], 1, "`learning-rate` in dashes.yaml (did you mean `learning_rate`?)"),
     (["sft", "--config", "negated.yaml"], 1, "(did you mean `packing`?)"),
     (["sft", "--config", "seedless.yaml"], 1, "`seed`"),
+    ([*RUN, "--seed", "-1"], 1, "seed=-1"),
     (["sft", "--config", "batchless.yaml"], 1, "per_device_train_batch_size=None"),
     (["sft", "--config", "names.yaml"], 1, "dataset_name=['data.jsonl']"),
     (["sft", "--config", "entry.yaml"], 1, "'pth'"),

@@ -309,6 +309,69 @@ def test_a_best_model_of_a_run_that_ended_before_the_selection_is_refused(tmp_pa
     assert_same(renamed(best), weights_of(trainer.model))
 
 
+def test_a_best_model_that_is_an_average_of_weights_stays_it(tmp_path, caplog):
+    """What was swapped in for the evaluation is in the checkpoint's adapter, and not in its state."""
+
+    class Average(TrainerCallback):
+        kept = None
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if control.should_save:
+                self.kept = weights_of(model)
+                with torch.no_grad():
+                    for parameter in lora_parameters(model).values():
+                        parameter.mul_(0.5)
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                for name, parameter in lora_parameters(model).items() if self.kept else ():
+                    parameter.copy_(self.kept[name])
+            self.kept = None
+
+    callback = StructLoRACallback()
+    trainer = sft(tmp_path, [callback, Average(), Scripted(best=2)], **{**BEST, "max_steps": 6})
+    trainer.train()
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert_same(renamed(best), weights_of(trainer.model))
+    assert "a moving average" in caplog.text
+
+
+def test_a_checkpoint_that_nobody_announces_is_refused(tmp_path):
+    if "enable_jit_checkpoint" not in TrainingArguments.__dataclass_fields__:
+        pytest.skip("this Transformers writes none")
+    trainer = sft(tmp_path, [StructLoRACallback()], enable_jit_checkpoint=True)
+    with pytest.raises(StructLoRAError, match="`enable_jit_checkpoint`.*`save_steps`"):
+        trainer.train()
+
+
+def test_a_checkpoint_is_uploaded_with_its_state(tmp_path, monkeypatch):
+    whole = []
+
+    def push(trainer, folder):
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+        whole.append((Path(folder) / STATE).is_file())
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda trainer: None)
+    trainer = sft(tmp_path, [StructLoRACallback()], max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert whole == [True, True]
+
+
+def test_a_log_without_steps_and_no_learning_rate_end_no_run(tmp_path):
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.log_history.append({"loss": 1.0, "eval_loss": 2.0})
+
+    trainer = sft(tmp_path, [StructLoRACallback(), Note()], max_steps=2)
+    trainer.optimizer = adamw(trainer.model)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+    trainer.args.learning_rate = None
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("left", ["no checkpoint", "a checkpoint of plain LoRA"])
 def test_a_best_checkpoint_that_is_not_ours(left, tmp_path):
     """Trainer warns of the first and takes the second; another `train()` goes on from what stands."""
@@ -671,7 +734,7 @@ def test_killed_during_a_save_the_checkpoint_before_still_resumes(tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    with pytest.raises(StructLoRAError, match=f"no {STATE} in .*checkpoint-4"):
+    with pytest.raises(StructLoRAError, match=f"no {STATE} in .*checkpoint-4.*resume from .*checkpoint-2"):
         sft(tmp_path, [StructLoRACallback()], **options).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-4")
         )
