@@ -126,7 +126,7 @@ def predictions(output, model: PeftModel) -> tuple[Tensor, bool]:
         StructLoRAError: none of these.
     """
     if output.get("logits") is not None:
-        problem = getattr(model.get_base_model().config, "problem_type", None)
+        problem = getattr(getattr(model.get_base_model(), "config", None), "problem_type", None)
         is_choice = problem in (None, "single_label_classification") and output["logits"].shape[-1] > 1
         return output["logits"], is_choice
     if output.get("start_logits") is not None:
