@@ -581,17 +581,16 @@ class Runtime:
         """Stop where the selection would come before there is information on the directions. In a run that gathers
         it already, steps that were skipped make the selection wait.
         """
-        select_step, informed = self.plan.select_step, state.informed_steps
-        if select_step is None or informed is None or informed or state.step <= self._first_informed_step():
+        select_step = self.plan.select_step
+        if select_step is None or state.informed_steps != 0 or state.step <= self._first_informed_step():
             return
         acted = state.step + state.skipped_steps
-        begins = max(acted, self._first_informed_step())
-        if informed + max(select_step - begins, 0) < LEAST_STEPS:
+        if select_step - acted < LEAST_STEPS:
             raise StructLoRAError(
-                f"a state of step {acted}, with {informed} steps of information on its directions, and a selection at "
-                f"step {select_step} of this run",
+                f"a state of step {acted}, with 0 steps of information on its directions, and a selection at step {select_step} "
+                "of this run",
                 f"{LEAST_STEPS} steps of information before the selection",
-                f"train for more steps, or set `select_at={begins + LEAST_STEPS - informed}`",
+                f"train for more steps, or set `select_at={acted + LEAST_STEPS}`",
             )
 
     def _first_informed_step(self) -> int:

@@ -60,7 +60,7 @@ class Module(lightning.LightningModule):
 
 
 class Resumable(Module):
-    """As the quickstart has it."""
+    """As the page of checkpoints has it."""
 
     def configure_optimizers(self):
         optimizer = adamw(self.model)
