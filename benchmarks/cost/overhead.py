@@ -435,16 +435,13 @@ def ratios_to_lora(values: dict[str, float]) -> dict[str, float]:
 
 
 def held_bytes(runtime: Runtime) -> dict[str, int]:
-    """Bytes that StructLoRA keeps between steps, by what they are. It has latents, and copies of what it wrote to tell what
-    others write, of the sides that are mapped.
-    """
-    held = dict.fromkeys(("latents", "copies", "origins", "coordinators", "their AdamW", "graph"), 0)
+    """Bytes that StructLoRA keeps between steps, by what they are. It has latents of the sides that are mapped."""
+    held = dict.fromkeys(("latents", "origins", "coordinators", "their AdamW", "graph"), 0)
     sides = {m.kind.name: mapped_sides(m.kind, runtime.config) for m in runtime.maps}
     for name, value in State.parse(runtime.state_dict()).tensors.items():
         kind, _, entry = name.rpartition("/")
         if not entry.startswith("latent_") or entry.removeprefix("latent_") in sides[kind]:
             held[part_of(entry)] += value.nbytes
-    held["copies"] = held["latents"]
     return {"all": sum(held.values()), **held}
 
 

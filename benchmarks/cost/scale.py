@@ -162,16 +162,14 @@ class Held:
 
     Args:
         latents (`float`): slices of what is moved, and the latent fragments that FSDP2's step swaps in.
-        copies (`float`): of what was written into the model, to tell what others write.
         running_mean (`float`): gradients that semantic edges follow.
         origins (`float`): A₀, of one depth where all start from one.
         places (`float`): where each value that travels goes to and comes from; of one depth where all are owned alike.
-        small (`int`): Θ, its AdamW, graphs.
+        small (`int`): Θ, its AdamW, graphs, checksums of what was written.
         spans (`int`): who owns what, on the host.
     """
 
     latents: float = 0.0
-    copies: float = 0.0
     running_mean: float = 0.0
     origins: float = 0.0
     places: float = 0.0
@@ -180,22 +178,15 @@ class Held:
 
     @property
     def bytes(self) -> float:
-        return (
-            self.latents
-            + self.copies
-            + self.running_mean
-            + self.origins
-            + self.places
-            + self.small
-            + self.spans
-        )
+        return self.latents + self.running_mean + self.origins + self.places + self.small + self.spans
 
 
-def held(stack: Stack, method: str, engine: str, ranks: int, working: int = FP32) -> Held:
-    """By the busiest rank, where every width divides by the ranks; `working` as in `communication`."""
+def held(stack: Stack, method: str, engine: str, ranks: int) -> Held:
+    """By the busiest rank, where every width divides by the ranks."""
     coordinated = StructLoRAConfig(**OURS[method]).coordinator != "none"
     ranks = 1 if engine == "ddp" else ranks
-    latents = copies = means = origins = places = 0.0
+    latents = means = origins = places = 0.0
+    mapped = 0  # parameters
     for side in sides_of(stack, method):
         share = side.numel / ranks
         if side.is_compared and side.name == "A":
@@ -204,24 +195,22 @@ def held(stack: Stack, method: str, engine: str, ranks: int, working: int = FP32
             continue
         means += share
         latents += share
-        copies += working * (side.numel if engine.startswith(("zero1", "zero2")) else share)
+        mapped += side.depths
         if engine == "ddp":
             continue
         own = share
         if engine == "fsdp2":
             own = side.numel / (row_holders(side.rank, ranks) if side.name == "A" else ranks)
             latents += own
-            copies += working * (own - share)
         places += (own + share) / (side.depths if engine.startswith(("fsdp2", "zero3")) else 1)
     kinds = len(stack.widths)
     graphs = kinds * stack.depths**2 * (FP32 + 2)  # Â in fp32, two kinds of edges in bool
     return Held(
         FP32 * latents,
-        copies,
         FP32 * means,
         FP32 * origins,
         INT64 * places,
-        FP32 * 3 * theta_count(stack, method) + graphs,  # with two moments
+        FP32 * 3 * theta_count(stack, method) + graphs + INT64 * mapped,  # Θ with two moments
         0 if engine == "ddp" else 2 * INT64 * ranks * 2 * kinds * stack.depths,
     )
 
@@ -349,7 +338,7 @@ def estimate(stack: Stack, method: str, engine: str, gpus: int, work: Work) -> E
     on_gpu = work.passes * share / MEMORY_BANDWIDTH + operations * LAUNCH_SECONDS
     # Forward, and gradients of activations: 2 floating-point operations each for every weight and token.
     step = 4 * LLAMA_70B_PARAMETERS * TOKENS_PER_GPU / (FLOPS * UTILISATION)
-    kept = held(stack, method, engine, gpus, BF16 if engine.startswith("zero") else FP32)
+    kept = held(stack, method, engine, gpus)
     on_gpus = kept.bytes - kept.spans
     own = lora_bytes(stack, engine, gpus)
     return Estimate(

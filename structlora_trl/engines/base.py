@@ -7,7 +7,7 @@
 
     install, remove, is_stepping, is_replaced                 the place in the step
     gradient_flags, gradient_scale, learning_rate, maximizes  of the step under way
-    written, put_back                                         whether other code wrote to the model; what we wrote
+    written, put_back                                         whether other code wrote to the model; what stood before the step
     read_working, write_latents                               for `reload`, and a state that is loaded
 
 The verbs speak in stacked factors of nodes, one `Factors` per kind, in fp32, and of the mapped sides alone,
@@ -18,6 +18,7 @@ verbs are collectives.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from .schedule import Rate
 from .slices import Slices
 
 # Of small factors at once, so that kernels are few; larger ones by themselves, without a copy.
-_COMPARED_BYTES = 2**19
+_SUMMED_BYTES = 2**19
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is what NaN is
 
 
@@ -57,8 +58,8 @@ class Engine(ABC):
             before_step (`Callable`): called when gradients are complete. Where it returns False, the
                 optimizer must not change anything in this step.
             after_step (`Callable`): called when the optimizer has stepped, with whether it did. Where it
-                raises instead, working values stand again and this is not called. Gradients are latents' by
-                then: where the engine sees the error itself, it drops them.
+                raises instead, `put_back` is called in its place. Gradients are latents' by then: where the
+                engine sees the error itself, it drops them.
             mapped (`list[tuple[str, ...]]`): the mapped sides of each kind.
         """
 
@@ -106,12 +107,12 @@ class Engine(ABC):
     @abstractmethod
     def written(self) -> Tensor:
         """1.0 where this rank's LoRA parameters, of the mapped sides, hold other values than `write_working`
-        put there, else 0.0; on the device, without waiting for it.
+        put there, else 0.0; on the device, without waiting for it. Told by `checksums`.
         """
 
     @abstractmethod
     def put_back(self) -> None:
-        """Write again what `write_working` wrote last."""
+        """Put back what stood before the step under way, where `write_working` has not been called since."""
 
     @abstractmethod
     def read_working(self) -> list[Factors]:
@@ -164,31 +165,21 @@ def flags_of(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([~norms.isfinite().all(), (norms != 0).any()]).float()
 
 
-def differs(expected: list[Tensor], found: list[Tensor], device: torch.device) -> Tensor:
-    """1.0 where some bit differs from the one expected, else 0.0; on `device`. Shapes may differ, dtypes may not."""
-    flags, lot, size = [], [], 0
-    pairs = [(e.reshape(-1), f.reshape(-1)) for e, f in zip(expected, found, strict=True) if f.numel()]
-    for e, f in pairs:
-        if lot and (
-            size + f.nbytes > _COMPARED_BYTES or (f.dtype, f.device) != (lot[0][1].dtype, lot[0][1].device)
-        ):
-            flags.append(_differ(lot).to(device))
-            lot, size = [], 0
-        lot.append((e, f))
-        size += f.nbytes
-    if lot:
-        flags.append(_differ(lot).to(device))
-    if not flags:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    return torch.stack(flags).any().float()
-
-
-def _differ(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    expected, found = (
-        (torch.cat(parts) if len(parts) > 1 else parts[0]).view(_BITS[parts[0].element_size()])
-        for parts in zip(*pairs, strict=True)
-    )
-    return (expected != found).any()
+@torch.no_grad()
+def checksums(values: list[Tensor], device: torch.device) -> Tensor:
+    """A number for each tensor, which tells its bits and their places: (n,) of int64 on `device`. Shapes do not count."""
+    sums = [torch.empty(0, dtype=torch.int64, device=device)]
+    for (size, *_), alike in itertools.groupby(values, key=lambda v: (v.numel(), v.dtype, v.device)):
+        alike = [value.reshape(size) for value in alike]
+        at_once = max(1, _SUMMED_BYTES // max(1, alike[0].nbytes))
+        bits = _BITS[alike[0].element_size()]
+        # Odd, so that a change of one value never adds zero. Integers wrap around.
+        weights = torch.arange(1, 2 * size + 1, 2, device=alike[0].device).to(bits)
+        for start in range(0, len(alike), at_once):
+            lot = alike[start : start + at_once]
+            rows = torch.stack(lot) if len(lot) > 1 else lot[0][None]
+            sums.append((rows.view(bits) * weights).sum(-1, dtype=torch.int64).to(device))
+    return torch.cat(sums)
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

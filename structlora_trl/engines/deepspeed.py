@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..core.expert_storage import to_storage
 from ..core.kinds import SIDES, Factors, Kind, full_shape
 from ..errors import StructLoRAError
-from .base import copy_values, differs, flags_of
+from .base import checksums, copy_values, flags_of
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
 from .slices import Piece, join_slices
@@ -81,6 +81,7 @@ class DeepSpeedEngine(ShardedEngine):
             with self._clipping_before_the_map():
                 if not before_step():
                     return self._skip(step, after_step, *args, **kwargs)
+                self._stood = [(p, self._held(p).clone()) for p in self._stepped_and_mapped()]
                 self._is_stepping = True
                 try:
                     result = step(*args, **kwargs)
@@ -95,7 +96,7 @@ class DeepSpeedEngine(ShardedEngine):
             return result
 
         self.engine.step = self._step = step_through_the_map
-        self._written = self._copies()
+        self._note_written()
 
     @property
     def is_stepping(self) -> bool:
@@ -109,11 +110,12 @@ class DeepSpeedEngine(ShardedEngine):
     @torch.no_grad()
     def put_back(self) -> None:
         self._is_stepping = False
-        copy_values([self._held(p) for p in self._written], list(self._written.values()))
-        for parameter in self._written if self.stage == 3 else ():
+        copy_values([self._held(p) for p, _ in self._stood], [value for _, value in self._stood])
+        for parameter, _ in self._stood if self.stage == 3 else ():
             parameter.ds_secondary_tensor = None
             if self._is_whole(parameter):
                 parameter.partition()  # a persistent one, which the next forward gathers anew
+        self._stood = []
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -123,7 +125,7 @@ class DeepSpeedEngine(ShardedEngine):
             if self._covered_step is not None:
                 self.engine.step = self._covered_step
         if not self.is_replaced:
-            mapped = [p for p in self._mapped.parameters if id(p) in self._trained_ids]
+            mapped = self._stepped_and_mapped()
             copy_values([self._master(p) for p in mapped], [self._working(p) for p in mapped])
         self.engine = self.optimizer = self._step = self._covered_step = None
 
@@ -166,7 +168,7 @@ class DeepSpeedEngine(ShardedEngine):
             sides_equal = self.stage == 3 and in_shards == mapped
             self._scattered = in_shards, self._mapped if sides_equal else Exchange(self.sharding, in_shards)
         self._put(effective, mapped, self._scattered[1])
-        self._written = self._copies()
+        self._note_written()
 
     def _in_shards(self, places: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """Keep, of some sides of each kind, those that the model holds in shards alone: none before stage 3."""
@@ -208,22 +210,31 @@ class DeepSpeedEngine(ShardedEngine):
                     own = [v.view(-1)[slice(*self._span(p))] for p, v in zip(parameters, whole, strict=True)]
                     copy_values([self._working(p) for p in parameters], own)
 
+    def _note_written(self) -> None:
+        """What stands is what the next step is to find."""
+        self._stood: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._written = self._checksums()
+
     def written(self) -> torch.Tensor:
-        expected, found = list(self._written.values()), [self._held(p) for p in self._written]
+        is_written = (self._checksums() != self._written).any()
         if self.stage == 3:  # persistent ones stand twice
-            for parameter in filter(self._is_whole, self._written):
-                expected.append(self._own_part(parameter, self._written[parameter]))
-                found.append(parameter.data.view(-1)[slice(*self._span(parameter))])
-        return differs(expected, found, self.sharding.device)
+            whole = [(i, p) for i, p in enumerate(self._stepped_and_mapped()) if self._is_whole(p)]
+            parts = [p.data.view(-1)[slice(*self._span(p))] for _, p in whole]
+            expected = self._written[[i for i, _ in whole]]
+            is_written = is_written | (checksums(parts, self.sharding.device) != expected).any()
+        return is_written.float()
+
+    def _checksums(self) -> torch.Tensor:
+        """Of what the model holds of the mapped sides: this rank's part at stage 3, without padding."""
+        of = self._working if self.stage == 3 else self._held
+        return checksums([of(p) for p in self._stepped_and_mapped()], self.sharding.device)
+
+    def _stepped_and_mapped(self) -> list[nn.Parameter]:
+        return [p for p in self._mapped.parameters if id(p) in self._trained_ids]
 
     def _held(self, parameter: nn.Parameter) -> torch.Tensor:
         """What the model holds of a parameter: this rank's shard at stage 3, else the whole."""
         return parameter.ds_tensor.data if self.stage == 3 else parameter.data
-
-    @torch.no_grad()
-    def _copies(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Copies of what the model holds of the mapped sides."""
-        return {p: self._held(p).clone() for p in self._mapped.parameters if id(p) in self._trained_ids}
 
     def gradient_scale(self) -> float | torch.Tensor:
         loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0

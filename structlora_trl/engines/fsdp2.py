@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..core.kinds import Factors, Kind
 from ..errors import StructLoRAError
-from .base import copy_values, differs
+from .base import copy_values
 from .sharded import ShardedEngine
 from .slicing import Exchange
 from .torch import TorchEngine
@@ -79,21 +79,17 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     def write_latents(self, latents: list[Factors]) -> None:
         self._latents = {p: value.to(p.dtype) for p, value in self._mapped.to_fragments(latents)}
         self._latent_slices = self._mapped.to_slices(self._latents.__getitem__)
-        self._put_fragments(Exchange(self.sharding, self._unmapped).to_fragments(latents))
+        self._put_values(Exchange(self.sharding, self._unmapped).to_fragments(latents))
 
     def write_working(self, effective: list[Factors]) -> None:
-        self._put_fragments(self._mapped.to_fragments(effective))
-        self._written = self._shards()
+        self._put_values(self._mapped.to_fragments(effective))
+        self._note_written()
 
-    def written(self) -> Tensor:
-        return differs(list(self._written.values()), list(self._shards().values()), self.sharding.device)
-
-    def put_back(self) -> None:
-        self._is_stepping = False
-        self._put_fragments(list(self._written.items()))
+    def _mapped_values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(p, _local(p)) for p in self._mapped.parameters]
 
     def _swap_in_latents(self) -> None:
-        self._put_fragments(list(self._latents.items()))
+        self._put_values(list(self._latents.items()))
 
     def _take(self) -> None:
         self._latents = self._shards()
@@ -113,10 +109,10 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     _master = _working
 
     @torch.no_grad()
-    def _put_fragments(self, fragments: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def _put_values(self, values: list[tuple[nn.Parameter, Tensor]]) -> None:
         for module in self._sharded_modules:
             module.reshard()  # a forward without backward may have left whole copies, which would go stale
-        ours = [(p, value) for p, value in fragments if id(p) in self._trained_ids]
+        ours = [(p, value) for p, value in values if id(p) in self._trained_ids]
         copy_values([_local(p) for p, _ in ours], [value for _, value in ours])
 
 

@@ -23,7 +23,7 @@ from ..core.expert_storage import empty_nodes, stack_nodes, to_storage
 from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
 from ..map_context import map_context
-from .base import Engine, copy_values, differs, flags_of
+from .base import Engine, checksums, copy_values, flags_of
 from .schedule import Rate, rate_of
 from .slices import WHOLE
 
@@ -86,6 +86,8 @@ class TorchEngine(Engine):
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
+            trained = ((p, value) for p, value in self._mapped_values() if id(p) in self._trained_ids)
+            self._stood = [(p, value.clone()) for p, value in trained]
             self._is_stepping = True
             self._swap_in_latents()
             if closure is None:
@@ -108,7 +110,7 @@ class TorchEngine(Engine):
         self._sides = mapped
         self._last: list[Factors] | None = None  # all latent factors as they were at `remove`
         self._take()
-        self._written = self._latents  # what `write_working` has put into the model
+        self._note_written()
         self._handles = [
             self.optimizer.register_step_pre_hook(before),
             self.optimizer.register_step_post_hook(after),
@@ -152,7 +154,8 @@ class TorchEngine(Engine):
 
     def put_back(self) -> None:
         self._is_stepping = False
-        self._put(self._written)
+        self._put_values(self._stood)
+        self._stood = []
 
     def remove(self) -> None:
         self._end_broken_step()
@@ -218,16 +221,26 @@ class TorchEngine(Engine):
 
     def write_working(self, effective: list[Factors]) -> None:
         self._put(effective)
-        self._written = self._standing(self._sides)
+        self._note_written()
+
+    def _note_written(self) -> None:
+        """What stands is what the next step is to find."""
+        self._stood, self._written = [], self._checksums()
 
     def written(self) -> Tensor:
-        pairs = [
-            (expected, found)
-            for kinds in zip(self._written, self._standing(self._sides), strict=True)
-            for expected, found in zip(*kinds, strict=True)
+        return (self._written != self._checksums()).any().float()
+
+    def _checksums(self) -> Tensor:
+        return checksums([value for _, value in self._mapped_values()], self.kinds[0].device)
+
+    def _mapped_values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters of the mapped sides, each with what stands in it."""
+        return [
+            (parameter, parameter.detach())
+            for kind, chosen in zip(self.kinds, self._sides, strict=True)
+            for side in chosen
+            for parameter in getattr(kind, side)
         ]
-        expected, found = zip(*pairs, strict=True)
-        return differs(expected, found, self.kinds[0].device)
 
     def read_working(self) -> list[Factors]:
         return [Factors(A.float(), B.float()) for A, B in self._standing([kind.sides for kind in self.kinds])]
@@ -252,12 +265,14 @@ class TorchEngine(Engine):
     def _swap_in_latents(self) -> None:
         self._put(self._latents)
 
-    @torch.no_grad()
     def _put(self, factors: list[Factors], sides: list[tuple[str, ...]] | None = None) -> None:
+        self._put_values(self._with_values(factors, self._sides if sides is None else sides))
+
+    @torch.no_grad()
+    def _put_values(self, values: list[tuple[nn.Parameter, Tensor]]) -> None:
         # Not `.data`: autograd's version counters must see the change. Axolotl's DoRA kernel caches norms by
         # them, and a backward through weights that are gone must fail.
-        pairs = self._with_values(factors, self._sides if sides is None else sides)
-        copy_values([parameter for parameter, _ in pairs], [value for _, value in pairs])
+        copy_values([parameter for parameter, _ in values], [value for _, value in values])
 
     def _with_values(
         self, values: list[Factors], sides: list[tuple[str, ...]]
