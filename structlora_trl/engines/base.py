@@ -174,7 +174,7 @@ def checksums(values: list[Tensor], device: torch.device) -> Tensor:
         at_once = max(1, _SUMMED_BYTES // max(1, alike[0].nbytes))
         bits = _BITS[alike[0].element_size()]
         # Odd, so that a change of one value never adds zero. Integers wrap around.
-        weights = torch.arange(1, 2 * size + 1, 2, device=alike[0].device).to(bits)
+        weights = torch.arange(1, 2 * size + 1, 2, dtype=torch.int64, device=alike[0].device).to(bits)
         for start in range(0, len(alike), at_once):
             lot = alike[start : start + at_once]
             rows = torch.stack(lot) if len(lot) > 1 else lot[0][None]
