@@ -44,6 +44,9 @@ class Engine(ABC):
     slices: list[Slices]  # one per kind
     # Places of the optimizer's groups that hold LoRA parameters: loading its state replaces the groups.
     _groups: list[int]
+    # What stood before the step under way, until `write_working`; and the checksums of what that wrote.
+    _stood: list[tuple[nn.Parameter, Tensor]]
+    _written: Tensor
 
     @abstractmethod
     def install(
@@ -104,11 +107,19 @@ class Engine(ABC):
     def write_working(self, effective: list[Factors]) -> None:
         """Put effective values of the mapped sides where the model reads them. Latents stay."""
 
-    @abstractmethod
     def written(self) -> Tensor:
         """1.0 where this rank's LoRA parameters, of the mapped sides, hold other values than `write_working`
         put there, else 0.0; on the device, without waiting for it. Told by `checksums`.
         """
+        return (self._checksums() != self._written).any().float()
+
+    def _note_written(self) -> None:
+        """What stands is what the next step is to find."""
+        self._stood, self._written = [], self._checksums()
+
+    @abstractmethod
+    def _checksums(self) -> Tensor:
+        """`checksums` of what the model holds of the mapped sides."""
 
     @abstractmethod
     def put_back(self) -> None:
@@ -180,6 +191,14 @@ def checksums(values: list[Tensor], device: torch.device) -> Tensor:
             rows = torch.stack(lot) if len(lot) > 1 else lot[0][None]
             sums.append((rows.view(bits) * weights).sum(-1, dtype=torch.int64).to(device))
     return torch.cat(sums)
+
+
+@torch.no_grad()
+def copies_of(values: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters with copies of their values, made in few kernels."""
+    copies = [torch.empty_like(value) for _, value in values]
+    copy_values(copies, [value for _, value in values])
+    return [(parameter, copy) for (parameter, _), copy in zip(values, copies, strict=True)]
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

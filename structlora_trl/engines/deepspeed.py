@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..core.expert_storage import to_storage
 from ..core.kinds import SIDES, Factors, Kind, full_shape
 from ..errors import StructLoRAError
-from .base import checksums, copy_values, flags_of
+from .base import checksums, copies_of, copy_values, flags_of
 from .schedule import Rate, rate_of
 from .sharded import ShardedEngine
 from .slices import Piece, join_slices
@@ -81,7 +81,7 @@ class DeepSpeedEngine(ShardedEngine):
             with self._clipping_before_the_map():
                 if not before_step():
                     return self._skip(step, after_step, *args, **kwargs)
-                self._stood = [(p, self._held(p).clone()) for p in self._stepped_and_mapped()]
+                self._stood = copies_of([(p, self._held(p)) for p in self._stepped_and_mapped()])
                 self._is_stepping = True
                 try:
                     result = step(*args, **kwargs)
@@ -210,19 +210,16 @@ class DeepSpeedEngine(ShardedEngine):
                     own = [v.view(-1)[slice(*self._span(p))] for p, v in zip(parameters, whole, strict=True)]
                     copy_values([self._working(p) for p in parameters], own)
 
-    def _note_written(self) -> None:
-        """What stands is what the next step is to find."""
-        self._stood: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._written = self._checksums()
-
     def written(self) -> torch.Tensor:
-        is_written = (self._checksums() != self._written).any()
+        is_written = super().written()
         if self.stage == 3:  # persistent ones stand twice
             whole = [(i, p) for i, p in enumerate(self._stepped_and_mapped()) if self._is_whole(p)]
             parts = [p.data.view(-1)[slice(*self._span(p))] for _, p in whole]
             expected = self._written[[i for i, _ in whole]]
-            is_written = is_written | (checksums(parts, self.sharding.device) != expected).any()
-        return is_written.float()
+            is_written = is_written.maximum(
+                (checksums(parts, self.sharding.device) != expected).any().float()
+            )
+        return is_written
 
     def _checksums(self) -> torch.Tensor:
         """Of what the model holds of the mapped sides: this rank's part at stage 3, without padding."""

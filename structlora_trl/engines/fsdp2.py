@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..core.kinds import Factors, Kind
 from ..errors import StructLoRAError
-from .base import copy_values
+from .base import copies_of, copy_values
 from .sharded import ShardedEngine
 from .slicing import Exchange
 from .torch import TorchEngine
@@ -98,10 +98,7 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
     @torch.no_grad()
     def _shards(self) -> dict[nn.Parameter, Tensor]:
         """Copies of this rank's shards, flat, of the mapped sides."""
-        shards = {p: _local(p).view(-1) for p in self._mapped.parameters}
-        copies = {p: torch.empty_like(shard) for p, shard in shards.items()}
-        copy_values(list(copies.values()), list(shards.values()))
-        return copies
+        return dict(copies_of([(p, shard.view(-1)) for p, shard in self._mapped_values()]))
 
     def _working(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)

@@ -23,7 +23,7 @@ from ..core.expert_storage import empty_nodes, stack_nodes, to_storage
 from ..core.kinds import SIDES, Factors, Kind
 from ..errors import StructLoRAError
 from ..map_context import map_context
-from .base import Engine, checksums, copy_values, flags_of
+from .base import Engine, checksums, copies_of, copy_values, flags_of
 from .schedule import Rate, rate_of
 from .slices import WHOLE
 
@@ -86,8 +86,8 @@ class TorchEngine(Engine):
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
-            trained = ((p, value) for p, value in self._mapped_values() if id(p) in self._trained_ids)
-            self._stood = [(p, value.clone()) for p, value in trained]
+            trained = [(p, value) for p, value in self._mapped_values() if id(p) in self._trained_ids]
+            self._stood = copies_of(trained)
             self._is_stepping = True
             self._swap_in_latents()
             if closure is None:
@@ -222,13 +222,6 @@ class TorchEngine(Engine):
     def write_working(self, effective: list[Factors]) -> None:
         self._put(effective)
         self._note_written()
-
-    def _note_written(self) -> None:
-        """What stands is what the next step is to find."""
-        self._stood, self._written = [], self._checksums()
-
-    def written(self) -> Tensor:
-        return (self._written != self._checksums()).any().float()
 
     def _checksums(self) -> Tensor:
         return checksums([value for _, value in self._mapped_values()], self.kinds[0].device)
