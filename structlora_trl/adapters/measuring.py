@@ -104,7 +104,8 @@ def outputs_of(model: PeftModel, rows: list[Row]) -> Outputs:
     """Outputs and loss of rows, one by one: some classifiers take a batch only where a padding token is known.
 
     Raises:
-        StructLoRAError: rows that the model does not take, or a model without any output to compare.
+        StructLoRAError: rows that the model does not take, or whose loss is not finite, or a model without any output to
+            compare.
     """
     found, room, losses = [], _PROBE_ROWS * _PROBE_LENGTH, []
     for row in _told(rows, "outputs"):
@@ -114,7 +115,7 @@ def outputs_of(model: PeftModel, rows: list[Row]) -> Outputs:
             found.append(predicted.float().flatten(0, -2)[:room].cpu())
             room -= len(found[-1])
         if output.get("loss") is not None:
-            losses.append(float(output["loss"]))
+            losses.append(float(_finite(output["loss"])))
     return Outputs(torch.cat(found), is_distribution, sum(losses) / len(losses) if losses else None)
 
 
@@ -158,7 +159,10 @@ def run(model: PeftModel, row: Row):
 
 
 def _loss_of(model: PeftModel, row: Row) -> Tensor:
-    loss = run(model, row).get("loss")
+    return _finite(run(model, row).get("loss"))
+
+
+def _finite(loss: Tensor | None) -> Tensor:
     if loss is None or not loss.isfinite():
         raise StructLoRAError(
             f"a loss of {loss} on a row of the data",

@@ -49,6 +49,7 @@ _SPLITS = {
 }
 _LENGTH = 1024  # tokens of a row that are read where the run does not say, TRL's default `max_length`
 _IGNORED = -100  # as PyTorch's cross-entropy has it
+_MUTE = "without a token to predict"  # why a row is left out
 _FORMATS = (
     "`messages`, `prompt` and `completion`, `text`, or `chosen` and `rejected` with or without `prompt`"
 )
@@ -92,7 +93,8 @@ def read_rows(
 ) -> Rows | None:
     """Read the first rows, with labels: the completion's tokens where there is a prompt, else all.
 
-    Of pairs, the chosen completion is read; of rows that are judged one by one (`label`), those judged good.
+    Of pairs, the chosen completion is read; of rows that are judged one by one (`label`), those judged good. Rows with
+    nothing to predict are left out, and counted.
     A row that is too long for the run's `max_length` (where that is unknown, 1,024 tokens or the tokenizer's
     `model_max_length`), or for the model,
     loses the beginning of its prompt; of encoder-decoder models and classifiers the end of each text.
@@ -149,7 +151,10 @@ def read_rows(
             )
     if not any(_OF_TEXT & row.keys() or any(isinstance(x, str) for x in row.values()) for row in rows):
         inputs = [_as_inputs(row, number, source) for number, row in enumerate(rows, 1)]
-        return Rows(inputs, source, {}, held_out)
+        found = [row for row in inputs if "labels" not in row or _has_some(row["labels"])]
+        left_out = {_MUTE: len(inputs) - len(found)} if len(found) < len(inputs) else {}
+        _refuse_none(found, source, left_out)
+        return Rows(found, source, left_out, held_out)
     return _Reader(saved, base_name, revision, source).read(rows)._replace(held_out=held_out)
 
 
@@ -247,6 +252,21 @@ def _refuse_split(split: str | None, source: str) -> None:
         )
 
 
+def _has_some(labels: Tensor) -> bool:
+    """Whether some are no places to ignore; scores all count."""
+    return labels.is_floating_point() or bool((labels != _IGNORED).any())
+
+
+def _refuse_none(found: list[Row], source: str, left_out: dict[str, int]) -> None:
+    if not found:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise StructLoRAError(
+            f"no row in {source} with a token to predict ({reasons})",
+            "some rows with labels",
+            "give other rows",
+        )
+
+
 def _as_inputs(row: dict, number: int, source: str) -> Row:
     """A row of a model's inputs, of one example: lists, numbers, and tensors of such, get a first dimension."""
     lacks_first = any(
@@ -318,13 +338,7 @@ class _Reader:
                 inputs = self._inputs(row, number)
             if inputs is not None:
                 found.append(inputs)
-        if not found:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self._left_out.items())
-            raise StructLoRAError(
-                f"no row in {self._source} with a token to predict ({reasons})",
-                "some rows of text",
-                "give other rows",
-            )
+        _refuse_none(found, self._source, self._left_out)
         return Rows(found, self._source, self._left_out)
 
     def _inputs(self, row: dict, number: int) -> Row | None:
@@ -423,7 +437,7 @@ class _Reader:
         labels = tokens.clone()
         labels[:, :shared] = _IGNORED
         if not (labels[:, 1:] != _IGNORED).any():
-            return self._without("without a token to predict")
+            return self._without(_MUTE)
         return {"input_ids": tokens, "labels": labels}
 
     def _translated(self, example: dict, special: dict) -> Row | None:

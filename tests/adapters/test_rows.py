@@ -144,6 +144,11 @@ MEANING = {
         [tokenizer().decode([5])],
         {},
     ),
+    "inputs with nothing to predict among others": (
+        [{"input_ids": [1, 5], "labels": labels} for labels in ([-100, 5], [-100, -100])],
+        [tokenizer().decode([5])],
+        {"without a token to predict": 1},
+    ),
     "empty ones": (
         [{"text": "w1 w2"}, {"text": " "}, {"prompt": "w1", "completion": ""}],
         ["w1 w2 <eos>"],
@@ -189,6 +194,10 @@ WRONG = {
     "no mapping": (["w1 w2"], "row 1 of the rows given to be 'w1 w2'"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
     "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
+    "inputs with nothing to predict": (
+        [{"input_ids": [1, 2], "labels": [-100, -100]}],
+        r"no row in the rows given with a token to predict \(1 without",
+    ),
     "text beside inputs": (
         [{"input_ids": [1, 2], "labels": [1, 2], "source": "web"}],
         "text in column `source`, beside `input_ids`, in row 1",
@@ -211,6 +220,9 @@ def test_lists_of_numbers_are_inputs_of_one_example(saved, tmp_path):
     for data in (given, Dataset.from_list(given), Dataset.from_list(given).with_format("torch"), tensors):
         assert torch.equal(torch.cat([row["input_ids"] for row in read(saved, data).rows]), ids)
     assert export(saved, tmp_path / "small", rank=2, data=given).change.losses.before > 0
+    unread = [{"input_ids": [1, 2], "labels": [5, -100]}]  # the first token is predicted from nothing
+    with pytest.raises(StructLoRAError, match="a loss of nan"):
+        export(saved, tmp_path / "refused", rank=2, data=unread)
 
 
 def test_rows_are_no_longer_than_the_model_takes(tmp_path):
