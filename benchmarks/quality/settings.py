@@ -354,7 +354,11 @@ COMPARISONS = {
     ),
     "passes-few": Comparison(  # without coordinator StructLoRA is LoRA there
         _at_passes(*FEW_PASSES),
-        _rows(LORA, *_DROPOUTS, OURS),
+        (
+            *_rows(LORA, *_DROPOUTS, OURS),
+            # What one line more in a script that is tuned for LoRA does.
+            Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate"),
+        ),
         groups=_passes_groups(*FEW_PASSES),
         by_place=False,
         goes_beyond=True,
@@ -379,6 +383,7 @@ COMPARISONS = {
 for _name in ("quarter", "eighth"):
     for _where, _ways in (("modules", _IN_MODULES), ("model", _OVER_MODEL)):
         COMPARISONS[f"rules-{_where}-{_name}-of-16"] = _rules(COMPARISONS[f"shrunk-{_name}-of-16"], _ways)
+COMPARISONS["passes-few-by-task"] = replace(COMPARISONS["passes-few"], groups={}, by_place=True)
 # What the landing pages show of these.
 COMPARISONS |= {
     "headline": replace(
