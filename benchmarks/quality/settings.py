@@ -316,6 +316,10 @@ _SHRUNK = tuple(
     for task, rates in _WHOLE_RATES.items()
 )
 
+# What one line more in a script that is tuned for LoRA does.
+_AT_THE_RATE_OF_LORA = Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate")
+_COMPLETE = ("movie-all@15",)  # of many passes, the places that have all runs
+
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS),
     "summary": Comparison(_GROUPS["all"], _rows(LORA, FORMER, OURS, GATES), groups=_GROUPS, by_place=False),
@@ -354,11 +358,7 @@ COMPARISONS = {
     ),
     "passes-few": Comparison(  # without coordinator StructLoRA is LoRA there
         _at_passes(*FEW_PASSES),
-        (
-            *_rows(LORA, *_DROPOUTS, OURS),
-            # What one line more in a script that is tuned for LoRA does.
-            Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate"),
-        ),
+        (*_rows(LORA, *_DROPOUTS, OURS), _AT_THE_RATE_OF_LORA),
         groups=_passes_groups(*FEW_PASSES),
         by_place=False,
         goes_beyond=True,
@@ -384,6 +384,14 @@ for _name in ("quarter", "eighth"):
     for _where, _ways in (("modules", _IN_MODULES), ("model", _OVER_MODEL)):
         COMPARISONS[f"rules-{_where}-{_name}-of-16"] = _rules(COMPARISONS[f"shrunk-{_name}-of-16"], _ways)
 COMPARISONS["passes-few-by-task"] = replace(COMPARISONS["passes-few"], groups={}, by_place=True)
+COMPARISONS["passes-by-task"] = replace(
+    COMPARISONS["passes"],
+    places=tuple(place for place in COMPARISONS["passes"].places if place.task in _COMPLETE),
+    rows=(*COMPARISONS["passes"].rows, _AT_THE_RATE_OF_LORA),
+    bases=(0,),
+    groups={},
+    by_place=True,
+)
 # What the landing pages show of these.
 COMPARISONS |= {
     "headline": replace(
