@@ -167,7 +167,7 @@ def _finite(loss: Tensor | None) -> Tensor:
         raise StructLoRAError(
             f"a loss of {loss} on a row of the data",
             "rows with labels and a finite loss",
-            "correct the data",
+            "correct the data (a label of a text's first token alone counts as none); where it is right, give another `--dtype`",
         )
     return loss
 

@@ -258,6 +258,7 @@ def _has_some(labels: Tensor) -> bool:
 
 
 def _refuse_none(found: list[Row], source: str, left_out: dict[str, int]) -> None:
+    """Stop where every row was left out."""
     if not found:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise StructLoRAError(
@@ -436,7 +437,7 @@ class _Reader:
         tokens = _row(ids)
         labels = tokens.clone()
         labels[:, :shared] = _IGNORED
-        if not (labels[:, 1:] != _IGNORED).any():
+        if not _has_some(labels[:, 1:]):  # nothing predicts the first
             return self._without(_MUTE)
         return {"input_ids": tokens, "labels": labels}
 

@@ -183,6 +183,10 @@ UNFIT = {
         {"input_ids": IDS + 9999, "labels": IDS},
         "a row of the data failed",
     ),
+    "no label": (
+        {"input_ids": IDS, "labels": torch.full_like(IDS, -100)},
+        r"no row in the rows given with a token to predict \(9 without",
+    ),
     "a label of the first token alone": (
         {"input_ids": IDS, "labels": torch.tensor([[1, -100, -100]])},
         "labels are all -100",
