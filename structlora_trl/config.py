@@ -37,6 +37,7 @@ def _whole(low: int, high: float = math.inf) -> Allowed:
 
 POSITIVE = _number(lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = _number(lambda v: 0 <= v < math.inf, "a number of 0 or more")
+RATE = Allowed(lambda v: v is None or NOT_NEGATIVE.accepts(v), f"{NOT_NEGATIVE.meaning}, or None")
 COSINE = _number(lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1")
 KEEP = Allowed(
     lambda v: v is None or _share(v) is not None,
@@ -48,6 +49,7 @@ ROLE_OF_PATTERN = Allowed(
     lambda v: v is None or (isinstance(v, dict) and all(role in ROLES for role in v.values())),
     "a mapping from module pattern to 'read' or 'write'",
 )
+LARGEST_DEFAULT_RATE = 0.01  # of the coordinator
 WITH_COORDINATOR = "acts on nothing without a coordinator"
 WITH_SEMANTIC_EDGES = "acts on nothing without semantic edges"
 WITH_SELECTION = "acts on nothing where nothing is selected"
@@ -103,9 +105,10 @@ class StructLoRAConfig:
     coordinator_layers: Annotated[int, _whole(1, 3), WITH_COORDINATOR] = _option(
         1, "Message-passing layers, 1 to 3. The paper finds 1 best: more over-smooth."
     )
-    coordinator_lr: Annotated[float, NOT_NEGATIVE, WITH_COORDINATOR] = _option(
-        0.01,
-        "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows.",
+    coordinator_lr: Annotated[float | None, RATE, WITH_COORDINATOR] = _option(
+        None,
+        "Learning rate of the coordinator's weights at the peak of the trainer's schedule, which it follows. None: that of the "
+        "LoRA parameters, at most 0.01.",
     )
     side: Annotated[Literal["auto", "read", "write", "both"], WITH_COORDINATOR] = _option(
         "auto",
@@ -208,6 +211,11 @@ class StructLoRAConfig:
                 remedy = f"write `{near[0]}`" if near else "remove it"
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
         return StructLoRAConfig(**options)
+
+    def coordinator_rate(self, peak: float) -> float:
+        """Learning rate of the coordinator's weights at the peak of a schedule, where that of the LoRA parameters is `peak`."""
+        # The cap is for optimizers whose rates have another unit than AdamW's: SGD, Prodigy, Adafactor with relative steps.
+        return min(peak, LARGEST_DEFAULT_RATE) if self.coordinator_lr is None else self.coordinator_lr
 
     def options(self) -> dict:
         """Name and value of each option."""

@@ -173,7 +173,7 @@ class Runtime:
             self._map(*of_kind)
             for of_kind in zip(self.kinds, starts, aligned, self.engine.slices, strict=True)
         ]
-        self._optimizer = _small_optimizer(self.maps, self.config)
+        self._optimizer = _small_optimizer(self.maps)
         self.has_aligned = any(aligned)
         if self.has_aligned:
             self.engine.write_latents(starts)
@@ -395,8 +395,8 @@ class Runtime:
         share = self.schedule.advance(self._rate)
         self._rate = None
         if self._optimizer:
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["base_lr"] * share
+            (group,) = self._optimizer.param_groups
+            group["lr"] = self.config.coordinator_rate(self.schedule.peak) * share
             self._optimizer.step()
             self._optimizer.zero_grad()
         if self._relevance:
@@ -729,8 +729,7 @@ def _places_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[s
     return [(name, p) for name, p in model.named_parameters() if id(p) in ours]
 
 
-def _small_optimizer(maps: list[KindMap], config: StructLoRAConfig) -> torch.optim.AdamW | None:
-    """The AdamW of Θ, equal on every rank; None where there is none."""
+def _small_optimizer(maps: list[KindMap]) -> torch.optim.AdamW | None:
+    """The AdamW of Θ, equal on every rank; None where there is none. Each step sets its rate."""
     weights = [parameter for m in maps for parameter in m.coordinators.parameters()]
-    group = {"params": weights, "lr": config.coordinator_lr, "base_lr": config.coordinator_lr}
-    return torch.optim.AdamW([group], weight_decay=0.0) if weights else None
+    return torch.optim.AdamW(weights, weight_decay=0.0) if weights else None

@@ -10,7 +10,9 @@ from .config import StructLoRAConfig
 from .errors import StructLoRAError
 
 PREFIX = "structlora."  # of an option that is an argument of a command
-_NUMBERS = {name for name, type_ in get_type_hints(StructLoRAConfig).items() if type_ is float}
+_NUMBERS = {
+    name for name, type_ in get_type_hints(StructLoRAConfig).items() if type_ in (float, float | None)
+}
 
 
 def read_switch(value: StructLoRAConfig | dict | bool | str | Path | None) -> StructLoRAConfig | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from . import store
-from .methods import find
 from .selection import Runs
 from .settings import COMPARISONS, FURTHER_RATES, LORA, Comparison, Place, Row
 
@@ -33,14 +32,13 @@ def cells_of(grid: str) -> list[Cell]:
 
 
 def _cells(comparison: Comparison, runs: Runs) -> Iterator[Cell]:
-    rows = [row for row in comparison.rows if not find(row.method).is_former]
     for place in comparison.places:
-        for row in rows:
+        for row in comparison.rows:
             yield from _choosing(comparison, runs, place, _chooser(row))
     done = {tuple(cell) for cell in runs.rows[list(store.KEY)].itertuples(index=False)}
     for start in range(0, max(len(place.seeds) for place in comparison.places), SEEDS_AT_ONCE):
         for place in comparison.places:
-            for row in rows:
+            for row in comparison.rows:
                 if all(cell in done for cell in _choosing(comparison, runs, place, _chooser(row))):
                     for seed in place.seeds[start : start + SEEDS_AT_ONCE]:
                         yield _cell(place, row, runs.rate(place, row), seed)
@@ -52,8 +50,8 @@ def _chooser(row: Row) -> Row:
 
 
 def _choosing(comparison: Comparison, runs: Runs, place: Place, row: Row) -> Iterator[Cell]:
-    """The cells that choose a row's rate; none where it is given."""
-    if not place.choosing or row.method in dict(place.fixed):
+    """The cells that choose a row's rate; none where there is one."""
+    if not place.choosing:
         return
     place = place.of_choice
     stored = runs.of(place, row)

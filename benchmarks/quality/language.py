@@ -117,7 +117,7 @@ def run(task_name: str, method_name: str, rank: int, examples: int, lr: float, s
     started, cpu_started = time.perf_counter(), time.process_time()
     task, method = LANGUAGE_TASKS[base_of(task_name)], methods.find(method_name)
     steps = steps_of(task_name, examples, BATCH, task.steps)
-    if method.peft or method.optimizer or method.penalty or method.tail_average or method.is_former:
+    if method.peft or method.optimizer or method.penalty or method.tail_average:
         raise SystemExit(f"{method_name} is not made for {task_name}: of LoRA and StructLoRA alone")
     pool, validation, test = task.load()
     training = random.Random(seed).sample(pool, examples)

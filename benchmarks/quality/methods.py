@@ -43,7 +43,6 @@ class Method:
         tail_average (`bool`): evaluate the mean of the weights over the last half of the steps.
         shrink (`dict`, *optional*): arguments of `shrinking.shrink`: the adapter is made smaller after training.
         squeeze (`dict`, *optional*): `to`, the rank to which it is halved in training (`shrinking.Squeeze`).
-        is_former (`bool`): runs are in the store, made with commit a02963b (its `structlora`, with the same tasks and seeds).
     """
 
     summary: str
@@ -57,16 +56,9 @@ class Method:
     tail_average: bool = False
     shrink: dict | None = None
     squeeze: dict | None = None
-    is_former: bool = False
 
     def prepare(self, task: Task, rank: int, lr: float, passes: float):
-        """The model to train, its optimizer and, for StructLoRA, the runtime of a run of so many passes over its examples.
-
-        Raises:
-            SystemExit: the method is of an earlier version.
-        """
-        if self.is_former:
-            raise SystemExit(f"{self.summary}: of an earlier version, whose runs are in the store")
+        """The model to train, its optimizer and, for StructLoRA, the runtime of a run of so many passes over its examples."""
         common = {"target_modules": list(task.targets), "modules_to_save": [task.head] if task.head else None}
         if self.peft is None:
             config = LoraConfig(r=rank, lora_alpha=2 * rank, **self.lora, **common)
@@ -158,7 +150,6 @@ METHODS = {
     "squeeze": Method("LoRA-Squeeze", squeeze={}),
     "structlora": _ours("StructLoRA"),  # the defaults: the whole method
     "gates": _ours("StructLoRA without coordinator", coordinator="none"),
-    "former": Method("StructLoRA before gates were in the forward", is_former=True),
     # Ablations, as in the paper
     "no-gates": _ours("coordinator alone, without gates", noise="off"),
     "random-gates": _ours("StructLoRA, gates open or closed by chance", Parts(gate=RandomGate)),

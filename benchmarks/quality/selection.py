@@ -45,8 +45,6 @@ class Runs:
     def rate(self, place: Place, row: Row) -> float | None:
         """The rate of a row; None where nothing was run that could choose it."""
         chooser = row.rate_of or row.method
-        if chooser in (fixed := dict(place.fixed)):
-            return fixed[chooser]
         if len(place.rates) == 1:
             return place.rates[0]
         runs = self.of(place.of_choice, Row(chooser, row.share))

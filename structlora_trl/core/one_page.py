@@ -102,7 +102,8 @@ def train(
             model.get_submodule(f"{module}.lora_A.default").register_forward_hook(Gate(variance))
     sides = [residual_side(kind, None) for kind in kinds]
     coordinators = [Coordinator(getattr(k, s), s, config) for k, s in zip(kinds, sides, strict=True)]
-    own = torch.optim.AdamW([c.theta for c in coordinators], lr=config.coordinator_lr, weight_decay=0.0)
+    rate = config.coordinator_rate(max(group["lr"] for group in optimizer.param_groups))
+    own = torch.optim.AdamW([c.theta for c in coordinators], lr=rate, weight_decay=0.0)
     for step, loss in enumerate(losses, start=1):
         loss().backward()
         for coordinator in coordinators:

@@ -119,7 +119,7 @@ def test_a_grid_asks_for_the_seeds_of_the_rate_that_was_chosen(monkeypatch):
     accuracy = {0.1: 60, 0.2: 70, 0.4: 50}  # the last because 0.2 was at the end
     lines = [line(lr=lr, seed=seed, validation=right) for lr, right in accuracy.items() for seed in (0, 1)]
     monkeypatch.setattr(store, "read", lambda: lines)
-    comparison = Comparison((PLACE,), (Row("lora"), Row("former"), Row("dora")), goes_beyond=True)
+    comparison = Comparison((PLACE,), (Row("lora"), Row("dora")), goes_beyond=True)
     monkeypatch.setitem(settings.COMPARISONS, "t", comparison)
     cells = [cell[1:2] + cell[4:] for cell in grids.cells_of("t")]
     lora = [(lr, seed) for lr in (0.1, 0.2, 0.4) for seed in (0, 1)] + [(0.2, 2), (0.2, 3)]
@@ -246,7 +246,7 @@ def tiny_task(monkeypatch):
 
 def test_every_method_trains_and_no_two_are_alike(tiny_task):
     given = {"squeeze": "squeeze:to=2", "random-selection": "random-selection:keep=0.5"}
-    names = [given.get(name, name) for name, method in methods.METHODS.items() if not method.is_former]
+    names = [given.get(name, name) for name in methods.METHODS]
     names.remove("shrink")  # trains as LoRA does
     found = {}
     for name in (*names, "structlora:keep=0.5"):
@@ -259,11 +259,6 @@ def test_every_method_trains_and_no_two_are_alike(tiny_task):
     assert (again["trained"], again["validation"], again["test"], again["diagnostics"]) == found["structlora"]
     smaller = cell.run("digits", "shrink:keep=0.5", 4, 10, 1e-2, 3)["shrunk"]
     assert smaller.keys() == set(shrinking.RULES) and all(rule["rank"] <= 4 for rule in smaller.values())
-
-
-def test_what_an_earlier_version_ran_cannot_run(tiny_task):
-    with pytest.raises(SystemExit, match="earlier version"):
-        cell.run("digits", "former", 4, 20, 1e-2, 3)
 
 
 def test_a_grid_goes_on_where_it_stopped(tiny_task, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""`coordinator_lr` follows the trainer's schedule: the share of its peak, under every scheduler."""
+"""The coordinator's rate follows the trainer's schedule: the share of its peak, under every scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from structlora_trl.engines.schedule import LONGEST_WARM_UP, Rate, ScheduleShare
 from tests.support.launching import one_at_a_time, said_by
 from tests.support.loops import ByHand, Loop
 from tests.support.promises import skip_without
-from tests.support.setups import SETUPS, Setup, adamw, loraplus, scheduled, two_groups, with_
+from tests.support.setups import SETUPS, Setup, adamw, by, loraplus, scheduled, two_groups, with_
 from tests.support.tiny import lora_parameters, warm_up
 
 THETA_LR = 0.25
@@ -71,17 +71,21 @@ def test_every_schedule_of_transformers_has_a_row():
 
 
 class Rates:
-    """Watches a loop: the largest rate of each step's groups, and the share of its own that Θ takes."""
+    """Watches a loop: the largest rate of each step's groups, that of Θ, and which share of `coordinator_lr` that is."""
 
     def __init__(self):
-        self.rates, self.shares = [], []
+        self.rates, self.own = [], []
+
+    @property
+    def shares(self):
+        return [rate / THETA_LR for rate in self.own]
 
     def __call__(self, run):
         if not self.rates:
             run.optimizer.register_step_pre_hook(self._see)
         else:
             (group,) = run.runtime._optimizer.param_groups
-            self.shares.append(group["lr"] / THETA_LR)
+            self.own.append(group["lr"])
 
     def _see(self, optimizer, *_):
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -105,6 +109,28 @@ def test_rates_of_the_map_are_shares_of_the_peak(name, tmp_path):
     end = run.runtime.state_dict()
     moved = [(end[n] - run.start[n]).abs().max() for n in end if n.endswith("theta")]
     assert moved and min(moved) > 0.05, "never trained"
+
+
+DEFAULTS = {  # set-up -> the coordinator's rate as a multiple of that of LoRA
+    "AdamW": (Setup("", optimizer=partial(adamw, lr=2e-4), schedule=scheduled("linear", warmup=2)), 1),
+    "a warm-up that declares no peak": (
+        Setup("", optimizer=partial(adamw, lr=1e-5), loop=FromAThousandth),
+        1,
+    ),
+    "LoRA+": (ROWS["LoRA+"], 0.01 / 0.016),
+    "SGD": (Setup("", optimizer=by("SGD", lr=0.5), schedule=scheduled("cosine", warmup=0)), 0.01 / 0.5),
+    "relative steps": (RELATIVE, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_by_default_the_rate_is_that_of_lora_and_at_most_a_hundredth(name, tmp_path):
+    row, multiple = DEFAULTS[name]
+    skip_without(row.needs)
+    seen = Rates()
+    row.loop.run(replace(row, wrap=with_(warm_up)), tmp_path, {"side": "write"}, watch=seen)
+    assert max(seen.own) > 0
+    assert seen.own == pytest.approx([multiple * rate for rate in seen.rates])
 
 
 class Overflowing(Loop):

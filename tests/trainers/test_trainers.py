@@ -989,6 +989,6 @@ def test_a_fresh_adapter_within_a_run_keeps_the_schedule(tmp_path):
     trainer = sft(tmp_path, [callback, Restarts()], **options)
     trainer.train()
     assert callback.runtime.step == 6
-    # AdamW's first step is its rate.
-    assert moved[0] == pytest.approx(callback.config.coordinator_lr, rel=0.02)
-    assert moved[3] == pytest.approx(callback.config.coordinator_lr / 2, rel=0.02)
+    # AdamW's first step is its rate, by default that of LoRA.
+    assert moved[0] == pytest.approx(trainer.args.learning_rate, rel=0.02)
+    assert moved[3] == pytest.approx(trainer.args.learning_rate / 2, rel=0.02)
