@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks.quality import methods, report, store
+
+# (-0.1 to +0.3), (0.2, -0.1 to +0.3; ...)
+_INTERVAL = re.compile(r"[(,] ?([-+]?\d+\.\d+) to ([-+]?\d+\.\d+)[),;]")
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +40,19 @@ def test_a_name_means_one_set_of_options(lines):
 def test_pages_show_what_the_store_gives(lines):
     for page, text in report.written(lines).items():
         assert text == page.read_text(), "run `make bench-report`"
+
+
+def test_intervals_in_the_text_stand_in_a_table():
+    """So that a sentence changes with the runs that it tells of; which table is not known, nor which sign "below" has."""
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("benchmarks/quality/*.md")]
+    shown, said = set(), []
+    for page in pages:
+        for line in page.read_text().splitlines():
+            found = [(float(low), float(high)) for low, high in _INTERVAL.findall(line)]
+            if line.startswith("|") and page.parent.name == "quality":
+                shown |= {*found, *((-high, -low) for low, high in found)}
+            else:
+                said += [(page.name, line, interval) for interval in found]
+    assert len(said) > 50, "the pages write intervals otherwise than this test reads them"
+    assert [entry for entry in said if entry[-1] not in shown] == []
