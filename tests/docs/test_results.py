@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 
 from benchmarks.quality import methods, report, store
+from tests.support.launching import ROOT
 
 # (-0.1 to +0.3), (0.2, -0.1 to +0.3; ...)
 _INTERVAL = re.compile(r"[(,] ?([-+]?\d+\.\d+) to ([-+]?\d+\.\d+)[),;]")
@@ -44,8 +44,7 @@ def test_pages_show_what_the_store_gives(lines):
 
 def test_intervals_in_the_text_stand_in_a_table():
     """So that a sentence changes with the runs that it tells of; which table is not known, nor which sign "below" has."""
-    root = Path(__file__).parents[2]
-    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("benchmarks/quality/*.md")]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/quality/*.md")]
     shown, said = set(), []
     for page in pages:
         for line in page.read_text().splitlines():
