@@ -289,10 +289,10 @@ def _shrunk(rank: int, name: str, places: tuple[Place, ...]) -> Comparison:
     )
 
 
-def _rules(comparison: Comparison, rules: tuple[str, ...]) -> Comparison:
-    """Ways of making smaller against the first of them."""
+def _rules(comparison: Comparison, rules: tuple[str, ...], bases: tuple[int, ...]) -> Comparison:
+    """Ways of making smaller against some of them."""
     rows = {row.column.removeprefix("shrunk."): row for row in comparison.rows}
-    return replace(comparison, rows=tuple(rows[rule] for rule in rules), bases=(0,))
+    return replace(comparison, rows=tuple(rows[rule] for rule in rules), bases=bases)
 
 
 _IN_MODULES = ("svd.cut", "activations.cut", "svd.distilled", "activations.distilled")
@@ -369,8 +369,10 @@ COMPARISONS = {
     "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
 for _name in ("quarter", "eighth"):
-    for _where, _ways in (("modules", _IN_MODULES), ("model", _OVER_MODEL)):
-        COMPARISONS[f"rules-{_where}-{_name}-of-16"] = _rules(COMPARISONS[f"shrunk-{_name}-of-16"], _ways)
+    for _where, _ways, _bases in (("modules", _IN_MODULES, (0,)), ("model", _OVER_MODEL, (0, 1))):
+        COMPARISONS[f"rules-{_where}-{_name}-of-16"] = _rules(
+            COMPARISONS[f"shrunk-{_name}-of-16"], _ways, _bases
+        )
 COMPARISONS["passes-few-by-task"] = replace(COMPARISONS["passes-few"], groups={}, by_place=True)
 COMPARISONS["passes-by-task"] = replace(
     COMPARISONS["passes"],

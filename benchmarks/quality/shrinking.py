@@ -14,9 +14,9 @@ Over the whole model, with as many parameters, so that ranks differ:
 | rule | keeps |
 |---|---|
 | global-information | the singular directions of largest Fisher information (`export --keep --data`) |
-| global-svd | the largest singular values (`export --keep`) |
+| global-svd | the largest singular values |
 | sv-fro, sv-cumulative | of each module the fewest singular values that hold a share of the norm, or of their sum, as kohya's
-  `resize_lora.py` does; the share is the one at which the size is right |
+  `resize_lora.py` does; the share is the one at which the size is right (sv-fro: `export --keep` without rows) |
 
 Each as cut; activations, svd and global-information also after 100 steps in which the smaller adapter learns the whole
 one's outputs on the training examples.

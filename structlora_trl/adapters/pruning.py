@@ -5,19 +5,21 @@ update. Which go:
 
 * `shrink`: of any adapter, all but the R largest singular values of each module's update, so that all modules
   have one rank, which is what LoRA servers pay for.
-* `select`: of any adapter, those that matter least to a task over the whole model, among the singular
-  directions of each module's update: directions depend on the basis, and the update does not. Ranks differ.
+* `select`: of any adapter, those that matter least over the whole model, to a task or to the updates, among the
+  singular directions of each module's update: directions depend on the basis, and the update does not. Ranks differ.
 * `prune`: those that add nothing, as `keep` leaves them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from ..config import share_to_keep
 from ..core.selection import best
 from ..errors import StructLoRAError
 from .load_adapter import Saved
@@ -128,8 +130,10 @@ def select(
         keep (`float` or `str`): a share of all directions, above 0 and at most 1; or, as `"99%"`, the fewest
             that together carry this share of the information.
         information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
-            same adapter in its singular directions; where omitted, the squared singular values take its
-            place.
+            same adapter in its singular directions. Where omitted, each module keeps the fewest that hold a share
+            of its update's squared norm, one share for all modules: the one at which the size is right, or `"99%"`.
+            As `sv_fro` of kohya's resize_lora.py; the largest over the whole model were worse
+            (`benchmarks/quality/smaller.md`).
         max_rank (`int`, *optional*): most directions of a module: the best of the others take their place.
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
@@ -139,19 +143,24 @@ def select(
     """
     refuse_rank(saved, max_rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
-    worth = information or {module: values.square() for module, values in sigma.items()}
-    _refuse_nothing(worth, "the loss on these rows" if information else "the model")
-    flat = torch.cat([worth[module].flatten() for module in sigma]).double()  # (directions,)
+    _refuse_nothing(information or sigma, "the loss on these rows" if information else "the model")
+    worth = information or _norm_left(sigma)
+    flat = _flat(worth, sigma)
     allowed = torch.ones_like(flat, dtype=torch.bool)
     if max_rank is not None:
         allowed = torch.cat([_best_of_each(worth[module], max_rank).flatten() for module in sigma])
-    mask = best(torch.where(allowed, flat, 0), keep) & allowed
+    scores = torch.where(allowed, flat, 0)
+    share, is_percentage = share_to_keep(keep)
+    of_each = is_percentage and not information
+    mask = (scores > 1 - share if of_each else best(scores, keep)) & allowed
     parts = mask.split([worth[module].numel() for module in sigma])
     chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
     kept, spared = _kept(saved, chosen, worth)
-    share = float(flat[mask].sum() / flat.sum())
+    carried = flat if information else _flat(sigma, sigma).square()
     measure = "what its rows tell about them" if information else Pruned.measure
-    return Pruned(saved.lora, tensors, kept, one_rank, spared, share, measure)
+    return Pruned(
+        saved.lora, tensors, kept, one_rank, spared, float(carried[mask].sum() / carried.sum()), measure
+    )
 
 
 def shrink(saved: Saved, rank: int) -> Pruned:
@@ -206,6 +215,25 @@ def refuse_rank(saved: Saved, rank: int | None) -> None:
         )
 
 
+def _norm_left(sigma: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of module -> (E, r) singular values, the largest first: which share of an update's squared norm a direction and
+    those after it hold, below 1; of its first one, 1 and its share of all updates.
+    """
+    energy = {module: values.double().square() for module, values in sigma.items()}
+    total = sum(values.sum() for values in energy.values())
+    left = {}
+    for module, values in energy.items():
+        rest = values.flip(1).cumsum(1).flip(1)
+        left[module] = rest / rest[:, :1].clamp(min=torch.finfo(rest.dtype).tiny)
+        left[module][:, 0] += values[:, 0] / total
+    return left
+
+
+def _flat(worth: dict[str, Tensor], order: Iterable[str]) -> Tensor:
+    """(directions,) in fp64, of module -> (E, r)."""
+    return torch.cat([worth[module].flatten() for module in order]).double()
+
+
 def _best_of_each(worth: Tensor, count: int) -> Tensor:
     """(E, r) of bool: the `count` best directions of each row."""
     places = worth.argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -229,13 +257,14 @@ def _kept(
 
 
 def size_curve(saved: Saved, count: int = 64) -> list[tuple[float, float]]:
-    """What the largest singular values of a smaller adapter keep: points (share of the directions, share of
-    the squared norm of the update), evenly spread and with the end; none of an adapter that adds nothing.
+    """What a smaller adapter keeps that is chosen without rows: points (share of the directions, share of the
+    squared norm of the update), evenly spread and with the end; none of an adapter that adds nothing.
     """
     _, sigma = with_singular_directions(saved.lora, saved.tensors)
-    energy = torch.cat([values.flatten() for values in sigma.values()]).square().sort(descending=True).values
+    energy = _flat(sigma, sigma).square()
     if not energy.sum() > 0:
         return []
-    carried = (energy.cumsum(0) / energy.sum()).tolist()
+    order = _flat(_norm_left(sigma), sigma).argsort(descending=True, stable=True)
+    carried = (energy[order].cumsum(0) / energy.sum()).tolist()
     places = torch.linspace(1, len(carried), min(count, len(carried)), dtype=torch.float64, device="cpu")
     return [(place / len(carried), carried[place - 1]) for place in places.round().long().tolist()]

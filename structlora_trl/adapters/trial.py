@@ -145,7 +145,7 @@ def information_curves(
     saved: Saved, data: str | Path | Sequence[dict] | None, base: str | None = None, split: str | None = None
 ) -> list[SizeCurve]:
     """What smaller adapters would keep at each size: of the information, and the loss: over the whole model
-    (`select`), by information and by singular values, and with one rank for all modules (`shrink`).
+    (`select`), by information and without rows, and with one rank for all modules (`shrink`).
 
     Args:
         saved (`Saved`): any adapter.
@@ -163,7 +163,7 @@ def information_curves(
     largest = max(rank_of(saved.lora, module) for module in information)
     orders = {
         "most information": (partial(select, saved, information=information), _SHARES),
-        "largest singular values": (partial(select, saved), _SHARES),
+        "singular values": (partial(select, saved), _SHARES),
         "one rank for all modules": (
             partial(shrink, saved),
             sorted({max(1, round(share * largest)) for share in _SHARES}),

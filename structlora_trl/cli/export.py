@@ -140,7 +140,8 @@ def run(command: str, arguments: list[str]) -> None:
         )
     if shares and done[0].rows is None:
         print(
-            "Singular values over the whole model do not know the task, and are the worse choice: give examples with --data ROWS."
+            "Without rows each module keeps one share of its update's squared norm, which does not know the task. Where little is "
+            "kept, rows lose less: give examples with --data ROWS."
         )
     what = "the merged model" if given.merge else "a plain LoRA adapter"
     print(f"Wrote {what} to {', '.join(str(size.folder) for size in done)}.")

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -255,6 +256,35 @@ def test_a_share_of_the_information_is_carried_by_the_fewest(adapter):
             found = torch.linalg.svdvals(B @ A)[: len(kept)] * pruned.lora.lora_alpha / pruned.lora.r
             torch.testing.assert_close(found, sigma[module][0, kept], atol=1e-6, rtol=1e-5)
         assert (module in pruned.left_out) == (not kept) == (names[0] not in pruned.tensors)
+
+
+def test_without_rows_one_share_of_each_update_is_kept(adapter):
+    """Of each module the fewest singular values that hold it, whatever the size of its update is."""
+    saved, _ = adapter("plain")
+    _, sigma = with_singular_directions(saved.lora, saved.tensors)
+    name = f"{next(iter(sigma))}.lora_B.weight"
+    larger = replace(saved, tensors=saved.tensors | {name: 100 * saved.tensors[name]})
+    # module -> which share of its squared norm the first 0, 1, 2 ... hold
+    held = {
+        module: [0.0, *(x[0].square().cumsum(0) / x[0].square().sum()).tolist()]
+        for module, x in sigma.items()
+    }
+    directions = sum(x.numel() for x in sigma.values())
+    largest = {module: float(x[0, 0]) for module, x in sigma.items()}
+    for keep in (0.25, 0.5, 0.75, 1.0, "60%", "95%"):
+        found = {module: kept for module, (kept,) in select(saved, keep).kept.items()}
+        counts = {module: len(kept) for module, kept in found.items()}
+        assert found == {module: [*range(count)] for module, count in counts.items()}
+        without = max(held[module][count - 1] for module, count in counts.items())
+        least = min(held[module][count] for module, count in counts.items())
+        if isinstance(keep, str):
+            assert without < float(keep[:-1]) / 100 <= least
+        else:
+            assert sum(counts.values()) == round(keep * directions) and without <= least
+        assert {module: kept for module, (kept,) in select(larger, keep).kept.items()} == found
+    # Fewer than there are modules: those of the largest singular value.
+    few = select(saved, 2 / directions).kept
+    assert {m for m, (kept,) in few.items() if kept} == {*sorted(largest, key=largest.get)[-2:]}
 
 
 def test_one_rank_of_a_selection_is_the_same_update(planted, tmp_path):
