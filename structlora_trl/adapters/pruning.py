@@ -12,7 +12,6 @@ update. Which go:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -144,23 +143,22 @@ def select(
     refuse_rank(saved, max_rank)
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     _refuse_nothing(information or sigma, "the loss on these rows" if information else "the model")
-    worth = information or _norm_left(sigma)
-    flat = _flat(worth, sigma)
+    worth = {module: information[module] for module in sigma} if information else _norm_left(sigma)
+    flat = _flat(worth)
     allowed = torch.ones_like(flat, dtype=torch.bool)
     if max_rank is not None:
-        allowed = torch.cat([_best_of_each(worth[module], max_rank).flatten() for module in sigma])
+        allowed = torch.cat([_best_of_each(values, max_rank).flatten() for values in worth.values()])
     scores = torch.where(allowed, flat, 0)
-    share, is_percentage = share_to_keep(keep)
+    asked, is_percentage = share_to_keep(keep)
     of_each = is_percentage and not information
-    mask = (scores > 1 - share if of_each else best(scores, keep)) & allowed
-    parts = mask.split([worth[module].numel() for module in sigma])
-    chosen = {module: part.view_as(worth[module]) for module, part in zip(sigma, parts, strict=True)}
+    mask = (scores > 1 - asked if of_each else best(scores, keep)) & allowed
+    parts = mask.split([values.numel() for values in worth.values()])
+    chosen = {module: part.view_as(worth[module]) for module, part in zip(worth, parts, strict=True)}
     kept, spared = _kept(saved, chosen, worth)
-    carried = flat if information else _flat(sigma, sigma).square()
+    carried = flat if information else _flat(sigma).square()
+    share = float(carried[mask].sum() / carried.sum())
     measure = "what its rows tell about them" if information else Pruned.measure
-    return Pruned(
-        saved.lora, tensors, kept, one_rank, spared, float(carried[mask].sum() / carried.sum()), measure
-    )
+    return Pruned(saved.lora, tensors, kept, one_rank, spared, share, measure)
 
 
 def shrink(saved: Saved, rank: int) -> Pruned:
@@ -229,9 +227,9 @@ def _norm_left(sigma: dict[str, Tensor]) -> dict[str, Tensor]:
     return left
 
 
-def _flat(worth: dict[str, Tensor], order: Iterable[str]) -> Tensor:
+def _flat(values: dict[str, Tensor]) -> Tensor:
     """(directions,) in fp64, of module -> (E, r)."""
-    return torch.cat([worth[module].flatten() for module in order]).double()
+    return torch.cat([of_module.flatten() for of_module in values.values()]).double()
 
 
 def _best_of_each(worth: Tensor, count: int) -> Tensor:
@@ -261,10 +259,10 @@ def size_curve(saved: Saved, count: int = 64) -> list[tuple[float, float]]:
     squared norm of the update), evenly spread and with the end; none of an adapter that adds nothing.
     """
     _, sigma = with_singular_directions(saved.lora, saved.tensors)
-    energy = _flat(sigma, sigma).square()
+    energy = _flat(sigma).square()
     if not energy.sum() > 0:
         return []
-    order = _flat(_norm_left(sigma), sigma).argsort(descending=True, stable=True)
+    order = _flat(_norm_left(sigma)).argsort(descending=True, stable=True)
     carried = (energy[order].cumsum(0) / energy.sum()).tolist()
     places = torch.linspace(1, len(carried), min(count, len(carried)), dtype=torch.float64, device="cpu")
     return [(place / len(carried), carried[place - 1]) for place in places.round().long().tolist()]
