@@ -268,7 +268,7 @@ def _sizes(runs: list[Run]) -> Chart:
     for run, colour in zip(runs, RUN_COLOURS, strict=False):
         curves = run.curves
         if points := size_curve(run.saved):
-            curves = [*curves, SizeCurve("share of the squared norm", {"singular values": points})]
+            curves = [*curves, SizeCurve("share of the squared norm", {"without rows": points})]
         for curve in curves:
             at_quarter = []
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):

@@ -55,7 +55,7 @@ class Pruned:
     one_rank: bool = False
     spared: list[str] = field(default_factory=list)
     share: float | None = None
-    measure: str = "the squared singular values"
+    measure: str = "the updates' squared norm"
 
     def __post_init__(self):
         self.lora, self.tensors = self.written(self.directions)
@@ -157,7 +157,7 @@ def select(
     kept, spared = _kept(saved, chosen, worth)
     carried = flat if information else _flat(sigma).square()
     share = float(carried[mask].sum() / carried.sum())
-    measure = "what its rows tell about them" if information else Pruned.measure
+    measure = "the information of the rows" if information else Pruned.measure
     return Pruned(saved.lora, tensors, kept, one_rank, spared, share, measure)
 
 
@@ -185,7 +185,8 @@ def shrink(saved: Saved, rank: int) -> Pruned:
         energy = values.square()
         if energy.any():
             shares.append(float(energy[:, first].sum() / energy.sum()))
-    return Pruned(saved.lora, tensors, kept, one_rank=True, share=sum(shares) / len(shares))
+    share, measure = sum(shares) / len(shares), f"{Pruned.measure}, mean over modules"
+    return Pruned(saved.lora, tensors, kept, one_rank=True, share=share, measure=measure)
 
 
 def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:

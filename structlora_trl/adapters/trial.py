@@ -163,7 +163,7 @@ def information_curves(
     largest = max(rank_of(saved.lora, module) for module in information)
     orders = {
         "most information": (partial(select, saved, information=information), _SHARES),
-        "singular values": (partial(select, saved), _SHARES),
+        "without rows": (partial(select, saved), _SHARES),
         "one rank for all modules": (
             partial(shrink, saved),
             sorted({max(1, round(share * largest)) for share in _SHARES}),

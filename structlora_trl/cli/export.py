@@ -135,7 +135,7 @@ def run(command: str, arguments: list[str]) -> None:
         )
     if lost := _costly(done, sizes):
         print(
-            f"{' and '.join(lost)} of the information kept: a percentage is a share of what matters, and not of the size, and "
+            f"{' and '.join(lost)} kept: a percentage is a share of what matters, and not of the size, and "
             "below 90 % an adapter loses much of what it learned. A share of the directions is written 0.25."
         )
     if shares and done[0].rows is None:
@@ -164,10 +164,11 @@ def refuse_missing(folder: Path) -> None:
 
 
 def _costly(done: list[Export], sizes: Sizes) -> list[str]:
-    """What is kept of the information, where a share of it was asked for and less than 90 % is carried."""
+    """What is kept of the information, or without rows of the squared norm, where a share of it was asked for and less than 90 %
+    is carried."""
     asked = {name for name, (rule, value) in sizes.items() if rule == "keep" and share_to_keep(value)[1]}
-    carried = [size.pruned.share for size, name in zip(done, sizes, strict=False) if name in asked]
-    return [f"{share:.1%}" for share in carried if share < ENOUGH_INFORMATION]
+    cuts = [size.pruned for size, name in zip(done, sizes, strict=False) if name in asked]
+    return [f"{cut.share:.1%} of {cut.measure}" for cut in cuts if cut.share < ENOUGH_INFORMATION]
 
 
 def table(saved: Saved, done: list[Export]) -> str:

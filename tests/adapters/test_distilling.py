@@ -290,13 +290,14 @@ def test_several_sizes_in_one_call(adapter, tmp_path, capsys):  # noqa: F811
     printed = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "shares").iterdir()} == {"keep-0.5", "keep-25-percent"}
     assert re.search(
-        r"(?m)^\d\d\.\d% of the information kept: a percentage is a share of what matters", printed
+        r"(?m)^\d\d\.\d% of the information of the rows kept: a percentage is a share of what matters",
+        printed,
     )
     assert all(f"{name}: directions of " in printed for name in ("keep-0.5", "keep-25-percent"))
     assert main([*given[:2], str(tmp_path / "cap"), *given[3:], "--keep", "99%", "--max-rank", "1"]) == 0
-    assert "% of the information kept: " in capsys.readouterr().out
+    assert "% of the information of the rows kept: " in capsys.readouterr().out
     assert main([*given[:2], str(tmp_path / "99"), *given[3:], "--keep", "99%"]) == 0
-    assert "% of the information kept: " not in capsys.readouterr().out
+    assert "% of the information of the rows kept: " not in capsys.readouterr().out
 
 
 def test_an_adapter_that_is_worse_than_its_base_has_no_gain_to_keep(adapter, tmp_path, capsys):  # noqa: F811

@@ -227,7 +227,7 @@ def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted
     )
     before, after, alone = (float(line[i]) for line, i in ((before, -3), (after, -3), (alone, -3)))
     assert before == pytest.approx(after, abs=2e-3)
-    assert "carries 100.0% of what its rows tell" in printed and "24 rows of" in printed
+    assert "carries 100.0% of the information of the rows" in printed and "24 rows of" in printed
 
 
 def test_a_share_of_the_information_is_carried_by_the_fewest(adapter):
