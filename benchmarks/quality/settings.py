@@ -310,7 +310,8 @@ _SHRUNK_LATER = tuple(
 
 # What one line more in a script that is tuned for LoRA does.
 _AT_THE_RATE_OF_LORA = Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate")
-_COMPLETE = ("movie-all@15",)  # of many passes, the places that have all runs
+# Of many passes, the places that have all runs.
+_COMPLETE = tuple(place for place in _at_passes(15) if not place.task.startswith("words"))
 
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, OURS, GATES), groups=_GROUPS),
@@ -376,7 +377,7 @@ for _name in ("quarter", "eighth"):
 COMPARISONS["passes-few-by-task"] = replace(COMPARISONS["passes-few"], groups={}, by_place=True)
 COMPARISONS["passes-by-task"] = replace(
     COMPARISONS["passes"],
-    places=tuple(place for place in COMPARISONS["passes"].places if place.task in _COMPLETE),
+    places=_COMPLETE,
     rows=(*COMPARISONS["passes"].rows, _AT_THE_RATE_OF_LORA),
     bases=(0,),
     groups={},
@@ -385,8 +386,8 @@ COMPARISONS["passes-by-task"] = replace(
 # The coordinator's rate: that of LoRA, or one for all. Not where LoRA's rate is that one.
 _RATE_PLACES = tuple(
     place
-    for place in (*_at_passes(*FEW_PASSES), *COMPARISONS["passes-by-task"].places)
-    if place.task not in ("digits-all@5", "fashion-all@2")
+    for place in (*_at_passes(*FEW_PASSES), *_COMPLETE)
+    if place.task not in ("digits-all@5", "digits-all@15", "fashion-all@2")
 )
 COMPARISONS["coordinator-rate"] = Comparison(
     _RATE_PLACES,
