@@ -297,7 +297,12 @@ def test_several_sizes_in_one_call(adapter, tmp_path, capsys):  # noqa: F811
     assert main([*given[:2], str(tmp_path / "cap"), *given[3:], "--keep", "99%", "--max-rank", "1"]) == 0
     assert "% of the information of the rows kept: " in capsys.readouterr().out
     assert main([*given[:2], str(tmp_path / "99"), *given[3:], "--keep", "99%"]) == 0
-    assert "% of the information of the rows kept: " not in capsys.readouterr().out
+    assert " kept: a percentage is" not in capsys.readouterr().out
+    alone = [*given[:2], str(tmp_path / "alone"), "--probe", "none", "--keep", "25%"]
+    assert main(alone) == 0
+    assert re.search(
+        r"(?m)^\d\d\.\d% of the updates' squared norm kept: a percentage is", capsys.readouterr().out
+    )
 
 
 def test_an_adapter_that_is_worse_than_its_base_has_no_gain_to_keep(adapter, tmp_path, capsys):  # noqa: F811
