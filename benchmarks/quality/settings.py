@@ -311,7 +311,10 @@ _SHRUNK_LATER = tuple(
 # What one line more in a script that is tuned for LoRA does.
 _AT_THE_RATE_OF_LORA = Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate")
 # Of many passes, the places that have all runs.
-_COMPLETE = _at_passes(15)
+_COMPLETE = (
+    *_at_passes(15),
+    *(place for place in _at_passes(50) if place.task.startswith(("digits", "fashion"))),
+)
 
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, OURS, GATES), groups=_GROUPS),
@@ -377,16 +380,18 @@ for _name in ("quarter", "eighth"):
 COMPARISONS["passes-few-by-task"] = replace(COMPARISONS["passes-few"], groups={}, by_place=True)
 COMPARISONS["passes-15"] = replace(
     COMPARISONS["passes"],
-    places=_COMPLETE,
+    places=_at_passes(15),
     rows=(*COMPARISONS["passes"].rows, _AT_THE_RATE_OF_LORA),
     bases=(0, 2),  # the best of the dropouts in this mean
     groups=_passes_groups(15),
 )
-COMPARISONS["passes-by-task"] = replace(COMPARISONS["passes-15"], bases=(0,), groups={}, by_place=True)
+COMPARISONS["passes-by-task"] = replace(
+    COMPARISONS["passes-15"], places=_COMPLETE, bases=(0,), groups={}, by_place=True
+)
 # The coordinator's rate: that of LoRA, or one for all. Not where LoRA's rate is that one.
 _RATE_PLACES = tuple(
     place
-    for place in (*_at_passes(*FEW_PASSES), *_COMPLETE)
+    for place in (*_at_passes(*FEW_PASSES), *_at_passes(15))
     if place.task not in ("digits-all@5", "digits-all@15", "fashion-all@2")
 )
 COMPARISONS["coordinator-rate"] = Comparison(
