@@ -311,10 +311,7 @@ _SHRUNK_LATER = tuple(
 # What one line more in a script that is tuned for LoRA does.
 _AT_THE_RATE_OF_LORA = Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate")
 # Of many passes, the places that have all runs.
-_COMPLETE = (
-    *_at_passes(15),
-    *(place for place in _at_passes(50) if place.task.startswith(("digits", "fashion"))),
-)
+_COMPLETE = tuple(place for place in _at_passes(*MANY_PASSES) if place.task != "movie-all@50")
 
 COMPARISONS = {
     "structlora": Comparison(_GROUPS["all"], _rows(LORA, OURS, GATES), groups=_GROUPS),
