@@ -26,7 +26,7 @@ import torch
 
 from . import assets, store
 from .grids import GRIDS, cells_of
-from .settings import LORA
+from .settings import COMPARISONS, LORA
 
 
 def work(cells: list[tuple], results: Path) -> None:
@@ -103,7 +103,7 @@ def main() -> None:
     grid = commands.add_parser("grid", help="run the cells of a grid that the store lacks")
     grid.add_argument("name", choices=GRIDS, nargs="+")
     grid.add_argument("--workers", type=int, default=1)
-    commands.add_parser("list", help="the grids, and how much of each is done")
+    commands.add_parser("list", help="the grids of the tables, and how much of each is done")
     options = parser.parse_args()
 
     if options.command == "cell":
@@ -115,7 +115,7 @@ def main() -> None:
             store.append(line, options.results)
     elif options.command == "list":
         done = {store.key_of(line) for line in store.read(options.results)}
-        for name in GRIDS:
+        for name in COMPARISONS:
             cells = cells_of(name)
             print(f"{name}: {sum(key in done for key in cells)} of {len(cells)} cells")
     else:
