@@ -337,7 +337,6 @@ COMPARISONS = {
         groups=_REGULARISED | {"all": sum(_REGULARISED.values(), ())},
         by_place=False,
     ),
-    "regularisers-by-task": Comparison(sum(_REGULARISED.values(), ()), _REGULARISERS),
     "language": Comparison(_LANGUAGE, _rows(LORA, OURS)),
     "passes": Comparison(
         _at_passes(*MANY_PASSES),
@@ -387,8 +386,8 @@ for _name in ("quarter", "eighth"):
         COMPARISONS[f"rules-{_where}-{_name}-of-16"] = _rules(
             COMPARISONS[f"shrunk-{_name}-of-16"], _ways, _bases
         )
-COMPARISONS["ablations-by-task"] = replace(COMPARISONS["ablations"], groups={}, by_place=True)
-COMPARISONS["passes-few-by-task"] = replace(COMPARISONS["passes-few"], groups={}, by_place=True)
+for _name in ("regularisers", "ablations", "passes-few"):
+    COMPARISONS[f"{_name}-by-task"] = replace(COMPARISONS[_name], groups=None, by_place=True)
 COMPARISONS["passes-15"] = replace(
     COMPARISONS["passes"],
     places=_at_passes(15),
@@ -397,7 +396,7 @@ COMPARISONS["passes-15"] = replace(
     groups=_passes_groups(15),
 )
 COMPARISONS["passes-by-task"] = replace(
-    COMPARISONS["passes-15"], places=_COMPLETE, bases=(0,), groups={}, by_place=True
+    COMPARISONS["passes-15"], places=_COMPLETE, bases=(0,), groups=None, by_place=True
 )
 # The coordinator's rate: that of LoRA, or one for all. Not where LoRA's rate is that one.
 _RATE_PLACES = tuple(
