@@ -205,7 +205,7 @@ _LANGUAGE = tuple(
 # The rates of the paper, in 1,000 steps.
 _PAPER = tuple(
     Place(task, 8, 100, (1e-4, 2e-4, 5e-4), _PASSES_SEEDS[:3], _PASSES_SEEDS[:3])
-    for task in ("digits-all@320", "movie-all@80")
+    for task in ("digits-all@320", "fashion-all@160", "movie-all@80")
 )
 
 # LoRA cut after training.
@@ -360,7 +360,7 @@ COMPARISONS = {
         by_place=False,
         goes_beyond=True,
     ),
-    "paper-rates": Comparison(_PAPER, _rows(LORA, OURS), groups={"all": _PAPER}),
+    "paper-rates": Comparison(_PAPER, _rows(LORA, _DROPOUTS[0], OURS), groups={"all": _PAPER}),
     "others": Comparison(
         _OTHERS,
         _rows(LORA, "rslora", "dora", "adalora", "pissa", "lora-plus", "lora-fa", "vera"),
