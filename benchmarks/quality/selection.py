@@ -1,8 +1,8 @@
 """Which runs a figure is of: each method's learning rate, chosen on validation data, and runs paired by seed.
 
-Where a place has several rates, a method's own is the one of best mean validation accuracy over the seeds that ran at all of
-them. Figures are of every stored seed of the place at that rate. Differences are paired by seed: the same examples, the same
-batches, the same start of head and adapter.
+Where a place has several rates, a method's own is the one of best mean validation accuracy, over the seeds that ran at all rates
+that its search reaches. Runs at other rates, which another table asked for, choose nothing. Figures are of every stored seed of
+the place at that rate. Differences are paired by seed: the same examples, the same batches, the same start of head and adapter.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import pandas as pd
 
 from . import store
-from .settings import LORA, Place, Row
+from .settings import FURTHER_RATES, LORA, Place, Row
 
 FIGURES = ["accuracy", "nll", "ece"]
 VALIDATION = ["validation.accuracy", "validation.nll"]
@@ -44,11 +44,30 @@ class Runs:
 
     def rate(self, place: Place, row: Row) -> float | None:
         """The rate of a row; None where nothing was run that could choose it."""
-        chooser = row.rate_of or row.method
         if len(place.rates) == 1:
             return place.rates[0]
-        runs = self.of(place.of_choice, Row(chooser, row.share))
-        return choose_rate(runs[runs["seed"].isin(place.choosing)])
+        runs = self._choosing(place, row)
+        return choose_rate(runs[runs["lr"].isin(self.tried(place, row))])
+
+    def tried(self, place: Place, row: Row) -> list[float]:
+        """The rates that a row's own is chosen from: those of the place, and one beyond an end of them as long as the best is
+        there. The last of them may still have to run.
+        """
+        runs = self._choosing(place, row)
+        end, factors = FURTHER_RATES.get(row.rate_of or row.method, (0, ()))
+        tried = sorted([*place.rates, *(place.rates[end] * factor for factor in factors)])
+        while place.goes_beyond:
+            ran = runs[runs["lr"].isin(tried)]
+            beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}
+            if len(ran) < len(tried) * len(place.choosing) or (best := choose_rate(ran)) not in beyond:
+                break
+            tried = sorted([*tried, beyond[best]])
+        return tried
+
+    def _choosing(self, place: Place, row: Row) -> pd.DataFrame:
+        """The runs that choose a row's rate, at all rates."""
+        runs = self.of(place.of_choice, Row(row.rate_of or row.method, row.share))
+        return runs[runs["seed"].isin(place.choosing)]
 
     def of(self, place: Place, row: Row) -> pd.DataFrame:
         """The runs of a row at all rates and with all seeds."""

@@ -119,7 +119,7 @@ def test_a_grid_asks_for_the_seeds_of_the_rate_that_was_chosen(monkeypatch):
     accuracy = {0.1: 60, 0.2: 70, 0.4: 50}  # the last because 0.2 was at the end
     lines = [line(lr=lr, seed=seed, validation=right) for lr, right in accuracy.items() for seed in (0, 1)]
     monkeypatch.setattr(store, "read", lambda: lines)
-    comparison = Comparison((PLACE,), (Row("lora"), Row("dora")), goes_beyond=True)
+    comparison = Comparison((dataclasses.replace(PLACE, goes_beyond=True),), (Row("lora"), Row("dora")))
     monkeypatch.setitem(settings.COMPARISONS, "t", comparison)
     cells = [cell[1:2] + cell[4:] for cell in grids.cells_of("t")]
     lora = [(lr, seed) for lr in (0.1, 0.2, 0.4) for seed in (0, 1)] + [(0.2, 2), (0.2, 3)]
@@ -133,6 +133,19 @@ def test_a_grid_asks_for_the_seeds_of_the_rate_that_was_chosen(monkeypatch):
     monkeypatch.setitem(settings.COMPARISONS, "t", Comparison((elsewhere,), (Row("lora"),)))
     chosen = [("more tests", "lora", 4, 9, 0.2, seed) for seed in range(4)]
     assert [cell for cell in grids.cells_of("t") if cell[0] != PLACE.task] == chosen
+
+
+def test_a_rate_that_another_table_asked_for_chooses_nothing():
+    accuracy = {0.1: 60, 0.2: 70, 0.4: 50, 0.025: 99}
+    lines = [line(lr=lr, seed=seed, validation=right) for lr, right in accuracy.items() for seed in (0, 1)]
+    place = dataclasses.replace(PLACE, goes_beyond=True)
+    runs = selection.Runs(lines)
+    assert runs.rate(place, Row("lora")) == 0.2
+    assert runs.tried(place, Row("lora")) == [0.1, 0.2, 0.4]
+    lines += [line(lr=lr, seed=seed, validation=80) for lr in (0.8, 1.6) for seed in (0, 1)]
+    assert (
+        selection.Runs(lines).rate(place, Row("lora")) == 0.2
+    )  # 0.4 is worse: the search does not come to them
 
 
 def test_nothing_is_chosen_on_the_test_split():
