@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from . import store
 from .selection import Runs
@@ -38,11 +37,10 @@ def _cells(comparison: Comparison, runs: Runs) -> Iterator[Cell]:
 
 
 def _choosing(runs: Runs, place: Place, row: Row) -> Iterator[Cell]:
-    """The cells that choose a row's rate; none where there is one. They need not be shown."""
+    """The cells that choose a row's rate; none where there is one."""
     if place.choosing:
-        chooser = replace(row, method=row.rate_of or row.method)
         for lr in runs.tried(place, row):
-            yield from (_cell(place.of_choice, chooser, lr, seed) for seed in place.choosing)
+            yield from (_cell(place.of_choice, row.of_choice, lr, seed) for seed in place.choosing)
 
 
 def _cell(place: Place, row: Row, lr: float, seed: int) -> Cell:

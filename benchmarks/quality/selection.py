@@ -54,7 +54,7 @@ class Runs:
         there. The last of them may still have to run.
         """
         runs = self._choosing(place, row)
-        end, factors = FURTHER_RATES.get(row.rate_of or row.method, (0, ()))
+        end, factors = FURTHER_RATES.get(row.of_choice.method, (0, ()))
         tried = sorted([*place.rates, *(place.rates[end] * factor for factor in factors)])
         while place.goes_beyond:
             ran = runs[runs["lr"].isin(tried)]
@@ -66,7 +66,7 @@ class Runs:
 
     def _choosing(self, place: Place, row: Row) -> pd.DataFrame:
         """The runs that choose a row's rate, at all rates."""
-        runs = self.of(place.of_choice, Row(row.rate_of or row.method, row.share))
+        runs = self.of(place.of_choice, row.of_choice)
         return runs[runs["seed"].isin(place.choosing)]
 
     def of(self, place: Place, row: Row) -> pd.DataFrame:

@@ -58,6 +58,11 @@ class Row:
     column: str = "test"
     label: str | None = None
 
+    @property
+    def of_choice(self) -> Row:
+        """The row whose runs choose the rate; it need not be shown."""
+        return replace(self, method=self.rate_of or self.method, rate_of=None)
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -142,10 +142,9 @@ def test_a_rate_that_another_table_asked_for_chooses_nothing():
     runs = selection.Runs(lines)
     assert runs.rate(place, Row("lora")) == 0.2
     assert runs.tried(place, Row("lora")) == [0.1, 0.2, 0.4]
+    # 0.4 is worse than 0.2: the search does not come to these
     lines += [line(lr=lr, seed=seed, validation=80) for lr in (0.8, 1.6) for seed in (0, 1)]
-    assert (
-        selection.Runs(lines).rate(place, Row("lora")) == 0.2
-    )  # 0.4 is worse: the search does not come to them
+    assert selection.Runs(lines).rate(place, Row("lora")) == 0.2
 
 
 def test_nothing_is_chosen_on_the_test_split():
