@@ -89,6 +89,9 @@ def _rows(*methods: str) -> tuple[Row, ...]:
     return tuple(map(Row, methods))
 
 
+_AVERAGE = Row("lora-average", rate_of=LORA)
+
+
 # StructLoRA and LoRA at the rates that validation chose for LoRA, of three or more: what one line more in a tuned script does.
 _IMAGES, _SENTENCES = tuple(range(400, 412)), tuple(range(100, 112))
 _ALL_LINEAR = (
@@ -137,7 +140,7 @@ _REGULARISED = {
 _REGULARISERS = (
     *_rows(LORA, "lora-dropout-0.1"),
     Row("lora-decay-0.1", rate_of=LORA),
-    Row("lora-average", rate_of=LORA),
+    _AVERAGE,
 )
 
 # PEFT's other methods; some have their best rates elsewhere.
@@ -203,16 +206,33 @@ _ABLATIONS = (
 _PENALTIES = ("lora-cos", "lora-laplacian")
 _DROPOUTS = ("lora-dropout-0.1", "lora-dropout-0.3", "lora-dropout-0.5")
 # A language model: SmolLM2 with 64 film reviews. Said before the runs, at one rate: the primary endpoint is the test NLL of
-# StructLoRA less LoRA's at 15 passes, and harm is that at 5. Runs in 2 passes, those with the dropout that is the best on the
-# small models, and rates of each method's own came later; 50 passes last, at the rate that is chosen in 15, with three seeds.
+# StructLoRA less LoRA's at 15 passes, and harm is that at 5. Runs in 2 passes, those of other methods, and rates of each method's
+# own came later; 50 passes last, at the rate that LoRA, dropout 0.3 and StructLoRA have in 15.
 _LANGUAGE_AT_ONE_RATE = tuple(
     Place(task, 8, 64, (2e-3,), tuple(range(60, 66)))
     for task in ("smollm-reviews@2", "smollm-reviews", "smollm-reviews@15")
 )
-_LANGUAGE = (
-    *(replace(place, rates=(5e-4, 1e-3, 2e-3), choosing=place.seeds[:3]) for place in _LANGUAGE_AT_ONE_RATE),
-    Place("smollm-reviews@50", 8, 64, (5e-4,), tuple(range(60, 63))),
+_LANGUAGE_FEW = tuple(
+    replace(place, rates=(5e-4, 1e-3, 2e-3), choosing=place.seeds[:3]) for place in _LANGUAGE_AT_ONE_RATE[:2]
 )
+_LANGUAGE = (
+    replace(_LANGUAGE_FEW[0], task="smollm-reviews@15"),
+    replace(_LANGUAGE_AT_ONE_RATE[0], task="smollm-reviews@50", rates=(5e-4,)),
+)
+# Averages in few passes, at the rates that validation chose for LoRA. Other seeds of images, on another ViT.
+_AVERAGED_FEW = {
+    f"{n} passes": tuple(
+        Place(
+            f"{task}@{n}",
+            8,
+            100,
+            (lr,),
+            tuple(range(340, 352)) if task in ("digits-all", "fashion-all") else _PASSES_SEEDS,
+        )
+        for (task, _), lr in zip(_PASSES_TASKS, rates, strict=True)
+    )
+    for n, rates in ((2, (5e-3, 1e-2, 2e-3, 4e-3)), (5, (1e-2, 5e-3, 1e-3, 2e-3)))
+}
 # The rates of the paper, in 1,000 steps.
 _PAPER = tuple(
     Place(task, 8, 100, (1e-4, 2e-4, 5e-4), _PASSES_SEEDS[:3], _PASSES_SEEDS[:3])
@@ -354,13 +374,18 @@ COMPARISONS = {
         groups=_REGULARISED | {"all": sum(_REGULARISED.values(), ())},
         by_place=False,
     ),
-    "language": Comparison(_LANGUAGE, (*_rows(LORA, _DROPOUTS[1], OURS), _AT_THE_RATE_OF_LORA), bases=(0, 1)),
+    "language": Comparison(
+        _LANGUAGE, (*_rows(LORA, *_DROPOUTS, OURS, GATES), _AVERAGE, _AT_THE_RATE_OF_LORA), bases=(0, 2)
+    ),
+    "language-few": Comparison(  # without coordinator StructLoRA is LoRA there
+        _LANGUAGE_FEW, (*_rows(LORA, *_DROPOUTS, OURS), _AVERAGE, _AT_THE_RATE_OF_LORA)
+    ),
     "language-at-one-rate": Comparison(_LANGUAGE_AT_ONE_RATE, _rows(LORA, _DROPOUTS[1], OURS), bases=(0, 1)),
     "passes": Comparison(
         _at_passes(*MANY_PASSES),
         (
             *_rows(LORA, *_DROPOUTS, OURS, GATES),
-            Row("lora-average", rate_of=LORA),
+            _AVERAGE,
             # What calibration alone gives.
             Row(LORA, column="scaled", label="LoRA, update times a scalar"),
             *(
@@ -378,6 +403,9 @@ COMPARISONS = {
         groups=_passes_groups(*FEW_PASSES),
         by_place=False,
     ),
+    "average-few": Comparison(
+        sum(_AVERAGED_FEW.values(), ()), (Row(LORA), _AVERAGE), groups=_AVERAGED_FEW, by_place=False
+    ),
     "paper-rates": Comparison(_PAPER, _rows(LORA, _DROPOUTS[0], OURS), groups={"all": _PAPER}),
     "others": Comparison(
         _OTHERS,
@@ -390,7 +418,7 @@ COMPARISONS = {
     **{f"shrunk-{name}-of-16": _shrunk(16, name, _SHRUNK) for name in ("quarter", "eighth")},
     "shrunk-half-of-16": _shrunk(16, "half", _SHRUNK_LATER),
     **{f"shrunk-{name}-of-8": _shrunk(8, name, _SHRUNK_LATER) for name in SHARES},
-    "scaled-language": Comparison(_LANGUAGE, _scaled(8), bases=(0, 2)),
+    "scaled-language": Comparison((*_LANGUAGE_FEW, *_LANGUAGE), _scaled(8), bases=(0, 2)),
     "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
 for _name in ("quarter", "eighth"):
