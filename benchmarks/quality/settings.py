@@ -207,7 +207,7 @@ _PENALTIES = ("lora-cos", "lora-laplacian")
 _DROPOUTS = ("lora-dropout-0.1", "lora-dropout-0.3", "lora-dropout-0.5")
 # A language model: SmolLM2 with 64 film reviews. Said before the runs, at one rate: the primary endpoint is the test NLL of
 # StructLoRA less LoRA's at 15 passes, and harm is that at 5. Runs in 2 passes, those of other methods, and rates of each method's
-# own came later; 50 passes last, at the rate that LoRA, dropout 0.3 and StructLoRA have in 15.
+# own came later; 50 passes last, at the rate that validation chose for all of them in 15.
 _LANGUAGE_AT_ONE_RATE = tuple(
     Place(task, 8, 64, (2e-3,), tuple(range(60, 66)))
     for task in ("smollm-reviews@2", "smollm-reviews", "smollm-reviews@15")
