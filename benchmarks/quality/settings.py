@@ -193,6 +193,14 @@ def _passes_groups(*passes: int) -> dict[str, tuple[Place, ...]]:
     }
 
 
+def _with_images(places: tuple[Place, ...], **changed) -> tuple[Place, ...]:
+    """The places, those of images with other seeds, which are on another ViT than the first ones."""
+    return tuple(
+        replace(place, **changed) if place.task.startswith(("digits", "fashion")) else place
+        for place in places
+    )
+
+
 # The paper's ablations and controls of both parts, in 50 passes, where the noise is whole; half of the seeds.
 _ABLATED = tuple(
     replace(place, seeds=place.seeds[:6])
@@ -212,26 +220,14 @@ _LANGUAGE_AT_ONE_RATE = tuple(
     Place(task, 8, 64, (2e-3,), tuple(range(60, 66)))
     for task in ("smollm-reviews@2", "smollm-reviews", "smollm-reviews@15")
 )
-_LANGUAGE_FEW = tuple(
-    replace(place, rates=(5e-4, 1e-3, 2e-3), choosing=place.seeds[:3]) for place in _LANGUAGE_AT_ONE_RATE[:2]
-)
 _LANGUAGE = (
-    replace(_LANGUAGE_FEW[0], task="smollm-reviews@15"),
-    replace(_LANGUAGE_AT_ONE_RATE[0], task="smollm-reviews@50", rates=(5e-4,)),
+    *(replace(place, rates=(5e-4, 1e-3, 2e-3), choosing=place.seeds[:3]) for place in _LANGUAGE_AT_ONE_RATE),
+    Place("smollm-reviews@50", 8, 64, (5e-4,), tuple(range(60, 66))),
 )
-# Averages in few passes, at the rates that validation chose for LoRA. Other seeds of images, on another ViT.
+# Averages in few passes, at LoRA's rates.
 _AVERAGED_FEW = {
-    f"{n} passes": tuple(
-        Place(
-            f"{task}@{n}",
-            8,
-            100,
-            (lr,),
-            tuple(range(340, 352)) if task in ("digits-all", "fashion-all") else _PASSES_SEEDS,
-        )
-        for (task, _), lr in zip(_PASSES_TASKS, rates, strict=True)
-    )
-    for n, rates in ((2, (5e-3, 1e-2, 2e-3, 4e-3)), (5, (1e-2, 5e-3, 1e-3, 2e-3)))
+    name: _with_images(places, seeds=tuple(range(340, 352)))
+    for name, places in _passes_groups(*FEW_PASSES).items()
 }
 # The rates of the paper, in 1,000 steps.
 _PAPER = tuple(
@@ -344,12 +340,8 @@ _SHRUNK = tuple(
     Place(task, 16, _WHOLE[task.removesuffix("-all")], rates, SHRUNK_SEEDS, SHRUNK_SEEDS[:3])
     for task, rates in _WHOLE_RATES.items()
 )
-# Other seeds of images, on another ViT than the first ones.
 _LATER = tuple(range(312, 315))
-_SHRUNK_LATER = tuple(
-    replace(place, seeds=_LATER, choosing=_LATER) if place.task.startswith(("digits", "fashion")) else place
-    for place in _SHRUNK
-)
+_SHRUNK_LATER = _with_images(_SHRUNK, seeds=_LATER, choosing=_LATER)
 
 # What one line more in a script that is tuned for LoRA does.
 _AT_THE_RATE_OF_LORA = Row(OURS, rate_of=LORA, label="StructLoRA at LoRA's rate")
@@ -375,10 +367,10 @@ COMPARISONS = {
         by_place=False,
     ),
     "language": Comparison(
-        _LANGUAGE, (*_rows(LORA, *_DROPOUTS, OURS, GATES), _AVERAGE, _AT_THE_RATE_OF_LORA), bases=(0, 2)
+        _LANGUAGE[2:], (*_rows(LORA, *_DROPOUTS, OURS, GATES), _AVERAGE, _AT_THE_RATE_OF_LORA), bases=(0, 2)
     ),
     "language-few": Comparison(  # without coordinator StructLoRA is LoRA there
-        _LANGUAGE_FEW, (*_rows(LORA, *_DROPOUTS, OURS), _AVERAGE, _AT_THE_RATE_OF_LORA)
+        _LANGUAGE[:2], (*_rows(LORA, *_DROPOUTS, OURS), _AVERAGE, _AT_THE_RATE_OF_LORA)
     ),
     "language-at-one-rate": Comparison(_LANGUAGE_AT_ONE_RATE, _rows(LORA, _DROPOUTS[1], OURS), bases=(0, 1)),
     "passes": Comparison(
@@ -404,7 +396,7 @@ COMPARISONS = {
         by_place=False,
     ),
     "average-few": Comparison(
-        sum(_AVERAGED_FEW.values(), ()), (Row(LORA), _AVERAGE), groups=_AVERAGED_FEW, by_place=False
+        _AVERAGED_FEW["2 and 5 passes"], (Row(LORA), _AVERAGE), groups=_AVERAGED_FEW, by_place=False
     ),
     "paper-rates": Comparison(_PAPER, _rows(LORA, _DROPOUTS[0], OURS), groups={"all": _PAPER}),
     "others": Comparison(
@@ -418,7 +410,7 @@ COMPARISONS = {
     **{f"shrunk-{name}-of-16": _shrunk(16, name, _SHRUNK) for name in ("quarter", "eighth")},
     "shrunk-half-of-16": _shrunk(16, "half", _SHRUNK_LATER),
     **{f"shrunk-{name}-of-8": _shrunk(8, name, _SHRUNK_LATER) for name in SHARES},
-    "scaled-language": Comparison((*_LANGUAGE_FEW, *_LANGUAGE), _scaled(8), bases=(0, 2)),
+    "scaled-language": Comparison(_LANGUAGE, _scaled(8), bases=(0, 2)),
     "shrunk-language": _shrunk(16, "quarter", (_SMOLLM,)),
 }
 for _name in ("quarter", "eighth"):
