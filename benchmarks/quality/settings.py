@@ -193,20 +193,17 @@ def _passes_groups(*passes: int) -> dict[str, tuple[Place, ...]]:
     }
 
 
+def _of_images(place: Place) -> bool:
+    return place.task.startswith(("digits", "fashion"))
+
+
 def _with_images(places: tuple[Place, ...], **changed) -> tuple[Place, ...]:
     """The places, those of images with other seeds, which are on another ViT than the first ones."""
-    return tuple(
-        replace(place, **changed) if place.task.startswith(("digits", "fashion")) else place
-        for place in places
-    )
+    return tuple(replace(place, **changed) if _of_images(place) else place for place in places)
 
 
 # The paper's ablations and controls of both parts, in 50 passes, where the noise is whole; half of the seeds.
-_ABLATED = tuple(
-    replace(place, seeds=place.seeds[:6])
-    for place in _at_passes(50)
-    if place.task.startswith(("digits", "fashion"))
-)
+_ABLATED = tuple(replace(place, seeds=place.seeds[:6]) for place in _at_passes(50) if _of_images(place))
 _ABLATIONS = (
     *(GATES, "no-gates", "random-gates", "adjacency", "similarity", "2-layers", "3-layers", "gat"),
     *("structlora:keep=0.25", "random-selection:keep=0.25"),
