@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .config import StructLoRAConfig
     from .errors import StructLoRAError
     from .runtime import Runtime
-    from .state import load_state, save_state
+    from .state import load_state, save_gates, save_state
     from .trainers.callback import StructLoRACallback
     from .trainers.mixin import StructLoRAMixin, StructLoRASFTConfig, StructLoRASFTTrainer
 
@@ -20,6 +20,7 @@ _HOME = {
     "attach": "attachment",
     "Runtime": "runtime",
     "load_state": "state",
+    "save_gates": "state",
     "save_state": "state",
     "StructLoRACallback": "trainers.callback",
     "StructLoRAMixin": "trainers.mixin",
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "attach",
     "load_state",
+    "save_gates",
     "save_state",
 ]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import peft
@@ -14,15 +16,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
 from torch import nn
+from torch.amp import GradScaler
 
 from . import __version__
 from .config import StructLoRAConfig
-from .core.gates import noise_share
+from .core.gates import GATES, Bottleneck, GradMode
 from .core.kinds import FACTOR, Kind
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
-from .core.selection import LEAST_STEPS
 from .engines import select_engine
 from .errors import StructLoRAError
+from .gating import Gating
 from .peft_adapter import Start, gates_of, is_lora, start_of
 from .rank_check import refuse_disagreement, world_size
 from .runtime import Plan, Runtime
@@ -36,7 +39,9 @@ def attach(
     optimizer: torch.optim.Optimizer,
     config: StructLoRAConfig | dict | str | Path | None = None,
     *,
-    passes: float | None = None,
+    examples: float | None = None,
+    batch_size: float | None = None,
+    scaler: GradScaler | None = None,
     parts: Parts = DEFAULT_PARTS,
     **overrides,
 ) -> Runtime:
@@ -44,11 +49,11 @@ def attach(
 
     Build the optimizer over the adapter first; then one call is all:
 
-        runtime = attach(model, optimizer)
+        runtime = attach(model, optimizer, examples=len(dataset), batch_size=16)
 
     From then on a forward under `model.train()` has gates with noise, as dropout is noise, and
-    `optimizer.step()` steps latent factors. Between steps the model's parameters are the adapter, plain LoRA:
-    evaluate, copy and save them as ever.
+    `optimizer.step()` steps latent factors, the gates and the coordinator. Between steps the model's parameters
+    are the adapter, plain LoRA: evaluate, copy and save them as ever.
 
     The call may change lora_A of a fresh adapter (B = 0): by default all depths of a kind of module get the
     same one. Code that keeps a copy of the weights, such as a moving average, has to copy them afterwards.
@@ -60,8 +65,12 @@ def attach(
             through.
         config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
             has them under the key `structlora`; defaults where omitted.
-        passes (`float`, *optional*): passes over the data that the run will make (epochs), which the size of
-            the gates' noise follows. Where omitted, there is no noise but under `noise="on"`.
+        examples (`float`): training examples, which set the price of what gates let through: N in
+            `core.gates.Bottleneck`. Of a stream, those that the run will see. Needed unless `gates="off"`.
+        batch_size (`float`): examples of one optimizer step, over all processes and accumulated batches.
+            Needed unless `gates="off"`.
+        scaler (`torch.amp.GradScaler`, *optional*): the scaler of an fp16 loop, since the gates' gradients hold
+            its scale. Accelerate's and Fabric's optimizers know theirs.
         parts (`Parts`, *optional*): gates, graph, coordinator or kinds of your own, for research.
         **overrides: single options, as keywords.
 
@@ -75,7 +84,7 @@ def attach(
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-        >>> runtime = attach(model, optimizer, passes=20, noise_variance=0.5)
+        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8, gate_openness=0.95)
         >>> for batch in batches:
         ...     model(**batch).loss.backward()
         ...     optimizer.step()
@@ -85,7 +94,10 @@ def attach(
         >>> model.save_pretrained(folder)  # a plain LoRA adapter
     """
     config = read_given(config, "`attach`", "the call of `attach`")
-    return build_runtime(model, optimizer, StructLoRAConfig.build(config, **overrides), parts, passes=passes)
+    config = StructLoRAConfig.build(config, **overrides)
+    return build_runtime(
+        model, optimizer, config, parts, data=_data_of_loop(config, examples, batch_size), scaler=scaler
+    )
 
 
 def build_runtime(
@@ -95,19 +107,22 @@ def build_runtime(
     parts: Parts = DEFAULT_PARTS,
     quiet: str | None = None,
     steps: int | None = None,
-    passes: float | None = None,
+    data: tuple[float, float] | None = None,
+    scaler: GradScaler | None = None,
     is_over: Callable[[], bool] | None = None,
 ) -> Runtime:
     """Attach with a configuration that is built; see `attach`.
 
     Args:
-        quiet (`str`, *optional*): why `noise='auto'` is off; where omitted, it is on.
+        quiet (`str`, *optional*): why gates are off in this run; where omitted, `config.gates` decides.
         steps (`int`, *optional*): optimizer steps of the run, where they are known. Whether directions can be
             selected in them is for the caller to ask (`refuse_unreachable`), once it has loaded what the run goes on from.
-        passes (`float`, *optional*): passes over the data, where they are known.
+        data (`tuple[float, float]`, *optional*): training examples, and those of one optimizer step.
+        scaler (`torch.amp.GradScaler`, *optional*): see `attach`.
         is_over (callable, *optional*): whether the run has ended; see `Plan`.
     """
-    wrapped, (_, model), optimizer = model, find_peft_model(model, config), _unwrapped_optimizer(optimizer)
+    wrapped, (_, model) = model, find_peft_model(model, config)
+    optimizer, found_scaler = _unwrapped_optimizer(optimizer)
     adapter_name = _adapter(model, config)
     start = start_of(model.peft_config[adapter_name])
     kinds = parts.discover(model, adapter_name)
@@ -116,21 +131,29 @@ def build_runtime(
     select_step = _select_step(config, model.peft_config[adapter_name], steps)
     if steps is None:
         refuse_unreachable(config, select_step)
-    variance, why = _variance(config, quiet, passes)
-    if variance:
-        gated, silent = gates_of(model, kinds, adapter_name, config, partial(parts.gate, variance))
+    quiet = "gates='off'" if config.gates == "off" else quiet
+    grad_mode = GradMode()
+    if quiet is None:
+        build = partial(_gate, parts.gate or GATES[config.gates], config.gate_openness, grad_mode)
+        gated, silent = gates_of(model, kinds, adapter_name, build)
     else:
-        gated, silent = [], {why: sum(len(kind.modules) for kind in kinds)}
+        gated, silent = [], {quiet: sum(len(kind.modules) for kind in kinds)}
+    if config.keep is not None and not gated:
+        raise StructLoRAError(
+            f"keep={config.keep!r} and no gates to select by ({'; '.join(silent)})",
+            "gates on some LoRA modules",
+            "remove `keep`; `structlora export ADAPTER SMALL --keep 0.25 --data ROWS` makes the finished adapter smaller",
+        )
     engine = select_engine(wrapped, optimizer, kinds)
     _detach_earlier(kinds, optimizer)
+    bottleneck = Bottleneck(*data, config.beta, config.gate_lr) if gated else None
     runtime = Runtime(
         Plan(
             model,
             kinds,
             config,
             engine,
-            gated=gated,
-            noise=f"variance {variance:.2g}{why}",
+            Gating(model, gated, bottleneck, engine, grad_mode, scaler or found_scaler),
             quiet=silent,
             align=config.coordinator != "none" and config.align_init and start.is_drawn,
             moves_base=start.moves_base,
@@ -151,18 +174,9 @@ def build_runtime(
         "; one lora_A for all depths of a kind from now on: copy weights (a moving average, say) after this"
     )
     logger.info("%r%s", runtime, aligned if runtime.has_aligned else "")
-    if (
-        quiet is None
-        and passes is None
-        and config.noise == "auto"
-        and "noise_variance" in config.changed_options()
-    ):
-        logger.warning(
-            "`noise_variance` acts on nothing, since the passes over the data are unknown: give `passes`, or `noise='on'`."
-        )
     if runtime.is_off:
         logger.warning(
-            "StructLoRA: noise, coordinator and `keep` are all off; this run trains as without StructLoRA: %s.",
+            "StructLoRA: gates, coordinator and `keep` are all off; this run trains as without StructLoRA: %s.",
             runtime.describe()[1],
         )
     return runtime
@@ -193,18 +207,32 @@ def _refuse_senseless(adapter: PeftConfig, kinds: list[Kind]) -> None:
         )
 
 
-def _variance(config: StructLoRAConfig, quiet: str | None, passes: float | None) -> tuple[float, str]:
-    """The variance of gates, and why it is that; 0 where there is no noise."""
-    if config.noise == "off":
-        return 0.0, "noise='off'"
-    if config.noise == "on":
-        return config.noise_variance, ""
-    if quiet is not None:
-        return 0.0, quiet
-    if passes is None:
-        return 0.0, "passes over the data unknown"
-    variance, of = config.noise_variance * noise_share(passes), f"{passes:.3g} passes over the data"
-    return variance, f" for {of}" if variance else f"{of}, too few for noise"
+def _gate(build, openness: float, grad_mode: GradMode, rank: int, device: torch.device, rank_axis: int):
+    return build(rank, openness, device, rank_axis, grad_mode)
+
+
+def _data_of_loop(
+    config: StructLoRAConfig, examples: float | None, batch_size: float | None
+) -> tuple[float, float] | None:
+    """Return what a loop of one's own says of its data; None where no gate needs it."""
+    if config.gates == "off":
+        return None
+    given = {"examples": examples, "batch_size": batch_size}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            raise StructLoRAError(
+                f"{name}={value!r} in a run with gates, which learn by the number of training examples",
+                "a number above 0",
+                "call `attach(model, optimizer, examples=len(dataset), batch_size=16)`, where `batch_size` is of one optimizer "
+                "step over all processes; or set `gates='off'`",
+            )
+    if batch_size > examples:
+        raise StructLoRAError(
+            f"batch_size={batch_size} and examples={examples}",
+            "no more examples in a step than there are",
+            "correct one of them",
+        )
+    return float(examples), float(batch_size)
 
 
 def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | None) -> int | None:
@@ -227,7 +255,7 @@ def _select_step(config: StructLoRAConfig, adapter: PeftConfig, steps: int | Non
 
 
 def refuse_unreachable(config: StructLoRAConfig, step: int | None, steps: int | None = None) -> None:
-    """Stop where directions are to be selected after the end of a run, or before enough is known of them.
+    """Stop where directions are to be selected before the first step of a run, or after its end.
 
     Args:
         step (`int`, *optional*): after which they are selected; None where they are not.
@@ -244,13 +272,11 @@ def refuse_unreachable(config: StructLoRAConfig, step: int | None, steps: int | 
         raise StructLoRAError(
             found,
             "a step before the end of the run",
-            "lower `select_at`" if steps > LEAST_STEPS else "train for more steps",
+            "lower `select_at`, or train for more steps",
         )
-    if step < LEAST_STEPS:
+    if step < 1:
         raise StructLoRAError(
-            found,
-            f"at least {LEAST_STEPS} steps before it, to gather information in",
-            "train for more steps, or raise `select_at`",
+            found, "a step of training before it", "train for more steps, or raise `select_at`"
         )
 
 
@@ -322,10 +348,15 @@ def _unwrapped_model(model: nn.Module) -> nn.Module:
     return _unwrapped_model(inner.module) if _is_of_lightning(inner) else inner
 
 
-def _unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def _unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, GradScaler | None]:
+    """Return the optimizer inside wrappers of Accelerate and Lightning, and the scaler that these step it with."""
+    scaler = None
     while isinstance(optimizer, AcceleratedOptimizer) or _is_of_lightning(optimizer):
+        strategy = getattr(optimizer, "_strategy", None)  # Lightning's
+        precision = getattr(strategy, "precision", None) or getattr(strategy, "precision_plugin", None)
+        scaler = getattr(optimizer, "scaler", None) or getattr(precision, "scaler", None) or scaler
         optimizer = optimizer.optimizer
-    return optimizer
+    return optimizer, scaler
 
 
 def _is_of_lightning(wrapper) -> bool:
@@ -407,6 +438,7 @@ def _facts(runtime: Runtime) -> dict:
     sums = [part.sum() for factors in latents for part in factors]
     return {
         "configuration": runtime.config.options(),
+        "examples and batch_size": repr(runtime.gating.bottleneck),
         "engine": runtime.engine.name,
         "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "structlora-trl": __version__},

@@ -38,10 +38,11 @@ def _whole(low: int, high: float = math.inf) -> Allowed:
 POSITIVE = _number(lambda v: 0 < v < math.inf, "a number above 0")
 NOT_NEGATIVE = _number(lambda v: 0 <= v < math.inf, "a number of 0 or more")
 RATE = Allowed(lambda v: v is None or NOT_NEGATIVE.accepts(v), f"{NOT_NEGATIVE.meaning}, or None")
+OPENNESS = _number(lambda v: 0.02 <= v <= 0.999, "a number from 0.02 to 0.999")
 COSINE = _number(lambda v: -1 <= v < 1, "a cosine of -1 or more and below 1")
 KEEP = Allowed(
     lambda v: v is None or _share(v) is not None,
-    "a share of the directions above 0 and at most 1, or a share of the information as '99%', or None",
+    "a share of the directions above 0 and at most 1, or a share of the nats as '99%', or None",
 )
 ADAPTER = Allowed(lambda v: v is None or isinstance(v, str), "the name of an adapter, or None")
 MODULE = Allowed(lambda v: v is None or isinstance(v, str), "the name of a module, or None")
@@ -53,7 +54,7 @@ LARGEST_DEFAULT_RATE = 0.01  # of the coordinator
 WITH_COORDINATOR = "acts on nothing without a coordinator"
 WITH_SEMANTIC_EDGES = "acts on nothing without semantic edges"
 WITH_SELECTION = "acts on nothing where nothing is selected"
-WITH_NOISE = "acts on nothing without noise"
+WITH_GATES = "acts on nothing without gates"
 
 
 def _option(default, help: str):
@@ -68,34 +69,43 @@ class StructLoRAConfig:
         StructLoRAError: a value is out of range or misspelt; the message names the field and what is allowed.
 
     Example:
-        >>> config = StructLoRAConfig(noise_variance=0.5, coordinator="gat")
-        >>> StructLoRAConfig.build(config, keep=0.25).noise_variance
+        >>> config = StructLoRAConfig(beta=0.5, coordinator="gat")
+        >>> StructLoRAConfig.build(config, keep=0.25).beta
         0.5
 
     Args:
     """
 
-    noise: Literal["auto", "on", "off"] = _option(
-        "auto",
-        "Noise of the gates in training. 'auto': by the passes over the data, none up to 5 and `noise_variance` from 45 on; "
-        "none in trainers that switch dropout off or train on samples of their own policy (TRL's DPO, KTO, Reward, GRPO, RLOO, "
-        "...), nor in fused LoRA kernels. 'on': `noise_variance`, whatever the run; fused kernels are an error. 'off': no gates.",
+    gates: Literal["gaussian", "gumbel", "off"] = _option(
+        "gaussian",
+        "Gates of rank-one directions, learned under the information bottleneck: each example's activation of a direction is "
+        "multiplied by noise of mean 1, whose size the gate learns. 'gaussian', or 'gumbel' (Gumbel-Softmax, as in the paper). "
+        "They are off, and the start line says so, in trainers that switch dropout off or train on samples of their own policy "
+        "(TRL's DPO, KTO, Reward, GRPO, RLOO, ...), in fused LoRA kernels, and on modules whose lora_A no hook reaches. 'off': "
+        "no gates.",
     )
-    noise_variance: Annotated[float, POSITIVE, WITH_NOISE] = _option(
+    beta: Annotated[float, NOT_NEGATIVE, WITH_GATES] = _option(
         1.0,
-        "Variance of a gate, whose mean is 1, in runs of many passes: each example's activation of each rank-one direction is "
-        "multiplied by 1 + sqrt(noise_variance) * e, e standard normal. More is stronger regularisation.",
+        "Price of a nat that a gate lets through, in units of the bound on the evidence of the training examples. More closes "
+        "gates further: stronger regularisation, and fewer directions that carry the task.",
     )
-    keep: Annotated[float | str | None, KEEP] = _option(
+    gate_openness: Annotated[float, OPENNESS, WITH_GATES] = _option(
+        0.9,
+        "Openness of each gate at the start, 1 / (1 + variance of its noise). Nearer to 1 is gentler in runs of few epochs.",
+    )
+    gate_lr: Annotated[float, NOT_NEGATIVE, WITH_GATES] = _option(
+        0.5,
+        "How far gates move in an epoch: the rate of gradient descent on N * loss + beta * nats, N the number of training "
+        "examples. 0: gates keep the openness that they start with.",
+    )
+    keep: Annotated[float | str | None, KEEP, WITH_GATES] = _option(
         None,
-        "Hard selection while training: how many rank-one directions of the whole model are kept, as a share of them (0.25), "
-        "or as the share of information that those kept carry ('99%'). The others are closed for good: exact zeros. None: "
+        "Hard selection while training: how many rank-one directions of the whole model are kept, the most open ones: a share "
+        "of them (0.25), or as many as carry a share of the nats ('99%'). The others are closed for good: exact zeros. None: "
         "nothing is selected.",
     )
     select_at: Annotated[float, POSITIVE, WITH_SELECTION] = _option(
-        0.5,
-        "When directions are selected: a share of the run's steps below 1, or a number of steps. Information is gathered over "
-        "the second half of the steps before, at least 10.",
+        0.5, "When directions are selected: a share of the run's steps below 1, or a number of steps."
     )
     coordinator: Literal["none", "gcn", "gat"] = _option(
         "gcn",
@@ -148,8 +158,8 @@ class StructLoRAConfig:
             value = getattr(self, option.name)
             if getattr(value, "ndim", None) == 0:  # a scalar of numpy or torch
                 setattr(self, option.name, value.item())
-        if isinstance(self.noise, bool):  # YAML 1.1, which PyYAML follows, reads `on` and `off` as these
-            self.noise = "on" if self.noise else "off"
+        if isinstance(self.gates, bool):  # YAML 1.1, which PyYAML follows, reads `on` and `off` as these
+            self.gates = "gaussian" if self.gates else "off"
         if isinstance(self.roles, str):
             try:
                 self.roles = json.loads(self.roles)
@@ -170,8 +180,8 @@ class StructLoRAConfig:
             idle[WITH_SEMANTIC_EDGES] = "edges='adjacency'", "semantic edges", "remove `edges='adjacency'`"
         if self.keep is None:
             idle[WITH_SELECTION] = "keep=None", "a selection", "set `keep`"
-        if self.noise == "off":
-            idle[WITH_NOISE] = "noise='off'", "gates with noise", "remove `noise='off'`"
+        if self.gates == "off":
+            idle[WITH_GATES] = "gates='off'", "gates", "remove `gates='off'`"
         for name, value in self.changed_options().items():
             for mark in idle.keys() & set(_marks(name)):
                 cause, needed, remedy = idle[mark]
@@ -201,7 +211,7 @@ class StructLoRAConfig:
             raise StructLoRAError(
                 f"{config!r} where StructLoRA's options are expected",
                 "a `StructLoRAConfig`, or a mapping of options to values",
-                "pass `StructLoRAConfig(...)`, a dict such as {'noise_variance': 0.5}, or the options as keywords",
+                "pass `StructLoRAConfig(...)`, a dict such as {'beta': 0.5}, or the options as keywords",
             )
         options = {**(config or {}), **overrides}
         known = [f.name for f in fields(StructLoRAConfig)]

@@ -56,9 +56,9 @@ def section(runtime: Runtime) -> str:
     adapter = "VeRA" if is_vera else "LoRA"
     servers = "" if is_vera else " `structlora inspect` says what vLLM, SGLang, LoRAX and llama.cpp need."
     acted = []
-    if runtime.gated_count:
+    if runtime.gating.gates:
         acted.append(
-            f"gates with noise ({runtime.plan.noise}) on the rank activations of {runtime.gated_count} modules"
+            f"{config.gates} gates learned under the information bottleneck, on {len(runtime.gating.gates)} modules"
         )
     coordinated = sum(bool(m.coordinators) for m in runtime.maps)
     if coordinated:

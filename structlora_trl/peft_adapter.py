@@ -11,11 +11,10 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 from torch import nn
 
-from .config import StructLoRAConfig
 from .core.gates import Gate
 from .core.kinds import Kind
 from .errors import StructLoRAError
-from .runtime import GatedModule
+from .gating import GatedModule
 
 # Where functions come from that compute a LoRA layer without calling it; and the name of the forward that Unsloth
 # gives PEFT's classes, which reads the weight of lora_A alone.
@@ -83,14 +82,9 @@ def gates_of(
     model: nn.Module,
     kinds: list[Kind],
     adapter_name: str,
-    config: StructLoRAConfig,
     build: Callable[..., Gate],
 ) -> tuple[list[GatedModule], dict[str, int]]:
-    """A gate for each LoRA module on which one can act, and why others have none -> how many.
-
-    Raises:
-        StructLoRAError: `noise='on'`, and fused kernels that go around `lora_A`; or no module at all for it.
-    """
+    """Return a gate for each LoRA module on which one can act, and why others have none -> how many."""
     adapter = model.peft_config[adapter_name]
     fused = _fused_modules(model)
     gated, quiet = [], Counter()
@@ -102,22 +96,13 @@ def gates_of(
                 quiet[why] += 1
                 continue
             lora_A = layer.lora_A[adapter_name]
-            width = (
-                lora_A.in_features
-                if getattr(adapter, "use_dora", False) and isinstance(lora_A, nn.Linear)
-                else None
-            )
-            gate = build(-1 - len(lora_A.kernel_size) if isinstance(layer, _ConvNd) else -1, width)
+            rank_axis = -1 - len(lora_A.kernel_size) if isinstance(layer, _ConvNd) else -1
             factor = next(p for p in (kind.B[place], kind.A[place]) if p.requires_grad)
-            gated.append(GatedModule(name, lora_A, factor, gate))
-    if config.noise == "on" and (fused or not gated):
-        raise StructLoRAError(
-            f"noise='on' and {', '.join(f'{count} LoRA modules: {why}' for why, count in quiet.items())}",
-            "modules whose forward calls `lora_A`, on which gates are hooks",
-            "switch fused LoRA kernels off, or set `noise='auto'`, which leaves such modules without noise"
-            if fused
-            else "set `noise='off'` or `noise='auto'`",
-        )
+            gate = build(kind.rank, factor.device, rank_axis)
+            # DoRA passes the identity through lora_A before its input, to compute the norm of its weights.
+            magnitudes = layer.lora_magnitude_vector if isinstance(lora_A, nn.Linear) else {}
+            dora = magnitudes[adapter_name] if adapter_name in magnitudes else None
+            gated.append(GatedModule(name, lora_A, factor, gate, dora))
     return gated, dict(quiet)
 
 

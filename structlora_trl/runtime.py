@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .config import ENOUGH_INFORMATION, StructLoRAConfig, share_to_keep
+from .config import StructLoRAConfig
 from .core.diagnostics import cosines, neighbour_products, structure_metrics
-from .core.gates import Gate
-from .core.kinds import SIDES, Factors, Kind
+from .core.kinds import SIDES, Factors, Kind, unwrapped_name
 from .core.mapping import DEFAULT_PARTS, KindMap, Parts, mapped_sides
-from .core.selection import LEAST_STEPS, select
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError
+from .gating import Gating
 from .map_context import in_map_context
 from .rank_check import is_first_rank, world_size
 from .state import State
@@ -41,23 +40,6 @@ _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
 @dataclass
-class GatedModule:
-    """A LoRA module with a gate.
-
-    Args:
-        name (`str`): of the LoRA module.
-        lora_A (`nn.Module`): whose output are the rank activations.
-        factor (`nn.Parameter`): a trained factor of the module, whose gradient tells that it took part.
-        gate (`Gate`): the hook.
-    """
-
-    name: str
-    lora_A: nn.Module
-    factor: nn.Parameter
-    gate: Gate
-
-
-@dataclass
 class Plan:
     """What `attachment.py` found out: what is trained, and how.
 
@@ -66,9 +48,8 @@ class Plan:
         kinds (`list[Kind]`): what is trained.
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
-        gated (`list[GatedModule]`): the modules whose gates have noise.
-        noise (`str`): how much noise these have, and why.
-        quiet (`dict[str, int]`): why others have none -> number of modules.
+        gating (`Gating`): the gates.
+        quiet (`dict[str, int]`): why other modules have no gates -> number of modules.
         align (`bool`): give every node of a fresh kind (B = 0) the lora_A of the first.
         moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
         frozen (`list[nn.Parameter]`): LoRA factors of the adapter that no map has, and must stay frozen.
@@ -81,8 +62,7 @@ class Plan:
     kinds: list[Kind]
     config: StructLoRAConfig
     engine: Engine
-    gated: list[GatedModule] = field(default_factory=list)
-    noise: str = ""
+    gating: Gating
     quiet: dict[str, int] = field(default_factory=dict)
     align: bool = False
     moves_base: bool = False
@@ -94,14 +74,12 @@ class Plan:
 
 class _Pulled(NamedTuple):
     """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's
-    share, where factors are slices), gradients of node features by side, where they are wanted, and the
-    relevance of directions, while it is gathered.
+    share, where factors are slices), and gradients of node features by side, where they are wanted.
     """
 
     factors: Factors
     own: dict[str, Tensor]
     features: dict[str, Tensor]
-    relevance: list[Tensor]
 
 
 class Runtime:
@@ -112,14 +90,14 @@ class Runtime:
         skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients. In a loop of your own,
             those that a GradScaler leaves out are not among them: it never calls an unfused optimizer then.
         reached_steps (`int`): optimizer steps with gradients of the adapter, if only zeros.
-        gated_count (`int`): modules whose gates have noise.
+        gating (`Gating`): the gates.
         is_attached (`bool`): whether the model and its optimizer are still in use.
         maps (`list[KindMap]`): one per kind.
         schedule (`ScheduleShare`): where the learning rates' schedule stands.
         has_aligned (`bool`): whether attaching changed lora_A, of a fresh adapter.
 
     Example:
-        >>> runtime = attach(model, optimizer)
+        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
         >>> "structlora/effective_rank" in runtime.metrics()
         True
         >>> runtime.detach()  # the model keeps its weights: a plain LoRA adapter
@@ -129,13 +107,12 @@ class Runtime:
         self.plan, self.model, self.kinds, self.config = plan, plan.model, plan.kinds, plan.config
         self.engine, self.device = plan.engine, plan.kinds[0].device
         self.stopwatch = Stopwatch(self.device)
-        self.is_attached, self.gated_count = True, len(plan.gated)
+        self.is_attached, self.gating = True, plan.gating
         self.step = self.skipped_steps = self.hook_calls = self.reached_steps = 0
         self.schedule = ScheduleShare()
         self.maps: list[KindMap] = []
         self._rate: Rate | None = None  # of the step under way, where it counts
         self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
-        self._relevance: list[Tensor] = []  # of the directions in the step under way, while it is gathered
         self._metric_steps = 0
         self._parameter_ids = {id(p) for p in self.lora_parameters() if p.requires_grad}
         self._places = _places_of(self.model, self.lora_parameters())
@@ -145,12 +122,11 @@ class Runtime:
         self.engine.install(self._before_step, self._after_step, mapped)
         try:
             self._build(plan.align)
-            handles = self._hook_gates()
         except BaseException:
             self.engine.remove()
             raise
         # A model outlives a run that nobody ended: its gates go with the runtime.
-        self._let_go = weakref.finalize(self, _close, handles, [module.gate for module in plan.gated])
+        self._let_go = weakref.finalize(self, self.gating.remove())
         self._let_go.atexit = False
         _watch_optimizers()
         _attached.add(self)
@@ -203,16 +179,6 @@ class Runtime:
                 part.sum_over_width = slices.sum_with_gradient
         return m
 
-    def _hook_gates(self) -> list:
-        """Put the gates into the model; the hooks' handles."""
-        gated, self._heard = self.plan.gated, set()  # modules with a gradient of training
-        handles = [module.lora_A.register_forward_hook(module.gate) for module in gated]
-        # Of modules whose gate has not fired yet: what tells of a gradient without it.
-        self._listening = {
-            m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in gated
-        }
-        return [*handles, *self._listening.values()]
-
     @staticmethod
     def attached_to(parameters: set[int]) -> list[Runtime]:
         """The runtimes that train some of the parameters with these ids."""
@@ -249,8 +215,8 @@ class Runtime:
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing acts, whatever switched the noise off: this is plain LoRA."""
-        return not self.gated_count and self.config.coordinator == "none" and self.config.keep is None
+        """Whether nothing acts, whatever switched the gates off: this is plain LoRA."""
+        return not self.gating and self.config.coordinator == "none" and self.config.keep is None
 
     def describe(self) -> list[str]:
         """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
@@ -271,7 +237,12 @@ class Runtime:
         ]
 
     def _describe_gates(self) -> str:
-        on = [f"gates on {self.gated_count} modules ({self.plan.noise})"] if self.gated_count else []
+        on, of = [], self.gating.bottleneck
+        if of is not None:
+            on = [
+                f"{self.config.gates} gates on {len(self.gating)} modules ({of.examples:,.0f} examples, batch of "
+                f"{of.batch_size:g}, beta {of.beta:g})"
+            ]
         off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
         return "; ".join(on + off)
 
@@ -279,7 +250,7 @@ class Runtime:
     def _before_step(self) -> bool:
         """Carry the gradients back through the map. False where the optimizer must not step."""
         self.hook_calls += 1
-        self._rate, self._relevance = None, []
+        self._rate = None
         self._warn_of_other_adapters()
         self._refuse_moved()
         gradients = self.engine.read_gradients()
@@ -287,8 +258,8 @@ class Runtime:
             self._refuse_replaced()
             return True
         self.reached_steps += 1
-        self._refuse_unheard()
         self._refuse_unfrozen()
+        self.gating.take_gradients(self.device)
         if not self._maps_anything:
             self._rate = self.engine.learning_rate()
             return True
@@ -328,28 +299,17 @@ class Runtime:
         # The maps' own optimizer descends: where the trainer's ascends, it sees the negative of its objective.
         sign = -1 if self.engine.maximizes() else 1
         factors, own = m.pullback(latent, gradient) if m.coordinators else (m.masked(gradient), {})
-        gathers = self._gathers_relevance()
-        # Those of slices add up.
-        relevance = [torch.linalg.vecdot(factors.B, latent.B, dim=-2) / scale] if gathers else []
         wanted = m.coordinators and (self._wants_cosine() or m.graph.follows_gradients)
         return _Pulled(
             factors,
             {name: sign * value / scale for name, value in own.items()},
             # Unscaled and clipped, whichever engine. Closed directions are masked out of what joins depths.
             {side: getattr(m.masked(gradient), side) / scale for side in m.coordinators} if wanted else {},
-            relevance,
         )
 
     def _wants_cosine(self) -> bool:
         """In the first step of a run gradients of lora_A are zero."""
         return self._cosine is None and self.step > 0
-
-    def _gathers_relevance(self) -> bool:
-        """Whether the step under way is one whose relevance counts for the selection to come."""
-        select_step = self.plan.select_step
-        if select_step is None or self.maps[0].selection.is_made:
-            return False
-        return self.acted_steps >= self._first_informed_step()
 
     def _sum(self, pulled: list[_Pulled]) -> tuple[bool, bool, bool, list[dict[str, Tensor]]]:
         """Sum over ranks what a step needs, in one collective, the one place where it waits for the device.
@@ -366,13 +326,11 @@ class Runtime:
             if self._wants_cosine() and part.features
         ]
         own = [value for part in pulled for value in part.own.values()]
-        gathered = [d for part in pulled for d in part.relevance]
         flags = self.engine.gradient_flags()
         flags = torch.cat([flags, self.engine.written().to(flags)[None]])
-        flags, *sums = self._slices.sums([flags, *gathered, *own, *products])
+        flags, *sums = self._slices.sums([flags, *own, *products])
         is_bad, is_moving, is_written = flags.bool().tolist()
         sums = iter(sums)
-        self._relevance = [next(sums) for _ in gathered]
         own = [{name: next(sums) for name in part.own} for part in pulled]
         if products and not is_bad:
             self._cosine = torch.stack([cosines(p).mean().to(self.device) for p in sums]).mean()
@@ -399,9 +357,7 @@ class Runtime:
             group["lr"] = self.config.coordinator_rate(self.schedule.peak) * share
             self._optimizer.step()
             self._optimizer.zero_grad()
-        if self._relevance:
-            for m, d in zip(self.maps, self._relevance, strict=True):
-                m.selection.observe(d)
+        self.gating.step()
         self.step += 1
         self._metric_steps += 1
         if self.plan.select_step is not None and self.acted_steps >= self.plan.select_step:
@@ -414,27 +370,31 @@ class Runtime:
 
     def _select(self) -> None:
         """Make the selection, once."""
-        selections = [m.selection for m in self.maps]
-        if selections[0].informed_steps < LEAST_STEPS:  # `reload` forgot what was known
+        if self.has_selected:
             return
-        if selections[0].is_made or not select(selections, self.config.keep, self.plan.parts.choose):
-            return
-        kept, total = sum(int(s.kept.sum()) for s in selections), sum(s.kept.numel() for s in selections)
-        empty = sum(int((~s.kept.any(-1)).sum()) for s in selections)
-        information = sum(s.information.sum().item() for s in selections)
-        carried = sum(s.information[s.kept].sum().item() for s in selections) / information
-        _, is_of_information = share_to_keep(self.config.keep)
+        passed = self.gating.nats()
+        chosen = self.plan.parts.choose(torch.cat(list(passed.values())), self.config.keep)
+        kept = dict(zip(passed, chosen.split([len(x) for x in passed.values()]), strict=True))
+        for m in self.maps:
+            of_kind = m.selection.kept.clone()
+            for place, module in enumerate(m.kind.modules):
+                if unwrapped_name(module) in kept:  # what has no gate is kept
+                    of_kind[place] = kept[unwrapped_name(module)]
+            m.selection.close(of_kind)
+        total = sum(s.kept.numel() for s in (m.selection for m in self.maps))
+        left = sum(int(m.selection.kept.sum()) for m in self.maps)
+        empty = sum(int((~m.selection.kept.any(-1)).sum()) for m in self.maps)
+        carried = sum(float(passed[name][kept[name]].sum()) for name in passed) / sum(
+            float(x.sum()) for x in passed.values()
+        )
         if is_first_rank():
             logger.warning(
-                "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the information%s (%d modules keep none). "
+                "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the nats (%d modules keep none). "
                 "`structlora export ADAPTER SMALL --prune` writes the saved adapter as a small file.",
-                kept,
+                left,
                 total,
                 self.acted_steps,
                 100 * carried,
-                ", where below 90 % an adapter loses much of what it learned (a share of the directions is written 0.25)"
-                if is_of_information and carried < ENOUGH_INFORMATION
-                else "",
                 empty,
             )
 
@@ -477,22 +437,38 @@ class Runtime:
         metrics = structure_metrics(self.maps, self.engine.read_working(), self._slices.sums)
         if self._cosine is not None:
             metrics["gradient_cosine"] = self._cosine.item()
+        if self.gating.gates:
+            metrics |= self.gating.metrics(self.openness())
         metrics["peak_lr"] = self.schedule.peak
         metrics["skipped_steps"] = self.skipped_steps
         metrics["map_ms"] = self.stopwatch.take() / max(self._metric_steps, 1)
         self._metric_steps, self._cosine = 0, None
         return {f"structlora/{name}": value for name, value in metrics.items()}
 
+    def openness(self) -> dict[str, Tensor]:
+        """Return the openness of each direction by module, (r,) in fp32 on the CPU: σ of its gate's logit, from 0 to 1; 0 where
+        selection has closed it. Modules without gates are left out.
+        """
+        found = self.gating.openness()
+        for m in self.maps if self.has_selected else ():
+            for module, kept in zip(
+                map(unwrapped_name, m.kind.modules), m.selection.kept.cpu(), strict=False
+            ):
+                if module in found:
+                    found[module] *= kept
+        return found
+
     @in_map_context
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, Θ with its optimizer's state, graphs, selection, options and counts, as one flat dict.
+        """Latents, Θ with its optimizer's state, graphs, gates, selection, options and counts, as one flat dict.
 
         Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
         """
         counts = {"step": self.step, "skipped_steps": self.skipped_steps}
         latents = self.engine.read_latents(everything=True)
         kinds = zip(self.maps, latents, self.engine.slices, strict=True)
-        return State.of(self.config, counts, self.schedule, kinds, self._optimizer).flatten()
+        gates = self.gating.state()
+        return State.of(self.config, counts, self.schedule, kinds, self._optimizer, gates).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict()`: afterwards the model's trained LoRA factors are that state's. What else an adapter
@@ -513,7 +489,7 @@ class Runtime:
         state.refuse_other_run(self.config, self.maps)
         for m, latent, slices in kinds:
             state.refuse_misfits(m, slices, latent)
-        self._refuse_uninformed(state)
+        self.gating.refuse_misfits(state.gates)
         changes = state.changes(self.config)
         if changes:
             logger.warning(
@@ -521,16 +497,16 @@ class Runtime:
             )
         self.engine.write_latents([state.load_into(m, slices, self._optimizer) for m, _, slices in kinds])
         self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule
+        self.gating.load(state.gates)
         self._write()
 
     @in_map_context
     def reload(self) -> None:
         """Start again from the LoRA weights that stand in the model, which other code has written.
 
-        They become the latent factors. Coordinator, graph, their optimizer and what was learned of directions
-        start anew, as at `attach`; the step's number goes on. Directions that selection has closed stay
-        closed; a selection that is to come waits for ten steps of information. To continue a run of StructLoRA,
-        use `load_state` instead.
+        They become the latent factors. Coordinator, graph and their optimizer
+        start anew, as at `attach`; the gates and the step's number go on. Directions that selection has closed
+        stay closed. To continue a run of StructLoRA, use `load_state` instead.
 
         Raises:
             StructLoRAError: the runtime is detached.
@@ -558,16 +534,15 @@ class Runtime:
         self._let_go()
         if self.plan.select_step is not None and not self.has_selected and self.acted_steps:
             logger.warning(
-                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d, once there are "
-                "%d steps of information on them.",
+                "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
                 self.config.keep,
                 self.acted_steps,
                 self.plan.select_step,
-                LEAST_STEPS,
             )
         # Whoever keeps the runtime for its state or figures does not keep the model.
         self.model = self.plan.model = self.plan.is_over = None
-        self._places, self.plan.gated, self.plan.frozen, self._listening = [], [], [], {}
+        self._places, self.plan.frozen = [], []
+        self.gating.let_go()
 
     def _refuse_detached(self) -> None:
         if not self.is_attached:
@@ -575,43 +550,6 @@ class Runtime:
                 "a detached runtime that is to write weights",
                 "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
                 "call `attach` again, with an optimizer of the model's parameters",
-            )
-
-    def _refuse_uninformed(self, state: State) -> None:
-        """Stop where the selection would come before there is information on the directions. In a run that gathers
-        it already, steps that were skipped make the selection wait.
-        """
-        select_step = self.plan.select_step
-        if select_step is None or state.informed_steps != 0 or state.step <= self._first_informed_step():
-            return
-        acted = state.step + state.skipped_steps
-        if select_step - acted < LEAST_STEPS:
-            raise StructLoRAError(
-                f"a state of step {acted}, with 0 steps of information on its directions, and a selection at step {select_step} "
-                "of this run",
-                f"{LEAST_STEPS} steps of information before the selection",
-                f"train for more steps, or set `select_at={acted + LEAST_STEPS}`",
-            )
-
-    def _first_informed_step(self) -> int:
-        return min(self.plan.select_step // 2, self.plan.select_step - LEAST_STEPS)
-
-    def _refuse_unheard(self) -> None:
-        """Stop where a module has a gradient and its gate has not fired: fused code went around its forward."""
-        if not self._listening:
-            return
-        for m in self.plan.gated:
-            if m.gate.has_fired and m.name in self._listening:
-                self._listening.pop(m.name).remove()
-        bypassed = [name for name in self._listening if name in self._heard]
-        if bypassed:
-            more = ", ..." if len(bypassed) > 3 else ""
-            raise StructLoRAError(
-                f"{len(bypassed)} LoRA modules with gradients whose gates never ran ({', '.join(bypassed[:3])}{more})",
-                "a forward under `train()` that calls their `lora_A`, on which the gates are hooks: no fused LoRA kernel, no code "
-                "compiled before StructLoRA was attached, no loss on the weights of modules that the forward leaves out",
-                "set `noise='off'` to keep such kernels or losses, or switch them off; after an earlier run under "
-                "`torch.compile`, call `torch.compiler.reset()`",
             )
 
     def _refuse_unfrozen(self) -> None:
@@ -709,19 +647,6 @@ def _watch_optimizers() -> None:
 
 
 _watching: list = []  # handles of the hooks that see every optimizer
-
-
-def _notes(module: GatedModule, names: set[str]):
-    """A gradient hook that notes a module whose gate a training forward should have met."""
-    return lambda parameter: names.add(module.name) if module.lora_A.training else None
-
-
-def _close(handles: list, gates: list[Gate]) -> None:
-    """Take hooks out. A gate that compiled code has kept does nothing from here on."""
-    for gate in gates:
-        gate.variance = 0.0
-    for handle in handles:
-        handle.remove()
 
 
 def _places_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:

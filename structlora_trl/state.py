@@ -8,6 +8,7 @@ written whole or not at all:
     KIND/latent_A, latent_B      latent factors of the nodes, fp32
     KIND/...                     `state_dict()` of the kind's map: origins, graph, Θ, selection
     KIND/optimizer.NAME.MOMENT   the map's AdamW, for each parameter of the map
+    /gates/MODULE                the logits of the module's gates
 
 In the file the header is metadata that a person can read.
 """
@@ -19,7 +20,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,13 @@ from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError, refuse_unwritable
+from .gates_file import GATES_NAME, write_openness
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
 
 STATE_NAME = "structlora.safetensors"
-FORMAT = 5  # those before it were never released
+FORMAT = 6  # those before it were never released
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act
 # on nothing. (`side` and `roles` are compared by the sides they resolve to.) All others may change on resume, and act
@@ -46,7 +51,7 @@ _START_ANEW = (
     "train without `resume_from_checkpoint`"
 )
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
-_HEADER = "header"
+_HEADER, _GATES = "header", "/gates/"
 _OPTIONAL = ("graph.mean_A", "graph.mean_B")  # which a graph that has seen no gradient lacks
 _FACTS = ("format", "step", "skipped_steps", "schedule", "options", "kinds")
 
@@ -85,6 +90,7 @@ class State:
         schedule: ScheduleShare,
         kinds: Iterable[SlicedMap],
         optimizer: torch.optim.Optimizer | None,
+        gates: dict[str, Tensor],
     ) -> State:
         """The present state of a run; a collective where ranks have slices.
 
@@ -94,8 +100,9 @@ class State:
             schedule (`ScheduleShare`): where the learning rates' schedule stands.
             kinds (`Iterable`): of each kind its map, latent factors and slices.
             optimizer (`torch.optim.Optimizer`, *optional*): the maps' own.
+            gates (`dict[str, Tensor]`): logits by module.
         """
-        facts, tensors = {}, {}
+        facts, tensors = {}, {f"{_GATES}{name}": logits for name, logits in gates.items()}
         for m, latent, slices in kinds:
             facts[m.kind.name] = facts_of(m)
             entries = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
@@ -130,22 +137,14 @@ class State:
         return StructLoRAConfig.build(self.header["options"])
 
     @property
-    def informed_steps(self) -> int | None:
-        """Steps of information on the directions; None where they are selected already, or never."""
-        of_kind = self.of_kind(next(iter(self.header["kinds"])))
-        is_open = not of_kind.get("selection.is_made", True)
-        return int(of_kind["selection.informed_steps"]) if is_open else None
+    def gates(self) -> dict[str, Tensor]:
+        """Logits by module."""
+        return {name.removeprefix(_GATES): x for name, x in self.tensors.items() if name.startswith(_GATES)}
 
     def rewound(self) -> State:
-        """The same weights and coordinators at the start of another run: its schedule and its steps are its own."""
+        """The same weights, gates and coordinators at the start of another run: its schedule and its steps are its own."""
         header = {**self.header, "step": 0, "skipped_steps": 0, "schedule": vars(ScheduleShare())}
-        is_open = self.informed_steps is not None
-        gathered = ("selection.information", "selection.informed_steps")
-        tensors = {
-            name: torch.zeros_like(x) if is_open and name.endswith(gathered) else x
-            for name, x in self.tensors.items()
-        }
-        return State(header, tensors)
+        return State(header, self.tensors)
 
     def of_kind(self, name: str) -> dict[str, Tensor]:
         """The tensors of one kind, by their names within it."""
@@ -354,7 +353,7 @@ def save_state(
             still is.
 
     Example:
-        >>> runtime = attach(model, optimizer)
+        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
         >>> save_state(runtime, folder).name
         'structlora.safetensors'
     """
@@ -383,6 +382,32 @@ def save_state(
     return path
 
 
+def save_gates(runtime: Runtime, directory: str | os.PathLike) -> Path | None:
+    """Write the openness of each direction to `directory/structlora_gates.safetensors`, beside the adapter.
+
+    `structlora export --keep` and `structlora inspect` read it; PEFT and servers ignore it. The callback writes
+    it; in a loop of your own, call this where you save the adapter.
+
+    Returns:
+        `Path` of the file; None in a run without gates, in which a file of an earlier one is removed.
+
+    Raises:
+        StructLoRAError: the file cannot be written.
+
+    Example:
+        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
+        >>> model.save_pretrained(folder)
+        >>> save_gates(runtime, folder).name
+        'structlora_gates.safetensors'
+    """
+    if not runtime.gating.gates:
+        (Path(directory) / GATES_NAME).unlink(missing_ok=True)
+        return None
+    of = runtime.gating.bottleneck
+    facts = {"gates": runtime.config.gates, "examples": of.examples, "beta": of.beta, "step": runtime.step}
+    return write_openness(directory, runtime.openness(), facts)
+
+
 def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
     """Continue from the state that `save_state` wrote to `directory`.
 
@@ -391,7 +416,7 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
             modules, shapes, rank or options that shaped its weights. Nothing has changed then.
 
     Example:
-        >>> runtime = attach(model, optimizer)
+        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
         >>> _ = save_state(runtime, folder)
         >>> load_state(runtime, folder)
     """

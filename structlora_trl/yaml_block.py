@@ -112,13 +112,13 @@ def _parsed(text: str | Path) -> object:
         raise StructLoRAError(
             f"{str(text)!r} for `structlora` ({error})",
             "options, true or false as JSON, or a YAML or JSON file with a `structlora` key",
-            "correct the text, for example '{\"noise_variance\": 0.5}', or the path",
+            "correct the text, for example '{\"beta\": 0.5}', or the path",
         ) from error
     if isinstance(value, str):  # plain words are text to YAML
         raise StructLoRAError(
             f"{text!r} for `structlora`",
             "options, true or false as JSON, or a YAML or JSON file with a `structlora` key",
-            "write `structlora: true`, options such as '{\"noise_variance\": 0.5}', or a path that ends in .yaml, .yml or .json",
+            "write `structlora: true`, options such as '{\"beta\": 0.5}', or a path that ends in .yaml, .yml or .json",
         )
     return value
 

@@ -29,7 +29,7 @@ Arguments of `accelerate launch` (--num_processes, ...) start processes, and so 
 _EXAMPLES = """examples:
   structlora init {name} > run.yaml     # a file to start from
   structlora {name} --config run.yaml
-  structlora {name} --config run.yaml --structlora.noise_variance 0.5 --learning_rate 1e-4
+  structlora {name} --config run.yaml --structlora.beta 0.5 --learning_rate 1e-4
   structlora {name} --config run.yaml --structlora false --output_dir lora     # plain LoRA, all else equal
   structlora {name} --config run.yaml --resume_from_checkpoint true
   structlora {name} --config run.yaml --accelerate_config zero2 --num_processes 4

@@ -42,7 +42,7 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     },
     "learning_rate": (_above_zero, "a number above 0"),
     "weight_decay": (lambda v: 0 <= v < math.inf, "a number of 0 or more"),
-    "num_train_epochs": (_above_zero, "a number of passes above 0"),
+    "num_train_epochs": (_above_zero, "a number of epochs above 0"),
     "seed": (lambda v: v is not None and 0 <= v < 2**32, "a number from 0 to 2**32 - 1"),
     "lora_r": (_above_zero, "a rank of 1 or more"),
     "lora_alpha": (_above_zero, "a number above 0, since updates are scaled by `lora_alpha / lora_r`"),
@@ -122,7 +122,7 @@ def refuse_numbers(given: dict) -> None:
         StructLoRAError: it names the argument.
     """
     steps = str(given.get("max_steps"))
-    if steps.isdigit() and int(steps) > 0:  # which Trainer counts then, and not passes
+    if steps.isdigit() and int(steps) > 0:  # which Trainer counts then, and not epochs
         given = {name: value for name, value in given.items() if name != "num_train_epochs"}
     for name, (accepts, meaning) in NUMBERS.items():
         value = given.get(name)

@@ -15,7 +15,7 @@ from .local_rows import count_rows
 from .main import TRAINING
 
 _WIDTH = 110
-_DESCRIPTION = """Print a YAML file for a training command: what a run has to name, on its first 20 lines. With --data, passes and
+_DESCRIPTION = """Print a YAML file for a training command: what a run has to name, on its first 20 lines. With --data, epochs and
 held-out rows fit the number of rows. With --all, every option of StructLoRA follows, at its default.
 `structlora COMMAND --help` lists what else may stand in the file.
 """
@@ -39,9 +39,7 @@ _DATA = {
     "grpo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
     "rloo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
 }
-_FIRST_ROWS = 250  # of a public data set, so that the file is an example of few rows and several passes
-# As `core.gates` has it, which loads torch. The other trainers switch noise off, as they do dropout.
-_NOISE = "; too few for noise on gates, which begins above 5 and is whole from 45 on"
+_FIRST_ROWS = 250  # of a public data set, so that the file is an example of few rows and several epochs
 _TOKENS = ("max_length", 1024, "tokens; longer rows are cut")
 _BETA = ("beta", 0.1, "how strongly the base model holds the adapter back")
 _OWN = {"sft": [_TOKENS], "dpo": [_BETA, _TOKENS], "kto": [_BETA, _TOKENS], "reward": [_TOKENS]}
@@ -116,7 +114,7 @@ def template(
                     "the first rows; 'train' takes all of yours",
                 )
             )
-        settings += [*_passes(rows, _NOISE if name == "sft" else ""), *_OWN[name]]
+        settings += [*_epochs(rows), *_OWN[name]]
     settings += [
         ("learning_rate", _RATES[name], "for LoRA; try half and twice as much"),
         ("per_device_train_batch_size", 8, ""),
@@ -137,20 +135,20 @@ def template(
     return "\n".join(lines) + "\n\n" + _OPTIONS + textwrap.indent(options, "  ")
 
 
-def _passes(rows: int | None, noise: str) -> list[tuple[str, Any, str]]:
-    """Passes, with what they mean for the noise, held-out share, and when to evaluate and save: often where rows are few."""
+def _epochs(rows: int | None) -> list[tuple[str, Any, str]]:
+    """Return epochs, held-out share, and when to evaluate and save: often where rows are few."""
     resume = "checkpoints; --resume_from_checkpoint true continues from the last one"
     if rows is not None and rows < 2000:
         held_out, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
         return [
             ("test_split_size", held_out, f"of the {rows:,} rows, held out for the evaluation loss"),
-            ("num_train_epochs", epochs, f"passes over the rest{noise}"),
+            ("num_train_epochs", epochs, "over the rest"),
             ("eval_strategy", "epoch", ""),
             ("save_strategy", "epoch", resume),
         ]
     return [
         ("test_split_size", 0.05, "share of the rows that is held out; 0.2 where rows are fewer than 500"),
-        ("num_train_epochs", 1, f"passes over the rest; 3 to 5 where rows are few{noise}"),
+        ("num_train_epochs", 1, "over the rest; 3 to 5 where rows are few"),
         ("eval_strategy", "steps", ""),
         ("eval_steps", 100, ""),
         ("save_steps", 100, resume),

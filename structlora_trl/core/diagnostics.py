@@ -11,7 +11,6 @@ gradient_cosine     mean cosine of neighbouring depths' gradients in the first s
 stream_cosine       mean cosine of what neighbouring depths read from the residual stream, or write to it
                     (`stream_cosine`), over the kinds whose role is known; left out where no two neighbours
                     have learned anything
-kept_share          share of the directions that selection has kept; left out before it
 semantic_edges      number of semantic edges, all kinds
 theta_norm          Frobenius norm of the coordinators' Θ, all kinds
 
@@ -45,9 +44,6 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums)
         sums (`Callable`): sums over the slices of all ranks, where the factors are slices.
     """
     metrics: dict[str, float] = {}
-    selections = [m.selection for m in maps if m.kept is not None]
-    if selections:
-        metrics["kept_share"] = torch.cat([s.kept.flatten().cpu() for s in selections]).float().mean().item()
     of_kinds = list(zip(maps, effective, strict=True))
     ranks = [
         effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT]))[slice(None) if m.kept is None else m.kept.any(-1)]

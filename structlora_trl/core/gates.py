@@ -1,75 +1,190 @@
-"""Gates of rank-one directions (paper, "Information Bottleneck-Driven Low-Rank Direction Filtering").
+"""Gates of rank-one directions, learned under the information bottleneck (paper, "Information Bottleneck-Driven
+Low-Rank Direction Filtering").
 
-    y = W x + s·B (m ⊙ A x)        m_j = 1 + √α ε_j,  ε_j standard normal
+    y = W x + s·B (m ⊙ A x)        m: one gate for each direction and example, with mean one
+    p = σ(θ) = 1 / (1 + α)         openness of a direction; θ is its logit, α the variance of its gate
+    gaussian   m = 1 + √α ε        ε standard normal
+    gumbel     m = z / E[z]        z = σ((θ + logistic noise) / τ), the paper's relaxed Bernoulli
 
 A gate multiplies the activation of one direction in training, and is absent at evaluation: the contract of
-`nn.Dropout`. Its mean is one, so that the optimizer cannot undo it by scaling B: a direction passes the gate
-as far as it can be relied on under noise. A gate of variance α lets ½ log(1 + 1/α) nats through.
+`nn.Dropout`. Its mean is one, since the optimizer undoes any other by scaling B: what a gate can learn is how
+much noise its direction stands. A direction passes at most nats = ½ log(1 + 1/α) about the input.
+
+The logits descend the bound on the evidence of N examples,
+
+    N · (mean task loss) + β Σ_j nats_j
+
+the paper's L_task + λ(L_task + β I(ΔW; X) − γ I(ΔW; Y)) with one price in place of three weights: I(ΔW; Y) is
+bounded by the task loss itself, which makes the sum (1 + λ + λγ) L_task + λβ I(ΔW; X).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-# Passes over the data up to which noise costs more than it gives, and from which on it has its whole size.
-FEW_PASSES, MANY_PASSES = 5, 45
+LOGITS = (-4.0, 8.0)  # openness 0.018 to 0.9997: beyond, a gate learns too slowly to come back
+LARGEST_STEP = 1.0  # of a logit, so that one odd batch neither opens nor closes a gate
 
 
-def noise_share(passes: float) -> float:
-    """The share of the whole variance that noise has in a run of so many passes over its data: 0 up to
-    `FEW_PASSES`, 1 from `MANY_PASSES` on, and linear between them.
+class GradMode:
+    """Notes whether gradients were on when the model's forward began; a forward pre-hook.
 
-    Noise keeps an adapter from fitting its examples one by one, which many passes over few of them do; in a
-    few passes it only slows learning.
+    Reentrant checkpointing runs blocks without gradients and repeats them with, and both need the noise.
+    Generation and evaluation under `torch.no_grad()` need none, even while the model is in `train()`.
     """
-    return min(max((passes - FEW_PASSES) / (MANY_PASSES - FEW_PASSES), 0.0), 1.0)
+
+    enabled = False
+
+    def __call__(self, *_) -> None:
+        self.enabled = torch.is_grad_enabled()
 
 
 class Gate:
     """The gates of one LoRA module: a forward hook on its lora_A.
 
     Noise is drawn by torch's own generator, as dropout draws it: activation checkpointing, `torch.compile`, a
-    resumed run and data parallelism treat it alike. Each entry of the first axis has its own, and shares it over
-    the others: an example, where sequences are not packed into one row. A copy of the model, and a pickle, get
-    gates that do nothing.
+    resumed run and data parallelism treat it alike. Each entry of the first axis has its own draw, and shares it
+    over the others: an example, where sequences are not packed into one row. A copy of the model, and a pickle,
+    get no gates.
 
     Args:
-        variance (`float`, *optional*, defaults to 0.0): α; 0 for no noise.
+        rank (`int`): r, the number of directions.
+        openness (`float`): p of each direction at the start.
+        device (`torch.device`, *optional*): of the module.
         rank_axis (`int`, *optional*, defaults to -1): axis of the r activations in lora_A's output, from its
             end: -2 for a convolution over one axis, -3 over two.
-        identity_width (`int`, *optional*): k of a module with DoRA, which computes the norm of its weights by
-            passing the (k, k) identity through lora_A. Inputs of that shape get no noise.
+        grad_mode (`GradMode`, *optional*): of the model; where omitted, gates act only where gradients are on.
 
     Attributes:
+        logits (`Tensor`): θ, (r,), fp32, a leaf that autograd fills.
         has_fired (`bool`): whether a training forward has come through.
+        is_half (`bool`): whether its activations were fp16, whose gradients are scaled.
+        skips_identity (`bool`): whether the next (k, k) input is the identity by which DoRA computes the norm of
+            its weights.
     """
 
-    def __init__(self, variance: float = 0.0, rank_axis: int = -1, identity_width: int | None = None):
-        self.variance, self.rank_axis, self.identity_width = variance, rank_axis, identity_width
-        self.has_fired = False
+    def __init__(
+        self,
+        rank: int,
+        openness: float,
+        device: torch.device | None = None,
+        rank_axis: int = -1,
+        grad_mode: GradMode | None = None,
+    ):
+        start = torch.full((rank,), math.log(openness / (1 - openness)), dtype=torch.float32, device=device)
+        self.logits = start.requires_grad_()
+        self.rank_axis, self.grad_mode = rank_axis, grad_mode or GradMode()
+        self.acts, self.has_fired, self.is_half, self.skips_identity = True, False, False, False
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], activations: Tensor) -> Tensor | None:
-        if not module.training:
+        if not (self.acts and module.training and (torch.is_grad_enabled() or self.grad_mode.enabled)):
             return None
-        self.has_fired = True
-        if self.variance == 0:
+        if self.skips_identity:
+            self.skips_identity = False
             return None
-        width = self.identity_width
-        if width is not None and inputs[0].shape == (width, width):
-            return None
+        self.has_fired, self.is_half = True, activations.dtype == torch.float16
         return activations * self.sample(activations)
 
     def sample(self, activations: Tensor) -> Tensor:
-        """Gates m of each example: (n, r), with axes of size 1 in the places of the others."""
-        shape = [1] * activations.dim()
-        for axis in (0, self.rank_axis):
-            shape[axis] = activations.shape[axis]
-        return activations.new_empty(shape).normal_(1.0, math.sqrt(self.variance))
+        """Return gates m of each example: (n, r), with axes of size 1 in the places of the others."""
+        raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict) -> Gate:
-        return Gate()
+    def _spread(self, activations: Tensor) -> tuple[list[int], list[int]]:
+        """Shapes that gates of each example, and one number for each direction, have beside the activations."""
+        own = [1] * activations.dim()
+        own[self.rank_axis] = activations.shape[self.rank_axis]
+        return [len(activations), *own[1:]], own
+
+    def __deepcopy__(self, memo: dict):
+        return absent
 
     def __reduce__(self):
-        return Gate, ()
+        return _absent, ()
+
+
+class GaussianGate(Gate):
+    """m = 1 + √α ε: the gradient of the logits is pathwise."""
+
+    def sample(self, activations: Tensor) -> Tensor:
+        shape, own = self._spread(activations)
+        deviation = torch.exp(self.logits / -2).to(activations.dtype).view(own)  # √α
+        noise = torch.randn(shape, dtype=activations.dtype, device=activations.device)
+        return 1 + deviation * noise
+
+
+class GumbelGate(Gate):
+    """m = z / E[z], z a relaxed Bernoulli (Gumbel-Softmax of two classes), whose limit τ -> 0 has variance α too."""
+
+    temperature = 0.5
+    quantiles = 64  # of the logistic noise, over which E[z] is a mean
+
+    def sample(self, activations: Tensor) -> Tensor:
+        shape, own = self._spread(activations)
+        uniform = torch.rand(shape, dtype=torch.float32, device=activations.device)
+        z = self._relaxed(uniform.logit(eps=1e-6), self.logits.view(own))
+        at = (
+            torch.arange(self.quantiles, dtype=torch.float32, device=activations.device) + 0.5
+        ) / self.quantiles
+        mean = self._relaxed(at.logit()[:, None], self.logits).mean(0).view(own)
+        return (z / mean).to(activations.dtype)
+
+    def _relaxed(self, noise: Tensor, logits: Tensor) -> Tensor:
+        return torch.sigmoid((noise + logits) / self.temperature)
+
+
+GATES = {"gaussian": GaussianGate, "gumbel": GumbelGate}
+
+
+def absent(*_) -> None:
+    """The hook that a copy of a gated model has in a gate's place."""
+
+
+def _absent():
+    return absent
+
+
+def openness(logits: Tensor) -> Tensor:
+    """Return p = σ(θ), from 0 (closed) to 1 (open)."""
+    return torch.sigmoid(logits)
+
+
+def nats(logits: Tensor) -> Tensor:
+    """Return ½ log(1 + 1/α), the most that each direction passes about the input, in nats."""
+    return softplus(logits) / 2
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The objective of the logits, N · (mean loss) + β Σ nats, and the step that descends it.
+
+    The step is plain gradient descent with a rate per epoch: without labels, β·η/2 of a logit in each, whatever
+    the batch. Adam's steps are as long whatever the price, so that it closes gates which many examples hold open.
+
+    Args:
+        examples (`float`): N, the number of terms that the loss is a mean of, over the data of the run.
+        batch_size (`float`): how many of these an optimizer step sees, over all processes.
+        beta (`float`): β, the price of a nat; 1 is the bound on the evidence.
+        lr (`float`): η, the rate of an epoch.
+    """
+
+    examples: float
+    batch_size: float
+    beta: float
+    lr: float
+
+    @torch.no_grad()
+    def step(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Return logits after one step.
+
+        Args:
+            logits (`Tensor`): θ, any shape.
+            gradient (`Tensor`): of the mean task loss with respect to θ.
+        """
+        whole = self.examples * gradient + self.beta * torch.sigmoid(logits) / 2
+        step = self.lr * self.batch_size / self.examples * whole
+        return (logits - step.clamp(-LARGEST_STEP, LARGEST_STEP)).clamp(*LOGITS)

@@ -35,18 +35,19 @@ class Parts:
     Args:
         discover (`Callable`): (model, adapter_name) -> list of `Kind`, which modules are trained and what is
             one kind.
-        gate (`Callable`): (variance, rank_axis, identity_width) -> `Gate` or its like.
+        gate (`Callable`, *optional*): (rank, openness, device, rank_axis, grad_mode) -> `Gate` or its like; by
+            `config.gates` where omitted.
         graph (`Callable`): (kind, config) -> `DepthGraph`.
         coordinator (`Callable`, *optional*): (rank, layers) -> `GCN` or its like; by `config.coordinator`
             where omitted.
-        choose (`Callable`): (information of all directions, keep) -> which to keep.
+        choose (`Callable`): (nats of all gated directions, keep) -> which to keep.
 
     Under FSDP2 and ZeRO each rank maps a slice of the width. A part that sums over the width has an attribute
     `sum_over_width`, which is then set to the sum over all slices.
     """
 
     discover: Callable[[nn.Module, str], list[Kind]] = discover
-    gate: Callable[[float, int, int | None], Gate] = Gate
+    gate: Callable[..., Gate] | None = None
     graph: Callable[[Kind, StructLoRAConfig], DepthGraph] = DepthGraph.over_depth
     coordinator: Callable[[int, int], GCN] | None = None
     choose: Chooser = best

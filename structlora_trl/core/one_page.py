@@ -1,18 +1,20 @@
 """StructLoRA on one page: the default method as a plain loop, for one process in fp32. Read this first.
 
-Nothing in the package imports this file. It does what `attach` does with default options (gates with noise, a
+Nothing in the package imports this file. It does what `attach` does with default options (gates that learn, a
 graph network with semantic edges, the pullback), without engines, saving or checks, and a test holds it equal
 to the package. Shapes: a kind has L depths; A is (L, r, k), B is (L, d, r), and ΔW = s·B·A at each depth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ..config import StructLoRAConfig
+from .gates import LARGEST_STEP, LOGITS
 from .graph import DepthGraph, adjacency_edges, normalize_edges, semantic_edges
 from .kinds import discover, residual_side
 
@@ -20,14 +22,23 @@ from .kinds import discover, residual_side
 class Gate:
     """A hook on lora_A: y = W x + s·B (m ⊙ A x), in training; m has mean one and is drawn for each example."""
 
-    def __init__(self, variance: float):
-        self.variance = variance
+    def __init__(self, rank: int, openness: float):
+        # One logit θ for each direction: openness σ(θ) = 1 / (1 + α), with α the variance of m.
+        self.logits = torch.full((rank,), math.log(openness / (1 - openness))).requires_grad_()
 
     def __call__(self, lora_A: nn.Module, _, activations: Tensor) -> Tensor:
         if not lora_A.training:
             return activations
         shape = (len(activations), *[1] * (activations.dim() - 2), activations.shape[-1])
-        return activations * (1 + self.variance**0.5 * torch.randn(shape))
+        return activations * (1 + torch.exp(-self.logits / 2) * torch.randn(shape))
+
+    @torch.no_grad()
+    def step(self, examples: int, batch_size: int, beta: float, lr: float) -> None:
+        """Descend N·loss + β·Σ ½ log(1 + 1/α), at a rate per epoch."""
+        gradient = examples * self.logits.grad + beta * torch.sigmoid(self.logits) / 2
+        self.logits -= (lr * batch_size / examples * gradient).clamp(-LARGEST_STEP, LARGEST_STEP)
+        self.logits.clamp_(*LOGITS)
+        self.logits.grad = None
 
 
 class Coordinator(nn.Module):
@@ -84,6 +95,8 @@ def train(
     optimizer: torch.optim.Optimizer,
     losses: Iterable[Callable[[], Tensor]],
     config: StructLoRAConfig,
+    examples: int,
+    batch_size: int,
 ) -> None:
     """Train a fresh LoRA adapter as StructLoRA; between steps, and at the end, the model holds plain LoRA.
 
@@ -91,15 +104,18 @@ def train(
         model (`nn.Module`): a PEFT model with a LoRA adapter 'default' whose lora_B is zero.
         optimizer (`torch.optim.Optimizer`): steps its LoRA parameters, at a constant learning rate.
         losses (`Iterable`): for each step, a function that computes the loss.
-        config (`StructLoRAConfig`): the options of gates and coordinator; all else is at its default. Gates have
-            all of their noise (`noise="off"`: none), whatever the passes.
+        config (`StructLoRAConfig`): the options of gates and coordinator; all else is at its default.
+        examples (`int`): N, the number of training examples.
+        batch_size (`int`): of a step.
     """
-    variance = 0.0 if config.noise == "off" else config.noise_variance
+    gates = []
     kinds = discover(model, "default")
     for kind in kinds:
         for module, A in zip(kind.modules, kind.A, strict=True):
             A.data.copy_(kind.A[0].data)  # one lora_A for all depths of a kind
-            model.get_submodule(f"{module}.lora_A.default").register_forward_hook(Gate(variance))
+            if config.gates != "off":
+                gates.append(Gate(kind.rank, config.gate_openness))
+                model.get_submodule(f"{module}.lora_A.default").register_forward_hook(gates[-1])
     sides = [residual_side(kind, None) for kind in kinds]
     coordinators = [Coordinator(getattr(k, s), s, config) for k, s in zip(kinds, sides, strict=True)]
     rate = config.coordinator_rate(max(group["lr"] for group in optimizer.param_groups))
@@ -110,6 +126,8 @@ def train(
             coordinator.before_step()
         optimizer.step()
         own.step()
+        for gate in gates:
+            gate.step(examples, batch_size, config.beta, config.gate_lr)
         optimizer.zero_grad()
         for coordinator in coordinators:
             coordinator.after_step(step)

@@ -42,6 +42,8 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer  # None after `remove`
     kinds: list[Kind]
     slices: list[Slices]  # one per kind
+    keeps_gradients = True  # in `grad` of the parameters, from one backward to the next
+    knows_loss_scale = False
     # Places of the optimizer's groups that hold LoRA parameters: loading its state replaces the groups.
     _groups: list[int]
     # What stood before the step under way, until `write_working`; and the checksums of what that wrote.
@@ -151,6 +153,10 @@ class Engine(ABC):
         whether one holds NaN or Inf, and whether one is other than zero; (2,), 1.0 or 0.0, on the device,
         without waiting for it.
         """
+
+    def loss_scale(self) -> float:
+        """Return what the engine multiplies the loss by."""
+        return 1.0
 
     @abstractmethod
     def gradient_scale(self) -> float | Tensor:

@@ -42,6 +42,8 @@ class DeepSpeedEngine(ShardedEngine):
         StructLoRAError: a stage or feature of DeepSpeed that is not served, by name.
     """
 
+    keeps_gradients, knows_loss_scale = False, True
+
     def __init__(self, engine, kinds: list[Kind]):
         self.engine, self.kinds = engine, kinds
         self.optimizer = engine.optimizer  # DeepSpeed's wrapper, which owns the masters
@@ -233,9 +235,11 @@ class DeepSpeedEngine(ShardedEngine):
         """What the model holds of a parameter: this rank's shard at stage 3, else the whole."""
         return parameter.ds_tensor.data if self.stage == 3 else parameter.data
 
+    def loss_scale(self) -> float:
+        return float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
+
     def gradient_scale(self) -> float | torch.Tensor:
-        loss_scale = float(self.optimizer.loss_scale) if self.engine.fp16_enabled() else 1.0
-        return loss_scale / self._clip_still_to_come
+        return self.loss_scale() / self._clip_still_to_come
 
     def learning_rate(self) -> Rate:
         rate = rate_of(self.optimizer.param_groups[i] for i in self._groups)

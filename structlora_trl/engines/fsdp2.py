@@ -38,6 +38,8 @@ class FSDP2Engine(ShardedEngine, TorchEngine):
             parallelism).
     """
 
+    keeps_gradients = False  # where gradients are not yet reduced
+
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[Kind]):
         TorchEngine.__init__(self, optimizer, kinds, "FSDP2")
         parameters = [p for kind in kinds for p in kind.parameters]

@@ -15,13 +15,12 @@ from ..attachment import build_runtime, find_peft_model, refuse_unreachable
 from ..config import StructLoRAConfig
 from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
-from ..core.selection import LEAST_STEPS
 from ..errors import StructLoRAError
 from ..model_card import CARD_NAME, describe_run, undescribe
 from ..runtime import Runtime
-from ..state import STATE_NAME, State, load_state, save_state
+from ..state import STATE_NAME, State, load_state, save_gates, save_state
 from ..yaml_block import read_given, read_switch
-from .compat import calling_trainer, passes_of, refuse_engine_taken_down, run_first, why_quiet
+from .compat import calling_trainer, data_of, refuse_engine_taken_down, run_first, why_quiet
 from .console import end_lines, log_briefly, next_commands, start_lines
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class StructLoRACallback(TrainerCallback):
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,
         ...     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        ...     callbacks=[StructLoRACallback(noise_variance=0.5)],
+        ...     callbacks=[StructLoRACallback(gate_openness=0.95)],
         ... )
         >>> result = trainer.train()  # doctest: +ELLIPSIS
         StructLoRA on torch, 1 process: ...
@@ -95,7 +94,7 @@ class StructLoRACallback(TrainerCallback):
             self.parts,
             quiet=why_quiet(trainer),
             steps=trainer.state.max_steps,
-            passes=passes_of(trainer),
+            data=data_of(trainer),
             is_over=is_over,
         )
 
@@ -238,6 +237,7 @@ class StructLoRACallback(TrainerCallback):
         if state.is_world_process_zero:
             following = next_commands(self.runtime, args.output_dir)
             print(end_lines("StructLoRA", trainer, peft_model, following, self.runtime), flush=True)
+            save_gates(self.runtime, args.output_dir)
             card = Path(args.output_dir) / CARD_NAME
             if self.runtime.is_off:
                 undescribe(card)
@@ -257,8 +257,7 @@ class StructLoRACallback(TrainerCallback):
             self._finish()
             raise StructLoRAError(
                 f"keep={self.config.keep!r} in a run that ended at step {state.global_step}, before directions are selected at "
-                f"step {step}, once there are {LEAST_STEPS} steps of information on them, so that the best checkpoint "
-                f"({state.best_model_checkpoint}) has them all",
+                f"step {step}, so that the best checkpoint ({state.best_model_checkpoint}) has them all",
                 "a run that goes on after the selection",
                 "lower `select_at`, stop later (a longer patience), or remove `keep`; the model has the weights of that checkpoint",
             )
@@ -300,6 +299,7 @@ class StructLoRACallback(TrainerCallback):
         folder = checkpoint_folder(args, state)
         if folder.is_dir():
             save_state(self.runtime, folder, values)
+            save_gates(self.runtime, folder)
             if not self.runtime.is_off:
                 describe_run(folder / CARD_NAME, self.runtime, self.runtime.model)
         else:

@@ -85,7 +85,7 @@ def refuse_engine_taken_down(trainer: Trainer) -> None:
 
 
 def why_quiet(trainer: Trainer) -> str | None:
-    """Why noise on the gates, which is a kind of dropout, is off in a trainer; None where it is on."""
+    """Return why gates, which are a kind of dropout, are off in a trainer; None where they are on."""
     name, classes = type(trainer).__name__, [c.__name__ for c in type(trainer).__mro__]
     if any(c.endswith(_ON_POLICY) for c in classes):
         return f"{name} trains on samples of its own policy"
@@ -94,12 +94,25 @@ def why_quiet(trainer: Trainer) -> str | None:
     return None
 
 
-def passes_of(trainer: Trainer) -> float | None:
-    """Passes over its rows that a trainer is about to make; None where they are streamed."""
+def data_of(trainer: Trainer) -> tuple[float, float]:
+    """Return the training examples that a trainer is about to see, each counted once, and those of an optimizer step.
+
+    Of a stream, and of a run that ends before it has seen all rows, those of its steps. Packed rows count as one.
+    """
+    state, args = trainer.state, trainer.args
+    batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seen = state.max_steps * batch
+    loader = trainer.callback_handler.train_dataloader
+    examples = min(trainer.num_examples(loader), seen) if has_length(loader) else seen
+    return float(examples), float(min(batch, examples))
+
+
+def epochs_of(trainer: Trainer) -> float | None:
+    """Return the epochs that a trainer is about to make; None where rows are streamed."""
     loader = trainer.callback_handler.train_dataloader
     if not has_length(loader) or not len(loader):
         return None
-    # The last step of a pass takes what is left of it.
+    # The last step of an epoch takes what is left of it.
     return trainer.state.max_steps / math.ceil(len(loader) / trainer.args.gradient_accumulation_steps)
 
 

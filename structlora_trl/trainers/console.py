@@ -12,10 +12,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from ..runtime import Runtime
-from .compat import passes_of
+from .compat import epochs_of
 
 # The first three of these that a run has are printed; all metrics go to trackers and the trainer's state.
-_SHOWN = ("effective_rank", "kept_share", "gradient_cosine", "stream_cosine", "drift_energy")
+_SHOWN = ("gate_openness", "nats", "closed_share", "effective_rank", "gradient_cosine")
 _PRINTED = 3
 _PREFIX = "structlora/"
 
@@ -85,7 +85,8 @@ def end_lines(
 
 def next_commands(runtime: Runtime, folder: str) -> list[list[str]]:
     """What can be done with an adapter in a folder."""
-    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", "--data", "TRAINING_ROWS.jsonl"]
+    by = [] if runtime.gating.gates else ["--data", "TRAINING_ROWS.jsonl"]
+    smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", *by]
     return [["inspect", folder], ["export", folder, "SMALL", *smaller]]
 
 
@@ -103,19 +104,19 @@ def _print(printer: TrainerCallback, args, state, control, logs=None, **kwargs):
 
 
 def _given(trainer: Trainer, model: PeftModel) -> list[str]:
-    """Rows, batch, steps and passes; parameters that are trained."""
+    """Rows, batch, steps and epochs; parameters that are trained."""
     state, args = trainer.state, trainer.args
     is_known, held_out = has_length(trainer.train_dataset), trainer.eval_dataset
     rows = f"{len(trainer.train_dataset):,} rows" if is_known else "rows as they come"
     if args.eval_strategy != "no" and not isinstance(held_out, dict) and has_length(held_out):
         rows += f", {len(held_out):,} held out"
     batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    share = passes_of(trainer)
-    passes = "" if share is None else f", {share:.3g} passes over the rows"
+    share = epochs_of(trainer)
+    epochs = "" if share is None else f", {share:.3g} epochs"
     count, of = model.get_nb_trainable_parameters()
     rate = "" if args.learning_rate is None else f", learning rate {args.learning_rate:g}"
     return [
-        f"{rows}, batch of {batch}, {state.max_steps:,} steps{passes}",
+        f"{rows}, batch of {batch}, {state.max_steps:,} steps{epochs}",
         f"trains {count:,} of {of:,} parameters ({100 * count / of:.3g} %){rate}",
     ]
 

@@ -25,7 +25,7 @@ class StructLoRASFTConfig(SFTConfig):
     Args:
         structlora (`StructLoRAConfig`, `dict`, `bool` or `str`, *optional*, defaults to `True`): Options of
             StructLoRA, True for the defaults, or False for plain LoRA. On the command line, JSON
-            (`--structlora '{"noise_variance": 0.5}'`) or a YAML file with a `structlora` key. The field then holds
+            (`--structlora '{"beta": 0.5}'`) or a YAML file with a `structlora` key. The field then holds
             a `dict` of the options that differ from the defaults, or False.
 
     Raises:
@@ -33,10 +33,10 @@ class StructLoRASFTConfig(SFTConfig):
 
     Example:
         >>> arguments = StructLoRASFTConfig(
-        ...     folder, structlora={"noise_variance": 0.5}, learning_rate=2e-4, use_cpu=True, bf16=False
+        ...     folder, structlora={"beta": 0.5}, learning_rate=2e-4, use_cpu=True, bf16=False
         ... )
         >>> arguments.structlora, arguments.learning_rate
-        ({'noise_variance': 0.5}, 0.0002)
+        ({'beta': 0.5}, 0.0002)
     """
 
     structlora: StructLoRAConfig | str | dict | None = field(
@@ -76,7 +76,7 @@ class StructLoRAMixin:
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,
         ...     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        ...     structlora_config=StructLoRAConfig(noise_variance=0.5),
+        ...     structlora_config=StructLoRAConfig(beta=0.5),
         ... )
         >>> any(isinstance(callback, StructLoRACallback) for callback in trainer.callback_handler.callbacks)
         True
@@ -108,7 +108,7 @@ class StructLoRASFTTrainer(StructLoRAMixin, SFTTrainer):
         >>> trainer = StructLoRASFTTrainer(
         ...     base,
         ...     args=StructLoRASFTConfig(
-        ...         folder, structlora={"noise_variance": 0.5}, bf16=False, use_cpu=True, report_to="none"
+        ...         folder, structlora={"beta": 0.5}, bf16=False, use_cpu=True, report_to="none"
         ...     ),
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,

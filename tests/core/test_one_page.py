@@ -15,11 +15,11 @@ from tests.support.tiny import FAMILIES, adamw, logits_of, lora_parameters, loss
 STEPS = 12
 
 
-@pytest.mark.parametrize("family, noise", [("llama", "on"), ("llama", "off"), ("bert", "on")])
-def test_one_page_trains_as_the_package_does(family, noise, monkeypatch):
+@pytest.mark.parametrize("family, gates", [("llama", "gaussian"), ("llama", "off"), ("bert", "gaussian")])
+def test_one_page_trains_as_the_package_does(family, gates, monkeypatch):
     """Both draw noise from torch's generator."""
     monkeypatch.setattr(DepthGraph, "redraw_every", 3)
-    config = StructLoRAConfig(semantic_threshold=0.0, noise=noise)
+    config = StructLoRAConfig(semantic_threshold=0.0, gates=gates)
 
     def model_of():
         torch.manual_seed(0)
@@ -31,11 +31,12 @@ def test_one_page_trains_as_the_package_does(family, noise, monkeypatch):
 
     ours, plain = model_of(), model_of()
     optimizer = adamw(ours)
-    runtime = attach(ours, optimizer, config)
+    data = {"examples": 40, "batch_size": 4}
+    runtime = attach(ours, optimizer, config, **data)
     train(ours, family, optimizer, STEPS)
     plain.train()
     one_page.train(
-        plain, adamw(plain), [functools.partial(loss, plain, step) for step in range(STEPS)], config
+        plain, adamw(plain), [functools.partial(loss, plain, step) for step in range(STEPS)], config, **data
     )
     assert sum(m.graph.semantic_edge_count for m in runtime.maps) > 0
     start = lora_parameters(model_of())

@@ -1,0 +1,254 @@
+"""The gates of one run: hooks in the model, gradients over the ranks, and the step of the logits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from transformers import PreTrainedModel
+
+from .core.gates import Bottleneck, Gate, GradMode, nats, openness
+from .core.kinds import unwrapped_name
+from .engines import Engine
+from .errors import StructLoRAError
+from .rank_check import world_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GatedModule:
+    """A LoRA module with a gate.
+
+    Args:
+        name (`str`): of the LoRA module.
+        lora_A (`nn.Module`): whose output are the rank activations.
+        factor (`nn.Parameter`): a trained factor of the module, whose gradient tells that it took part.
+        gate (`Gate`): the hook.
+        dora (`nn.Module`, *optional*): of DoRA, the module that passes the identity through lora_A.
+    """
+
+    name: str
+    lora_A: nn.Module
+    factor: nn.Parameter
+    gate: Gate
+    dora: nn.Module | None = None
+
+
+class Gating:
+    """The gates of a run, their gradients and their step.
+
+    Args:
+        model (`PeftModel`): that holds the modules.
+        modules (`list[GatedModule]`): those with a gate; none where gates are off.
+        bottleneck (`Bottleneck`, *optional*): what the logits descend; None where there are no gates.
+        engine (`Engine`): who owns the parameters.
+        grad_mode (`GradMode`): that the gates share.
+        scaler (`GradScaler`, *optional*): of an fp16 loop. The gates' gradients are outside the optimizer, so
+            that it does not unscale them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: list[GatedModule],
+        bottleneck: Bottleneck | None,
+        engine: Engine,
+        grad_mode: GradMode,
+        scaler: GradScaler | None = None,
+    ):
+        self.modules, self.bottleneck, self.engine, self.scaler = modules, bottleneck, engine, scaler
+        self.gates = {unwrapped_name(m.name): m.gate for m in modules}
+        self._taken: tuple[Tensor, Tensor] | None = (
+            None  # gradients of the step under way, and which are there
+        )
+        self._has_warned = False
+        self._heard: set[str] = set()  # modules with a gradient of training
+        self._handles: list = []
+        if not modules:
+            self._listening: dict = {}
+            return
+        self._handles = [m.lora_A.register_forward_hook(m.gate) for m in modules]
+        self._handles += [m.dora.register_forward_pre_hook(_skip_identity(m.gate)) for m in modules if m.dora]
+        roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.get_base_model()}
+        self._handles += [root.register_forward_pre_hook(grad_mode) for root in roots]
+        self._handles += [root.register_forward_pre_hook(self._drop_discarded) for root in roots]
+        # Of modules whose gate has not fired yet: what tells of a gradient without it.
+        self._listening = {
+            m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in modules
+        }
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def logits(self) -> list[Tensor]:
+        return [gate.logits for gate in self.gates.values()]
+
+    def _drop_discarded(self, *_) -> None:
+        """Drop gradients of logits where those of the module's factors were dropped since, by `zero_grad`."""
+        if torch.compiler.is_compiling() or not self.engine.keeps_gradients:
+            return
+        for m in self.modules:
+            if m.gate.logits.grad is not None and m.factor.grad is None:
+                m.gate.logits.grad = None
+
+    @torch.no_grad()
+    def take_gradients(self, device: torch.device) -> None:
+        """Take the gradients of this step, as means over the ranks and without loss scale. A collective.
+
+        Raises:
+            StructLoRAError: a module has a gradient and its gate has not fired; or activations are fp16 and no
+                scaler is known.
+        """
+        self._taken = None
+        if not self.modules:
+            return
+        self._refuse_unheard()
+        self._refuse_unscaled()
+        logits = self.logits
+        gradients = torch.cat(
+            [(torch.zeros_like(x) if x.grad is None else x.grad).to(device) for x in logits]
+        )
+        present = torch.tensor([float(x.grad is not None) for x in logits], device=device)
+        for x in logits:
+            x.grad = None
+        ranks = world_size()
+        if ranks > 1:
+            both = torch.cat([gradients / ranks, present])
+            dist.all_reduce(both)
+            gradients, present = both.split([len(gradients), len(present)])
+        elif not self._has_warned and not present.any():
+            self._has_warned = True
+            logger.warning(
+                "No gate acted in a step with gradients of the adapter: the model is in `eval()`, or other code removed the hooks "
+                "of its `lora_A`. Where this goes on, the run is one without gates; call `model.train()` before the forward."
+            )
+        scale = self.engine.loss_scale() if self.scaler is None else self.scaler.get_scale()
+        # A loss of another sign is ascended.
+        scale = -scale if self.engine.maximizes() else scale
+        self._taken = gradients / scale, present > 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step the logits of the gates that had a gradient; one that is not finite is left out."""
+        if self._taken is None or self.bottleneck.lr == 0:
+            return
+        gradients, present = self._taken
+        sizes = [len(x) for x in self.logits]
+        before = torch.cat([x.to(gradients.device) for x in self.logits])
+        acts = present.repeat_interleave(torch.tensor(sizes, device=present.device), output_size=len(before))
+        after = torch.where(acts & gradients.isfinite(), self.bottleneck.step(before, gradients), before)
+        for x, value in zip(self.logits, after.split(sizes), strict=True):
+            x.copy_(value)
+        self._taken = None
+
+    def openness(self) -> dict[str, Tensor]:
+        """Return the openness of each direction by module, (r,) on the CPU."""
+        return {name: openness(gate.logits.detach()).cpu() for name, gate in self.gates.items()}
+
+    def nats(self) -> dict[str, Tensor]:
+        """Return what each direction lets through by module, (r,) on the CPU."""
+        return {name: nats(gate.logits.detach()).cpu() for name, gate in self.gates.items()}
+
+    @staticmethod
+    def metrics(openness: dict[str, Tensor]) -> dict[str, float]:
+        """Return mean openness, nats of all directions, and the share that is closed: openness below ½."""
+        found = torch.cat(list(openness.values()))
+        # ½ log(1 + 1/α) of what selection has closed is 0.
+        passed = -torch.log1p(-found.double()).sum() / 2
+        return {
+            "gate_openness": found.mean().item(),
+            "nats": passed.item(),
+            "closed_share": (found < 0.5).float().mean().item(),
+        }
+
+    def refuse_misfits(self, state: dict[str, Tensor]) -> None:
+        """Stop where a state's gates are not of the ranks of these. Changes nothing.
+
+        Raises:
+            StructLoRAError: it names the module.
+        """
+        for name, gate in self.gates.items():
+            if name in state and state[name].shape != gate.logits.shape:
+                raise StructLoRAError(
+                    f"a state with {len(state[name])} gates of '{name}'",
+                    f"{len(gate.logits)}, as in this run",
+                    "resume from a checkpoint of this run",
+                )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the logits by module."""
+        return {name: gate.logits.detach() for name, gate in self.gates.items()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take logits from a state. Gates that it lacks, which were off in that run, keep theirs."""
+        for name, gate in self.gates.items():
+            if name in state:
+                gate.logits.copy_(state[name])
+
+    def remove(self) -> Callable[[], None]:
+        """Return what takes the gates out of the model. It holds neither model nor optimizer."""
+        handles, gates = self._handles + list(self._listening.values()), list(self.gates.values())
+
+        def close() -> None:
+            for gate in gates:  # compiled code may have kept one
+                gate.acts = False
+            for handle in handles:
+                handle.remove()
+
+        return close
+
+    def let_go(self) -> None:
+        """Drop modules and engine; openness and state stay."""
+        self.modules, self.engine, self._listening, self._handles = [], None, {}, []
+
+    def _refuse_unheard(self) -> None:
+        """Stop where a module has a gradient and its gate has not fired: fused code went around its forward."""
+        if not self._listening:
+            return
+        for m in self.modules:
+            if m.gate.has_fired and m.name in self._listening:
+                self._listening.pop(m.name).remove()
+        bypassed = [name for name in self._listening if name in self._heard]
+        if bypassed:
+            more = ", ..." if len(bypassed) > 3 else ""
+            raise StructLoRAError(
+                f"{len(bypassed)} LoRA modules with gradients whose gates never ran ({', '.join(bypassed[:3])}{more})",
+                "a forward under `train()` that calls their `lora_A`, on which the gates are hooks: no fused LoRA kernel, no code "
+                "compiled before StructLoRA was attached, no loss on the weights of modules that the forward leaves out",
+                "set `gates='off'` to keep such kernels or losses, or switch them off; after an earlier run under "
+                "`torch.compile`, call `torch.compiler.reset()`",
+            )
+
+    def _refuse_unscaled(self) -> None:
+        """Stop where activations are fp16 and nothing tells the scale of the loss."""
+        if (
+            self.scaler is None
+            and not self.engine.knows_loss_scale
+            and any(m.gate.is_half for m in self.modules)
+        ):
+            raise StructLoRAError(
+                "fp16 activations and no GradScaler, whose scale the gates' gradients hold",
+                "the scaler that the loop steps its optimizer with",
+                "call `attach(..., scaler=scaler)`; where the loss is not scaled, `scaler=torch.amp.GradScaler(enabled=False)`; "
+                "or set `gates='off'`",
+            )
+
+
+def _skip_identity(gate: Gate) -> Callable:
+    def before(module: nn.Module, _) -> None:
+        gate.skips_identity = module.training
+
+    return before
+
+
+def _notes(module: GatedModule, names: set[str]):
+    """A gradient hook that notes a module whose gate a training forward should have met."""
+    return lambda parameter: names.add(module.name) if module.lora_A.training else None
