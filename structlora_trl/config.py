@@ -90,11 +90,11 @@ class StructLoRAConfig:
         "gates further: stronger regularisation, and fewer directions that carry the task.",
     )
     gate_openness: Annotated[float, OPENNESS, WITH_GATES] = _option(
-        0.9,
+        0.95,
         "Openness of each gate at the start, 1 / (1 + variance of its noise). Nearer to 1 is gentler in runs of few epochs.",
     )
     gate_lr: Annotated[float, NOT_NEGATIVE, WITH_GATES] = _option(
-        0.5,
+        1.0,
         "How far gates move in an epoch: the rate of gradient descent on N * loss + beta * nats, N the number of training "
         "examples. 0: gates keep the openness that they start with.",
     )

@@ -51,7 +51,7 @@ class StructLoRACallback(TrainerCallback):
         ...     train_dataset=dataset,
         ...     processing_class=tokenizer,
         ...     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        ...     callbacks=[StructLoRACallback(gate_openness=0.95)],
+        ...     callbacks=[StructLoRACallback(beta=0.5)],
         ... )
         >>> result = trainer.train()  # doctest: +ELLIPSIS
         StructLoRA on torch, 1 process: ...

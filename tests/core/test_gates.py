@@ -1,22 +1,25 @@
-"""Gates as hooks: the contract of dropout, and where the rank axis lies."""
+"""Gates as hooks: the contract of dropout, what their logits learn from, and where the rank axis lies."""
 
 from __future__ import annotations
 
 import copy
+import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES, Gate, noise_share
+from structlora_trl.core.gates import GATES, Bottleneck, GaussianGate, GradMode, GumbelGate, nats, openness
 
 
-def gated(layer: nn.Module, **options) -> nn.Module:
-    layer.register_forward_hook(Gate(0.5, **options))
+def gated(layer: nn.Module, kind=GaussianGate, p: float = 2 / 3, rank: int = 4, **options) -> nn.Module:
+    layer.gate = kind(rank, p, **options)
+    layer.register_forward_hook(layer.gate)
     return layer
 
 
-# layer, input, rank axis of its output, shape of what examples share
+# layer, input, rank axis of its output
 CASES = {
     "tokens": (nn.Linear(6, 4, bias=False), (3, 5, 6), -1),
     "rows": (nn.Linear(6, 4, bias=False), (3, 6), -1),
@@ -25,12 +28,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("kind", GATES.values())
 @pytest.mark.parametrize("case", CASES)
-def test_one_gate_for_each_example_and_direction(case):
+def test_one_gate_for_each_example_and_direction(case, kind):
     layer, shape, axis = CASES[case]
     x = torch.randn(shape)
     expected = layer(x).detach()
-    layer = gated(copy.deepcopy(layer), rank_axis=axis)
+    layer = gated(copy.deepcopy(layer), kind, rank_axis=axis)
     ratio = (
         (layer(x) / expected).movedim(axis, 1).flatten(2)
         if len(shape) > 2
@@ -43,21 +47,105 @@ def test_one_gate_for_each_example_and_direction(case):
     assert torch.equal(layer(x), expected)
 
 
-def test_mean_and_variance():
-    layer = gated(nn.Linear(1, 1, bias=False))
-    gates = (layer(torch.ones(200_000, 1)) / layer.weight).detach()
-    assert gates.mean().item() == pytest.approx(1, abs=0.01)
-    assert gates.var().item() == pytest.approx(0.5, rel=0.02)
+def samples(kind, p: float) -> torch.Tensor:
+    torch.manual_seed(0)
+    return kind(2, p).sample(torch.ones(200_000, 2)).detach()
+
+
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.9])
+def test_mean_and_variance(p):
+    alpha = 1 / p - 1
+    assert samples(GaussianGate, p).var().item() == pytest.approx(alpha, rel=0.03)
+    for kind in GATES.values():
+        assert samples(kind, p).mean().item() == pytest.approx(1, abs=0.02)
+    # A Bernoulli over its mean has variance α; relaxed, it has less.
+    assert 0 < samples(GumbelGate, p).var().item() < alpha
+
+
+@pytest.mark.parametrize("kind", GATES.values())
+def test_the_gradient_of_logits(kind):
+    """Autograd's, beside differences of the loss with the draws fixed."""
+    layer, x, weight = gated(nn.Linear(6, 4, bias=False), kind), torch.randn(5, 3, 6), torch.randn(5, 3, 4)
+
+    def loss():
+        torch.manual_seed(7)
+        return (layer(x) * weight).tanh().sum()
+
+    loss().backward()
+    found, step = layer.gate.logits.grad.clone(), 1e-2
+    for j in range(4):
+        with torch.no_grad():
+            layer.gate.grad_mode.enabled = True
+            layer.gate.logits[j] += step
+            above = loss()
+            layer.gate.logits[j] -= 2 * step
+            below = loss()
+            layer.gate.logits[j] += step
+        assert found[j].item() == pytest.approx(((above - below) / (2 * step)).item(), rel=2e-2, abs=2e-3)
+
+
+def test_nats_are_of_the_gaussian_channel():
+    logits = torch.tensor([-3.0, 0.0, 4.0])
+    alpha = 1 / openness(logits) - 1
+    torch.testing.assert_close(nats(logits), 0.5 * torch.log1p(1 / alpha))
+
+
+def test_the_step_descends_the_evidence_bound():
+    of = Bottleneck(examples=200, batch_size=10, beta=1.5, lr=0.1)
+    logits, target = torch.randn(6, requires_grad=True), torch.randn(6)
+    loss = ((logits - target) ** 2).mean() / 50
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(200 * loss + 1.5 * nats(logits).sum(), logits)
+    torch.testing.assert_close(of.step(logits, gradient), logits - 0.1 * 10 / 200 * expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_an_epoch_moves_a_gate_as_far_whatever_the_batch(batch_size):
+    of, logits = Bottleneck(64, batch_size, beta=1.0, lr=0.5), torch.tensor([2.0])
+    for _ in range(64 // batch_size):
+        logits = of.step(logits, torch.zeros(1))
+    assert logits.item() == pytest.approx(2 - 0.5 * 0.5 * torch.sigmoid(torch.tensor(2.0)).item(), abs=0.01)
+
+
+def test_one_odd_batch_neither_opens_nor_closes_a_gate():
+    of = Bottleneck(1000, 10, beta=1.0, lr=0.5)
+    logits = of.step(torch.zeros(2), torch.tensor([1e6, -1e6]))
+    assert logits.abs().max() <= 1
+    for _ in range(50):
+        logits = of.step(logits, torch.tensor([1e6, -1e6]))
+    assert logits.isfinite().all() and 0 < openness(logits)[0] < 0.05 and 0.99 < openness(logits)[1] < 1
+
+
+def test_where_a_gate_acts():
+    mode = GradMode()
+    layer, x = gated(nn.Linear(6, 4, bias=False), grad_mode=mode), torch.ones(2, 6)
+    plain = x @ layer.weight.T
+
+    def acts() -> bool:
+        return not torch.equal(layer(x), plain)
+
+    assert acts()
+    with torch.no_grad():
+        assert not acts()  # a loop that generates or evaluates in `train()`
+        mode.enabled = True  # a block under reentrant checkpointing
+        assert acts()
+    layer.eval()
+    assert not acts()
 
 
 def test_the_identity_that_doras_norm_passes_has_no_noise():
-    layer = gated(nn.Linear(6, 4, bias=False), identity_width=6)
+    layer = gated(nn.Linear(6, 4, bias=False))
+    layer.gate.skips_identity = True
     assert torch.equal(layer(torch.eye(6)), layer.weight.T)
-    assert not torch.equal(layer(torch.ones(5, 6)), layer.weight.sum(1).expand(5, 4))
+    assert not torch.equal(layer(torch.ones(6, 6)), layer.weight.sum(1).expand(6, 4))
 
 
-def test_noise_grows_with_the_passes():
-    assert noise_share(1) == noise_share(FEW_PASSES) == 0
-    assert noise_share(MANY_PASSES) == noise_share(1000) == 1
-    between = [noise_share(passes) for passes in (9, 12, 16, 24)]
-    assert 0 < between[0] and between == sorted(between) and between[-1] < 1
+def test_copies_and_pickles_have_no_gates():
+    layer, x = gated(nn.Linear(6, 4, bias=False)), torch.ones(2, 6)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), x @ layer.weight.T)
+
+
+def test_openness_at_the_start():
+    assert openness(GaussianGate(3, 0.9).logits.detach()).tolist() == pytest.approx([0.9] * 3)
+    assert math.isclose(GaussianGate(1, 0.5).logits.item(), 0)

@@ -39,7 +39,7 @@ OPTIONS = [
     {"coordinator_layers": 3},
     {"coordinator": "none"},
     {"edges": "similarity"},
-    {"noise": "off"},
+    {"gates": "off"}, {"gates": "gumbel"},
 ]
 
 

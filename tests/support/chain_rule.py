@@ -25,7 +25,7 @@ def randomise(runtime):
 
 
 def reference_gradients(model, family, runtime, latents, batches, clip, autocast=None, scale=1.0):
-    """Gradients of latents and Θ by autograd through the map inside the model's graph, gates and all."""
+    """Gradients of latents, Θ and the gates' logits by autograd through the map inside the model's graph."""
     names = {id(p): name for name, p in model.named_parameters()}
     leaves, effective = {}, {}
     for m, stacked in zip(runtime.maps, latents, strict=True):
@@ -55,15 +55,28 @@ def reference_gradients(model, family, runtime, latents, batches, clip, autocast
         with casting(model, autocast):
             output = functional_call(model, effective, kwargs=batch_of(model, family, seed))
         total = total + output.loss / len(batches)
-    if clip is not None:  # the gradient is clipped where the model computes
+    unclipped = total
+    if clip is not None:  # the gradient is clipped where the model computes; the gates' is not
         of_effective = torch.autograd.grad(total, list(effective.values()), retain_graph=True)
         total = total * clip / torch.cat([g.flatten() for g in of_effective]).norm()
+    gates = [gate.logits for gate in runtime.gating.gates.values()]
+    of_gates = torch.autograd.grad(scale * unclipped, gates, retain_graph=True) if clip is not None else None
     (scale * total).backward()  # as a GradScaler does it: in fp16, small gradients vanish without
     for A, B, own in leaves.values():
         for leaf in (*A, *B, *own.values()):
             if leaf.grad is not None:
                 leaf.grad /= scale
-    return leaves
+    for logits, gradient in zip(gates, of_gates or (), strict=False):
+        logits.grad = gradient
+    return leaves, _gradients_of_gates(runtime, scale)
+
+
+def _gradients_of_gates(runtime, scale):
+    found = {}
+    for name, gate in runtime.gating.gates.items():
+        found[name] = torch.zeros_like(gate.logits) if gate.logits.grad is None else gate.logits.grad / scale
+        gate.logits.grad = None
+    return found
 
 
 def runtime_gradients(model, family, runtime, optimizer, batches, clip, autocast=None, scaler=None):
@@ -83,6 +96,7 @@ def runtime_gradients(model, family, runtime, optimizer, batches, clip, autocast
                 [b.clone() for b in B],
                 {n: p.grad.clone() for n, p in m.named_parameters()},
             )
+        seen["gates"] = runtime.gating._taken[0].clone() if runtime.gating else None
 
     optimizer.register_step_pre_hook(look)
     model.train()
@@ -112,15 +126,15 @@ def assert_chain_rule(
     scaler=None,
     **options,
 ) -> float:
-    """Compare the gradients that reach latents and Θ, kind by kind; the largest relative error."""
+    """Compare the gradients that reach latents, Θ and the gates, kind by kind; the largest relative error."""
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, passes=50, **options)
+    runtime = attach(model, optimizer, examples=64, batch_size=8, scaler=scaler, **options)
     randomise(runtime)
     # Away from A - A0 = 0.
     train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)
     latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents(everything=True)]
     scale = 1.0 if scaler is None else scaler.get_scale()
-    expected = reference_gradients(model, family, runtime, latents, batches, clip, autocast, scale)
+    expected, of_gates = reference_gradients(model, family, runtime, latents, batches, clip, autocast, scale)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -135,6 +149,9 @@ def assert_chain_rule(
         for parameter, tensor in own.items():
             assert ours_own[parameter].abs().sum() > 0
             errors[f"{parameter} of {name}"] = relative_error([ours_own[parameter]], grads([tensor]))
+    if of_gates:
+        errors["gates"] = relative_error([found["gates"]], list(of_gates.values()))
+        assert found["gates"].abs().sum() > 0
     wrong = {what: error for what, error in errors.items() if not error <= tolerance}
     assert not wrong, wrong
     return max(errors.values())
