@@ -20,7 +20,7 @@ from torch.amp import GradScaler
 
 from . import __version__
 from .config import StructLoRAConfig
-from .core.gates import GATES, Bottleneck, GradMode
+from .core.gates import GATES, Bottleneck, Forward
 from .core.kinds import FACTOR, Kind
 from .core.mapping import DEFAULT_PARTS, Parts, refuse_unmappable
 from .engines import select_engine
@@ -132,9 +132,9 @@ def build_runtime(
     if steps is None:
         refuse_unreachable(config, select_step)
     quiet = "gates='off'" if config.gates == "off" else quiet
-    grad_mode = GradMode()
+    forward = Forward()
     if quiet is None:
-        build = partial(_gate, parts.gate or GATES[config.gates], config.gate_openness, grad_mode)
+        build = partial(_gate, parts.gate or GATES[config.gates], config.gate_openness, forward)
         gated, silent = gates_of(model, kinds, adapter_name, build)
     else:
         gated, silent = [], {quiet: sum(len(kind.modules) for kind in kinds)}
@@ -153,7 +153,7 @@ def build_runtime(
             kinds,
             config,
             engine,
-            Gating(model, gated, bottleneck, engine, grad_mode, scaler or found_scaler),
+            Gating(model, gated, bottleneck, engine, forward, scaler or found_scaler),
             quiet=silent,
             align=config.coordinator != "none" and config.align_init and start.is_drawn,
             moves_base=start.moves_base,
@@ -207,8 +207,8 @@ def _refuse_senseless(adapter: PeftConfig, kinds: list[Kind]) -> None:
         )
 
 
-def _gate(build, openness: float, grad_mode: GradMode, rank: int, device: torch.device, rank_axis: int):
-    return build(rank, openness, device, rank_axis, grad_mode)
+def _gate(build, openness: float, forward: Forward, rank: int, device: torch.device, rank_axis: int):
+    return build(rank, openness, device, rank_axis, forward)
 
 
 def _data_of_loop(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from transformers import PreTrainedModel
 
-from .core.gates import Bottleneck, Gate, GradMode, nats, openness
+from .core.gates import Bottleneck, Forward, Gate, Hook, nats, openness
 from .core.kinds import unwrapped_name
 from .engines import Engine
 from .errors import StructLoRAError
@@ -48,7 +48,7 @@ class Gating:
         modules (`list[GatedModule]`): those with a gate; none where gates are off.
         bottleneck (`Bottleneck`, *optional*): what the logits descend; None where there are no gates.
         engine (`Engine`): who owns the parameters.
-        grad_mode (`GradMode`): that the gates share.
+        forward (`Forward`): that the gates share.
         scaler (`GradScaler`, *optional*): of an fp16 loop. The gates' gradients are outside the optimizer, so
             that it does not unscale them.
     """
@@ -59,7 +59,7 @@ class Gating:
         modules: list[GatedModule],
         bottleneck: Bottleneck | None,
         engine: Engine,
-        grad_mode: GradMode,
+        forward: Forward,
         scaler: GradScaler | None = None,
     ):
         self.modules, self.bottleneck, self.engine, self.scaler = modules, bottleneck, engine, scaler
@@ -74,10 +74,13 @@ class Gating:
             self._listening: dict = {}
             return
         self._handles = [m.lora_A.register_forward_hook(m.gate) for m in modules]
-        self._handles += [m.dora.register_forward_pre_hook(_skip_identity(m.gate)) for m in modules if m.dora]
-        roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.get_base_model()}
-        self._handles += [root.register_forward_pre_hook(grad_mode) for root in roots]
-        self._handles += [root.register_forward_pre_hook(self._drop_discarded) for root in roots]
+        self._handles += [m.dora.register_forward_pre_hook(_SkipIdentity(m.gate)) for m in modules if m.dora]
+        # A language model is called through its head, or without it.
+        roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.base_model.model}
+        self._handles += [root.register_forward_pre_hook(forward, with_kwargs=True) for root in roots]
+        if engine.keeps_gradients:
+            drop = _DropDiscarded(modules)
+            self._handles += [root.register_forward_pre_hook(drop) for root in roots]
         # Of modules whose gate has not fired yet: what tells of a gradient without it.
         self._listening = {
             m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in modules
@@ -89,14 +92,6 @@ class Gating:
     @property
     def logits(self) -> list[Tensor]:
         return [gate.logits for gate in self.gates.values()]
-
-    def _drop_discarded(self, *_) -> None:
-        """Drop gradients of logits where those of the module's factors were dropped since, by `zero_grad`."""
-        if torch.compiler.is_compiling() or not self.engine.keeps_gradients:
-            return
-        for m in self.modules:
-            if m.gate.logits.grad is not None and m.factor.grad is None:
-                m.gate.logits.grad = None
 
     @torch.no_grad()
     def take_gradients(self, device: torch.device) -> None:
@@ -112,10 +107,17 @@ class Gating:
         self._refuse_unheard()
         self._refuse_unscaled()
         logits = self.logits
+        found = [x.grad is not None for x in logits]
+        if not self._has_warned and not any(found):
+            self._has_warned = True
+            logger.warning(
+                "No gate acted in a step with gradients of the adapter: the model is in `eval()`, or other code removed the hooks "
+                "of its `lora_A`. Where this goes on, the run is one without gates; call `model.train()` before the forward."
+            )
         gradients = torch.cat(
             [(torch.zeros_like(x) if x.grad is None else x.grad).to(device) for x in logits]
         )
-        present = torch.tensor([float(x.grad is not None) for x in logits], device=device)
+        present = torch.tensor(found, dtype=torch.float32, device=device)
         for x in logits:
             x.grad = None
         ranks = world_size()
@@ -123,12 +125,6 @@ class Gating:
             both = torch.cat([gradients / ranks, present])
             dist.all_reduce(both)
             gradients, present = both.split([len(gradients), len(present)])
-        elif not self._has_warned and not present.any():
-            self._has_warned = True
-            logger.warning(
-                "No gate acted in a step with gradients of the adapter: the model is in `eval()`, or other code removed the hooks "
-                "of its `lora_A`. Where this goes on, the run is one without gates; call `model.train()` before the forward."
-            )
         scale = self.engine.loss_scale() if self.scaler is None else self.scaler.get_scale()
         # A loss of another sign is ascended.
         scale = -scale if self.engine.maximizes() else scale
@@ -242,11 +238,30 @@ class Gating:
             )
 
 
-def _skip_identity(gate: Gate) -> Callable:
-    def before(module: nn.Module, _) -> None:
-        gate.skips_identity = module.training
+class _SkipIdentity(Hook):
+    """Tells a gate that DoRA is about to pass the identity through its lora_A; a forward pre-hook."""
 
-    return before
+    def __init__(self, gate: Gate):
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, _) -> None:
+        self.gate.skips_identity = module.training
+
+
+class _DropDiscarded(Hook):
+    """Drops gradients of logits where those of the module's factor were dropped since, by `zero_grad`; a forward
+    pre-hook of the model.
+    """
+
+    def __init__(self, modules: list[GatedModule]):
+        self.pairs = [(m.gate.logits, m.factor) for m in modules]
+
+    def __call__(self, *_) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for logits, factor in self.pairs:
+            if logits.grad is not None and factor.grad is None:
+                logits.grad = None
 
 
 def _notes(module: GatedModule, names: set[str]):

@@ -21,6 +21,7 @@ bounded by the task loss itself, which makes the sum (1 + λ + λγ) L_task + λ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,74 +32,16 @@ LOGITS = (-4.0, 8.0)  # openness 0.018 to 0.9997: beyond, a gate learns too slow
 LARGEST_STEP = 1.0  # of a logit, so that one odd batch neither opens nor closes a gate
 
 
-class GradMode:
-    """Notes whether gradients were on when the model's forward began; a forward pre-hook.
-
-    Reentrant checkpointing runs blocks without gradients and repeats them with, and both need the noise.
-    Generation and evaluation under `torch.no_grad()` need none, even while the model is in `train()`.
-    """
-
-    enabled = False
-
-    def __call__(self, *_) -> None:
-        self.enabled = torch.is_grad_enabled()
+def absent(*_) -> None:
+    """The hook that a copy of a gated model, or a pickle, has in place of one of these."""
 
 
-class Gate:
-    """The gates of one LoRA module: a forward hook on its lora_A.
+def _absent():
+    return absent
 
-    Noise is drawn by torch's own generator, as dropout draws it: activation checkpointing, `torch.compile`, a
-    resumed run and data parallelism treat it alike. Each entry of the first axis has its own draw, and shares it
-    over the others: an example, where sequences are not packed into one row. A copy of the model, and a pickle,
-    get no gates.
 
-    Args:
-        rank (`int`): r, the number of directions.
-        openness (`float`): p of each direction at the start.
-        device (`torch.device`, *optional*): of the module.
-        rank_axis (`int`, *optional*, defaults to -1): axis of the r activations in lora_A's output, from its
-            end: -2 for a convolution over one axis, -3 over two.
-        grad_mode (`GradMode`, *optional*): of the model; where omitted, gates act only where gradients are on.
-
-    Attributes:
-        logits (`Tensor`): θ, (r,), fp32, a leaf that autograd fills.
-        has_fired (`bool`): whether a training forward has come through.
-        is_half (`bool`): whether its activations were fp16, whose gradients are scaled.
-        skips_identity (`bool`): whether the next (k, k) input is the identity by which DoRA computes the norm of
-            its weights.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        openness: float,
-        device: torch.device | None = None,
-        rank_axis: int = -1,
-        grad_mode: GradMode | None = None,
-    ):
-        start = torch.full((rank,), math.log(openness / (1 - openness)), dtype=torch.float32, device=device)
-        self.logits = start.requires_grad_()
-        self.rank_axis, self.grad_mode = rank_axis, grad_mode or GradMode()
-        self.acts, self.has_fired, self.is_half, self.skips_identity = True, False, False, False
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], activations: Tensor) -> Tensor | None:
-        if not (self.acts and module.training and (torch.is_grad_enabled() or self.grad_mode.enabled)):
-            return None
-        if self.skips_identity:
-            self.skips_identity = False
-            return None
-        self.has_fired, self.is_half = True, activations.dtype == torch.float16
-        return activations * self.sample(activations)
-
-    def sample(self, activations: Tensor) -> Tensor:
-        """Return gates m of each example: (n, r), with axes of size 1 in the places of the others."""
-        raise NotImplementedError
-
-    def _spread(self, activations: Tensor) -> tuple[list[int], list[int]]:
-        """Shapes that gates of each example, and one number for each direction, have beside the activations."""
-        own = [1] * activations.dim()
-        own[self.rank_axis] = activations.shape[self.rank_axis]
-        return [len(activations), *own[1:]], own
+class Hook:
+    """A hook that stays with its model: a copy of the model and a pickle have `absent` in its place."""
 
     def __deepcopy__(self, memo: dict):
         return absent
@@ -107,14 +50,94 @@ class Gate:
         return _absent, ()
 
 
-class GaussianGate(Gate):
-    """m = 1 + √α ε: the gradient of the logits is pathwise."""
+class Forward(Hook):
+    """What the gates of a model know of the forward under way; a pre-hook of the model, with keyword arguments.
+
+    Attributes:
+        has_gradients (`bool`): whether gradients were on when it began. Reentrant checkpointing runs blocks
+            without gradients and repeats them with, and both need the noise. Generation and evaluation under
+            `torch.no_grad()` need none, even while the model is in `train()`.
+        starts (`Tensor`, *optional*): (n, s), where in its row the sequence of each position starts, by
+            `position_ids` that start again: rows of packed or padding-free batches hold several. None where the
+            model was called without `position_ids`.
+    """
+
+    has_gradients: bool = False
+    starts: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.has_gradients, self.starts = torch.is_grad_enabled(), None
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+            self.starts = torch.where(positions == 0, places, 0).cummax(1).values
+
+
+class Gate(Hook):
+    """The Gaussian gates of one LoRA module, m = 1 + √α ε: a forward hook on its lora_A.
+
+    Noise is drawn by torch's own generator, as dropout draws it: activation checkpointing, `torch.compile`, a
+    resumed run and data parallelism treat it alike. Each example has its own draw, which its tokens or pixels
+    share: an entry of the first axis, or a sequence of a packed row. A copy of the model, and a pickle, get no
+    gates.
+
+    Args:
+        rank (`int`): r, the number of directions.
+        openness (`float`): p of each direction at the start.
+        device (`torch.device`, *optional*): of the module.
+        rank_axis (`int`, *optional*, defaults to -1): axis of the r activations in lora_A's output, from its
+            end: -2 for a convolution over one axis, -3 over two.
+        forward (`Forward`, *optional*): of the model; where omitted, gates act only where gradients are on.
+
+    Attributes:
+        logits (`Tensor`): θ, (r,), fp32, a leaf that autograd fills.
+        has_fired (`bool`): whether a training forward has come through.
+        is_half (`bool`): whether its activations were fp16, whose gradients are scaled.
+        skips_identity (`bool`): whether the next input is the identity by which DoRA computes the norm of its
+            weights.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        openness: float,
+        device: torch.device | None = None,
+        rank_axis: int = -1,
+        forward: Forward | None = None,
+    ):
+        start = torch.full((rank,), math.log(openness / (1 - openness)), dtype=torch.float32, device=device)
+        self.logits = start.requires_grad_()
+        self.rank_axis, self.forward = rank_axis, forward or Forward()
+        self.acts, self.has_fired, self.is_half, self.skips_identity = True, False, False, False
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], activations: Tensor) -> Tensor | None:
+        if not (self.acts and module.training and (torch.is_grad_enabled() or self.forward.has_gradients)):
+            return None
+        if self.skips_identity:
+            self.skips_identity = False
+            return None
+        self.has_fired, self.is_half = True, activations.dtype == torch.float16
+        return activations * self.sample(activations)
 
     def sample(self, activations: Tensor) -> Tensor:
-        shape, own = self._spread(activations)
-        deviation = torch.exp(self.logits / -2).to(activations.dtype).view(own)  # √α
-        noise = torch.randn(shape, dtype=activations.dtype, device=activations.device)
-        return 1 + deviation * noise
+        """Return the gates m, which broadcast over the activations."""
+        deviation = torch.exp(self.logits / -2).to(activations.dtype)  # √α
+        return 1 + self._beside(deviation) * self._drawn(activations, torch.randn)
+
+    def _beside(self, of_directions: Tensor) -> Tensor:
+        """Return a number for each direction, (r,), in a shape that broadcasts over the activations."""
+        return of_directions.view(-1, *[1] * (-1 - self.rank_axis))
+
+    def _drawn(self, activations: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        """Return a draw of each example and direction: (n, 1, ..., r), or (n, s, r) where rows hold several sequences."""
+        starts = self.forward.starts
+        if starts is not None and self.rank_axis == -1 and activations.shape[:-1] == starts.shape:
+            drawn = draw(activations.shape, dtype=activations.dtype, device=activations.device)
+            return drawn.gather(1, starts.to(drawn.device)[..., None].expand_as(drawn))
+        shape = [1] * activations.dim()
+        for axis in (0, self.rank_axis):
+            shape[axis] = activations.shape[axis]
+        return draw(shape, dtype=activations.dtype, device=activations.device)
 
 
 class GumbelGate(Gate):
@@ -124,28 +147,19 @@ class GumbelGate(Gate):
     quantiles = 64  # of the logistic noise, over which E[z] is a mean
 
     def sample(self, activations: Tensor) -> Tensor:
-        shape, own = self._spread(activations)
-        uniform = torch.rand(shape, dtype=torch.float32, device=activations.device)
-        z = self._relaxed(uniform.logit(eps=1e-6), self.logits.view(own))
         at = (
             torch.arange(self.quantiles, dtype=torch.float32, device=activations.device) + 0.5
         ) / self.quantiles
-        mean = self._relaxed(at.logit()[:, None], self.logits).mean(0).view(own)
-        return (z / mean).to(activations.dtype)
+        mean = self._relaxed(at.logit()[:, None], self.logits).mean(0)
+        uniform = self._drawn(activations, torch.rand).float()
+        z = self._relaxed(uniform.logit(eps=1e-6), self._beside(self.logits))
+        return (z / self._beside(mean)).to(activations.dtype)
 
     def _relaxed(self, noise: Tensor, logits: Tensor) -> Tensor:
         return torch.sigmoid((noise + logits) / self.temperature)
 
 
-GATES = {"gaussian": GaussianGate, "gumbel": GumbelGate}
-
-
-def absent(*_) -> None:
-    """The hook that a copy of a gated model has in a gate's place."""
-
-
-def _absent():
-    return absent
+GATES = {"gaussian": Gate, "gumbel": GumbelGate}
 
 
 def openness(logits: Tensor) -> Tensor:

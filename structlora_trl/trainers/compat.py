@@ -97,23 +97,29 @@ def why_quiet(trainer: Trainer) -> str | None:
 def data_of(trainer: Trainer) -> tuple[float, float]:
     """Return the training examples that a trainer is about to see, each counted once, and those of an optimizer step.
 
-    Of a stream, and of a run that ends before it has seen all rows, those of its steps. Packed rows count as one.
+    Of a stream, and of a run that ends before it has seen all rows, those of its steps.
     """
     state, args = trainer.state, trainer.args
-    batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    seen = state.max_steps * batch
-    loader = trainer.callback_handler.train_dataloader
-    examples = min(trainer.num_examples(loader), seen) if has_length(loader) else seen
-    return float(examples), float(min(batch, examples))
+    steps = _steps_of_epoch(trainer)
+    if steps is None:
+        batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return float(state.max_steps * batch), float(batch)
+    batch = trainer.num_examples(trainer.callback_handler.train_dataloader) / steps
+    return min(steps, state.max_steps) * batch, batch
 
 
 def epochs_of(trainer: Trainer) -> float | None:
     """Return the epochs that a trainer is about to make; None where rows are streamed."""
+    steps = _steps_of_epoch(trainer)
+    return None if steps is None else trainer.state.max_steps / steps
+
+
+def _steps_of_epoch(trainer: Trainer) -> int | None:
     loader = trainer.callback_handler.train_dataloader
     if not has_length(loader) or not len(loader):
         return None
     # The last step of an epoch takes what is left of it.
-    return trainer.state.max_steps / math.ceil(len(loader) / trainer.args.gradient_accumulation_steps)
+    return math.ceil(len(loader) / trainer.args.gradient_accumulation_steps)
 
 
 def run_first(handler: CallbackHandler, callback: TrainerCallback) -> None:

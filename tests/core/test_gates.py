@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from structlora_trl.core.gates import GATES, Bottleneck, GaussianGate, GradMode, GumbelGate, nats, openness
+from structlora_trl.core.gates import GATES, Bottleneck, Forward, Gate, GumbelGate, nats, openness
 
 
-def gated(layer: nn.Module, kind=GaussianGate, p: float = 2 / 3, rank: int = 4, **options) -> nn.Module:
+def gated(layer: nn.Module, kind=Gate, p: float = 2 / 3, rank: int = 4, **options) -> nn.Module:
     layer.gate = kind(rank, p, **options)
     layer.register_forward_hook(layer.gate)
     return layer
@@ -55,7 +55,7 @@ def samples(kind, p: float) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.3, 0.6, 0.9])
 def test_mean_and_variance(p):
     alpha = 1 / p - 1
-    assert samples(GaussianGate, p).var().item() == pytest.approx(alpha, rel=0.03)
+    assert samples(Gate, p).var().item() == pytest.approx(alpha, rel=0.03)
     for kind in GATES.values():
         assert samples(kind, p).mean().item() == pytest.approx(1, abs=0.02)
     # A Bernoulli over its mean has variance α; relaxed, it has less.
@@ -75,7 +75,7 @@ def test_the_gradient_of_logits(kind):
     found, step = layer.gate.logits.grad.clone(), 1e-2
     for j in range(4):
         with torch.no_grad():
-            layer.gate.grad_mode.enabled = True
+            layer.gate.forward.has_gradients = True
             layer.gate.logits[j] += step
             above = loss()
             layer.gate.logits[j] -= 2 * step
@@ -117,8 +117,8 @@ def test_one_odd_batch_neither_opens_nor_closes_a_gate():
 
 
 def test_where_a_gate_acts():
-    mode = GradMode()
-    layer, x = gated(nn.Linear(6, 4, bias=False), grad_mode=mode), torch.ones(2, 6)
+    forward = Forward()
+    layer, x = gated(nn.Linear(6, 4, bias=False), forward=forward), torch.ones(2, 6)
     plain = x @ layer.weight.T
 
     def acts() -> bool:
@@ -127,10 +127,22 @@ def test_where_a_gate_acts():
     assert acts()
     with torch.no_grad():
         assert not acts()  # a loop that generates or evaluates in `train()`
-        mode.enabled = True  # a block under reentrant checkpointing
+        forward.has_gradients = True  # a block under reentrant checkpointing
         assert acts()
     layer.eval()
     assert not acts()
+
+
+@pytest.mark.parametrize("kind", GATES.values())
+def test_sequences_of_a_packed_row_have_their_own_draws(kind):
+    forward = Forward()
+    forward(None, (), {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])})
+    m = kind(4, 0.5, forward=forward).sample(torch.ones(2, 6, 4)).detach().expand(2, 6, 4)
+    for row, spans in enumerate([[(0, 3), (3, 5), (5, 6)], [(0, 6)]]):
+        for start, end in spans:
+            assert torch.equal(m[row, start:end], m[row, start].expand(end - start, -1))
+    assert m[..., 0].unique().numel() == 4
+    assert kind(4, 0.5, forward=forward).sample(torch.ones(3, 4)).shape == (3, 4)  # of pooled rows: as ever
 
 
 def test_the_identity_that_doras_norm_passes_has_no_noise():
@@ -147,5 +159,5 @@ def test_copies_and_pickles_have_no_gates():
 
 
 def test_openness_at_the_start():
-    assert openness(GaussianGate(3, 0.9).logits.detach()).tolist() == pytest.approx([0.9] * 3)
-    assert math.isclose(GaussianGate(1, 0.5).logits.item(), 0)
+    assert openness(Gate(3, 0.9).logits.detach()).tolist() == pytest.approx([0.9] * 3)
+    assert math.isclose(Gate(1, 0.5).logits.item(), 0)
