@@ -153,7 +153,7 @@ def build_runtime(
             kinds,
             config,
             engine,
-            Gating(model, gated, bottleneck, engine, forward, scaler or found_scaler),
+            Gating(gated, bottleneck, engine, forward, scaler or found_scaler),
             quiet=silent,
             align=config.coordinator != "none" and config.align_init and start.is_drawn,
             moves_base=start.moves_base,

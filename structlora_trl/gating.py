@@ -44,7 +44,6 @@ class Gating:
     """The gates of a run, their gradients and their step.
 
     Args:
-        model (`PeftModel`): that holds the modules.
         modules (`list[GatedModule]`): those with a gate; none where gates are off.
         bottleneck (`Bottleneck`, *optional*): what the logits descend; None where there are no gates.
         engine (`Engine`): who owns the parameters.
@@ -55,36 +54,45 @@ class Gating:
 
     def __init__(
         self,
-        model: nn.Module,
         modules: list[GatedModule],
         bottleneck: Bottleneck | None,
         engine: Engine,
         forward: Forward,
         scaler: GradScaler | None = None,
     ):
-        self.modules, self.bottleneck, self.engine, self.scaler = modules, bottleneck, engine, scaler
+        self.modules, self.bottleneck, self.engine = modules, bottleneck, engine
+        self.forward, self.scaler = forward, scaler
         self.gates = {unwrapped_name(m.name): m.gate for m in modules}
-        self._taken: tuple[Tensor, Tensor] | None = (
-            None  # gradients of the step under way, and which are there
-        )
+        self._taken: tuple[Tensor, Tensor] | None = None  # gradients of the step under way, and which are there
         self._has_warned = False
         self._heard: set[str] = set()  # modules with a gradient of training
-        self._handles: list = []
-        if not modules:
-            self._listening: dict = {}
-            return
-        self._handles = [m.lora_A.register_forward_hook(m.gate) for m in modules]
-        self._handles += [m.dora.register_forward_pre_hook(_SkipIdentity(m.gate)) for m in modules if m.dora]
-        # A language model is called through its head, or without it.
-        roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.base_model.model}
-        self._handles += [root.register_forward_pre_hook(forward, with_kwargs=True) for root in roots]
-        if engine.keeps_gradients:
-            drop = _DropDiscarded(modules)
-            self._handles += [root.register_forward_pre_hook(drop) for root in roots]
-        # Of modules whose gate has not fired yet: what tells of a gradient without it.
+        self._listening: dict = {}  # handles, of modules whose gate has not fired yet
+
+    def install(self, model: nn.Module) -> Callable[[], None]:
+        """Put the gates into a PEFT model. Return what takes them out, which holds neither model nor optimizer."""
+        modules = self.modules
+        handles = [m.lora_A.register_forward_hook(m.gate) for m in modules]
+        handles += [m.dora.register_forward_pre_hook(_SkipIdentity(m.gate)) for m in modules if m.dora]
+        if modules:
+            # A language model is called through its head, or without it.
+            roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.base_model.model}
+            handles += [root.register_forward_pre_hook(self.forward, with_kwargs=True) for root in roots]
+            if self.engine.keeps_gradients:
+                drop = _DropDiscarded(modules)
+                handles += [root.register_forward_pre_hook(drop) for root in roots]
         self._listening = {
             m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in modules
         }
+        handles += self._listening.values()
+        gates = list(self.gates.values())
+
+        def close() -> None:
+            for gate in gates:  # compiled code may have kept one
+                gate.acts = False
+            for handle in handles:
+                handle.remove()
+
+        return close
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -189,21 +197,9 @@ class Gating:
             if name in state:
                 gate.logits.copy_(state[name])
 
-    def remove(self) -> Callable[[], None]:
-        """Return what takes the gates out of the model. It holds neither model nor optimizer."""
-        handles, gates = self._handles + list(self._listening.values()), list(self.gates.values())
-
-        def close() -> None:
-            for gate in gates:  # compiled code may have kept one
-                gate.acts = False
-            for handle in handles:
-                handle.remove()
-
-        return close
-
     def let_go(self) -> None:
         """Drop modules and engine; openness and state stay."""
-        self.modules, self.engine, self._listening, self._handles = [], None, {}, []
+        self.modules, self.engine, self._listening = [], None, {}
 
     def _refuse_unheard(self) -> None:
         """Stop where a module has a gradient and its gate has not fired: fused code went around its forward."""

@@ -122,11 +122,12 @@ class Runtime:
         self.engine.install(self._before_step, self._after_step, mapped)
         try:
             self._build(plan.align)
+            close = self.gating.install(self.model)
         except BaseException:
             self.engine.remove()
             raise
         # A model outlives a run that nobody ended: its gates go with the runtime.
-        self._let_go = weakref.finalize(self, self.gating.remove())
+        self._let_go = weakref.finalize(self, close)
         self._let_go.atexit = False
         _watch_optimizers()
         _attached.add(self)
