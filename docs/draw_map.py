@@ -11,7 +11,7 @@ PICTURE = Path(__file__).parent / "map.svg"
 WIDTH, HEIGHT = 480, 732
 INK, FAINT, FORWARD, BACK, FACTOR = "#24292f", "#57606a", "#0969da", "#bc4c00", "#ddf4ff"
 LARGE, SMALL = 18, 15  # of the words, in units of which the picture is 480 wide
-RANK, REACH = 5, 11  # of the sketch: its gates, and how far their noise reaches
+RANK, REACH = 5, 11  # of the sketch: its gates, and how far they reach
 DEPTHS, SEMANTIC = 4, ((0, 2), (1, 3))  # edges of the sketch that are not between neighbours
 SPLIT = 352  # where the second half begins
 
@@ -72,8 +72,8 @@ def _forward() -> list[str]:
         f'<circle cx="{end - 2}" cy="{low}" r="14" fill="white" stroke="{INK}"/>',
         _words(end - 2, low + 6, "+", LARGE, anchor="middle"),
         _words(end - 2, low + 42, "y", LARGE, anchor="middle"),
-        _words(20, 296, "m: noise of mean one on each direction, drawn for each", SMALL),
-        _words(20, 317, "example. In eval() m is 1: plain LoRA.", SMALL),
+        _words(20, 296, "m: a gate on each direction, noise of mean one whose", SMALL),
+        _words(20, 317, "size is learned. In eval() m is 1: plain LoRA.", SMALL),
     ]
 
 
