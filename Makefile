@@ -66,7 +66,7 @@ format: $(VENV)/.ruff
 
 # The pages that are made from the code, then the site, with warnings (broken links among them) as errors.
 docs: $(VENV)/.dev
-	$(RUN) docs/refusals.py
+	$(RUN) docs/options.py
 	$(RUN) docs/what_runs.py
 	$(RUN) docs/draw_map.py
 	$(RUN) docs/draw_imports.py
