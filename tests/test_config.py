@@ -17,8 +17,10 @@ from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError
 from structlora_trl.yaml_block import read_switch
 
 REFUSED = {
-    "noise": [None, 0, "of"],
-    "noise_variance": [0, -1, float("inf"), "0.3", True],
+    "gates": [None, 0, "of"],
+    "beta": [-1, float("inf"), "0.3", True],
+    "gate_openness": [0, 1, "open", True],
+    "gate_lr": [-1, float("nan"), None],
     "keep": [0, 1.5, "0%", "101%", "most", True],
     "select_at": [0, -1, "half"],
     "coordinator": ["gnn"],
@@ -46,8 +48,8 @@ def test_bad_values_are_refused_by_name(name, value):
 
 
 def test_misspelt_names_and_values_get_the_nearest():
-    with pytest.raises(StructLoRAError, match=r"unknown option `nosie`.*write `noise`"):
-        StructLoRACallback(nosie="on")
+    with pytest.raises(StructLoRAError, match=r"unknown option `gaets`.*write `gates`"):
+        StructLoRACallback(gaets="off")
     with pytest.raises(StructLoRAError, match=r"did you mean 'adjacency'"):
         StructLoRACallback(edges="adjacancy")
 
@@ -58,7 +60,10 @@ def test_misspelt_names_and_values_get_the_nearest():
         ({"coordinator": "none", "edges": "adjacency"}, "coordinator='none'.*or remove `edges`"),
         ({"coordinator": "none", "side": "write"}, "coordinator='none'.*or remove `side`"),
         ({"coordinator": "none", "align_init": False}, "coordinator='none'.*or remove `align_init`"),
-        ({"noise": "off", "noise_variance": 0.3}, "noise='off'.*or remove `noise_variance`"),
+        ({"gates": "off", "beta": 0.3}, "gates='off'.*or remove `beta`"),
+        ({"gates": "off", "gate_openness": 0.5}, "gates='off'.*or remove `gate_openness`"),
+        ({"gates": "off", "gate_lr": 0.5}, "gates='off'.*or remove `gate_lr`"),
+        ({"gates": "off", "keep": 0.5}, "gates='off'.*or remove `keep`"),
         ({"select_at": 100}, "keep=None.*set `keep`, or remove `select_at`"),
         ({"edges": "adjacency", "semantic_top_k": 3}, "edges='adjacency'.*or remove `semantic_top_k`"),
         (
@@ -94,8 +99,8 @@ def test_overrides_win_and_the_original_stays():
     "name, value, expected",
     [
         ("coordinator_layers", np.int64(2), 2),
-        ("noise_variance", np.float64(0.8), 0.8),
-        ("noise_variance", np.float32(0.5), 0.5),
+        ("beta", np.float64(0.8), 0.8),
+        ("gate_lr", np.float32(0.5), 0.5),
         ("align_init", np.bool_(False), False),
         ("semantic_top_k", torch.tensor(3), 3),
         ("edges", np.str_("adjacency"), "adjacency"),
@@ -154,10 +159,10 @@ def _object(folder, block):
     [
         ("true", {}),
         ("false", False),
-        ('{"noise_variance": 0.8, "keep": 0.5}', {"noise_variance": 0.8, "keep": 0.5}),
+        ('{"beta": 0.8, "keep": 0.5}', {"beta": 0.8, "keep": 0.5}),
         (
-            "{roles: {my_proj: read}, coordinator_lr: 1e-3, noise: off}",
-            {"roles": {"my_proj": "read"}, "coordinator_lr": 0.001, "noise": "off"},
+            "{roles: {my_proj: read}, coordinator_lr: 1e-3, gates: off}",
+            {"roles": {"my_proj": "read"}, "coordinator_lr": 0.001, "gates": "off"},
         ),
     ],
 )
@@ -177,16 +182,16 @@ def test_training_arguments_refuse_other_options(read, block, name, tmp_path):
 
 def test_arguments_share_no_name_with_us(tmp_path):
     """Options are under one field alone."""
-    with pytest.raises(TypeError, match="noise_variance"):
-        StructLoRASFTConfig(str(tmp_path), noise_variance=0.8, use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="beta"):
+        StructLoRASFTConfig(str(tmp_path), beta=0.8, use_cpu=True, bf16=False)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
 def test_callback_reads_a_file(suffix, tmp_path):
     path = tmp_path / f"run.{suffix}"
-    path.write_text('{"model_name_or_path": "x", "structlora": {"noise_variance": 0.8}}')
-    for given in (path, str(path), '{"noise_variance": 0.8}'):
-        assert StructLoRACallback(given, keep=0.3).config == StructLoRAConfig(noise_variance=0.8, keep=0.3)
+    path.write_text('{"model_name_or_path": "x", "structlora": {"beta": 0.8}}')
+    for given in (path, str(path), '{"beta": 0.8}'):
+        assert StructLoRACallback(given, keep=0.3).config == StructLoRAConfig(beta=0.8, keep=0.3)
 
 
 @pytest.mark.parametrize("nothing", [None, True, {}])
@@ -198,7 +203,7 @@ def test_no_options_are_the_defaults(nothing):
     "given, named",
     [
         ("nowhere.yaml", "nowhere.yaml"),
-        ("noise_variance", "noise_variance"),
+        ("gate_lr", "gate_lr"),
         ("some words", "'some words' for `structlora`"),
         ("{", "JSON"),
         (3, "3 where StructLoRA's options are expected"),
@@ -219,20 +224,20 @@ def test_callback_says_what_it_takes(given, named, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda word: StructLoRAConfig(noise=word == "on"),
-        lambda word: StructLoRACallback(noise=word == "on").config,
-        lambda word: read_switch(yaml.safe_load(f"noise: {word}")),
-        lambda word: read_switch(f"{{noise: {word}}}"),
+        lambda word: StructLoRAConfig(gates=word == "on"),
+        lambda word: StructLoRACallback(gates=word == "on").config,
+        lambda word: read_switch(yaml.safe_load(f"gates: {word}")),
+        lambda word: read_switch(f"{{gates: {word}}}"),
     ],
     ids=["Python", "callback", "YAML block", "text"],
 )
 def test_on_and_off_may_come_as_booleans(read, word):
-    """YAML 1.1 reads the documented values of `noise` as booleans."""
-    assert read(word).options()["noise"] == word
+    """YAML 1.1 reads `off` and `on` as booleans."""
+    assert read(word).gates == {"on": "gaussian", "off": "off"}[word]
 
 
 def test_as_few_options_as_users_are_advised_to_set():
-    assert len(fields(StructLoRAConfig)) <= 16
+    assert len(fields(StructLoRAConfig)) <= 17
 
 
 def test_every_field_has_help():

@@ -103,12 +103,16 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     model = get_peft_model(model, LoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, **lora}))
     optimizer = tiny.adamw(model)
     closes = lora.get("init_lora_weights", True) is True  # others have no directions to close
-    keep = {"keep": 0.5, "select_at": 100} if closes else {}
-    runtime = attach(model, optimizer, {"coordinator": "none", **keep, **(method or {})})
+    is_gated = lora.get("target_modules", True)  # experts in one parameter, alone, have no gates to select by
+    keep = {"keep": 0.5, "select_at": 100} if closes and is_gated else {}
+    runtime = attach(model, optimizer, {"coordinator": "none", **keep, **(method or {})}, **tiny.DATA)
     take_steps(model, optimizer, batch)
     generator = torch.Generator().manual_seed(4)
-    for m in runtime.maps if closes else ():
+    for m in runtime.maps if keep else ():
         m.selection.close(torch.rand(m.selection.kept.shape, generator=generator) < 0.5)
+    for name, parameter in model.named_parameters() if closes and not keep else ():
+        if "lora_B" in name:
+            parameter.data *= torch.rand(parameter.shape[1], generator=generator) < 0.5
     state = runtime.state_dict()
     runtime.load_state_dict(state)  # which writes what the mask leaves
     model.save_pretrained(out)

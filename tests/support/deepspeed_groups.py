@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from structlora_trl import attach
 from tests.support.device import without_shm_op
-from tests.support.tiny import lora_parameters, loss_of, peft_model
+from tests.support.tiny import DATA, lora_parameters, loss_of, peft_model
 
 THETA_LR, STEPS = 0.5, 3
 
@@ -47,7 +47,7 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
         engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups(model)), config=config)[
             0
         ]
-    runtime = attach(engine, engine.optimizer, coordinator_lr=THETA_LR)
+    runtime = attach(engine, engine.optimizer, coordinator_lr=THETA_LR, **DATA)
     found = []
     for step in range(STEPS):
         if not scheduler:  # by hand: LoRA's groups are halved, the other one stays

@@ -16,7 +16,7 @@ from structlora_trl import attach, load_state
 from tests.support.data import picture as pixels_of
 from tests.support.launching import BIN, ROOT
 from tests.support.left import assert_acted
-from tests.support.tiny import sentence
+from tests.support.tiny import DATA, sentence
 
 STUBS = Path(__file__).with_name("stubs")
 STEPS = 3
@@ -79,7 +79,7 @@ def check(
     lora.inference_mode, lora.init_lora_weights = False, True
     again = get_peft_model(_base(model), lora)
     trained = [p for p in again.parameters() if p.requires_grad]
-    runtime = attach(again, torch.optim.SGD(trained, lr=0.0), options)
+    runtime = attach(again, torch.optim.SGD(trained, lr=0.0), options, **DATA)
     load_state(runtime, Path(output) / f"checkpoint-{step}")
     runtime.detach()
     tokens = torch.arange(4, 24).view(2, 10)

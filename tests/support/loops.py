@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, attach, load_state, save_state
 from tests.support.jobs import StopAt
-from tests.support.tiny import assert_same, default_dtype, weights_of
+from tests.support.tiny import DATA, assert_same, default_dtype, weights_of
 
 STEPS, HALF = 6, 3
 
@@ -36,6 +36,8 @@ class Loop:
         method (`dict` or `None`): options of StructLoRA; None is plain LoRA.
         watch (`callable`): called with the loop at moments outside the optimizer step.
     """
+
+    scaler = None  # of a loop that scales its loss
 
     def __init__(self, setup, method: dict | None, watch: Callable[[Loop], None] = look_away):
         self.setup, self.watch = setup, watch
@@ -55,7 +57,7 @@ class Loop:
             self.load(torch.load(folder / "loop.pt", weights_only=True))
         self.before = weights_of(self.model)
         if self.method is not None:
-            self.runtime = attach(self.forward, self.optimizer, self.method, passes=50)
+            self.runtime = attach(self.forward, self.optimizer, self.method, scaler=self.scaler, **DATA)
             self.start = self.runtime.state_dict()
             if folder is not None:
                 load_state(self.runtime, folder)
@@ -170,8 +172,8 @@ class AsLoaded(Loop):
     """The base model stays in `eval()`, as `from_pretrained` returns it; PEFT's own modules around it are in `train()`."""
 
     def step(self, index):
-        self.model.train()
-        self.model.get_base_model().eval()
+        for name, module in self.model.named_modules():
+            module.training = "lora_" in name or type(module).__module__.startswith("peft.")
         return super().step(index)
 
 
@@ -324,15 +326,24 @@ class Checkpointing(Loop):
     def step(self, index):
         self.model.gradient_checkpointing_disable()
         self.loss(index).backward()
-        self.expected = {name: p.grad for name, p in trainable(self.model).items()}
+        self.expected = self.gradients()
         self.optimizer.zero_grad()
         self.model.gradient_checkpointing_enable({"use_reentrant": self.reentrant})
         torch.manual_seed(index)
         return super().step(index)
 
+    def gradients(self) -> dict:
+        """Of what is trained, and of the gates' logits."""
+        gates = self.runtime.gating.gates.items() if self.runtime else ()
+        return {name: p.grad for name, p in trainable(self.model).items()} | {
+            f"/gates/{name}": gate.logits.grad for name, gate in gates
+        }
+
     def before_step(self):
-        for name, parameter in trainable(self.model).items():
-            torch.testing.assert_close(parameter.grad, self.expected[name], rtol=1e-3, atol=1e-6)
+        found = self.gradients()
+        assert found.keys() == self.expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, self.expected[name], rtol=1e-3, atol=1e-6)
 
 
 class ReentrantCheckpointing(Checkpointing):
@@ -466,9 +477,7 @@ class InTrainer:
     @classmethod
     def run(cls, setup, folder: Path, method: dict | None, steps=None, resume=False, watch=look_away):
         run = SimpleNamespace(setup=setup, runtime=None)
-        # These runs make few passes, in which gates have no noise by themselves.
-        noise = {} if setup.quiet else {"noise": "on"}
-        ours = [] if method is None else [StructLoRACallback({**noise, **method})]
+        ours = [] if method is None else [StructLoRACallback(method)]
         trainer = setup.trainer(
             folder,
             [*ours, _Watching(run, watch, ours)],

@@ -15,7 +15,7 @@ from tests.support.loops import trainable
 from tests.support.setups import Setup
 from tests.support.tiny import assert_same, evaluation_factors, weights_of
 
-OFF = {"noise": "off", "coordinator": "none"}
+OFF = {"gates": "off", "coordinator": "none"}
 
 
 def skip_without(needs: tuple[str, ...]) -> None:
@@ -66,9 +66,9 @@ class Evaluation:
         if self.step == run.runtime.step:
             assert torch.equal(logits, self.logits), f"{moment}: evaluation changed without a step"
         elif run.runtime.step > 1 and run.runtime.is_attached:  # a warm-up's first rate is 0
-            with mode(run.model, training=True):
+            with mode(run.model, training=True), torch.enable_grad():
                 first, second = (run.model(**batch).logits for _ in range(2))
-            assert not run.runtime.gated_count or not torch.equal(first, second), f"{moment}: no noise"
+            assert not run.runtime.gating or not torch.equal(first, second), f"{moment}: no noise"
         assert_same(weights_of(run.model), stands)
         self.step, self.logits, self.moments = run.runtime.step, logits, self.moments + 1
 
@@ -89,10 +89,13 @@ def assert_it_acted(run):
     runtime, row = run.runtime, run.setup
     assert (runtime.step, runtime.skipped_steps) == (row.steps, 0)
     quiet = runtime.plan.quiet
-    assert runtime.gated_count + sum(quiet.values()) == sum(len(kind.modules) for kind in runtime.kinds)
+    gates = runtime.gating.gates
+    assert len(gates) + sum(quiet.values()) == sum(len(kind.modules) for kind in runtime.kinds)
     assert re.fullmatch(row.quiet, "; ".join(quiet)), f"{runtime}"
     assert all(why in repr(runtime) for why in quiet)
     state = runtime.state_dict()
+    for name in (f"/gates/{module}" for module in gates):
+        assert state[name].isfinite().all() and (state[name] != run.start[name]).all(), f"{name} stayed"
     for m in runtime.maps:
         before, after = (
             {n: s[f"{m.kind.name}/{n}"] for n in ("latent_A", "latent_B")} for s in (run.start, state)

@@ -38,7 +38,7 @@ from tests.support.tiny import (
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 WHOLE = {"semantic_threshold": 0.0}  # all parts, as by default, and semantic edges wherever there may be some
-GATES = {"coordinator": "none"}
+GATES_ALONE = {"coordinator": "none"}
 KEEP = {**WHOLE, "keep": 0.25, "select_at": 10}
 
 
@@ -61,7 +61,7 @@ class Setup:
     method: dict = field(default_factory=lambda: WHOLE)  # options of StructLoRA
     refused: str | None = None  # pattern of the error that a set-up stops with; None where it is served
     remedy: dict | None = None  # options that the error names, with which the set-up is served
-    quiet: str = ""  # pattern of why some modules have no noise
+    quiet: str = ""  # pattern of why some modules have no gates
     steps: int = loops.STEPS  # of a run, which is resumed from the state after `half`
     half: int = loops.HALF
     moves_base: bool = False  # the saved adapter belongs on base weights as `wrap` leaves them
@@ -469,7 +469,7 @@ ADAPTERS = [
     Setup("a rank per layer", lora={"rank_pattern": {r"layers\.0\..*": 2}}),
     Setup("rank 1", lora={"r": 1}),
     Setup("layers_to_transform", lora={"layers_to_transform": [0, 2]}),
-    Setup("one layer", lora={"layers_to_transform": [1]}, method=GATES),
+    Setup("one layer", lora={"layers_to_transform": [1]}, method=GATES_ALONE),
     Setup("exclude_modules", lora={"exclude_modules": ["o_proj"]}),
     Setup("target_modules='all-linear'", lora={"target_modules": "all-linear"}),
     Setup("target_modules by pattern", lora={"target_modules": r".*\.(q|o)_proj"}),
@@ -522,14 +522,15 @@ ADAPTERS = [
     Setup("resumed after the selection", method={**KEEP, "coordinator": "gat"}, steps=14, half=12),
     Setup(
         "directions selected without a coordinator",
-        method={**GATES, "keep": "90%", "select_at": 10},
+        method={**GATES_ALONE, "keep": "90%", "select_at": 10},
         steps=14,
     ),
     Setup(
         "directions of VeRA selected in training",
         wrap=of_type("VeraConfig", r=8, target_modules=TARGETS, vera_dropout=0.1),
-        method={**KEEP, "keep": 0.5},
-        steps=14,
+        method=KEEP,
+        refused="keep=0.25 and no gates to select by .VeRA",
+        remedy={"keep": None, "select_at": 0.5},
         quiet="VeRA",
     ),
     Setup(
@@ -825,7 +826,7 @@ TRAINERS = [
         "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}
     ),
     in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
-    in_trainer("SFT with VeRA", jobs.sft, vera={"r": 4}, row={"quiet": ".*too few for noise"}),
+    in_trainer("SFT with VeRA", jobs.sft, vera={"r": 4}, row={"quiet": "VeRA"}),
     in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
     in_trainer("DPO", jobs.JOBS["dpo"], row=NO_DROPOUT),
     in_trainer("KTO", jobs.JOBS["kto"], row=NO_DROPOUT),

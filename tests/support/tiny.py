@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+DATA = {"examples": 64, "batch_size": 8}  # of a loop of one's own, for `attach`
 WORDS = 60
 VOCABULARY = WORDS + 4  # and four special tokens
 LAYERS = 3
@@ -360,14 +361,12 @@ def adamw(model, lr: float = 1e-2) -> torch.optim.AdamW:
 
 
 def attached(model=None, optimizer=adamw, **options):
-    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both, as in a run of many
-    passes.
-    """
+    """A model (a tiny LLaMA under LoRA by default), its optimizer, and StructLoRA's runtime on both."""
     from structlora_trl import attach  # here, since tests without the package use the rest of this file
 
     model = peft_model() if model is None else model
     optimizer = optimizer(model)
-    return model, optimizer, attach(model, optimizer, options, passes=50)
+    return model, optimizer, attach(model, optimizer, options, **DATA)
 
 
 def standing(runtime) -> list:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel
 from structlora_trl import StructLoRAError, attach
 from tests.support.device import without_shm_op
 from tests.support.setups import lorafa, riemannian
-from tests.support.tiny import adamw, peft_model
+from tests.support.tiny import DATA, adamw, peft_model
 
 
 def part_of_the_model():
@@ -124,7 +124,7 @@ def main():
         model = build()
         try:
             # LoRA-FA freezes lora_A, which the coordinator would map by default.
-            attach(model, getattr(model, "optimizer", None) or adamw(model), side="write")
+            attach(model, getattr(model, "optimizer", None) or adamw(model), side="write", **DATA)
             said[name] = "nothing"
         except StructLoRAError as error:
             said[name] = str(error)
