@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,10 +96,10 @@ def export(
     Args:
         saved (`Saved`): what `read_saved` found: of StructLoRA, or any LoRA adapter of PEFT.
         out (`str` or `Path`): folder to write, new or empty.
-        rank (`int`, *optional*): give every module this rank, with the largest singular values of its update;
-            see `shrink`.
+        rank (`int`, *optional*): give every module this rank; see `shrink`.
         keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a
-            share of the information ("99%"), over the whole model; see `select`. Ranks differ then.
+            share of what they are chosen by ("99%"), over the whole model; see `select`. Ranks differ then.
+            Without `data` the openness of the gates chooses, where the run has left it.
         prune (`bool`, *optional*, defaults to False): drop directions that add nothing, as `keep` leaves them.
         max_rank (`int`, *optional*): with `keep`, most directions of a module.
         data (`str`, `Path` or rows, *optional*): examples that tell what the loss becomes, and with `keep` which
@@ -191,11 +191,14 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
             "give `rank`, which cuts both alike, or export it whole and without merging",
         )
     saved, base_name, revision = with_base(saved, options.base)
+    if options.data is not None:
+        saved = replace(saved, openness=None)  # rows that are given choose
     if server:
         refuse_for(server, saved.lora, saved.tensors)
+    is_cut, rows_choose = bool(rules & {"rank", "keep"}), "keep" in rules and not saved.openness
     rows = None
-    if scale == AUTO or (rules & {"rank", "keep"} and (options.data is not None or options.probe == RANDOM)):
-        count = _LEARN if distil else TELL if rules == {"rank"} else 2 * TELL
+    if scale == AUTO or (is_cut and (options.data is not None or options.probe == RANDOM)):
+        count = _LEARN if distil else TELL if is_cut and not rows_choose else 2 * TELL
         rows = read_rows(options.data, saved, base_name, revision, count, options.split)
     if distil and rows is None:
         raise StructLoRAError(
@@ -212,7 +215,7 @@ def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Expor
     one_rank = bool(server and SERVERS[server].one_rank)
     done = []
     with writing(out, (SafetensorError,)) as unfinished, tempfile.TemporaryDirectory() as scratch:
-        is_chosen = "keep" in rules or bool(distil)
+        is_chosen = rows_choose or bool(distil)
         trial = Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
         for name, (rule, value) in (sizes or {"": (None, None)}).items():
             result = unfinished / name
@@ -257,7 +260,8 @@ def _smaller(
     if rule == "prune":
         return prune_zeros(saved, one_rank)
     if rule == "keep":
-        return select(saved, value, trial.information, max_rank, one_rank)
+        information = None if saved.openness else trial.information
+        return select(saved, value, information, max_rank, one_rank)
     if rule == "rank":
         return shrink(saved, value)
     return None

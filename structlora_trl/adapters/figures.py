@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import StructLoRAError
-from .inspecting import KindReport, final_losses, log_history, report, short_names
+from .inspecting import KindReport, final_losses, gates_in_words, log_history, report, short_names
 from .load_adapter import Saved
 from .pruning import size_curve
 from .trial import SizeCurve
@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 RUN_COLOURS = ("#c2410c", "#1d4ed8")
-_LINES = ("-", "--", ":")
+_LINES = ("-", "--", ":", "-.")
 _GREY = "#8b949e"  # is seen on a white page and on a dark one
 # Text stays text, so that the page's own font and colour apply; nothing in the file depends on the time.
 _STYLE = {
@@ -48,6 +48,8 @@ _STYLE = {
 }
 _MAP, _CHART, _WIDE = (1.5, 2.1), (2.4, 1.8), (3.4, 2.8)  # inches
 _COSINES = "Reds"  # colours of cosines, from 0 to 1
+_NATS = "YlGnBu"  # of nats, from 0 to the most of any module
+_CELL, _LABELS, _LARGEST = (0.24, 0.26), (1.1, 0.6), (9.0, 8.0)  # inches of the map of nats
 _SHARE = "share of "  # how the names of shares begin
 _COLUMNS = 4  # of panels in a file
 # What the Trainer logs -> the title of its chart.
@@ -55,8 +57,8 @@ _CURVES = {
     "loss": "Training loss",
     "eval_loss": "Held-out loss",
     "structlora/effective_rank": "Effective rank",
-    "structlora/drift_energy": "Drift energy",
-    "structlora/gradient_cosine": "Cosine of neighbouring gradients",
+    "structlora/nats": "Nats that the gates let through",
+    "structlora/gate_openness": "Mean openness of the gates",
     "structlora/stream_cosine": "Cosine of neighbours in the residual stream",
 }
 
@@ -130,7 +132,8 @@ class Scale(NamedTuple):
         mappable.set_clim(self.low, self.high)
         into = {"cax": axes} if isinstance(axes, Axes) else {"ax": axes}
         bar = figure.colorbar(mappable, **into, orientation=orientation, label=self.label)
-        bar.set_ticks(np.linspace(self.low, self.high, 5))
+        ticks = np.linspace(self.low, self.high, 5)
+        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
 
 
 class Chart(NamedTuple):
@@ -151,11 +154,12 @@ class Chart(NamedTuple):
 
 
 def charts(runs: list[Run]) -> list[Chart]:
-    """All that can be drawn of one run, or of two side by side: similarity over depth, singular
-    values, what a smaller adapter keeps, the training.
+    """All that can be drawn of one run, or of two side by side: what the gates let through, similarity over depth,
+    singular values, what a smaller adapter keeps, the training.
     """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     drawn = (
+        _nats(runs, names),
         _similarity(runs, names),
         _singular_values(runs, names),
         _sizes(runs),
@@ -193,6 +197,34 @@ def write(folder: Path, drawn: list[Chart]) -> list[str]:
             for suffix in ("png", "pdf"):
                 figure.savefig(folder / f"{chart.key}.{suffix}", dpi=200)
     return [chart.key for chart in drawn]
+
+
+def _nats(runs: list[Run], names: dict[str, str]) -> Chart:
+    maps, told = [], []
+    for run in runs:
+        cells = {  # short name -> layer -> nats
+            names[name]: {depth.layer: depth.nats for depth in kind.depths}
+            for name, kind in run.kinds.items()
+            if any(depth.nats is not None for depth in kind.depths)
+        }
+        if cells:
+            maps.append((run, cells))
+            told.append(f"{_of(runs, run)}{gates_in_words(run.depths())}.")
+    most = max((n for _, cells in maps for row in cells.values() for n in row.values() if n), default=1.0)
+    panels = []
+    for run, cells in maps:
+        layers = sorted({layer for row in cells.values() for layer in row}, key=_numbers)
+        room = zip(_CELL, (len(layers), len(cells)), _LABELS, _LARGEST, strict=True)
+        size = tuple(min(cell * count + labels, largest) for cell, count, labels, largest in room)
+        draw = _nats_map(cells, layers, most)
+        panels.append(Panel("nats of each module", "nats", draw, size, _name(runs, run)))
+    text = (
+        "A cell is one module. Its nats, ½ log(1 + 1/α) summed over its directions, are the most that they can pass about the "
+        "input through the noise that training has put on them. Dark: the labels held the gates open. Pale: the run did without, "
+        "and `structlora export --keep` drops these directions first."
+    )
+    scale = Scale(_NATS, 0, most, "nats")
+    return Chart("nats", "What the gates let through", text, told, panels, scale)
 
 
 def _similarity(runs: list[Run], names: dict[str, str]) -> Chart:
@@ -267,8 +299,10 @@ def _sizes(runs: list[Run]) -> Chart:
     told = []
     for run, colour in zip(runs, RUN_COLOURS, strict=False):
         curves = run.curves
-        if points := size_curve(run.saved):
-            curves = [*curves, SizeCurve("share of the squared norm", {"without rows": points})]
+        measure, points = size_curve(run.saved)
+        if points:
+            order = "openness" if run.saved.openness else "without rows"
+            curves = [*curves, SizeCurve(f"{_SHARE}{measure}", {order: points})]
         for curve in curves:
             at_quarter = []
             for (order, points), line in zip(curve.orders.items(), _LINES, strict=False):
@@ -282,13 +316,10 @@ def _sizes(runs: list[Run]) -> Chart:
                 label = " · ".join(filter(None, (_name(runs, run), level)))
                 values[curve.value].append((label, [(0, height), (1, height)], _GREY, "-"))
             told.append(f"{_of(runs, run)}a quarter of the directions has {', '.join(at_quarter)}.")
-    text = (
-        "What is left of an adapter with fewer directions, chosen over the whole model. Norms do not tell what a task needs: "
-        + (
-            "information and loss are those of the rows given."
-            if any(run.curves for run in runs)
-            else "give some rows with `--data` to see the loss at each size."
-        )
+    text = "What is left of an adapter with fewer directions, chosen over the whole model. " + (
+        "Information and loss are those of the rows given."
+        if any(run.curves for run in runs)
+        else "Give some rows with `--data` to see the loss at each size: norms do not tell what a task needs."
     )
     panels = []
     for value, lines in values.items():
@@ -326,6 +357,24 @@ def _gap(train: float, held_out: float) -> str:
             "it fits its examples better than new ones, so fewer steps, more data or a smaller rate may help"
         )
     return "new examples fare about as well as those trained on"
+
+
+def _nats_map(cells: dict[str, dict], layers: list[str], most: float) -> Callable[[Axes], None]:
+    """Nats of each kind (rows) and layer (columns); nothing where a layer has no such module."""
+
+    def draw(axis: Axes) -> None:
+        values = np.array([[row.get(layer) for layer in layers] for row in cells.values()], dtype=float)
+        edges = (np.arange(len(side) + 1) - 0.5 for side in (layers, cells))
+        axis.pcolormesh(*edges, values, cmap=_NATS, vmin=0, vmax=most, edgecolors="white", linewidth=0.6)
+        every = -(-len(layers) // 32)
+        axis.set_xticks(range(0, len(layers), every), layers[::every])
+        axis.set_yticks(range(len(cells)), map(_plain, cells))
+        axis.invert_yaxis()
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set(xlabel="layer")
+
+    return draw
 
 
 def _map(kind: KindReport) -> Callable[[Axes], None]:
@@ -406,6 +455,11 @@ def _plain(label: str) -> str:
 
 def _of(runs: list[Run], run: Run) -> str:
     return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def _numbers(layer: str) -> list[int]:
+    """What layers are sorted by: "10" comes after "9"."""
+    return [int(number) for number in layer.split(".") if number]
 
 
 def _at(points: list[tuple[float, float]], share: float) -> float:

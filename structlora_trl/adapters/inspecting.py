@@ -36,6 +36,9 @@ class DepthReport:
         norm (`float`): Frobenius norm of the update as it is added to the weight.
         similarity (`float`, *optional*): mean `stream_cosine` with the neighbouring depths.
         semantic (`list[int]`, *optional*): depths that a semantic edge joins it with.
+        openness (`float`, *optional*): mean of its gates; None, as the next two, of a module without gates.
+        closed (`int`, *optional*): directions of openness below 1/2.
+        nats (`float`, *optional*): the most that its directions pass, together.
     """
 
     module: str
@@ -47,6 +50,9 @@ class DepthReport:
     norm: float
     similarity: float | None
     semantic: list[int] | None
+    openness: float | None = None
+    closed: int | None = None
+    nats: float | None = None
 
 
 @dataclass
@@ -118,6 +124,20 @@ def report(saved: Saved) -> list[KindReport]:
         for index, kind in enumerate(saved.kinds)
         for expert in range(kind.experts)
     ]
+
+
+def gates_in_words(depths: list[DepthReport]) -> str | None:
+    """Return nats, mean openness and what is closed, of all modules with gates; None without any."""
+    gated = [depth for depth in depths if depth.nats is not None]
+    if not gated:
+        return None
+    directions = sum(depth.rank for depth in gated)
+    openness = sum(depth.openness * depth.rank for depth in gated) / directions
+    closed, nats = sum(depth.closed for depth in gated), sum(depth.nats for depth in gated)
+    return (
+        f"gates on {len(gated):,} modules let {nats:,.4g} nats through; mean openness {openness:.2f}, "
+        f"{closed:,} of {directions:,} directions closed (openness below 1/2)"
+    )
 
 
 def mean_effective_rank(depths: list[DepthReport]) -> float:
@@ -239,6 +259,7 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             norm=float(total[depth].sqrt()),
             similarity=_beside(None if similarity is None else similarity.diagonal(1), depth),
             semantic=None if semantic is None else semantic[depth].nonzero().flatten().tolist(),
+            **_of_gates(saved, module),
         )
         for depth, module in enumerate(modules)
     ]
@@ -254,6 +275,17 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
             for row, d in zip(energy, depths, strict=True)
         ],
     )
+
+
+def _of_gates(saved: Saved, module: str) -> dict:
+    if module not in saved.nats:
+        return {}
+    openness = saved.openness[module]
+    return {
+        "openness": float(openness.mean()),
+        "closed": int((openness < 0.5).sum()),
+        "nats": float(saved.nats[module].sum()),
+    }
 
 
 def _name(kind: Kind, expert: int) -> str:

@@ -13,6 +13,7 @@ import pickle
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,14 +27,16 @@ from torch.nn.functional import pad
 from ..config import StructLoRAConfig
 from ..core.diagnostics import stream_cosine, stream_products
 from ..core.expert_storage import to_nodes, to_storage
+from ..core.gates import nats
 from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role, split_depth
 from ..core.mapping import KindMap
 from ..core.residual_roles import RESIDUAL_ROLES
 from ..engines.slices import WHOLE
 from ..errors import StructLoRAError, refusing
+from ..gates_file import GATES_NAME, read_openness
 from ..map_context import map_context
 from ..state import STATE_NAME, State, read_state
-from .peft_scaling import LORA_NAME, adapted_by, parameters_of, rank_of, scale_of
+from .peft_scaling import LORA_NAME, adapted_by, factor_names, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
 _USE_ANOTHER = "use another checkpoint"
@@ -66,6 +69,8 @@ class Saved:
             newest checkpoint near it that holds the same adapter.
         maps (`list[KindMap]`, *optional*): one per kind, or None where no state was found.
         step (`int`, *optional*): optimizer steps trained, or None.
+        openness (`dict[str, Tensor]`, *optional*): module -> (r,), of the directions that have gates; None where no
+            `structlora_gates.safetensors` was found.
     """
 
     folder: Path
@@ -76,6 +81,12 @@ class Saved:
     run_folder: Path
     maps: list[KindMap] | None = None
     step: int | None = None
+    openness: dict[str, Tensor] | None = None
+
+    @cached_property
+    def nats(self) -> dict[str, Tensor]:
+        """Module -> (1, r) in fp64, the most that each direction passes; of modules with gates."""
+        return {module: nats(p.double().logit())[None] for module, p in (self.openness or {}).items()}
 
     def scale(self, module: str) -> float:
         """s of a module's ΔW = s·B·A."""
@@ -151,15 +162,35 @@ def read_saved(folder: str | Path) -> Saved:
 
     Where an adapter lies alone, as `trainer.save_model` writes it, StructLoRA's state and the Trainer's log
     are those of the newest checkpoint that holds the same adapter: in the folder, beside it, or in a folder
-    beside it.
+    beside it. The gates' openness lies beside the adapter, or else in that checkpoint.
 
     Raises:
-        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state that do not belong
-            together.
+        StructLoRAError: no LoRA adapter there, a damaged file, or an adapter and a state or openness that do not
+            belong together.
     """
     home = Path(folder)
-    if (home / STATE_NAME).is_file():
-        return _read_with_state(home)
+    saved = _read_with_state(home) if (home / STATE_NAME).is_file() else _read_alone(home)
+    for place in (saved.folder, saved.run_folder):
+        if openness := read_openness(place):
+            _refuse_other_gates(openness, saved, place / GATES_NAME)
+            return replace(saved, openness=openness)
+    return saved
+
+
+def _refuse_other_gates(openness: dict[str, Tensor], saved: Saved, path: Path) -> None:
+    """Stop where gates are of modules that the adapter lacks, or of other ranks."""
+    ranks = {module: rank_of(saved.lora, module) for module in factor_names(saved.tensors)}
+    for module, values in openness.items():
+        if len(values) != ranks.get(module):
+            own = f"has rank {ranks[module]}" if module in ranks else "is not adapted"
+            raise StructLoRAError(
+                f"{len(values)} gates of '{module}' in {path}, which {own} in the adapter",
+                "one gate for each direction of a module",
+                f"copy the run's own {GATES_NAME} beside its adapter, or remove this one",
+            )
+
+
+def _read_alone(home: Path) -> Saved:
     lora = _read_config(home)
     tensors = _read_adapter(home, lora)
     if not tensors:

@@ -32,7 +32,7 @@ except ImportError as error:
 
 
 def write_page(path: str | Path, runs: list[Run]) -> None:
-    """Write the page: facts, which run did better, all charts with a sentence each, a table of modules.
+    """Write the page: which run did better, all charts with a sentence each, facts, a table of modules.
 
     Args:
         path (`str` or `Path`): the HTML file; its folder is made where missing.
@@ -221,7 +221,8 @@ _FACTS: dict[str, Callable[[Run], object]] = {
     "training loss at the end": lambda run: final_losses(run.history)[0],
     "held-out loss at the end": lambda run: final_losses(run.history)[1],
     "held-out rows": lambda run: held_out_rows(run.history),
-    "noise": _option("noise"),
+    "gates": _option("gates"),
+    "beta": _option("beta"),
     "coordinator": _option("coordinator"),
     "directions that add something": lambda run: sum(depth.kept for depth in run.depths()),
     "mean effective rank": lambda run: mean_effective_rank(run.depths()),
@@ -235,6 +236,9 @@ _COLUMNS: dict[str, Callable] = {
     "norm": lambda kind, depth: depth.norm,
     "rank": lambda kind, depth: depth.rank,
     "adds": lambda kind, depth: depth.kept,
+    "nats": lambda kind, depth: depth.nats,
+    "openness": lambda kind, depth: depth.openness,
+    "closed": lambda kind, depth: depth.closed,
     "similarity": lambda kind, depth: depth.similarity,
     "semantic": lambda kind, depth: (
         None
@@ -243,7 +247,7 @@ _COLUMNS: dict[str, Callable] = {
     ),
 }
 
-_DECIMALS = {"eff. rank": 2, "similarity": 3}  # those of norms follow their size
+_DECIMALS = {"eff. rank": 2, "nats": 2, "openness": 2, "similarity": 3}  # those of norms follow their size
 
 
 def _with_code(text: str) -> Markup:

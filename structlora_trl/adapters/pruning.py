@@ -3,16 +3,19 @@
 Removing row j of a module's lora_A and column j of its lora_B takes exactly that rank-one part out of its
 update. Which go:
 
-* `shrink`: of any adapter, all but the R largest singular values of each module's update, so that all modules
-  have one rank, which is what LoRA servers pay for.
-* `select`: of any adapter, those that matter least over the whole model, to a task or to the updates, among the
-  singular directions of each module's update: directions depend on the basis, and the update does not. Ranks differ.
+* `shrink`: all but R of each module, so that all modules have one rank, which is what LoRA servers pay for.
+* `select`: those that matter least over the whole model. Ranks differ.
 * `prune`: those that add nothing, as `keep` leaves them.
+
+Where training has learned the openness of gates, the directions are those of training, and openness chooses. In other
+adapters, and where rows choose, they are the singular ones of each module's update: directions depend on the basis, and
+the update does not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -122,17 +125,19 @@ def select(
     max_rank: int | None = None,
     one_rank: bool = False,
 ) -> Pruned:
-    """Keep the singular directions that matter most, over the whole model: ranks differ by module.
+    """Keep the directions that matter most, over the whole model: ranks differ by module.
+
+    Modules without gates, in an adapter that others have gates of, keep all theirs; shares are of the others.
 
     Args:
         saved (`Saved`): any adapter.
         keep (`float` or `str`): a share of all directions, above 0 and at most 1; or, as `"99%"`, the fewest
-            that together carry this share of the information.
+            that together carry this share of the information, or of the nats that gates let through.
         information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
-            same adapter in its singular directions. Where omitted, each module keeps the fewest that hold a share
-            of its update's squared norm, one share for all modules: the one at which the size is right, or `"99%"`.
-            As `sv_fro` of kohya's resize_lora.py; the largest over the whole model were worse
-            (`benchmarks/quality/smaller.md`).
+            same adapter in its singular directions. Where omitted, the openness of the gates chooses. Without
+            either, each module keeps the fewest that hold a share of its update's squared norm, one share for all
+            modules: the one at which the size is right, or `"99%"`. As `sv_fro` of kohya's resize_lora.py; the
+            largest over the whole model were worse (`benchmarks/quality/smaller.md`).
         max_rank (`int`, *optional*): most directions of a module: the best of the others take their place.
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
@@ -141,29 +146,29 @@ def select(
             needs as they are (PiSSA, OLoRA, LoftQ).
     """
     refuse_rank(saved, max_rank)
-    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
-    _refuse_nothing(information or sigma, "the loss on these rows" if information else "the model")
-    worth = {module: information[module] for module in sigma} if information else _norm_left(sigma)
-    flat = _flat(worth)
+    found = _worth(saved, information)
+    _refuse_nothing(found.carried, found.acts_on)
+    flat = _flat(found.worth)
     allowed = torch.ones_like(flat, dtype=torch.bool)
     if max_rank is not None:
-        allowed = torch.cat([_best_of_each(values, max_rank).flatten() for values in worth.values()])
+        allowed = torch.cat([_best_of_each(values, max_rank).flatten() for values in found.worth.values()])
     scores = torch.where(allowed, flat, 0)
     asked, is_percentage = share_to_keep(keep)
-    of_each = is_percentage and not information
+    of_each = is_percentage and found.measure == Pruned.measure
     mask = (scores > 1 - asked if of_each else best(scores, keep)) & allowed
-    parts = mask.split([values.numel() for values in worth.values()])
-    chosen = {module: part.view_as(worth[module]) for module, part in zip(worth, parts, strict=True)}
-    kept, spared = _kept(saved, chosen, worth)
-    carried = flat if information else _flat(sigma).square()
+    parts = mask.split([values.numel() for values in found.worth.values()])
+    chosen = {m: part.view_as(found.worth[m]) for m, part in zip(found.worth, parts, strict=True)}
+    for module, values in found.ungated.items():
+        chosen[module] = _best_of_each(values, max_rank or values.shape[1])
+    kept, spared = _kept(saved, chosen, found.worth)
+    carried = _flat(found.carried)
     share = float(carried[mask].sum() / carried.sum())
-    measure = "the information of the rows" if information else Pruned.measure
-    return Pruned(saved.lora, tensors, kept, one_rank, spared, share, measure)
+    return Pruned(saved.lora, found.tensors, kept, one_rank, spared, share, found.measure)
 
 
 def shrink(saved: Saved, rank: int) -> Pruned:
-    """Give every module one rank, with the largest singular values of its update: the update of that rank which is
-    nearest to it (Eckart and Young, 1936).
+    """Give every module one rank: its most open directions; without gates the largest singular values of its update,
+    which are the update of that rank that is nearest to it (Eckart and Young, 1936).
 
     To choose by what a module adds to its output on some rows was no better (`benchmarks/quality/smaller.md`).
 
@@ -176,17 +181,47 @@ def shrink(saved: Saved, rank: int) -> Pruned:
             needs as they are (PiSSA, OLoRA, LoftQ).
     """
     refuse_rank(saved, rank)
-    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
-    _refuse_nothing(sigma)
+    found = _worth(saved)
+    _refuse_nothing(found.carried, found.acts_on)
     kept, shares = {}, []
-    for module, values in sigma.items():
-        first = list(range(min(rank, values.shape[1])))
-        kept[module] = [first] * len(values)
-        energy = values.square()
-        if energy.any():
-            shares.append(float(energy[:, first].sum() / energy.sum()))
-    share, measure = sum(shares) / len(shares), f"{Pruned.measure}, mean over modules"
-    return Pruned(saved.lora, tensors, kept, one_rank=True, share=share, measure=measure)
+    for module, values in (found.carried | found.ungated).items():
+        mask = _best_of_each(values, rank)
+        kept[module] = [row.nonzero().flatten().tolist() for row in mask]
+        if module in found.carried and values.any():
+            shares.append(float(values[mask].sum() / values.sum()))
+    share, measure = sum(shares) / len(shares), f"{found.measure}, mean over modules"
+    return Pruned(saved.lora, found.tensors, kept, one_rank=True, share=share, measure=measure)
+
+
+class _Worth(NamedTuple):
+    """What directions are chosen by.
+
+    `tensors` are of the adapter's file, in the basis of the directions; of module -> (E or 1, r), `worth` orders
+    directions over the model and `carried` is summed over those kept; `measure` names it, and `acts_on` what a
+    direction without worth does not change. `ungated` are the squared singular values of modules that have no gates
+    where others have.
+    """
+
+    tensors: dict[str, Tensor]
+    worth: dict[str, Tensor]
+    carried: dict[str, Tensor]
+    measure: str
+    acts_on: str = "the model"
+    ungated: dict[str, Tensor] = {}  # noqa: RUF012 - of a tuple, never written to
+
+
+def _worth(saved: Saved, information: dict[str, Tensor] | None = None) -> _Worth:
+    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
+    energy = {module: values.double().square() for module, values in sigma.items()}
+    if information:
+        worth = {module: information[module] for module in sigma}
+        return _Worth(tensors, worth, worth, "the information of the rows", "the loss on these rows")
+    if nats := saved.nats:
+        names = factor_names(tensors)
+        trained = {name: saved.tensors[name] for module in nats for name in names[module].values()}
+        ungated = {module: values for module, values in energy.items() if module not in nats}
+        return _Worth(tensors | trained, nats, nats, "the nats of the gates", ungated=ungated)
+    return _Worth(tensors, _norm_left(energy), energy, Pruned.measure)
 
 
 def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:
@@ -214,11 +249,10 @@ def refuse_rank(saved: Saved, rank: int | None) -> None:
         )
 
 
-def _norm_left(sigma: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of module -> (E, r) singular values, the largest first: which share of an update's squared norm a direction and
-    those after it hold, below 1; of its first one, 1 and its share of all updates.
+def _norm_left(energy: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of module -> (E, r) squared singular values, the largest first: which share of an update's squared norm a direction
+    and those after it hold, below 1; of its first one, 1 and its share of all updates.
     """
-    energy = {module: values.double().square() for module, values in sigma.items()}
     total = sum(values.sum() for values in energy.values())
     left = {}
     for module, values in energy.items():
@@ -255,15 +289,16 @@ def _kept(
     return kept, spared
 
 
-def size_curve(saved: Saved, count: int = 64) -> list[tuple[float, float]]:
-    """What a smaller adapter keeps that is chosen without rows: points (share of the directions, share of the
-    squared norm of the update), evenly spread and with the end; none of an adapter that adds nothing.
+def size_curve(saved: Saved, count: int = 64) -> tuple[str, list[tuple[float, float]]]:
+    """What a smaller adapter keeps that is chosen without rows: the measure, and points (share of the directions, share of
+    the measure), evenly spread and with the end; none of an adapter that adds nothing. Modules without gates do not count
+    where others have gates.
     """
-    _, sigma = with_singular_directions(saved.lora, saved.tensors)
-    energy = _flat(sigma).square()
-    if not energy.sum() > 0:
-        return []
-    order = _flat(_norm_left(sigma)).argsort(descending=True, stable=True)
-    carried = (energy[order].cumsum(0) / energy.sum()).tolist()
+    found = _worth(saved)
+    carried = _flat(found.carried)
+    if not carried.sum() > 0:
+        return found.measure, []
+    order = _flat(found.worth).argsort(descending=True, stable=True)
+    carried = (carried[order].cumsum(0) / carried.sum()).tolist()
     places = torch.linspace(1, len(carried), min(count, len(carried)), dtype=torch.float64, device="cpu")
-    return [(place / len(carried), carried[place - 1]) for place in places.round().long().tolist()]
+    return found.measure, [(n / len(carried), carried[n - 1]) for n in places.round().long().tolist()]

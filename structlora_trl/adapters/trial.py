@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -145,7 +146,8 @@ def information_curves(
     saved: Saved, data: str | Path | Sequence[dict] | None, base: str | None = None, split: str | None = None
 ) -> list[SizeCurve]:
     """What smaller adapters would keep at each size: of the information, and the loss: over the whole model
-    (`select`), by information and without rows, and with one rank for all modules (`shrink`).
+    (`select`), by information, by openness where there are gates, and by neither, and with one rank for all modules
+    (`shrink`). Information is of singular directions, and not of those that openness chooses from.
 
     Args:
         saved (`Saved`): any adapter.
@@ -161,14 +163,17 @@ def information_curves(
         information = trial.information
     measured, directions = _held_out(rows, is_chosen=True).rows, sum(x.numel() for x in information.values())
     largest = max(rank_of(saved.lora, module) for module in information)
+    ungated = replace(saved, openness=None)
     orders = {
-        "most information": (partial(select, saved, information=information), _SHARES),
-        "without rows": (partial(select, saved), _SHARES),
+        "most information": (partial(select, ungated, information=information), _SHARES),
+        "without rows": (partial(select, ungated), _SHARES),
         "one rank for all modules": (
-            partial(shrink, saved),
+            partial(shrink, ungated),
             sorted({max(1, round(share * largest)) for share in _SHARES}),
         ),
     }
+    if saved.openness:
+        orders["openness"] = (partial(select, saved), _SHARES)
     carried, losses = {}, {name: [] for name in orders}
     for name, (make, sizes) in orders.items():
         for size in sizes:
@@ -176,7 +181,8 @@ def information_curves(
             share = pruned.count / directions
             put(trial.model, pruned.masked())
             losses[name].append((share, outputs_of(trial.model, measured).loss))
-            carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
+            if name != "openness":
+                carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
     levels = {}
     if base_is_beneath(saved.lora):
         with trial.model.disable_adapter():

@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from ..adapters.export import Export
     from ..adapters.load_adapter import Saved
     from ..adapters.measuring import Losses
+    from ..adapters.pruning import Pruned
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output, of a checkpoint (of one process, DDP, FSDP2 or DeepSpeed
 ZeRO), or of any LoRA adapter of PEFT: smaller, for a server, or merged. The result needs nothing of this package.
 
 Smaller:
-  --rank R       one rank for all modules, which is what LoRA servers pay for. Each module keeps the largest singular values
-                 of its update.
+  --rank R       one rank for all modules, which is what LoRA servers pay for.
   --keep SHARE   the share of all directions (0.25) that matters most over the whole model, or the fewest that carry a share
-                 of the information (99%). Ranks then differ by module (`rank_pattern`), and modules that keep nothing are
+                 of what matters (99%). Ranks then differ by module (`rank_pattern`), and modules that keep nothing are
                  left out: the smallest file for a given loss, and no smaller in a server's memory; --max-rank limits it.
   --prune        drops directions that add nothing: those that `keep` closed while training.
   --distil       then 100 steps (--distil 300: more) in which the smaller adapter learns the outputs of the whole one on these
                  rows. No labels are needed. One row in eight is held out, and the best weights on these are kept.
+
+What matters: after a run with gates their openness, which training has learned and left beside the adapter
+(structlora_gates.safetensors). With --data, or rows that the run held out, the information of the rows for --keep. Else, and
+for --rank with --data, the singular values of each module's update.
 
 --scale auto   then the update times that number of 1, 0.85, 0.7, 0.5 and 0.3 at which the loss is lowest, with or without a
                cut: an adapter that is too sure of itself gets a lower loss. Rows have to be held out of the training: on its
@@ -51,6 +55,7 @@ pictures, or on a text with --probe; --probe none needs no base model.
 """
 _EXAMPLES = """examples:
   structlora export out/checkpoint-500 adapter
+  structlora export out small --keep 0.25
   structlora export lora small --rank 4 --data rows.jsonl --distil
   structlora export lora sizes --rank 8 4 2 --data trl-lib/Capybara --split test
   structlora export lora small --keep 99% --data rows.jsonl
@@ -73,7 +78,7 @@ def run(command: str, arguments: list[str]) -> None:
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument("--rank", type=int, nargs="+", metavar="R", help="one rank for all modules")
     rule.add_argument(
-        "--keep", nargs="+", metavar="SHARE", help="this share of all directions, or N%% of the information"
+        "--keep", nargs="+", metavar="SHARE", help="this share of all directions, or N%% of what matters"
     )
     rule.add_argument("--prune", action="store_true", help="drop directions that add nothing")
     parser.add_argument("--max-rank", type=int, metavar="R", help="with --keep: most directions of a module")
@@ -120,7 +125,7 @@ def run(command: str, arguments: list[str]) -> None:
     from ..adapters.export import write
     from ..adapters.load_adapter import read_saved
 
-    saved = read_saved(given.checkpoint)
+    saved, is_cut = read_saved(given.checkpoint), bool(ranks or shares)
     done = write(saved, given.out, sizes, options)
     if saved.maps and saved.run_folder != saved.folder:
         print(f"State: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
@@ -138,7 +143,9 @@ def run(command: str, arguments: list[str]) -> None:
             f"{' and '.join(lost)} kept: a percentage is a share of what matters, and not of the size, and "
             "below 90 % an adapter loses much of what it learned. A share of the directions is written 0.25."
         )
-    if shares and done[0].rows is None:
+    if is_cut and saved.openness and given.data is None:
+        print(_about_gates(saved, done[0].pruned))
+    elif shares and done[0].rows is None:
         print(
             "Without rows each module keeps one share of its update's squared norm, which does not know the task. Where little is "
             "kept, rows lose less: give examples with --data ROWS."
@@ -235,6 +242,15 @@ def _about(size: Export, is_named: bool) -> list[str]:
             lower = "" if size.rows.held_out else " Rows of the training have a lower loss than new ones."
             lines.append(f"Rows: {size.rows.told()}; the loss is of {change.probe}.{lower}")
     return [f"{size.folder.name}: {line}" for line in lines] if is_named else lines
+
+
+def _about_gates(saved: Saved, pruned: Pruned) -> str:
+    lacking = len(pruned.kept.keys() - saved.openness.keys())
+    others = (
+        f" {lacking} modules have no gates: they keep all directions, or their largest singular values up to the rank that "
+        "was asked for."
+    )
+    return f"Chosen by the openness of the gates, which training has learned.{others if lacking else ''}"
 
 
 def _about_scale(scale: float, probe: str, before: float | None, after: float | None) -> str:

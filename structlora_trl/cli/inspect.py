@@ -28,9 +28,13 @@ For each kind of module and each depth, named by its layer's number:
   similarity mean cosine with the neighbouring depths of what the update reads from the residual stream, or writes to it, as
              a subspace: from 0 to 1, whatever the order and mixture of the directions
   semantic   layers joined to this one by semantic edges
-What a plain adapter does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter
-lies alone, the state is that of the newest checkpoint near it that holds the same adapter. First come where the
-bytes of the file are, and what each server needs to load it (`structlora export --for`).
+  nats       the most that the module's directions pass about their input through the noise of their gates, together
+  open       mean openness of its gates, from 0 to 1
+  closed     directions of openness below 1/2
+The last three are of structlora_gates.safetensors, which a run with gates leaves beside its adapter. What a plain adapter
+does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter lies alone, the state is that of the
+newest checkpoint near it that holds the same adapter. First come where the bytes of the file are, and what each server needs
+to load it (`structlora export --for`).
 
 --against FOLDER shows rank, effective rank and norm of another adapter beside this one's, such as the one that it was
 made of. --html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
@@ -139,6 +143,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 _LACKING = {
+    "nats": "map of nats: no structlora_gates.safetensors beside the adapter",
     "similarity": "similarity map: it needs StructLoRA's state and two depths",
     "training": "curves of the training: no trainer_state.json beside the adapter",
 }
@@ -152,13 +157,19 @@ def _run_names(folders: list[Path]) -> list[str]:
 
 def summary(saved: Saved, kinds: list[KindReport]) -> str:
     """What matters most, in a few lines: what the adapter is, its directions, the last losses of its log."""
-    from ..adapters.inspecting import final_losses, held_out_rows, log_history, mean_effective_rank
+    from ..adapters.inspecting import (
+        final_losses,
+        gates_in_words,
+        held_out_rows,
+        log_history,
+        mean_effective_rank,
+    )
 
     history = log_history(saved.run_folder)
     if saved.config:
         config = saved.config
         lines = [
-            f"{saved.folder}: StructLoRA after {saved.step} steps, noise {config.noise}, coordinator {config.coordinator} "
+            f"{saved.folder}: StructLoRA after {saved.step} steps, gates {config.gates}, coordinator {config.coordinator} "
             f"({config.edges})"
         ]
     else:
@@ -178,7 +189,10 @@ def summary(saved: Saved, kinds: list[KindReport]) -> str:
     line += (
         "" if held_out is None else f"; held-out loss {held_out:.4g}" + (f" of {rows:,} rows" if rows else "")
     )
-    return "\n".join([*lines, line + "."])
+    lines.append(f"{line}.")
+    if gates := gates_in_words(depths):
+        lines.append(f"{gates[0].upper()}{gates[1:]}.")
+    return "\n".join(lines)
 
 
 def about_file(saved: Saved) -> list[str]:
@@ -198,7 +212,7 @@ def about_file(saved: Saved) -> list[str]:
 def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
     """Text for a terminal; with rank, effective rank and norm of another adapter's modules of the same names."""
     beside = {depth.module: depth for kind in others for depth in kind.depths}
-    lines = []
+    lines, is_gated = [], any(depth.nats is not None for kind in kinds for depth in kind.depths)
     for kind in kinds:
         depth_count, _, k, d = kind.shape
         role = {"read": "reads", "write": "writes"}.get(kind.role)
@@ -209,7 +223,8 @@ def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
         lines += [f"\n{kind.name}  ({depths}, r {rank}, {k} -> {d}, {about})"]
         figures = f"{'eff. rank':>9}  {'norm':>9}  {'similarity':>10}"
         more = f"  | {'rank':>4}  {'eff. rank':>9}  {'norm':>9}" if others else ""
-        lines += [f"{'layer':>5}  {'adds':>4}  {'rank':>4}  {figures}  semantic{more}"]
+        gates = f"{'nats':>7}  {'open':>4}  {'closed':>6}  " if is_gated else ""
+        lines += [f"{'layer':>5}  {'adds':>4}  {'rank':>4}  {figures}  {gates}semantic{more}"]
         for row in kind.depths:
             similarity = "-" if row.similarity is None else f"{row.similarity:.3f}"
             semantic = (
@@ -218,11 +233,15 @@ def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
                 else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
             )
             figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {similarity:>10}"
+            if is_gated:
+                gates = f"{'-':>7}  {'-':>4}  {'-':>6}  "
+            if row.nats is not None:
+                gates = f"{row.nats:>7.2f}  {row.openness:>4.2f}  {row.closed:>6}  "
             other = beside.get(row.module)
             more = "  | left out" if others else ""
             if other:
                 more = f"  | {other.rank:>4}  {other.effective_rank:>9.2f}  {other.norm:>9.3g}"
             lines.append(
-                f"{row.layer:>5}  {row.kept:>4}  {row.rank:>4}  {figures}  {semantic:<8}{more}".rstrip()
+                f"{row.layer:>5}  {row.kept:>4}  {row.rank:>4}  {figures}  {gates}{semantic:<8}{more}".rstrip()
             )
     return "\n".join(lines)

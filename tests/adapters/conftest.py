@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from structlora_trl.gates_file import GATES_NAME
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import RUNS, train
 
@@ -22,9 +23,11 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def plain_adapter(runs, tmp_path):
-    """The same adapter without StructLoRA's state."""
+    """The same adapter without StructLoRA's state and gates."""
     folder = tmp_path / "plain_adapter"
     shutil.copytree(
-        runs(), folder, ignore=shutil.ignore_patterns("checkpoint-*", STATE_NAME, "trainer_state.json")
+        runs(),
+        folder,
+        ignore=shutil.ignore_patterns("checkpoint-*", STATE_NAME, GATES_NAME, "trainer_state.json"),
     )
     return folder

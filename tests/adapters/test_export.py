@@ -114,7 +114,7 @@ def test_a_pruned_adapter_is_trained_on(runs, tmp_path):
     )
     before = weights_of(model)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, noise="on")
+    runtime = attach(model, optimizer, examples=24, batch_size=2)
     assert_same(before, weights_of(model))
     assert sorted(rank for kind in runtime.kinds for rank in [kind.rank] * kind.node_count) == sorted(
         len(p) for name, p in before.items() if "lora_A" in name

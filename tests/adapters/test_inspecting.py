@@ -122,7 +122,7 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
 
     assert main(["inspect", str(runs()), "--plot", str(tmp_path / "figures")]) == 0
     written = {path.name for path in (tmp_path / "figures").iterdir()}
-    charts = ("similarity", "singular_values", "size", "training")
+    charts = ("nats", "similarity", "singular_values", "size", "training")
     assert written == {f"{name}.{kind}" for name in charts for kind in ("png", "pdf")}
     for path in (tmp_path / "figures").glob("*.png"):
         assert imread(path).std() > 0.01, f"{path.name} is blank"

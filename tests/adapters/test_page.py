@@ -75,18 +75,25 @@ def test_the_page_holds_everything(page):
     assert "&lt;b&gt;plain &amp; simple" in text and "b" not in parsed.counts
     assert "<code>test_split_size: 0.1</code>" in text  # what would give a held-out loss
     titles = re.findall("<h2>(.*?)</h2>", text)
-    assert titles == [*WITHOUT_STATE[:3], "Training", "Modules"]
-    spectra, sizes, curves = 2 * len(KINDS), 1, 5
+    assert titles == ["What the gates let through", *WITHOUT_STATE[:3], "Training", *WITHOUT_STATE[3:]]
+    maps_of_nats, spectra, sizes, curves = 1, 2 * len(KINDS), 2, 5
     similarities = len(KINDS) + 1  # without the state, where writers alone can be compared
-    assert parsed.counts["svg"] == 1 + similarities + spectra + sizes + curves
+    scales = 2
+    assert parsed.counts["svg"] == scales + maps_of_nats + similarities + spectra + sizes + curves
     assert "plain &amp; simple: no map of q_proj, v_proj: no structlora.safetensors beside it" in text
     rows = [row for row in parsed.rows if row[0] in ("q_proj", "v_proj", "o_proj")]
-    assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 6 * 2 for row in rows)
+    assert len(rows) == len(KINDS) * DEPTHS and all(len(row) == 2 + 9 * 2 for row in rows)
     # kind, layer; of either run effective rank, norm, rank, directions that add something
     assert all(row[8] == row[9] for row in rows) and any(int(row[8]) < RANK for row in rows)
 
 
-WITHOUT_STATE = ["Similarity over depth", "Singular values", "What a smaller adapter keeps", "Modules"]
+WITHOUT_STATE = [
+    "Similarity over depth",
+    "Singular values",
+    "What a smaller adapter keeps",
+    "Facts",
+    "Modules",
+]
 
 
 def test_which_run_did_better(runs, tmp_path):
@@ -206,7 +213,7 @@ def test_sizes_are_measured_on_rows(plain_adapter, runs, tmp_path):
     assert [panel.title for panel in chart.panels] == [
         "share of the information",
         "loss",
-        "share of the squared norm",
+        "share of the updates' squared norm",
     ]
 
 
@@ -256,7 +263,7 @@ def test_figures_of_odd_values_and_names(name, plain_adapter, tmp_path):
     saved = read_saved(plain_adapter)
     drawn = charts([Run(name, saved, {kind.name: kind for kind in report(saved)}, ODD[name])] * 2)
     panels = {panel.name: html.unescape(panel.svg()) for chart in drawn[2:] for panel in chart.panels}
-    assert name in panels["share of the squared norm"]
+    assert name in panels["share of the updates' squared norm"]
     assert write(tmp_path / "figures", drawn) == [chart.key for chart in drawn]
 
 
