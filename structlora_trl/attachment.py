@@ -65,10 +65,11 @@ def attach(
             through.
         config (`StructLoRAConfig`, `dict`, `str` or `Path`, *optional*): options, or a YAML or JSON file that
             has them under the key `structlora`; defaults where omitted.
-        examples (`float`): training examples, which set the price of what gates let through: N in
-            `core.gates.Bottleneck`. Of a stream, those that the run will see. Needed unless `gates="off"`.
-        batch_size (`float`): examples of one optimizer step, over all processes and accumulated batches.
-            Needed unless `gates="off"`.
+        examples (`float`): N, the number of terms that the loss is a mean of, over the training data: the rows of
+            a classifier, the answer tokens of a language model. They set the price of what gates let through.
+            Of a stream, those that the run will see. Needed unless `gates="off"`.
+        batch_size (`float`): how many of these an optimizer step sees, over all processes and accumulated
+            batches. Needed unless `gates="off"`.
         scaler (`torch.amp.GradScaler`, *optional*): the scaler of an fp16 loop, since the gates' gradients hold
             its scale. Accelerate's and Fabric's optimizers know theirs.
         parts (`Parts`, *optional*): gates, graph, coordinator or kinds of your own, for research.

@@ -86,17 +86,17 @@ class StructLoRAConfig:
     )
     beta: Annotated[float, NOT_NEGATIVE, WITH_GATES] = _option(
         1.0,
-        "Price of a nat that a gate lets through, in units of the bound on the evidence of the training examples. More closes "
+        "Price of a nat that a gate lets through, in units of the bound on the evidence of the training labels. More closes "
         "gates further: stronger regularisation, and fewer directions that carry the task.",
     )
     gate_openness: Annotated[float, OPENNESS, WITH_GATES] = _option(
-        0.95,
+        0.97,
         "Openness of each gate at the start, 1 / (1 + variance of its noise). Nearer to 1 is gentler in runs of few epochs.",
     )
     gate_lr: Annotated[float, NOT_NEGATIVE, WITH_GATES] = _option(
         1.0,
         "How far gates move in an epoch: the rate of gradient descent on N * loss + beta * nats, N the number of training "
-        "examples. 0: gates keep the openness that they start with.",
+        "labels. 0: gates keep the openness that they start with.",
     )
     keep: Annotated[float | str | None, KEEP, WITH_GATES] = _option(
         None,

@@ -241,8 +241,8 @@ class Runtime:
         on, of = [], self.gating.bottleneck
         if of is not None:
             on = [
-                f"{self.config.gates} gates on {len(self.gating)} modules ({of.examples:,.0f} examples, batch of "
-                f"{of.batch_size:g}, beta {of.beta:g})"
+                f"{self.config.gates} gates on {len(self.gating)} modules, {of.examples:,.0f} labels, "
+                f"{of.batch_size:,.0f} a step, beta {of.beta:g}"
             ]
         off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
         return "; ".join(on + off)

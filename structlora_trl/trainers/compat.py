@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ from functools import partialmethod
 from importlib import import_module
 from types import ModuleType
 
+import numpy
+import torch
 import transformers
 from packaging.version import Version
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 from transformers.trainer_utils import has_length
@@ -35,6 +39,8 @@ _ON_POLICY = (
     "SDFTTrainer",
     "SDPOTrainer",
 )
+_COUNTED_ROWS = 64  # whose labels tell how many a row has
+_IGNORED = -100  # a label that is left out of the loss
 # Of those that switch dropout off, also where no argument says so (LLaMA-Factory's).
 _WITHOUT_DROPOUT = ("DPOTrainer", "KTOTrainer")
 
@@ -95,17 +101,39 @@ def why_quiet(trainer: Trainer) -> str | None:
 
 
 def data_of(trainer: Trainer) -> tuple[float, float]:
-    """Return the training examples that a trainer is about to see, each counted once, and those of an optimizer step.
+    """Return how many labels a trainer is about to see, each counted once, and how many in an optimizer step: the terms that
+    its loss is a mean of.
 
     Of a stream, and of a run that ends before it has seen all rows, those of its steps.
     """
-    state, args = trainer.state, trainer.args
+    state, args, loader = trainer.state, trainer.args, trainer.callback_handler.train_dataloader
     steps = _steps_of_epoch(trainer)
     if steps is None:
         batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return float(state.max_steps * batch), float(batch)
-    batch = trainer.num_examples(trainer.callback_handler.train_dataloader) / steps
+    batch = trainer.num_examples(loader) / steps * _labels_of_row(loader)
     return min(steps, state.max_steps) * batch, batch
+
+
+def _labels_of_row(loader: DataLoader) -> float:
+    """Return the mean number of labels in a row of the data, by a few rows: 1 of a classifier, the tokens that count of a
+    language model. 1 where rows cannot be told apart, as those of a stream.
+    """
+    python, array = random.getstate(), numpy.random.get_state()
+    try:
+        count = min(_COUNTED_ROWS, len(loader.dataset))
+        places = torch.linspace(0, len(loader.dataset) - 1, count).long().tolist()
+        rows = [loader.dataset[place] for place in places]
+        if all(isinstance(row.get("labels"), list) for row in rows):  # tokenised rows, of any collator
+            return sum(label != _IGNORED for row in rows for label in row["labels"]) / count
+        with torch.random.fork_rng(devices=[]):  # collators may draw, and the run's own draws are to stay
+            labels = loader.collate_fn(rows)["labels"]
+        is_sequence = labels.ndim > 1 and not labels.is_floating_point()
+        return float((labels != _IGNORED).sum()) / count if is_sequence else 1.0
+    except Exception:  # of data sets and collators of all kinds: an estimate of the price must not end a run
+        return 1.0
+    finally:
+        random.setstate(python), numpy.random.set_state(array)
 
 
 def epochs_of(trainer: Trainer) -> float | None:
