@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from .attachment import attach
     from .config import StructLoRAConfig
     from .errors import StructLoRAError
-    from .runtime import Runtime
-    from .state import load_state, save_gates, save_state
+    from .runtime import Runtime, save_gates
+    from .state import load_state, save_state
     from .trainers.callback import StructLoRACallback
     from .trainers.mixin import StructLoRAMixin, StructLoRASFTConfig, StructLoRASFTTrainer
 
@@ -20,7 +20,7 @@ _HOME = {
     "attach": "attachment",
     "Runtime": "runtime",
     "load_state": "state",
-    "save_gates": "state",
+    "save_gates": "runtime",
     "save_state": "state",
     "StructLoRACallback": "trainers.callback",
     "StructLoRAMixin": "trainers.mixin",

@@ -8,9 +8,11 @@ only where a coordinator or a selection acts.
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,7 @@ from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError
+from .gates_file import GATES_NAME, write_openness
 from .gating import Gating
 from .map_context import in_map_context
 from .rank_check import is_first_rank, world_size
@@ -611,6 +614,32 @@ class Runtime:
             "(`load_state`, or `accelerator.register_for_checkpointing(runtime)`). Accelerate's LocalSGD, which averages "
             "weights between steps, needs `coordinator='none'` and no `keep`",
         )
+
+
+def save_gates(runtime: Runtime, directory: str | os.PathLike) -> Path | None:
+    """Write the openness of each direction to `directory/structlora_gates.safetensors`, beside the adapter.
+
+    `structlora export --keep` and `structlora inspect` read it; PEFT and servers ignore it. The callback writes
+    it; in a loop of your own, call this where you save the adapter.
+
+    Returns:
+        `Path` of the file; None in a run without gates, in which a file of an earlier one is removed.
+
+    Raises:
+        StructLoRAError: the file cannot be written.
+
+    Example:
+        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
+        >>> model.save_pretrained(folder)
+        >>> save_gates(runtime, folder).name
+        'structlora_gates.safetensors'
+    """
+    if not runtime.gating.gates:
+        (Path(directory) / GATES_NAME).unlink(missing_ok=True)
+        return None
+    of = runtime.gating.bottleneck
+    facts = {"gates": runtime.config.gates, "examples": of.examples, "beta": of.beta, "step": runtime.step}
+    return write_openness(directory, runtime.openness(), facts)
 
 
 def _watch_optimizers() -> None:

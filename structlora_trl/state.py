@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,6 @@ from .core.mapping import KindMap
 from .engines.schedule import ScheduleShare
 from .engines.slices import Slices
 from .errors import StructLoRAError, refuse_unwritable
-from .gates_file import GATES_NAME, write_openness
-
-if TYPE_CHECKING:
-    from .runtime import Runtime
 
 STATE_NAME = "structlora.safetensors"
 FORMAT = 6  # those before it were never released
@@ -380,32 +376,6 @@ def save_state(
             "free space or fix permissions, then resume from the last complete checkpoint",
         ) from error
     return path
-
-
-def save_gates(runtime: Runtime, directory: str | os.PathLike) -> Path | None:
-    """Write the openness of each direction to `directory/structlora_gates.safetensors`, beside the adapter.
-
-    `structlora export --keep` and `structlora inspect` read it; PEFT and servers ignore it. The callback writes
-    it; in a loop of your own, call this where you save the adapter.
-
-    Returns:
-        `Path` of the file; None in a run without gates, in which a file of an earlier one is removed.
-
-    Raises:
-        StructLoRAError: the file cannot be written.
-
-    Example:
-        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
-        >>> model.save_pretrained(folder)
-        >>> save_gates(runtime, folder).name
-        'structlora_gates.safetensors'
-    """
-    if not runtime.gating.gates:
-        (Path(directory) / GATES_NAME).unlink(missing_ok=True)
-        return None
-    of = runtime.gating.bottleneck
-    facts = {"gates": runtime.config.gates, "examples": of.examples, "beta": of.beta, "step": runtime.step}
-    return write_openness(directory, runtime.openness(), facts)
 
 
 def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:

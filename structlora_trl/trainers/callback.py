@@ -17,8 +17,8 @@ from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
 from ..model_card import CARD_NAME, describe_run, undescribe
-from ..runtime import Runtime
-from ..state import STATE_NAME, State, load_state, save_gates, save_state
+from ..runtime import Runtime, save_gates
+from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
 from .compat import calling_trainer, data_of, refuse_engine_taken_down, run_first, why_quiet
 from .console import end_lines, log_briefly, next_commands, start_lines
