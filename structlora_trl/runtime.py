@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .config import StructLoRAConfig
 from .core.diagnostics import cosines, neighbour_products, structure_metrics
-from .core.kinds import SIDES, Factors, Kind, unwrapped_name
+from .core.kinds import SIDES, Factors, Kind, short_names, unwrapped_name
 from .core.mapping import DEFAULT_PARTS, KindMap, Parts, mapped_sides
 from .engines import Engine
 from .engines.schedule import Rate, ScheduleShare
@@ -38,6 +38,7 @@ from .state import State
 from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
+_LISTED = 8  # names in a line
 
 _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
@@ -224,13 +225,14 @@ class Runtime:
 
     def describe(self) -> list[str]:
         """What acts: engine and kinds; gates; coordinator; the selection where there is one."""
-        depths = ", ".join(f"{kind.name} x{kind.depth_count}" for kind in self.kinds)
+        short = short_names([kind.name for kind in self.kinds])
+        depths = _listed([f"{short[kind.name]} x{kind.depth_count}" for kind in self.kinds])
         config, processes = self.config, f"{world_size()} process{'es' if world_size() > 1 else ''}"
         edges = sum(int(m.graph.edges.sum()) // 2 for m in self.maps if m.coordinators)
         graph = "" if config.coordinator == "none" else f" ({edges} edges, {config.edges})"
-        alone = [m.kind.name for m in self.maps if not m.sides and m.kind.depth_count > 1]
+        alone = [short[m.kind.name] for m in self.maps if not m.sides and m.kind.depth_count > 1]
         unknown = (
-            f", not coordinated (role unknown, see `roles`): {', '.join(alone)}" if graph and alone else ""
+            f", not coordinated (role unknown, see `roles`): {_listed(alone)}" if graph and alone else ""
         )
         step = self.plan.select_step
         return [
@@ -677,6 +679,12 @@ def _watch_optimizers() -> None:
 
 
 _watching: list = []  # handles of the hooks that see every optimizer
+
+
+def _listed(names: list[str]) -> str:
+    """Return names in one line that a console shows whole."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f", {more} more" if more > 0 else "")
 
 
 def _places_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.kinds import short_names
 from ..errors import StructLoRAError
-from .inspecting import KindReport, final_losses, gates_in_words, log_history, report, short_names
+from .inspecting import KindReport, final_losses, gates_in_words, log_history, report
 from .load_adapter import Saved
 from .pruning import size_curve
 from .trial import SizeCurve

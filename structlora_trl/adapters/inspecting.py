@@ -146,24 +146,6 @@ def mean_effective_rank(depths: list[DepthReport]) -> float:
     return sum(ranks) / max(len(ranks), 1)
 
 
-def short_names(names: list[str]) -> dict[str, str]:
-    """Each name's shortest end that no other name shares; of a long end, its first and last part where these
-    tell it apart.
-    """
-    ends = {name: _own_end(name, [other for other in names if other != name]) for name in names}
-    brief = {name: ".".join(end) if len(end) < 3 else f"{end[0]}…{end[-1]}" for name, end in ends.items()}
-    taken = [*brief.values()]
-    return {name: short if taken.count(short) == 1 else ".".join(ends[name]) for name, short in brief.items()}
-
-
-def _own_end(name: str, others: list[str]) -> list[str]:
-    parts = name.split(".")
-    count = next(
-        (n for n in range(1, len(parts)) if all(o.split(".")[-n:] != parts[-n:] for o in others)), len(parts)
-    )
-    return parts[-count:]
-
-
 def log_history(folder: Path) -> list[dict]:
     """The Trainer's log, where `trainer_state.json` lies in a folder; else nothing.
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..core.kinds import short_names
 from ..errors import StructLoRAError
 from .figures import RUN_COLOURS, Run, charts
 from .inspecting import (
@@ -16,7 +17,6 @@ from .inspecting import (
     held_out_rows,
     mean_effective_rank,
     peak_learning_rate,
-    short_names,
     training_data,
 )
 

@@ -328,6 +328,24 @@ def split_depth(module: str) -> tuple[str, tuple[int, ...]]:
     return _NUMBER.sub(star, module), tuple(depth)
 
 
+def short_names(names: list[str]) -> dict[str, str]:
+    """Return each name's shortest end that no other name shares; of a long end, its first and last part where these tell
+    it apart.
+    """
+    ends = {name: _own_end(name, [other for other in names if other != name]) for name in names}
+    brief = {name: ".".join(end) if len(end) < 3 else f"{end[0]}…{end[-1]}" for name, end in ends.items()}
+    taken = [*brief.values()]
+    return {name: short if taken.count(short) == 1 else ".".join(ends[name]) for name, short in brief.items()}
+
+
+def _own_end(name: str, others: list[str]) -> list[str]:
+    parts = name.split(".")
+    count = next(
+        (n for n in range(1, len(parts)) if all(o.split(".")[-n:] != parts[-n:] for o in others)), len(parts)
+    )
+    return parts[-count:]
+
+
 def residual_role(kind: Kind, roles: dict[str, str] | None) -> str | None:
     """'read', 'write', or None where neither the user's patterns nor the built-in table know the kind."""
     for pattern, role in (*(roles or {}).items(), *RESIDUAL_ROLES.items()):

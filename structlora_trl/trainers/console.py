@@ -72,11 +72,19 @@ def end_lines(
     kept = [m.kept for m in runtime.maps] if runtime is not None and runtime.has_selected else []
     count_kept, directions = sum(int(x.sum()) for x in kept), sum(x.numel() for x in kept)
     smaller = f"{count_kept:,} of {directions:,} directions kept (`structlora export ADAPTER SMALL --prune` writes them alone)"
+    gates = []
+    if runtime is not None and runtime.gating.gates:
+        figures = runtime.gating.metrics(runtime.openness())
+        gates = [
+            f"gates let {figures['nats']:,.0f} nats through: mean openness {figures['gate_openness']:.2f}, "
+            f"{100 * figures['closed_share']:.0f} % of the directions closed"
+        ]
     begun = "" if trainer.args.disable_tqdm else "\n"  # a line that a progress bar stands on
     return begun + _lines(
         [
             f"{name} ends: {', '.join(told)}",
             f"the adapter: {count:,} parameters, {_bytes(count * width)}, plain LoRA",
+            *gates,
             *([smaller] if kept else []),
             *([f"next, once it is saved: {following}"] if following else []),
         ]
@@ -87,7 +95,7 @@ def next_commands(runtime: Runtime, folder: str) -> list[list[str]]:
     """What can be done with an adapter in a folder."""
     by = [] if runtime.gating.gates else ["--data", "TRAINING_ROWS.jsonl"]
     smaller = ["--prune"] if runtime.has_selected else ["--keep", "0.25", *by]
-    return [["inspect", folder], ["export", folder, "SMALL", *smaller]]
+    return [["inspect", folder], ["export", folder, f"{folder}-small", *smaller]]
 
 
 def log_briefly(trainer: Trainer) -> None:
