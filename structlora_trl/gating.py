@@ -63,7 +63,8 @@ class Gating:
         self.modules, self.bottleneck, self.engine = modules, bottleneck, engine
         self.forward, self.scaler = forward, scaler
         self.gates = {unwrapped_name(m.name): m.gate for m in modules}
-        self._taken: tuple[Tensor, Tensor] | None = None  # gradients of the step under way, and which are there
+        # Gradients of the step under way, and which of the gates have one.
+        self._taken: tuple[Tensor, Tensor] | None = None
         self._has_warned = False
         self._heard: set[str] = set()  # modules with a gradient of training
         self._listening: dict = {}  # handles, of modules whose gate has not fired yet
