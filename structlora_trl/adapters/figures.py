@@ -155,16 +155,16 @@ class Chart(NamedTuple):
 
 
 def charts(runs: list[Run]) -> list[Chart]:
-    """All that can be drawn of one run, or of two side by side: what the gates let through, similarity over depth,
-    singular values, what a smaller adapter keeps, the training.
+    """Return all that can be drawn of one run, or of two side by side, what people show to others first: what the
+    gates let through, the training, what a smaller adapter keeps, similarity over depth, singular values.
     """
     names = short_names([*{name: None for run in runs for name in run.kinds}])
     drawn = (
         _nats(runs, names),
+        _training(runs),
+        _sizes(runs),
         _similarity(runs, names),
         _singular_values(runs, names),
-        _sizes(runs),
-        _training(runs),
     )
     return [chart for chart in drawn if chart.panels or chart.told]
 
