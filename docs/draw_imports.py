@@ -22,12 +22,7 @@ def imports() -> dict[str, set[str]]:
             continue
         part, depth = inside.parts[0].removesuffix(".py"), len(inside.parts)
         found[part] |= set()
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        guards = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
-        for_types = {x for guard in guards if ast.unparse(guard.test) == "TYPE_CHECKING" for x in guard.body}
-        for node in ast.walk(tree):
-            if node in for_types:
-                continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == depth:  # relative to the package's root
                 names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
                 found[part] |= {name for name in names if name != part and not name.startswith("__")}
