@@ -54,11 +54,18 @@ def section(runtime: Runtime) -> str:
     """The section of a model card on what acted in a run, Markdown."""
     config, is_vera = runtime.config, runtime.kinds[0].is_vera
     adapter = "VeRA" if is_vera else "LoRA"
-    servers = "" if is_vera else " `structlora inspect` says what vLLM, SGLang, LoRAX and llama.cpp need."
+    servers = (
+        ""
+        if is_vera
+        else " With vLLM: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`; `structlora inspect` says what SGLang, "
+        "LoRAX and llama.cpp need."
+    )
     acted = []
     if runtime.gating.gates:
+        figures = runtime.gating.metrics(runtime.openness())
         acted.append(
-            f"{config.gates} gates learned under the information bottleneck, on {len(runtime.gating.gates)} modules"
+            f"{config.gates} gates learned under the information bottleneck, which let {figures['nats']:,.0f} nats through on "
+            f"{len(runtime.gating.gates)} modules (mean openness {figures['gate_openness']:.2f})"
         )
     coordinated = sum(bool(m.coordinators) for m in runtime.maps)
     if coordinated:
@@ -73,7 +80,7 @@ def section(runtime: Runtime) -> str:
 This {adapter} adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): {"; ".join(acted) or "nothing acted"}.
 Options other than the defaults: {", ".join(changed) or "none"}.
 
-{_LAST} PEFT is needed: the file is a plain {adapter} adapter.{servers}
+{_LAST} PEFT is needed: the file is a plain {adapter} adapter, for `PeftModel.from_pretrained(base, FOLDER)`.{servers}
 """
 
 
