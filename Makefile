@@ -97,7 +97,7 @@ bench-quick: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.run --results bench-output grid quick --workers 2
 	$(RUN) -m benchmarks.quality.report --results bench-output
 
-# Tables and plots from the committed results, into benchmarks/quality/README.md and docs/benchmarks.md.
+# Tables from the stored runs, into README.md, docs/benchmarks.md and docs/index.md.
 bench-report: $(VENV)/.bench
 	$(RUN) -m benchmarks.quality.report
 

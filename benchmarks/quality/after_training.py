@@ -1,96 +1,84 @@
-"""Directions of a trained LoRA adapter cut after training, by rule and at equal size: what `structlora export --keep` does.
+"""Directions of a trained adapter cut after training, without further steps: what `structlora export --keep 0.25` does.
 
-| rule | keeps the directions of |
-|---|---|
-| information | largest Fisher information of their gates on training examples, among each module's singular directions |
-| held-out | the same on validation examples, which an overfitted model still has gradients on |
-| singular | largest singular values of each module's scaled BA, over all modules together |
-| norm | largest ‖A[j, :]‖ ‖B[:, j]‖, as trained (top-k norm) |
-| random | chance, drawn once, as trained |
-| random-singular | chance, drawn once, among the singular directions |
+| rule | keeps the directions of | needs |
+|---|---|---|
+| openness | most open gates | `structlora_gates.safetensors` |
+| information | largest Fisher information, among the directions as trained | rows |
+| information-singular | the same among each module's singular directions: `export --keep --data` | rows |
+| singular | `export --keep` of an adapter that has no gates | nothing |
+| norm | largest ‖A[j, :]‖ ‖B[:, j]‖, as trained | nothing |
+| random | chance | nothing |
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from structlora_trl import Runtime, save_gates
+from structlora_trl.adapters.base_model import factors_of, put
+from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.measuring import gate_information
-from structlora_trl.core.selection import best
+from structlora_trl.adapters.peft_scaling import with_singular_directions
+from structlora_trl.adapters.pruning import select
 
-from .measures import lora_factors, to_singular_directions
-from .settings import SHARES
 from .tasks import Split
 
-# Half of the directions hardly costs anything, and each figure takes an evaluation.
-AT_HALF = ("information", "random")
+SHARES = {"quarter": 1 / 4}
 EXAMPLES = 64  # that the information is of, as `structlora export` takes them
+RULES = ("openness", "information", "information-singular", "singular", "norm", "random")
 
 
 def cut(
-    model: PeftModel, training: Split, validation: Split, seed: int, test: Callable[[], dict]
+    model: PeftModel, runtime: Runtime, training: Split, seed: int, test: Callable[[], dict]
 ) -> dict[str, dict]:
-    """Test figures of a trained plain adapter after a cut by each rule to each share of all its directions.
-
-    The adapter is left in its singular directions; its gradients are cleared.
+    """Return test figures after a cut by each rule to each share of all directions. The adapter is left cut.
 
     Args:
-        model (`PeftModel`): in evaluation mode, with one LoRA adapter of one scale and nothing attached.
-        training, validation (`Split`): examples that it was trained on, and others.
+        model (`PeftModel`): in evaluation mode, with one LoRA adapter.
+        runtime (`Runtime`): which trained it, detached.
+        training (`Split`): examples that it was trained on.
         seed (`int`): of what is drawn.
         test (`Callable`): () -> figures of the model as it stands then.
 
     Returns:
         rule -> name of the share -> accuracy and NLL.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        save_gates(runtime, folder)
+        saved = read_saved(folder)
+    rows = [training[torch.tensor([i])] for i in range(min(EXAMPLES, len(training)))]
+    rows = [{**row.inputs, "labels": row.labels} for row in rows]
+    factors = {m: (f["A"].detach().clone(), f["B"].detach().clone()) for m, f in factors_of(model).items()}
     generator = torch.Generator().manual_seed(seed + 3_000_000)
-    factors = lora_factors(model)
-
-    def chance() -> Tensor:
-        return torch.rand(len(factors), next(iter(factors.values()))[0].shape[0], generator=generator)
-
-    def norms() -> Tensor:
-        return torch.stack([A.norm(dim=1) * B.norm(dim=0) for A, B in factors.values()]).detach()
-
-    found = {
-        rule: _at_shares(rule, factors, scores, test)
-        for rule, scores in (("norm", norms()), ("random", chance()))
+    as_trained = {
+        "information": {m: x[0] for m, x in gate_information(model, rows).items()},
+        "norm": {m: A.norm(dim=1) * B.norm(dim=0) for m, (A, B) in factors.items()},
+        "random": {m: torch.rand(len(A), generator=generator) for m, (A, _) in factors.items()},
     }
-    to_singular_directions(factors.values())
-    scores = {
-        "information": _information(model, training),
-        "held-out": _information(model, validation),
-        "singular": norms(),
-        "random-singular": chance(),
-    }
-    return found | {rule: _at_shares(rule, factors, of_rule, test) for rule, of_rule in scores.items()}
-
-
-def _information(model: PeftModel, split: Split) -> Tensor:
-    """(M, r), of the first `EXAMPLES` of a split."""
-    rows = [split[torch.tensor([i])] for i in range(min(EXAMPLES, len(split)))]
-    each = [{**row.inputs, "labels": row.labels} for row in rows]
-    return torch.cat([*gate_information(model, each).values()])
-
-
-@torch.no_grad()
-def _at_shares(
-    rule: str, factors: dict[str, tuple[Tensor, Tensor]], scores: Tensor, test: Callable[[], dict]
-) -> dict[str, dict]:
-    """By share, figures with the best directions alone; `scores` is (M, r)."""
-    whole = [B.detach().clone() for _, B in factors.values()]
+    put(model, with_singular_directions(saved.lora, saved.tensors)[0])
+    singular = gate_information(model, rows)
     found = {}
-    for name, share in SHARES.items():
-        if name == "half" and rule not in AT_HALF:
-            continue
-        kept = best(scores.flatten(), share).view_as(scores)
-        for (_, B), trained, of_module in zip(factors.values(), whole, kept, strict=True):
-            B.copy_(trained * of_module)
-        figures = test()
-        found[name] = {figure: figures[figure] for figure in ("accuracy", "nll")}
-    for (_, B), trained in zip(factors.values(), whole, strict=True):
-        B.copy_(trained)
+    for rule in RULES:
+        given = {"information": singular} if rule == "information-singular" else {}
+        openness = _in_order(as_trained[rule]) if rule in as_trained else saved.openness
+        of_rule = replace(saved, openness=None if rule == "singular" else openness)
+        found[rule] = {}
+        for name, share in SHARES.items():
+            put(model, select(of_rule, share, **given).masked())
+            figures = test()
+            found[rule][name] = {figure: figures[figure] for figure in ("accuracy", "nll")}
     return found
+
+
+def _in_order(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return openness in the order of other scores, so that `select` goes by these."""
+    flat = torch.cat(list(scores.values()))
+    places = (flat.argsort().argsort() + 1) / (len(flat) + 1)
+    return dict(zip(scores, places.split([len(values) for values in scores.values()]), strict=True))

@@ -1,45 +1,43 @@
-"""What is measured of a trained model: accuracy, NLL and calibration, what a smaller adapter keeps, figures of structure."""
+"""What is measured of a trained model: accuracy, NLL and calibration, their controls, figures of structure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from structlora_trl.adapters.measuring import SCALES
-from structlora_trl.adapters.peft_scaling import singular_directions
 
-from .store import packed
-from .tasks import Split
+from .tasks import NO_LABEL, Split
 
 EVALUATION_BATCH = 32
 GRADIENT_EXAMPLES = 64  # that the final gradients are taken on
 
 
-def evaluate(model: nn.Module, split: Split) -> dict[str, float | str]:
-    """`figures` of the model as it stands in evaluation mode."""
+def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
+    """Return `figures` of the model as it stands in evaluation mode."""
     return figures(logits_of(model, split), split.labels)
 
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, split: Split) -> torch.Tensor:
-    """(n, classes) of a split."""
+    """Return logits (n, classes) of a split; where each example has several labels, (n, labels, classes)."""
     parts = torch.arange(len(split)).split(EVALUATION_BATCH)
     return torch.cat([model(**split[part].inputs).logits.float() for part in parts])
 
 
-def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float | str]:
-    """What is kept of an evaluation: accuracy and ECE in percent, NLL in nats, and which examples were right (`unpacked`)."""
+def figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return accuracy and ECE in percent, and NLL in nats."""
+    logits, labels = logits[labels != NO_LABEL], labels[labels != NO_LABEL]
     confidence, answer = logits.softmax(1).max(1)
     right = answer == labels
     return {
         "accuracy": round(100 * right.double().mean().item(), 3),
         "nll": round(cross_entropy(logits, labels).item(), 5),
         "ece": round(100 * calibration_error(confidence, right), 3),
-        "right": packed(right.tolist()),
     }
 
 
@@ -49,24 +47,23 @@ TEMPERATURES = [20 / i for i in range(1, 61)]  # from 20 to 1/3
 def tempered(
     validation: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, float]:
-    """Test figures with logits over that one of `TEMPERATURES` whose NLL on validation examples is lowest (arXiv 1706.04599).
+    """Return test figures with logits over the one of `TEMPERATURES` of lowest validation NLL (arXiv 1706.04599).
 
     The control for methods that lower the NLL without other answers: what calibration alone gives.
 
     Args:
         validation, test (`tuple`): logits (n, classes) and labels (n,).
     """
-    logits, labels = validation
+    logits, labels = (x[validation[1] != NO_LABEL] for x in validation)
     best = min(TEMPERATURES, key=lambda T: cross_entropy(logits / T, labels).item())
-    found = figures(test[0] / best, test[1])
-    return {"temperature": best, **{name: found[name] for name in ("accuracy", "nll", "ece")}}
+    return {"temperature": best, **figures(test[0] / best, test[1])}
 
 
 @torch.no_grad()
 def scaled(
     model: nn.Module, whole: dict, validation: Callable[[], dict], test: Callable[[], dict]
 ) -> dict | None:
-    """Test figures with every update ΔW times that scalar of `SCALES` whose NLL on validation examples is lowest.
+    """Return test figures with every update ΔW times that scalar of `SCALES` whose NLL on validation examples is lowest.
 
     The control for methods that lower the NLL by making an update smaller. The adapter is left as it was.
 
@@ -93,54 +90,38 @@ def scaled(
     return found
 
 
-def truncated(model: nn.Module, rank: int, test: Callable[[], dict]) -> dict[str, dict]:
-    """Figures of a trained plain adapter after each update is cut to its largest singular directions: shares of its rank, from
-    4 on.
-
-    The adapter is left as cut.
-    """
-    shares = {"half": rank // 2, "quarter": rank // 4} if rank >= 4 else {}
-    if rank >= 8:
-        shares["eighth"] = rank // 8
-    found = {}
-    for name, kept in shares.items():
-        if kept and truncate(model, kept):
-            found[name] = test()
-    return {"truncated": found} if found else {}
-
-
-def truncate(model: nn.Module, rank: int) -> int:
-    """Leave the `rank` largest singular directions of each adapter's BA, in place. Returns how many adapters there were."""
-    found = lora_factors(model)
-    to_singular_directions(found.values())
-    with torch.no_grad():
-        for _, B in found.values():
-            B[:, rank:] = 0
-    return len(found)
-
-
-@torch.no_grad()
-def to_singular_directions(factors: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Give each module the singular directions of its BA, largest first, in place; BA stays.
+class BestSoFar:
+    """The trained weights of lowest validation NLL.
 
     Args:
-        factors (`Iterable[tuple[Tensor, Tensor]]`): of each module A (r, k) and B (d, r).
+        model (`nn.Module`): whose trained parameters are kept.
     """
-    for A, B in factors:
-        found = singular_directions(A, B)
-        A.copy_(found.A)
-        B.copy_(found.B)
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._nll, self._best = float("inf"), None
+
+    def see(self, nll: float) -> None:
+        """Keep the weights as they are now, where this NLL is the lowest."""
+        if nll < self._nll:
+            self._nll, self._best = nll, [p.detach().clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the model the best weights; nothing where none were seen."""
+        for parameter, value in zip(self._parameters, self._best or (), strict=self._best is not None):
+            parameter.copy_(value)
 
 
 def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
-    """Expected calibration error: |accuracy − mean confidence| of `bins` equal ranges of confidence, weighted by examples."""
+    """Return the expected calibration error: |accuracy − mean confidence| of equal ranges of confidence, weighted by examples."""
     place = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right.double() - confidence.double())
     return (gaps.abs().sum() / len(right)).item()
 
 
 def lora_factors(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """By module name, lora_A (r, k) and lora_B (d, r) themselves; empty where the adapter has other factors."""
+    """Return lora_A (r, k) and lora_B (d, r) by module name, the parameters themselves."""
     found = dict(model.named_parameters())
     names = [
         name.removesuffix(".lora_A.default.weight")
@@ -151,12 +132,12 @@ def lora_factors(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor
 
 
 def kind_of(module: str) -> str:
-    """A module's name without its depth: equal for modules that differ only in depth."""
+    """Return a module's name without its depth: equal for modules that differ only in depth."""
     return re.sub(r"\.\d+\.", ".*.", module)
 
 
 def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str, float]:
-    """The paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
+    """Return the paper's figures of structure, of the trained adapter without noise, mean over the adapted kinds.
 
     Drift energy Σ‖ΔW_l+1 − ΔW_l‖² over Σ‖ΔW_l‖², adjacent cosines of ΔW, of A − A₀ and of the loss gradient with respect
     to W (on validation examples), and the share of ΔW's energy in its first singular direction.
@@ -185,7 +166,10 @@ def diagnostics(model: nn.Module, start_A: dict, validation: Split) -> dict[str,
         kinds.setdefault(kind_of(name), []).append(name)
     for names in kinds.values():
         updates = torch.stack([B[name] @ A[name] for name in names])  # (L, d, k)
-        singular = torch.linalg.svdvals(updates)
+        both = [
+            torch.linalg.qr(torch.stack(f)).R for f in zip(*((B[n], A[n].mT) for n in names), strict=True)
+        ]
+        singular = torch.linalg.svdvals(both[0] @ both[1].mT)  # of the updates, from r x r products
         update = updates.flatten(1)
         moved = torch.stack([A[name] - start_A[name] for name in names]).flatten(1)
         gradient = torch.stack([gradients[name] for name in names]).flatten(1)

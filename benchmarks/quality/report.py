@@ -1,4 +1,4 @@
-"""Tables and the plot from the store, written into the pages that show them, between their marks.
+"""Tables from the store, written into the pages that show them, between their marks.
 
 python -m benchmarks.quality.report                    write them
 python -m benchmarks.quality.report --check            fail where they are not what the store gives
@@ -13,40 +13,33 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import plots, store
-from .selection import Runs
+from . import store
 from .tables import markdown, tables
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
-COHERENCE = HERE / "coherence.json"
-PAGES = (
-    *(HERE / f"{name}.md" for name in ("README", "appendix", "smaller")),
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "index")),
-)
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "index")))
 
 
 def written(lines: list[dict]) -> dict[Path, str]:
-    """What each page should hold."""
-    coherence = json.loads(COHERENCE.read_text()) if COHERENCE.exists() else {}
-    found = tables(lines, json.loads(OVERHEAD.read_text()), coherence)
+    """Return what each page should hold."""
+    found = tables(lines, json.loads(OVERHEAD.read_text()))
     return {page: fill(page.read_text(), found) for page in PAGES}
 
 
 def fill(page: str, found: dict[str, str]) -> str:
-    """The page with each table between its marks renewed."""
+    """Return the page with each table between its marks renewed; a mark without an end gets one."""
     for name, text in found.items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         if start in page:
             before, rest = page.split(start)
-            page = f"{before}{start}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+            after = rest.split(end)[1] if end in rest else rest
+            page = f"{before}{start}\n\n{text.strip()}\n\n{end}{after}"
     return page
 
 
 def shown(lines: list[dict]) -> str:
-    """All runs as a table: test figures, mean over seeds."""
+    """Return all runs as a table: test figures, mean over seeds."""
     key = [name for name in store.KEY if name != "seed"]
     runs = pd.json_normalize([{**line, "structlora": None} for line in lines]).groupby(key)
     found = runs[["test.accuracy", "test.nll"]].mean().assign(seeds=runs.size()).reset_index()
@@ -69,15 +62,13 @@ def main() -> None:
         print(shown(lines))
         return
     wanted = written(lines)
-    if options.check:
-        stale = [str(path.relative_to(ROOT)) for path, text in wanted.items() if path.read_text() != text]
-        if stale:
-            raise SystemExit(f"not what the store gives: {', '.join(stale)}. Run `make bench-report`.")
-        return
-    for path, text in wanted.items():
-        path.write_text(text)
-    plots.draw(Runs(lines), HERE / "plots")
-    print(f"{len(lines)} runs; wrote {', '.join(str(p.relative_to(ROOT)) for p in wanted)} and plots/")
+    stale = [path for path, text in wanted.items() if path.read_text() != text]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale) or "nothing"
+    if options.check and stale:
+        raise SystemExit(f"not what the store gives: {names}. Run `make bench-report`.")
+    for path in stale:
+        path.write_text(wanted[path])
+    print(f"{len(lines)} runs; wrote {names}")
 
 
 if __name__ == "__main__":

@@ -1,99 +1,82 @@
-"""Which runs a figure is of: each method's learning rate, chosen on validation data, and runs paired by seed.
-
-Where a place has several rates, a method's own is the one of best mean validation accuracy, over the seeds that ran at all rates
-that its search reaches. Runs at other rates, which another table asked for, choose nothing. Figures are of every stored seed of
-the place at that rate. Differences are paired by seed: the same examples, the same batches, the same start of head and adapter.
-"""
+"""Which runs a figure is of: each method's learning rate, chosen on validation data, and runs paired by seed."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pandas as pd
 
 from . import store
-from .settings import FURTHER_RATES, LORA, Place, Row
+from .settings import LORA, Grid, Place
 
 FIGURES = ["accuracy", "nll", "ece"]
-VALIDATION = ["validation.accuracy", "validation.nll"]
+Cell = tuple[str, str, int, int, float | None, int]  # in the order of `store.KEY`
 
 
 class Runs:
-    """The store, by setting, method and rate. Where nothing was run, lookups give no rows.
+    """The store, by place, method and rate. Where nothing was run, lookups give no rows.
 
     Args:
         lines (`list[dict]`): of the store, in any order.
     """
 
     def __init__(self, lines: list[dict]):
-        rows = on_one_backbone(pd.json_normalize([{**line, "structlora": None} for line in lines]))
-        self.rows = rows.sort_values(list(store.KEY))  # so that no sum depends on which run ended first
-        self.by_method = dict(list(self.rows.groupby(["task", "rank", "examples", "method"])))
+        self.done = {store.key_of(line) for line in lines}
+        empty = pd.DataFrame(columns=[*store.KEY, "validation.nll"])
+        rows = pd.json_normalize([{**line, "structlora": None} for line in lines]) if lines else empty
+        # Sorted, so that no sum depends on which run ended first.
+        self._rows = on_one_backbone(rows).sort_values(list(store.KEY))
+        self._by_method = dict(list(self._rows.groupby(["task", "rank", "examples", "method"])))
 
-    def figures(self, place: Place, row: Row) -> pd.DataFrame:
-        """'accuracy', 'nll' and 'ece' by seed (NaN where one was not kept), of the runs of a row."""
-        runs = self.runs(place, row)
-        columns = [f"{row.column}.{figure}" for figure in FIGURES]
-        if columns[0] not in runs:
-            return pd.DataFrame(columns=FIGURES, dtype=float)
-        found = runs.reindex(columns=columns).set_axis(FIGURES, axis=1).astype(float)
-        return found.dropna(subset=FIGURES[:2])
+    def runs(self, place: Place, method: str) -> pd.DataFrame:
+        """Return the runs of a method at its rate, by seed."""
+        runs = self._of(place, method)
+        at_rate = runs["lr"] == self.rate(place, method)
+        return runs[at_rate & runs["seed"].isin(place.seeds)].set_index("seed")
 
-    def runs(self, place: Place, row: Row) -> pd.DataFrame:
-        """The runs of a row at its rate, by seed."""
-        runs, rate = self.of(place, row), self.rate(place, row)
-        return runs[(runs["lr"] == rate) & runs["seed"].isin(place.seeds)].set_index("seed")
+    def figures(self, place: Place, method: str, column: str = "test") -> pd.DataFrame:
+        """Return 'accuracy', 'nll' and 'ece' by seed."""
+        found = self.runs(place, method).reindex(columns=[f"{column}.{figure}" for figure in FIGURES])
+        return found.set_axis(FIGURES, axis=1).astype(float).dropna()
 
-    def rate(self, place: Place, row: Row) -> float | None:
-        """The rate of a row; None where nothing was run that could choose it."""
+    def rate(self, place: Place, method: str) -> float | None:
+        """Return the rate of lowest mean validation NLL; None until all rates ran with all seeds that choose."""
         if len(place.rates) == 1:
             return place.rates[0]
-        runs = self._choosing(place, row)
-        return choose_rate(runs[runs["lr"].isin(self.tried(place, row))])
+        runs = self._of(place, method)
+        runs = runs[runs["lr"].isin(place.rates) & runs["seed"].isin(place.choosing)]
+        if len(runs) < len(place.rates) * len(place.choosing):
+            return None
+        return float(runs.groupby("lr")["validation.nll"].mean().idxmin())
 
-    def tried(self, place: Place, row: Row) -> list[float]:
-        """The rates that a row's own is chosen from: those of the place, and one beyond an end of them as long as the best is
-        there. The last of them may still have to run.
-        """
-        runs = self._choosing(place, row)
-        end, factors = FURTHER_RATES.get(row.of_choice.method, (0, ()))
-        tried = sorted([*place.rates, *(place.rates[end] * factor for factor in factors)])
-        while place.goes_beyond:
-            ran = runs[runs["lr"].isin(tried)]
-            beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}
-            if len(ran) < len(tried) * len(place.choosing) or (best := choose_rate(ran)) not in beyond:
-                break
-            tried = sorted([*tried, beyond[best]])
-        return tried
+    def cells(self, grid: Grid) -> list[Cell]:
+        """Return the cells of a grid, a few seeds of all methods first; the rate is None where it is not chosen yet."""
+        return list(dict.fromkeys(self._cells(grid)))
 
-    def _choosing(self, place: Place, row: Row) -> pd.DataFrame:
-        """The runs that choose a row's rate, at all rates."""
-        runs = self.of(place.of_choice, row.of_choice)
-        return runs[runs["seed"].isin(place.choosing)]
+    def _cells(self, grid: Grid) -> Iterator[Cell]:
+        at = [(place, method) for place in grid.places for method in grid.methods]
+        for i in range(max(len(place.choosing) for place in grid.places)):
+            for place, method in at:
+                for lr in place.rates if i < len(place.choosing) else ():
+                    yield place.task, method, place.rank, place.examples, lr, place.choosing[i]
+        rates = {pair: self.rate(*pair) for pair in at}
+        for i in range(max(len(place.seeds) for place in grid.places)):
+            for place, method in at:
+                if i < len(place.seeds):
+                    lr = rates[place, method]
+                    yield place.task, method, place.rank, place.examples, lr, place.seeds[i]
 
-    def of(self, place: Place, row: Row) -> pd.DataFrame:
-        """The runs of a row at all rates and with all seeds."""
-        key = place.task, round(place.rank * row.share), place.examples, row.method
-        return self.by_method.get(key, self.rows.iloc[:0])
+    def _of(self, place: Place, method: str) -> pd.DataFrame:
+        """Return the runs of a method at all rates and with all seeds."""
+        key = place.task, place.rank, place.examples, method
+        return self._by_method.get(key, self._rows.iloc[:0])
 
 
 def on_one_backbone(rows: pd.DataFrame) -> pd.DataFrame:
-    """The runs on the backbone that LoRA's run of the same task and seed has; all of them where LoRA has none.
+    """Return the runs on the backbone that LoRA's run of the same task and seed has; all where LoRA has none.
 
-    Runs name their backbone (`pretrain.fingerprint`) where the suite has trained it itself, since 27 November 2026.
+    Another processor trains another ViT (`pretrain.fingerprint`), and runs on two of them are no pair.
     """
     named = rows["backbone"].fillna("") if "backbone" in rows else pd.Series("", rows.index)
-    place = [rows["task"], rows["seed"]]
-    of_base = named.where(rows["method"] == LORA).groupby(place).transform("first")
+    of_base = named.where(rows["method"] == LORA).groupby([rows["task"], rows["seed"]]).transform("first")
     return rows[of_base.isna() | (named == of_base)]
-
-
-def choose_rate(runs: pd.DataFrame) -> float | None:
-    """The learning rate of best mean validation accuracy, then NLL, then the lowest, over seeds that all rates ran with.
-
-    Args:
-        runs (`pd.DataFrame`): of one method at one place, with 'lr', 'seed' and the columns of `VALIDATION`.
-    """
-    if runs.empty:
-        return None
-    shared = runs.groupby("seed")["lr"].transform("nunique") == runs["lr"].nunique()
-    means = (runs[shared] if shared.any() else runs).groupby("lr")[VALIDATION].mean()
-    return float(means.sort_values(VALIDATION, ascending=[False, True], kind="stable").index[0])

@@ -8,93 +8,150 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from . import methods
+from . import after_training, methods
 from .selection import FIGURES, Runs
-from .settings import COMPARISONS, LORA, OURS, Comparison, Place, Row
+from .settings import GRIDS, LORA, METHODS, OURS, PRIMARY, RIVALS, Grid, Place
 
-# What the paper reports (arXiv 2603.14228): step time and memory, LLaMA-7B on a GPU; cosine of gradients.
+# What the paper reports (arXiv 2603.14228): step time and memory, LLaMA-7B on a GPU.
 PAPER_COST = {"structlora": ("1.06x", "1.04x")}
-PAPER_GRADIENT_COSINE = {LORA: "0.27 to 0.41", OURS: "0.55 to 0.69"}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 WORDS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
-NOTHING = "Not all runs that it takes are kept yet."
+DROPOUT = "lora-dropout-0.5"
 ROUNDS = 5  # that time ratios of whole steps are shown from
 
+Row = tuple[str, str]  # a method, and which of its runs' figures: 'test', 'tempered' or 'scaled'
 
-def tables(lines: list[dict], measured_cost: dict, measured_coherence: dict) -> dict[str, str]:
-    """Every table, by the name of its marks.
+
+def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
+    """Return every table, by the name of its marks.
 
     Args:
         lines (`list[dict]`): of the store.
         measured_cost (`dict`): what `benchmarks.cost.overhead` printed.
-        measured_coherence (`dict`): what `benchmarks.quality.coherence` kept; empty where it has kept nothing.
     """
     runs = Runs(lines)
+    shown = tuple((method, "test") for method in (LORA, DROPOUT, OURS))
+    controls = (*((method, "test") for method in METHODS), (LORA, "scaled"), (LORA, "tempered"))
     return {
-        **{name: compared(runs, comparison) for name, comparison in COMPARISONS.items()},
-        "diagnostics": diagnostics(runs, COMPARISONS["structlora"]),
+        "gates table": compared(runs, GRIDS["gates"], shown, by_place=False),
+        "gates": compared(runs, GRIDS["gates"], shown),
+        "cut": cut(runs, GRIDS["gates"]),
+        "openness": openness(runs, GRIDS["gates"]),
+        "primary": primary(runs),
+        **{
+            name: compared(runs, GRIDS[name], controls, by_place=False)
+            for name in ("main", "language", "harm")
+        },
         "cost": cost(measured_cost),
-        "coherence": coherence(measured_coherence),
     }
 
 
-def compared(runs: Runs, comparison: Comparison) -> str:
-    """Test figures of each row at each place and on average, and less those of the base rows."""
-    cells, shown = [], comparison.figures
-    titles = [label(comparison.rows[base]) for base in comparison.bases]
-    parts = list(_parts(comparison))
-    for name, places in parts:
-        by_row = {row: _mean([runs.figures(place, row) for place in places]) for row in comparison.rows}
-        if any(len(by_row[comparison.rows[base]]) < 2 for base in comparison.bases):
-            continue
-        for row, found in by_row.items():
-            if len(found) < 2:
-                continue
-            means = [_middle(found[figure], DIGITS[figure]) for figure in shown]
-            cells.append([name, label(row), len(found), *means])
-            for base in comparison.bases:
-                gaps = _gaps(runs, places, row, comparison.rows[base])
-                cells[-1] += [_interval(gaps[figure], DIGITS[figure]) for figure in shown]
-    header = ["where", "method", "seeds", *(WORDS[figure] for figure in shown)]
-    header += [f"{WORDS[figure]} − {title}" for title in titles for figure in shown]
-    if len(parts) == 1:
-        header, cells = header[1:], [row[1:] for row in cells]
-    return markdown(header, cells) if cells else NOTHING
+def compared(runs: Runs, grid: Grid, rows: Sequence[Row], by_place: bool = True) -> str:
+    """Return test figures of each row at each place and on average, and less those of the first row."""
+    cells = []
+    for name, places in _parts(grid, by_place):
+        base = _mean([runs.figures(place, *rows[0]) for place in places])
+        for row in rows:
+            found = _mean([runs.figures(place, *row) for place in places])
+            if len(found) > 1 and len(base) > 1:
+                gaps = _gaps(runs, places, row, rows[0])
+                means = [f"{found[figure].mean():.{DIGITS[figure]}f}" for figure in FIGURES]
+                intervals = [
+                    _interval(gaps[figure], DIGITS[figure]) if row != rows[0] else "" for figure in FIGURES
+                ]
+                cells.append([name, label(row), len(found), *means, *intervals])
+    header = ["where", "method", "seeds", *WORDS.values()]
+    header += [f"{word} − {label(rows[0])}" for word in WORDS.values()]
+    return _missing(runs, grid) + markdown(header, cells)
 
 
-def _parts(comparison: Comparison) -> Iterator[tuple[str, Sequence[Place]]]:
-    if comparison.by_place:
-        yield from ((str(place), (place,)) for place in comparison.places)
-    for name, places in (comparison.groups or {}).items():
-        yield f"mean of {len(places)}: {name}", places
+def cut(runs: Runs, grid: Grid) -> str:
+    """Return test accuracy of StructLoRA whole, cut to a quarter by each rule, and the gaps of the cut by openness."""
+    columns = {rule: f"cut.{rule}.quarter.accuracy" for rule in after_training.RULES}
+    cells = []
+    for name, places in _parts(grid):
+        found = _mean([_columns(runs, place, ["test.accuracy", *columns.values()]) for place in places])
+        if len(found) > 1:
+            ours = found[columns["openness"]]
+            gaps = [
+                _interval(ours - found[other], 1)
+                for other in ("test.accuracy", columns["information"], columns["norm"], columns["random"])
+            ]
+            means = [f"{found[column].mean():.1f}" for column in found]
+            cells.append([name, len(found), *means, *gaps])
+    header = ["where", "seeds", "whole", *columns]
+    header += [f"openness − {other}" for other in ("whole", "information", "norm", "random")]
+    return _missing(runs, grid) + markdown(header, cells)
+
+
+def openness(runs: Runs, grid: Grid) -> str:
+    """Return how open StructLoRA's gates are at the end, how they differ, and how two halves of the examples agree."""
+    columns = ["gates.openness", "gates.deviation", "gates.nats"]
+    cells = []
+    for place in grid.places:
+        found = _columns(runs, place, columns)
+        halves = _columns(runs, place, ["halves"], "halves")["halves"]
+        if len(found):
+            means = [
+                f"{found[column].mean():.{digits}f}"
+                for column, digits in zip(columns, (2, 3, 0), strict=True)
+            ]
+            cells.append([place, len(found), *means, f"{halves.mean():.2f}" if len(halves) else ""])
+    header = [
+        "where",
+        "seeds",
+        "mean openness",
+        "deviation between directions",
+        "nats",
+        "rank correlation of halves",
+    ]
+    return _missing(runs, grid) + markdown(header, cells)
+
+
+def primary(runs: Runs) -> str:
+    """Return the primary endpoint as a sentence: NLL of StructLoRA less that of the best rival, at 15 and 50 epochs."""
+    places = [place for n in PRIMARY for place in GRIDS["main"].groups[f"{n} epochs"]]
+    nlls = {name: _mean([runs.figures(place, name) for place in places])["nll"] for name in (OURS, *RIVALS)}
+    if any(len(nll) < len(places[0].seeds) for nll in nlls.values()):
+        return "Runs of the grid `main` are missing.\n"
+    best = min(RIVALS, key=lambda name: nlls[name].mean())
+    gap = _interval(_gaps(runs, places, (OURS, "test"), (best, "test"))["nll"], 3)
+    return f"Test NLL of StructLoRA less that of {label((best, 'test'))}, the best rival: {gap}.\n"
+
+
+def _parts(grid: Grid, by_place: bool = True) -> Iterator[tuple[str, Sequence[Place]]]:
+    for name, places in grid.groups.items():
+        if by_place:
+            yield from ((str(place), (place,)) for place in places)
+        if len(places) > 1:
+            yield f"mean of {len(places)}: {name}", places
+
+
+def _missing(runs: Runs, grid: Grid) -> str:
+    cells = runs.cells(grid)
+    missing = sum(cell not in runs.done for cell in cells)
+    return f"{missing} of {len(cells)} runs are missing.\n\n" if missing else ""
+
+
+def _columns(runs: Runs, place: Place, columns: list[str], method: str = OURS) -> pd.DataFrame:
+    """Return columns of a method's runs by seed, of those that have all."""
+    return runs.runs(place, method).reindex(columns=columns).astype(float).dropna()
 
 
 def _gaps(runs: Runs, places: Sequence[Place], row: Row, base: Row) -> pd.DataFrame:
-    """Differences of the figures by seed; over several places, of their mean."""
-    if row == base:
-        return pd.DataFrame(columns=FIGURES, dtype=float)
-    return _mean(
-        [(runs.figures(place, row) - runs.figures(place, base)).dropna(how="all") for place in places]
-    )
+    """Return differences of the figures by seed; over several places, of their mean."""
+    return _mean([(runs.figures(place, *row) - runs.figures(place, *base)).dropna() for place in places])
 
 
 def _mean(figures: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The mean over places. Their seeds are counted anew, in order, and those that all places have are taken."""
+    """Return the mean over places. Their seeds are counted anew, in order, and those that all places have are taken."""
     if len(figures) == 1:
         return figures[0]
-    return (sum(of_place.reset_index(drop=True) for of_place in figures) / len(figures)).dropna(
-        subset=FIGURES[:2]
-    )
-
-
-def _middle(values: pd.Series, digits: int) -> str:
-    """The mean; nothing where a figure was not kept."""
-    return "" if values.isna().any() else f"{values.mean():.{digits}f}"
+    return (sum(of_place.reset_index(drop=True) for of_place in figures) / len(figures)).dropna()
 
 
 def _interval(gaps: pd.Series, digits: int) -> str:
-    """Mean (low to high) of differences over seeds; nothing where there are fewer than two."""
-    gaps = gaps.dropna()
+    """Return mean (low to high) of differences over seeds; nothing where there are fewer than two."""
     if len(gaps) < 2:
         return ""
     middle, reach = gaps.mean(), half_width(gaps)
@@ -102,36 +159,20 @@ def _interval(gaps: pd.Series, digits: int) -> str:
 
 
 def half_width(gaps: Sequence[float]) -> float:
-    """Of the 95 % interval of a mean over seeds, by Student's t."""
+    """Return half the width of the 95 % interval of a mean over seeds, by Student's t."""
     return float(student.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5)
 
 
-def diagnostics(runs: Runs, comparison: Comparison) -> str:
-    """Figures of structure beside the paper's: the mean over places, each over its seeds."""
-    figures = ("relative_drift", "gradient_cosine", "update_cosine", "moved_A_cosine", "first_singular_share")
-    columns = [f"diagnostics.{figure}" for figure in figures]
-    cells = []
-    for row in comparison.rows:
-        found = [runs.runs(place, row).reindex(columns=columns).dropna() for place in comparison.places]
-        if all(map(len, found)):
-            means = sum(of_place.mean() for of_place in found) / len(found)
-            shown = [f"{means[column]:.3f}" for column in columns]
-            cells.append(
-                [label(row), sum(map(len, found)), *shown, PAPER_GRADIENT_COSINE.get(row.method, "")]
-            )
-    header = [
-        "method",
-        "runs",
-        *(figure.replace("_", " ") for figure in figures),
-        "paper's gradient cosine (another quantity)",
-    ]
-    return markdown(header, cells) if cells else NOTHING
-
-
 def cost(measured: dict) -> str:
-    """Step time and peak memory relative to LoRA's, as `benchmarks.cost.overhead` measured them in interleaved rounds: whole
-    steps where there were enough of them, and LoRA's step with what runs around the optimizer's update.
+    """Return step time and peak memory relative to LoRA's, as `benchmarks.cost.overhead` measured them in interleaved
+    rounds: whole steps where there were enough of them, and LoRA's step with what runs around the optimizer's update.
     """
+    names = {
+        "structlora": "StructLoRA",
+        "gates": "StructLoRA without coordinator",
+        "dora": "DoRA",
+        "adalora": "AdaLoRA",
+    }
     cells = []
     for targets, found in measured["adapted"].items():
         for name, ratio in found["step_time_ratio"].items():
@@ -141,29 +182,22 @@ def cost(measured: dict) -> str:
                 whole = whole if found["rounds"] >= ROUNDS else ("", "")
                 added = f"{found['added_ratio'][name]:.3f}x" if name in found["added_ratio"] else ""
                 own = [targets, *whole, added, f"{found['peak_memory_ratio'][name]:.3f}x"]
-                cells.append([label(Row(name)), *own, *PAPER_COST.get(name, ("", ""))])
+                cells.append([names[name], *own, *PAPER_COST.get(name, ("", ""))])
     times = ["step time / LoRA's", "quartiles", "around the update"]
     header = ["method", "adapted", *times, "peak memory / LoRA's", "paper, time", "paper, memory"]
     return markdown(header, cells)
 
 
-def coherence(found: dict[str, dict[str, list[float]]]) -> str:
-    """Cosines over depth by kind, as `benchmarks.quality.coherence` measured them: neighbours, later half, five apart."""
-    if not found:
-        return NOTHING
-    pairs = ("neighbours", "later half", "5 apart")
-    header = ["kind", *(f"{name}, {which}" for name in found for which in pairs)]
-    kinds = next(iter(found.values()))
-    return markdown(
-        header, [[kind, *(f"{x:.3f}" for by_kind in found.values() for x in by_kind[kind])] for kind in kinds]
-    )
-
-
 def label(row: Row) -> str:
-    return row.label or methods.find(row.method).summary
+    method, column = row
+    also = {"test": "", "scaled": ", update times a scalar", "tempered": ", logits over a temperature"}
+    return methods.find(method).summary + also[column]
 
 
 def markdown(header: list[str], rows: Iterable[list]) -> str:
+    """Return a table; nothing without rows."""
+    if not rows:
+        return ""
     as_they_are = {"stralign": None, "disable_numparse": True}
     table = pd.DataFrame([[str(cell) for cell in row] for row in rows], columns=header)
-    return table.to_markdown(index=False, tablefmt="github", **as_they_are)
+    return table.to_markdown(index=False, tablefmt="github", **as_they_are) + "\n"

@@ -11,11 +11,12 @@ import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, one_hot, pad
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -24,9 +25,12 @@ from . import assets, pretrain
 SPLIT_SEED = 0
 
 
+NO_LABEL = -100
+
+
 @dataclass
 class Split:
-    """Inputs by the name of the model's argument, (n, ...), and labels (n,)."""
+    """Inputs by the name of the model's argument, (n, ...), and labels (n,), or (n, s) with `NO_LABEL` where there is none."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -36,6 +40,15 @@ class Split:
 
     def __getitem__(self, chosen: Tensor) -> Split:
         return Split({name: value[chosen] for name, value in self.inputs.items()}, self.labels[chosen])
+
+    @property
+    def label_count(self) -> int:
+        return int((self.labels != NO_LABEL).sum())
+
+    def halves(self) -> tuple[Split, Split]:
+        """Return the first and the second half, with as many of each class in both."""
+        first, second = torch.arange(len(self)).tensor_split(2)
+        return self[first], self[second]
 
 
 @dataclass
@@ -48,10 +61,9 @@ class Task:
         build (`Callable`): () -> the frozen backbone with a new head, drawn from torch's global generator.
         head (`str`, *optional*): name of the head, trained in full; None where the backbone's own answers.
         targets (`tuple[str, ...]`): modules that are adapted.
-        steps (`int`), batch (`int`): length of a run: where twice as long no longer raises LoRA's validation accuracy by more
-            than noise.
-        noise (`float`): share of training labels replaced by random ones.
+        batch (`int`): examples of a step.
         diagnosed (`bool`): whether the figures of structure are kept (minutes, on a large model).
+        steps (`int`): length of a run, which `find` sets.
     """
 
     summary: str
@@ -59,28 +71,23 @@ class Task:
     build: Callable[[], nn.Module]
     head: str | None = "classifier"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    steps: int = 150
-    batch: int = 16
-    noise: float = 0.0
+    batch: int = 8
     diagnosed: bool = True
+    steps: int = 0
 
     def training_examples(self, count: int, seed: int) -> Split:
-        """`count` examples of the pool, as many of each class as can be, with this task's share of random labels."""
+        """Return `count` examples of the pool, as many of each class as can be."""
         pool, _, _ = self.load()
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(pool), generator=generator)
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
         labels = pool.labels[order]
+        if labels.dim() > 1:
+            return pool[order[:count]]
         # An example's place within its class; taking the lowest places balances the classes.
-        one_hot = torch.nn.functional.one_hot(labels)
-        place = one_hot.cumsum(0).gather(1, labels[:, None])[:, 0]
-        chosen = pool[order[place.argsort(stable=True)[:count]]]
-        noisy = torch.rand(count, generator=generator) < self.noise
-        other = torch.randint(int(pool.labels.max()) + 1, (count,), generator=generator)
-        chosen.labels = torch.where(noisy, other, chosen.labels)
-        return chosen
+        place = one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
+        return pool[order[place.argsort(stable=True)[:count]]]
 
     def batches(self, count: int, seed: int) -> list[Tensor]:
-        """Indices of each step's examples: epochs in random order, one after the other."""
+        """Return indices of each step's examples: epochs in random order, one after the other."""
         generator = torch.Generator().manual_seed(seed + 1_000_000)
         epochs = -(-self.steps * self.batch // count)
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
@@ -178,11 +185,6 @@ class MiniLM(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def _text(kind: str, summary: str, targets: tuple[str, ...] = ("query", "value")) -> Task:
-    load = functools.partial(_sentences, kind)
-    return Task(summary, load, MiniLM, targets=targets, steps=60, batch=8)
-
-
 LONGEST = 120  # characters of a sentence that the chat model reads
 
 
@@ -198,14 +200,17 @@ def rated_prompts(kind: str) -> list[tuple[str, str]]:
     return found
 
 
+ANSWERS = (" negative", " positive")  # by label
+
+
 @functools.cache
-def _reviews(tested: int = 400) -> tuple[Split, Split, Split]:
-    found = rated_prompts("movie")[: 1050 + tested]
+def _reviews() -> tuple[Split, Split, Split]:
+    found = rated_prompts("movie")[:1450]
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm(), padding_side="left")
     encoded = tokenizer([prompt for prompt, _ in found], padding=True, return_tensors="pt")
     labels = torch.tensor([ANSWERS.index(answer) for _, answer in found])
     whole = Split({name: encoded[name] for name in ("input_ids", "attention_mask")}, labels)
-    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, tested])]
+    parts = [whole[part] for part in torch.arange(len(labels)).split([1000, 50, 400])]
     # Held-out sentences by length: less padding to compute.
     return (
         parts[0],
@@ -213,92 +218,140 @@ def _reviews(tested: int = 400) -> tuple[Split, Split, Split]:
     )
 
 
-ANSWERS = (" negative", " positive")  # by label
+def _answer_ids() -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
+    return [tokenizer(answer).input_ids[0] for answer in ANSWERS]
+
+
+class Phonemes(NamedTuple):
+    """Words with their phonemes, token by token.
+
+    Args:
+        splits (`tuple[Split, ...]`): prompts with all but the last token of the answer, padded on the left, and labels
+            (n, longest answer), which end where the answers end.
+        tokens (`list[int]`): of the answers, by label.
+        longest (`int`): tokens of an answer.
+    """
+
+    splits: tuple[Split, Split, Split]
+    tokens: list[int]
+    longest: int
+
+
+@functools.cache
+def _phonemes() -> Phonemes:
+    """How words are pronounced, without stress: 'Word: l e t t e r' -> ' L EH T ER'."""
+    known = assets.pronunciations()
+    words = random.Random(SPLIT_SEED).sample([word for word in known if 3 <= len(word) <= 10], 1300)
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
+    prompts = [tokenizer(f"Word: {' '.join(word)}\nPhonemes:").input_ids for word in words]
+    spoken = [" " + " ".join(phoneme.rstrip("012") for phoneme in known[word]) for word in words]
+    answers = [[*tokenizer(answer).input_ids, tokenizer.eos_token_id] for answer in spoken]
+    tokens = sorted({token for answer in answers for token in answer})
+    inputs = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in zip(prompts, answers, strict=True)]
+    labels = [torch.tensor([tokens.index(token) for token in answer]) for answer in answers]
+    split = Split(
+        {
+            "input_ids": _left_padded(inputs, tokenizer.eos_token_id),
+            "attention_mask": _left_padded([torch.ones_like(ids) for ids in inputs], 0),
+        },
+        _left_padded(labels, NO_LABEL),
+    )
+    parts = tuple(split[part] for part in torch.arange(len(words)).split([1000, 100, 200]))
+    return Phonemes(parts, tokens, split.labels.shape[1])
+
+
+def _left_padded(rows: list[Tensor], value: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.stack([pad(row, (longest - len(row), 0), value=value) for row in rows])
 
 
 class SmolLM(nn.Module):
-    """SmolLM2-135M-Instruct that answers with one of two words. The loss is of this word among all words."""
+    """SmolLM2-135M-Instruct that answers with some tokens alone. The loss is of these among all tokens.
 
-    def __init__(self, classes: int = 2):
+    Args:
+        answers (`list[int]`): ids of the tokens, by label.
+        longest (`int`): tokens of an answer, which the input ends with; logits are (n, classes) where it is 1, else
+            (n, longest, classes).
+    """
+
+    def __init__(self, answers: list[int], longest: int = 1):
         super().__init__()
         self.body = AutoModelForCausalLM.from_pretrained(assets.smollm(), dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(assets.smollm())
-        self.register_buffer("answers", torch.tensor([tokenizer(answer).input_ids[0] for answer in ANSWERS]))
+        self.register_buffer("answers", torch.tensor(answers))
+        self.longest = longest
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None):
-        longest = int(attention_mask.sum(1).max())  # padded on the left
-        input_ids, attention_mask = input_ids[:, -longest:], attention_mask[:, -longest:]
+        width = int(attention_mask.sum(1).max())  # padded on the left
+        input_ids, attention_mask = input_ids[:, -width:], attention_mask[:, -width:]
         logits = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=1, use_cache=False
-        ).logits[:, -1]
-        loss = None if labels is None else cross_entropy(logits, self.answers[labels])
-        return SequenceClassifierOutput(loss=loss, logits=logits[:, self.answers])
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=self.longest,
+            use_cache=False,
+        ).logits
+        logits = logits[:, -1] if self.longest == 1 else logits
+        loss = None
+        if labels is not None:
+            counts = labels != NO_LABEL
+            loss = cross_entropy(logits[counts], self.answers[labels[counts]])
+        return SequenceClassifierOutput(loss=loss, logits=logits[..., self.answers])
 
 
 # Every linear module of a block.
 _VIT_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+_MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 CHAT_LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj")
 
 
-def _chat(summary: str, load: Callable[[], tuple[Split, Split, Split]]) -> Task:
-    return Task(summary, load, SmolLM, head=None, targets=CHAT_LINEAR, steps=40, batch=8, diagnosed=False)
-
-
-_MINILM_LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-
-
 TASKS = {
-    "digits": Task(
-        "handwritten digits, ViT pre-trained on six classes of clothes", _digits, vit, steps=200, batch=32
-    ),
-    "fashion": Task("all ten classes of Fashion-MNIST, four of them new, same ViT", _fashion, vit),
-    "fashion-long": Task("the same for four times as many steps", _fashion, vit, steps=600),
-    "noisy-fashion": Task("all ten classes with 40 % of training labels random", _fashion, vit, noise=0.4),
-    "movie": _text("movie", "sentiment of film-review sentences, MiniLM"),
-    "tweet": _text("tweet", "sentiment of tweets, MiniLM"),
-    "product": _text("product", "sentiment of product-review sentences, MiniLM"),
     "digits-all": Task(
-        "digits, all linear modules adapted", _digits, vit, targets=_VIT_LINEAR, steps=200, batch=32
+        "handwritten digits, ViT pre-trained on six classes of clothes",
+        _digits,
+        vit,
+        targets=_VIT_LINEAR,
+        batch=32,
     ),
-    "fashion-all": Task("all ten classes, all linear modules adapted", _fashion, vit, targets=_VIT_LINEAR),
-    "smollm-reviews": _chat(
-        "sentiment of film-review sentences, SmolLM2-135M-Instruct in a plain loop, all linear modules adapted",
-        _reviews,
+    "fashion-all": Task(
+        "all ten classes of Fashion-MNIST, four of them new, same ViT",
+        _fashion,
+        vit,
+        targets=_VIT_LINEAR,
+        batch=16,
     ),
-    "smollm-reviews-large": _chat("the same, tested on 2,000 sentences", functools.partial(_reviews, 2000)),
-    "movie-all": _text("movie", "film reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
+    "movie-all": Task(
+        "sentiment of film-review sentences, MiniLM",
+        functools.partial(_sentences, "movie"),
+        MiniLM,
+        targets=_MINILM_LINEAR,
+    ),
     "words-all": Task(
-        "syllables of a word, spelled letter by letter, MiniLM, all linear modules adapted",
+        "syllables of a word, spelled letter by letter, MiniLM",
         _words,
         functools.partial(MiniLM, SYLLABLES),
         targets=_MINILM_LINEAR,
-        steps=60,
-        batch=8,
     ),
-    "product-all": _text("product", "product reviews, MiniLM, all linear modules adapted", _MINILM_LINEAR),
+    "smollm-reviews": Task(
+        "sentiment of film-review sentences, SmolLM2-135M-Instruct",
+        _reviews,
+        lambda: SmolLM(_answer_ids()),
+        head=None,
+        targets=CHAT_LINEAR,
+        diagnosed=False,
+    ),
+    "smollm-phonemes": Task(
+        "phonemes of a word, written out, SmolLM2-135M-Instruct; accuracy of each token given those before",
+        lambda: _phonemes().splits,
+        lambda: SmolLM(_phonemes().tokens, _phonemes().longest),
+        head=None,
+        targets=CHAT_LINEAR,
+        diagnosed=False,
+    ),
 }
-
-AT_PASSES = "@"  # digits-all@15: the task in 15 passes over its examples
-
-
-def base_of(name: str) -> str:
-    """The task's name without its passes."""
-    return name.partition(AT_PASSES)[0]
-
-
-def steps_of(name: str, examples: int, batch: int, otherwise: int) -> int:
-    """Length of a run, which the passes in the task's name say, where it has some."""
-    passes = name.partition(AT_PASSES)[2]
-    return round(int(passes) * examples / batch) if passes else otherwise
-
-
-def passes_of(name: str, examples: int) -> float:
-    """Passes of a run over its examples: those in the task's name, or what its steps make."""
-    passes, task = name.partition(AT_PASSES)[2], TASKS[base_of(name)]
-    return float(passes) if passes else task.steps * task.batch / examples
 
 
 def find(name: str, examples: int) -> Task:
-    """The task of that name, as long as it says."""
-    task = TASKS[base_of(name)]
-    return replace(task, steps=steps_of(name, examples, task.batch, task.steps))
+    """Return the task of a name such as 'digits-all@15', with the steps of so many epochs over its examples."""
+    base, _, epochs = name.partition("@")
+    task = TASKS[base]
+    return replace(task, steps=max(1, round(int(epochs) * examples / task.batch)))

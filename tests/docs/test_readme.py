@@ -49,7 +49,7 @@ def test_commands_take_the_arguments_that_the_pages_give_them(command, capsys):
         assert all(re.search(rf"{option}\b", known) for option in options), line
 
 
-PAGE_OF_RUNS = "benchmarks/quality/README.md"  # which docs/benchmarks.md includes
+PAGE_OF_RUNS = "docs/benchmarks.md"
 WITH_FIGURES = [
     (line, anchor)
     for text in (README, (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"))

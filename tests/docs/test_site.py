@@ -74,7 +74,7 @@ def test_reference_names_everything_public(site):
     assert not public - anchors
 
 
-@pytest.mark.parametrize("page, pictures", [("index", 1), ("how-it-works", 1), ("benchmarks", 1)])
+@pytest.mark.parametrize("page, pictures", [("index", 1), ("how-it-works", 1)])
 def test_pages_show_their_pictures(site, page, pictures, tmp_path):
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
