@@ -56,7 +56,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from structlora_trl import Runtime, attach
+from structlora_trl import Runtime
 from structlora_trl.engines.slicing import Exchange
 
 from . import scale
@@ -69,6 +69,7 @@ from .overhead import (
     TARGETS,
     TOKENS,
     adapter_of,
+    attached,
     progress,
     quartiles,
 )
@@ -184,7 +185,7 @@ class Trainee:
         model = get_peft_model(LlamaForCausalLM(config), adapter_of("lora", TARGETS["q+v"])).train()
         self.batch = torch.randint(config.vocab_size, (batch, tokens))
         self.model, self.optimizer = wrap(model, engine, batch)
-        self.runtime = attach(self.model, self.optimizer, OURS[method]) if method in OURS else None
+        self.runtime = attached(self.model, self.optimizer, method, batch * dist.get_world_size())
 
     def step(self) -> dict[str, float]:
         """One training step; seconds by each clock."""

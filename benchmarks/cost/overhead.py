@@ -6,7 +6,7 @@
 
 Each prints one JSON line; progress goes to stderr. How it measures:
 
-* Weights are random, since neither time nor memory depends on them: nothing is downloaded. Gates have noise throughout.
+* Weights are random, since neither time nor memory depends on them: nothing is downloaded. Gates act throughout.
 * Query and value are adapted, as in the paper, and then all linear modules, in a short step of 360 tokens; and all linear
   modules in one of 2,048, with LoRA and StructLoRA alone.
 * Time: every round takes one step of each method, in an order shuffled anew, and ratios are taken within a round; their
@@ -53,15 +53,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structlora_trl import Runtime, StructLoRAConfig, attach
+from structlora_trl.core.gates import Forward
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import Kind
 from structlora_trl.core.mapping import mapped_sides
 from structlora_trl.engines import TorchEngine
+from structlora_trl.gating import Gating
 from structlora_trl.runtime import Plan
 from structlora_trl.state import State
 
 # name -> options of StructLoRA
-OURS = {"structlora": {"noise": "on"}, "gates": {"noise": "on", "coordinator": "none"}}
+OURS = {"structlora": {}, "gates": {"coordinator": "none"}}
+EXAMPLES = 1000  # of a run, which set the price of what gates let through: no figure depends on them
 METHODS = ("lora", *OURS, "dora", "adalora")
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -222,6 +225,15 @@ class HookTimer:
 # --- the methods on one model --------------------------------------------------------------------------------------
 
 
+def attached(
+    model: nn.Module, optimizer: torch.optim.Optimizer, method: str, batch_size: int
+) -> Runtime | None:
+    """Return the runtime of a method of `OURS`; None of others."""
+    if method not in OURS:
+        return None
+    return attach(model, optimizer, OURS[method], examples=EXAMPLES, batch_size=batch_size)
+
+
 class Trainee:
     """A model, one of the methods on it, and the loop that trains it."""
 
@@ -238,7 +250,7 @@ class Trainee:
         self.autocast = torch.autocast(device.type, workload.dtype if half else None, enabled=half)
         self.clock = clock
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
-        self.runtime = attach(self.model, self.optimizer, OURS[method]) if method in OURS else None
+        self.runtime = attached(self.model, self.optimizer, method, workload.batch)
         self.hooks = HookTimer(self.optimizer, clock)
         self.allocates, self.steps = method == "adalora", 0
 
@@ -474,9 +486,9 @@ def map_cost(stack: Stack, device: torch.device, clock: Clock) -> dict:
     kinds = [build_kind(stack, name, device) for name in stack.widths]
     parameters = [p for kind in kinds for p in (*kind.A, *kind.B)]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
-    runtime = Runtime(
-        Plan(Factors(parameters), kinds, StructLoRAConfig(), TorchEngine(optimizer, kinds), align=True)
-    )
+    engine = TorchEngine(optimizer, kinds)
+    ungated = Gating([], None, engine, Forward())  # gates are in no optimizer step's map
+    runtime = Runtime(Plan(Factors(parameters), kinds, StructLoRAConfig(), engine, ungated, align=True))
     for m in runtime.maps:
         m.graph.redraw_every = NEVER  # the edges are drawn here, and timed apart
     hooks = HookTimer(optimizer, clock)

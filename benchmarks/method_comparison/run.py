@@ -2,7 +2,7 @@
 
     git clone https://github.com/huggingface/peft && git -C peft checkout 5d602fdbff04c33c1c4de55cda9d4ae1d7cb7e40
     pip install -r peft/method_comparison/MetaMathQA/requirements.txt
-    python -m benchmarks.method_comparison.run peft/method_comparison/MetaMathQA lora/llama-3.2-3B-rank32 noise=on
+    python -m benchmarks.method_comparison.run peft/method_comparison/MetaMathQA lora/llama-3.2-3B-rank32 beta=0.5
     python -m benchmarks.method_comparison.run peft/method_comparison/image-gen lora/flux2-klein-default
 
 The suite's own script does everything: data, model, training loop, evaluation, timing and the result file. This one copies the
@@ -53,16 +53,28 @@ def copy_experiment(suite: Path, name: str, config: StructLoRAConfig) -> str:
     return str(target)
 
 
-def attach_to(run: ModuleType, config: StructLoRAConfig) -> None:
-    """Let the suite's script train StructLoRA: what it calls for an optimizer attaches it as well."""
-    build = run.get_optimizer_and_scheduler
+def attach_to(run: ModuleType, config: StructLoRAConfig, labels: float) -> None:
+    """Let the suite's script train StructLoRA: what it calls for an optimizer attaches it as well.
 
-    def get_optimizer_and_scheduler(model, **options):
-        optimizer, scheduler = build(model, **options)
-        print(attach(model, optimizer, config), file=sys.stderr)
+    Args:
+        run (`ModuleType`): the suite's script.
+        config (`StructLoRAConfig`): the options.
+        labels (`float`): of a row, since the loss is a mean over them.
+    """
+    build, train, batch = run.get_optimizer_and_scheduler, run.train, []
+
+    def train_in_batches(**given):
+        batch.append(given["batch_size"] * labels)
+        return train(**given)
+
+    def get_optimizer_and_scheduler(model, *, max_steps, **options):
+        optimizer, scheduler = build(model, max_steps=max_steps, **options)
+        # A run sees less than its data once, so that N is what it sees.
+        runtime = attach(model, optimizer, config, examples=max_steps * batch[-1], batch_size=batch[-1])
+        print(runtime, file=sys.stderr)
         return optimizer, scheduler
 
-    run.get_optimizer_and_scheduler = get_optimizer_and_scheduler
+    run.train, run.get_optimizer_and_scheduler = train_in_batches, get_optimizer_and_scheduler
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,6 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("suite", type=Path, help="folder of the suite, in a checkout of PEFT")
     parser.add_argument("experiment", help="a LoRA experiment of the suite")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of StructLoRA")
+    parser.add_argument(
+        "--labels",
+        type=float,
+        default=200,
+        help="tokens of a row, which the loss is a mean of (default: 200)",
+    )
     parser.add_argument(
         "--clean", action="store_true", help="delete the trained adapter, as the suite's flag does"
     )
@@ -86,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = importlib.import_module("run")
     # Its script sets it under __main__.
     run.print_verbose = lambda *text, **how: print(*text, **{**how, "file": sys.stderr})
-    attach_to(run, config)
+    attach_to(run, config, given.labels)
     name = run.validate_experiment_path(experiment)
     run.main(path_experiment=experiment, experiment_name=name, clean=given.clean, bucket_name=None)
 

@@ -10,13 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.method_comparison import run
 from benchmarks.method_comparison.run import PINNED, copy_experiment
-from structlora_trl import StructLoRAConfig
+from structlora_trl import StructLoRAConfig, attach
 from tests.support.launching import ROOT
+from tests.support.tiny import peft_model
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +53,7 @@ known = {"meta-math/MetaMathQA": math, "openai/gsm8k": DatasetDict(train=school,
 datasets.load_dataset = lambda name, *_, **__: known.get(name, wiki)
 
 from benchmarks.method_comparison.run import main
-main([sys.argv[1], "lora/tiny", "noise_variance=0.5", "--clean"])
+main([sys.argv[1], "lora/tiny", "beta=0.5", "--clean"])
 """
 
 
@@ -71,13 +75,33 @@ def test_experiment_is_copied_with_its_options(tmp_path):
     lora = tmp_path / "experiments" / "lora" / "tiny"
     lora.mkdir(parents=True)
     (lora / "adapter_config.json").write_text("{}")
-    path = tmp_path / copy_experiment(tmp_path, "lora/tiny", StructLoRAConfig(noise_variance=0.5))
+    path = tmp_path / copy_experiment(tmp_path, "lora/tiny", StructLoRAConfig(beta=0.5))
     assert (
         path.parts[-3:] == ("experiments", "structlora", "tiny") and (path / "adapter_config.json").is_file()
     )
-    assert json.loads((path / "structlora.json").read_text())["noise_variance"] == 0.5
+    assert json.loads((path / "structlora.json").read_text())["beta"] == 0.5
     with pytest.raises(SystemExit, match=r"No experiment .*missing.*: tiny"):
         copy_experiment(tmp_path, "lora/missing", StructLoRAConfig())
+
+
+def test_the_suites_script_attaches_with_what_its_run_will_see(monkeypatch):
+    """On a script that has the suite's two functions, which no release of PEFT has."""
+    model = peft_model("llama", "fresh", rank=2)
+    found = []
+
+    def get_optimizer_and_scheduler(model, *, max_steps, lr):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr), None
+
+    def train(*, model, max_steps, batch_size):
+        return script.get_optimizer_and_scheduler(model, max_steps=max_steps, lr=1e-3)
+
+    script = types.SimpleNamespace(train=train, get_optimizer_and_scheduler=get_optimizer_and_scheduler)
+    monkeypatch.setattr(run, "attach", lambda *given, **data: found.append((attach(*given, **data), data)))
+    run.attach_to(script, StructLoRAConfig(beta=0.5), labels=100)
+    script.train(model=model, max_steps=50, batch_size=4)
+    ((runtime, data),) = found
+    assert data == {"examples": 20_000, "batch_size": 400} and runtime.config.beta == 0.5
+    runtime.detach()
 
 
 @pytest.mark.skipif(
