@@ -41,7 +41,7 @@ FORMAT = 6  # those before it were never released
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act
 # on nothing. (`side` and `roles` are compared by the sides they resolve to.) All others may change on resume, and act
 # from there on.
-SHAPING = ("keep", "align_init", "coordinator", "coordinator_layers", "edges")
+SHAPING = ("keep", "gate_openness", "align_init", "coordinator", "coordinator_layers", "edges")
 _START_ANEW = (
     "to start StructLoRA from this adapter's weights, load it with `PeftModel.from_pretrained(..., is_trainable=True)` and "
     "train without `resume_from_checkpoint`"

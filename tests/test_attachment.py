@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, lora
-from tests.support.tiny import adamw, base_model, logits_of, peft_model, train, warm_up
+from tests.support.tiny import DATA, adamw, base_model, logits_of, peft_model, train, warm_up
 
 SERVED = ("LORA", "VERA")
 # What a type's configuration needs on the tiny model, where its defaults do not fit.
@@ -46,9 +46,9 @@ def test_every_type_of_peft_is_served_or_refused_by_name(name):
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     if name not in SERVED:
         with pytest.raises(StructLoRAError, match=f"PEFT type {name}.*`LoraConfig`"):
-            attach(model, optimizer)
+            attach(model, optimizer, **DATA)
         return
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 2)
     assert runtime.step == 2
 
@@ -60,7 +60,7 @@ def test_a_start_that_moves_the_base_is_told(name, caplog):
     (row,) = (row for row in SETUPS["Adapters"] if row.name == name)
     skip_without(row.needs)
     model = row.model()
-    attach(model, adamw(model))
+    attach(model, adamw(model), **DATA)
     assert ("path_initial_model_for_weight_conversion" in caplog.text) is (name in NOT_REPEATED + REPEATED)
     assert ("PEFT does not repeat" in caplog.text) is (name in NOT_REPEATED)
     assert ("PEFT repeats the move" in caplog.text) is (name in [*REPEATED, "LoftQ"])
@@ -69,7 +69,7 @@ def test_a_start_that_moves_the_base_is_told(name, caplog):
 
 def test_directions_to_spare_are_told(caplog):
     model = peft_model(rank=20)
-    attach(model, adamw(model))
+    attach(model, adamw(model), **DATA)
     assert re.search("v_proj .rank 20, width 16.", caplog.text) and "q_proj" not in caplog.text
 
 
@@ -84,7 +84,7 @@ def test_a_start_that_moved_the_base_is_converted_as_told(name, tmp_path):
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = start
     optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 3)
     runtime.detach()
     expected = logits_of(model, "llama")
@@ -101,7 +101,7 @@ def test_monteclora_acts_and_saves_what_is_evaluated(tmp_path):
     config = lora(monteclora_config=peft.MontecloraConfig())
     model = get_peft_model(base_model("llama"), config)
     optimizer = adamw(model)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 3)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path)
@@ -127,7 +127,7 @@ def test_a_fresh_adapter_starts_with_one_A_per_kind_and_the_log_tells(start, opt
         warm_up(model)
     copy = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name}
     caplog.set_level(logging.INFO, "structlora_trl")
-    runtime = attach(model, adamw(model), **options)
+    runtime = attach(model, adamw(model), **options, **DATA)
     changed = any(not torch.equal(p, copy[name]) for name, p in model.named_parameters() if name in copy)
     assert changed is told
     for kind in runtime.kinds:
@@ -139,23 +139,23 @@ def test_a_fresh_adapter_starts_with_one_A_per_kind_and_the_log_tells(start, opt
 def test_kinds_of_unknown_role_are_named_where_depths_are_compared():
     (row,) = (row for row in SETUPS["Adapters"] if "unknown role" in row.name)
     model = row.model()
-    runtime = attach(model, row.optimizer(model), row.method)
-    assert "not coordinated (role unknown, see `roles`): blocks.*.mixing" in repr(runtime)
+    runtime = attach(model, row.optimizer(model), row.method, **DATA)
+    assert "not coordinated (role unknown, see `roles`): mixing" in repr(runtime)
     coordinated = {m.kind.name: bool(m.coordinators) for m in runtime.maps}
     assert coordinated == {"blocks.*.fc1": True, "blocks.*.mixing": False, "blocks.*.fc2": True}
     runtime.detach()
-    runtime = attach(model, row.optimizer(model), {**row.method, "roles": {"mixing": "read"}})
+    runtime = attach(model, row.optimizer(model), {**row.method, "roles": {"mixing": "read"}}, **DATA)
     assert "not coordinated" not in repr(runtime)
 
 
 def test_options_are_read_as_the_callback_reads_them(tmp_path):
     file, model = tmp_path / "run.yaml", peft_model()
-    file.write_text("structlora: {noise_variance: 0.7}")
+    file.write_text("structlora: {beta: 0.7}")
     optimizer = adamw(model)
     with pytest.raises(StructLoRAError, match="leave the call of `attach` out"):
-        attach(model, optimizer, False)
-    config = attach(model, optimizer, file, edges="adjacency").config  # nothing was left behind
-    assert config == StructLoRAConfig(noise_variance=0.7, edges="adjacency")
+        attach(model, optimizer, False, **DATA)
+    config = attach(model, optimizer, file, edges="adjacency", **DATA).config  # nothing was left behind
+    assert config == StructLoRAConfig(beta=0.7, edges="adjacency")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_options_are_read_as_the_callback_reads_them(tmp_path):
 def test_arguments_of_other_types_are_refused_by_name(arguments, named):
     model = peft_model()
     with pytest.raises(StructLoRAError, match=named):
-        attach(*arguments(model, adamw(model)))
+        attach(*arguments(model, adamw(model)), **DATA)
 
 
 def unsloth_forward(self, x):
@@ -200,15 +200,32 @@ def test_modules_that_unsloths_kernels_compute_have_no_gate(how):
     fuse, count = UNSLOTH[how]
     model = peft_model()
     fuse(model.base_model.model.model.layers[0].self_attn)
-    runtime = attach(model, adamw(model), passes=50)
+    runtime = attach(model, adamw(model), **DATA)
     gated = sum(len(kind.modules) for kind in runtime.kinds) - count
-    assert (runtime.plan.quiet, runtime.gated_count) == ({"fused LoRA kernels": count}, gated)
-    with pytest.raises(StructLoRAError, match="switch fused LoRA kernels off"):
-        attach(model, adamw(model), noise="on")
+    assert (runtime.plan.quiet, len(runtime.gating)) == ({"fused LoRA kernels": count}, gated)
 
 
-def test_a_variance_that_acts_on_nothing_is_told(caplog):
-    """In a loop of one's own, the passes are unknown where they are not given."""
+GIVEN = "in a run with gates.*`attach.model, optimizer, examples=len.dataset., batch_size=16.`.*`gates='off'`"
+# What a loop says of its data, and options -> what the error names; None where it is served
+OF_A_LOOP = {
+    "nothing": ({}, {}, f"examples=None {GIVEN}"),
+    "no batch": ({"examples": 64}, {}, f"batch_size=None {GIVEN}"),
+    "no examples": ({"batch_size": 8}, {}, f"examples=None {GIVEN}"),
+    "none of them": ({"examples": 0, "batch_size": 8}, {}, f"examples=0 {GIVEN}"),
+    "no number": ({"examples": True, "batch_size": 8}, {}, f"examples=True {GIVEN}"),
+    "endless": ({"examples": float("inf"), "batch_size": 8}, {}, f"examples=inf {GIVEN}"),
+    "more at once than there are": ({"examples": 8, "batch_size": 16}, {}, "batch_size=16 and examples=8"),
+    "all at once": ({"examples": 16, "batch_size": 16}, {}, None),
+    "without gates": ({}, {"gates": "off"}, None),
+}
+
+
+@pytest.mark.parametrize("case", OF_A_LOOP)
+def test_a_loop_says_how_many_examples_it_has(case):
+    data, options, named = OF_A_LOOP[case]
     model = peft_model()
-    attach(model, adamw(model), noise_variance=0.5)
-    assert "`noise_variance` acts on nothing" in caplog.text and "`passes`" in caplog.text
+    if named is None:
+        assert bool(attach(model, adamw(model), **data, **options).gating) is (not options)
+        return
+    with pytest.raises(StructLoRAError, match=f"found {named}"):
+        attach(model, adamw(model), **data, **options)

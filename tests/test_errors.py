@@ -18,7 +18,7 @@ from structlora_trl.errors import refuse_unwritable
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
 from tests.support.launching import said_by
-from tests.support.tiny import FAMILIES, adamw, attached, peft_model, train
+from tests.support.tiny import DATA, FAMILIES, adamw, attached, peft_model, train
 
 
 def lora(model, **options):
@@ -98,7 +98,6 @@ CASES = {
     "lora_B tied by hand": (lambda: tied("lora_B", False), {}, "in one memory.*untie"),
     "alpha of zero": (lambda: peft_model(lora_alpha=0), {}, "lora_alpha=0.*set `lora_alpha`"),
     "a rank above every width": (lambda: peft_model(rank=64), {}, "rank 64, above the width.*lower `r`"),
-    "nothing for noise": (lambda: peft_model(init="vera"), {"noise": "on"}, "noise='on'.*VeRA"),
     "directions not at zero": (
         lambda: peft_model(init="pissa"),
         {"keep": 0.5, "select_at": 10},
@@ -114,14 +113,14 @@ def test_bad_models_are_refused(case):
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(StructLoRAError, match=f"(?s)StructLoRA found .*{message}"):
-        attach(model, optimizer, **options)
+        attach(model, optimizer, **options, **DATA)
     assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_attaching_twice():
     model, optimizer, _ = attached()
     with pytest.raises(StructLoRAError, match="already attached"):
-        attach(model, optimizer)
+        attach(model, optimizer, **DATA)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["dropped gradients", "kept gradients"])
@@ -141,7 +140,7 @@ def test_parameters_replaced_after_attaching(kept):
 def test_an_adapter_made_anew_under_the_same_name():
     model = peft_model()
     optimizer, config = adamw(model), model.peft_config["default"]
-    attach(model, optimizer)
+    attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 1)
     model.add_adapter("other", config)
     model.set_adapter("other")
@@ -171,10 +170,10 @@ def test_a_failed_attachment_leaves_nothing_behind():
     model = peft_model()
     optimizer = adamw(model)
     with pytest.raises(ZeroDivisionError):
-        attach(model, optimizer, parts=Parts(graph=Broken.over_depth))
+        attach(model, optimizer, parts=Parts(graph=Broken.over_depth), **DATA)
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
     assert "step" not in vars(optimizer)
-    attach(model, optimizer)
+    attach(model, optimizer, **DATA)
 
 
 class Unhooked(torch.optim.Optimizer):
@@ -190,7 +189,7 @@ class Unhooked(torch.optim.Optimizer):
 def test_optimizers_that_run_no_hooks():
     model = peft_model()
     with pytest.raises(StructLoRAError, match="Unhooked"):
-        attach(model, Unhooked(adamw(model)))
+        attach(model, Unhooked(adamw(model)), **DATA)
 
 
 def test_two_callbacks(tmp_path):
@@ -239,7 +238,7 @@ def test_distributed_launches_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(StructLoRAError, match="2 processes.*DDP"):
-        attach(model, adamw(model))
+        attach(model, adamw(model), **DATA)
 
 
 # case -> names that the message holds

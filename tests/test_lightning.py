@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structlora_trl import attach
-from tests.support.tiny import FAMILIES, adamw, assert_same, attached, peft_model, train, weights_of
+from tests.support.tiny import DATA, FAMILIES, adamw, assert_same, attached, peft_model, train, weights_of
 
 lightning = pytest.importorskip("lightning")
 
@@ -19,7 +19,7 @@ def assert_equals_a_bare_loop(runtime, steps, autocast=None):
     model, optimizer, other = attached()
     train(model, "llama", optimizer, steps, autocast=autocast)
     state = runtime.state_dict()
-    assert runtime.step == steps and runtime.gated_count == other.gated_count
+    assert runtime.step == steps and len(runtime.gating) == len(other.gating)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
 
@@ -29,7 +29,7 @@ def test_fabric(precision, autocast):
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
     model = peft_model()
     model, optimizer = fabric.setup(model, adamw(model))
-    runtime = attach(model, optimizer, passes=50)
+    runtime = attach(model, optimizer, **DATA)
     model.train()
     for seed in range(3):
         torch.manual_seed(seed)  # as the bare loop
@@ -56,7 +56,7 @@ class Module(lightning.LightningModule):
         return adamw(self.model)
 
     def on_fit_start(self):
-        self.runtime = attach(self.model, self.optimizers(), passes=50)
+        self.runtime = attach(self.model, self.optimizers(), **DATA)
 
 
 class Resumable(Module):
@@ -64,7 +64,7 @@ class Resumable(Module):
 
     def configure_optimizers(self):
         optimizer = adamw(self.model)
-        self.runtime = attach(self.model, optimizer, passes=50)
+        self.runtime = attach(self.model, optimizer, **DATA)
         return optimizer
 
     def on_fit_start(self):

@@ -21,6 +21,7 @@ from structlora_trl.core.mapping import Parts
 from tests.support.promises import assert_same_run
 from tests.support.setups import WHOLE, Setup, family
 from tests.support.tiny import (
+    DATA,
     FAMILIES,
     adamw,
     assert_same,
@@ -108,7 +109,7 @@ def test_a_step_that_breaks_off_leaves_what_stood(scheduler):
     schedule = {"before": None, "after": None}
     if scheduler == "before":
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    runtime = attach(model, optimizer, passes=50)
+    runtime = attach(model, optimizer, **DATA)
     if scheduler == "after":
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     train(model, "llama", optimizer, 3)
@@ -144,7 +145,7 @@ def test_gradients_of_a_step_that_broke_off_are_used_once():
     """They were carried back through the map by then."""
     model = peft_model(init="warm")
     optimizer = Breaks(lora_parameters(model).values(), lr=1e-2)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     backward(model)
     optimizer.breaks = True
     with pytest.raises(Interrupted):
@@ -162,7 +163,7 @@ def test_a_step_that_broke_off_in_another_thread_is_put_back():
     model = peft_model(init="warm")
     optimizer = Breaks(lora_parameters(model).values(), lr=1e-2)
     step = optimizer.step
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     backward(model)
     optimizer.breaks = True
 
@@ -186,7 +187,7 @@ def test_a_selection_that_breaks_off_leaves_the_step_that_was_taken():
 
     model = peft_model()
     optimizer = adamw(model)
-    runtime = attach(model, optimizer, parts=Parts(choose=Breaking()), noise="off", keep=0.5, select_at=10)
+    runtime = attach(model, optimizer, parts=Parts(choose=Breaking()), keep=0.5, select_at=10, **DATA)
     with pytest.raises(Interrupted):
         train(model, "llama", optimizer, 10)
     assert runtime.step == 10 and not runtime.is_rewritten()
@@ -208,7 +209,7 @@ def test_a_model_that_moves_is_refused(monkeypatch):
 def test_sparse_gradients_beside_the_adapter():
     model, beside = peft_model(), torch.nn.Embedding(3, 2, sparse=True)
     optimizer = torch.optim.SGD([*lora_parameters(model).values(), *beside.parameters()], lr=1e-2)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     before = beside.weight.detach().clone()
     backward(model)
     beside(torch.tensor([0, 0])).sum().backward()
@@ -222,7 +223,7 @@ def test_a_step_in_another_thread_leaves_this_one_alone():
     for waits in (False, True):
         torch.manual_seed(0)
         model, optimizer, runtime = attached(
-            optimizer=lambda model: Meanwhile(lora_parameters(model).values(), lr=0.5), noise="off"
+            optimizer=lambda model: Meanwhile(lora_parameters(model).values(), lr=0.5), gates="off"
         )
         optimizer.waits = waits
         train(model, "llama", optimizer, 4)
@@ -239,7 +240,7 @@ def test_a_step_that_breaks_off_unseen_is_put_back(next_run):
     inner = Breaks(lora_parameters(model).values(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
-    runtime = attach(model, optimizer, passes=50)
+    runtime = attach(model, optimizer, **DATA)
 
     def step():
         model.train()
@@ -309,8 +310,10 @@ def test_weights_that_other_code_writes_are_an_error_or_reloaded(write):
     runtime.reload()
     assert_same(weights_of(model), written)
     twin = copy.deepcopy(model)
-    anew = attach(twin, adamw(twin))
-    assert_same(tensors_of(runtime), tensors_of(anew))  # coordinator and its optimizer start again
+    anew = attach(twin, adamw(twin), **DATA)
+    found, fresh = ({n: x for n, x in tensors_of(r).items() if "/gates/" not in n} for r in (runtime, anew))
+    assert_same(found, fresh)  # coordinator and its optimizer start again
+    assert {*differing(runtime.openness(), anew.openness())} == {*anew.openness()}  # gates go on
     train(model, "llama", optimizer, 1)
     assert differing(written, weights_of(model))
 
@@ -370,7 +373,7 @@ def test_an_optimizer_around_ours_steps_with_it():
     assert runtime.step == 5
 
 
-def test_training_without_noise_under_eval():
+def test_training_without_gates_under_eval():
     """As without dropout: modules in `eval()` train."""
     model, optimizer, runtime = attached(peft_model(dropout=0.5))
     model.eval()
@@ -391,7 +394,7 @@ def test_a_gate_that_never_fires_is_an_error(evaluates_first):
     lora_A = layer.lora_A["default"]
     lora_A.__class__ = type("Fused", (torch.nn.Linear,), {"__call__": lambda self, x: x @ self.weight.T})
     backward(model)
-    with pytest.raises(StructLoRAError, match="1 LoRA modules.*layers.0.*noise='off'"):
+    with pytest.raises(StructLoRAError, match="1 LoRA modules.*layers.0.*gates='off'"):
         optimizer.step()
 
 
@@ -424,7 +427,7 @@ def test_optimizers_that_evaluate_within_a_step_are_refused():
 def test_optimizers_that_evaluate_within_a_step_serve_where_nothing_is_mapped():
     model, optimizer, runtime = attached(
         optimizer=lambda model: torch.optim.LBFGS(lora_parameters(model).values(), lr=0.1, max_iter=3),
-        noise="off",
+        gates="off",
         coordinator="none",
     )
     losses = []
@@ -488,7 +491,7 @@ def test_maximize_is_minimizing_the_negative():
             optimizer=lambda model: torch.optim.SGD(
                 lora_parameters(model).values(), lr=0.5, maximize=maximize
             ),
-            noise="off",
+            gates="off",
         )
         model.train()
         for seed in range(4):
@@ -512,7 +515,7 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
         model = peft_model()
         optimizer = adamw(model)
         called = torch.compile(model, backend="aot_eager") if compiled and first == "compile" else model
-        runtime = attach(called, optimizer, passes=50)
+        runtime = attach(called, optimizer, **DATA)
         if compiled and first == "attach":
             called = torch.compile(model, backend="aot_eager")
         graphs = []
@@ -554,7 +557,7 @@ def test_unfreezing_is_refused():
     late = [p for n, p in model.named_parameters() if "lora" in n and "layers.2" in n]
     for parameter in late:
         parameter.requires_grad_(False)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 1)
     for parameter in late:
         parameter.requires_grad_(True)
@@ -562,7 +565,7 @@ def test_unfreezing_is_refused():
         train(model, "llama", optimizer, 1)
     runtime.detach()  # the remedy
     optimizer.zero_grad()
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 1)
     assert runtime.step == 1 and {kind.depth_count for kind in runtime.kinds} == {3}
 
@@ -572,7 +575,7 @@ def test_another_adapter_that_is_made_active_trains_as_plain_lora_and_leaves_the
     model, _, _ = attached()
     model.add_adapter("other", model.peft_config["default"])
     optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)
-    runtime = attach(model, optimizer)
+    runtime = attach(model, optimizer, **DATA)
     train(model, "llama", optimizer, 3)
     assert runtime.step == 3
     before = tensors_of(runtime)
@@ -626,7 +629,7 @@ def test_grad_scaler(fused, coordinator):
     def run(scaled: bool):
         model = peft_model(targets=FAMILIES["llama"].linear)
         optimizer = torch.optim.AdamW(lora_parameters(model).values(), lr=1e-2, fused=fused)
-        runtime = attach(model, optimizer, coordinator=coordinator)
+        runtime = attach(model, optimizer, coordinator=coordinator, **DATA)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         states = []
         for seed, overflow in enumerate([False, True, False]):
@@ -714,9 +717,9 @@ def test_semantic_edges_come_on_time(monkeypatch):
     "options",
     [
         {"coordinator": "gat", "side": "both"},
-        {"noise": "off"},
-        {"coordinator": "none", "noise_variance": 0.3, "semantic_threshold": 0.5},
-        {"keep": 0.25, "select_at": 10},  # saved while it gathers
+        {"gates": "off"},
+        {"gates": "gumbel", "coordinator": "none", "semantic_threshold": 0.5},
+        {"keep": 0.25, "select_at": 10},  # saved before it selects
     ],
     ids=str,
 )
@@ -744,7 +747,7 @@ def test_a_broken_off_run_is_taken_over(caplog):
     train(model, "llama", optimizer, 2)
     evaluation = logits_of(model, "llama")
     backward(model)  # and the run ends here
-    again = attach(model, adamw(model))
+    again = attach(model, adamw(model), **DATA)
     assert not runtime.is_attached and "earlier run, which ends here" in caplog.text
     assert torch.equal(logits_of(model, "llama"), evaluation)
     again.detach()

@@ -10,16 +10,14 @@ from structlora_trl.core.gates import Gate
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import discover
 from structlora_trl.core.mapping import Parts
-from tests.support.tiny import LAYERS, adamw, logits_of, loss_of, peft_model, train
+from tests.support.tiny import DATA, LAYERS, adamw, logits_of, loss_of, peft_model, train
 
 
 class Bernoulli(Gate):
     """Directions are dropped, with a mean of one."""
 
     def sample(self, activations):
-        keep = 1 / (1 + self.variance)
-        shape = (len(activations), *[1] * (activations.dim() - 2), activations.shape[-1])
-        return torch.bernoulli(torch.full(shape, keep)) / keep
+        return torch.bernoulli(torch.full_like(activations[:, :1], 0.5)) / 0.5
 
 
 class Diagonal(GCN):
@@ -37,9 +35,9 @@ def values_alone(model, adapter_name):
     return [kind for kind in discover(model, adapter_name) if kind.name.endswith("v_proj")]
 
 
-def the_last(information, keep):
+def the_last(nats, keep):
     """Of all directions, the last ones."""
-    return torch.arange(len(information)) >= (1 - keep) * len(information)
+    return torch.arange(len(nats)) >= (1 - keep) * len(nats)
 
 
 def test_every_part_can_be_replaced():
@@ -47,7 +45,7 @@ def test_every_part_can_be_replaced():
     optimizer = adamw(model)
     before = logits_of(model, "llama")
     parts = Parts(values_alone, Bernoulli, all_joined, Diagonal, the_last)
-    runtime = attach(model, optimizer, passes=50, parts=parts, keep=0.25, select_at=10)
+    runtime = attach(model, optimizer, **DATA, parts=parts, keep=0.25, select_at=10)
     assert (logits_of(model, "llama") - before).abs().max() <= 1e-6
     seen = []
     layer = model.base_model.model.model.layers[0].self_attn.v_proj.lora_A["default"]
