@@ -96,7 +96,7 @@ class Gating:
         return close
 
     def __len__(self) -> int:
-        return len(self.modules)
+        return len(self.gates)  # which stay when modules are let go
 
     @property
     def logits(self) -> list[Tensor]:

@@ -27,7 +27,7 @@ def test_the_mean_over_the_last_half_of_the_steps_is_saved(tmp_path):
     variables = {"__name__": "faq"}
     exec(compile(block, "docs/faq.md", "exec"), variables)
     seen = Seen()
-    trainer = sft(tmp_path, [StructLoRACallback(noise="on"), seen, variables["TailAverage"]()], max_steps=5)
+    trainer = sft(tmp_path, [StructLoRACallback(), seen, variables["TailAverage"]()], max_steps=5)
     trainer.train()
     assert len(seen.steps) == 5
     trainer.save_model(tmp_path / "saved")

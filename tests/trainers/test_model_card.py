@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from structlora_trl import StructLoRACallback
 from structlora_trl.model_card import HEADING, TAG, describe_run, section, undescribe
-from tests.support.jobs import plain, sft
+from tests.support.jobs import JOBS, plain, sft
 from tests.support.tiny import attached, peft_model, train
 
 
@@ -20,30 +20,28 @@ def check(text: str, *words: str) -> None:
 
 
 @pytest.mark.parametrize("saves", ["no", "steps"])
-@pytest.mark.parametrize("job", [sft, plain])
-def test_cards_of_a_trainer(job, saves, tmp_path):
+@pytest.mark.parametrize("job, options", [(sft, {}), (plain, {"coordinator": "none"})])
+def test_cards_of_a_trainer(job, options, saves, tmp_path):
     """Whoever calls `save_model` afterwards keeps the section, also where nothing was saved before."""
-    trainer = job(
-        tmp_path, [StructLoRACallback(noise="on", noise_variance=0.5)], save_strategy=saves, save_steps=3
-    )
+    trainer = job(tmp_path, [StructLoRACallback(beta=0.5, **options)], save_strategy=saves, save_steps=3)
     trainer.train()
     trainer.save_model()
     folders = [tmp_path, *tmp_path.glob("checkpoint-*")]
     assert len(folders) == 1 + (saves == "steps")
     for folder in folders:
-        check((folder / "README.md").read_text(), "variance 0.5", "`noise_variance=0.5`")
+        check((folder / "README.md").read_text(), "gaussian gates learned", "`beta=0.5`")
 
 
 ACTED = {  # options -> what the section says acted
-    "noise='off'": ({"noise": "off"}, ["coordinated across depth (`gcn`) in 2 of 2 kinds"]),
+    "gates='off'": ({"gates": "off"}, ["coordinated across depth (`gcn`) in 2 of 2 kinds"]),
     "keep": (
         {"coordinator": "none", "keep": 0.25, "select_at": 10},
-        ["gates with noise", "directions selected while training (`keep=0.25`)"],
+        ["gates learned", "directions selected while training (`keep=0.25`)"],
     ),
-    "keep, not yet": ({"coordinator": "none", "keep": 0.25, "select_at": 99}, ["gates with noise"]),
-    "off": ({"noise": "off", "coordinator": "none"}, ["nothing acted"]),
+    "keep, not yet": ({"coordinator": "none", "keep": 0.25, "select_at": 99}, ["gates learned"]),
+    "off": ({"gates": "off", "coordinator": "none"}, ["nothing acted"]),
 }
-WORDS = ["gates with noise", "coordinated across depth", "directions selected", "nothing acted"]
+WORDS = ["gates learned", "coordinated across depth", "directions selected", "nothing acted"]
 
 
 @pytest.mark.parametrize("name", ACTED)
@@ -101,11 +99,11 @@ def test_a_readme_that_is_no_card_is_left_alone(text, tmp_path):
     assert path.read_bytes() == text
 
 
-@pytest.mark.parametrize("noise", ["off", "auto"])  # which a run of so few passes switches off, too
-def test_a_run_that_is_off_says_so_and_has_a_plain_card(noise, tmp_path, caplog):
+@pytest.mark.parametrize("job, options", [("sft", {"gates": "off"}), ("dpo", {})])  # which has no gates
+def test_a_run_that_is_off_says_so_and_has_a_plain_card(job, options, tmp_path, caplog):
     sft(tmp_path, [StructLoRACallback()]).train()  # whose card it takes over
     assert TAG in (tmp_path / "README.md").read_text().lower()
-    trainer = sft(tmp_path, [StructLoRACallback(noise=noise, coordinator="none")])
+    trainer = JOBS[job](tmp_path, [StructLoRACallback(options, coordinator="none")])
     trainer.train()
     trainer.save_model()
     assert "trains as without StructLoRA: no gates on 9 modules (" in caplog.text

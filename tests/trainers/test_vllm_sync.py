@@ -113,7 +113,7 @@ class Publishes(TrainerCallback):
 
 @pytest.mark.parametrize("way", ["adapter", "merged"])
 def test_async_grpo_publishes_the_adapter(way, tmp_path):
-    """Also where there is noise; and training goes on as without it."""
+    """Also where there are gates; and training goes on as without it."""
     module = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
     if way == "adapter" and not hasattr(module, "save_lora_adapter"):
         pytest.skip("this TRL publishes merged weights alone")
@@ -123,14 +123,14 @@ def test_async_grpo_publishes_the_adapter(way, tmp_path):
         trainer.train()
         return trainer.model
 
-    callback = StructLoRACallback(noise="on")
+    callback = StructLoRACallback()
     publishes = Publishes(way, callback, tmp_path, module)
     model = run(publishes)
-    assert callback.runtime.gated_count and len(publishes.seen) == 6
+    assert callback.runtime.gating and len(publishes.seen) == 6
     lora = model.peft_config["default"]
     for sent, factors in publishes.seen:
         scale = None if way == "adapter" else lora.lora_alpha / lora.r
         assert_is_the_adapter(sent, factors, callback, scale)
     if way == "adapter":  # merging rounds the base weights, in plain LoRA too
-        callback = StructLoRACallback(noise="on")
+        callback = StructLoRACallback()
         assert_same(weights_of(run()), weights_of(model))

@@ -1,4 +1,6 @@
-"""Noise on the gates is dropout: where a trainer has no dropout or compares probabilities of its own policy, there is none."""
+"""Gates in trainers: on which they are, what they know of the data, and what is saved of them. They are dropout: where a trainer
+has none, or compares probabilities of its own policy, there are no gates.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +9,104 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import trl
 from datasets import IterableDataset
+from peft import PeftModel
+from safetensors.torch import load_file
 
-from structlora_trl import StructLoRACallback
-from structlora_trl.core.gates import noise_share
+from structlora_trl import StructLoRACallback, StructLoRAError
+from structlora_trl.gates_file import GATES_NAME, read_openness
 from structlora_trl.trainers.compat import why_quiet
-from tests.support.jobs import JOBS
-from tests.support.tiny import warm_up
+from tests.support.jobs import JOBS, StopAt, sft
+from tests.support.tiny import assert_same, base_model, differing, warm_up
 
-ROWS_AT_ONCE = {"max_steps": -1, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 2}
-SOME = f"variance {noise_share(12):.2g} for 12 passes over the data)"
-CASES = {  # job of 48 rows, noise, training arguments, and what the start says of its gates
-    "few passes": ("sft", "auto", {}, "no gates on 9 modules (0.25 passes over the data, too few for noise)"),
-    "some passes": ("sft", "auto", {**ROWS_AT_ONCE, "num_train_epochs": 12}, f"gates on 9 modules ({SOME}"),
-    "a short last step": (
+LABELS = 9  # of a row of SFT: a sentence and its end
+# job of 48 rows in batches of 4, its options and training arguments, and what the start says of its gates
+CASES = {
+    "an epoch and more": ("sft", {}, {"max_steps": 20}, f"{48 * LABELS} labels, {4 * LABELS} a step, beta 1"),
+    "less than an epoch": ("sft", {}, {"max_steps": 3}, f"{12 * LABELS} labels, {4 * LABELS} a step, beta 1"),
+    "accumulation": (
         "sft",
-        "auto",
-        {**ROWS_AT_ONCE, "gradient_accumulation_steps": 8, "num_train_epochs": 12},
-        f"gates on 9 modules ({SOME}",
+        {},
+        {"max_steps": 12, "gradient_accumulation_steps": 2},
+        f"{48 * LABELS} labels, {8 * LABELS} a step, beta 1",
     ),
-    "streamed rows": ("trainer", "auto", {}, "no gates on 6 modules (passes over the data unknown)"),
-    "without dropout": ("reward", "auto", {}, "no gates on 9 modules (RewardTrainer switches dropout off)"),
-    "on": ("reward", "on", {}, "gates on 9 modules (variance 1)"),
-    "off": ("sft", "off", {}, "no gates on 9 modules (noise='off')"),
+    "rows at once": (
+        "sft",
+        {"beta": 0.5, "gates": "gumbel"},
+        {"max_steps": 2, "per_device_train_batch_size": 64},
+        f"{48 * LABELS} labels, {48 * LABELS} a step, beta 0.5",
+    ),
+    "a classifier": ("trainer", {}, {"max_steps": 12}, "48 labels, 4 a step, beta 1"),
+    "streamed rows": ("trainer", {}, {"max_steps": 3}, "12 labels, 4 a step, beta 1"),
+    "without dropout": ("reward", {}, {}, "no gates on 9 modules (RewardTrainer switches dropout off)"),
+    "off": ("sft", {"gates": "off"}, {}, "no gates on 9 modules (gates='off')"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_noise_and_what_is_said_of_it(case, tmp_path, capsys):
-    job, noise, options, said = CASES[case]
-    callback = StructLoRACallback(noise=noise)
-    trainer = JOBS[job](tmp_path, [callback], **options)
+def test_what_the_start_says_of_gates(case, tmp_path, capsys):
+    job, options, arguments, said = CASES[case]
+    callback = StructLoRACallback(options)
+    trainer = JOBS[job](tmp_path, [callback], **arguments)
     if case == "streamed rows":
         trainer.train_dataset = IterableDataset.from_generator(lambda: iter(trainer.eval_dataset))
     trainer.train()
-    assert said in capsys.readouterr().out
-    assert bool(callback.runtime.gated_count) == said.startswith("gates on")
+    runtime = callback.runtime
+    has_gates = not said.startswith("no gates")
+    start = f"{runtime.config.gates} gates on {len(runtime.gating)} modules, " if has_gates else ""
+    assert f"{start}{said}" in capsys.readouterr().out
+    assert bool(runtime.gating) == bool(runtime.openness()) == has_gates
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_rows_have_the_labels_of_all_their_sequences(strategy, tmp_path):
+    """The price is that of the same sequences, each in a row."""
+    options = {"row_count": 384, "max_steps": 300}
+
+    def found(**more):
+        callback = StructLoRACallback()
+        trainer = sft(tmp_path, [callback, StopAt(1)], **options, **more)
+        trainer.train()
+        return callback.runtime.gating.bottleneck
+
+    apart, packed = found(), found(packing=True, packing_strategy=strategy)
+    assert packed.examples == pytest.approx(apart.examples, rel=0.1)
+    assert packed.batch_size > 2 * apart.batch_size
+
+
+def test_keep_needs_gates(tmp_path):
+    callback = StructLoRACallback(keep=0.5)
+    trainer = JOBS["dpo"](tmp_path, [callback], max_steps=4)
+    with pytest.raises(
+        StructLoRAError,
+        match="keep=0.5 and no gates to select by .DPOTrainer switches.*export ADAPTER.*--data",
+    ):
+        trainer.train()
+
+
+def test_openness_lies_beside_the_adapter(tmp_path):
+    """In checkpoints, and where the run ends; a later run without gates takes it away."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    callback = StructLoRACallback(keep=0.5)
+    trainer = sft(tmp_path, [callback], **options)
+    trainer.train()
+    trainer.save_model()
+    last = callback.runtime.openness()
+    assert last.keys() == {module for kind in callback.runtime.kinds for module in kind.modules}
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for module, openness in last.items():
+        closed = (saved[f"{module}.lora_B.weight"] == 0).all(0)
+        assert torch.equal(openness == 0, closed)
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
+        assert_same(read_openness(folder), last)
+    assert differing(read_openness(tmp_path / "checkpoint-2"), last)
+    assert load_file(tmp_path / GATES_NAME).keys() == last.keys()
+    again = PeftModel.from_pretrained(base_model("llama"), tmp_path)  # which takes no notice of it
+    assert_same({n.replace(".default", ""): p for n, p in again.state_dict().items() if "lora_" in n}, saved)
+    sft(tmp_path, [StructLoRACallback(gates="off")], **options).train()
+    assert read_openness(tmp_path) is read_openness(tmp_path / "checkpoint-4") is None
 
 
 class Ratios:
@@ -72,12 +135,12 @@ class Ratios:
 
 
 @pytest.mark.parametrize("job, reuse", [("grpo", "num_iterations"), ("rloo", "steps_per_generation")])
-def test_importance_ratios_hold_no_noise(job, reuse, tmp_path):
+def test_importance_ratios_hold_no_gates(job, reuse, tmp_path):
     """Each generation serves two updates: the first meets the policy that generated, the second that policy after one update."""
 
-    def ratios(learns: bool, **options) -> list[float]:
+    def ratios(learns: bool) -> list[float]:
         arguments = {reuse: 2, "max_steps": 4, "learning_rate": 1e-2 if learns else 0.0}
-        trainer = JOBS[job](tmp_path, [StructLoRACallback(options)], **arguments)
+        trainer = JOBS[job](tmp_path, [StructLoRACallback()], **arguments)
         warm_up(trainer.model)
         ratios = Ratios(trainer)
         trainer.train()
@@ -87,11 +150,10 @@ def test_importance_ratios_hold_no_noise(job, reuse, tmp_path):
     first, second, third, fourth = ratios(learns=True)
     assert max(first, third) <= 1e-6 and min(second, fourth) > 1e-4
     assert max(ratios(learns=False)) <= 1e-6
-    assert max(ratios(learns=False, noise="on")) > 1e-3
 
 
 SAMPLES, DROPOUT = "trains on samples of its own policy", "switches dropout off"
-# Every trainer of TRL, and why its noise is off; None where it is on.
+# Every trainer of TRL, and why its gates are off; None where they are on.
 TRL = {
     "A2POTrainer": SAMPLES,
     "AsyncDistillationTrainer": SAMPLES,
@@ -160,7 +222,7 @@ def found_in_trl() -> dict[str, str | None]:
 
 def test_every_trainer_of_trl():
     found = found_in_trl()
-    assert len(found) > 5 and found.keys() <= TRL.keys(), "decide whether they have noise (`why_quiet`)"
+    assert len(found) > 5 and found.keys() <= TRL.keys(), "decide whether they have gates (`why_quiet`)"
     assert found == {name: TRL[name] and f"{name} {TRL[name]}" for name in found}
 
 
