@@ -116,7 +116,10 @@ class Gating:
         self._refuse_unheard()
         self._refuse_unscaled()
         logits = self.logits
-        found = [x.grad is not None for x in logits]
+        # A module that is frozen for a while rests whole.
+        found = [
+            x.grad is not None and m.factor.requires_grad for x, m in zip(logits, self.modules, strict=True)
+        ]
         if not self._has_warned and not any(found):
             self._has_warned = True
             logger.warning(
