@@ -32,15 +32,15 @@ from .settings import GRIDS, LORA, Grid
 WAIT = 20  # seconds, where other processes are at all that is left
 
 
-def work(grid: Grid, results: Path) -> None:
-    """Run the cells of a grid until none is missing."""
+def work(grid: Grid, results: Path, task: str = "") -> None:
+    """Run the cells of a grid, of tasks whose names begin so, until none is missing."""
     from . import pretrain  # torch, PEFT and the rest, once there is work to do
 
     torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for a process that has torch already
     unpaired = set()
     while True:
         lines = store.read(results)
-        cells = Runs(lines).cells(grid)
+        cells = [cell for cell in Runs(lines).cells(grid) if cell[0].startswith(task)]
         unpaired |= without_a_pair(cells, lines, pretrain.fingerprint)
         missing = missing_of(cells, lines)
         left = [cell for cell in missing if cell not in unpaired]
@@ -144,6 +144,7 @@ def main() -> None:
         one.add_argument(f"--{name}", type=kind, required=True)
     grid = commands.add_parser("grid", help="run the cells of grids that the store lacks")
     grid.add_argument("name", choices=GRIDS, nargs="+")
+    grid.add_argument("--task", default="", help="only tasks whose names begin so: smollm, digits-all@50")
     grid.add_argument("--workers", type=int, default=1)
     commands.add_parser("list", help="what is stored of each grid, and what is missing")
     commands.add_parser("pack", help="move new runs into the compressed file")
@@ -160,13 +161,11 @@ def main() -> None:
     elif options.workers == 1:
         os.environ |= ENVIRONMENT
         for name in options.name:
-            work(GRIDS[name], options.results)
+            work(GRIDS[name], options.results, options.task)
     else:
         start = [sys.executable, "-m", __spec__.name, "--results", str(options.results), "grid"]
-        workers = [
-            subprocess.Popen([*start, *options.name], env=os.environ | ENVIRONMENT)
-            for _ in range(options.workers)
-        ]
+        start += [*options.name, "--task", options.task]
+        workers = [subprocess.Popen(start, env=os.environ | ENVIRONMENT) for _ in range(options.workers)]
         if any([worker.wait() for worker in workers]):
             raise SystemExit("a worker stopped with an error; what was finished is kept")
 

@@ -10,7 +10,7 @@ from scipy.stats import t as student
 
 from . import after_training, methods
 from .selection import FIGURES, Runs
-from .settings import GRIDS, LORA, METHODS, OURS, PRIMARY, RIVALS, Grid, Place
+from .settings import GRIDS, GUMBEL, LORA, METHODS, OURS, PRIMARY, RIVALS, Grid, Place
 
 # What the paper reports (arXiv 2603.14228): step time and memory, LLaMA-7B on a GPU.
 PAPER_COST = {"structlora": ("1.06x", "1.04x")}
@@ -33,8 +33,8 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
     shown = tuple((method, "test") for method in (LORA, DROPOUT, OURS))
     controls = (*((method, "test") for method in METHODS), (LORA, "scaled"), (LORA, "tempered"))
     return {
-        "gates table": compared(runs, GRIDS["gates"], shown, by_place=False),
-        "gates": compared(runs, GRIDS["gates"], shown),
+        "gates table": compared(runs, GRIDS["gates"], shown, by_place=False, rival=shown[1]),
+        "gates": compared(runs, GRIDS["gates"], (*shown, (GUMBEL, "test")), rival=shown[1]),
         "cut": cut(runs, GRIDS["gates"]),
         "openness": openness(runs, GRIDS["gates"]),
         "primary": primary(runs),
@@ -46,8 +46,10 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
     }
 
 
-def compared(runs: Runs, grid: Grid, rows: Sequence[Row], by_place: bool = True) -> str:
-    """Return test figures of each row at each place and on average, and less those of the first row."""
+def compared(
+    runs: Runs, grid: Grid, rows: Sequence[Row], by_place: bool = True, rival: Row | None = None
+) -> str:
+    """Return test figures of each row at each place and on average, and less those of the first row; NLL less a rival's."""
     cells = []
     for name, places in _parts(grid, by_place):
         base = _mean([runs.figures(place, *rows[0]) for place in places])
@@ -59,9 +61,13 @@ def compared(runs: Runs, grid: Grid, rows: Sequence[Row], by_place: bool = True)
                 intervals = [
                     _interval(gaps[figure], DIGITS[figure]) if row != rows[0] else "" for figure in FIGURES
                 ]
+                if rival:
+                    gaps = _gaps(runs, places, row, rival)
+                    intervals.append(_interval(gaps["nll"], DIGITS["nll"]) if row != rival else "")
                 cells.append([name, label(row), len(found), *means, *intervals])
     header = ["where", "method", "seeds", *WORDS.values()]
     header += [f"{word} − {label(rows[0])}" for word in WORDS.values()]
+    header += [f"NLL − {label(rival)}"] if rival else []
     return _missing(runs, grid) + markdown(header, cells)
 
 
