@@ -10,8 +10,8 @@ from structlora_trl import StructLoRAConfig, StructLoRAError, rank_check
 DIFFERENCES = {
     # facts of rank 1 where rank 0 has the defaults: words that are said
     "option": (
-        {"configuration": {**StructLoRAConfig().options(), "noise_variance": 0.5}},
-        "configuration: noise_variance",
+        {"configuration": {**StructLoRAConfig().options(), "beta": 0.5}},
+        "configuration: beta",
     ),
     "version": ({"versions": {"torch": "2"}}, "versions: torch"),
     "engine": ({"engine": "FSDP2"}, "engine"),

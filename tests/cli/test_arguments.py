@@ -61,15 +61,15 @@ def test_a_file_of_trl_is_read_as_trl_reads_it(command, place, monkeypatch):
     assert sorted(ours.launcher) == sorted(["--accelerate_config", "zero2", "--num_processes", "4"])
 
 
-BLOCK = {"noise_variance": 0.6, "edges": "adjacency", "coordinator_lr": "5e-2", "roles": {"my_proj": "read"}}
+BLOCK = {"beta": 0.6, "edges": "adjacency", "coordinator_lr": "5e-2", "roles": {"my_proj": "read"}}
 GIVEN = {
     # under the key in the file, on the command line, what it is (None: plain LoRA)
     "block": (BLOCK, {}, {**BLOCK, "coordinator_lr": 0.05}),
-    "both": (BLOCK, {"structlora.noise_variance": 0.7}, {**BLOCK, "coordinator_lr": 0.05, "noise_variance": 0.7}),
-    "dotted": ({}, {"structlora.noise": "off", "structlora.roles": "{a: write}"}, {"noise": "off", "roles": {"a": "write"}}),
+    "both": (BLOCK, {"structlora.beta": 0.7}, {**BLOCK, "coordinator_lr": 0.05, "beta": 0.7}),
+    "dotted": ({}, {"structlora.gates": "off", "structlora.roles": "{a: write}"}, {"gates": "off", "roles": {"a": "write"}}),
     "on": (True, {}, {}),
     "file": ("options.yaml", {}, {**BLOCK, "coordinator_lr": 0.05}),
-    "file and more": ("options.yaml", {"structlora.noise_variance": 0.7}, {**BLOCK, "coordinator_lr": 0.05, "noise_variance": 0.7}),
+    "file and more": ("options.yaml", {"structlora.beta": 0.7}, {**BLOCK, "coordinator_lr": 0.05, "beta": 0.7}),
     "off": (BLOCK, {"structlora": "false"}, None),
     "off in the file": (False, {}, None),
 }  # fmt: skip

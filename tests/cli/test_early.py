@@ -18,7 +18,6 @@ from structlora_trl.cli import early, main
 from structlora_trl.cli.init import template
 from structlora_trl.cli.local_rows import count_rows
 from structlora_trl.cli.main import TRAINING
-from structlora_trl.core.gates import FEW_PASSES, MANY_PASSES
 from tests.support.data import write_rows
 from tests.support.launching import ROOT
 
@@ -41,14 +40,14 @@ WRONG = {
     "output a file": ({}, ["--output_dir", "rows.jsonl/out"], ["a file rows.jsonl, above rows.jsonl/out"]),
     "no model": ({"model_name_or_path": None}, [], ["`model_name_or_path` is None", "model of the hub"]),
     "word": ({"num_train_epochs": "three"}, [], ["num_train_epochs=three", "above 0"]),
-    "option": ({"structlora": {"nois": "off"}}, [], ["an unknown option `nois`", "write `noise`"]),
-    "value": ({"structlora": {"noise": "maybe"}}, [], ["noise='maybe'"]),
+    "option": ({"structlora": {"gate": "off"}}, [], ["an unknown option `gate`", "write `gates`"]),
+    "value": ({"structlora": {"gates": "maybe"}}, [], ["gates='maybe'"]),
     "value in words": ({}, ["--structlora.keep", "0"], ["keep=0"]),
     "block": ({"structlora": "on please"}, [], ["'on please' for `structlora`"]),
     "off and on": (
         {"structlora": False},
-        ["--structlora.noise", "on"],
-        ["structlora=false", "structlora.noise"],
+        ["--structlora.gates", "gumbel"],
+        ["structlora=false", "structlora.gates"],
     ),
     "line": ({"dataset_name": "cut.jsonl"}, [], ["reading row 2 of cut.jsonl", "correct the line"]),
     "columns": ({"dataset_name": "other.csv"}, [], ["the columns question, answer"]),
@@ -57,7 +56,7 @@ WRONG = {
     "rate": ({"learning_rate": "-1e-4"}, [], ["learning_rate=-1e-4", "above 0"]),
     "rate in words": ({}, ["--learning_rate", "-2e-4"], ["learning_rate=-2e-4", "above 0"]),
     "alpha": ({}, ["--lora_alpha", "0"], ["lora_alpha=0", "lora_alpha / lora_r"]),
-    "passes": ({"num_train_epochs": 0}, ["--max_steps", "-1"], ["num_train_epochs=0", "above 0"]),
+    "epochs": ({"num_train_epochs": 0}, ["--max_steps", "-1"], ["num_train_epochs=0", "above 0"]),
     "key": ({"learning_rat": 1}, [], ["`learning_rat` in run.yaml (did you mean `learning_rate`?)"]),
     "key of the model": (
         "modle_name_or_path: a/b\ndataset_name: rows.jsonl\n",
@@ -151,8 +150,8 @@ def test_it_costs_no_library(name, files):
         ({"dataset_name": "other.csv"}, ["--dataset_text_field", "answer"]),
         ({"dataset_name": "list.jsonl"}, []),  # one list, which `datasets` reads
         ({"datasets": [{"path": "other.csv", "columns": ["answer"]}]}, []),
-        ({"structlora": {"noise": "off"}}, ["--structlora.coordinator", "gat"]),
-        ({"structlora": {"noise": "maybe"}}, ["--structlora", "false"]),
+        ({"structlora": {"gates": "off"}}, ["--structlora.coordinator", "gat"]),
+        ({"structlora": {"gates": "maybe"}}, ["--structlora", "false"]),
     ],
 )
 def test_what_is_right_passes(given, words, files):
@@ -178,14 +177,14 @@ def test_the_file_to_start_from_is_short_and_says_what_a_run_needs(name):
     short, whole = template(name), template(name, all_options=True)
     options, more = yaml.safe_load(short), yaml.safe_load(whole)
     assert len(short.splitlines()) <= 20 and options["structlora"] is True
-    assert {"noise_variance", "coordinator"} <= more.pop("structlora").keys()
+    assert {"beta", "coordinator"} <= more.pop("structlora").keys()
     options.pop("structlora")
     assert options == more
     assert {*GOOD, "learning_rate", "lora_r", "num_train_epochs"} <= options.keys()
 
 
-PASSES = {
-    # rows: passes, held out, evaluation
+EPOCHS = {
+    # rows: epochs, held out, evaluation
     40: (5, 0.2, "epoch"),
     300: (4, 0.2, "epoch"),
     800: (3, 0.1, "epoch"),
@@ -193,22 +192,14 @@ PASSES = {
 }
 
 
-@pytest.mark.parametrize("count", PASSES)
-def test_passes_and_held_out_rows_fit_the_data(count, files):
+@pytest.mark.parametrize("count", EPOCHS)
+def test_epochs_and_held_out_rows_fit_the_data(count, files):
     write_rows(files / "mine.jsonl", [{"text": "a"}] * count)
     options = yaml.safe_load(template("sft", "mine.jsonl", "./base"))
     found = options["num_train_epochs"], options["test_split_size"], options["eval_strategy"]
-    assert found == PASSES[count]
+    assert found == EPOCHS[count]
     assert (options["dataset_name"], options["model_name_or_path"]) == ("mine.jsonl", "./base")
     assert "dataset_train_split" not in options
-
-
-@pytest.mark.parametrize("name", ["sft", "dpo"])
-def test_the_passes_written_have_no_noise_and_the_file_says_which_have(name):
-    (line,) = [line for line in template(name).splitlines() if line.startswith("num_train_epochs")]
-    assert max(found[0] for found in PASSES.values()) <= FEW_PASSES
-    told = f"too few for noise on gates, which begins above {FEW_PASSES} and is whole from {MANY_PASSES} on"
-    assert (told in line) == (name == "sft")  # DPO switches noise off, as it does dropout
 
 
 BAD_ROWS = {

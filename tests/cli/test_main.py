@@ -51,7 +51,7 @@ def test_what_must_come_at_once_imports_no_library(words):
 
 def test_help_of_a_training_command_has_arguments_of_both(capsys):
     assert main(["sft", "--help"]) == 0
-    assert {"--structlora.noise_variance", "--learning_rate"} <= {*capsys.readouterr().out.split()}
+    assert {"--structlora.beta", "--learning_rate"} <= {*capsys.readouterr().out.split()}
 
 
 def test_counts_in_words_round_up_to_the_next_one():
@@ -75,8 +75,8 @@ MISTAKES = [
     # arguments, exit code, words of the message; paths that lead nowhere are in `test_early.py`
     (["stf"], 2, "'sft'"),
     (["init", "stf"], 2, "stf"),
-    (["sft", "--structlora.noise_varianc", "0.3"], 2, "structlora.noise_variance"),
-    (["sft", "--noise_variance", "0.3"], 2, "structlora.noise_variance"),
+    (["sft", "--structlora.bet", "0.3"], 2, "structlora.beta"),
+    (["sft", "--beta", "0.3"], 2, "structlora.beta"),
     (["sft", "--lora_rank", "4"], 2, "`lora_r`"),
     ([*RUN, "stray"], 2, "'stray'"),
     ([*RUN, "--num_proceses", "2"], 2, "num_processes"),
@@ -86,9 +86,9 @@ MISTAKES = [
     (["sft", "--config", "empty.yaml"], 1, "empty.yaml"),
     (["sft", "--config", "misspelt.yaml"], 1, "`learning_rate`"),
     (["sft", "--config", "rank.yaml"], 1, "`lora_r`"),
-    (["sft", "--config", "beside.yaml"], 1, "structlora.noise_variance"),
-    (["sft", "--config", "block.yaml"], 1, "`noise_variance`"),
-    (["sft", "--config", "range.yaml"], 1, "noise_variance=-3"),
+    (["sft", "--config", "beside.yaml"], 1, "structlora.beta"),
+    (["sft", "--config", "block.yaml"], 1, "`beta`"),
+    (["sft", "--config", "range.yaml"], 1, "beta=-3"),
     (["sft", "--config", "nothing.yaml"], 1, "`structlora:`"),
     (["sft", "--config", "dashes.yaml"], 1, "`learning-rate` in dashes.yaml (did you mean `learning_rate`?)"),
     (["sft", "--config", "negated.yaml"], 1, "(did you mean `packing`?)"),
@@ -99,7 +99,7 @@ MISTAKES = [
     (["sft", "--config", "entry.yaml"], 1, "'pth'"),
     (["sft", "--config", "number.yaml"], 1, "`model_name_or_path` is 5"),
     ([*RUN, "--dataset_streaming", "true", "--test_split_size", "0.5"], 1, "`dataset_streaming`"),
-    ([*RUN, "--structlora.noise_variance=-3"], 1, "noise_variance=-3"),
+    ([*RUN, "--structlora.beta=-3"], 1, "beta=-3"),
     ([*RUN, "--structlora.edges", "none"], 1, "edges='none'"),
     ([*RUN, "--structlora", "false", "--structlora.keep", "0.3"], 1, "structlora.keep"),
     ([*RUN, "--accelerate_config", "zero9"], 1, "fsdp2"),
@@ -195,9 +195,9 @@ def spoilt(place):
     config_file("misspelt.yaml", learing_rate=1e-3)
     config_file("rank.yaml", lora_rank=4)
     config_file("no_model.yaml", model_name_or_path=None)
-    config_file("beside.yaml", noise_variance=0.7)
-    config_file("block.yaml", structlora={"noise_varience": 0.8})
-    config_file("range.yaml", structlora={"noise_variance": -3})
+    config_file("beside.yaml", beta=0.7)
+    config_file("block.yaml", structlora={"betta": 0.8})
+    config_file("range.yaml", structlora={"beta": -3})
     config_file("nothing.yaml", structlora=None)
     config_file("no_data.yaml", dataset_name=None)
     config_file("dashes.yaml", **{"learning-rate": 0.1})

@@ -92,9 +92,9 @@ def test_any_other_script_of_trl(place, monkeypatch):
 
 
 def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
-    off = ["--structlora.noise", "off", "--structlora.coordinator", "none"]
+    off = ["--structlora.gates", "off", "--structlora.coordinator", "none"]
     trained(monkeypatch, "sft", "--config", config_file(seed=3, output_dir="off"), *off)
-    block = config_file(seed=3, output_dir="plain", structlora={"noise_variance": 0.6})
+    block = config_file(seed=3, output_dir="plain", structlora={"beta": 0.6})
     trained(monkeypatch, "sft", "--config", block, "--structlora", "false")
     assert "plain LoRA" in capsys.readouterr().out
     assert not Path("plain", STATE_NAME).exists()
@@ -127,13 +127,13 @@ SWITCHES = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_run_says_what_it_is_and_what_may_come_next(name, place, monkeypatch, capsys):
-    """Before the first step: rows, batch, steps, passes, parameters. After the last: losses, size, commands that run."""
+    """Before the first step: rows, batch, steps, epochs, parameters. After the last: losses, size, commands that run."""
     held_out = {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 1}
     given = config_file(**held_out, gradient_accumulation_steps=2, max_steps=12)
     more = ["--seed", "7", "--output_dir", "my-out", *SWITCHES[name]]
     trainer = trained(monkeypatch, "sft", "--config", given, *more)
     said = capsys.readouterr().out
-    assert said.count("18 rows, 6 held out, batch of 8, 12 steps, 4 passes over the rows") == 1
+    assert said.count("18 rows, 6 held out, batch of 8, 12 steps, 4 epochs") == 1
     trains, of = trainer.model.get_nb_trainable_parameters()
     assert said.count(f"trains {trains:,} of {of:,} parameters") == 1
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
