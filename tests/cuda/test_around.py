@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from structlora_trl import attach
 from tests.support.promises import keep_promises
 from tests.support.setups import SETUPS, llama, lora, quantised
-from tests.support.tiny import FAMILIES, lora_parameters, train, warm_up
+from tests.support.tiny import DATA, FAMILIES, lora_parameters, train, warm_up
 
 pytestmark = pytest.mark.cuda
 slow = pytest.mark.slow
@@ -33,7 +33,7 @@ def model_on(device: str, dtype: torch.dtype = torch.float32, **options):
 
 def way(model, forward=None) -> torch.Tensor:
     """From where the latents start to where a run ends. SGD, so that a small difference of gradients stays small."""
-    runtime = attach(model, torch.optim.SGD(lora_parameters(model).values(), lr=0.1))
+    runtime = attach(model, torch.optim.SGD(lora_parameters(model).values(), lr=0.1), **DATA)
 
     def latents() -> torch.Tensor:
         return torch.cat(

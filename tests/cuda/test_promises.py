@@ -12,7 +12,7 @@ from tests.support.loops import HALF
 from tests.support.promises import OFF, assert_it_acted, assert_same_run, assert_same_weights
 from tests.support.promises import logits_of as setup_logits
 from tests.support.setups import REFUSED
-from tests.support.tiny import FAMILIES, adamw, logits_of, loss_of, peft_model, train
+from tests.support.tiny import DATA, FAMILIES, adamw, logits_of, loss_of, peft_model, train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("deterministic")]
 
@@ -27,7 +27,7 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECI
 def test_1_attaching_changes_no_output(precision, family, device, record_property):
     model = precision.model(family, device)
     before = logits_of(model, family, autocast=precision.autocast)
-    attach(model, adamw(model))
+    attach(model, adamw(model), **DATA)
     difference = (logits_of(model, family, autocast=precision.autocast) - before).abs().max().item()
     record_property("largest difference of logits", difference)
     assert difference <= 1e-6
@@ -87,7 +87,7 @@ def test_7_a_set_up_is_refused(row, device, tmp_path):
 def attached(device):
     model = peft_model().to(device)
     optimizer = adamw(model)
-    return model, optimizer, attach(model, optimizer)
+    return model, optimizer, attach(model, optimizer, **DATA)
 
 
 def test_7_a_step_past_the_hooks_is_refused(device):

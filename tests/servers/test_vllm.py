@@ -24,6 +24,7 @@ from structlora_trl.adapters.export import export
 from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.adapters.servers import told
 from structlora_trl.errors import StructLoRAError
+from tests.support.tiny import DATA
 
 from .forms import FORMS, RANK, REFUSED, TEXTS, TOKENS, difference, in_peft, prompts
 
@@ -138,7 +139,7 @@ def test_an_adapter_may_be_loaded_while_it_serves(server, adapters, base):
 
 
 def test_what_async_grpo_publishes_while_training_is_served(server, base, tmp_path):
-    """TRL's own writer and client, after steps with noise. Its trainer itself needs a GPU, for FlashAttention 3."""
+    """TRL's own writer and client, after steps with gates. Its trainer itself needs a GPU, for FlashAttention 3."""
     trainer = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
     if not hasattr(trainer, "save_lora_adapter"):
         pytest.skip("this TRL publishes merged weights alone")
@@ -146,7 +147,7 @@ def test_what_async_grpo_publishes_while_training_is_served(server, base, tmp_pa
     lora = LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    attach(model, optimizer, noise="on")
+    attach(model, optimizer, **DATA)
     ids = torch.tensor([prompts(base)[TEXTS[0]]])
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
