@@ -136,8 +136,7 @@ def select(
         information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
             same adapter in its singular directions. Where omitted, the openness of the gates chooses. Without
             either, each module keeps the fewest that hold a share of its update's squared norm, one share for all
-            modules: the one at which the size is right, or `"99%"`. As `sv_fro` of kohya's resize_lora.py; the
-            largest over the whole model were worse (`benchmarks/quality/smaller.md`).
+            modules: the one at which the size is right, or `"99%"`. As `sv_fro` of kohya's resize_lora.py.
         max_rank (`int`, *optional*): most directions of a module: the best of the others take their place.
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
@@ -169,8 +168,6 @@ def select(
 def shrink(saved: Saved, rank: int) -> Pruned:
     """Give every module one rank: its most open directions; without gates the largest singular values of its update,
     which are the update of that rank that is nearest to it (Eckart and Young, 1936).
-
-    To choose by what a module adds to its output on some rows was no better (`benchmarks/quality/smaller.md`).
 
     Args:
         saved (`Saved`): any adapter.
