@@ -18,7 +18,7 @@ trainer = StructLoRASFTTrainer(
         learning_rate=2e-4,
         per_device_train_batch_size=4,
         num_train_epochs=20,
-        structlora={"noise_variance": 0.5, "coordinator": "gat", "edges": "adjacency"},
+        structlora={"beta": 0.5, "coordinator": "gat", "edges": "adjacency"},
     ),
     train_dataset=load_dataset("trl-lib/Capybara", split="train[:250]"),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -75,9 +75,7 @@ def check_plain_peft(trained: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--seed", type=int, default=42, help="of adapter, data order and gate noise (default: 42)"
-    )
+    parser.add_argument("--seed", type=int, default=42, help="of adapter, data order and gates (default: 42)")
     seed = parser.parse_args().seed
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)

@@ -118,8 +118,8 @@ def _losses(results: dict[str, dict]) -> str:
 ![Training loss over the steps]({LOSS_PLOT})
 
 Mean of the last {LAST} steps: {_last_loss(results["lora"])} with LoRA, {_last_loss(results["structlora"])} with
-StructLoRA. The first steps mostly learn the form of the answer (one word, then the end). In so few passes over the
-sentences StructLoRA has no noise on its gates: what differs is the coordinator over depth."""
+StructLoRA. The first steps mostly learn the form of the answer (one word, then the end). StructLoRA's training losses
+contain the noise of its gates; its held-out losses do not."""
 
 
 def _last_loss(result: dict) -> str:

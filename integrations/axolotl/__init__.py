@@ -9,8 +9,8 @@ checkpointing, ReLoRA, fused kernels. So `adapter: structlora` becomes one of th
 is validated, and all of that works as it does for LoRA.
 
 The fused kernels go around the forward of LoRA modules, in which the gates act, and Axolotl switches them on
-by itself. In a run with noise, one of many passes, they stay off, unless the configuration names them: then the
-kernels stay, and the noise is off.
+by itself. They stay off unless the configuration names them, or says `gates: off`: with the kernels, the modules
+that they compute have no gates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, field_validator
 
 from structlora_trl.config import StructLoRAConfig
-from structlora_trl.core.gates import noise_share
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.yaml_block import read_switch
 
@@ -57,7 +56,7 @@ class StructLoRAPlugin(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """See the configuration as written, before Axolotl validates it: `adapter: structlora` becomes a
-        carrier, and fused kernels stay off beside noise.
+        carrier, and fused kernels stay off beside gates.
 
         Raises:
             StructLoRAError: an unknown option; a block on an adapter that is not LoRA; `structlora: false` on
@@ -88,11 +87,11 @@ class StructLoRAPlugin(BasePlugin):
             )
         names_kernels = any(cfg.get(key) is not None for key in (*KERNELS, EMBEDDING_KERNEL))
         # With `rl` Axolotl switches no kernels on.
-        if _has_noise(config, cfg) and not names_kernels and not cfg.get("rl"):
+        if config.gates != "off" and not names_kernels and not cfg.get("rl"):
             cfg.update(dict.fromkeys(KERNELS, False))
             logger.warning(
-                "StructLoRA leaves Axolotl's fused LoRA kernels off (%s: false): they go around the forward in which gates have "
-                "noise. To train without noise and with the kernels, set `structlora: {noise: off}`.",
+                "StructLoRA leaves Axolotl's fused LoRA kernels off (%s: false): they go around the forward in which gates "
+                "act. To train without gates and with the kernels, set `structlora: {gates: off}`.",
                 ", ".join(KERNELS),
             )
 
@@ -119,13 +118,6 @@ class StructLoRAPlugin(BasePlugin):
                 "a trainer that runs its callbacks",
                 "train with `rl` and trainer options that use a `transformers.Trainer`",
             )
-
-
-def _has_noise(config: StructLoRAConfig, cfg: dict) -> bool:
-    """Whether gates will have noise: `auto` leaves it out of a few passes, which `max_steps` alone does not tell."""
-    if config.noise != "auto" or (cfg.get("max_steps") or 0) > 0:
-        return config.noise != "off"
-    return noise_share(float(cfg.get("num_epochs") or 1)) > 0
 
 
 def _follow_restarts(callback, trainer) -> None:

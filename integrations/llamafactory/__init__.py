@@ -20,7 +20,7 @@ USAGE = """\
 usage: structlora-llamafactory train CONFIG.yaml [KEY=VALUE ...]
 
 Trains what `llamafactory-cli train` would, as StructLoRA. Options go under the key `structlora:`, or after the
-configuration as structlora.noise_variance=0.5; `structlora: false` trains plain LoRA. Every other key is LLaMA-Factory's.
+configuration as structlora.beta=0.5; `structlora: false` trains plain LoRA. Every other key is LLaMA-Factory's.
 Several processes: FORCE_TORCHRUN=1 NPROC_PER_NODE=2 before the command (also NNODES, NODE_RANK, MASTER_ADDR,
 MASTER_PORT), as for llamafactory-cli.
 Chat with, evaluate or export the adapter with llamafactory-cli: it is a plain LoRA adapter."""

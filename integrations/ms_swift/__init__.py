@@ -2,7 +2,7 @@
 imports this module.
 
 ms-swift runs the file as a module of its own; options come as JSON or YAML in the variable STRUCTLORA, since
-swift's arguments are closed to plugins: `STRUCTLORA='{noise_variance: 0.5, edges: adjacency}'`.
+swift's arguments are closed to plugins: `STRUCTLORA='{beta: 0.5, edges: adjacency}'`.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def sft(place):
     log = run(
         COMMAND,
         "train",
-        config(place, "sft", structlora={"noise_variance": 0.5}),
+        config(place, "sft", structlora={"beta": 0.5}),
         "structlora.edges=adjacency",
     )
     return place / "sft", log
@@ -85,7 +85,7 @@ def sft(place):
 def test_sft(place, sft):
     output, log = sft
     options = check(output, place / "model")
-    assert (options["noise_variance"], options["edges"]) == (0.5, "adjacency")
+    assert (options["beta"], options["edges"]) == (0.5, "adjacency")
     assert "StructLoRA on torch, 1 process: 2 kinds" in log
     assert (output / "all_results.json").is_file()
 
@@ -106,7 +106,7 @@ def test_export_with_llamafactory_cli(place, sft):
 
 def test_resume_goes_on_where_the_checkpoint_ended(place, sft):
     """Three steps and three more end where six do."""
-    told = {"structlora": {"noise_variance": 0.5, "edges": "adjacency"}, "max_steps": 6}
+    told = {"structlora": {"beta": 0.5, "edges": "adjacency"}, "max_steps": 6}
     run(COMMAND, "train", config(place, "whole", **told))
     checkpoint = {"resume_from_checkpoint": str(sft[0] / "checkpoint-3")}
     run(COMMAND, "train", config(place, "resumed", **told, **checkpoint))
@@ -149,8 +149,8 @@ def test_plain_lora_is_one_word_away(place):
 
 
 MISTAKES = {
-    "misspelt option": ({"structlora": {"nosie": "on"}}, "write `noise`"),
-    "value out of range": ({"structlora": {"noise_variance": -2}}, "a number above 0"),
+    "misspelt option": ({"structlora": {"gaets": "off"}}, "write `gates`"),
+    "value out of range": ({"structlora": {"beta": -2}}, "a number of 0 or more"),
     "nothing under the key": ({"structlora": None}, "write `structlora: true`"),
     "full fine-tuning": ({"finetuning_type": "full"}, "write `finetuning_type: lora`"),
 }
@@ -178,10 +178,10 @@ def test_command_line(arguments, remedy):
 
 def test_options_of_the_command_line_are_over_those_of_the_file(tmp_path):
     others, file = tmp_path / "others.yaml", tmp_path / "run.yaml"
-    others.write_text("structlora: {noise: 'off', keep: 0.5}\n")
+    others.write_text("structlora: {beta: 0.5, keep: 0.5}\n")
     file.write_text(f"structlora: {others}\n")
     found = read_arguments([str(file), "structlora.keep=0.25", "lora_rank=4"])
-    assert found["structlora"].changed_options() == {"noise": "off", "keep": 0.25} and found["lora_rank"] == 4
+    assert found["structlora"].changed_options() == {"beta": 0.5, "keep": 0.25} and found["lora_rank"] == 4
     with pytest.raises(StructLoRAError, match="structlora=false and structlora.keep"):
         read_arguments([str(file), "structlora=false", "structlora.keep=0.25"])
 

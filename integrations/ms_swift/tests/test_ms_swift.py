@@ -63,9 +63,9 @@ def adapter(place, name: str):
 
 
 def test_sft(place):
-    log = sft(place, "sft", options={"noise_variance": 0.5})
+    log = sft(place, "sft", options={"beta": 0.5})
     assert log.count("StructLoRA on torch, 1 process: 2 kinds") == 1
-    assert check(adapter(place, "sft"), place / "model")["noise_variance"] == 0.5
+    assert check(adapter(place, "sft"), place / "model")["beta"] == 0.5
 
 
 def test_two_processes(place):
@@ -75,7 +75,7 @@ def test_two_processes(place):
 
 
 @pytest.mark.parametrize(
-    "options, remedy", [({"nosie": "on"}, "write `noise`"), (False, "without the callback it is plain LoRA")]
+    "options, remedy", [({"gaets": "off"}, "write `gates`"), (False, "without the callback it is plain LoRA")]
 )
 def test_mistakes(place, options, remedy):
     assert remedy in sft(place, "mistake", options=options, succeeds=False)
