@@ -116,7 +116,7 @@ def test_latents_are_those_of_one_process(name, engine, world, tmp_path, one_pro
 @pytest.mark.parametrize(
     "engine", ["fsdp2", *(pytest.param(e, marks=slow) for e in ("zero1", "zero2", "zero3"))]
 )
-def test_gates_alone_send_nothing(engine, tmp_path):
+def test_gates_alone_send_their_gradients(engine, tmp_path):
     """With no coordinator there are no latents; with one, its side alone is sent, and one sum over all."""
 
     def per_step(method) -> tuple[float, float]:
@@ -125,7 +125,7 @@ def test_gates_alone_send_nothing(engine, tmp_path):
                 tmp_path / f"{len(method)}-{steps}",
                 engine,
                 steps=steps,
-                method={"noise": "on", **method},
+                method={"gates": "gaussian", **method},
                 trainer={"logging_steps": 100},
                 deepspeed=SHARDED if engine == "zero3" else {},
             )
@@ -133,9 +133,10 @@ def test_gates_alone_send_nothing(engine, tmp_path):
         )
         return tuple((more[what] - few[what]) / 2 for what in ("collectives", "bytes_sent"))
 
-    assert per_step({"coordinator": "none"}) == (0, 0)
+    collectives, of_gates = per_step({"coordinator": "none"})
+    assert collectives == 1 and 0 < of_gates <= 4 * 9 * (4 + 1) * 2  # 9 modules of rank 4
     collectives, sent = per_step({})
-    assert 1 <= collectives <= 9 and sent > 0
+    assert 2 <= collectives <= 10 and sent > of_gates
 
 
 LOADED = [
@@ -276,10 +277,10 @@ def test_a_second_train_under_deepspeed_needs_a_new_engine(engine, tmp_path, one
 
 @slow
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_a_plain_run_after_one_that_broke_off_has_no_noise(engine, tmp_path):
+def test_a_plain_run_after_one_that_broke_off_has_no_gates(engine, tmp_path):
     """Under ZeRO the plain run's optimizer steps flat masters of a new engine, and none of our parameters."""
     trainer = {"gradient_checkpointing": False}  # hooks of two ZeRO-3 engines disagree in its recomputation
-    facts = launch(tmp_path, engine, steps=4, plain_after=2, method={"noise": "on"}, trainer=trainer)
+    facts = launch(tmp_path, engine, steps=4, plain_after=2, method={"gates": "gaussian"}, trainer=trainer)
     assert (facts["attached"], facts["step"], len(facts["losses"])) == (False, 2, 4)
 
 
@@ -291,8 +292,8 @@ SAVING = {"steps": 6, "trainer": {**STEADY, "save_strategy": "steps", "save_step
     ["zero3", *(pytest.param(e, marks=slow) for e in ("ddp", "fsdp2", "zero1", "zero2", "zero2_offload"))],
 )
 def test_resume_is_bit_for_bit(engine, tmp_path):
-    """With noise, whose generators Trainer restores on each rank."""
-    noisy = {**SAVING, "method": {"noise": "on"}}
+    """With gates, whose generators Trainer restores on each rank."""
+    noisy = {**SAVING, "method": {"gates": "gaussian"}}
     launch(tmp_path / "whole", engine, **noisy)
     launch(tmp_path / "parts", engine, stop_at=3, **noisy)
     launch(tmp_path / "parts", engine, resume=str(tmp_path / "parts" / "checkpoint-3"), **noisy)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 from transformers import TrainerCallback
 
+from structlora_trl import gating
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import SIDES
 from structlora_trl.engines import slices, slicing
@@ -54,7 +55,7 @@ DEFAULTS = {
     "micro_batch": 6,  # over all ranks, so that 1, 2 and 3 see the same
     "rows": 48,
     "dtype": "float32",  # or bfloat16, float16
-    "method": {},  # more StructLoRA options, or None for plain LoRA; no noise, unless they say so
+    "method": {},  # more StructLoRA options, or None for plain LoRA; no gates, unless they say so
     "subclass": False,  # StructLoRASFTTrainer instead of the callback
     "lora": {},  # more LoraConfig options
     "vera": None,  # VeraConfig options: VeRA instead of LoRA
@@ -188,7 +189,7 @@ class Counted:
 
     def __init__(self):
         self.bytes_sent = self.collectives = 0
-        for module in (slicing, slices):
+        for module in (slicing, slices, gating):
             module.dist = self
 
     def __getattr__(self, name):
@@ -283,7 +284,7 @@ def main():
     from tests.support.tiny import base_model
 
     if args.method is not None:
-        args.method = {"noise": "off", **args.method, **(args.method_of_rank_1 if rank == 1 else {})}
+        args.method = {"gates": "off", **args.method, **(args.method_of_rank_1 if rank == 1 else {})}
     callback = StructLoRACallback(args.method) if args.method is not None and not args.subclass else None
     others = [
         callback,

@@ -25,12 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import StructLoRAError, attach
+from structlora_trl.core.gates import Gate
 from structlora_trl.core.graph import DepthGraph
+from structlora_trl.core.mapping import Parts
 from structlora_trl.map_context import map_context
 from tests.support.device import without_shm_op
-from tests.support.tiny import FAMILIES, base_model, lora_parameters, peft_model, warm_up
+from tests.support.tiny import DATA, FAMILIES, base_model, lora_parameters, peft_model, warm_up
 
-STEPS = 6
+STEPS, ROWS = 6, 2  # of a run, and of each batch
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 RATE = 1e-2
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
@@ -38,6 +40,17 @@ EPSILON = 1e-6
 LOSS_SCALE_POWER = 10
 # Far from every cosine that these runs come to: rounding changes no edge.
 SEMANTIC = {"edges": "similarity", "semantic_threshold": 0.2}
+
+
+class FixedDraws(Gate):
+    """Gates whose draws are of the rows of the whole batch, whichever rank has which."""
+
+    step = 0
+
+    def _drawn(self, activations, draw):
+        generator = torch.Generator().manual_seed(self.step)
+        whole = torch.randn(ROWS, activations.shape[-1], generator=generator)[:, None]
+        return _of_rank(whole).to(activations.dtype)
 
 
 class Failing(torch.optim.AdamW):
@@ -188,12 +201,13 @@ def train(
     four_bits: bool = False,
     experts: str | None = None,
     epsilon: float = EPSILON,
+    fixed: bool = True,
 ) -> dict:
     """One run of a bare loop.
 
     Args:
         engine: a name of `ENGINES`; 'ddp' without a process group is one process.
-        method: more StructLoRA options. Gates have no noise, unless they say so.
+        method: more StructLoRA options.
         steps: optimizer steps.
         clip: the largest norm of gradients.
         scaled: scale the loss, as mixed precision does.
@@ -206,11 +220,12 @@ def train(
         four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
         experts: a mixture, whose experts are adapted: 'stacked' in one parameter of each layer, or modules 'apart'.
         epsilon: AdamW's.
+        fixed: have gates draw the same for a row wherever it is; or as they do, by each rank's generator.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks; `stands`, whether at each moment
         outside a step the model held what the latents stand for, and a training forward changed nothing; `gates`, of each
-        rank how many have fired, and their variances; and at the end `working` weights, `state` and `skipped` of the last
+        rank how many have fired, and their logits; and at the end `working` weights, `state` and `skipped` of the last
         runtime. Of a run with trouble, also what each rank `said`. Of a run that detaches, also `is_kept`, whether the model
         is still there when the runtime alone is left, `wrapper_calls` of those who wrapped DeepSpeed's step before us, and
         after us unless it is attached again, and whether the last of them stands at the end, `wrapper_stands`.
@@ -222,16 +237,21 @@ def train(
     if poison_at is not None:
         model.get_input_embeddings().weight.requires_grad_(True)
     loop = ENGINES[engine](model, clip, scaled, {"lr": RATE, "eps": epsilon})
-    method = {"noise": "off", **(method or {})}
+    method = method or {}
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
+    more = {
+        **DATA,
+        "scaler": getattr(loop, "scaler", None),
+        "parts": Parts(gate=FixedDraws if fixed else None),
+    }
     wraps = isinstance(loop, DeepSpeed) and detach_at is not None
     wrappers = [Counting(loop.wrapped)] if wraps else []
-    runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
-    gates = [module.gate for module in runtime.plan.gated]
+    runtime = attach(loop.wrapped, loop.optimizer, options, **more)
+    gates = [module.gate for module in runtime.gating.modules]
     if wraps and again_at is None:
         wrappers.append(Counting(loop.wrapped))
     if trouble == "bypassed":
-        of_module = runtime.plan.gated[1].lora_A._forward_hooks
+        of_module = runtime.gating.modules[1].lora_A._forward_hooks
         of_module.pop(next(key for key, hook in of_module.items() if hook is gates[1]))
     losses, evaluation_losses, stands, said = [], [], True, []
 
@@ -245,10 +265,11 @@ def train(
             runtime.detach()
             runtime.detach()
         if step == again_at:
-            runtime = attach(loop.wrapped, loop.optimizer, options, passes=50)
+            runtime = attach(loop.wrapped, loop.optimizer, options, **more)
         evaluation_losses.append(evaluate())
         before = whole(runtime, runtime.engine.read_working())
         loop.wrapped.train()
+        FixedDraws.step = step
         hook = model.get_input_embeddings().register_forward_hook(_poison) if step == poison_at else None
         loss = loop.wrapped(**_batch(step)).loss
         losses.append(_mean(loss))
@@ -287,7 +308,7 @@ def train(
         "losses": losses,
         "evaluation_losses": evaluation_losses,
         "stands": stands,
-        "gates": _of_ranks((sum(gate.has_fired for gate in gates), [gate.variance for gate in gates])),
+        "gates": _of_ranks((sum(gate.has_fired for gate in gates), [gate.logits.tolist() for gate in gates])),
         "said": said,
         "working": whole(runtime, runtime.engine.read_working()),
         "state": runtime.state_dict(),
@@ -377,11 +398,15 @@ def _poison(module, inputs, output):
 
 
 def _batch(step: int) -> dict:
-    """This rank's rows of a batch; where there are more ranks than rows, several have the same."""
-    batch = FAMILIES["llama"].batch(step)
+    """This rank's rows of a batch."""
+    return {name: _of_rank(value) for name, value in FAMILIES["llama"].batch(step).items()}
+
+
+def _of_rank(rows: torch.Tensor) -> torch.Tensor:
+    """This rank's rows; where there are more ranks than rows, several have the same."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    parts = min(world, len(batch["input_ids"]))
-    return {name: value[rank % parts :: parts] for name, value in batch.items()}
+    parts = min(world, len(rows))
+    return rows[rank % parts :: parts]
 
 
 def _mean(loss) -> float:
