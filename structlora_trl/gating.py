@@ -150,7 +150,9 @@ class Gating:
         gradients, present = self._taken
         sizes = [len(x) for x in self.logits]
         before = torch.cat([x.to(gradients.device) for x in self.logits])
-        acts = present.repeat_interleave(torch.tensor(sizes, device=present.device), output_size=len(before))
+        acts = present.repeat_interleave(
+            torch.tensor(sizes, dtype=torch.long, device=present.device), output_size=len(before)
+        )
         after = torch.where(acts & gradients.isfinite(), self.bottleneck.step(before, gradients), before)
         for x, value in zip(self.logits, after.split(sizes), strict=True):
             x.copy_(value)

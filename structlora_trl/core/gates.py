@@ -69,7 +69,9 @@ class Forward(Hook):
         self.has_gradients, self.starts = torch.is_grad_enabled(), None
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+            places = torch.arange(positions.shape[1], dtype=torch.long, device=positions.device).expand_as(
+                positions
+            )
             self.starts = torch.where(positions == 0, places, 0).cummax(1).values
 
 

@@ -122,7 +122,7 @@ def _labels_of_row(loader: DataLoader) -> float:
     python, array = random.getstate(), numpy.random.get_state()
     try:
         count = min(_COUNTED_ROWS, len(loader.dataset))
-        places = torch.linspace(0, len(loader.dataset) - 1, count).long().tolist()
+        places = [i * len(loader.dataset) // count for i in range(count)]
         rows = [loader.dataset[place] for place in places]
         if all(isinstance(row.get("labels"), list) for row in rows):  # tokenised rows, of any collator
             return sum(label != _IGNORED for row in rows for label in row["labels"]) / count

@@ -74,7 +74,7 @@ EQUAL = {
     ),
     # λ_d of four directions, over three ranks.
     "VeRA": (
-        {"vera": {"r": 4}, "steps": 13, "method": {"keep": 0.5, "select_at": 10}},
+        {"vera": {"r": 4}},
         [("zero3", 3)],
         rows(["ddp", "fsdp2", "zero1", "zero2"], 3),
     ),
