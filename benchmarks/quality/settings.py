@@ -73,7 +73,7 @@ _GATES = Grid(
         "many examples": (_at_loras_rate("fashion-all", 5, 2000), _at_loras_rate("movie-all", 3, 1000)),
         "SmolLM2": tuple(Place(f"smollm-reviews@{n}", 64, _FOUR[:3], (1e-3,)) for n in (5, 15)),
     },
-    (LORA, "lora-dropout-0.5", OURS, GUMBEL, "halves"),
+    (LORA, "lora-dropout-0.5", OURS, "halves"),
 )
 
 # --- main, language, harm: each method at its own rate ---
