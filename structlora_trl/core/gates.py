@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 LOGITS = (-4.0, 8.0)  # openness 0.018 to 0.9997: beyond, a gate learns too slowly to come back
-LARGEST_STEP = 1.0  # of a logit, so that one odd batch neither opens nor closes a gate
+LARGEST_STEP = 1.0  # by which a gate opens, so that one odd batch does not undo what it has learned
 
 
 def absent(*_) -> None:
@@ -202,5 +202,7 @@ class Bottleneck:
             gradient (`Tensor`): of the mean task loss with respect to θ.
         """
         whole = self.examples * gradient + self.beta * torch.sigmoid(logits) / 2
-        step = self.lr * self.batch_size / self.examples * whole
-        return (logits - step.clamp(-LARGEST_STEP, LARGEST_STEP)).clamp(*LOGITS)
+        # Noise costs loss, so that a gradient which closes a gate faster than the price of an open one is chance. In small
+        # batches, whose gradients have long tails, closing by it drowns the run in noise.
+        step = self.lr * self.batch_size / self.examples * whole.clamp(max=self.beta / 2)
+        return (logits - step.clamp(min=-LARGEST_STEP)).clamp(*LOGITS)

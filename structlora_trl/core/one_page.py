@@ -36,7 +36,8 @@ class Gate:
     def step(self, examples: int, batch_size: int, beta: float, lr: float) -> None:
         """Descend N·loss + β·Σ ½ log(1 + 1/α), at a rate per epoch."""
         gradient = examples * self.logits.grad + beta * torch.sigmoid(self.logits) / 2
-        self.logits -= (lr * batch_size / examples * gradient).clamp(-LARGEST_STEP, LARGEST_STEP)
+        gradient = gradient.clamp(max=beta / 2)  # a gate closes no faster than by the price of an open one
+        self.logits -= (lr * batch_size / examples * gradient).clamp(min=-LARGEST_STEP)
         self.logits.clamp_(*LOGITS)
         self.logits.grad = None
 

@@ -92,7 +92,7 @@ def test_nats_are_of_the_gaussian_channel():
 
 def test_the_step_descends_the_evidence_bound():
     of = Bottleneck(examples=200, batch_size=10, beta=1.5, lr=0.1)
-    logits, target = torch.randn(6, requires_grad=True), torch.randn(6)
+    logits, target = torch.linspace(-2, 2, 6).requires_grad_(), torch.linspace(-1, 4, 6)  # labels that open
     loss = ((logits - target) ** 2).mean() / 50
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (expected,) = torch.autograd.grad(200 * loss + 1.5 * nats(logits).sum(), logits)
@@ -109,9 +109,11 @@ def test_an_epoch_moves_a_gate_as_far_whatever_the_batch(batch_size):
 
 def test_one_odd_batch_neither_opens_nor_closes_a_gate():
     of = Bottleneck(1000, 10, beta=1.0, lr=0.5)
-    logits = of.step(torch.zeros(2), torch.tensor([1e6, -1e6]))
-    assert logits.abs().max() <= 1
-    for _ in range(50):
+    closing, opening = of.step(torch.zeros(2), torch.tensor([1e6, -1e6])).tolist()
+    # As far as the price of an open gate, and a logit.
+    assert closing == pytest.approx(-0.5 * 10 / 1000 / 2) and opening == 1
+    logits = torch.zeros(2)
+    for _ in range(5000):
         logits = of.step(logits, torch.tensor([1e6, -1e6]))
     assert logits.isfinite().all() and 0 < openness(logits)[0] < 0.05 and 0.99 < openness(logits)[1] < 1
 
