@@ -85,7 +85,7 @@ def attach(
     Example:
         >>> model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
         >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8, beta=0.5)
+        >>> runtime = attach(model, optimizer, examples=labels, batch_size=labels / len(batches), beta=0.5)
         >>> for batch in batches:
         ...     model(**batch).loss.backward()
         ...     optimizer.step()

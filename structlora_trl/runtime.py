@@ -101,7 +101,7 @@ class Runtime:
         has_aligned (`bool`): whether attaching changed lora_A, of a fresh adapter.
 
     Example:
-        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
+        >>> runtime = attach(model, optimizer, examples=labels, batch_size=labels / len(batches))
         >>> "structlora/effective_rank" in runtime.metrics()
         True
         >>> runtime.detach()  # the model keeps its weights: a plain LoRA adapter
@@ -631,7 +631,7 @@ def save_gates(runtime: Runtime, directory: str | os.PathLike) -> Path | None:
         StructLoRAError: the file cannot be written.
 
     Example:
-        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
+        >>> runtime = attach(model, optimizer, examples=labels, batch_size=labels / len(batches))
         >>> model.save_pretrained(folder)
         >>> save_gates(runtime, folder).name
         'structlora_gates.safetensors'

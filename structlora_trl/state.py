@@ -349,7 +349,7 @@ def save_state(
             still is.
 
     Example:
-        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
+        >>> runtime = attach(model, optimizer, examples=labels, batch_size=labels / len(batches))
         >>> save_state(runtime, folder).name
         'structlora.safetensors'
     """
@@ -386,7 +386,7 @@ def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
             modules, shapes, rank or options that shaped its weights. Nothing has changed then.
 
     Example:
-        >>> runtime = attach(model, optimizer, examples=len(rows), batch_size=8)
+        >>> runtime = attach(model, optimizer, examples=labels, batch_size=labels / len(batches))
         >>> _ = save_state(runtime, folder)
         >>> load_state(runtime, folder)
     """

@@ -35,6 +35,7 @@ def test_example_in_docstring_runs(name, tmp_path):
             "base": base_model("llama"),
         },
         "batches": [FAMILIES["llama"].batch(i) for i in range(2)],
+        "labels": 40,  # of these batches
         "tokenizer": tokenizer(),
         "dataset": Dataset.from_list([{"text": sentence(i)} for i in range(8)]),
         "arguments": trl.SFTConfig(
