@@ -128,7 +128,7 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
         assert imread(path).std() > 0.01, f"{path.name} is blank"
     assert main(["inspect", str(plain_adapter), "--plot", str(tmp_path / "few")]) == 0
     told = capsys.readouterr().out
-    assert "Wrote similarity, singular_values, size to" in told
+    assert "Wrote size, similarity, singular_values to" in told
     assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "singular_values", "size"}
 
 
