@@ -101,18 +101,16 @@ def why_quiet(trainer: Trainer) -> str | None:
 
 
 def data_of(trainer: Trainer) -> tuple[float, float]:
-    """Return how many labels a trainer is about to see, each counted once, and how many in an optimizer step: the terms that
-    its loss is a mean of.
-
-    Of a stream, and of a run that ends before it has seen all rows, those of its steps.
+    """Return how many labels the training data of a trainer has, the terms that its loss is a mean of over an epoch, and how
+    many an optimizer step sees. Of a stream, those of the run's steps.
     """
     state, args, loader = trainer.state, trainer.args, trainer.callback_handler.train_dataloader
     steps = _steps_of_epoch(trainer)
     if steps is None:
         batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return float(state.max_steps * batch), float(batch)
-    batch = trainer.num_examples(loader) / steps * _labels_of_row(loader)
-    return min(steps, state.max_steps) * batch, batch
+    labels = trainer.num_examples(loader) * _labels_of_row(loader)
+    return labels, labels / steps
 
 
 def _labels_of_row(loader: DataLoader) -> float:

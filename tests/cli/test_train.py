@@ -159,7 +159,6 @@ def test_8_bit(place, monkeypatch):
 
 @pytest.mark.parametrize("more", [[], ["--restore_callback_states_from_checkpoint", "true"]])
 def test_resume_goes_on_where_the_run_ended(more, place, monkeypatch, capsys):
-    # Two steps are an epoch: of a shorter run, gates are priced by the rows that it sees.
     steps = {"save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 12}
     given = config_file(save_strategy="steps", lr_scheduler_type="constant", **steps)
     trained(monkeypatch, "sft", "--config", given, "--output_dir", "whole")

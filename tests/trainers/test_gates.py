@@ -25,7 +25,7 @@ LABELS = 9  # of a row of SFT: a sentence and its end
 # job of 48 rows in batches of 4, its options and training arguments, and what the start says of its gates
 CASES = {
     "an epoch and more": ("sft", {}, {"max_steps": 20}, f"{48 * LABELS} labels, {4 * LABELS} a step, beta 1"),
-    "less than an epoch": ("sft", {}, {"max_steps": 3}, f"{12 * LABELS} labels, {4 * LABELS} a step, beta 1"),
+    "less than an epoch": ("sft", {}, {"max_steps": 3}, f"{48 * LABELS} labels, {4 * LABELS} a step, beta 1"),
     "accumulation": (
         "sft",
         {},
