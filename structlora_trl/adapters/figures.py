@@ -302,7 +302,7 @@ def _sizes(runs: list[Run]) -> Chart:
         curves = run.curves
         measure, points = size_curve(run.saved)
         if points:
-            order = "openness" if run.saved.openness else "without rows"
+            order = "openness" if run.saved.openness else "norm"
             curves = [*curves, SizeCurve(f"{_SHARE}{measure}", {order: points})]
         for curve in curves:
             at_quarter = []

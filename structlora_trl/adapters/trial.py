@@ -166,7 +166,7 @@ def information_curves(
     ungated = replace(saved, openness=None)
     orders = {
         "most information": (partial(select, ungated, information=information), _SHARES),
-        "without rows": (partial(select, ungated), _SHARES),
+        "norm": (partial(select, ungated), _SHARES),
         "one rank for all modules": (
             partial(shrink, ungated),
             sorted({max(1, round(share * largest)) for share in _SHARES}),
