@@ -122,7 +122,7 @@ def test_openness_is_measured_on_rows_beside_other_orders(adapter):
     carried, losses = (curve.orders for curve in information_curves(read_saved(adapter), rows))
     assert "openness" not in carried  # information is of singular directions
     assert losses["openness"][-1] == pytest.approx(losses["most information"][-1])
-    assert losses["openness"][0][1] != losses["without rows"][0][1]
+    assert losses["openness"][0][1] != losses["norm"][0][1]
 
 
 def test_peft_and_merging_ignore_the_file(adapter, tmp_path):

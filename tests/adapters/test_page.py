@@ -296,7 +296,7 @@ def test_in_a_browser(page, tmp_path):
     """A screenshot shows the colours of the maps and of both runs; a click on a head sorts, a second one turns the order."""
     image = pytest.importorskip("PIL.Image")
     shot = tmp_path / "page.png"
-    browse(page, f"--screenshot={shot}", "--window-size=1240,2600")
+    browse(page, f"--screenshot={shot}", "--window-size=1240,4200")
     colours = {colour for _, colour in image.open(shot).convert("RGB").getcolors(1 << 24)}
     for expected in (VIRIDIS[0], VIRIDIS[-1], "#c2410c", "#1d4ed8"):
         assert tuple(bytes.fromhex(expected[1:])) in colours, expected
