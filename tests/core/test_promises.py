@@ -39,7 +39,8 @@ OPTIONS = [
     {"coordinator_layers": 3},
     {"coordinator": "none"},
     {"edges": "similarity"},
-    {"gates": "off"}, {"gates": "gumbel"},
+    {"gates": "off"},
+    {"gates": "gumbel"},
 ]
 
 
