@@ -135,7 +135,8 @@ def build_runtime(
     quiet = "gates='off'" if config.gates == "off" else quiet
     forward = Forward()
     if quiet is None:
-        build = partial(_gate, parts.gate or GATES[config.gates], config.gate_openness, forward)
+        gate = parts.gate or GATES[config.gates]
+        build = partial(gate, openness=config.gate_openness, forward=forward)
         gated, silent = gates_of(model, kinds, adapter_name, build)
     else:
         gated, silent = [], {quiet: sum(len(kind.modules) for kind in kinds)}
@@ -206,10 +207,6 @@ def _refuse_senseless(adapter: PeftConfig, kinds: list[Kind]) -> None:
             "with `rank_pattern`.",
             ", ".join(f"{kind.name} (rank {kind.rank}, width {min(kind.shape[2:])})" for kind in spare),
         )
-
-
-def _gate(build, openness: float, forward: Forward, rank: int, device: torch.device, rank_axis: int):
-    return build(rank, openness, device, rank_axis, forward)
 
 
 def _data_of_loop(

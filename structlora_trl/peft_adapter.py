@@ -98,7 +98,7 @@ def gates_of(
             lora_A = layer.lora_A[adapter_name]
             rank_axis = -1 - len(lora_A.kernel_size) if isinstance(layer, _ConvNd) else -1
             factor = next(p for p in (kind.B[place], kind.A[place]) if p.requires_grad)
-            gate = build(kind.rank, factor.device, rank_axis)
+            gate = build(kind.rank, device=factor.device, rank_axis=rank_axis)
             # DoRA passes the identity through lora_A before its input, to compute the norm of its weights.
             magnitudes = layer.lora_magnitude_vector if isinstance(lora_A, nn.Linear) else {}
             dora = magnitudes[adapter_name] if adapter_name in magnitudes else None

@@ -35,7 +35,7 @@ class Parts:
     Args:
         discover (`Callable`): (model, adapter_name) -> list of `Kind`, which modules are trained and what is
             one kind.
-        gate (`Callable`, *optional*): (rank, openness, device, rank_axis, forward) -> `Gate` or its like; by
+        gate (`Callable`, *optional*): (rank, and openness, device, rank_axis, forward by name) -> `Gate` or its like; by
             `config.gates` where omitted.
         graph (`Callable`): (kind, config) -> `DepthGraph`.
         coordinator (`Callable`, *optional*): (rank, layers) -> `GCN` or its like; by `config.coordinator`

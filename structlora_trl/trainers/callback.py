@@ -87,14 +87,16 @@ class StructLoRACallback(TrainerCallback):
         def is_over() -> bool:
             return trainer_of() is None or trainer_of().state is not state_of()
 
+        quiet = why_quiet(trainer)
+        has_gates = quiet is None and self.config.gates != "off"
         return build_runtime(
             trainer.model_wrapped,
             optimizer,
             self.config,
             self.parts,
-            quiet=why_quiet(trainer),
+            quiet=quiet,
             steps=trainer.state.max_steps,
-            data=data_of(trainer),
+            data=data_of(trainer) if has_gates else None,  # which collates rows
             is_over=is_over,
         )
 
