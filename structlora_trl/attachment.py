@@ -222,7 +222,7 @@ def _data_of_loop(
                 f"{name}={value!r} in a run with gates, which learn by the number of training examples",
                 "a number above 0",
                 "call `attach(model, optimizer, examples=len(dataset), batch_size=16)`, where `batch_size` is of one optimizer "
-                "step over all processes; or set `gates='off'`",
+                "step over all processes; of a language model, give answer tokens in place of rows; or set `gates='off'`",
             )
     if batch_size > examples:
         raise StructLoRAError(

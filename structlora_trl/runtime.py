@@ -379,7 +379,8 @@ class Runtime:
         if self.has_selected:
             return
         passed = self.gating.nats()
-        chosen = self.plan.parts.choose(torch.cat(list(passed.values())), self.config.keep)
+        nats = torch.cat(list(passed.values()))
+        chosen = self.plan.parts.choose(nats, self.config.keep)
         kept = dict(zip(passed, chosen.split([len(x) for x in passed.values()]), strict=True))
         for m in self.maps:
             of_kind = m.selection.kept.clone()
@@ -387,12 +388,10 @@ class Runtime:
                 if unwrapped_name(module) in kept:  # what has no gate is kept
                     of_kind[place] = kept[unwrapped_name(module)]
             m.selection.close(of_kind)
-        total = sum(s.kept.numel() for s in (m.selection for m in self.maps))
-        left = sum(int(m.selection.kept.sum()) for m in self.maps)
-        empty = sum(int((~m.selection.kept.any(-1)).sum()) for m in self.maps)
-        carried = sum(float(passed[name][kept[name]].sum()) for name in passed) / sum(
-            float(x.sum()) for x in passed.values()
-        )
+        masks = [m.selection.kept for m in self.maps]
+        total, left = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
+        empty = sum(int((~mask.any(-1)).sum()) for mask in masks)
+        carried = float(nats[chosen].sum() / nats.sum())
         if is_first_rank():
             logger.warning(
                 "StructLoRA keeps %d of %d directions from step %d on, with %.1f %% of the nats (%d modules keep none). "
