@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -52,8 +51,8 @@ def attach(
         runtime = attach(model, optimizer, examples=len(dataset), batch_size=16)
 
     From then on a forward under `model.train()` has gates with noise, as dropout is noise, and
-    `optimizer.step()` steps latent factors, the gates and the coordinator. Between steps the model's parameters
-    are the adapter, plain LoRA: evaluate, copy and save them as ever.
+    `optimizer.step()` steps the gates and the coordinator, too. The model's parameters are the adapter, plain
+    LoRA, at any moment: evaluate, copy, save and write them as ever.
 
     The call may change lora_A of a fresh adapter (B = 0): by default all depths of a kind of module get the
     same one. Code that keeps a copy of the weights, such as a moving average, has to copy them afterwards.
@@ -76,7 +75,7 @@ def attach(
         **overrides: single options, as keywords.
 
     Returns:
-        `Runtime`: for `metrics()`, `state_dict()`, `reload()` and `detach()`.
+        `Runtime`: for `metrics()`, `state_dict()` and `detach()`.
 
     Raises:
         StructLoRAError: StructLoRA cannot act on this model and optimizer; the message says why and what to
@@ -110,7 +109,6 @@ def build_runtime(
     steps: int | None = None,
     data: tuple[float, float] | None = None,
     scaler: GradScaler | None = None,
-    is_over: Callable[[], bool] | None = None,
 ) -> Runtime:
     """Attach with a configuration that is built; see `attach`.
 
@@ -120,7 +118,6 @@ def build_runtime(
             selected in them is for the caller to ask (`refuse_unreachable`), once it has loaded what the run goes on from.
         data (`tuple[float, float]`, *optional*): training examples, and those of one optimizer step.
         scaler (`torch.amp.GradScaler`, *optional*): see `attach`.
-        is_over (callable, *optional*): whether the run has ended; see `Plan`.
     """
     wrapped, (_, model) = model, find_peft_model(model, config)
     optimizer, found_scaler = _unwrapped_optimizer(optimizer)
@@ -147,7 +144,7 @@ def build_runtime(
             "remove `keep`; `structlora export ADAPTER SMALL --keep 0.25 --data ROWS` makes the finished adapter smaller",
         )
     engine = select_engine(wrapped, optimizer, kinds)
-    _detach_earlier(kinds, optimizer)
+    _detach_earlier(kinds)
     bottleneck = Bottleneck(*data, config.beta, config.gate_lr) if gated else None
     runtime = Runtime(
         Plan(
@@ -162,7 +159,6 @@ def build_runtime(
             parts=parts,
             frozen=_frozen_factors(model, adapter_name),
             select_step=select_step,
-            is_over=is_over,
         )
     )
     if world_size() > 1:
@@ -417,28 +413,20 @@ def _adapter(model: nn.Module, config: StructLoRAConfig) -> str:
     return name
 
 
-def _detach_earlier(kinds: list[Kind], optimizer: torch.optim.Optimizer) -> None:
-    """A run that broke off may still hold the adapter."""
+def _detach_earlier(kinds: list[Kind]) -> None:
+    """A run that nobody ended may still hold the adapter."""
     for runtime in Runtime.attached_to({id(p) for kind in kinds for p in kind.parameters}):
-        if runtime.is_run_by(optimizer):
-            raise StructLoRAError(
-                "StructLoRA already attached to this adapter and optimizer",
-                "one attachment",
-                "attach once, or `detach()` the first",
-            )
-        logger.warning("StructLoRA was still attached to this adapter from an earlier run, which ends here.")
+        logger.warning("StructLoRA was still attached to this adapter: that run ends here.")
         runtime.detach()
 
 
 def _facts(runtime: Runtime) -> dict:
-    """What all ranks must have in common."""
-    latents = runtime.engine.read_latents(everything=True)
-    sums = [part.sum() for factors in latents for part in factors]
+    """Return what all ranks must have in common."""
     return {
         "configuration": runtime.config.options(),
         "examples and batch_size": repr(runtime.gating.bottleneck),
         "engine": runtime.engine.name,
         "modules": {kind.name: [kind.modules, kind.shape] for kind in runtime.kinds},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "structlora-trl": __version__},
-        "latent weights": [float(total) for total in runtime.engine.slices[0].sums(sums)],
+        "weights": {name: norms.tolist() for name, norms in runtime.weight_norms().items()},
     }

@@ -222,10 +222,13 @@ class StructLoRAConfig:
                 raise StructLoRAError(f"an unknown option `{name}`", f"one of {', '.join(known)}", remedy)
         return StructLoRAConfig(**options)
 
-    def coordinator_rate(self, peak: float) -> float:
-        """Learning rate of the coordinator's weights at the peak of a schedule, where that of the LoRA parameters is `peak`."""
+    def coordinator_rate(self, current: float, peak: float) -> float:
+        """Return the learning rate of the coordinator's weights, where that of the LoRA parameters is `current`, and its
+        schedule's peak is `peak`.
+        """
         # The cap is for optimizers whose rates have another unit than AdamW's: SGD, Prodigy, Adafactor with relative steps.
-        return min(peak, LARGEST_DEFAULT_RATE) if self.coordinator_lr is None else self.coordinator_lr
+        at_peak = min(peak, LARGEST_DEFAULT_RATE) if self.coordinator_lr is None else self.coordinator_lr
+        return at_peak * current / peak if peak else 0.0
 
     def options(self) -> dict:
         """Name and value of each option."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from .errors import StructLoRAError
 from .rank_check import world_size
 
 logger = logging.getLogger(__name__)
+_MANY_DROPS = 20  # more than an fp16 run needs to find its loss scale
 
 
 @dataclass
@@ -63,24 +65,30 @@ class Gating:
         self.modules, self.bottleneck, self.engine = modules, bottleneck, engine
         self.forward, self.scaler = forward, scaler
         self.gates = {unwrapped_name(m.name): m.gate for m in modules}
+        self.is_stepping = False  # from before an optimizer's step to after it
+        self.drops = 0  # of gradients, since the last step
+        self._loss_scale = 1.0  # of the last training forward: DeepSpeed changes its own before it steps
         # Gradients of the step under way, and which of the gates have one.
         self._taken: tuple[Tensor, Tensor] | None = None
         self._has_warned = False
         self._heard: set[str] = set()  # modules with a gradient of training
         self._listening: dict = {}  # handles, of modules whose gate has not fired yet
 
-    def install(self, model: nn.Module) -> Callable[[], None]:
-        """Put the gates into a PEFT model. Return what takes them out, which holds neither model nor optimizer."""
+    def install(self, model: nn.Module, maps: bool) -> Callable[[], None]:
+        """Put the gates into a PEFT model. Return what takes them out, which holds neither model nor optimizer.
+
+        Args:
+            maps (`bool`): whether the run maps factors.
+        """
         modules = self.modules
         handles = [m.lora_A.register_forward_hook(m.gate) for m in modules]
         handles += [m.dora.register_forward_pre_hook(_SkipIdentity(m.gate)) for m in modules if m.dora]
-        if modules:
+        if modules or maps:
             # A language model is called through its head, or without it.
             roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.base_model.model}
             handles += [root.register_forward_pre_hook(self.forward, with_kwargs=True) for root in roots]
-            if self.engine.keeps_gradients:
-                drop = _DropDiscarded(modules)
-                handles += [root.register_forward_pre_hook(drop) for root in roots]
+            begins = _Begins(self)
+            handles += [root.register_forward_pre_hook(begins) for root in roots]
         self._listening = {
             m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in modules
         }
@@ -110,7 +118,7 @@ class Gating:
             StructLoRAError: a module has a gradient and its gate has not fired; or activations are fp16 and no
                 scaler is known.
         """
-        self._taken = None
+        self._taken, self.drops = None, 0
         if not self.modules:
             return
         self._refuse_unheard()
@@ -137,7 +145,7 @@ class Gating:
             both = torch.cat([gradients / ranks, present])
             dist.all_reduce(both)
             gradients, present = both.split([len(gradients), len(present)])
-        scale = self.engine.loss_scale() if self.scaler is None else self.scaler.get_scale()
+        scale = self._loss_scale if self.scaler is None else self.scaler.get_scale()
         # A loss of another sign is ascended.
         scale = -scale if self.engine.maximizes() else scale
         self._taken = gradients / scale, present > 0
@@ -250,20 +258,30 @@ class _SkipIdentity(Hook):
         self.gate.skips_identity = module.training
 
 
-class _DropDiscarded(Hook):
-    """Drops gradients of logits where those of the module's factor were dropped since, by `zero_grad`; a forward
-    pre-hook of the model.
+class _Begins(Hook):
+    """A forward pre-hook of the model: ends a step that broke off, notes the loss scale, and drops gradients of logits where
+    those of the module's factor were dropped since, by `zero_grad` or by a step that was left out.
     """
 
-    def __init__(self, modules: list[GatedModule]):
-        self.pairs = [(m.gate.logits, m.factor) for m in modules]
+    def __init__(self, gating: Gating):
+        self.gating = weakref.ref(gating)
 
     def __call__(self, *_) -> None:
-        if torch.compiler.is_compiling():
+        gating = self.gating()
+        if torch.compiler.is_compiling() or gating is None or gating.engine is None:
             return
-        for logits, factor in self.pairs:
-            if logits.grad is not None and factor.grad is None:
-                logits.grad = None
+        gating.is_stepping, gating._loss_scale = False, gating.engine.loss_scale()
+        dropped = zip(gating.modules, gating.engine.dropped([m.factor for m in gating.modules]), strict=True)
+        gates = [m.gate for m, was_dropped in dropped if was_dropped and m.gate.logits.grad is not None]
+        for gate in gates:
+            gate.logits.grad = None
+        gating.drops += bool(gates)
+        if gating.drops == _MANY_DROPS:
+            logger.warning(
+                "The adapter's gradients were dropped %d times without a step of the optimizer that StructLoRA is attached to. "
+                "Where another optimizer trains the model, its gates are noise that nothing learns: call `runtime.detach()`.",
+                _MANY_DROPS,
+            )
 
 
 def _notes(module: GatedModule, names: set[str]):

@@ -40,11 +40,11 @@ def map_context(device: torch.device) -> Iterator[None]:
 
 
 def in_map_context(method: Method) -> Method:
-    """Run a method of the runtime in `map_context`, and count its time as the map's."""
+    """Run a method of the runtime in `map_context`."""
 
     @functools.wraps(method)
     def entered(self, *args, **kwargs):
-        with self.stopwatch, map_context(self.device):
+        with map_context(self.device):
             return method(self, *args, **kwargs)
 
     return entered

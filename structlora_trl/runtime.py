@@ -1,41 +1,40 @@
-"""One optimizer step: gradients are pulled back, the optimizer steps latents, effective weights are written.
+"""One optimizer step: gradients are pulled back before it, and what it made is mapped after it.
 
-Between steps the model's parameters are the adapter that will be saved. A training forward changes none of
-them: gates are hooks on its activations (`core/gates.py`). Latents stand for the optimizer's step alone, and
-only where a coordinator or a selection acts.
+The model's parameters are the adapter that will be saved, at any line of a step. A training forward changes none
+of them: gates are hooks on its activations (`core/gates.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 # `torch.compiler.disable`, which would load the compiler on import.
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .config import StructLoRAConfig
 from .core.diagnostics import cosines, neighbour_products, structure_metrics
-from .core.kinds import SIDES, Factors, Kind, short_names, unwrapped_name
+from .core.expert_storage import empty_nodes, to_nodes, to_storage
+from .core.graph import DepthGraph
+from .core.kinds import SIDES, Factors, Kind, matrix_shape, short_names, unwrapped_name
 from .core.mapping import DEFAULT_PARTS, KindMap, Parts, mapped_sides
 from .engines import Engine
-from .engines.schedule import Rate, ScheduleShare
-from .engines.slices import Slices
+from .engines.base import Layout
 from .errors import StructLoRAError
 from .gates_file import GATES_NAME, write_openness
 from .gating import Gating
 from .map_context import in_map_context
+from .mapped_side import MappedSide
 from .rank_check import is_first_rank, world_size
 from .state import State
-from .stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 _LISTED = 8  # names in a line
@@ -58,8 +57,6 @@ class Plan:
         moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
         frozen (`list[nn.Parameter]`): LoRA factors of the adapter that no map has, and must stay frozen.
         select_step (`int`, *optional*): optimizer steps, taken or skipped, after which directions are selected.
-        is_over (callable, *optional*): whether the trainer's run, that this is for, has ended; None in a loop of one's
-            own, where another optimizer that steps the adapter is an error.
     """
 
     model: nn.Module
@@ -73,17 +70,6 @@ class Plan:
     parts: Parts = DEFAULT_PARTS
     frozen: list[nn.Parameter] = field(default_factory=list)
     select_step: int | None = None
-    is_over: Callable[[], bool] | None = None
-
-
-class _Pulled(NamedTuple):
-    """What the pullback of one kind gave: gradients of latent factors, of the map's parameters (this rank's
-    share, where factors are slices), and gradients of node features by side, where they are wanted.
-    """
-
-    factors: Factors
-    own: dict[str, Tensor]
-    features: dict[str, Tensor]
 
 
 class Runtime:
@@ -92,12 +78,13 @@ class Runtime:
     Attributes:
         step (`int`): optimizer steps that counted.
         skipped_steps (`int`): optimizer steps skipped for NaN or Inf in the gradients. In a loop of your own,
-            those that a GradScaler leaves out are not among them: it never calls an unfused optimizer then.
-        reached_steps (`int`): optimizer steps with gradients of the adapter, if only zeros.
+            those that a GradScaler or DeepSpeed leaves out are not among them: no hook is called then.
+        calls (`int`): optimizer steps that were begun.
         gating (`Gating`): the gates.
         is_attached (`bool`): whether the model and its optimizer are still in use.
         maps (`list[KindMap]`): one per kind.
-        schedule (`ScheduleShare`): where the learning rates' schedule stands.
+        sides (`list[MappedSide]`): the factors that the maps change.
+        optimizer (`torch.optim.AdamW`, *optional*): of the maps' own parameters; None where they have none.
         has_aligned (`bool`): whether attaching changed lora_A, of a fresh adapter.
 
     Example:
@@ -109,31 +96,34 @@ class Runtime:
 
     def __init__(self, plan: Plan):
         self.plan, self.model, self.kinds, self.config = plan, plan.model, plan.kinds, plan.config
-        self.engine, self.device = plan.engine, plan.kinds[0].device
-        self.stopwatch = Stopwatch(self.device)
-        self.is_attached, self.gating = True, plan.gating
-        self.step = self.skipped_steps = self.hook_calls = self.reached_steps = 0
-        self.schedule = ScheduleShare()
-        self.maps: list[KindMap] = []
-        self._rate: Rate | None = None  # of the step under way, where it counts
-        self._cosine: Tensor | None = None  # of gradients, in the first step since the last `metrics()`
-        self._metric_steps = 0
-        self._parameter_ids = {id(p) for p in self.lora_parameters() if p.requires_grad}
+        self.engine, self.device, self.gating = plan.engine, plan.kinds[0].device, plan.gating
+        self.is_attached = True
+        self.step = self.skipped_steps = self.calls = 0
         self._places = _places_of(self.model, self.lora_parameters())
         self._active = set(self.model.active_adapters)
-        mapped = [mapped_sides(kind, self.config) for kind in self.kinds]
-        self._maps_anything = any(mapped)
-        self.engine.install(self._before_step, self._after_step, mapped)
-        try:
-            self._build(plan.align)
-            close = self.gating.install(self.model)
-        except BaseException:
-            self.engine.remove()
-            raise
+        self._cosines: list[Tensor] = []  # of gradients, in the first step since the last `metrics()`
+        # Of the step under way: what the optimizer is yet to step; the sides that it steps now, and those that move;
+        # whether the step counts, and has been counted; and which parameters rest.
+        self._left: set[int] = set()
+        self._now: list[MappedSide] | None = None
+        self._moving: list[MappedSide] = []
+        self._counts = self._is_counted = self._wants_cosine = False
+        self._rests: set[int] = set()
+        self._missing = 0  # parameters without gradients in the last step
+        self._last: tuple[dict[str, Tensor], dict[str, float]] | None = (
+            None  # state and metrics, once detached
+        )
+        self._build()
         # A model outlives a run that nobody ended: its gates go with the runtime.
-        self._let_go = weakref.finalize(self, close)
-        self._let_go.atexit = False
-        _watch_optimizers()
+        self._close_gates = weakref.finalize(self, self.gating.install(self.model, bool(self.sides)))
+        self._close_gates.atexit = False
+        optimizer = self.engine.optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_hook),
+            optimizer.register_step_post_hook(self._after_hook),
+        ]
+        # Hooks that stood before (of averages, or constraints) are to see what the step ends with.
+        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)
         _attached.add(self)
 
     def lora_parameters(self) -> list[nn.Parameter]:
@@ -142,77 +132,61 @@ class Runtime:
 
     @in_map_context
     @torch.no_grad()
-    def _build(self, align: bool) -> None:
-        """Build maps and optimizer from the factors that stand, and align those factors where asked."""
-        latents = self.engine.read_latents(everything=True)
-        aligned = self._to_align(latents) if align else [False] * len(self.kinds)
-        starts = [  # aligned: the first lora_A at all depths, and of all experts
-            Factors(f.A[:1].expand_as(f.A).clone(), f.B) if same else f
-            for f, same in zip(latents, aligned, strict=True)
+    def _build(self) -> None:
+        """Build maps, sides and the optimizer of Θ from the factors that stand, and align those factors where asked."""
+        self._layouts = [
+            {side: Layout(self.engine, getattr(kind, side)) for side in kind.sides} for kind in self.kinds
         ]
-        self.maps = [
-            self._map(*of_kind)
-            for of_kind in zip(self.kinds, starts, aligned, self.engine.slices, strict=True)
+        aligned = self._to_align() if self.plan.align else [False] * len(self.kinds)
+        self.has_aligned, self.maps = any(aligned), []
+        for kind, start, same in zip(self.kinds, self._factors(), aligned, strict=True):
+            if same:  # the first lora_A at all depths, and of all experts
+                start = start._replace(A=start.A[:1])
+                nodes = start.A.expand(kind.node_count, -1, -1)
+                self.engine.write(kind.A, to_storage(nodes, "A", kind).flatten(1))
+            origin_B = start.B.clone() if self.plan.moves_base or kind.is_vera else None
+            self.maps.append(KindMap(kind, self.config, start.A.clone(), origin_B, self.plan.parts))
+        self.sides = [
+            MappedSide(m, side, self.engine, layouts[side])
+            for m, layouts in zip(self.maps, self._layouts, strict=True)
+            for side in mapped_sides(m.kind, self.config)
         ]
-        self._optimizer = _small_optimizer(self.maps)
-        self.has_aligned = any(aligned)
-        if self.has_aligned:
-            self.engine.write_latents(starts)
-        self._write()
+        self._holders = {id(self.engine.holder(p)) for p in self.lora_parameters() if p.requires_grad}
+        groups = [{"params": list(s.coordinator.parameters())} for s in self.sides if s.coordinator]
+        # Of Θ, equal on every rank. Each step sets its rates.
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
 
-    def _to_align(self, latents: list[Factors]) -> list[bool]:
-        """The kinds whose lora_A may be aligned, of a fresh adapter: lora_A is trained, and lora_B is zero.
+    def _to_align(self) -> list[bool]:
+        """Return of which kinds lora_A may be aligned, of a fresh adapter: lora_A is trained, and lora_B is zero.
 
         An adapter is fresh where no kind adds anything. Where one does, a kind without any direction has lost
         them to selection, and what stands in its lora_A was trained.
         """
-        empty = torch.stack([~factor.any().to(self.device) for factors in latents for factor in factors])
-        empty = self._slices.every(empty).view(-1, len(SIDES))
-        if not bool(empty.any(-1).all()):
+        empty = [[not bool(factor.any()) for factor in factors] for factors in self._factors()]
+        if not all(map(any, empty)):
             return [False] * len(self.kinds)
         return [
             is_empty and not kind.is_vera and kind.A[0].requires_grad
-            for kind, is_empty in zip(self.kinds, empty[:, SIDES.index("B")].tolist(), strict=True)
+            for kind, (_, is_empty) in zip(self.kinds, empty, strict=True)
         ]
 
-    def _map(self, kind: Kind, start: Factors, aligned: bool, slices: Slices) -> KindMap:
-        A = start.A[:1] if aligned else start.A
-        B = start.B.clone() if self.plan.moves_base or kind.is_vera else None
-        m = KindMap(kind, self.config, A.clone(), B, self.plan.parts)
-        for part in m.modules():
-            if hasattr(part, "sum_over_width"):
-                part.sum_over_width = slices.sum_with_gradient
-        return m
+    def _factors(self) -> Iterator[Factors]:
+        """Yield the factors of the nodes that stand, whole and fp32, kind by kind. A collective where ranks hold parts."""
+        for kind, layouts in zip(self.kinds, self._layouts, strict=True):
+            factors = {side: empty_nodes(side, kind) for side in SIDES}
+            for side, layout in layouts.items():
+                stored = layout.gather(layout.join(map(self.engine.values, layout.parameters)))
+                factors[side] = to_nodes(stored.unflatten(1, matrix_shape(layout.parameters[0])), side, kind)
+            yield Factors(**factors)
 
     @staticmethod
     def attached_to(parameters: set[int]) -> list[Runtime]:
-        """The runtimes that train some of the parameters with these ids."""
-        return [r for r in list(_attached) if r.is_attached and not parameters.isdisjoint(r._parameter_ids)]
-
-    def is_run_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer is the one that it was attached to, in a run that is not over."""
-        is_over = self.plan.is_over
-        return self.engine.optimizer is optimizer and (is_over is None or not is_over())
-
-    def end_for(self, optimizer: torch.optim.Optimizer) -> None:
-        """Another optimizer steps the adapter, or the runtime's own in a later run: stop, or let go of it.
-
-        Raises:
-            StructLoRAError: this is in a loop of one's own, which is not known to be over.
-        """
-        which = "of a later run" if optimizer is self.engine.optimizer else "another optimizer"
-        found = f"{type(optimizer).__name__}, {which}, stepping the adapter that StructLoRA is attached to"
-        if self.plan.is_over is None:
-            raise StructLoRAError(
-                found,
-                f"steps of the {type(self.engine.optimizer).__name__} that it was attached to",
-                "call `runtime.detach()` to train on as plain LoRA, and `attach` again to train on as StructLoRA",
-            )
-        logger.warning(
-            "StructLoRA found %s: its run is over. Its gates were in the forward of this step; training goes on as plain LoRA.",
-            found,
-        )
-        self.detach()
+        """Return the runtimes that train some of the parameters with these ids."""
+        return [
+            r
+            for r in list(_attached)
+            if r.is_attached and not parameters.isdisjoint(map(id, r.lora_parameters()))
+        ]
 
     def __repr__(self) -> str:
         """What acts, in one line: engine (with its stage), processes, kinds and depths, gates, edges."""
@@ -252,127 +226,153 @@ class Runtime:
         off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
         return "; ".join(on + off)
 
+    @_disable_dynamo
+    def _before_hook(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict):
+        closure = next((a for a in (*args, *kwargs.values()) if callable(a)), None)
+        if closure is None:
+            self._before_step()
+            return None
+
+        evaluations = 0
+
+        @functools.wraps(closure)
+        def evaluated():
+            nonlocal evaluations
+            evaluations += 1
+            if evaluations > 1 and self.sides:
+                raise StructLoRAError(
+                    f"{type(optimizer).__name__}, which evaluates its closure several times in a step",
+                    "an optimizer that needs the closure once, since gradients are carried back through the map once a step",
+                    "choose a first-order optimizer, such as AdamW",
+                )
+            loss = closure()
+            if evaluations == 1:
+                self._before_step()
+            return loss
+
+        given = [evaluated if a is closure else a for a in args]
+        return tuple(given), {name: evaluated if a is closure else a for name, a in kwargs.items()}
+
+    @_disable_dynamo
+    def _after_hook(self, *_) -> None:
+        if self._now is not None:  # else the parent's `step` was called within that of a class
+            self._after_step()
+
     @in_map_context
-    def _before_step(self) -> bool:
-        """Carry the gradients back through the map. False where the optimizer must not step."""
-        self.hook_calls += 1
-        self._rate = None
-        self._warn_of_other_adapters()
-        self._refuse_moved()
-        gradients = self.engine.read_gradients()
-        if gradients is None:  # no backward has reached the adapter
-            self._refuse_replaced()
-            return True
-        self.reached_steps += 1
-        self._refuse_unfrozen()
-        self.gating.take_gradients(self.device)
-        if not self._maps_anything:
-            self._rate = self.engine.learning_rate()
-            return True
-        scale = self.engine.gradient_scale()
-        pulled = [
-            self._pull(m, *parts, scale)
-            for m, *parts in zip(self.maps, self.engine.read_latents(), gradients, strict=True)
-        ]
-        is_bad, is_moving, is_written, own = self._sum(pulled)
-        if is_written:
-            self._refuse_written()
-        if not is_moving:
-            # What `zero_grad(set_to_none=False)` leaves, and what torch's distributed checkpoints have an
-            # optimizer step with.
-            return True
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        """Carry the gradients back through the map."""
+        if self.gating.is_stepping:  # the `step` of a class calls its parent's
+            return
+        self.gating.is_stepping = True
+        groups = {id(p): group for group in self.engine.optimizer.param_groups for p in group["params"]}
+        now = groups.keys() & self._holders
+        if not now <= self._left:  # a step begins; DeepSpeed's calls the hooks once for each group
+            self.calls += 1
+            self._left, self._is_counted = set(self._holders), False
+            self._begin()
+        self._left -= now
+        self._now = [s for s in self.sides if id(self.engine.holder(s.parameters[0])) in now]
+        self._moving, self._counts = [], bool(now) and self._has_good_gradients()
+        if not self._counts:
+            return
+        self._moving = [side for side in self._now if side.is_moving()]
+        still = {at for at, group in groups.items() if self.engine.rate(group).current == 0}
+        self._rests = {
+            id(p)
+            for side in self._now
+            for p in side.parameters
+            if not p.requires_grad or id(self.engine.holder(p)) in still
+        }
+        self._pull_back(groups)
+
+    def _has_good_gradients(self) -> bool:
+        """Return whether the step counts. Gradients with NaN or Inf are taken from the optimizer."""
+        if not self.engine.has_gradients():
+            return False
+        if not self.sides and getattr(self.engine.optimizer, "found_inf", None) is None:
+            return True  # as plain LoRA, whatever they hold
+        # The one place where a step waits for the device.
+        is_bad, is_moving = self.engine.agreed(self.engine.flags()).bool().tolist()
         if is_bad:
             self.skipped_steps += 1
+            self.engine.skip()
             logger.warning(
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
                 self.skipped_steps,
             )
-            return False
-        for m, part, values in zip(self.maps, pulled, own, strict=True):
-            for name, value in values.items():
-                m.get_parameter(name).grad = value
-            if m.coordinators and m.graph.follows_gradients:
-                m.graph.observe(part.features)
-        self.engine.write_gradients(
-            [part.factors for part in pulled], [bool(m.coordinators) for m in self.maps]
-        )
-        self._rate = self.engine.learning_rate()
-        return True
+        elif (
+            not is_moving
+        ):  # after `zero_grad(set_to_none=False)`; torch's checkpoints have an optimizer step so, too
+            self._refuse_replaced()
+        return is_moving and not is_bad
 
-    def _pull(self, m: KindMap, latent: Factors, gradient: Factors, scale: float | Tensor) -> _Pulled:
-        """One kind's gradients, carried back through its map. `scale` is the loss scale of mixed precision."""
-        scale = scale.to(m.kind.device) if isinstance(scale, Tensor) else scale
-        # The maps' own optimizer descends: where the trainer's ascends, it sees the negative of its objective.
-        sign = -1 if self.engine.maximizes() else 1
-        factors, own = m.pullback(latent, gradient) if m.coordinators else (m.masked(gradient), {})
-        wanted = m.coordinators and (self._wants_cosine() or m.graph.follows_gradients)
-        return _Pulled(
-            factors,
-            {name: sign * value / scale for name, value in own.items()},
-            # Unscaled and clipped, whichever engine. Closed directions are masked out of what joins depths.
-            {side: getattr(m.masked(gradient), side) / scale for side in m.coordinators} if wanted else {},
-        )
+    def _pull_back(self, groups: dict[int, dict]) -> None:
+        """Carry the gradients of the sides that move to latent factors and to Θ. `groups` are the optimizer's, by `id`."""
+        scale = self.engine.gradient_scale()
+        # Θ's optimizer descends: where the trainer's ascends, it sees the negative of its objective.
+        signed = -scale if self.engine.maximizes() else scale
+        taken = []
+        for side in self._moving:
+            pulled, of_own, gradient = side.pull()
+            taken += pulled
+            if side.coordinator is None:
+                continue
+            side.rate = self.engine.rate(groups[id(self.engine.holder(side.parameters[0]))])
+            for parameter, value in zip(side.coordinator.parameters(), of_own, strict=True):
+                parameter.grad = value / signed
+            if side.map.graph.follows_gradients:
+                side.observe(gradient / scale)
+            if self._wants_cosine:
+                by_expert = side.map.graph.by_expert(gradient / scale).flatten(2)
+                self._cosines.append(cosines(neighbour_products(by_expert)).mean())
+        self.engine.put_gradients(taken)
 
-    def _wants_cosine(self) -> bool:
-        """In the first step of a run gradients of lora_A are zero."""
-        return self._cosine is None and self.step > 0
-
-    def _sum(self, pulled: list[_Pulled]) -> tuple[bool, bool, bool, list[dict[str, Tensor]]]:
-        """Sum over ranks what a step needs, in one collective, the one place where it waits for the device.
-
-        Returns:
-            Whether gradients are bad, whether one is other than zero, whether weights were written, each on
-            some rank; and gradients of the maps' parameters.
-        """
-        products = [
-            neighbour_products(
-                torch.cat([m.graph.by_expert(g).flatten(2) for g in part.features.values()], dim=-1)
-            )
-            for m, part in zip(self.maps, pulled, strict=True)
-            if self._wants_cosine() and part.features
-        ]
-        own = [value for part in pulled for value in part.own.values()]
-        flags = self.engine.gradient_flags()
-        flags = torch.cat([flags, self.engine.written().to(flags)[None]])
-        flags, *sums = self._slices.sums([flags, *own, *products])
-        is_bad, is_moving, is_written = flags.bool().tolist()
-        sums = iter(sums)
-        own = [{name: next(sums) for name in part.own} for part in pulled]
-        if products and not is_bad:
-            self._cosine = torch.stack([cosines(p).mean().to(self.device) for p in sums]).mean()
-        return is_bad, is_moving, is_written, own
+    def _begin(self) -> None:
+        """Check at the beginning of a step that it steps what StructLoRA was attached to, and take the gates' gradients."""
+        self._warn_of_other_adapters()
+        self._refuse_moved()
+        # In a run's first step gradients of lora_A are zero.
+        self._wants_cosine = not self._cosines and self.step > 0
+        missing = sum(p.grad is None for p in self.lora_parameters())
+        if missing > self._missing:
+            self._refuse_replaced()
+        self._missing = missing
+        if self.engine.has_gradients():
+            self._refuse_unfrozen()
+            self.gating.take_gradients(self.device)
 
     @in_map_context
-    def _after_step(self, stepped: bool) -> None:
-        """Step Θ where the optimizer stepped, then put the new effective weights in place."""
-        if self._rate is not None and not stepped:  # an overflow that only the engine saw
-            self.skipped_steps += 1
-            self._rate = None
-        try:
-            if self._rate is not None:
-                self._count_step()
-        finally:  # the optimizer has stepped, whatever broke off
-            if self._maps_anything:
-                self._write()
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        """Step gates and Θ, and map what the optimizer made."""
+        sides, self._now, self.gating.is_stepping = self._now, None, False
+        self.engine.end_step()
+        if not self._counts:
+            return
+        if not self._is_counted:
+            self._is_counted = True
+            self.gating.step()
+            self.step += 1
+            if self.plan.select_step is not None and self.acted_steps >= self.plan.select_step:
+                self._select()
+        self._step_theta()
+        if self.step % DepthGraph.redraw_every == 0:
+            for m in dict.fromkeys(side.map for side in self._moving if side.follows_gradients):
+                m.graph.rebuild([s.whole(s.mean) for s in self.sides if s.map is m and s.mean is not None])
+        for side in sides:
+            # A closed direction stays so, whatever an optimizer remembers of it.
+            if side in self._moving or self.has_selected:
+                side.write(lambda parameter: id(parameter) in self._rests)
 
-    def _count_step(self) -> None:
-        share = self.schedule.advance(self._rate)
-        self._rate = None
-        if self._optimizer:
-            (group,) = self._optimizer.param_groups
-            group["lr"] = self.config.coordinator_rate(self.schedule.peak) * share
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-        self.gating.step()
-        self.step += 1
-        self._metric_steps += 1
-        if self.plan.select_step is not None and self.acted_steps >= self.plan.select_step:
-            self._select()
-        graphs = [m.graph for m in self.maps if m.coordinators and m.graph.follows_gradients]
-        graphs = [graph for graph in graphs if self.step % graph.redraw_every == 0]
-        products = self._slices.sums([graph.gradient_products() for graph in graphs])
-        for graph, of_graph in zip(graphs, products, strict=True):
-            graph.rebuild(of_graph)
+    def _step_theta(self) -> None:
+        if self.optimizer is None:
+            return
+        coordinated = [side for side in self.sides if side.coordinator is not None]
+        for side, group in zip(coordinated, self.optimizer.param_groups, strict=True):
+            group["lr"] = self.config.coordinator_rate(side.rate.current, side.rate.peak)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _select(self) -> None:
         """Make the selection, once."""
@@ -403,29 +403,15 @@ class Runtime:
                 empty,
             )
 
-    @torch.no_grad()
-    def _write(self) -> None:
-        latents = self.engine.read_latents()
-        self.engine.write_working([m(latent) for m, latent in zip(self.maps, latents, strict=True)])
-
-    @property
-    def _slices(self) -> Slices:
-        return self.engine.slices[0]  # the ranks are the same for every kind
-
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks have slices: call `state_dict()`, `save_state` and `metrics()` on every rank then."""
-        return self._slices.is_shared
+        """Whether ranks hold parts of each parameter: call `state_dict()`, `save_state` and `metrics()` on every rank then."""
+        return self.engine.group is not None
 
     @property
     def has_selected(self) -> bool:
         """Whether directions were selected."""
         return self.plan.select_step is not None and bool(self.maps[0].selection.is_made)
-
-    @in_map_context
-    def is_rewritten(self) -> bool:
-        """Whether other code has written weights since the last step, which the next one would refuse to drop."""
-        return not bool(self._slices.every(self.engine.written() == 0))
 
     @property
     def acted_steps(self) -> int:
@@ -435,19 +421,19 @@ class Runtime:
     @in_map_context
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Figures under `structlora/` (see `diagnostics`); `map_ms` is a mean over steps since the last call.
+        """Return figures under `structlora/` (see `diagnostics`); of a detached runtime, those of before.
 
         Under FSDP2 and ZeRO, call it on every rank.
         """
-        metrics = structure_metrics(self.maps, self.engine.read_working(), self._slices.sums)
-        if self._cosine is not None:
-            metrics["gradient_cosine"] = self._cosine.item()
+        if self._last is not None:
+            return self._last[1]
+        metrics = structure_metrics(self.maps, self._factors())
+        if self._cosines:
+            metrics["gradient_cosine"] = torch.stack([c.to(self.device) for c in self._cosines]).mean().item()
         if self.gating.gates:
             metrics |= self.gating.metrics(self.openness())
-        metrics["peak_lr"] = self.schedule.peak
         metrics["skipped_steps"] = self.skipped_steps
-        metrics["map_ms"] = self.stopwatch.take() / max(self._metric_steps, 1)
-        self._metric_steps, self._cosine = 0, None
+        self._cosines = []
         return {f"structlora/{name}": value for name, value in metrics.items()}
 
     def openness(self) -> dict[str, Tensor]:
@@ -464,20 +450,19 @@ class Runtime:
         return found
 
     @in_map_context
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Latents, Θ with its optimizer's state, graphs, gates, selection, options and counts, as one flat dict.
+        """Return what the run is beside the adapter and its optimizer: offsets, Θ with its optimizer's state, graphs, gates,
+        selection, options and counts, as one flat dict.
 
-        Under FSDP2 and ZeRO, call it on every rank: the ranks' slices are gathered, on the CPU.
+        Under FSDP2 and ZeRO, call it on every rank: the ranks' parts are gathered, on the CPU. Of a detached runtime
+        it is the state of before.
         """
-        counts = {"step": self.step, "skipped_steps": self.skipped_steps}
-        latents = self.engine.read_latents(everything=True)
-        kinds = zip(self.maps, latents, self.engine.slices, strict=True)
-        gates = self.gating.state()
-        return State.of(self.config, counts, self.schedule, kinds, self._optimizer, gates).flatten()
+        return self._last[0] if self._last is not None else State.of(self, self.gating.state()).flatten()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`: afterwards the model's trained LoRA factors are that state's. What else an adapter
-        trains (DoRA's magnitudes, VeRA's λ_b, biases, `modules_to_save`) comes from its own file.
+        """Continue from `state_dict()`, with the weights that stand: load the adapter and the optimizer's state first, as in a run
+        of plain LoRA.
 
         Raises:
             StructLoRAError: the state is damaged, or of other modules, shapes, rank or options that shaped
@@ -486,57 +471,47 @@ class Runtime:
         self.restore(State.parse(state))
 
     @in_map_context
+    @torch.no_grad()
     def restore(self, state: State) -> None:
         """Continue from a state that has been read already; see `load_state_dict`."""
         self._refuse_detached()
-        latents = self.engine.read_latents(everything=True)
-        kinds = list(zip(self.maps, latents, self.engine.slices, strict=True))
-        state.refuse_other_run(self.config, self.maps)
-        for m, latent, slices in kinds:
-            state.refuse_misfits(m, slices, latent)
+        state.refuse_other_run(self)
         self.gating.refuse_misfits(state.gates)
         changes = state.changes(self.config)
         if changes:
             logger.warning(
                 "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
             )
-        self.engine.write_latents([state.load_into(m, slices, self._optimizer) for m, _, slices in kinds])
-        self.step, self.skipped_steps, self.schedule = state.step, state.skipped_steps, state.schedule
+        state.warn_of_other_weights(self)
+        state.load_into(self)
         self.gating.load(state.gates)
-        self._write()
+        self.step, self.skipped_steps = state.step, state.skipped_steps
 
     @in_map_context
-    def reload(self) -> None:
-        """Start again from the LoRA weights that stand in the model, which other code has written.
+    @torch.no_grad()
+    def weight_norms(self) -> dict[str, Tensor]:
+        """Return the norms of the factors that stand, by kind: (2,) in fp64 on the CPU. A collective where ranks hold parts."""
+        return {
+            kind.name: torch.stack([factor.double().norm().cpu() for factor in factors])
+            for kind, factors in zip(self.kinds, self._factors(), strict=True)
+        }
 
-        They become the latent factors. Coordinator, graph and their optimizer
-        start anew, as at `attach`; the gates and the step's number go on. Directions that selection has closed
-        stay closed. To continue a run of StructLoRA, use `load_state` instead.
+    def stop(self) -> None:
+        """Take the hooks out of model and optimizer. State and metrics stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._close_gates()
 
-        Raises:
-            StructLoRAError: the runtime is detached.
-        """
-        self._refuse_detached()
-        self.engine.write_latents(self.engine.read_working())
-        kept = [m.kept for m in self.maps]
-        self._build(align=False)
-        for m, of_kind in zip(self.maps, kept, strict=True):
-            if of_kind is not None:
-                m.selection.close(of_kind)
-        self._write()
-        self.schedule = ScheduleShare()
-
-    @in_map_context
     def detach(self) -> None:
-        """Leave the model as a plain LoRA adapter, and let go of model and optimizer.
+        """Leave the model as a plain LoRA adapter, and let go of model and optimizer. State and metrics stay as they are.
 
-        A detached runtime keeps its state (`state_dict()`, `metrics()`). Once detached, it does nothing.
+        Under FSDP2 and ZeRO, call it on every rank.
         """
         if not self.is_attached:
             return
+        self._last = self.state_dict(), self.metrics()
+        self.stop()
         self.is_attached = False
-        self.engine.remove()
-        self._let_go()
         if self.plan.select_step is not None and not self.has_selected and self.acted_steps:
             logger.warning(
                 "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
@@ -544,16 +519,17 @@ class Runtime:
                 self.acted_steps,
                 self.plan.select_step,
             )
-        # Whoever keeps the runtime for its state or figures does not keep the model.
-        self.model = self.plan.model = self.plan.is_over = None
-        self._places, self.plan.frozen = [], []
+        # Whoever keeps the runtime for its figures does not keep the model.
+        self.model = self.plan.model = None
+        self._places, self.plan.frozen, self._layouts, self.sides = [], [], [], []
+        self.engine.let_go()
         self.gating.let_go()
 
     def _refuse_detached(self) -> None:
         if not self.is_attached:
             raise StructLoRAError(
-                "a detached runtime that is to write weights",
-                "one that is attached; a detached one keeps its state and its metrics, and its model is plain LoRA",
+                "a detached runtime",
+                "one that is attached; the model of a detached one is plain LoRA",
                 "call `attach` again, with an optimizer of the model's parameters",
             )
 
@@ -606,16 +582,6 @@ class Runtime:
                 "new ones and attach again",
             )
 
-    def _refuse_written(self) -> None:
-        raise StructLoRAError(
-            "LoRA weights that other code has written since the last optimizer step, which this step would drop",
-            "the weights that StructLoRA put there; values that are swapped out (a moving average, say) must be back before "
-            "`optimizer.step()`",
-            "call `runtime.reload()` after the write, to train on from what stands, or load the run's own state after it "
-            "(`load_state`, or `accelerator.register_for_checkpointing(runtime)`). Accelerate's LocalSGD, which averages "
-            "weights between steps, needs `coordinator='none'` and no `keep`",
-        )
-
 
 def save_gates(runtime: Runtime, directory: str | os.PathLike) -> Path | None:
     """Write the openness of each direction to `directory/structlora_gates.safetensors`, beside the adapter.
@@ -643,43 +609,6 @@ def save_gates(runtime: Runtime, directory: str | os.PathLike) -> Path | None:
     return write_openness(directory, runtime.openness(), facts)
 
 
-def _watch_optimizers() -> None:
-    """From now on, notice every optimizer that steps an adapter of a runtime, and is not the runtime's own."""
-    if _watching:
-        return
-    calls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    @_disable_dynamo
-    def before(optimizer, *_):
-        ids = (
-            {id(p) for group in optimizer.param_groups for p in group["params"]} if len(_attached) else set()
-        )
-        calls[optimizer] = []
-        for runtime in list(_attached):
-            # An optimizer within the runtime's steps with it.
-            if not runtime.is_attached or runtime.engine.is_stepping:
-                continue
-            if runtime.is_run_by(optimizer):
-                continue
-            if runtime.engine.optimizer is optimizer or runtime.engine.is_replaced:
-                runtime.end_for(optimizer)
-            elif not ids.isdisjoint(runtime._parameter_ids):
-                calls[optimizer].append((weakref.ref(runtime), runtime.hook_calls))
-
-    @_disable_dynamo
-    def after(optimizer, *_):
-        for reference, seen in calls.pop(optimizer, []):
-            runtime = reference()
-            # An optimizer around the runtime's (SAM, say) steps with it.
-            if runtime is not None and runtime.is_attached and runtime.hook_calls == seen:
-                runtime.end_for(optimizer)
-
-    _watching.extend([register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)])
-
-
-_watching: list = []  # handles of the hooks that see every optimizer
-
-
 def _listed(names: list[str]) -> str:
     """Return names in one line that a console shows whole."""
     more = len(names) - _LISTED
@@ -689,9 +618,3 @@ def _listed(names: list[str]) -> str:
 def _places_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
     ours = {id(p) for p in parameters}
     return [(name, p) for name, p in model.named_parameters() if id(p) in ours]
-
-
-def _small_optimizer(maps: list[KindMap]) -> torch.optim.AdamW | None:
-    """The AdamW of Θ, equal on every rank; None where there is none. Each step sets its rate."""
-    weights = [parameter for m in maps for parameter in m.coordinators.parameters()]
-    return torch.optim.AdamW(weights, weight_decay=0.0) if weights else None

@@ -1,11 +1,13 @@
-"""What a run is between two steps, and the only place that knows how it is written down.
+"""What a run is between two steps beside its adapter and its optimizer, and the only place that knows how it is written down.
 
 A state is one flat dict of tensors (`Runtime.state_dict()`), and one safetensors file beside the adapter,
 written whole or not at all:
 
-    header                       JSON: format, step, skipped_steps, schedule, options; of each kind its modules, shape,
-                                 compared sides and what it adapts
-    KIND/latent_A, latent_B      latent factors of the nodes, fp32
+    header                       JSON: format, step, skipped_steps, options; of each kind its modules, shape, compared
+                                 sides and what it adapts
+    KIND/norms                   norms of lora_A and lora_B, by which weights are told that the state is not of
+    KIND/offset_A, offset_B      effective less latent factors of the nodes, fp32, of the sides that are mapped
+    KIND/mean_A, mean_B          running means of their gradients, where edges follow these
     KIND/...                     `state_dict()` of the kind's map: origins, graph, Θ, selection
     KIND/optimizer.NAME.MOMENT   the map's AdamW, for each parameter of the map
     /gates/MODULE                the logits of the module's gates
@@ -16,8 +18,9 @@ In the file the header is metadata that a person can read.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,17 +29,17 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import StructLoRAConfig
-from .core.kinds import Factors, unwrapped_name
+from .core.kinds import SIDES, Adapted, Kind, unwrapped_name
 from .core.mapping import KindMap
-from .engines.schedule import ScheduleShare
-from .engines.slices import Slices
 from .errors import StructLoRAError, refuse_unwritable
 
+logger = logging.getLogger(__name__)
+
 STATE_NAME = "structlora.safetensors"
-FORMAT = 6  # those before it were never released
+FORMAT = 7  # those before it were never released
 
 # Options that shaped the weights which a state holds: other values would make other weights of them, or act
 # on nothing. (`side` and `roles` are compared by the sides they resolve to.) All others may change on resume, and act
@@ -48,18 +51,48 @@ _START_ANEW = (
 )
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER, _GATES = "header", "/gates/"
-_OPTIONAL = ("graph.mean_A", "graph.mean_B")  # which a graph that has seen no gradient lacks
-_FACTS = ("format", "step", "skipped_steps", "schedule", "options", "kinds")
-
-SlicedMap = tuple[KindMap, Factors, Slices]
-"""A kind's map, its latent factors, and which slices of them each rank has."""
+_FACTS = ("format", "step", "skipped_steps", "options", "kinds")
+_BESIDE = ("norms", "offset_A", "offset_B", "mean_A", "mean_B")  # of a kind, and not in its map
+_CLOSE = 1e-4  # of a norm: a dtype's rounding, and what ranks add up in another order
 
 
-class Resumable(Protocol):
-    """What `save_state` and `load_state` need of a runtime."""
+class Side(Protocol):
+    """What a state needs of `mapped_side.MappedSide`."""
+
+    map: KindMap
+    side: str
+    offset: Tensor
+    mean: Tensor | None
+
+    @property
+    def node_shape(self) -> list[int]: ...
+
+    @property
+    def follows_gradients(self) -> bool: ...
+
+    def whole(self, own: Tensor) -> Tensor: ...
+
+    def own(self, nodes: Tensor) -> Tensor: ...
+
+
+class Run(Protocol):
+    """What a state needs of `runtime.Runtime`."""
+
+    config: StructLoRAConfig
+    step: int
+    skipped_steps: int
+    maps: list[KindMap]
+
+    @property
+    def sides(self) -> Sequence[Side]: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
 
     @property
     def is_sharded(self) -> bool: ...
+
+    def weight_norms(self) -> dict[str, Tensor]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -79,39 +112,27 @@ class State:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(
-        cls,
-        config: StructLoRAConfig,
-        counts: dict[str, int],
-        schedule: ScheduleShare,
-        kinds: Iterable[SlicedMap],
-        optimizer: torch.optim.Optimizer | None,
-        gates: dict[str, Tensor],
-    ) -> State:
-        """The present state of a run; a collective where ranks have slices.
-
-        Args:
-            config (`StructLoRAConfig`): the run's options.
-            counts (`dict[str, int]`): step and skipped_steps.
-            schedule (`ScheduleShare`): where the learning rates' schedule stands.
-            kinds (`Iterable`): of each kind its map, latent factors and slices.
-            optimizer (`torch.optim.Optimizer`, *optional*): the maps' own.
-            gates (`dict[str, Tensor]`): logits by module.
-        """
-        facts, tensors = {}, {f"{_GATES}{name}": logits for name, logits in gates.items()}
-        for m, latent, slices in kinds:
-            facts[m.kind.name] = facts_of(m)
-            entries = {"latent_A": latent.A, "latent_B": latent.B, **m.state_dict()}
-            moments = optimizer.state if optimizer else {}
+    def of(cls, runtime: Run, gates: dict[str, Tensor]) -> State:
+        """Return the present state of a run, with the logits of its gates by module; a collective where ranks hold parts."""
+        tensors = {f"{_GATES}{name}": logits for name, logits in gates.items()}
+        tensors |= {f"{name}/norms": norms for name, norms in runtime.weight_norms().items()}
+        moments = runtime.optimizer.state if runtime.optimizer else {}
+        for m in runtime.maps:
+            entries = dict(m.state_dict())
             for name, parameter in m.named_parameters():
                 entries |= {f"optimizer.{name}.{key}": x for key, x in moments.get(parameter, {}).items()}
-            tensors |= {f"{m.kind.name}/{name}": _whole(x, name, slices) for name, x in entries.items()}
+            tensors |= {f"{m.kind.name}/{name}": x for name, x in entries.items()}
+        for side in runtime.sides:  # on the CPU: no device need have room for the whole of all
+            name = side.map.kind.name
+            tensors[f"{name}/offset_{side.side}"] = side.whole(side.offset).cpu()
+            if side.mean is not None:
+                tensors[f"{name}/mean_{side.side}"] = side.whole(side.mean).cpu()
         header = {
             "format": FORMAT,
-            **counts,
-            "schedule": vars(schedule),
-            "options": config.options(),
-            "kinds": facts,
+            "step": runtime.step,
+            "skipped_steps": runtime.skipped_steps,
+            "options": runtime.config.options(),
+            "kinds": {m.kind.name: facts_of(m) for m in runtime.maps},
         }
         return cls(header, {name: x.detach().clone().contiguous() for name, x in tensors.items()})
 
@@ -124,10 +145,6 @@ class State:
         return self.header["skipped_steps"]
 
     @property
-    def schedule(self) -> ScheduleShare:
-        return ScheduleShare(**self.header["schedule"])
-
-    @property
     def config(self) -> StructLoRAConfig:
         """The options of the run that wrote the state."""
         return StructLoRAConfig.build(self.header["options"])
@@ -138,9 +155,8 @@ class State:
         return {name.removeprefix(_GATES): x for name, x in self.tensors.items() if name.startswith(_GATES)}
 
     def rewound(self) -> State:
-        """The same weights, gates and coordinators at the start of another run: its schedule and its steps are its own."""
-        header = {**self.header, "step": 0, "skipped_steps": 0, "schedule": vars(ScheduleShare())}
-        return State(header, self.tensors)
+        """Return the same gates and coordinators at the start of another run, whose steps are its own."""
+        return State({**self.header, "step": 0, "skipped_steps": 0}, self.tensors)
 
     def of_kind(self, name: str) -> dict[str, Tensor]:
         """The tensors of one kind, by their names within it."""
@@ -183,19 +199,20 @@ class State:
             header = {**header, "options": StructLoRAConfig().options() | header["options"]}
             state = cls({name: header[name] for name in _FACTS}, tensors)
             kinds = [" ".join(facts["modules"]) for facts in state.header["kinds"].values()]
-            _ = state.config, state.schedule, kinds[0]
+            _ = state.config, kinds[0]
         except StructLoRAError as error:
             raise damaged(where, error.found) from error
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise damaged(where, f"a header that no run wrote: {error!r}") from error
         return state
 
-    def refuse_other_run(self, config: StructLoRAConfig, maps: Iterable[KindMap]) -> None:
+    def refuse_other_run(self, runtime: Run) -> None:
         """Stop where this state is of other options, modules or shapes than a run. Changes nothing.
 
         Raises:
             StructLoRAError: what differs, by name.
         """
+        config, maps = runtime.config, runtime.maps
         ours, theirs = config.options(), self.header["options"]
         changed = [name for name in SHAPING if theirs[name] != ours[name]]
         if changed:
@@ -224,77 +241,99 @@ class State:
                     "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
                 )
 
-    def refuse_misfits(self, m: KindMap, slices: Slices, latent: Factors) -> None:
-        """Stop where a kind's tensors are not those of its map, latent factors and their optimizer, or where its frozen
-        factors are others. Changes nothing.
+        for m in maps:
+            self._refuse_misfits(m, [side for side in runtime.sides if side.map is m])
 
-        Raises:
-            StructLoRAError: it names the first tensor.
-        """
+    def _refuse_misfits(self, m: KindMap, sides: list[Side]) -> None:
+        """Stop where a kind's tensors are not those of its map and their optimizer."""
 
-        def shape(name: str, x: Tensor) -> list[int]:
+        def likeness(name: str, x: Tensor) -> tuple:
             # One for all nodes is the same as one of each.
             is_shared = name == "origin_A" and len(x) == 1
-            return [len(latent.A) if is_shared else len(x), *x.shape[1:]] if x.ndim else []
+            return x.dtype, [m.kind.node_count if is_shared else len(x), *x.shape[1:]] if x.ndim else []
 
-        ours = {**m.state_dict(), "latent_A": latent.A, "latent_B": latent.B}
-        theirs = {
-            name: _part(x, name, slices) if x.ndim else x for name, x in self.of_kind(m.kind.name).items()
-        }
+        theirs = {name: likeness(name, x) for name, x in self.of_kind(m.kind.name).items()}
+        ours = {name: likeness(name, x) for name, x in m.state_dict().items()}
+        ours["norms"] = torch.float64, [2]
+        for side in sides:
+            # Whole, as the state has it.
+            shape = [m.kind.node_count, *side.node_shape]
+            ours[f"offset_{side.side}"] = torch.float32, shape
+            if side.follows_gradients and f"mean_{side.side}" in theirs:  # none before the first gradient
+                ours[f"mean_{side.side}"] = torch.float32, shape
         for parameter, theta in m.named_parameters():
             moments = {f"optimizer.{parameter}.{key}": theta for key in ("exp_avg", "exp_avg_sq")}
             if moments.keys() & theirs.keys():
-                ours |= {
-                    **moments,
-                    f"optimizer.{parameter}.step": torch.zeros((), dtype=torch.float32, device="cpu"),
-                }
-        wanted, found = ({name: (x.dtype, shape(name, x)) for name, x in of.items()} for of in (ours, theirs))
-        for name in [*wanted, *found]:
-            if name not in _OPTIONAL and wanted.get(name) != found.get(name):
-                has, needs = (of.get(name, ["none"]) for of in (found, wanted))
+                ours |= {name: likeness(name, x) for name, x in moments.items()}
+                ours[f"optimizer.{parameter}.step"] = torch.float32, []
+        for name in [*ours, *theirs]:
+            if ours.get(name) != theirs.get(name):
+                has, needs = (of.get(name, ["none"]) for of in (theirs, ours))
                 raise StructLoRAError(
                     f"a state with {' of shape '.join(map(str, has))} as {name} of '{m.kind.name}'",
                     f"{' of shape '.join(map(str, needs))}, as in this run",
                     "resume from a checkpoint of this run, with the `parts` of the run that wrote it",
                 )
-        for side in m.kind.sides:
-            is_frozen = not getattr(m.kind, side)[0].requires_grad
-            if is_frozen and not torch.equal(
-                getattr(latent, side), theirs[f"latent_{side}"].to(m.kind.device)
-            ):
-                raise StructLoRAError(
-                    f"a state with another lora_{side} of '{m.kind.name}', which is frozen, than the model has",
-                    "the adapter that was saved beside the state",
-                    "load it first: `PeftModel.from_pretrained(base, folder, is_trainable=True)`",
-                )
+
+    def warn_of_other_weights(self, runtime: Run) -> None:
+        """Say where other LoRA weights stand than those that the state was saved beside."""
+        norms = runtime.weight_norms()
+        other = [
+            name
+            for name, of_kind in norms.items()
+            if not torch.allclose(of_kind, self.tensors[f"{name}/norms"], rtol=_CLOSE)
+        ]
+        if other:
+            logger.warning(
+                "Other LoRA weights stand than those that this StructLoRA state was saved beside (of %d kinds, %s among them): "
+                "training goes on from those that stand. To resume a run, load its adapter first.",
+                len(other),
+                other[0],
+            )
+
+    def map_of(self, name: str, modules: dict[str, dict[str, nn.Parameter]]) -> KindMap:
+        """Return the map of a kind over an adapter's factors.
+
+        Args:
+            modules (`dict`): module name -> {"A": lora_A, "B": lora_B}.
+        """
+        facts, own = self.header["kinds"][name], self.of_kind(name)
+        A, B = ([modules[module][side] for module in facts["modules"]] for side in SIDES)
+        kind = Kind(name, facts["modules"], A, B, Adapted(**facts["adapted"]), per_depth=facts["per_depth"])
+        origin = own.get("origin_A")
+        if origin is not None and list(origin.shape[1:]) != [kind.rank, kind.shape[2]]:
+            raise damaged("a state", f"origin_A of '{name}' of shape {list(origin.shape)}")
+        m = KindMap(kind, self.config, origin, own.get("origin_B"))
+        m.load_state_dict({key: own[key] for key in m.state_dict()})
+        return m
 
     def changes(self, config: StructLoRAConfig) -> list[str]:
         """Options that differ in a run that continues from this state, and take effect from there on."""
         theirs, ours = self.header["options"], config.options()
         return [f"{name} ({theirs[name]!r} -> {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
 
-    def load_into(self, m: KindMap, slices: Slices, optimizer: torch.optim.Optimizer | None) -> Factors:
-        """Load a kind's part into its map and the optimizer. Returns its latents, this rank's slices."""
-        device, own, moments = m.kind.device, {}, {}
-        for name, x in self.of_kind(m.kind.name).items():
-            x = _part(x, name, slices)
-            if name.startswith("optimizer."):
-                parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-                moments.setdefault(m.get_parameter(parameter), {})[key] = x
-            else:
-                own[name] = x.to(device)
-        latent = Factors(own.pop("latent_A"), own.pop("latent_B"))
-        m.load_state_dict(own, strict=True)
-        if optimizer:
+    def load_into(self, runtime: Run) -> None:
+        """Load the state into a run's maps, offsets and the optimizer of Θ."""
+        for m in runtime.maps:
+            own, moments = {}, {}
+            for name, x in self.of_kind(m.kind.name).items():
+                if name.startswith("optimizer."):
+                    parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+                    moments.setdefault(m.get_parameter(parameter), {})[key] = x
+                else:
+                    own[name] = x.to(m.kind.device)
+            for side in (side for side in runtime.sides if side.map is m):
+                side.offset = side.own(own[f"offset_{side.side}"])
+                mean = own.get(f"mean_{side.side}")
+                side.mean = None if mean is None else side.own(mean).clone()  # which steps change in place
+            m.load_state_dict({name: x for name, x in own.items() if name not in _BESIDE}, strict=True)
             for parameter in m.parameters():
-                found = moments.get(parameter, {})
-                optimizer.state.pop(parameter, None)
-                if found:  # AdamW keeps `step` on the CPU
-                    optimizer.state[parameter] = {
-                        key: x.clone() if key == "step" else x.to(device, copy=True)
-                        for key, x in found.items()
+                runtime.optimizer.state.pop(parameter, None)
+                if parameter in moments:  # AdamW keeps `step` on the CPU
+                    runtime.optimizer.state[parameter] = {
+                        key: x.clone() if key == "step" else x.to(m.kind.device, copy=True)
+                        for key, x in moments[parameter].items()
                     }
-        return latent
 
 
 def _unflattened(flat: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -319,20 +358,7 @@ def facts_of(m: KindMap) -> dict:
     }
 
 
-def _whole(x: Tensor, name: str, slices: Slices) -> Tensor:
-    """An entry of all ranks' slices, on the CPU then: no device need have room for the whole."""
-    if name[-2:] not in ("_A", "_B") or not slices.is_shared:
-        return x.cpu() if slices.is_shared else x
-    return slices.whole(x, name[-1]).cpu()
-
-
-def _part(x: Tensor, name: str, slices: Slices) -> Tensor:
-    return slices.part(x, name[-1]) if name[-2:] in ("_A", "_B") else x
-
-
-def save_state(
-    runtime: Resumable, directory: str | os.PathLike, state: Mapping[str, Tensor] | None = None
-) -> Path:
+def save_state(runtime: Run, directory: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> Path:
     """Write the runtime's state to `directory/structlora.safetensors`, atomically.
 
     Under FSDP2 and ZeRO, call it on every rank; the first one writes.
@@ -378,8 +404,9 @@ def save_state(
     return path
 
 
-def load_state(runtime: Resumable, directory: str | os.PathLike) -> None:
-    """Continue from the state that `save_state` wrote to `directory`.
+def load_state(runtime: Run, directory: str | os.PathLike) -> None:
+    """Continue from the state that `save_state` wrote to `directory`, with the weights that stand: load the adapter and the
+    optimizer's state first, as in a run of plain LoRA.
 
     Raises:
         StructLoRAError: `directory` is the path of a file; no state file, one that is damaged, or one of other

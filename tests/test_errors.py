@@ -117,10 +117,12 @@ def test_bad_models_are_refused(case):
     assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_attaching_twice():
-    model, optimizer, _ = attached()
-    with pytest.raises(StructLoRAError, match="already attached"):
-        attach(model, optimizer, **DATA)
+def test_attaching_twice_ends_the_first_run_and_says_so(caplog):
+    model, optimizer, first = attached()
+    second = attach(model, optimizer, **DATA)
+    assert not first.is_attached and "that run ends here" in caplog.text
+    train(model, "llama", optimizer, 1)
+    assert (first.step, second.step) == (0, 1)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["dropped gradients", "kept gradients"])
@@ -257,8 +259,9 @@ UNSERVED = {
     "LoRA-FA's optimizer": "LoraFAOptimizer.*DDP",
     "Riemannian optimizer": "RiemannianPreconditionedOptimizer.*DDP",
     "DataParallel": "`nn.DataParallel`.*`torchrun`",
-    "masters in the model": "ZeRO-3 in fp32.*`bf16` or `fp16`",
     "engine withheld": "wrapped model",
+    "a kind in several groups": "lora_B of .* in 3 groups.*`sub_group_size`",
+    "partial offload": "`offload_optimizer.ratio` below 1",
 }
 
 

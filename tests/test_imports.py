@@ -91,6 +91,7 @@ LAYERS = [
     "structlora_trl.model_card",
     "structlora_trl.peft_adapter",
     "structlora_trl.runtime",
+    "structlora_trl.mapped_side",
     "structlora_trl.gating",
     "structlora_trl.state",
     "structlora_trl.engines",

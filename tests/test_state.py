@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.core.graph import DepthGraph
@@ -129,13 +129,17 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
 
 
 def test_another_adapter_name_may_go_on(tmp_path):
-    weights, _ = Loop.start().train().leave(tmp_path)
+    trained = Loop.start().train()
+    weights, _ = trained.leave(tmp_path)
     model = peft_model()
     model.add_adapter("b", model.peft_config["default"])
     model.set_adapter("b")
     loop = Loop.start(model, adapter_name="b")
+    model.load_state_dict(
+        {n.replace(".default.", ".b."): value for n, value in weights.items()}, strict=False
+    )
     load_state(loop.runtime, tmp_path)
-    assert_same({name.replace(".default.", ".b."): value for name, value in weights.items()}, loop.weights())
+    assert_same(tensors_of(trained.runtime), tensors_of(loop.runtime))
 
 
 @pytest.mark.parametrize(
@@ -167,55 +171,41 @@ def test_a_state_dict_can_be_loaded_again_and_again():
     weights = loop.weights()
     for _ in range(2):
         loop.train()
+        loop.model.load_state_dict(weights, strict=False)
         loop.runtime.load_state_dict(state)
         assert_same(state, kept)
         assert_same(state, loop.runtime.state_dict())
-        assert_same(weights, loop.weights())
 
 
-def frozen_A() -> torch.nn.Module:
-    """A tiny model with a frozen lora_A, as in LoRA-FA."""
-    model = peft_model()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
-    return model
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_state_beside_other_weights_says_so(factor, tmp_path, caplog):
+    """An adapter that was not loaded, for one; what stands is trained on."""
+    weights, _ = Loop.start().train().leave(tmp_path)
+    other = Loop.start()
+    stands = {n: 2 * x if factor in n and "q_proj" in n else x for n, x in weights.items()}
+    other.model.load_state_dict(stands, strict=False)
+    load_state(other.runtime, tmp_path)
+    assert (
+        "Other LoRA weights stand" in caplog.text
+        and "1 kinds, model.layers.*.self_attn.q_proj" in caplog.text
+    )
+    assert_same(other.weights(), stands)
 
 
-def test_a_frozen_factor_comes_from_the_adapter_beside_the_state(tmp_path):
-    """A new adapter has another lora_A, with which the state's lora_B would be another model."""
-    first = Loop.start(frozen_A(), side="write").train()
-    first.leave(tmp_path)
-    other = frozen_A()
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if "lora_A" in name:
-                parameter.mul_(2)
-    second = Loop.start(other, side="write")
-    message = "another lora_A of 'model.layers.*q_proj', which is frozen.*is_trainable=True"
-    assert_refused(lambda: load_state(second.runtime, tmp_path), second, message)
-    other.load_state_dict(first.model.state_dict())
-    third = Loop.start(other, side="write")
-    load_state(third.runtime, tmp_path)
-    assert_same(first.weights(), third.weights())
-
-
-# Steps with NaN gradients and a step of `reload`, of a run that selects at step 20; where it is left
+# Steps with NaN gradients of a run that selects at step 20; where it is left
 WAITING = {
-    "skipped steps": ({12, 13}, None, 15),
-    "skipped steps after it": ({16, 17}, None, 15),
-    "reload": ((), 12, 15),
+    "skipped steps": ({12, 13}, 15),
+    "skipped steps after it": ({16, 17}, 15),
 }
 
 
 @pytest.mark.parametrize("name", WAITING)
 def test_a_selection_to_come_comes_on_resume(name, tmp_path):
-    bad, reloaded, stop = WAITING[name]
+    bad, stop = WAITING[name]
 
     def go_on(loop, until):
         loop.model.train()
         for step in range(loop.runtime.acted_steps, until):
-            if step == reloaded:
-                loop.runtime.reload()
             torch.manual_seed(step)
             loss_of(loop.model, "llama", step).backward()
             if step in bad:
@@ -276,7 +266,7 @@ def test_damaged_files_are_refused_before_anything_changes(damage, two, tmp_path
 def test_a_state_with_a_number_that_is_none_is_refused(number, two):
     loop = two[-1]
     state = {name: x.clone() for name, x in loop.runtime.state_dict().items()}
-    name = next(name for name in state if name.endswith("latent_B"))
+    name = next(name for name in state if name.endswith("offset_B"))
     state[name].view(-1)[7] = number
     assert_refused(
         lambda: loop.runtime.load_state_dict(state), loop, f"NaN or infinite numbers in '{re.escape(name)}'"
@@ -285,8 +275,8 @@ def test_a_state_with_a_number_that_is_none_is_refused(number, two):
 
 # How a state is spoilt -> what is in place of a tensor (None: nothing), which tensor, words of the message
 ODD = {
-    "no latent": ("latent_B", None, "none as latent_B"),
-    "a latent of another shape": ("latent_A", torch.zeros(3), r"\[3\] as latent_A"),
+    "no offset": ("offset_B", None, "none as offset_B"),
+    "an offset of another shape": ("offset_A", torch.zeros(3), r"\[3\] as offset_A"),
     "a start of another dtype": ("origin_A", torch.float64, "float64 of shape .* as origin_A"),
     "no Theta": ("coordinators.B.theta", None, "none as coordinators.B.theta"),
     "a moment alone": ("optimizer.coordinators.A.theta.exp_avg", None, "none as optimizer"),
@@ -353,7 +343,8 @@ def test_options_that_a_state_lacks_take_the_value_they_had(two, tmp_path):
     rewritten(
         folder, tmp_path, options=json.dumps({n: v for n, v in options.items() if n != "semantic_top_k"})
     )
+    loop.model.load_state_dict(weights, strict=False)
     load_state(loop.runtime, tmp_path)
-    assert_same(weights, loop.weights())
+    assert_same({n: x for n, x in load_file(folder / STATE_NAME).items()}, tensors_of(loop.runtime))
     rewritten(folder, tmp_path, options=json.dumps({**options, "of_a_later_version": 1}))
     assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, "of_a_later_version")

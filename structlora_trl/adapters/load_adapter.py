@@ -1,16 +1,9 @@
-"""What a run left behind: a LoRA adapter, and where StructLoRA's state lies beside it, the map that made it.
-
-The state holds latent factors, to which the map is applied; `adapter_model.safetensors` holds effective
-factors already. The fp32 masters that DeepSpeed's `zero_to_fp32.py` collects are the state's latent factors
-once more, and are not read.
-"""
+"""What a run left behind: a LoRA adapter, and where StructLoRA's state lies beside it, the map that made it."""
 
 from __future__ import annotations
 
 import filecmp
-import math
 import pickle
-import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,16 +19,14 @@ from torch.nn.functional import pad
 
 from ..config import StructLoRAConfig
 from ..core.diagnostics import stream_cosine, stream_products
-from ..core.expert_storage import to_nodes, to_storage
+from ..core.expert_storage import to_nodes
 from ..core.gates import nats
-from ..core.kinds import SIDES, Adapted, Factors, Kind, group, residual_role, split_depth
+from ..core.kinds import SIDES, Factors, Kind, group, residual_role, split_depth
 from ..core.mapping import KindMap
-from ..core.residual_roles import RESIDUAL_ROLES
-from ..engines.slices import WHOLE
 from ..errors import StructLoRAError, refusing
 from ..gates_file import GATES_NAME, read_openness
 from ..map_context import map_context
-from ..state import STATE_NAME, State, read_state
+from ..state import STATE_NAME, read_state
 from .peft_scaling import LORA_NAME, adapted_by, factor_names, parameters_of, rank_of, scale_of
 
 LOG_NAME = "trainer_state.json"
@@ -43,13 +34,8 @@ _USE_ANOTHER = "use another checkpoint"
 # What files that are cut, or hold no tensors, raise.
 _DAMAGE = (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError)
 _SAVE_AGAIN = "set `stage3_gather_16bit_weights_on_model_save` in the DeepSpeed configuration, and save again"
-# What the state alone does not hold of an adapter.
-_MORE_THAN_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
 # Variants of LoRA whose update is not lora_B times lora_A alone, by their options; newer than the oldest PEFT that is served.
 _OTHER_UPDATES = ("use_bdlora", "kasa_config", "monteclora_config")
-# Names of layers that are linear in every model: what else a state names may be an embedding or a
-# convolution.
-_LINEAR = re.compile(rf"(.*\.)?({'|'.join(RESIDUAL_ROLES)}|\w+_proj|lm_head|score)")
 # Relative difference that rounding to the file's dtype, or another machine's arithmetic, may leave.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -169,7 +155,7 @@ def read_saved(folder: str | Path) -> Saved:
             belong together.
     """
     home = Path(folder)
-    saved = _read_with_state(home) if (home / STATE_NAME).is_file() else _read_alone(home)
+    saved = _read(home)
     for place in (saved.folder, saved.run_folder):
         if openness := read_openness(place):
             _refuse_other_gates(openness, saved, place / GATES_NAME)
@@ -190,59 +176,64 @@ def _refuse_other_gates(openness: dict[str, Tensor], saved: Saved, path: Path) -
             )
 
 
-def _read_alone(home: Path) -> Saved:
-    lora = _read_config(home)
-    tensors = _read_adapter(home, lora)
-    if not tensors:
-        raise StructLoRAError(
-            f"no adapter weights in {home}, nor a {STATE_NAME}",
-            "one of them: the fp32 masters of a StructLoRA run are its latent factors, not the adapter",
-            "give a checkpoint that the callback wrote; in a custom loop, save with `save_state(runtime, folder)`",
-        )
-    modules = _modules(tensors)
-    adapted = {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()}
-    kinds = group(_filled(modules, lora), adapted)
-    saved = Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
+def _read(home: Path) -> Saved:
+    folders = _adapters_in(home)
+    has_state = (home / STATE_NAME).is_file()
+    read = [_read_alone(home, folder) for folder in folders]
+    if has_state:
+        found = [of_run for saved in read if (of_run := _with_state(home, saved)) is not None]
+        if not found:
+            raise StructLoRAError(
+                f"adapter and {STATE_NAME} of different weights in {home}",
+                "both of one moment of one run",
+                f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
+            )
+        return found[0]
+    saved = read[0]
     runs = (_with_run_of(checkpoint, saved) for checkpoint in _checkpoints_near(home))
     has_log = (home / LOG_NAME).is_file()
     return next((run for run in runs if run is not None and (run.maps or not has_log)), saved)
 
 
-def _read_with_state(home: Path) -> Saved:
-    state = _read_state(home)
-    adapter_home = _adapter_home(home, state)
-    lora = _read_config(adapter_home)
-    tensors = _read_adapter(adapter_home, lora) or _tensors_of(lora, state, home)
-    different = _difference(state, tensors)
-    if different:
-        side, module, difference = different
+def _read_alone(home: Path, folder: Path) -> Saved:
+    """Read the adapter in a folder, of a run whose other files lie in `home`."""
+    lora = _read_config(folder)
+    tensors = _read_adapter(folder, lora)
+    if not tensors:
         raise StructLoRAError(
-            f"adapter and {STATE_NAME} of different weights in {home} (lora_{side} of '{module}' differs by "
-            f"{difference:.1e} of its norm)",
-            "both of one moment of one run",
-            f"give a checkpoint as the run wrote it, or remove {STATE_NAME} to read the adapter alone",
+            f"no adapter weights in {folder}",
+            "adapter_model.safetensors, as PEFT writes it",
+            f"under ZeRO-3, {_SAVE_AGAIN}",
         )
-    return Saved(home, lora, tensors, run_folder=home, **state)
+    modules = _modules(tensors)
+    adapted = {module: adapted_by(lora, module, len(f["A"])) for module, f in modules.items()}
+    kinds = group(_filled(modules, lora), adapted)
+    return Saved(home, lora, tensors, kinds, [_stacked(kind) for kind in kinds], home)
 
 
 @torch.no_grad()
-def _read_state(home: Path) -> dict:
-    """What a folder's state says of the fields of `Saved` that have these names."""
-    path = home / STATE_NAME
+def _with_state(folder: Path, saved: Saved) -> Saved | None:
+    """Return an adapter with the state in a folder; None where the state is of other weights."""
+    path, modules = folder / STATE_NAME, _modules(saved.tensors)
     state = read_state(path)
     with refusing(
         f"reading {path}",
         "a state that StructLoRA wrote",
         "use another checkpoint",
-        (RuntimeError, AttributeError),
+        (RuntimeError, AttributeError, TypeError, KeyError),
     ):
-        maps = [_map(name, state) for name in state.header["kinds"]]
-        effective = [_stored(m(state.load_into(m, WHOLE, None)), m.kind) for m in maps]
-    return {"kinds": [m.kind for m in maps], "effective": effective, "maps": maps, "step": state.step}
-
-
-def _stored(nodes: Factors, kind: Kind) -> Factors:
-    return Factors(*(to_storage(x, side, kind) for side, x in zip(SIDES, nodes, strict=True)))
+        facts = state.header["kinds"]
+        if sorted(module for of_kind in facts.values() for module in of_kind["modules"]) != sorted(modules):
+            return None
+        maps = [state.map_of(name, modules) for name in facts]
+        effective = [_stacked(m.kind) for m in maps]
+        tolerance = max(_ROUNDING.get(value.dtype, 0.0) for value in saved.tensors.values())
+        for name, factors in zip(facts, effective, strict=True):
+            norms = torch.stack([factor.double().norm() for factor in factors])
+            if not torch.allclose(norms, state.tensors[f"{name}/norms"], rtol=tolerance, atol=0):
+                return None
+    kinds = [m.kind for m in maps]
+    return replace(saved, kinds=kinds, effective=effective, run_folder=folder, maps=maps, step=state.step)
 
 
 def _checkpoints_near(folder: Path) -> list[Path]:
@@ -258,12 +249,10 @@ def _checkpoints_near(folder: Path) -> list[Path]:
 
 
 def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
-    """An adapter with a checkpoint's state and log; None where that one is damaged or of another adapter."""
+    """Return an adapter with a checkpoint's state and log; None where that one is damaged or of another adapter."""
     try:
         if (checkpoint / STATE_NAME).is_file():
-            state = _read_state(checkpoint)
-            is_other = _difference(state, saved.tensors)
-            return None if is_other else replace(saved, run_folder=checkpoint, **state)
+            return _with_state(checkpoint, saved)
     except StructLoRAError:
         return None
     path = _weights_file(checkpoint)
@@ -271,31 +260,15 @@ def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
     return replace(saved, run_folder=checkpoint) if is_same else None
 
 
-def _adapter_home(home: Path, state: dict) -> Path:
-    """PEFT saves an adapter that is not named 'default' to a folder of its name; the state lies above it.
-
-    Of several, the one of the trained adapter's name, where that is known, or the one whose weights are the
-    state's.
+def _adapters_in(home: Path) -> list[Path]:
+    """Return the folders with an adapter of a run: PEFT saves one that is not named 'default' to a folder of its name, and
+    the state lies above it. Of several, the state tells which was trained.
     """
-    folders = {"default": home} if (home / "adapter_config.json").is_file() else {}
-    for path in sorted(home.glob("*/adapter_config.json")):
-        if not (path.parent / STATE_NAME).is_file():  # a checkpoint
-            folders.setdefault(path.parent.name, path.parent)
-    trained = state["maps"][0].config.adapter_name
-    if trained in folders or len(folders) < 2:
-        return folders.get(trained) or next(iter(folders.values()), home)
-    for folder in folders.values():
-        try:
-            tensors = _read_adapter(folder, _read_config(folder))
-        except StructLoRAError:
-            continue
-        if tensors and not _difference(state, tensors):
-            return folder
-    raise StructLoRAError(
-        f"several adapters in {home} ({', '.join(folders)}), none of them with the weights that {STATE_NAME} gives",
-        "the trained adapter's weights, or its name in the options of the run",
-        f"train with `adapter_name` set to it, or give another checkpoint; under ZeRO-3 {_SAVE_AGAIN}",
-    )
+    if not (home / STATE_NAME).is_file():
+        return [home]
+    named = sorted(path.parent for path in home.glob("*/adapter_config.json"))
+    named = [folder for folder in named if not (folder / STATE_NAME).is_file()]  # else a checkpoint
+    return [*([home] if (home / "adapter_config.json").is_file() or not named else []), *named]
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -423,53 +396,3 @@ def _filled(
 
 def _stacked(kind: Kind) -> Factors:
     return Factors(*(torch.stack([p.detach().flatten(1) for p in side]) for side in (kind.A, kind.B)))
-
-
-def _map(name: str, state: State) -> KindMap:
-    """The map of a kind as a state has it, over the latent factors, before its parts are loaded."""
-    facts, own, config = state.header["kinds"][name], state.of_kind(name), state.config
-    kind = Kind(name, facts["modules"], [], [], Adapted(**facts["adapted"]), per_depth=facts["per_depth"])
-    stored = _stored(Factors(own["latent_A"], own["latent_B"]), kind)
-    # Of VeRA, lora_A is empty.
-    kind.A, kind.B = ([nn.Parameter(factor) for factor in side if factor.numel()] for side in stored)
-    return KindMap(kind, config, own.get("origin_A"), own.get("origin_B"))
-
-
-def _tensors_of(lora: LoraConfig, state: dict, folder: Path) -> dict[str, Tensor]:
-    """An adapter file's tensors from the state alone, for ZeRO-3 that gathers no weights writes none."""
-    others = [name for name in _MORE_THAN_FACTORS if getattr(lora, name, None)]
-    others += ["bias"] if lora.bias != "none" else []
-    tensors = {}
-    for kind, factors in zip(state["kinds"], state["effective"], strict=True):
-        if not kind.adapted.parameter and not _LINEAR.fullmatch(kind.modules[0]):
-            others.append(kind.name)
-        for side, stack in zip("AB", factors, strict=True):
-            tensors |= {
-                f"{module}.lora_{side}.weight": value.clone()
-                for module, value in zip(kind.modules, stack, strict=True)
-            }
-    if others:
-        raise StructLoRAError(
-            f"no adapter weights in {folder}, and an adapter with more than factors of layers known to be linear "
-            f"({', '.join(others)})",
-            f"{SAFETENSORS_WEIGHTS_NAME}, where these lie",
-            _SAVE_AGAIN,
-        )
-    return tensors
-
-
-def _difference(state: dict, tensors: dict[str, Tensor]) -> tuple[str, str, float] | None:
-    """The first side and module that a file has otherwise than the state, and by how much of its norm."""
-    modules = _modules(tensors)
-    tolerance = max((_ROUNDING.get(value.dtype, 0.0) for value in tensors.values()), default=0.0)
-    for kind, stacks in zip(state["kinds"], state["effective"], strict=True):
-        for index, module in enumerate(kind.modules):
-            for side, stack in zip("AB", stacks, strict=True):
-                ours, theirs = stack[index], modules.get(module, {}).get(side)
-                difference = math.inf
-                if theirs is not None and theirs.numel() == ours.numel():
-                    scale = ours.norm().clamp(min=torch.finfo(ours.dtype).tiny)
-                    difference = float((theirs.reshape(ours.shape) - ours).norm() / scale)
-                if not difference <= tolerance:  # NaN is different too
-                    return side, module, difference
-    return None

@@ -56,10 +56,6 @@ class GAT(GCN):
     A node attends by the profile of its direction norms (r numbers that do not depend on the basis of the
     shared space). Attention starts uniform over neighbours and self; the other experts of a layer are one
     neighbour, their mean. Its cost grows with the square of depth.
-
-    Attributes:
-        sum_over_width (`Callable`): where features are slices of the width, sums a tensor over all slices,
-            with gradient.
     """
 
     negative_slope = 0.2  # of the LeakyReLU, as in Veličković et al. (2018)
@@ -67,7 +63,6 @@ class GAT(GCN):
 
     def __init__(self, rank: int, layers: int):
         super().__init__(rank, layers)
-        self.sum_over_width = lambda x: x
         # Of each layer, towards the target and towards the source.
         self.attention = nn.Parameter(torch.zeros(layers, 2, rank, dtype=torch.float32, device="cpu"))
 
@@ -95,9 +90,7 @@ class GAT(GCN):
         """Root mean squares of the directions, (..., L, r), relative to their mean over those of the graph
         that take part (`shares`, (..., L, r), says how far); 0 for a direction that does not.
         """
-        squares = features.square().sum(-1)
-        sums = self.sum_over_width(torch.cat([squares.flatten(), squares.new_tensor([features.shape[-1]])]))
-        norms = (sums[:-1].view(squares.shape) / sums[-1] + self.norm_floor**2).sqrt()
+        norms = (features.square().mean(-1) + self.norm_floor**2).sqrt()
         norms = torch.where(shares > 0, norms, 0)
         mean = norms.sum((-2, -1), keepdim=True) / shares.sum((-2, -1), keepdim=True).clamp(min=1)
         return norms / mean.clamp(min=self.norm_floor)

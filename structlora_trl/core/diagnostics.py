@@ -13,14 +13,12 @@ stream_cosine       mean cosine of what neighbouring depths read from the residu
                     have learned anything
 semantic_edges      number of semantic edges, all kinds
 theta_norm          Frobenius norm of the coordinators' Θ, all kinds
-
-Where factors are slices of the width, r x r products of the slices are summed first (`Sums`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,35 +28,30 @@ from .mapping import KindMap
 
 _SMALLEST_NORM = 1e-8  # as in `torch.nn.functional.cosine_similarity`
 
-Sums = Callable[[list[Tensor]], list[Tensor]]
-"""Sums each of some tensors over the slices of all ranks; returns them as they are where factors are whole.
-"""
 
-
-def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums) -> dict[str, float]:
+def structure_metrics(maps: list[KindMap], effective: Iterable[Factors]) -> dict[str, float]:
     """The figures above except `gradient_cosine`, which needs a step's gradients.
 
     Args:
         maps (`list[KindMap]`): one per kind.
-        effective (`list[Factors]`): evaluation factors, one per kind.
-        sums (`Callable`): sums over the slices of all ranks, where the factors are slices.
+        effective (`Iterable[Factors]`): the factors that stand in the model, kind by kind.
     """
+    ranks, energies = [], []
+    cosines = [torch.empty(0, dtype=torch.float32, device="cpu")]
+    for m, f in zip(maps, effective, strict=True):
+        if m.kind.A:
+            kept = slice(None) if m.kept is None else m.kept.any(-1)
+            ranks.append(effective_rank(f.B.mT @ f.B, f.A @ f.A.mT)[kept].cpu())
+        energies += [laplacian(m.graph.by_expert(u).flatten(2)).cpu() for u in m.features(f).values()]
+        pair = m.stream_factors(f)
+        if pair is not None:
+            products = stream_products(*map(m.graph.by_expert, pair))
+            cosines.append(stream_cosine(*products).flatten().cpu())
     metrics: dict[str, float] = {}
-    of_kinds = list(zip(maps, effective, strict=True))
-    ranks = [
-        effective_rank(*sums([f.B.mT @ f.B, f.A @ f.A.mT]))[slice(None) if m.kept is None else m.kept.any(-1)]
-        for m, f in of_kinds
-        if m.kind.A
-    ]
     if ranks:
-        metrics["effective_rank"] = torch.cat([of_kind.cpu() for of_kind in ranks]).mean().item()
-    updates = [m.graph.by_expert(u).flatten(2) for m, f in of_kinds for u in m.features(f).values()]
-    metrics["drift_energy"] = sum(energy.item() for energy in sums([laplacian(u) for u in updates]))
-    streams = [(m.graph, m.stream_factors(factors)) for m, factors in of_kinds]
-    products = [stream_products(*map(graph.by_expert, pair)) for graph, pair in streams if pair is not None]
-    cosines = [stream_cosine(*sums(of_kind)).flatten().cpu() for of_kind in products]
-    cosines = torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *cosines])
-    mean = cosines.nanmean().item()
+        metrics["effective_rank"] = torch.cat(ranks).mean().item()
+    metrics["drift_energy"] = sum(energy.item() for energy in energies)
+    mean = torch.cat(cosines).nanmean().item()
     if not math.isnan(mean):
         metrics["stream_cosine"] = mean
     if any(len(m.coordinators) for m in maps):
@@ -69,15 +62,12 @@ def structure_metrics(maps: list[KindMap], effective: list[Factors], sums: Sums)
 
 
 def laplacian(features: Tensor) -> Tensor:
-    """Σ_l ‖u_l+1 − u_l‖² of node features (..., L, n), a scalar. Of a slice of n, its own share: shares add up."""
+    """Σ_l ‖u_l+1 − u_l‖² of node features (..., L, n), a scalar."""
     return (features[..., 1:, :] - features[..., :-1, :]).square().sum()
 
 
 def neighbour_products(features: Tensor) -> Tensor:
-    """Products of each depth with the next, and of both with themselves: (..., L, n) -> (3, ..., L − 1).
-
-    Products of slices add up to those of the whole.
-    """
+    """Products of each depth with the next, and of both with themselves: (..., L, n) -> (3, ..., L − 1)."""
     later, earlier = features[..., 1:, :], features[..., :-1, :]
     squares = torch.linalg.vecdot(features, features)
     return torch.stack([torch.linalg.vecdot(later, earlier), squares[..., 1:], squares[..., :-1]])
@@ -109,7 +99,7 @@ def effective_rank(left: Tensor, right: Tensor) -> Tensor:
 
 
 def stream_products(side: Tensor, other: Tensor, apart: int = 1) -> list[Tensor]:
-    """The r x r products that `stream_cosine` is made of. Those of slices add up.
+    """The r x r products that `stream_cosine` is made of.
 
     Args:
         side (`Tensor`): the factor on the stream's side less its origin, its rank axis first: (..., L, r, n).

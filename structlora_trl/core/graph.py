@@ -94,10 +94,6 @@ class DepthGraph(nn.Module):
         self.config, self.follows_gradients, self.joins_experts = config, follows_gradients, joins_experts
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("semantic", torch.zeros_like(fixed))  # (E, L, L)
-        # Running-mean gradients of the nodes on each compared side: (N, r, k), (N, d, r); None before the
-        # first.
-        self.register_buffer("mean_A", None)
-        self.register_buffer("mean_B", None)
         self._refresh()
 
     @classmethod
@@ -127,25 +123,16 @@ class DepthGraph(nn.Module):
         """The inverse of `by_expert`: (E, L, ...) -> (N, ...)."""
         return of_experts.transpose(0, 1).flatten(0, 1)
 
-    def observe(self, gradients: dict[str, Tensor]) -> None:
-        """Take a step's gradients of the nodes, by compared side, into the running mean."""
-        for side, gradient in gradients.items():
-            mean = getattr(self, f"mean_{side}")
-            if mean is None:
-                setattr(self, f"mean_{side}", gradient.clone())
-            else:
-                mean.lerp_(gradient, 1 - self.decay)
+    def rebuild(self, means: list[Tensor]) -> None:
+        """Redraw semantic edges by the cosines of running-mean gradients.
 
-    def gradient_products(self) -> Tensor:
-        """Products of the running-mean gradients of an expert's depths, (E, L, L). Those of slices add up."""
-        means = [mean for mean in (self.mean_A, self.mean_B) if mean is not None]
+        Args:
+            means (`list[Tensor]`): of the nodes on each coordinated side, (N, r, k) or (N, d, r).
+        """
         flat = [self.by_expert(mean).flatten(2) for mean in means]  # (E, L, n)
-        return sum((x @ x.mT for x in flat), torch.zeros_like(self.fixed, dtype=torch.float32))
-
-    def rebuild(self, gradient_products: Tensor) -> None:
-        """Redraw semantic edges by cosines of mean gradients, from `gradient_products` summed over slices."""
+        gram = sum((x @ x.mT for x in flat), torch.zeros_like(self.fixed, dtype=torch.float32))
         top_k, threshold = self.config.semantic_top_k, self.config.semantic_threshold
-        self.semantic = semantic_edges(gradient_products, top_k, threshold, self.fixed)
+        self.semantic = semantic_edges(gram, top_k, threshold, self.fixed)
         self._refresh()
 
     def propagate(self, features: Tensor) -> Tensor:
@@ -162,12 +149,5 @@ class DepthGraph(nn.Module):
         self._propagation, self._scale = normalize_edges(self.edges, others), degree_scale(self.edges, others)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        for side in ("A", "B"):  # which a graph that has seen no gradient lacks
-            mean = state_dict.get(f"{prefix}mean_{side}")
-            setattr(
-                self,
-                f"mean_{side}",
-                None if mean is None else torch.empty_like(mean, device=self.fixed.device),
-            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refresh()

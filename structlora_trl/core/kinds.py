@@ -200,11 +200,15 @@ def discover(model: nn.Module, adapter_name: str) -> list[Kind]:
         )
     _refuse_unpaired(trainable)
     _refuse_shared(trainable)
-    return group(trainable, {module: _adapted(model.get_submodule(module)) for module in trainable})
+    layers = {module: model.get_submodule(module) for module in trainable}
+    scales = {module: getattr(layer, "scaling", {}).get(adapter_name) for module, layer in layers.items()}
+    return group(trainable, {module: _adapted(layer) for module, layer in layers.items()}, scales)
 
 
 def group(
-    modules: dict[str, dict[str, nn.Parameter]], adapted: dict[str, Adapted] | None = None
+    modules: dict[str, dict[str, nn.Parameter]],
+    adapted: dict[str, Adapted] | None = None,
+    scales: dict[str, float | None] | None = None,
 ) -> list[Kind]:
     """The kinds of some LoRA modules, in order of appearance. Experts that are modules of their own are one
     kind where every expert is there at the same depths.
@@ -212,13 +216,14 @@ def group(
     Args:
         modules (`dict`): module name -> {"A": lora_A, "B": lora_B}, of VeRA {"B": λ_d}.
         adapted (`dict`, *optional*): module name -> what it adapts, where that is not a whole module.
+        scales (`dict`, *optional*): module name -> s of ΔW = s·B·A: only with one s are directions comparable.
     """
     groups = defaultdict(list)
     for module, factors in modules.items():
         what = (adapted or {}).get(module, Adapted())
         pattern, depth = split_depth(_target(module, what))
         likeness = tuple((side, full_shape(p), p.requires_grad) for side, p in sorted(factors.items()))
-        groups[pattern, likeness, what].append((depth, module, factors))
+        groups[pattern, likeness, what, (scales or {}).get(module)].append((depth, module, factors))
     for nodes in groups.values():
         nodes.sort(key=lambda node: node[0])
     mixtures = defaultdict(list)
@@ -233,14 +238,16 @@ def group(
         )
     patterns = [key[0] for key in joined]
     kinds = []
-    for (pattern, _, what), experts in joined.items():
+    for (pattern, _, what, scale), experts in joined.items():
         nodes = [node for of_depth in zip(*experts, strict=True) for node in of_depth]
         _, names, factors = zip(*nodes, strict=True)
         A, B = ([of_node[side] for of_node in factors if side in of_node] for side in SIDES)
         # Gemma's and others' alternating layers differ in shape: comparable among themselves only.
         sizes = (*full_shape(B[0]), *(full_shape(A[0])[1:] if A else ()))
         shapes = f"[{'x'.join(map(str, sizes))}]" if patterns.count(pattern) > 1 else ""
-        kinds.append(Kind(pattern + shapes, list(names), A, B, what, per_depth=len(experts)))
+        is_scaled = len({key[3] for key in joined if key[0] == pattern}) > 1  # `alpha_pattern`
+        name = pattern + shapes + (f"(scale {scale:g})" if is_scaled else "")
+        kinds.append(Kind(name, list(names), A, B, what, per_depth=len(experts)))
     repeated = {kind.name for kind in kinds if sum(other.name == kind.name for other in kinds) > 1}
     for kind in kinds:
         if kind.name in repeated:

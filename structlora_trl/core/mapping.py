@@ -2,9 +2,9 @@
 
     latent (A, B)  --messages-->  (A', B')  --mask-->  effective (A', B'·diag(kept))
 
-The optimizer steps the latent factors; the model computes with the effective ones. All nodes of a kind go
-through the map at once: A is (N, r, k), B is (N, d, r), and ΔW = s·B·A at each node. k and d are a batch to
-the map: a slice of them is just a smaller factor.
+The model holds the effective factors alone; the latent ones are what they are less an offset (`mapped_side.py`).
+All nodes of a kind go through the map at once, each side by itself: A is (N, r, k), B is (N, d, r), and
+ΔW = s·B·A at each node.
 
 Updates count from an origin: A₀ at attach, and B₀ = 0, except for initialisations that move part of the base
 weights into the adapter (PiSSA and the like), where B₀ is B at attach, and for VeRA, whose λ_d starts at a
@@ -41,9 +41,6 @@ class Parts:
         coordinator (`Callable`, *optional*): (rank, layers) -> `GCN` or its like; by `config.coordinator`
             where omitted.
         choose (`Callable`): (nats of all gated directions, keep) -> which to keep.
-
-    Under FSDP2 and ZeRO each rank maps a slice of the width. A part that sums over the width has an attribute
-    `sum_over_width`, which is then set to the sum over all slices.
     """
 
     discover: Callable[[nn.Module, str], list[Kind]] = discover
@@ -90,36 +87,39 @@ class KindMap(nn.Module):
             build = parts.coordinator or COORDINATORS[config.coordinator]
             self.coordinators[side] = build(kind.rank, config.coordinator_layers).to(kind.device)
 
-    def forward(self, latent: Factors) -> Factors:
-        """Effective factors of latent ones, fp32. A factor that nothing acts on is returned as it is."""
-        masked = self.masked(latent)
-        effective = Factors(
-            *(self._coordinated(side, factor) for side, factor in zip(SIDES, masked, strict=True))
-        )
-        return self.masked(effective)
+    def forward(self, side: str, latent: Tensor) -> Tensor:
+        """Return the effective factors on one side of latent ones, fp32; what nothing acts on as it is."""
+        if side in self.coordinators:
+            feature = self._feature(side, self.masked(side, latent))
+            added = self.coordinators[side](feature, self.graph, self.kept)
+            latent = latent + (added if side == "A" else added.mT)
+        return self.masked(side, latent)
 
-    def masked(self, factors: Factors) -> Factors:
-        """Factors, or gradients of them, with zeros for the columns of lora_B that selection has closed."""
-        return factors if self.selection is None else self.selection(factors)
+    def masked(self, side: str, factor: Tensor) -> Tensor:
+        """Return a factor, or a gradient of one, with zeros for the columns of lora_B that selection has closed."""
+        return self.selection(factor) if self.selection is not None and side == "B" else factor
 
-    def pullback(self, latent: Factors, gradient: Factors) -> tuple[Factors, dict[str, Tensor]]:
-        """The gradient of effective factors, carried to latent factors and to the map's own parameters.
+    def pullback(self, side: str, latent: Tensor, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Carry the gradient of effective factors to latent factors and to the coordinator's parameters.
 
         One vector-Jacobian product; by the chain rule this is training through the map.
 
         Args:
-            latent (`Factors`): fp32, as they were when the effective factors were made.
-            gradient (`Factors`): fp32 gradients of the task loss with respect to the effective factors.
+            side (`str`): 'A' or 'B'.
+            latent (`Tensor`): fp32, as they were when the effective factors were made.
+            gradient (`Tensor`): fp32 gradients of the task loss with respect to the effective factors.
 
         Returns:
-            Gradients of the latent factors, and a dict from parameter name to gradient. Of slices of the
-            width, the latter add up to those of the whole.
+            Gradients of the latent factors, and one of each of the coordinator's parameters.
         """
-        leaves = Factors(*(factor.detach().requires_grad_() for factor in latent))
-        names, own = [name for name, _ in self.named_parameters()], list(self.parameters())
+        if side not in self.coordinators:
+            return self.masked(side, gradient), []
+        leaf, own = latent.detach().requires_grad_(), list(self.coordinators[side].parameters())
         with torch.enable_grad():
-            grads = torch.autograd.grad(self(leaves), [*leaves, *own], gradient, materialize_grads=True)
-        return Factors(*grads[:2]), dict(zip(names, grads[2:], strict=True))
+            pulled, *of_own = torch.autograd.grad(
+                self(side, leaf), [leaf, *own], gradient, materialize_grads=True
+            )
+        return pulled, of_own
 
     @property
     def kept(self) -> Tensor | None:
@@ -145,13 +145,6 @@ class KindMap(nn.Module):
             return None
         other = factors.A if side == "B" else factors.B.mT
         return Factors(self._feature(side, getattr(factors, side)), other)
-
-    def _coordinated(self, side: str, factor: Tensor) -> Tensor:
-        """A factor with what message passing adds."""
-        if side not in self.coordinators:
-            return factor
-        added = self.coordinators[side](self._feature(side, factor), self.graph, self.kept)
-        return factor + (added if side == "A" else added.mT)
 
     def _feature(self, side: str, factor: Tensor) -> Tensor:
         """The update on one side with the rank axis first, (N, r, n)."""
@@ -187,7 +180,7 @@ def coordinated_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
 
 
 def mapped_sides(kind: Kind, config: StructLoRAConfig) -> tuple[str, ...]:
-    """The factors of a kind that its map changes: engines have latents of these alone."""
+    """Return the factors of a kind that its map changes."""
     mapped = {*coordinated_sides(kind, config), *(("B",) if config.keep is not None else ())}
     return tuple(side for side in kind.sides if side in mapped)
 

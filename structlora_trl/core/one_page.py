@@ -43,14 +43,17 @@ class Gate:
 
 
 class Coordinator(nn.Module):
-    """From latent to effective factors of one kind, on the side that is comparable across depth."""
+    """From latent to effective factors of one kind, on the side that is comparable across depth.
+
+    The model holds the effective ones; the latent ones are these less an offset.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], side: str, config: StructLoRAConfig):
         super().__init__()
-        self.own, self.side, self.config = parameters, side, config
-        self.latent = self.read()  # what the optimizer steps: A (L, r, k), or B (L, d, r)
-        self.origin = self.latent.clone() if side == "A" else torch.zeros_like(self.latent)
-        rank = self.latent.shape[1 if side == "A" else 2]
+        self.factors, self.side, self.config = parameters, side, config  # A (L, r, k), or B (L, d, r)
+        self.offset = torch.zeros_like(self.standing())
+        self.origin = self.standing() if side == "A" else torch.zeros_like(self.standing())
+        rank = self.origin.shape[1 if side == "A" else 2]
         self.theta = nn.Parameter(torch.zeros(rank, rank))  # zero: message passing starts as the identity
         self.edges = adjacency_edges(len(parameters))
         self.mean: Tensor | None = None  # running-mean gradient, (L, n)
@@ -62,33 +65,30 @@ class Coordinator(nn.Module):
         return latent + (added if self.side == "A" else added.mT)
 
     def before_step(self) -> None:
-        """Pull the gradients back through the map, by one vector-Jacobian product; let latents stand."""
-        gradient = torch.stack([p.grad for p in self.own])
+        """Pull the gradients back through the map, by one vector-Jacobian product."""
+        gradient = torch.stack([p.grad for p in self.factors])
         flat, keep = gradient.flatten(1), 1 - DepthGraph.decay
         self.mean = flat.clone() if self.mean is None else self.mean.lerp(flat, keep)
-        leaf = self.latent.requires_grad_()
+        leaf = (self.standing() - self.offset).requires_grad_()
         pulled, self.theta.grad = torch.autograd.grad(self(leaf), [leaf, self.theta], gradient)
-        for parameter, value in zip(self.own, pulled, strict=True):
+        for parameter, value in zip(self.factors, pulled, strict=True):
             parameter.grad.copy_(value)
-        self.write(leaf.detach())
-
-    def after_step(self, step: int) -> None:
-        """Take the latents that the optimizer made, and write the effective factors of them."""
-        self.latent = self.read()
-        if step % DepthGraph.redraw_every == 0:  # join depths whose gradients point the same way
-            near, c = adjacency_edges(len(self.own)), self.config
-            gram = self.mean @ self.mean.T
-            self.edges = near | semantic_edges(gram, c.semantic_top_k, c.semantic_threshold, near)
-        with torch.no_grad():
-            self.write(self(self.latent))
-
-    def read(self) -> Tensor:
-        return torch.stack([p.detach() for p in self.own])
 
     @torch.no_grad()
-    def write(self, values: Tensor) -> None:
-        for parameter, value in zip(self.own, values, strict=True):
+    def after_step(self, step: int) -> None:
+        """Map what the optimizer made."""
+        if step % DepthGraph.redraw_every == 0:  # join depths whose gradients point the same way
+            near, c = adjacency_edges(len(self.factors)), self.config
+            gram = self.mean @ self.mean.T
+            self.edges = near | semantic_edges(gram, c.semantic_top_k, c.semantic_threshold, near)
+        latent = self.standing() - self.offset
+        effective = self(latent)
+        for parameter, value in zip(self.factors, effective, strict=True):
             parameter.copy_(value)
+        self.offset = effective - latent
+
+    def standing(self) -> Tensor:
+        return torch.stack([p.detach() for p in self.factors])
 
 
 def train(
@@ -119,7 +119,8 @@ def train(
                 model.get_submodule(f"{module}.lora_A.default").register_forward_hook(gates[-1])
     sides = [residual_side(kind, None) for kind in kinds]
     coordinators = [Coordinator(getattr(k, s), s, config) for k, s in zip(kinds, sides, strict=True)]
-    rate = config.coordinator_rate(max(group["lr"] for group in optimizer.param_groups))
+    peak = max(group["lr"] for group in optimizer.param_groups)
+    rate = config.coordinator_rate(peak, peak)
     own = torch.optim.AdamW([c.theta for c in coordinators], lr=rate, weight_decay=0.0)
     for step, loss in enumerate(losses, start=1):
         loss().backward()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import share_to_keep
-from .kinds import Factors
 
 
 class Selection(nn.Module):
@@ -31,9 +30,9 @@ class Selection(nn.Module):
         self.kept.copy_(kept)
         self.is_made.fill_(True)
 
-    def forward(self, factors: Factors) -> Factors:
-        """Return factors with zeros for the columns of lora_B that are closed."""
-        return factors._replace(B=factors.B * self.kept[:, None, :]) if self.is_made else factors
+    def forward(self, B: Tensor) -> Tensor:
+        """Return lora_B, (N, d, r), with zeros for the columns that are closed."""
+        return B * self.kept[:, None, :] if self.is_made else B
 
 
 Chooser = Callable[[Tensor, "float | str"], Tensor]

@@ -1,177 +1,225 @@
-"""What the runtime needs of whatever owns the parameters: four verbs, a place in the step, answers on both.
+"""What the runtime needs of whatever owns the parameters: whose optimizer steps, and who holds which part.
 
-    read_gradients    reduced gradients of the effective factors
-    write_gradients   gradients of the latent factors, for the optimizer to step with
-    read_latents      master values, which the optimizer steps
-    write_working     effective values, which the model computes with
-
-    install, remove, is_stepping, is_replaced                 the place in the step
-    gradient_flags, gradient_scale, learning_rate, maximizes  of the step under way
-    written, put_back                                         whether other code wrote to the model; what stood before the step
-    read_working, write_latents                               for `reload`, and a state that is loaded
-
-The verbs speak in stacked factors of nodes, one `Factors` per kind, in fp32, and of the mapped sides alone,
-those that the map changes: the others are empty. Where `everything` is asked for, the others are what stands
-in the model. An engine that shards parameters speaks of this rank's slices of the width (`slices.py`). Its
-verbs are collectives.
+An engine speaks of one parameter at a time, and of this rank's part of its flat values: the whole of it in one
+process and under DDP, a shard under FSDP2 and ZeRO. `Layout` joins the parts of several parameters.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ..core.kinds import Factors, Kind
-from .schedule import Rate
-from .slices import Slices
+from ..core.kinds import Kind, full_shape
+from ..errors import StructLoRAError
 
-# Of small factors at once, so that kernels are few; larger ones by themselves, without a copy.
-_SUMMED_BYTES = 2**19
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN is what NaN is
+# torch 2.13 has another name for it.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+Part = tuple[int, int]  # where a part of a flat parameter starts and stops
 
 
-class Engine(ABC):
-    """One way of owning parameters. `name` is what logs and errors call it."""
+class Rate(NamedTuple):
+    """A learning rate, and the largest that its schedule declares, or itself where none is declared."""
+
+    current: float
+    peak: float
+
+
+class Engine:
+    """One way of owning parameters.
+
+    Attributes:
+        name (`str`): what logs and errors call it.
+        optimizer (`torch.optim.Optimizer`): the one that steps, whose hooks see complete gradients.
+        device (`torch.device`): of the adapter.
+        group (`ProcessGroup`, *optional*): the ranks that share each parameter; None where each has the whole.
+        knows_loss_scale (`bool`): whether `loss_scale` tells what the loss is multiplied by.
+    """
 
     name: str
-    optimizer: torch.optim.Optimizer  # None after `remove`
-    kinds: list[Kind]
-    slices: list[Slices]  # one per kind
-    keeps_gradients = True  # in `grad` of the parameters, from one backward to the next
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    group: dist.ProcessGroup | None = None
     knows_loss_scale = False
-    # Places of the optimizer's groups that hold LoRA parameters: loading its state replaces the groups.
-    _groups: list[int]
-    # What stood before the step under way, until `write_working`; and the checksums of what that wrote.
-    _stood: list[tuple[nn.Parameter, Tensor]]
-    _written: Tensor
 
-    @abstractmethod
-    def install(
-        self,
-        before_step: Callable[[], bool],
-        after_step: Callable[[bool], None],
-        mapped: list[tuple[str, ...]],
-    ) -> None:
-        """Take the parameters' present values as latents, and from now on call into each optimizer step.
+    def part(self, parameter: nn.Parameter) -> Part:
+        """Return which part of a parameter this rank holds."""
+        return 0, parameter.numel()
 
-        Args:
-            before_step (`Callable`): called when gradients are complete. Where it returns False, the
-                optimizer must not change anything in this step.
-            after_step (`Callable`): called when the optimizer has stepped, with whether it did. Where it
-                raises instead, `put_back` is called in its place. Gradients are latents' by then: where the
-                engine sees the error itself, it drops them.
-            mapped (`list[tuple[str, ...]]`): the mapped sides of each kind.
+    def values(self, parameter: nn.Parameter) -> Tensor:
+        """Return what the optimizer steps of this rank's part; writing to it within a step reaches the model."""
+        raise NotImplementedError
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the gradient of this rank's part."""
+        raise NotImplementedError
+
+    def holder(self, parameter: nn.Parameter) -> Tensor:
+        """Return the tensor of the optimizer's groups that holds a parameter."""
+        raise NotImplementedError
+
+    def has_gradients(self) -> bool:
+        """Return whether a backward has reached the adapter."""
+        return True
+
+    def put_gradients(self, gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Have the optimizer step with these gradients of this rank's parts, and with the others as they are."""
+        raise NotImplementedError
+
+    def skip(self) -> None:
+        """Have the optimizer step with no gradient at all."""
+        raise NotImplementedError
+
+    def end_step(self) -> None:
+        """Let the gradients stand again that stood before `put_gradients` or `skip`."""
+
+    def write(self, parameters: list[nn.Parameter], whole: Tensor) -> None:
+        """Write whole parameters outside of a step, (n, entries of one), equal on every rank. A collective."""
+        raise NotImplementedError
+
+    def refuse_unmappable(self, kind: Kind, side: str) -> None:
+        """Stop where one side of a kind cannot be mapped.
+
+        Raises:
+            StructLoRAError: it says why.
         """
 
-    @property
-    @abstractmethod
-    def is_stepping(self) -> bool:
-        """Whether the optimizer steps: latents stand in the model then. Where a step has broken off and nobody
-        saw it, working values are put back first.
+    def flags(self) -> Tensor:
+        """Return whether a gradient that the optimizer is about to use holds NaN or Inf, and whether one is other
+        than zero, LoRA's or another's: (2,), 1.0 or 0.0, on the device.
         """
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        return flags_of(map(local, gradients), self.device)
 
-    @property
-    def is_replaced(self) -> bool:
-        """Whether another engine has taken the parameters over, so that ours steps them no more."""
-        return False
+    def agreed(self, flags: Tensor) -> Tensor:
+        """Return which of some flags are 1.0 on any rank."""
+        if self.group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        return flags
 
-    @abstractmethod
-    def remove(self) -> None:
-        """Undo `install`. The working values stay as they are, and the optimizer continues from them."""
+    def dropped(self, parameters: list[nn.Parameter]) -> list[bool]:
+        """Return of which parameters the last gradient was dropped, by `zero_grad` or by a step that was left out."""
+        return [False] * len(parameters)
 
-    @abstractmethod
-    def read_gradients(self) -> list[Factors] | None:
-        """Gradients with respect to the effective factors, or None where no backward has run."""
-
-    @abstractmethod
-    def write_gradients(self, gradients: list[Factors], fill_missing: list[bool]) -> None:
-        """Replace them by gradients with respect to the latent factors.
-
-        Args:
-            fill_missing (`list[bool]`): of each kind, whether also where the backward left no gradient, since
-                another depth may pass one on. Kinds with no gradient at all are skipped.
-        """
-
-    @abstractmethod
-    def read_latents(self, everything: bool = False) -> list[Factors]:
-        """The latent factors: of the mapped sides, or of `everything`."""
-
-    @abstractmethod
-    def write_latents(self, latents: list[Factors]) -> None:
-        """Replace the latent factors of all sides. Those that are not mapped then stand in the model too."""
-
-    @abstractmethod
-    def write_working(self, effective: list[Factors]) -> None:
-        """Put effective values of the mapped sides where the model reads them. Latents stay."""
-
-    def written(self) -> Tensor:
-        """1.0 where this rank's LoRA parameters, of the mapped sides, hold other values than `write_working`
-        put there, else 0.0; on the device, without waiting for it. Told by `checksums`.
-        """
-        return (self._checksums() != self._written).any().float()
-
-    def _note_written(self) -> None:
-        """What stands is what the next step is to find."""
-        self._stood, self._written = [], self._checksums()
-
-    @abstractmethod
-    def _checksums(self) -> Tensor:
-        """`checksums` of what the model holds of the mapped sides."""
-
-    @abstractmethod
-    def put_back(self) -> None:
-        """Put back what stood before the step under way, where `write_working` has not been called since."""
-
-    @abstractmethod
-    def read_working(self) -> list[Factors]:
-        """The values that the model computes with now, of all sides."""
-
-    def _to_fill(
-        self, fill_missing: list[bool], missing: Callable[[nn.Parameter], bool] = lambda p: p.grad is None
-    ) -> set[int]:
-        """Ids of the parameters that get a gradient where `missing` says that they have none."""
-        return {
-            id(p)
-            for kind, fills in zip(self.kinds, fill_missing, strict=True)
-            if fills and not all(map(missing, kind.parameters))
-            for p in kind.parameters
-            if p.requires_grad
-        }
-
-    def maximizes(self) -> bool:
-        """Whether the optimizer ascends."""
-        return bool(self.optimizer.param_groups[self._groups[0]].get("maximize", False))
-
-    @abstractmethod
-    def gradient_flags(self) -> Tensor:
-        """Two flags of the gradients of this rank that the optimizer is about to use, LoRA's or another's:
-        whether one holds NaN or Inf, and whether one is other than zero; (2,), 1.0 or 0.0, on the device,
-        without waiting for it.
-        """
+    def let_go(self) -> None:
+        """Drop the parameters."""
 
     def loss_scale(self) -> float:
         """Return what the engine multiplies the loss by."""
         return 1.0
 
-    @abstractmethod
     def gradient_scale(self) -> float | Tensor:
-        """What the engine's step is still to divide the gradients by, 1.0 for nothing: the loss scale of
-        mixed precision, and the norm over the limit where the engine clips inside its step. A tensor, of no
-        dimension, where the device has it.
-        """
+        """Return what the optimizer is still to divide the gradients by."""
+        return 1.0
 
-    @abstractmethod
-    def learning_rate(self) -> Rate:
-        """The learning rate of the groups that hold LoRA parameters, for the step that is under way."""
+    def rate(self, group: dict) -> Rate:
+        """Return the learning rate of one of the optimizer's parameter groups."""
+        return rate_of(group)
+
+    def maximizes(self) -> bool:
+        """Return whether the optimizer ascends."""
+        return bool(self.optimizer.param_groups[0].get("maximize", False))
 
 
-def flags_of(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Whether some tensor holds NaN or Inf, and whether some is other than zero: (2,), 1.0 or 0.0, on `device`."""
+# A declared peak this large, and this many times the rate, is no rate but the base that a lambda multiplies (Noam's 1.0).
+_LARGEST_PEAK, _LONGEST_WARM_UP = 0.5, 5000
+
+
+def rate_of(group: dict, configured: float = 0.0) -> Rate:
+    """Return the learning rate of a parameter group, and its peak as torch's and Transformers' schedulers declare it."""
+    if group.get("lr") is None or group.get("relative_step"):
+        return Rate(1.0, 1.0)  # Adafactor computes its rate inside the step, relative to the parameters
+    current = float(group["lr"])
+    declared = max(float(group.get(name) or 0.0) for name in ("initial_lr", "max_lr"))
+    declared = max(declared, configured)
+    is_base = declared >= max(_LARGEST_PEAK, _LONGEST_WARM_UP * current) and current > 0
+    return Rate(current, current if is_base else max(current, declared))
+
+
+class Layout:
+    """Who holds which part of parameters of one shape. To build one is a collective, as `gather` is.
+
+    Args:
+        engine (`Engine`): who owns the parameters.
+        parameters (`list[nn.Parameter]`): of one shape.
+    """
+
+    def __init__(self, engine: Engine, parameters: list[nn.Parameter]):
+        self.group, self.parameters, self.device = engine.group, parameters, parameters[0].device
+        self.entries = math.prod(full_shape(parameters[0]))
+        parts = [engine.part(p) for p in parameters]
+        self.sizes = [stop - start for start, stop in parts]
+        self._parts = [parts]  # of all ranks
+        if self.group is not None:
+            self._rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+            own = torch.tensor(parts, dtype=torch.int64, device=self.device)
+            everyone = own.new_empty(ranks * len(own), 2)
+            getattr(dist, _ALL_GATHER)(everyone, own, group=self.group)
+            self._parts = everyone.view(ranks, len(own), 2).tolist()
+            self._longest = max(sum(stop - start for start, stop in of_rank) for of_rank in self._parts)
+
+    def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """Join this rank's parts of all parameters: flat, fp32."""
+        return torch.cat([part.reshape(-1).to(self.device, torch.float32) for part in parts])
+
+    def split(self, own: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters of which this rank holds a part, each with its own of joined parts."""
+        pairs = zip(self.parameters, own.split(self.sizes), strict=True)
+        return [(parameter, part) for parameter, part in pairs if part.numel()]
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Return this rank's parts, joined, of whole parameters, (n, entries of one)."""
+        if self.group is None:
+            return whole.reshape(-1)
+        rows = zip(whole, self._parts[self._rank], strict=True)
+        return torch.cat([row[start:stop] for row, (start, stop) in rows])
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return whole parameters, (n, entries of one), of all ranks' joined parts."""
+        if self.group is None:
+            return own.view(len(self.parameters), self.entries)
+        sent = own.new_zeros(self._longest)
+        sent[: len(own)] = own
+        found = own.new_empty(len(self._parts) * self._longest)
+        getattr(dist, _ALL_GATHER)(found, sent, group=self.group)
+        pieces = []
+        for of_rank, parts in zip(found.view(-1, self._longest), self._parts, strict=True):
+            sizes = [stop - start for start, stop in parts]
+            values = of_rank[: sum(sizes)].split(sizes)
+            pieces += [(i, start, x) for i, ((start, _), x) in enumerate(zip(parts, values, strict=True))]
+        pieces.sort(key=lambda piece: piece[:2])
+        return torch.cat([x for *_, x in pieces]).view(len(self.parameters), self.entries)
+
+
+def refuse_missing(trained: list[nn.Parameter], stepped: set[int], name: str) -> None:
+    """Stop where an optimizer does not step some trainable LoRA parameter.
+
+    Args:
+        trained (`list[nn.Parameter]`): the LoRA parameters.
+        stepped (`set[int]`): ids of the parameters that it steps.
+        name (`str`): of the optimizer.
+
+    Raises:
+        StructLoRAError: it says how many.
+    """
+    missing = sum(id(p) not in stepped for p in trained)
+    if missing:
+        raise StructLoRAError(
+            f"{missing} of {len(trained)} trainable LoRA parameters missing from the optimizer ({name})",
+            "an optimizer that steps them all",
+            "build one optimizer after the adapter (parameter groups serve several learning rates); layer-wise optimizers, "
+            "which step inside the backward pass, are not served",
+        )
+
+
+def flags_of(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return whether some tensor holds NaN or Inf, and whether some is other than zero: (2,), 1.0 or 0.0, on `device`."""
     gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     gradients = [g for g in gradients if g.numel()]
     if not gradients:
@@ -182,29 +230,10 @@ def flags_of(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([~norms.isfinite().all(), (norms != 0).any()]).float()
 
 
-@torch.no_grad()
-def checksums(values: list[Tensor], device: torch.device) -> Tensor:
-    """A number for each tensor, which tells its bits and their places: (n,) of int64 on `device`. Shapes do not count."""
-    sums = [torch.empty(0, dtype=torch.int64, device=device)]
-    for (size, *_), alike in itertools.groupby(values, key=lambda v: (v.numel(), v.dtype, v.device)):
-        alike = [value.reshape(size) for value in alike]
-        at_once = max(1, _SUMMED_BYTES // max(1, alike[0].nbytes))
-        bits = _BITS[alike[0].element_size()]
-        # Odd, so that a change of one value never adds zero. Integers wrap around.
-        weights = torch.arange(1, 2 * size + 1, 2, dtype=torch.int64, device=alike[0].device).to(bits)
-        for start in range(0, len(alike), at_once):
-            lot = alike[start : start + at_once]
-            rows = torch.stack(lot) if len(lot) > 1 else lot[0][None]
-            sums.append((rows.view(bits) * weights).sum(-1, dtype=torch.int64).to(device))
-    return torch.cat(sums)
-
-
-@torch.no_grad()
-def copies_of(values: list[tuple[nn.Parameter, Tensor]]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Parameters with copies of their values, made in few kernels."""
-    copies = [torch.empty_like(value) for _, value in values]
-    copy_values(copies, [value for _, value in values])
-    return [(parameter, copy) for (parameter, _), copy in zip(values, copies, strict=True)]
+@torch.no_grad()  # where autograd is on, DTensor makes a new tensor each time, slowly
+def local(x: Tensor) -> Tensor:
+    """Return this rank's shard of what FSDP2 shards, other tensors as they are."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def copy_values(targets: list[Tensor], values: list[Tensor]) -> None:

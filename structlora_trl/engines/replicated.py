@@ -37,9 +37,8 @@ class ReplicatedEngine(TorchEngine):
         super().__init__(optimizer, kinds, "FSDP2 (replicated adapter)")
         self._ranks_agree = False
 
-    def gradient_flags(self) -> Tensor:
+    def agreed(self, flags: Tensor) -> Tensor:
         # Of other trained parameters a rank may hold shards, with NaN that the others do not see.
-        flags = super().gradient_flags()
         if self._ranks_agree:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             return flags
@@ -48,12 +47,12 @@ class ReplicatedEngine(TorchEngine):
         )
         extremes = torch.cat([flags, norms, -norms])
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        parameters, gradients, *smallest = extremes[2:].unbind()
+        parameters, gradients, *smallest = extremes[len(flags) :].unbind()
         if not extremes[0]:
             _refuse_differing("parameters", parameters, -smallest[0])
             _refuse_differing("gradients", gradients, -smallest[1])
             self._ranks_agree = True
-        return extremes[:2]
+        return extremes[: len(flags)]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

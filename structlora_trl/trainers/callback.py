@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +12,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..attachment import build_runtime, find_peft_model, refuse_unreachable
 from ..config import StructLoRAConfig
-from ..core.kinds import Factors
 from ..core.mapping import DEFAULT_PARTS, Parts
 from ..errors import StructLoRAError
 from ..model_card import CARD_NAME, describe_run, undescribe
 from ..runtime import Runtime, save_gates
 from ..state import STATE_NAME, State, load_state, save_state
 from ..yaml_block import read_given, read_switch
-from .compat import calling_trainer, data_of, refuse_engine_taken_down, run_first, why_quiet
+from .compat import (
+    calling_trainer,
+    data_of,
+    refuse_engine_taken_down,
+    run_first,
+    when_train_breaks_off,
+    why_quiet,
+)
 from .console import end_lines, log_briefly, next_commands, start_lines
 
 logger = logging.getLogger(__name__)
@@ -69,11 +74,12 @@ class StructLoRACallback(TrainerCallback):
         self.config = StructLoRAConfig.build(config, **overrides)
         self.parts = parts
         self.runtime: Runtime | None = None
-        self._seen_hook_calls = 0
+        self._seen_calls = 0
         self._acted_before = 0  # steps in which the runtime acted before this `train()`
         self._had_selected = False  # at the last step
-        # State and weights at the end of the last `train()`, or where it broke off.
-        self._finished: tuple[dict, list[Factors]] | None = None
+        self._finished: dict | None = (
+            None  # the state at the end of the last `train()`, or where it broke off
+        )
 
     def attach(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> Runtime:
         """Build the runtime of a trainer whose model and optimizer are ready.
@@ -81,12 +87,6 @@ class StructLoRACallback(TrainerCallback):
         Raises:
             StructLoRAError: StructLoRA cannot act on this model and optimizer.
         """
-        # Each `train()` has a state of its own.
-        trainer_of, state_of = weakref.ref(trainer), weakref.ref(trainer.state)
-
-        def is_over() -> bool:
-            return trainer_of() is None or trainer_of().state is not state_of()
-
         quiet = why_quiet(trainer)
         has_gates = quiet is None and self.config.gates != "off"
         return build_runtime(
@@ -97,7 +97,6 @@ class StructLoRACallback(TrainerCallback):
             quiet=quiet,
             steps=trainer.state.max_steps,
             data=data_of(trainer) if has_gates else None,  # which collates rows
-            is_over=is_over,
         )
 
     def refuse_starting_over(self) -> None:
@@ -119,7 +118,7 @@ class StructLoRACallback(TrainerCallback):
         """Train on with a fresh adapter in the same run, as ReLoRA does. Call it between optimizer steps.
 
         The coordinator starts over: what it learned was about directions that are part of the base by then.
-        Counts of steps, and the peak that the learning rate is a share of, go on.
+        Counts of steps go on.
 
         Args:
             reset: merges the adapter and makes it a fresh one.
@@ -132,12 +131,19 @@ class StructLoRACallback(TrainerCallback):
         earlier.detach()
         reset()
         self.runtime = self.attach(trainer, optimizer)
-        for name in ("step", "skipped_steps", "hook_calls", "reached_steps", "schedule"):
+        for name in ("step", "skipped_steps", "calls"):
             setattr(self.runtime, name, getattr(earlier, name))
 
     def on_init_end(self, args, state, control, **kwargs):
         # Attaching may change lora_A: callbacks that copy weights in `on_train_begin` are to come after.
-        run_first(calling_trainer()[0].callback_handler, self)
+        trainer, _ = calling_trainer()
+        run_first(trainer.callback_handler, self)
+        when_train_breaks_off(trainer, self._break_off)
+
+    def _break_off(self) -> None:
+        """Let go of a model that other code may train next; another `train()` of this Trainer goes on from the state."""
+        if self.runtime is not None:
+            self.runtime.stop()
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         trainer, resumed_from = calling_trainer()
@@ -159,7 +165,7 @@ class StructLoRACallback(TrainerCallback):
         self.runtime = self.attach(trainer, optimizer)
         if self.runtime.has_aligned:
             _warn_of_earlier(earlier)
-        self._seen_hook_calls = 0
+        self._seen_calls = 0
         try:
             self._go_on(resumed_from)
             if not self.runtime.has_selected:
@@ -178,34 +184,31 @@ class StructLoRACallback(TrainerCallback):
         """Continue from a checkpoint, or where the last `train()` ended, with steps and a schedule of its own."""
         if checkpoint is not None:
             load_state(self.runtime, checkpoint)
-        elif self._finished is not None and _equal(self._finished[1], self.runtime):
-            state = State.parse(self._finished[0]).rewound()
+        elif self._finished is not None:
+            state = State.parse(self._finished).rewound()
             try:
-                state.refuse_other_run(self.config, self.runtime.maps)
+                self.runtime.restore(state)
             except StructLoRAError as error:
                 logger.warning(
                     "StructLoRA starts anew from the weights that stand: it found %s.", error.found
                 )
-            else:
-                self.runtime.restore(state)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         if not self.runtime.is_attached:
             raise StructLoRAError(
                 f"a runtime that is detached, at step {state.global_step} of a run that would go on as plain LoRA",
-                f"one that stays attached, and steps of the run's own optimizer, {type(optimizer.optimizer).__name__}, alone",
-                "leave out the call of `detach` or `attach`; of another optimizer, which a warning names, keep the adapter out; "
-                "or leave StructLoRACallback out",
+                "one that stays attached",
+                "leave out the call of `detach` or `attach`, or leave StructLoRACallback out",
             )
-        if self.runtime.hook_calls == self._seen_hook_calls and not optimizer.step_was_skipped:
-            raise StructLoRAError(
-                f"a training step in which {type(optimizer.optimizer).__name__}.step ran no step hooks",
-                "an optimizer that steps through `torch.optim.Optimizer.step`",
-                "choose another `optim`, such as adamw_torch",
-            )
-        if self.runtime.hook_calls == self._seen_hook_calls:  # GradScaler's doing, who calls no hook then
-            self.runtime.skipped_steps += 1
-        self._seen_hook_calls = self.runtime.hook_calls
+        if self.runtime.calls == self._seen_calls:
+            if not optimizer.step_was_skipped:
+                raise StructLoRAError(
+                    f"a training step in which {type(optimizer.optimizer).__name__}.step ran no step hooks",
+                    "an optimizer that steps through `torch.optim.Optimizer.step`",
+                    "choose another `optim`, such as adamw_torch",
+                )
+            self.runtime.skipped_steps += 1  # GradScaler's or DeepSpeed's doing, who call no hook then
+        self._seen_calls = self.runtime.calls
         if self.runtime.has_selected and not self._had_selected:
             # Checkpoints of before hold all directions: the best is chosen among those to come.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -221,16 +224,12 @@ class StructLoRACallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         acted = self.runtime.acted_steps > self._acted_before
-        if self.runtime.reached_steps and not acted:
-            logger.warning(
-                "Every gradient of the LoRA weights was zero in this run, so that nothing was trained."
-            )
-        elif self.runtime.hook_calls and not acted:
+        if self.runtime.calls and not acted:
             self.runtime.detach()
             raise StructLoRAError(
-                f"a run of {self.runtime.hook_calls} optimizer steps, none of which had a gradient of the LoRA weights",
+                f"a run of {self.runtime.calls} optimizer steps, none of which had a gradient of the LoRA weights other than zero",
                 "an adapter that the training loss depends on",
-                "activate it before training (`model.set_adapter(...)`), and leave its `requires_grad` as it is",
+                "activate it before training (`model.set_adapter(...)`), leave its `requires_grad` as it is, and check the labels",
             )
         self._take_best(args, state)
         trainer, _ = calling_trainer()
@@ -264,28 +263,15 @@ class StructLoRACallback(TrainerCallback):
                 "lower `select_at`, stop later (a longer patience), or remove `keep`; the model has the weights of that checkpoint",
             )
         if (Path(state.best_model_checkpoint) / STATE_NAME).is_file():
-            loaded = self.runtime.engine.read_working()
             load_state(self.runtime, state.best_model_checkpoint)
-            if not _equal(loaded, self.runtime):
-                logger.warning(
-                    "The best checkpoint (%s) was saved with other weights than those that were trained (a moving average, say): "
-                    "they stay in the model.",
-                    state.best_model_checkpoint,
-                )
-                self.runtime.engine.write_latents(loaded)
-                self.runtime.engine.write_working(loaded)
-                self.runtime.reload()
-        else:  # gone, or of an earlier run of plain LoRA: Trainer takes what it finds
-            self.runtime.reload()
 
     def _finish(self) -> None:
-        """Detach, and keep what another `train()` continues from: state and weights."""
-        is_stale = self.runtime.is_rewritten()
+        """Detach, and keep the state, from which another `train()` continues."""
         self.runtime.detach()
-        self._finished = None if is_stale else (self.runtime.state_dict(), self.runtime.engine.read_working())
+        self._finished = self.runtime.state_dict()
 
     def on_push_begin(self, args, state, control, **kwargs):
-        # A checkpoint is uploaded before `on_save`, by one rank, which has no whole state where ranks have slices.
+        # A checkpoint is uploaded before `on_save`, by one rank, which has no whole state where ranks hold parts.
         if self.runtime is None or not self.runtime.is_attached or self.runtime.is_sharded:
             return
         if (folder := checkpoint_folder(args, state)).is_dir():
@@ -376,16 +362,3 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     if state.is_hyper_param_search:
         return max(output.glob(f"*/{name}"), key=lambda folder: folder.stat().st_mtime, default=output / name)
     return output / name
-
-
-def _equal(weights: list[Factors], runtime: Runtime) -> bool:
-    """Whether these weights stand in a runtime's model, on every rank."""
-    now = runtime.engine.read_working()
-    same = len(weights) == len(now) and all(
-        a.device == b.device and torch.equal(a, b)
-        for pair in zip(weights, now, strict=True)
-        for a, b in zip(*pair, strict=True)
-    )
-    return bool(
-        runtime.engine.slices[0].every(torch.tensor(same, dtype=torch.bool, device=runtime.kinds[0].device))
-    )

@@ -6,9 +6,9 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partialmethod
+from functools import partialmethod, wraps
 from importlib import import_module
 from types import ModuleType
 
@@ -70,6 +70,21 @@ def calling_trainer() -> tuple[Trainer, str | None]:
             "use `structlora_trl.attach(model, optimizer)` in custom loops",
         )
     return trainer, None
+
+
+def when_train_breaks_off(trainer: Trainer, end: Callable[[], None]) -> None:
+    """Have something done where `trainer.train` raises, of which no callback hears (transformers 5.24)."""
+    train = trainer.train
+
+    @wraps(train)
+    def watched(*args, **kwargs):
+        try:
+            return train(*args, **kwargs)
+        except BaseException:
+            end()
+            raise
+
+    trainer.train = watched
 
 
 def refuse_engine_taken_down(trainer: Trainer) -> None:

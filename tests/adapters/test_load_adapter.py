@@ -21,7 +21,7 @@ from structlora_trl.errors import StructLoRAError
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, HALF, KINDS, STEPS, llama_run, only_adapter
 from tests.support.launching import launch, one_at_a_time
-from tests.support.tiny import attached, base_model, peft_model, train
+from tests.support.tiny import assert_same, attached, base_model, peft_model, train
 
 
 def test_an_adapter_of_another_name_lies_in_a_folder_of_its_own(runs, tmp_path):
@@ -92,26 +92,13 @@ def test_a_plain_run_has_the_log_of_its_checkpoint(runs, tmp_path):
     assert saved.maps is None and log_history(saved.run_folder)[-1]["step"] == STEPS
 
 
-def test_the_map_is_applied_where_only_latents_are_saved(runs, tmp_path):
-    """A checkpoint without adapter weights."""
+def test_a_checkpoint_without_weights_is_refused_with_the_remedy(runs, tmp_path, capsys):
+    """As ZeRO-3 leaves it where it does not gather weights on saving."""
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(runs() / f"checkpoint-{STEPS}", checkpoint)
-    saved = load_file(checkpoint / ADAPTER)
     (checkpoint / ADAPTER).unlink()
-    assert main(["export", str(checkpoint), str(tmp_path / "adapter")]) == 0
-    exported = load_file(tmp_path / "adapter" / ADAPTER)
-    assert exported.keys() == saved.keys()
-    for name in saved:
-        torch.testing.assert_close(exported[name], saved[name], atol=1e-6, rtol=1e-5)
-    latents = load_file(checkpoint / STATE_NAME)
-    moved = [
-        (
-            latents[f"{kind}/latent_{side}"][0]
-            - saved[f"base_model.model.{kind.replace('*', '0')}.lora_{side}.weight"]
-        )
-        for kind, side in zip(KINDS, "AAB", strict=True)  # the sides that are coordinated
-    ]
-    assert max(float(x.abs().max()) for x in moved) > 1e-4
+    assert main(["export", str(checkpoint), str(tmp_path / "adapter")]) == 1
+    assert "stage3_gather_16bit_weights_on_model_save" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -154,66 +141,21 @@ def test_folders_of_adapters_with_names_are_told(tmp_path):
     assert len(read_saved(tmp_path / "mine").kinds) == 1
 
 
-# What is adapted -> words of the message where only the state is saved
-NOT_IN_THE_STATE = {
-    "biases": ({"lora_bias": True}, "lora_bias"),
-    "an embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "known to be linear .*embed_tokens"),
-}
-
-
-@pytest.mark.parametrize("name", NOT_IN_THE_STATE)
-def test_what_the_state_does_not_hold_is_refused(name, tmp_path):
-    lora, words = NOT_IN_THE_STATE[name]
-    if not lora.keys() <= LoraConfig.__dataclass_fields__.keys():
-        pytest.skip("this version of PEFT has none")
-    out = llama_run(tmp_path, **lora)
-    (out / ADAPTER).unlink()
-    with pytest.raises(StructLoRAError, match=words):
-        read_saved(out)
-
-
-def _remove_weights(folder):
-    for path in folder.rglob(ADAPTER):
-        path.unlink()
-
-
-def _spoil_nothing(folder):
-    pass
-
-
-# The frozen adapter -> (options of the run, what is done to the folder, words of the message or None)
-BESIDE = {
-    "first of the alphabet": ("frozen_ref", {}, _spoil_nothing, None),
-    "last of the alphabet": ("reference", {}, _spoil_nothing, None),
-    "the default": ("default", {}, _spoil_nothing, None),
-    "no weights, and a name": ("frozen_ref", {"adapter_name": "policy"}, _remove_weights, None),
-    "no weights": ("frozen_ref", {}, _remove_weights, "several adapters .*adapter_name"),
-}
-
-
-@pytest.mark.parametrize("name", BESIDE)
-def test_of_two_adapters_the_trained_one_is_read(name, tmp_path):
-    frozen, options, spoil, words = BESIDE[name]
+@pytest.mark.parametrize("frozen", ["frozen_ref", "reference", "default"])
+def test_of_two_adapters_the_trained_one_is_read(frozen, tmp_path):
     out, targets = tmp_path / "out", {"target_modules": ["q_proj", "v_proj"]}
     model = get_peft_model(
         base_model("llama"), LoraConfig(r=4, lora_alpha=12, **targets), adapter_name="policy"
     )
     model.add_adapter(frozen, LoraConfig(r=4, init_lora_weights=False, **targets))
     model.set_adapter("policy")
-    model, optimizer, runtime = attached(model, **options)
+    model, optimizer, runtime = attached(model)
     train(model, "llama", optimizer, 1)
     model.save_pretrained(out)
     save_state(runtime, out)
-    expected = load_file(out / "policy" / ADAPTER)
-    spoil(out)
-    if words:
-        with pytest.raises(StructLoRAError, match=words):
-            read_saved(out)
-        return
-    saved = read_saved(out)
-    assert saved.lora.lora_alpha == 12 and saved.tensors.keys() == expected.keys()
-    for factor, value in saved.tensors.items():
-        torch.testing.assert_close(value, expected[factor], atol=1e-6, rtol=1e-5)
+    saved, expected = read_saved(out), load_file(out / "policy" / ADAPTER)
+    assert saved.lora.lora_alpha == 12
+    assert_same(saved.tensors, expected)
 
 
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -238,9 +180,6 @@ def test_checkpoints_of_every_engine(engine, tmp_path):
     assert main(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
     exported = load_file(tmp_path / "exported" / ADAPTER)
     assert saved.keys() == exported.keys() and all(torch.equal(saved[name], exported[name]) for name in saved)
-    (checkpoint / ADAPTER).unlink()  # as ZeRO-3 leaves it where it does not gather weights on saving
-    for name, value in read_saved(checkpoint).tensors.items():
-        torch.testing.assert_close(value, saved[name], atol=1e-6, rtol=1e-5)
 
 
 def weights(change):
@@ -368,10 +307,10 @@ DAMAGED = {
     "another step's adapter": (_other_step, "different weights"),
     "a truncated state": (bytes_of(STATE_NAME, lambda b: b[:500]), "damaged"),
     "an empty state": (bytes_of(STATE_NAME, lambda b: b""), "damaged"),
-    "no latent in the state": (_spoilt_state(lambda t, h: t.pop(_last(t, "latent_A"))), "latent_A"),
+    "no norms in the state": (_spoilt_state(lambda t, h: t.pop(_last(t, "norms"))), f"{STATE_NAME} failed"),
     "a start of another shape in the state": (
         _spoilt_state(lambda t, h: t.update({_last(t, "origin_A"): torch.zeros(3)})),
-        f"{STATE_NAME} failed",
+        "damaged",
     ),
     "no module in the state": (_spoilt_state(lambda t, h: h.update(kinds="{}")), "damaged"),
     "an adapter in the place of the state": (lambda f: shutil.copy(f / ADAPTER, f / STATE_NAME), "damaged"),

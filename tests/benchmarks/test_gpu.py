@@ -65,8 +65,7 @@ def test_rehearsal(tmp_path):
             ours["trained parameters"] == lora["trained parameters"]
             and ours["peak GB"] >= lora["peak GB"] > 0
         )
-        assert 0 < ours["added ms"] < ours["step ms"] and ours["map ms"] > 0
-        assert figures[f"tiny, {targets}, profile of structlora"]["largest additions, ms"]
+        assert 0 < ours["added ms"] < ours["step ms"]
 
 
 @one_at_a_time
@@ -74,7 +73,7 @@ def test_rehearsal_of_several_processes(tmp_path):
     report, written = rehearse(tmp_path, "--parts", "engines")
     assert_all_is_told(report, written)
     (row,) = report["parts"]["engines"]["rows"]
-    assert row["name"].startswith("3 fp32 latents") and row["figures"]["processes"] == 2
+    assert row["name"].startswith("3 fp32 weights") and row["figures"]["processes"] == 2
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""The benchmark of the map runs on small stacks, and counts what it says it counts."""
+"""The benchmark of cost runs on small shapes, and counts what it says it counts."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -10,34 +11,57 @@ import torch
 from benchmarks.cost import overhead
 
 pytestmark = pytest.mark.slow
+CLOCK = overhead.Clock(torch.device("cpu"))
 
 
 def test_cost_of_a_small_map():
     stack = overhead.Stack("tiny", 3, 2, {"q_proj": (8, 16), "o_proj": (16, 8)})
-    cpu = torch.device("cpu")
-    found = overhead.map_cost(stack, cpu, overhead.Clock(cpu, cpu_time=True))
+    found = overhead.map_cost(stack, CLOCK)
     assert found["lora_bytes"] == 3 * 2 * 4 * (2 * (8 + 16))
-    assert found["held_bytes"]["latents"] == 3 * 2 * 4 * (
-        2 * 8
-    )  # of lora_A that reads, and lora_B that writes
-    per_byte = found["held_bytes"]["all"] / found["lora_bytes"]
-    assert found["held_bytes_per_lora_byte"] == pytest.approx(per_byte, abs=1e-3)
+    mapped = 3 * 2 * 4 * (2 * 8)  # of lora_A that reads, and lora_B that writes
+    held = found["held_bytes"]
+    assert held["offsets"] == held["running means"] == mapped and held["origins"] == 2 * 4 * 8
+    assert found["held_bytes_per_lora_byte"] == pytest.approx(held["all"] / found["lora_bytes"], abs=1e-3)
     assert found["ms_per_step"] > 0
+
+
+def test_methods_are_compared_on_one_model():
+    shape = dict(zip(overhead.SIZES, (64, 64, 3, 4, 2, 64), strict=True))
+    workload = dataclasses.replace(overhead.WORKLOADS["q+v"], batch=1, tokens=8, shape=shape)
+    found = overhead.cost(workload, CLOCK, 2)
+    assert found["rounds"] == 2 and found["step_time_ratio"]["lora"] == 1
+    assert found["step_time_ratio"].keys() == found["peak_memory_ratio"].keys() == {*overhead.METHODS}
+    assert 0 < found["added_ms"]["structlora"] < found["step_ms"]["structlora"]
+    held = found["held_bytes"]
+    assert held["structlora"]["offsets"] == 2 * 3 * 8 * 64 * 4 and held["gates"]["offsets"] == 0
+
+
+def test_ratios_are_taken_within_a_round():
+    rounds = [
+        {"lora": (1.0, 0.0), "structlora": (1.1, 0.1), "gates": (1.2, 0.0)},
+        {"lora": (2.0, 0.0), "structlora": (2.0, 0.2), "gates": (2.2, 0.0)},
+        {"lora": (4.0, 0.0), "structlora": (4.8, 0.3), "gates": (4.4, 0.0)},
+    ]
+    found = overhead.time_figures(rounds)
+    assert found["step_time_ratio"] == {"lora": 1.0, "structlora": 1.1, "gates": 1.1}
+    assert found["step_ms"]["lora"] == 2000 and found["added_ratio"]["structlora"] == 1.1
 
 
 def test_hooks_before_and_after_an_update_are_counted():
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    optimizer.register_step_pre_hook(lambda *_: time.sleep(0.05))
-    optimizer._optimizer_step_post_hooks.move_to_end(
-        optimizer.register_step_post_hook(lambda *_: time.sleep(0.05)).id, last=False
-    )
-    timer = overhead.HookTimer(optimizer, overhead.Clock(torch.device("cpu"), cpu_time=False))
-    assert timer.step() >= 0.1
+
+    def attach():
+        optimizer.register_step_pre_hook(lambda *_: time.sleep(0.05))
+        optimizer.register_step_post_hook(lambda *_: time.sleep(0.05))
+
+    timer = overhead.HookTimer(optimizer, CLOCK, attach)
+    optimizer.step()
+    assert timer.seconds() >= 0.1 and timer.seconds() == 0
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
 def test_linearity_is_the_exponent_of_depth(exponent):
-    found = {stack.name: {"ms_per_step": 3 * stack.depths**exponent} for stack in overhead.STACKS}
+    found = {stack.name: {"ms_per_step": 3 * stack.depths**exponent} for stack in overhead.BY_DEPTH}
     assert overhead.linearity(found) == exponent

@@ -148,7 +148,7 @@ def test_a_diverged_depth_leaves_the_others_their_figure(value):
     expected = formed(effective.A.mT @ effective.B.mT)
     for depth, left in ((2, [expected[0].item()]), (1, [])):
         effective.B[depth, 0, 0] = value
-        found = structure_metrics(runtime.maps, [effective], lambda whole: whole)
+        found = structure_metrics(runtime.maps, [effective])
         assert [found[name] for name in ("stream_cosine",) if name in found] == pytest.approx(left, abs=1e-4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from structlora_trl.core.graph import DepthGraph, adjacency_edges, normalize_edges, semantic_edges
+from structlora_trl.core.graph import adjacency_edges, normalize_edges, semantic_edges
 from tests.support.core import graph_over, graphs
 from tests.support.reference import reference_weights
 
@@ -37,8 +37,7 @@ def test_semantic_edges_follow_the_cosine():
 def test_edge_sets(edges, adjacent, semantic):
     graph = graph_over(3, edges=edges)
     if graph.follows_gradients:
-        graph.observe({"A": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.1]]])})
-        graph.rebuild(graph.gradient_products())
+        graph.rebuild([torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 0.1]]])])
     assert graph.semantic_edge_count == semantic
     assert int(graph.edges.sum()) // 2 == adjacent + semantic
 
@@ -50,8 +49,7 @@ def test_experts_of_a_layer_are_joined_by_one_edge_shared_out(edges):
     graph = graph_over(3, experts=5, edges=edges, **options)
     if edges != "adjacency":
         gradients = torch.randn(15, 2, 10, generator=torch.Generator().manual_seed(0))
-        graph.observe({"A": gradients, "B": gradients.mT})
-        graph.rebuild(graph.gradient_products())
+        graph.rebuild([gradients, gradients.mT])
         assert graph.semantic_edge_count > 0
     weights = reference_weights(graph.edges, edges != "similarity")
     scale = weights.sum(1).rsqrt()
@@ -61,11 +59,3 @@ def test_experts_of_a_layer_are_joined_by_one_edge_shared_out(edges):
     torch.testing.assert_close(graph.by_expert(spread), whole.view_as(features))
     # Whatever the number of experts, what comes from them weighs as much as one neighbour.
     assert (weights.sum(1) - graph.edges.sum(-1).flatten() - 1 == (edges != "similarity")).all()
-
-
-def test_running_mean_decays(monkeypatch):
-    monkeypatch.setattr(DepthGraph, "decay", 0.75)
-    graph = graph_over(2)
-    graph.observe({"A": torch.tensor([[[1.0]], [[2.0]]])})
-    graph.observe({"A": torch.tensor([[[5.0]], [[2.0]]])})
-    assert graph.gradient_products().tolist() == [[[4.0, 4.0], [4.0, 4.0]]]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structlora_trl.core.kinds import Factors
+from structlora_trl.core.kinds import SIDES
 from tests.support.core import kind_map, seeds
 
 
@@ -14,11 +14,12 @@ from tests.support.core import kind_map, seeds
 def test_pullback_is_linear_in_the_gradient(seed, a, b, coordinator):
     torch.manual_seed(seed)
     m, latent = kind_map(coordinator=coordinator, side="both")
-    first, second = (Factors(torch.randn(4, 3, 6), torch.randn(4, 5, 3)) for _ in range(2))
-    mixed = Factors(*(a * x + b * y for x, y in zip(first, second, strict=True)))
+    for side, factor in zip(SIDES, latent, strict=True):
+        first, second = (torch.randn(factor.shape) for _ in range(2))
 
-    def flat(gradient):
-        factors, own = m.pullback(latent, gradient)
-        return torch.cat([t.flatten() for t in (*factors, *own.values())])
+        def flat(gradient, side=side, factor=factor):
+            pulled, own = m.pullback(side, factor, gradient)
+            return torch.cat([t.flatten() for t in (pulled, *own)])
 
-    torch.testing.assert_close(flat(mixed), a * flat(first) + b * flat(second), atol=1e-3, rtol=1e-3)
+        mixed = flat(a * first + b * second)
+        torch.testing.assert_close(mixed, a * flat(first) + b * flat(second), atol=1e-3, rtol=1e-3)

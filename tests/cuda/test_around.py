@@ -32,18 +32,17 @@ def model_on(device: str, dtype: torch.dtype = torch.float32, **options):
 
 
 def way(model, forward=None) -> torch.Tensor:
-    """From where the latents start to where a run ends. SGD, so that a small difference of gradients stays small."""
-    runtime = attach(model, torch.optim.SGD(lora_parameters(model).values(), lr=0.1), **DATA)
+    """From where the weights start to where a run ends. SGD, so that a small difference of gradients stays small."""
+    optimizer = torch.optim.SGD(lora_parameters(model).values(), lr=0.1)
+    runtime = attach(model, optimizer, **DATA)
 
-    def latents() -> torch.Tensor:
-        return torch.cat(
-            [part.flatten().float() for factors in runtime.engine.read_latents() for part in factors]
-        )
+    def weights() -> torch.Tensor:
+        return torch.cat([p.detach().flatten().float() for p in runtime.lora_parameters()])
 
-    start = latents()
-    train(model if forward is None else forward, "llama", runtime.engine.optimizer, STEPS)
+    start = weights()
+    train(model if forward is None else forward, "llama", optimizer, STEPS)
     assert (runtime.step, runtime.skipped_steps) == (STEPS, 0)
-    return latents() - start
+    return weights() - start
 
 
 def assert_same_way(found: torch.Tensor, expected: torch.Tensor, tolerance: float, record_property) -> None:

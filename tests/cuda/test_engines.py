@@ -38,7 +38,7 @@ def run(output, engine: str, **options) -> dict:
 @pytest.mark.parametrize(
     "engine", [e if e == "zero3" else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES]
 )
-def test_3_fp32_latents_are_those_of_one_process(engine, device, tmp_path, one_process, record_property):
+def test_3_fp32_weights_are_those_of_one_process(engine, device, tmp_path, one_process, record_property):
     if engine == "ddp" and processes() == 1:
         pytest.skip("DDP needs two GPUs")
     options = {"steps": STEPS, "trainer": STEADY}
@@ -47,7 +47,7 @@ def test_3_fp32_latents_are_those_of_one_process(engine, device, tmp_path, one_p
     difference = largest_difference(trained(one_process(**options)), trained(tmp_path))
     record_property("processes", facts["world"])
     record_property("backend", facts["backend"])
-    record_property("largest difference of latents, gates and Θ", difference)
+    record_property("largest difference of weights, gates and Θ", difference)
     assert difference <= 1e-5
 
 

@@ -52,7 +52,7 @@ def test_trl_config(name, place, monkeypatch):
     assert_plain_peft_agrees(trainer.model, output, family)
     header, state = state_of(output)
     assert header["options"] == read_switch(config["structlora"]).options()
-    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/latent_B" in name}
+    adapted = {name.split("/")[0].split(".")[-1] for name in state if "/norms" in name}
     assert adapted == set(config["lora_target_modules"])
     if family == "llava":
         assert any("vision_tower" in name for name in state)

@@ -84,18 +84,8 @@ RUNS = {
         ["zero3"],
         ["ddp", "fsdp2", "zero1", "zero2"],
     ),
-    "failing": (
-        {"trouble": "failing", "method": {"side": "both"}},
-        ["fsdp2", "zero3 persistent"],
-        ["ddp", "loaded", "zero1", "zero2", "zero3"],
-    ),
-    "written": (
-        {"trouble": "written"},
-        ["fsdp2", "zero3", "zero3 persistent"],
-        ["ddp", "loaded", "zero1", "zero2"],
-    ),
     "bypassed": (
-        {"trouble": "bypassed"},
+        {"bypassed": True},
         ["fsdp2", "zero1", "zero3"],
         ["ddp", "loaded", "zero2"],
     ),
@@ -164,13 +154,13 @@ def is_installed(engine: str) -> bool:
     return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
 
-LEARNT = ("latent_A", "latent_B", "theta")
+LEARNT = ("offset_A", "offset_B", "theta")
 
 
 def parts(finished: dict, *names: str) -> torch.Tensor:
     """What a state holds under these names, in one vector."""
     values = [value.float().flatten() for name, value in finished["state"].items() if name.endswith(names)]
-    return torch.cat([torch.empty(0), *values])
+    return torch.cat([torch.zeros(1), *values])
 
 
 @rows()
@@ -179,36 +169,36 @@ def test_bare_loop(name, engine, finished, alone):
     many, one = finished((name, engine)), alone(name)
     assert many["engine"] == NAMES[engine.split()[0]]
     assert many["stands"] and one["stands"]
-    assert many["skipped"] == one["skipped"] == ("poison_at" in told)
+    assert one["skipped"] == ("poison_at" in told)
+    assert many["skipped"] == (
+        0 if engine.startswith("zero") else one["skipped"]
+    )  # DeepSpeed calls no hook then
     # fp16 under DeepSpeed: the model computes in half precision, the one process in fp32.
     half = told.get("scaled") and engine.startswith("zero")
     for key in ("losses", "evaluation_losses"):
         assert torch.tensor(many[key]).sub(torch.tensor(one[key])).abs().max() <= (3e-3 if half else 1e-5)
-    if not half and told.get("trouble") != "written":
+    if not half:
+        assert max((a - b).abs().max() for a, b in zip(many["working"], one["working"], strict=True)) <= 1e-5
+    if "detach_at" in told:
+        assert not one["is_kept"]
+        assert not many["is_kept"] or engine == "zero3"  # where DeepSpeed keeps it
+    if one["state"] is None:
+        return
+    if not half:
         assert (parts(many, *LEARNT) - parts(one, *LEARNT)).abs().max() <= 1e-5
         gates = [name for name in one["state"] if name.startswith("/gates/")]
         assert bool(gates) == (told.get("method", {}).get("gates") != "off")
         for of_gate in gates:
             assert (many["state"][of_gate] - one["state"][of_gate]).abs().max() <= 1e-5
-        assert max((a - b).abs().max() for a, b in zip(many["working"], one["working"], strict=True)) <= 1e-5
     # Gradients are seen unscaled and clipped, so that the graph is the same one.
-    seen, expected = (parts(run, "graph.mean_A", "graph.mean_B") for run in (many, one))
+    seen, expected = (parts(run, "mean_A", "mean_B") for run in (many, one))
     assert (seen - expected).norm() <= (5e-2 if half else 1e-4) * expected.norm()
     assert torch.equal(parts(many, "graph.semantic"), parts(one, "graph.semantic"))
     has_graph = told.get("method", {}).get("coordinator") != "none"
     assert (parts(one, "graph.semantic").sum() > 0) == has_graph
-    if "detach_at" in told:
-        wrappers = [] if not engine.startswith("zero") else [8] if "again_at" in told else [6, 6]
-        assert many["wrapper_calls"] == wrappers and many["wrapper_stands"] == bool(wrappers)
-        assert not one["is_kept"]
-        assert not many["is_kept"] or engine == "zero3"  # where DeepSpeed keeps it
     if "keep" in told.get("method", {}):
         assert torch.equal(parts(many, "selection.kept"), parts(one, "selection.kept"))
         assert 0 < parts(one, "selection.kept").mean() < 1
-    if "trouble" in told:
-        # Of what one rank finds written in its shards, all are told: the others would wait in a collective.
-        word = {"failing": "out of memory", "written": "reload"}[told["trouble"]]
-        assert all(word in message for message in many["said"]), many["said"]
 
 
 @rows("noisy", "noisy without coordinator")

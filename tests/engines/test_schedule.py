@@ -1,4 +1,4 @@
-"""The coordinator's rate follows the trainer's schedule: the share of its peak, under every scheduler."""
+"""The coordinator's rate follows the trainer's schedule: the share of the peak that it declares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 from transformers import SchedulerType
 from transformers.optimization import AdafactorSchedule
 
-from structlora_trl.engines.schedule import LONGEST_WARM_UP, Rate, ScheduleShare
+from structlora_trl.engines.base import rate_of
 from tests.support.launching import one_at_a_time, said_by
 from tests.support.loops import ByHand, Loop
 from tests.support.promises import skip_without
@@ -33,8 +33,7 @@ class Decaying(ByHand):
 ROWS = {
     row.name: row
     for row in [
-        # A hundredth of its base rate passes for the beginning of a long warm-up.
-        *(row for row in SETUPS["Schedules"] if row.name != "LambdaLR on a base rate of 1"),
+        *(row for row in SETUPS["Schedules"] if row.name != "LambdaLR on a base rate of 1"),  # as Noam
         # One that reaches its peak at a step.
         Setup("OneCycleLR", schedule=lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=10)),
         Setup("none"),
@@ -61,9 +60,8 @@ ROWS = {
         Setup("LoRA+", optimizer=loraplus, schedule=scheduled("linear")),
     ]
 }
-# Nothing says how high these will go, or they go higher: their share is that of the highest rate so far.
-UNDECLARED = {"greedy", "CyclicLR", "Noam", "absolute rates over a base of 1"}
-UNDECLARED |= {"a rate set by hand", "a warm-up from a thousandth"}
+# Nothing declares how high these go: the rate is `coordinator_lr` itself, or 0.
+UNDECLARED = {"Noam", "absolute rates over a base of 1"}
 
 
 def test_every_schedule_of_transformers_has_a_row():
@@ -74,7 +72,7 @@ class Rates:
     """Watches a loop: the largest rate of each step's groups, that of Θ, and which share of `coordinator_lr` that is."""
 
     def __init__(self):
-        self.rates, self.own = [], []
+        self.rates, self.own, self.declared = [], [], []
 
     @property
     def shares(self):
@@ -84,14 +82,15 @@ class Rates:
         if not self.rates:
             run.optimizer.register_step_pre_hook(self._see)
         else:
-            (group,) = run.runtime._optimizer.param_groups
-            self.own.append(group["lr"])
+            self.own.append(max(group["lr"] for group in run.runtime.optimizer.param_groups))
 
     def _see(self, optimizer, *_):
         rates = [group["lr"] for group in optimizer.param_groups]
         self.rates.append(
             1.0 if None in rates or "relative_step" in optimizer.defaults else max(map(float, rates))
         )
+        declared = [g.get(name) or 0.0 for g in optimizer.param_groups for name in ("initial_lr", "max_lr")]
+        self.declared.append(max(self.rates[-1], *map(float, declared)))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -101,11 +100,14 @@ def test_rates_of_the_map_are_shares_of_the_peak(name, tmp_path):
     skip_without(row.needs)
     seen = Rates()
     run = row.loop.run(row, tmp_path, METHOD, watch=seen)
-    peak = max(seen.rates)
-    assert run.runtime.metrics()["structlora/peak_lr"] == pytest.approx(peak)
     for step, (rate, share) in enumerate(zip(seen.rates, seen.shares, strict=True)):
-        expected = rate / (max(seen.rates[: step + 1]) or 1.0 if name in UNDECLARED else peak)
-        assert share == pytest.approx(expected, rel=1e-6), f"step {step} of {seen.rates}"
+        if name in UNDECLARED:
+            assert share == float(rate > 0)
+        else:
+            peak = seen.declared[step]
+            assert share == pytest.approx(rate / peak if peak else 0.0, rel=1e-6), (
+                f"step {step} of {seen.rates}"
+            )
     end = run.runtime.state_dict()
     moved = [(end[n] - run.start[n]).abs().max() for n in end if n.endswith("theta")]
     assert moved and min(moved) > 0.05, "never trained"
@@ -153,19 +155,22 @@ def test_a_skipped_step_does_not_end_a_warm_up(tmp_path):
     assert seen.shares == pytest.approx([0, 1 / 3, 2 / 3])
 
 
-def test_declared_peaks_are_believed_within_reason():
-    for first, believed in ((2 / LONGEST_WARM_UP, True), (0.5 / LONGEST_WARM_UP, False)):
-        share = ScheduleShare()
-        assert share.advance(Rate(0.0, 1.0)) == 0.0
-        assert share.advance(Rate(first, 1.0)) == pytest.approx(first if believed else 1.0)
-        assert share.advance(Rate(0.9 * first, 1.0)) == pytest.approx(0.9)  # what falls was no warm-up
-
-
-def test_long_warm_ups_are_followed():
-    steps = 4 * LONGEST_WARM_UP
-    share = ScheduleShare()
-    for step in (1, 2, steps // 2, steps):
-        assert share.advance(Rate(1e-3 * step / steps, 1e-3)) == pytest.approx(step / steps)
+@pytest.mark.parametrize(
+    "group, configured, expected",
+    [
+        ({"lr": 1e-4}, 0.0, (1e-4, 1e-4)),
+        ({"lr": 0.0, "initial_lr": 1e-3}, 0.0, (0.0, 1e-3)),
+        ({"lr": 1e-4, "initial_lr": 1e-5, "max_lr": 1e-3}, 0.0, (1e-4, 1e-3)),  # OneCycleLR
+        ({"lr": 2e-3, "initial_lr": 1e-3}, 0.0, (2e-3, 2e-3)),  # raised by hand
+        ({"lr": 0.5, "initial_lr": 1.0}, 0.0, (0.5, 1.0)),  # Prodigy
+        ({"lr": 1e-4, "initial_lr": 1.0}, 0.0, (1e-4, 1e-4)),  # Noam: a base that a lambda multiplies
+        ({"lr": 1e-4}, 1e-2, (1e-4, 1e-2)),  # DeepSpeed's own schedulers
+        ({"lr": None}, 0.0, (1.0, 1.0)),  # Adafactor
+        ({"lr": 1e-3, "relative_step": True}, 0.0, (1.0, 1.0)),
+    ],
+)
+def test_rates_and_the_peaks_that_groups_declare(group, configured, expected):
+    assert rate_of(group, configured) == expected
 
 
 @pytest.mark.slow

@@ -113,8 +113,8 @@ def bare_run(model: PreTrainedModel, out: Path, batch, method: dict | None = Non
     for name, parameter in model.named_parameters() if closes and not keep else ():
         if "lora_B" in name:
             parameter.data *= torch.rand(parameter.shape[1], generator=generator) < 0.5
-    state = runtime.state_dict()
-    runtime.load_state_dict(state)  # which writes what the mask leaves
+    for side in runtime.sides:  # what the mask leaves
+        side.write(lambda parameter: False)
     model.save_pretrained(out)
     save_state(runtime, out)
     return out

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from structlora_trl import attach
 from structlora_trl.core.expert_storage import stack_nodes
 from tests.support.reference import reference_factors, reference_weights
-from tests.support.tiny import adamw, batch_of, casting, loss_of, step_with, train
+from tests.support.tiny import adamw, batch_of, casting, latents_of, loss_of, step_with, train
 
 
 def randomise(runtime):
@@ -132,7 +132,7 @@ def assert_chain_rule(
     randomise(runtime)
     # Away from A - A0 = 0.
     train(model, family, optimizer, steps=2, first=50, autocast=autocast, scaler=scaler)
-    latents = [f._replace(A=f.A.clone(), B=f.B.clone()) for f in runtime.engine.read_latents(everything=True)]
+    latents = latents_of(runtime)
     scale = 1.0 if scaler is None else scaler.get_scale()
     expected, of_gates = reference_gradients(model, family, runtime, latents, batches, clip, autocast, scale)
     if reentrant is not None:  # after the reference, whose graph reentrant checkpointing would cut

@@ -58,7 +58,7 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
         engine.train()
         engine.backward(loss_of(engine, "llama", step))
         engine.step()
-        found.append(runtime._optimizer.param_groups[0]["lr"] / THETA_LR)
+        found.append(runtime.optimizer.param_groups[0]["lr"] / THETA_LR)
     runtime.detach()
     return found
 

@@ -27,8 +27,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import gating
 from structlora_trl.core.graph import DepthGraph
-from structlora_trl.core.kinds import SIDES
-from structlora_trl.engines import slices, slicing
+from structlora_trl.engines import base
 
 torch.set_num_threads(1)
 DepthGraph.redraw_every = 2  # edges change while a short run lasts
@@ -189,20 +188,17 @@ class Counted:
 
     def __init__(self):
         self.bytes_sent = self.collectives = 0
-        for module in (slicing, slices, gating):
+        for module in (base, gating):
             module.dist = self
 
     def __getattr__(self, name):
         return getattr(dist, name)
 
-    def all_to_all_single(self, output, sent, received_sizes, sent_sizes, group):
-        leaving = sum(sent_sizes) - sent_sizes[dist.get_rank(group)]
-        self._count(leaving * sent.shape[1] * sent.element_size())
-        dist.all_to_all_single(output, sent, received_sizes, sent_sizes, group=group)
-
     def all_gather_into_tensor(self, output, sent, group):
         self._count((output.numel() - sent.numel()) * sent.element_size())
-        dist.all_gather_into_tensor(output, sent, group=group)
+        getattr(dist, base._ALL_GATHER)(output, sent, group=group)
+
+    all_gather_single = all_gather_into_tensor
 
     def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
         world = dist.get_world_size(group)
@@ -220,11 +216,9 @@ def halve(trainer, kinds) -> None:
 
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # Accelerate's wrapper has it
     engine = select_engine(trainer.model_wrapped, optimizer, kinds)
-    halved = [factors._replace(B=factors.B / 2) for factors in engine.read_working()]
-    engine.install(lambda: True, lambda stepped: None, [SIDES] * len(halved))
-    engine.write_latents(halved)
-    engine.write_working(halved)
-    engine.remove()
+    for kind in kinds:
+        layout = base.Layout(engine, kind.B)
+        engine.write(kind.B, layout.gather(layout.join(map(engine.values, kind.B))) / 2)
 
 
 def main():
@@ -362,7 +356,7 @@ def main():
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():
         dist.barrier()
-    state = None if callback is None else runtime.state_dict()
+    state = None if callback is None else callback._finished
     if rank == 0:
         if callback is not None:
             torch.save(state, args.output / "state.pt")

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -71,16 +71,15 @@ def check(
 ) -> dict:
     """StructLoRA acted, and what was saved is a plain LoRA adapter that computes what it computed; the state's options.
 
-    The adapter (and the merged model) in plain PEFT is held to the map of the saved latents, evaluated anew.
+    The adapter (and the merged model) in plain PEFT is held to the checkpoint's, with which the state goes on.
     """
     options, state = state_of(output, step)
     loaded = PeftModel.from_pretrained(_base(model), output).eval()
-    lora = LoraConfig.from_pretrained(output)
-    lora.inference_mode, lora.init_lora_weights = False, True
-    again = get_peft_model(_base(model), lora)
-    trained = [p for p in again.parameters() if p.requires_grad]
-    runtime = attach(again, torch.optim.SGD(trained, lr=0.0), options, **DATA)
-    load_state(runtime, Path(output) / f"checkpoint-{step}")
+    checkpoint = Path(output) / f"checkpoint-{step}"
+    again = PeftModel.from_pretrained(_base(model), checkpoint, is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in again.parameters() if p.requires_grad], lr=0.0)
+    runtime = attach(again, optimizer, options, **DATA)
+    load_state(runtime, checkpoint)
     runtime.detach()
     tokens = torch.arange(4, 24).view(2, 10)
     models = {loaded: atol} | ({_base(merged): 10 * atol} if merged else {})  # W + sBA sums in another order

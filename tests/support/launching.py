@@ -124,9 +124,9 @@ def state(output) -> dict[str, torch.Tensor]:
 
 
 def trained(output) -> dict[str, torch.Tensor]:
-    """Latents, Θ and semantic edges at the end."""
-    ends = ("latent_A", "latent_B", "theta", "graph.semantic")
-    return {n: v for n, v in state(output).items() if n.endswith(ends)}
+    """The adapter, offsets, Θ and semantic edges at the end."""
+    ends = ("offset_A", "offset_B", "theta", "graph.semantic")
+    return {n: v for n, v in state(output).items() if n.endswith(ends)} | adapter(output)
 
 
 def adapter(output) -> dict[str, torch.Tensor]:

@@ -23,8 +23,8 @@ def assert_acted(folder, steps: int = 3) -> tuple[dict, dict[str, torch.Tensor]]
     """Options and tensors of the state in a folder: directions have moved, and the coordinator where there is one."""
     header, state = state_of(folder)
     assert header["step"] == steps
-    moved, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("latent_B", ".theta"))
-    assert moved and all(x.any() for x in moved)
+    norms, thetas = ([v for k, v in state.items() if k.endswith(end)] for end in ("/norms", ".theta"))
+    assert norms and all(x.all() for x in norms)  # of lora_B, which starts at zero
     assert bool(thetas) == (header["options"]["coordinator"] != "none") and all(
         theta.any() for theta in thetas
     )

@@ -28,9 +28,17 @@ from structlora_trl import StructLoRAError, attach
 from structlora_trl.core.gates import Gate
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.mapping import Parts
-from structlora_trl.map_context import map_context
 from tests.support.device import without_shm_op
-from tests.support.tiny import DATA, FAMILIES, base_model, lora_parameters, peft_model, warm_up
+from tests.support.tiny import (
+    DATA,
+    FAMILIES,
+    base_model,
+    evaluation_factors,
+    lora_parameters,
+    peft_model,
+    standing,
+    warm_up,
+)
 
 STEPS, ROWS = 6, 2  # of a run, and of each batch
 TARGETS = ["q_proj", "v_proj", "o_proj"]
@@ -53,17 +61,6 @@ class FixedDraws(Gate):
         return _of_rank(whole).to(activations.dtype)
 
 
-class Failing(torch.optim.AdamW):
-    """Breaks off when it has stepped, where it is told to."""
-
-    fails = False
-
-    def step(self, closure=None):
-        super().step(closure)
-        if Failing.fails:
-            raise RuntimeError("out of memory")
-
-
 class Loop:
     """One process, or DDP: a torch optimizer, with a GradScaler where the loss is to be scaled.
 
@@ -82,7 +79,7 @@ class Loop:
             of_kind.setdefault(type(parameter.data), []).append(parameter)
         groups = [{"params": parameters} for parameters in of_kind.values()]
         # Of the optimizers of torch, the fused ones unscale in their step.
-        self.optimizer = Failing(groups, **adamw, fused=scaled)
+        self.optimizer = torch.optim.AdamW(groups, **adamw, fused=scaled)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**LOSS_SCALE_POWER, enabled=scaled)
 
     def wrap(self, model):
@@ -148,7 +145,7 @@ class DeepSpeed:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
             "zero_allow_untested_optimizer": True,
         }
-        optimizer = Failing(lora_parameters(model).values(), **adamw)
+        optimizer = torch.optim.AdamW(lora_parameters(model).values(), **adamw)
         self.wrapped, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config
         )
@@ -156,18 +153,6 @@ class DeepSpeed:
     def step(self, loss) -> None:
         self.wrapped.backward(loss)
         self.wrapped.step()
-
-
-class Counting:
-    """Wraps the `step` of DeepSpeed's engine on the instance, as other libraries do, and counts its calls."""
-
-    def __init__(self, engine):
-        self.step, self.calls = engine.step, 0
-        engine.step = self
-
-    def __call__(self, *args, **kwargs):
-        self.calls += 1
-        return self.step(*args, **kwargs)
 
 
 ENGINES = {
@@ -196,7 +181,7 @@ def train(
     poison_at: int | None = None,
     detach_at: int | None = None,
     again_at: int | None = None,
-    trouble: str | None = None,
+    bypassed: bool = False,
     freeze: str | None = None,
     four_bits: bool = False,
     experts: str | None = None,
@@ -214,8 +199,7 @@ def train(
         poison_at: step at which the gradient of the embeddings, which are trained too, is NaN.
         detach_at: step before which StructLoRA is detached; the rest is plain LoRA.
         again_at: step before which it is attached again.
-        trouble: what goes wrong: a step that breaks off ('failing'), other code that writes ('written'), a gate that no
-            forward runs ('bypassed').
+        bypassed: take away a gate's hook, as code does that goes around a forward.
         freeze: freeze parameters whose name holds this.
         four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
         experts: a mixture, whose experts are adapted: 'stacked' in one parameter of each layer, or modules 'apart'.
@@ -226,9 +210,8 @@ def train(
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks; `stands`, whether at each moment
         outside a step the model held what the latents stand for, and a training forward changed nothing; `gates`, of each
         rank how many have fired, and their logits; and at the end `working` weights, `state` and `skipped` of the last
-        runtime. Of a run with trouble, also what each rank `said`. Of a run that detaches, also `is_kept`, whether the model
-        is still there when the runtime alone is left, `wrapper_calls` of those who wrapped DeepSpeed's step before us, and
-        after us unless it is attached again, and whether the last of them stands at the end, `wrapper_stands`.
+        runtime, or None where it is detached. Of a bypassed run, also what each rank `said`. Of a run that detaches, also
+        `is_kept`, whether the model is still there when the runtime alone is left.
     """
     model = _model(engine, four_bits, experts)
     for name, parameter in model.named_parameters():
@@ -244,13 +227,9 @@ def train(
         "scaler": getattr(loop, "scaler", None),
         "parts": Parts(gate=FixedDraws if fixed else None),
     }
-    wraps = isinstance(loop, DeepSpeed) and detach_at is not None
-    wrappers = [Counting(loop.wrapped)] if wraps else []
     runtime = attach(loop.wrapped, loop.optimizer, options, **more)
     gates = [module.gate for module in runtime.gating.modules]
-    if wraps and again_at is None:
-        wrappers.append(Counting(loop.wrapped))
-    if trouble == "bypassed":
+    if bypassed:
         of_module = runtime.gating.modules[1].lora_A._forward_hooks
         of_module.pop(next(key for key, hook in of_module.items() if hook is gates[1]))
     losses, evaluation_losses, stands, said = [], [], True, []
@@ -267,42 +246,23 @@ def train(
         if step == again_at:
             runtime = attach(loop.wrapped, loop.optimizer, options, **more)
         evaluation_losses.append(evaluate())
-        before = whole(runtime, runtime.engine.read_working())
+        before = _standing(runtime)
         loop.wrapped.train()
         FixedDraws.step = step
         hook = model.get_input_embeddings().register_forward_hook(_poison) if step == poison_at else None
         loss = loop.wrapped(**_batch(step)).loss
         losses.append(_mean(loss))
-        stands &= _distance(before, whole(runtime, runtime.engine.read_working())) == 0
+        stands &= _distance(before, _standing(runtime)) == 0
         try:
             loop.step(loss)
         except StructLoRAError as error:
-            assert trouble == "bypassed"
+            assert bypassed
             said = _of_ranks(str(error))
             break
         if runtime.is_attached:
-            stands &= (
-                _distance(*(whole(runtime, factors) for factors in _computed_and_standing(runtime))) <= 1e-6
-            )
+            stands &= _distance(_flat(evaluation_factors(runtime)), _standing(runtime)) <= 1e-6
         if hook is not None:
             hook.remove()
-    if trouble in ("failing", "written"):
-        before, evaluation = whole(runtime, runtime.engine.read_working()), evaluate()
-        if trouble == "written":
-            _write(runtime, everywhere=not runtime.is_sharded)
-            before = whole(runtime, runtime.engine.read_working())
-        loop.wrapped.train()
-        loss = loop.wrapped(**_batch(steps)).loss
-        with patch.object(Failing, "fails", trouble == "failing"):
-            try:
-                loop.step(loss)
-                message = "nothing"
-            except (StructLoRAError, RuntimeError) as error:
-                message = str(error)
-        said = _of_ranks(message)
-        stands &= _distance(before, whole(runtime, runtime.engine.read_working())) == 0
-        if trouble == "failing":
-            stands &= abs(evaluate() - evaluation) <= 1e-6
     finished = {
         "engine": runtime.engine.name,
         "losses": losses,
@@ -310,40 +270,28 @@ def train(
         "stands": stands,
         "gates": _of_ranks((sum(gate.has_fired for gate in gates), [gate.logits.tolist() for gate in gates])),
         "said": said,
-        "working": whole(runtime, runtime.engine.read_working()),
-        "state": runtime.state_dict(),
+        "working": _standing(runtime),
+        "state": runtime.state_dict() if runtime.is_attached else None,
         "skipped": runtime.skipped_steps,
     }
     if detach_at is not None:
         runtime.detach()
-        finished["wrapper_calls"] = [wrapper.calls for wrapper in wrappers]
-        finished["wrapper_stands"] = wraps and vars(loop.wrapped).get("step") is wrappers[-1]
         if isinstance(loop, DeepSpeed):
             loop.wrapped.destroy()  # without which its hooks keep it
         let_go = weakref.ref(model)
-        del model, loop, loss, parameter, wrappers, evaluate
+        runtime._layouts = []
+        del model, loop, loss, parameter, evaluate
         gc.collect()
         finished["is_kept"] = let_go() is not None
-        runtime.state_dict(), runtime.metrics(), runtime.engine.read_working()
     return finished
 
 
-def whole(runtime, factors) -> list[torch.Tensor]:
-    """A rank's slices joined with those of the others."""
-    return [
-        slices.whole(part, side)
-        for slices, pair in zip(runtime.engine.slices, factors, strict=True)
-        for side, part in zip("AB", pair, strict=True)
-    ]
+def _flat(factors) -> list[torch.Tensor]:
+    return [factor for pair in factors for factor in pair]
 
 
-def _computed_and_standing(runtime) -> tuple[list, list]:
-    """What the map makes of the latents, in the dtype that the model computes with, and what stands in it."""
-    dtype = runtime.kinds[0].parameters[0].dtype
-    with map_context(runtime.device), torch.no_grad():
-        latents = runtime.engine.read_latents(everything=True)
-        computed = [m(factors) for m, factors in zip(runtime.maps, latents, strict=True)]
-    return [f._make(x.to(dtype).float() for x in f) for f in computed], runtime.engine.read_working()
+def _standing(runtime) -> list[torch.Tensor]:
+    return _flat(standing(runtime))
 
 
 def _distance(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
@@ -356,17 +304,6 @@ def _of_ranks(fact) -> list:
     facts = [None] * dist.get_world_size()
     dist.all_gather_object(facts, fact)
     return facts
-
-
-def _write(runtime, everywhere: bool) -> None:
-    """Halve some of a mapped factor, past autograd, as DeepSpeed itself writes: on all ranks, or the first one's shard alone."""
-    if everywhere or dist.get_rank() == 0:
-        parameter = runtime.kinds[0].A[0]
-        if hasattr(parameter, "ds_tensor"):
-            is_whole = parameter.data.numel() == parameter.ds_numel  # a persistent one
-            (parameter.data if is_whole else parameter.ds_tensor.data).mul_(0.5)
-        else:
-            getattr(parameter.data, "_local_tensor", parameter.data).mul_(0.5)
 
 
 def _model(engine: str, four_bits: bool, experts: str | None):

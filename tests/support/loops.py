@@ -58,7 +58,7 @@ class Loop:
         self.before = weights_of(self.model)
         if self.method is not None:
             self.runtime = attach(self.forward, self.optimizer, self.method, scaler=self.scaler, **DATA)
-            self.start = self.runtime.state_dict()
+            self.start = self.runtime.state_dict() | weights_of(self.model)
             if folder is not None:
                 load_state(self.runtime, folder)
 
@@ -80,6 +80,10 @@ class Loop:
     def wrap(self, model):
         """What the loop calls in the model's place."""
         return model
+
+    def state(self) -> dict:
+        """StructLoRA's state at the end."""
+        return self.runtime.state_dict()
 
     def prepare(self) -> None:
         """Whatever else a loop makes before it attaches."""
@@ -448,7 +452,9 @@ class ReferencePass(Loop):
 
 
 class Freezing(Loop):
-    """The first layer is frozen in every second step."""
+    """The first layer is frozen in every second step, and rests then."""
+
+    rests = True
 
     def step(self, index):
         first = [p for name, p in self.model.named_parameters() if "lora_" in name and "layers.0" in name]
@@ -476,8 +482,8 @@ class InTrainer:
 
     @classmethod
     def run(cls, setup, folder: Path, method: dict | None, steps=None, resume=False, watch=look_away):
-        run = SimpleNamespace(setup=setup, runtime=None)
         ours = [] if method is None else [StructLoRACallback(method)]
+        run = SimpleNamespace(setup=setup, runtime=None, state=lambda: ours[0]._finished)
         trainer = setup.trainer(
             folder,
             [*ours, _Watching(run, watch, ours)],
@@ -501,7 +507,7 @@ class _Watching(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.ours:
             self.run.runtime = self.ours[0].runtime
-            self.run.start = self.run.runtime.state_dict()
+            self.run.start = self.run.runtime.state_dict() | weights_of(self.run.model)
         self.watch(self.run)
 
     def _look(self, args, state, control, **kwargs):

@@ -58,11 +58,15 @@ class Evaluation:
         self.twin.load_state_dict(stands, strict=False)
         difference = (logits - logits_of(self.twin, batch)).abs().max()
         assert difference <= self.row.tolerance, f"{moment}: evaluation is not the saved adapter's"
-        for kind, factors in zip(run.runtime.kinds, evaluation_factors(run.runtime), strict=True):
+        # What rests is not what the map makes of the others' latents.
+        is_mapped = run.runtime.is_attached and not getattr(self.row.loop, "rests", False)
+        computed = evaluation_factors(run.runtime) if is_mapped else []
+        for kind, factors in zip(run.runtime.kinds, computed, strict=False):
             for side in kind.sides:
                 values = to_storage(getattr(factors, side), side, kind)
                 for parameter, value in zip(getattr(kind, side), values, strict=True):
-                    assert torch.equal(parameter, value.view_as(parameter).to(parameter.dtype)), moment
+                    expected = value.view_as(parameter).to(parameter.dtype)
+                    torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-2, msg=moment)
         if self.step == run.runtime.step:
             assert torch.equal(logits, self.logits), f"{moment}: evaluation changed without a step"
         elif run.runtime.step > 1 and run.runtime.is_attached:  # a warm-up's first rate is 0
@@ -93,18 +97,16 @@ def assert_it_acted(run):
     assert len(gates) + sum(quiet.values()) == sum(len(kind.modules) for kind in runtime.kinds)
     assert re.fullmatch(row.quiet, "; ".join(quiet)), f"{runtime}"
     assert all(why in repr(runtime) for why in quiet)
-    state = runtime.state_dict()
-    for name in (f"/gates/{module}" for module in gates):
-        assert state[name].isfinite().all() and (state[name] != run.start[name]).all(), f"{name} stayed"
+    for module, logits in runtime.gating.state().items():
+        start = run.start[f"/gates/{module}"]
+        assert logits.isfinite().all() and (logits != start).all(), f"gates of {module} stayed"
+    factors = {id(p) for p in runtime.lora_parameters()}
+    for name, parameter in run.model.named_parameters():
+        if id(parameter) in factors and parameter.requires_grad:
+            assert parameter.isfinite().all(), name
+            is_closed = runtime.has_selected and not parameter.any()
+            assert is_closed or not torch.equal(parameter, run.start[name]), f"{name} stayed"
     for m in runtime.maps:
-        before, after = (
-            {n: s[f"{m.kind.name}/{n}"] for n in ("latent_A", "latent_B")} for s in (run.start, state)
-        )
-        for name, parameters in (("latent_A", m.kind.A), ("latent_B", m.kind.B)):
-            if any(p.requires_grad for p in parameters):
-                moved = (after[name] - before[name]).flatten(1).abs().amax(1)
-                assert (moved > 0).all(), f"{name} of {m.kind.name} stayed"
-            assert after[name].isfinite().all()
         coordinated = runtime.config.coordinator != "none" and m.kind.depth_count > 1
         assert len(m.coordinators) == coordinated * len(m.sides)
         for side, coordinator in m.coordinators.items():
@@ -116,7 +118,7 @@ def assert_it_acted(run):
 
 
 def assert_same_run(run, other):
-    assert_same(run.runtime.state_dict(), other.runtime.state_dict())
+    assert_same(run.state(), other.state())
     assert_same_weights(run, other)
 
 

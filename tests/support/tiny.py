@@ -370,17 +370,33 @@ def attached(model=None, optimizer=adamw, **options):
 
 
 def standing(runtime) -> list:
-    """The factors that stand in the model, one per kind, fp32; this rank's slices under an engine that shards."""
-    return runtime.engine.read_working()
+    """The factors that stand in the model, one per kind, whole and fp32, of a run that is detached too."""
+    from structlora_trl.engines.base import Layout
+
+    runtime._layouts = runtime._layouts or [
+        {side: Layout(runtime.engine, getattr(kind, side)) for side in kind.sides} for kind in runtime.kinds
+    ]
+    return list(runtime._factors())
+
+
+def latents_of(runtime) -> list:
+    """What stands less its offset, one per kind, whole and fp32."""
+    found = standing(runtime)
+    for side in runtime.sides:
+        at = runtime.maps.index(side.map)
+        found[at] = found[at]._replace(**{side.side: side.whole(side.standing() - side.offset)})
+    return found
 
 
 def evaluation_factors(runtime) -> list:
-    """What each kind's map makes of its latents, fp32; this rank's slices under an engine that shards."""
+    """What each kind's map makes of its latents, one per kind, whole and fp32."""
     from structlora_trl.map_context import map_context
 
-    latents = runtime.engine.read_latents(everything=True)
     with map_context(runtime.device), torch.no_grad():
-        return [m(latent) for m, latent in zip(runtime.maps, latents, strict=True)]
+        return [
+            f._replace(A=m("A", f.A), B=m("B", f.B))
+            for m, f in zip(runtime.maps, latents_of(runtime), strict=True)
+        ]
 
 
 def trained(steps: int = 3, optimizer=adamw, dtype: torch.dtype = torch.float32):

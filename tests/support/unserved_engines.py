@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel
 from structlora_trl import StructLoRAError, attach
 from tests.support.device import without_shm_op
 from tests.support.setups import lorafa, riemannian
-from tests.support.tiny import DATA, adamw, peft_model
+from tests.support.tiny import DATA, adamw, lora_parameters, peft_model
 
 
 def part_of_the_model():
@@ -79,11 +79,12 @@ def muon():
     return engine
 
 
-def masters_in_the_model():
-    # A branch of DeepSpeed's for fp32 that no release up to 0.19 reaches.
-    engine = deepspeed_stage(3)
-    engine.optimizer.fp32_partitioned_groups_flat = engine.optimizer.fp16_partitioned_groups_flat
-    return engine
+def by_layers(model):
+    """A parameter group of each layer, as layer-wise learning rates have."""
+    groups = {}
+    for name, parameter in lora_parameters(model).items():
+        groups.setdefault(name.split("layers.")[1][0], []).append(parameter)
+    return torch.optim.AdamW([{"params": group} for group in groups.values()], lr=1e-3)
 
 
 def data_parallel():
@@ -109,7 +110,8 @@ CASES = {
     "Muon": muon,
     "torch_autocast": lambda: with_optimizer(torch_autocast_gradscaler=SimpleNamespace()),
     "LoRA-FA's optimizer": lambda: deepspeed_stage(2, lorafa),
-    "masters in the model": masters_in_the_model,
+    "a kind in several groups": lambda: deepspeed_stage(2, by_layers),
+    "partial offload": lambda: with_optimizer(backup_optimizer=object(), partial_offload=0.5),
     "DataParallel": data_parallel,
     "engine withheld": engine_withheld,
 }

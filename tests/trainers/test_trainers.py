@@ -35,7 +35,6 @@ from structlora_trl import (
     StructLoRASFTConfig,
     StructLoRASFTTrainer,
     attach,
-    save_state,
     state,
 )
 from structlora_trl.core.gates import Gate
@@ -161,7 +160,7 @@ def test_another_train_goes_on_with_a_clock_of_its_own(ending, tmp_path):
     ):
         trainer.train()  # a batch too large is made smaller, and training begins again by itself
     if error is None:
-        ends.append(callback.runtime.state_dict())
+        ends.append(callback._finished)
     if not isinstance(error, RuntimeError):
         trainer.train()
     assert callback.runtime.step == 14
@@ -309,8 +308,8 @@ def test_a_best_model_of_a_run_that_ended_before_the_selection_is_refused(tmp_pa
     assert_same(renamed(best), weights_of(trainer.model))
 
 
-def test_a_best_model_that_is_an_average_of_weights_stays_it(tmp_path, caplog):
-    """What was swapped in for the evaluation is in the checkpoint's adapter, and not in its state."""
+def test_a_best_model_that_is_an_average_of_weights_stays_it(tmp_path):
+    """What was swapped in for the evaluation is in the checkpoint's adapter."""
 
     class Average(TrainerCallback):
         kept = None
@@ -333,7 +332,6 @@ def test_a_best_model_that_is_an_average_of_weights_stays_it(tmp_path, caplog):
     trainer.train()
     best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
     assert_same(renamed(best), weights_of(trainer.model))
-    assert "a moving average" in caplog.text
 
 
 def test_a_checkpoint_that_nobody_announces_is_refused(tmp_path):
@@ -391,7 +389,7 @@ def test_a_best_checkpoint_that_is_not_ours(left, tmp_path):
     if left != "no checkpoint":
         assert_same(renamed(load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")), stands)
     runtime = attach(trainer.model, adamw(trainer.model), **DATA)
-    runtime.load_state_dict(callback.runtime.state_dict())
+    runtime.load_state_dict(callback._finished)
     for name, value in weights_of(trainer.model).items():
         torch.testing.assert_close(value, stands[name], atol=1e-6, rtol=0)
 
@@ -404,7 +402,7 @@ def interrupting(event: str) -> TrainerCallback:
         raise KeyboardInterrupt
 
     def at(args, state, control, optimizer=None, **kwargs):
-        if state.global_step == 3 and event == "on_step_begin":  # while latents stand
+        if state.global_step == 3 and event == "on_step_begin":
             optimizer.optimizer.register_step_pre_hook(interrupt)
         elif state.global_step == 3:
             interrupt()
@@ -424,7 +422,7 @@ def interrupting(event: str) -> TrainerCallback:
         ("lion_8bit", "on_step_end", "off"),
     ],
 )
-def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event, gates, tmp_path, caplog):
+def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event, gates, tmp_path):
     if "8bit" in optim:
         pytest.importorskip("bitsandbytes")
     callback = StructLoRACallback(gates=gates)
@@ -432,7 +430,7 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     start, clean = weights_of(trainer.model), copy.deepcopy(trainer.model)
-    assert not callback.runtime.is_rewritten() and differing(weights_of(clean), start) == []
+    assert differing(weights_of(clean), start) == []
     saved = []
     for model in (trainer.model, clean):
         plain_run = sft(tmp_path / "plain", [], model=model, peft=False, optim=optim)
@@ -442,15 +440,14 @@ def test_a_plain_run_after_an_interrupted_one_trains_what_is_saved(optim, event,
         saved.append(
             {name: value.clone() for name, value in renamed(written).items()}
         )  # the next run writes there
-    assert "its run is over" in caplog.text and not callback.runtime.is_attached
     assert_same(saved[0], weights_of(trainer.model))
     assert set(differing(saved[0], start)) == set(start)
-    for name, value in saved[1].items():  # gates were in the forward of the first step
-        assert gates != "off" or torch.allclose(saved[0][name], value, atol=1e-6)
+    for name, value in saved[1].items():
+        torch.testing.assert_close(saved[0][name], value, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("then", ["plain LoRA", "another callback"])
-def test_an_interrupted_trainer_goes_on_without_its_callback(then, tmp_path, caplog):
+def test_an_interrupted_trainer_goes_on_without_its_callback(then, tmp_path):
     """It keeps its optimizer."""
     first, breaks = StructLoRACallback(), interrupting("on_step_end")
     trainer = sft(tmp_path, [first, breaks], max_steps=6)
@@ -460,7 +457,6 @@ def test_an_interrupted_trainer_goes_on_without_its_callback(then, tmp_path, cap
     trainer.remove_callback(breaks)
     if then == "plain LoRA":
         trainer.train()
-        assert "AdamW, of a later run, stepping the adapter" in caplog.text
         losses = [loss_of(trainer.model.train(), "llama", 0) for _ in range(2)]
         assert torch.equal(*losses)
     else:
@@ -468,25 +464,19 @@ def test_an_interrupted_trainer_goes_on_without_its_callback(then, tmp_path, cap
         trainer.add_callback(second)
         trainer.train()
         assert second.runtime.step == 6
-    assert not first.runtime.is_attached and first.runtime.step == 3
+    assert first.runtime.step == 3
 
 
-@pytest.mark.parametrize("by", ["another optimizer", "a call"])
-def test_a_runtime_that_is_detached_within_a_run_is_an_error(by, tmp_path):
+def test_a_runtime_that_is_detached_within_a_run_is_an_error(tmp_path):
     ours = StructLoRACallback()
 
     class Second(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 2 and by == "a call":
+            if state.global_step == 2:
                 ours.runtime.detach()
-            elif state.global_step == 2:
-                parameters = lora_parameters(model).values()
-                for parameter in parameters:
-                    parameter.grad = torch.ones_like(parameter)
-                torch.optim.SGD(parameters, lr=1e-4).step()
 
     with pytest.raises(
-        StructLoRAError, match="a runtime that is detached, at step 3 of .*own optimizer, AdamW"
+        StructLoRAError, match="a runtime that is detached, at step 3 of .*leave out the call"
     ):
         sft(tmp_path, [ours, Second()]).train()
 
@@ -666,17 +656,14 @@ METRICS = {
     "stream_cosine",
     "semantic_edges",
     "theta_norm",
-    "map_ms",
     "skipped_steps",
-    "peak_lr",
 }
 
 
 def check_metrics(found: dict, prefix: str):
     values = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     assert values.keys() == METRICS
-    assert values["peak_lr"] > 0
-    assert values["map_ms"] > 0 and 1 <= values["effective_rank"] <= 4
+    assert 1 <= values["effective_rank"] <= 4
     assert 0 <= values["stream_cosine"] <= 1 + 1e-5
 
 
@@ -825,8 +812,8 @@ def test_trials_of_a_search_have_states_of_their_own(named, tmp_path):
         *(state_of(folder) for folder in sorted(tmp_path.glob("*/checkpoint-3"))), strict=True
     )
     assert [header["step"] for header in headers] == [3, 3]
-    latents = [name for name in states[0] if name.endswith("latent_B")]
-    assert latents and not any(torch.equal(states[0][name], states[1][name]) for name in latents)
+    thetas = [name for name in states[0] if name.endswith(".theta")]
+    assert thetas and not any(torch.equal(states[0][name], states[1][name]) for name in thetas)
 
 
 class Snapshot(TrainerCallback):
@@ -901,7 +888,7 @@ def test_the_callback_does_not_keep_the_model(tmp_path):
     del trainer
     gc.collect()
     assert model() is None
-    assert callback.runtime.step == 3 and save_state(callback.runtime, tmp_path).is_file()
+    assert callback.runtime.step == 3 and callback.runtime.openness()
 
 
 class Encoders(torch.nn.Module):
