@@ -18,9 +18,8 @@ import inspect
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -182,68 +181,52 @@ def patches(model, stream):
 
 class Family(NamedTuple):
     feed: Callable
-    config: Mapping = MappingProxyType({})  # beside `SIZES`
-    blocks: str | None = None  # names of its blocks where they are not the outermost lists of modules
+    config: dict  # beside `SIZES`
+    blocks: str | None  # names of its blocks where they are not the outermost lists of modules
+
+
+def family(feed: Callable, blocks: str | None = None, **config) -> Family:
+    return Family(feed, config, blocks)
 
 
 # Of all families: each takes the options that its configuration knows.
-SIZES = {
-    name: size
-    for size, names in {
-        0: "pad_token_id num_kv_shared_layers",
-        1: "bos_token_id n_shared_experts n_group topk_group n_groups first_k_dense_replace "
-        "decoder_start_token_id mamba_n_groups attn_layer_offset expert_layer_offset "
-        "num_query_pool_stages max_num_tiles input_channels",
-        2: "eos_token_id num_key_value_heads type_vocab_size num_experts_per_tok altup_num_inputs "
-        "num_layers encoder_layers decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers "
-        "attn_layer_period expert_layer_period linear_num_key_heads num_global_layers "
-        "cross_attention_frequency squeeze_factor num_conv_pos_embedding_groups feedforward_mult "
-        "num_blocks",
-        3: "num_hidden_layers n_layer n_layers depth conv_kernel_size",
-        4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
-        "decoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads "
-        "linear_num_value_heads num_experts num_local_experts n_routed_experts rotary_dim chunk_size "
-        "mamba_chunk_size num_patches window_size num_conv_pos_embeddings subsampling_factor",
-        8: "head_dim global_head_dim d_kv dim_head qk_nope_head_dim qk_rope_head_dim laurel_rank "
-        "hidden_size_per_layer_input state_size mamba_d_state mamba_n_heads mamba_d_head mamba_num_heads "
-        "mamba_head_dim ssm_state_size linear_key_head_dim linear_value_head_dim attention_window_size "
-        "patch_size position_embedding_size subsampling_conv_channels frequency_stride time_stride "
-        "context_size nemo_conv_channels",
-        16: "kv_lora_rank embedding_size image_size num_mel_bins output_channels num_position_embeddings "
-        "max_length feature_projection_input_dim input_feat_per_channel conv_channels input_dim "
-        "input_size max_pos_emb",
-        32: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim lru_width projection_size "
-        "ext_pw_out_channel depthwise_separable_out_channel",
-        48: "intermediate_size intermediate_size_mlp ffn_dim n_inner d_ff hidden_dim mlp_dim encoder_ffn_dim",
-        64: "vocab_size max_position_embeddings max_seq_len n_positions vocab_size_per_layer_input "
-        "mamba_d_ssm vision_output_dim max_target_positions",
-        6: "time_step_rank mamba_dt_rank",
-        12: "q_lora_rank v_head_dim output_dim",
-        20: "max_source_positions",
-        24: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
-        "projector_input_dim projector_output_dim output_proj_dims",
-        40: "decoder_ffn_dim encoder_hidden_size out_hidden_size",
-    }.items()
-    for name in names.split()
-}
-_WAVES = {
-    "vocab_size": 32,
-    "conv_dim": [16, 16],
-    "conv_kernel": [4, 4],
-    "conv_stride": [4, 4],
-    "feat_extract_norm": "layer",
-    "num_feat_extract_layers": 2,
-}
+_SIZES = """
+0: pad_token_id num_kv_shared_layers
+1: bos_token_id n_shared_experts n_group topk_group n_groups first_k_dense_replace decoder_start_token_id mamba_n_groups
+    attn_layer_offset expert_layer_offset num_query_pool_stages max_num_tiles input_channels
+2: eos_token_id num_key_value_heads type_vocab_size num_experts_per_tok altup_num_inputs num_layers encoder_layers
+    decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers attn_layer_period expert_layer_period
+    linear_num_key_heads num_global_layers cross_attention_frequency squeeze_factor num_conv_pos_embedding_groups
+    feedforward_mult num_blocks
+3: num_hidden_layers n_layer n_layers depth conv_kernel_size
+4: num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads
+    encoder_num_attention_heads decoder_num_attention_heads linear_num_value_heads num_experts num_local_experts
+    n_routed_experts rotary_dim chunk_size mamba_chunk_size num_patches window_size num_conv_pos_embeddings subsampling_factor
+8: head_dim global_head_dim d_kv dim_head qk_nope_head_dim qk_rope_head_dim laurel_rank hidden_size_per_layer_input state_size
+    mamba_d_state mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim ssm_state_size linear_key_head_dim
+    linear_value_head_dim attention_window_size patch_size position_embedding_size subsampling_conv_channels frequency_stride
+    time_stride context_size nemo_conv_channels
+16: kv_lora_rank embedding_size image_size num_mel_bins output_channels num_position_embeddings max_length
+    feature_projection_input_dim input_feat_per_channel conv_channels input_dim input_size max_pos_emb
+32: hidden_size d_model n_embd dim embed_dim word_embed_proj_dim lru_width projection_size ext_pw_out_channel
+    depthwise_separable_out_channel
+48: intermediate_size intermediate_size_mlp ffn_dim n_inner d_ff hidden_dim mlp_dim encoder_ffn_dim
+64: vocab_size max_position_embeddings max_seq_len n_positions vocab_size_per_layer_input mamba_d_ssm vision_output_dim
+    max_target_positions
+6: time_step_rank mamba_dt_rank
+12: q_lora_rank v_head_dim output_dim
+20: max_source_positions
+24: moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size projector_input_dim projector_output_dim
+    output_proj_dims
+40: decoder_ffn_dim encoder_hidden_size out_hidden_size
+"""
+SIZES = {name: int(size) for size, names in re.findall(r"(\d+): (\D+)", _SIZES) for name in names.split()}
+_WAVES = {"vocab_size": 32, "conv_dim": [16, 16], "conv_kernel": [4, 4], "conv_stride": [4, 4]}
+_WAVES |= {"feat_extract_norm": "layer", "num_feat_extract_layers": 2}
 _WAVE_BLOCKS = r"encoder\.(encoder\.)?(layers|layer)\.\d+"
 _LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-_TOWER = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-_TOWER = {name: SIZES[name] for name in (*_TOWER, "head_dim", "vocab_size")}
+_TOWER = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size"
+_TOWER = {name: SIZES[name] for name in _TOWER.split()}
 
 # model type, or file and class of a tower -> family
 FAMILIES = {
@@ -257,66 +240,57 @@ FAMILIES = {
         "xlm-roberta roberta-prelayernorm camembert megatron-bert ernie esm mpnet deberta modernbert "
         "modernbert-decoder eurobert nomic_bert layoutlm rembert electra distilbert clip_text_model "
         "siglip.SiglipTextModel".split(),
-        Family(text),
+        family(text),
     ),
-    **dict.fromkeys(
-        "deepseek_v2 deepseek_v3 glm4_moe_lite".split(), Family(text, {"num_key_value_heads": 4})
-    ),
-    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), Family(text, _LINEAR)),
-    "gemma3n_text": Family(
+    **dict.fromkeys("deepseek_v2 deepseek_v3 glm4_moe_lite".split(), family(text, num_key_value_heads=4)),
+    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), family(text, **_LINEAR)),
+    "gemma3n_text": family(
         text,
-        {
-            "activation_sparsity_pattern": [0.0] * 3,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
+        activation_sparsity_pattern=[0.0] * 3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "gemma4_text": Family(
-        text, {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-    ),
-    "gpt_neo": Family(text, {"attention_types": [[["global", "local"], 1]]}),
-    "mamba2": Family(text, {"num_heads": 8, "n_groups": 2}),
-    "bamba": Family(text, {"attn_layer_indices": [1]}),
-    "granitemoehybrid": Family(text, {"layer_types": ["mamba", "attention", "mamba"]}),
-    "nemotron_h": Family(text, {"hybrid_override_pattern": "M*-E"}),
-    "lfm2": Family(text, {"layer_types": ["conv", "full_attention", "conv"]}),
-    "albert": Family(text, blocks=r"encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+"),
-    "deberta-v2": Family(
-        text, {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": False}
-    ),
+    "gemma4_text": family(text, layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
+    "gpt_neo": family(text, attention_types=[[["global", "local"], 1]]),
+    "mamba2": family(text, num_heads=8, n_groups=2),
+    "bamba": family(text, attn_layer_indices=[1]),
+    "granitemoehybrid": family(text, layer_types=["mamba", "attention", "mamba"]),
+    "nemotron_h": family(text, hybrid_override_pattern="M*-E"),
+    "lfm2": family(text, layer_types=["conv", "full_attention", "conv"]),
+    "albert": family(text, r"encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+"),
+    "deberta-v2": family(text, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=False),
     # Text: encoders with decoders
     **dict.fromkeys(
-        "bart mbart pegasus m2m_100 marian blenderbot led t5 switch_transformers".split(), Family(pair)
+        "bart mbart pegasus m2m_100 marian blenderbot led t5 switch_transformers".split(), family(pair)
     ),
-    **dict.fromkeys(["mt5", "umt5"], Family(pair, {"feed_forward_proj": "gated-gelu"})),
-    "nllb-moe": Family(pair, {"encoder_sparse_step": 1, "decoder_sparse_step": 1}),
-    "t5gemma": Family(pair, {"encoder": _TOWER, "decoder": _TOWER}),
+    **dict.fromkeys(["mt5", "umt5"], family(pair, feed_forward_proj="gated-gelu")),
+    "nllb-moe": family(pair, encoder_sparse_step=1, decoder_sparse_step=1),
+    "t5gemma": family(pair, encoder=_TOWER, decoder=_TOWER),
     # Text: cross-attention
-    "gpt2.GPT2Model": Family(
-        beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS), {"add_cross_attention": True}
+    "gpt2.GPT2Model": family(
+        beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS), add_cross_attention=True
     ),
-    "bert.BertModel": Family(
-        beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS),
-        {"is_decoder": True, "add_cross_attention": True},
+    "bert.BertModel": family(
+        beside("encoder_hidden_states", 2, 5, 32, input_ids=_WORDS), is_decoder=True, add_cross_attention=True
     ),
-    "mllama.MllamaTextModel": Family(
+    "mllama.MllamaTextModel": family(
         beside(
             *("cross_attention_states", 2, 5, 32),
             input_ids=_WORDS,
             cross_attention_mask=torch.zeros(2, 1, 7, 5),
             full_text_row_masked_out_mask=torch.ones(2, 1, 7, 1),
         ),
-        {"cross_attention_layers": [1]},
+        cross_attention_layers=[1],
     ),
-    "blip_2.Blip2QFormerModel": Family(
+    "blip_2.Blip2QFormerModel": family(
         beside("encoder_hidden_states", 2, 5, 40, query_embeds=noise(2, 4, 32))
     ),
     # Vision
     **dict.fromkeys(
         "vit deit beit dinov2 dinov2_with_registers dinov3_vit ijepa vit_mae vit_msn clip_vision_model "
         "siglip_vision_model aimv2_vision_model dpt blip.BlipVisionModel".split(),
-        Family(image),
+        family(image),
     ),
-    "siglip2_vision_model": Family(
+    "siglip2_vision_model": family(
         feed(
             pixel_values=noise(2, 4, 192),
             pixel_attention_mask=torch.ones(2, 4, dtype=torch.long),
@@ -325,83 +299,85 @@ FAMILIES = {
     ),
     **dict.fromkeys(
         ["swin", "swinv2"],
-        Family(
+        family(
             image,
-            {"depths": [2, 2], "num_heads": [4, 4], "mlp_ratio": 2.0, "patch_size": 2},
             r"encoder\.layers\.\d+\.blocks\.\d+",
+            depths=[2, 2],
+            num_heads=[4, 4],
+            mlp_ratio=2.0,
+            patch_size=2,
         ),
     ),
-    "sam_vision_model": Family(
-        image, {"window_size": 2, "global_attn_indexes": [1], "mlp_ratio": 2.0, "patch_size": 2}
-    ),
-    "sam2.Sam2HieraDetModel": Family(
+    "sam_vision_model": family(image, window_size=2, global_attn_indexes=[1], mlp_ratio=2.0, patch_size=2),
+    "sam2.Sam2HieraDetModel": family(
         feed(pixel_values=noise(1, 3, 32, 32)),
-        {
-            "image_size": [32, 32],
-            "blocks_per_stage": [2, 2],
-            "embed_dim_per_stage": [32, 64],
-            "num_attention_heads": 2,
-            "num_attention_heads_per_stage": [2, 4],
-            "window_size_per_stage": [4, 4],
-            "global_attention_blocks": [3],
-            "mlp_ratio": 2.0,
-            "window_positional_embedding_background_size": [4, 4],
-        },
+        image_size=[32, 32],
+        blocks_per_stage=[2, 2],
+        embed_dim_per_stage=[32, 64],
+        num_attention_heads=2,
+        num_attention_heads_per_stage=[2, 4],
+        window_size_per_stage=[4, 4],
+        global_attention_blocks=[3],
+        mlp_ratio=2.0,
+        window_positional_embedding_background_size=[4, 4],
     ),
     # Vision towers of language models
-    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": Family(patches, {"hidden_size": 48, "patch_size": 4}),
-    "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": Family(
-        patches, {"patch_size": 4, "window_size": 8, "fullatt_block_indexes": [1]}
+    "qwen2_vl.Qwen2VisionTransformerPretrainedModel": family(patches, hidden_size=48, patch_size=4),
+    "qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel": family(
+        patches, patch_size=4, window_size=8, fullatt_block_indexes=[1]
     ),
-    "qwen3_vl.Qwen3VLVisionModel": Family(patches, {"patch_size": 4, "deepstack_visual_indexes": [0]}),
-    "qwen3_5.Qwen3_5VisionModel": Family(patches, {"patch_size": 4}),
-    "glm4v.Glm4vVisionModel": Family(patches, {"patch_size": 4, "out_hidden_size": 32}),
-    "internvl.InternVLVisionModel": Family(image, {"image_size": [16, 16], "patch_size": [8, 8]}),
-    "idefics3.Idefics3VisionTransformer": Family(image),
-    "pixtral": Family(feed(pixel_values=noise(2, 3, 16, 16), image_sizes=torch.tensor([[16, 16]] * 2))),
-    "llama4.Llama4VisionModel": Family(image, {"patch_size": 4, "intermediate_size": 128}),
-    "mllama.MllamaVisionModel": Family(
+    "qwen3_vl.Qwen3VLVisionModel": family(patches, patch_size=4, deepstack_visual_indexes=[0]),
+    "qwen3_5.Qwen3_5VisionModel": family(patches, patch_size=4),
+    "glm4v.Glm4vVisionModel": family(patches, patch_size=4, out_hidden_size=32),
+    "internvl.InternVLVisionModel": family(image, image_size=[16, 16], patch_size=[8, 8]),
+    "idefics3.Idefics3VisionTransformer": family(image),
+    "pixtral": family(feed(pixel_values=noise(2, 3, 16, 16), image_sizes=torch.tensor([[16, 16]] * 2))),
+    "llama4.Llama4VisionModel": family(image, patch_size=4, intermediate_size=128),
+    "mllama.MllamaVisionModel": family(
         feed(pixel_values=noise(1, 1, 1, 3, 16, 16), aspect_ratio_ids=_ONE[0], aspect_ratio_mask=_ONE),
-        {"num_hidden_layers": 2, "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]},
+        num_hidden_layers=2,
+        supported_aspect_ratios=[[1, 1]],
+        intermediate_layers_indices=[0],
     ),
-    "gemma4_vision": Family(
+    "gemma4_vision": family(
         feed(
             pixel_values=noise(2, 4, 48),
             pixel_position_ids=torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]] * 2),
         ),
-        {"num_key_value_heads": 4, "patch_size": 4, "pooling_kernel_size": 1},
+        num_key_value_heads=4,
+        patch_size=4,
+        pooling_kernel_size=1,
     ),
-    "phi4_multimodal.Phi4MultimodalVisionModel": Family(
+    "phi4_multimodal.Phi4MultimodalVisionModel": family(
         feed(pixel_values=noise(2, 3, 16, 16), patch_attention_mask=torch.ones(2, 2, 2, dtype=torch.bool))
     ),
     # Audio
     **dict.fromkeys(
         "wav2vec2 hubert unispeech unispeech-sat data2vec-audio sew sew-d".split(),
-        Family(waves, _WAVES, _WAVE_BLOCKS),
+        family(waves, _WAVE_BLOCKS, **_WAVES),
     ),
-    "wav2vec2-conformer": Family(waves, {**_WAVES, "position_embeddings_type": "rotary"}, _WAVE_BLOCKS),
-    "wav2vec2-bert": Family(sound, {"vocab_size": 32}),
-    "parakeet_encoder": Family(sound, {"conv_kernel_size": 5}),
-    "whisper": Family(feed(input_features=noise(2, 16, 40), decoder_input_ids=_WORDS)),
-    "speech_to_text": Family(
-        feed(input_features=noise(2, 40, 16), decoder_input_ids=_WORDS), {"max_source_positions": 64}
+    "wav2vec2-conformer": family(waves, _WAVE_BLOCKS, **_WAVES, position_embeddings_type="rotary"),
+    "wav2vec2-bert": family(sound, vocab_size=32),
+    "parakeet_encoder": family(sound, conv_kernel_size=5),
+    "whisper": family(feed(input_features=noise(2, 16, 40), decoder_input_ids=_WORDS)),
+    "speech_to_text": family(
+        feed(input_features=noise(2, 40, 16), decoder_input_ids=_WORDS), max_source_positions=64
     ),
-    "moonshine": Family(feed(input_values=noise(2, 2000), decoder_input_ids=_WORDS)),
-    "speecht5": Family(
-        feed(input_values=noise(2, 7, 32), decoder_input_values=noise(2, 7, 32)),
-        blocks=r".*\.layers\.\d+",
+    "moonshine": family(feed(input_values=noise(2, 2000), decoder_input_ids=_WORDS)),
+    "speecht5": family(
+        feed(input_values=noise(2, 7, 32), decoder_input_values=noise(2, 7, 32)), r".*\.layers\.\d+"
     ),
-    "audio-spectrogram-transformer": Family(feed(input_values=noise(2, 16, 16))),
-    **dict.fromkeys(["qwen2_audio_encoder", "voxtral_encoder"], Family(mels)),
-    "granite_speech.GraniteSpeechCTCEncoder": Family(
-        lambda model, stream: model(noise(2, 16, 16)), {"hidden_dim": 32}
+    "audio-spectrogram-transformer": family(feed(input_values=noise(2, 16, 16))),
+    **dict.fromkeys(["qwen2_audio_encoder", "voxtral_encoder"], family(mels)),
+    "granite_speech.GraniteSpeechCTCEncoder": family(
+        lambda model, stream: model(noise(2, 16, 16)), hidden_dim=32
     ),
-    "phi4_multimodal.Phi4MultimodalAudioModel": Family(
+    "phi4_multimodal.Phi4MultimodalAudioModel": family(
         lambda model, stream: model(hidden_states=noise(2, 40, 16), mask=None)
     ),
-    "gemma4.Gemma4AudioModel": Family(
+    "gemma4.Gemma4AudioModel": family(
         lambda model, stream: model(noise(1, 40, 16), torch.ones(1, 40, dtype=torch.bool)),
-        {"subsampling_conv_channels": [16, 4]},
+        subsampling_conv_channels=[16, 4],
     ),
 }
 
@@ -412,7 +388,7 @@ def roles(name: str) -> dict[str, list[str]]:
     Raises:
         LookupError: a family that this version of transformers lacks; a module of several roles.
     """
-    family = FAMILIES[name]
+    feed, config, blocks = FAMILIES[name]
     torch.manual_seed(0)
     file, _, cls = name.partition(".")
     if cls:
@@ -420,11 +396,11 @@ def roles(name: str) -> dict[str, list[str]]:
     config_class = cls.config_class if cls else CONFIG_MAPPING[name]
     known = {*inspect.signature(config_class).parameters, *inspect.signature(PreTrainedConfig).parameters}
     sizes = {option: size for option, size in SIZES.items() if option in known}
-    config = config_class(**{**sizes, **family.config})
+    config = config_class(**{**sizes, **config})
     config._attn_implementation = "eager"
     model = cls(config) if cls else AutoModel.from_config(config)
     found = defaultdict(list)
-    for module, done in sorted(measured(model, family.blocks, family.feed).items()):
+    for module, done in sorted(measured(model, blocks, feed).items()):
         if len(done) > 1:
             raise LookupError(f"{module} of {name} does {done} at different depths")
         found[done.pop() or "between"].append(module)

@@ -42,9 +42,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="one model family, one engine, two methods")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"time for all parts (default: {MINUTES})"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts (default: {MINUTES})")
     parser.add_argument("--output", type=Path, default=Path("gpu-output"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -53,12 +51,11 @@ def main() -> int:
     started = time.perf_counter()
     deadline = started + 60 * arguments.minutes
     report = {"machine": machine.describe(arguments.device), "quick": arguments.quick, "parts": {}}
-    left = [part for part in SHARES if part in arguments.parts]
-    while left:
-        part = left[0]
-        seconds = (deadline - time.perf_counter()) * SHARES[part] / sum(SHARES[p] for p in left)
+    parts = [part for part in SHARES if part in arguments.parts]
+    for number, part in enumerate(parts):
+        share = SHARES[part] / sum(SHARES[p] for p in parts[number:])
+        seconds = (deadline - time.perf_counter()) * share
         report["parts"][part] = run_part(part, arguments.device, arguments.quick, seconds)
-        left = left[1:]
     found = [row for part in report["parts"].values() for row in part["rows"]]
     report["seconds"] = round(time.perf_counter() - started, 1)
     report["outcomes"] = dict(Counter(row["outcome"] for row in found))
@@ -78,46 +75,23 @@ def run_part(part: str, device: str, quick: bool, seconds: float) -> dict:
         file = Path(folder) / "rows"
         environment = {**os.environ, **variables(device), rows.FILE: str(file)}
         status, output = run_within(seconds, command(part, device, quick, seconds), environment)
-        ended = (
-            f"did not end within {seconds:.0f} s"
-            if status is None
-            else f"its process ended with code {status}"
-        )
+        ended = f"its process ended with code {status}"
+        ended = f"did not end within {seconds:.0f} s" if status is None else ended
         found = rows.read(file, missing=f"{ended}\n{output}")
     if not found or (status and all(row.outcome != rows.FAILED for row in found)):
         found.append(rows.Row(part, rows.FAILED, f"{ended}\n{output}"))
-    return {
-        "seconds": round(time.perf_counter() - started, 1),
-        "at most": round(seconds, 1),
-        "rows": [asdict(row) for row in found],
-    }
+    took = {"seconds": round(time.perf_counter() - started, 1), "at most": round(seconds, 1)}
+    return {**took, "rows": [asdict(row) for row in found]}
 
 
 def command(part: str, device: str, quick: bool, seconds: float) -> list[str]:
     if part == "cost":
-        options = [
-            "--device",
-            device,
-            "--seconds",
-            f"{max(seconds - GRACE, 1):.0f}",
-            *(["--quick"] if quick else []),
-        ]
-        return [sys.executable, "-m", "benchmarks.gpu.cost", *options]
+        options = ["--device", device, "--seconds", f"{max(seconds - GRACE, 1):.0f}"]
+        return [sys.executable, "-m", "benchmarks.gpu.cost", *options, *(["--quick"] if quick else [])]
     tests = str(ROOT / "tests" / "cuda" / TESTS[part])
     marks = "cuda and not slow" if quick else "cuda"
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        rows.__name__,
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        marks,
-        tests,
-    ]
+    options = ["-q", "-p", rows.__name__, "-p", "no:cacheprovider", "-m", marks]
+    return [sys.executable, "-m", "pytest", *options, tests]
 
 
 def variables(device: str) -> dict[str, str]:
@@ -134,15 +108,8 @@ def variables(device: str) -> dict[str, str]:
 
 def run_within(seconds: float, arguments: list[str], environment: dict[str, str]) -> tuple[int | None, str]:
     """The exit status, None where the time was up, and the end of what was printed."""
-    process = subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **streams)
     status = None
     try:
         output, _ = process.communicate(timeout=max(seconds, 1))

@@ -18,15 +18,10 @@ REHEARSAL = (
 
 def write(report: dict) -> str:
     """Markdown of a report as `benchmarks.gpu` writes it to JSON."""
-    machine = report["machine"]
-    lines = [
-        "# StructLoRA on a GPU"
-        if machine["device"] == "cuda"
-        else "# StructLoRA on a CPU, as a rehearsal for a GPU",
-        "",
-    ]
-    if machine["device"] != "cuda":
-        lines += [REHEARSAL, ""]
+    machine, on_gpu = report["machine"], report["machine"]["device"] == "cuda"
+    lines = (
+        ["# StructLoRA on a GPU", ""] if on_gpu else ["# StructLoRA, rehearsed on a CPU", "", REHEARSAL, ""]
+    )
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report["outcomes"].items()))
     lines += [f"{outcomes}, in {report['seconds']:.0f} seconds.", ""]
     lines += [f"* {gpu}" for gpu in machine.get("gpus", [])]
@@ -34,31 +29,24 @@ def write(report: dict) -> str:
     lines += ["* " + ", ".join(f"{name} {version}" for name, version in machine["packages"].items()), ""]
     for part, found in report["parts"].items():
         lines += [f"## {TITLES[part]}", "", f"{found['seconds']:.0f} seconds of {found['at most']:.0f}.", ""]
-        lines += ["| what | outcome | figures | seconds |", "|---|---|---|---|"]
-        lines += [_line(row) for row in found["rows"]] + [""]
+        lines += [
+            "| what | outcome | figures | seconds |",
+            "|---|---|---|---|",
+            *map(_line, found["rows"]),
+            "",
+        ]
         for row in found["rows"]:
             if row["outcome"] == rows.FAILED:
-                lines += [
-                    f"`{row['name']}` failed:",
-                    "",
-                    "```text",
-                    row["reason"].replace("```", "'''"),
-                    "```",
-                    "",
-                ]
+                reason = row["reason"].replace("```", "'''")
+                lines += [f"`{row['name']}` failed:", "", "```text", reason, "```", ""]
     return "\n".join(lines)
 
 
 def _line(row: dict) -> str:
-    outcome = row["outcome"]
-    if outcome == rows.SKIPPED:
-        outcome += f": {row['reason']}"
+    outcome = f"skipped: {row['reason']}" if row["outcome"] == rows.SKIPPED else row["outcome"]
     figures = "; ".join(f"{name} {_value(value)}" for name, value in row["figures"].items())
-    return (
-        "| "
-        + " | ".join(_cell(text) for text in (row["name"], outcome, figures, f"{row['seconds']:.1f}"))
-        + " |"
-    )
+    cells = (row["name"], outcome, figures, f"{row['seconds']:.1f}")
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _value(value) -> str:
@@ -67,7 +55,3 @@ def _value(value) -> str:
     if isinstance(value, list):
         return " to ".join(map(_value, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -68,15 +68,8 @@ def pytest_collection_finish(session):
 def pytest_runtest_logreport(report):
     # A test that is skipped or fails before it is called has no report of the call.
     if report.when == "call" or (report.when == "setup" and not report.passed):
-        add(
-            Row(
-                _name(report.nodeid),
-                report.outcome,
-                _reason(report),
-                report.duration,
-                dict(report.user_properties),
-            )
-        )
+        figures = dict(report.user_properties)
+        add(Row(_name(report.nodeid), report.outcome, _reason(report), report.duration, figures))
     elif report.failed:
         add(Row(_name(report.nodeid), FAILED, _reason(report), report.duration))
 
