@@ -18,9 +18,6 @@ from torch.distributed.tensor import DTensor
 from ..core.kinds import Kind, full_shape
 from ..errors import StructLoRAError
 
-# torch 2.13 has another name for it.
-_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-
 Part = tuple[int, int]  # where a part of a flat parameter starts and stops
 
 
@@ -143,7 +140,7 @@ def rate_of(group: dict, configured: float = 0.0) -> Rate:
 
 
 class Layout:
-    """Who holds which part of parameters of one shape. To build one is a collective, as `gather` is.
+    """Which part of parameters of one shape this rank holds.
 
     Args:
         engine (`Engine`): who owns the parameters.
@@ -153,16 +150,8 @@ class Layout:
     def __init__(self, engine: Engine, parameters: list[nn.Parameter]):
         self.group, self.parameters, self.device = engine.group, parameters, parameters[0].device
         self.entries = math.prod(full_shape(parameters[0]))
-        parts = [engine.part(p) for p in parameters]
-        self.sizes = [stop - start for start, stop in parts]
-        self._parts = [parts]  # of all ranks
-        if self.group is not None:
-            self._rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-            own = torch.tensor(parts, dtype=torch.int64, device=self.device)
-            everyone = own.new_empty(ranks * len(own), 2)
-            getattr(dist, _ALL_GATHER)(everyone, own, group=self.group)
-            self._parts = everyone.view(ranks, len(own), 2).tolist()
-            self._longest = max(sum(stop - start for start, stop in of_rank) for of_rank in self._parts)
+        self._parts = [engine.part(p) for p in parameters]
+        self._sizes = [stop - start for start, stop in self._parts]
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """Join this rank's parts of all parameters: flat, fp32."""
@@ -170,31 +159,27 @@ class Layout:
 
     def split(self, own: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters of which this rank holds a part, each with its own of joined parts."""
-        pairs = zip(self.parameters, own.split(self.sizes), strict=True)
+        pairs = zip(self.parameters, own.split(self._sizes), strict=True)
         return [(parameter, part) for parameter, part in pairs if part.numel()]
 
     def own(self, whole: Tensor) -> Tensor:
         """Return this rank's parts, joined, of whole parameters, (n, entries of one)."""
         if self.group is None:
             return whole.reshape(-1)
-        rows = zip(whole, self._parts[self._rank], strict=True)
-        return torch.cat([row[start:stop] for row, (start, stop) in rows])
+        return torch.cat([row[start:stop] for row, (start, stop) in zip(whole, self._parts, strict=True)])
 
     def gather(self, own: Tensor) -> Tensor:
-        """Return whole parameters, (n, entries of one), of all ranks' joined parts."""
+        """Return whole parameters, (n, entries of one), of all ranks' joined parts. A collective.
+
+        The sum of parts that do not overlap, since ranks may hold parts of any sizes, and many ranks none.
+        """
         if self.group is None:
             return own.view(len(self.parameters), self.entries)
-        sent = own.new_zeros(self._longest)
-        sent[: len(own)] = own
-        found = own.new_empty(len(self._parts) * self._longest)
-        getattr(dist, _ALL_GATHER)(found, sent, group=self.group)
-        pieces = []
-        for of_rank, parts in zip(found.view(-1, self._longest), self._parts, strict=True):
-            sizes = [stop - start for start, stop in parts]
-            values = of_rank[: sum(sizes)].split(sizes)
-            pieces += [(i, start, x) for i, ((start, _), x) in enumerate(zip(parts, values, strict=True))]
-        pieces.sort(key=lambda piece: piece[:2])
-        return torch.cat([x for *_, x in pieces]).view(len(self.parameters), self.entries)
+        whole = own.new_zeros(len(self.parameters), self.entries)
+        places = [row[start:stop] for row, (start, stop) in zip(whole, self._parts, strict=True)]
+        copy_values(places, list(own.split(self._sizes)))
+        dist.all_reduce(whole, group=self.group)
+        return whole
 
 
 def refuse_missing(trained: list[nn.Parameter], stepped: set[int], name: str) -> None:

@@ -73,7 +73,9 @@ def calling_trainer() -> tuple[Trainer, str | None]:
 
 
 def when_train_breaks_off(trainer: Trainer, end: Callable[[], None]) -> None:
-    """Have something done where `trainer.train` raises, of which no callback hears (transformers 5.24)."""
+    """Have something done where `trainer.train` raises, of which no callback hears (transformers 5.24;
+    `upstream/transformers-train-that-breaks-off.md`).
+    """
     train = trainer.train
 
     @wraps(train)

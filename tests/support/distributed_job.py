@@ -194,12 +194,6 @@ class Counted:
     def __getattr__(self, name):
         return getattr(dist, name)
 
-    def all_gather_into_tensor(self, output, sent, group):
-        self._count((output.numel() - sent.numel()) * sent.element_size())
-        getattr(dist, base._ALL_GATHER)(output, sent, group=group)
-
-    all_gather_single = all_gather_into_tensor
-
     def all_reduce(self, tensor, op=dist.ReduceOp.SUM, group=None):
         world = dist.get_world_size(group)
         self._count(2 * (world - 1) * tensor.numel() * tensor.element_size() // world)
