@@ -1,8 +1,8 @@
 """What StructLoRA adds to a step where ranks share the parameters: an analytical model. `distributed.py` holds it to counts.
 
 The map wants whole factors, one side of a kind at a time: gradients and latent values before the optimizer's update, latent
-values after it, and running means of gradients where edges are drawn anew. In each of these all-gathers a rank sends its parts,
-padded to those of the rank that has most, to all others. Who owns what decides how much that is:
+values after it, and running means of gradients where edges are drawn anew. Each is a sum over ranks of parts that do not overlap.
+Who owns what decides how much a rank holds of offsets and running means:
 
     FSDP2           rows of each factor: of a lora_A, as many ranks as it has rows have one at most
     ZeRO-3          an equal share of each factor
@@ -83,7 +83,7 @@ class Added:
     Args:
         collectives, bytes_sent (`float`): in an optimizer step, on average.
         held_bytes (`int`): between two steps.
-        gathered_bytes (`int`): of the largest all-gather, for as long as one side of a kind is mapped.
+        gathered_bytes (`int`): of the largest side, whole, for as long as it is mapped.
     """
 
     collectives: float
@@ -102,14 +102,15 @@ def added(stack: Stack, method: str, engine: str, ranks: int) -> Added:
     collectives += engine in ("zero1", "zero2")  # DeepSpeed looks for NaN
     if mapped and engine != "ddp":
         collectives += 1 + GATHERS * len(mapped)
-        sent += ring * FP32 * 2 + GATHERS * (ranks - 1) * FP32 * sum(parts)  # two flags, and factors
+        whole = stack.depths * sum(side.size for side in mapped)
+        sent += ring * FP32 * (2 + GATHERS * whole)  # two flags, and factors
     starts = 1 if mapped else stack.depths  # of all depths together, or of each
     origins = starts * sum(side.size for side in sides if side.keeps_origin)
     theta = 3 * StructLoRAConfig(**OURS[method]).coordinator_layers * stack.rank**2 + 1  # and its AdamW
     # A graph is two times L x L of bool and one of fp32, and degrees.
     graphs = len(stack.widths) * ((2 + FP32) * stack.depths**2 + FP32 * stack.depths)
     numbers = 2 * sum(parts) + origins + theta * len(mapped) + modules * stack.rank
-    gathered = 0 if engine == "ddp" else FP32 * ranks * max(parts, default=0)
+    gathered = 0 if engine == "ddp" else FP32 * stack.depths * max((side.size for side in mapped), default=0)
     return Added(collectives, sent, FP32 * numbers + graphs, gathered)
 
 
@@ -140,7 +141,7 @@ def estimate(stack: Stack, method: str, engine: str, gpus: int) -> dict[str, flo
     return {
         "sent_MB": round(found.bytes_sent / 1e6, 1),
         "sending_ms": round(1000 * sending, 2),
-        "map_ms": round(1000 * on_gpu, 2),
+        "on_gpu_ms": round(1000 * on_gpu, 2),
         "step_time_ratio": round(1 + (sending + on_gpu) / step, 4),
         "held_MB": round(found.held_bytes / 1e6, 1),
         "gathered_MB": round(found.gathered_bytes / 1e6, 1),
