@@ -302,6 +302,19 @@ def test_resume_is_bit_for_bit(engine, tmp_path):
 
 
 @slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_what_zero_to_fp32_collects_is_the_adapter(engine, tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    launch(tmp_path, engine, method={"coordinator_lr": 0.3}, **SAVING)
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "checkpoint-6"))
+    for name, value in adapter(tmp_path).items():
+        torch.testing.assert_close(
+            found[name.replace(".weight", ".default.weight")], value, atol=1e-6, rtol=0
+        )
+
+
+@slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
 def test_resume_at_another_world_size(engine, tmp_path, one_process):
     """Where the engine's own checkpoint allows it, the run goes on as if nothing had changed; ZeRO's does not, and says so."""
