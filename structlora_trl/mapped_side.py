@@ -109,4 +109,5 @@ class MappedSide:
         effective = self.own(self.map(self.side, self.whole(latent)))
         pairs = [(p, value) for p, value in self.layout.split(effective) if not rests(p)]
         copy_values([self.engine.values(p) for p, _ in pairs], [value for _, value in pairs])
-        self.offset = self.standing() - latent  # as their dtype holds them
+        is_exact = len(pairs) == len(self.parameters) and all(p.dtype == torch.float32 for p, _ in pairs)
+        self.offset = (effective if is_exact else self.standing()) - latent

@@ -155,7 +155,10 @@ class Layout:
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """Join this rank's parts of all parameters: flat, fp32."""
-        return torch.cat([part.reshape(-1).to(self.device, torch.float32) for part in parts])
+        flat = [part.reshape(-1) for part in parts]
+        if any(part.device != self.device for part in flat):  # offloaded, or of a model on several devices
+            flat = [part.to(self.device) for part in flat]
+        return torch.cat(flat).float()
 
     def split(self, own: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters of which this rank holds a part, each with its own of joined parts."""
