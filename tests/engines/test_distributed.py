@@ -281,7 +281,7 @@ def test_a_plain_run_after_one_that_broke_off_has_no_gates(engine, tmp_path):
     """Under ZeRO the plain run's optimizer steps flat masters of a new engine, and none of our parameters."""
     trainer = {"gradient_checkpointing": False}  # hooks of two ZeRO-3 engines disagree in its recomputation
     facts = launch(tmp_path, engine, steps=4, plain_after=2, method={"gates": "gaussian"}, trainer=trainer)
-    assert (facts["attached"], facts["step"], len(facts["losses"])) == (False, 2, 4)
+    assert (facts["gates_stand"], facts["step"], len(facts["losses"])) == (False, 2, 4)
 
 
 SAVING = {"steps": 6, "trainer": {**STEADY, "save_strategy": "steps", "save_steps": 3}}

@@ -336,7 +336,7 @@ def main():
     if callback is not None:
         runtime = callback.runtime
         facts |= {"engine": runtime.engine.name, "step": runtime.step, "skipped": runtime.skipped_steps}
-        facts["attached"] = runtime.is_attached
+        facts["gates_stand"] = runtime._close_gates.alive
         if is_deepspeed or args.engine in MESHES:
             facts |= {"bytes_sent": counted.bytes_sent, "collectives": counted.collectives}
         if args.engine in LOADED:
