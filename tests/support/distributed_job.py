@@ -269,7 +269,7 @@ def main():
 
     from structlora_trl import StructLoRACallback, StructLoRASFTConfig, StructLoRASFTTrainer
     from tests.support.jobs import StopAt, sft
-    from tests.support.tiny import base_model
+    from tests.support.tiny import base_model, standing
 
     if args.method is not None:
         args.method = {"gates": "off", **args.method, **(args.method_of_rank_1 if rank == 1 else {})}
@@ -350,7 +350,11 @@ def main():
     trainer.save_model(str(args.output / "adapter"))
     if dist.is_initialized():
         dist.barrier()
-    state = None if callback is None else callback._finished
+    state = None
+    if callback is not None:
+        stands = zip(runtime.kinds, standing(runtime), strict=True)
+        weights = {f"{kind.name}/{side}": x for kind, pair in stands for side, x in pair._asdict().items()}
+        state = weights | (callback._finished or {})
     if rank == 0:
         if callback is not None:
             torch.save(state, args.output / "state.pt")

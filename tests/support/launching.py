@@ -124,9 +124,9 @@ def state(output) -> dict[str, torch.Tensor]:
 
 
 def trained(output) -> dict[str, torch.Tensor]:
-    """The adapter, offsets, Θ and semantic edges at the end."""
-    ends = ("offset_A", "offset_B", "theta", "graph.semantic")
-    return {n: v for n, v in state(output).items() if n.endswith(ends)} | adapter(output)
+    """Weights, offsets, Θ and semantic edges at the end."""
+    ends = ("/A", "/B", "offset_A", "offset_B", "theta", "graph.semantic")
+    return {n: v for n, v in state(output).items() if n.endswith(ends)}
 
 
 def adapter(output) -> dict[str, torch.Tensor]:
