@@ -131,9 +131,9 @@ class DeepSpeedEngine(Engine):
             parameter.ds_secondary_tensor = None  # hpZ's copy, which DeepSpeed makes anew
 
     def flags(self) -> Tensor:
-        flags = super().flags()
-        flags[0] = 0  # of NaN and Inf, DeepSpeed has left the step out itself
-        return flags
+        # With NaN or Inf, DeepSpeed has left the step out itself. One group's gradients may be zero while others' are
+        # not, as those of lora_A in the first step of a fresh adapter.
+        return torch.tensor([0.0, 1.0], dtype=torch.float32, device=self.device)
 
     def dropped(self, parameters: list[nn.Parameter]) -> list[bool]:
         skips, self._skips = self._skips, self._engine.skipped_steps

@@ -47,7 +47,9 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
         engine = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups(model)), config=config)[
             0
         ]
-    runtime = attach(engine, engine.optimizer, coordinator_lr=THETA_LR, **DATA)
+    # By default the rate is that of the group of the factors that are coordinated, here lora_A's.
+    options, peak = ({"coordinator_lr": THETA_LR}, THETA_LR) if scheduler else ({}, 1e-3)
+    runtime = attach(engine, engine.optimizer, **options, **DATA)
     found = []
     for step in range(STEPS):
         if not scheduler:  # by hand: LoRA's groups are halved, the other one stays
@@ -58,7 +60,7 @@ def shares(stage: int, dtype: str | None, scheduler: dict | None) -> list[float]
         engine.train()
         engine.backward(loss_of(engine, "llama", step))
         engine.step()
-        found.append(runtime.optimizer.param_groups[0]["lr"] / THETA_LR)
+        found.append(runtime.optimizer.param_groups[0]["lr"] / peak)
     runtime.detach()
     return found
 
