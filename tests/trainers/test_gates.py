@@ -72,7 +72,8 @@ def test_packed_rows_have_the_labels_of_all_their_sequences(strategy, tmp_path):
         return callback.runtime.gating.bottleneck
 
     apart, packed = found(), found(packing=True, packing_strategy=strategy)
-    assert packed.examples == pytest.approx(apart.examples, rel=0.1)
+    # Of nine tokens of a sequence, TRL before 1.0 leaves the first out of the loss where rows are packed.
+    assert packed.examples == pytest.approx(apart.examples, rel=0.15)
     assert packed.batch_size > 2 * apart.batch_size
 
 
