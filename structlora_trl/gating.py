@@ -86,9 +86,10 @@ class Gating:
         if modules or maps:
             # A language model is called through its head, or without it.
             roots = {m for m in model.modules() if isinstance(m, PreTrainedModel)} | {model.base_model.model}
-            handles += [root.register_forward_pre_hook(self.forward, with_kwargs=True) for root in roots]
             begins = _Begins(self)
             handles += [root.register_forward_pre_hook(begins) for root in roots]
+            if modules:
+                handles += [root.register_forward_pre_hook(self.forward, with_kwargs=True) for root in roots]
         self._listening = {
             m.name: m.factor.register_post_accumulate_grad_hook(_notes(m, self._heard)) for m in modules
         }

@@ -110,9 +110,8 @@ class Runtime:
         self._counts = self._is_counted = self._wants_cosine = False
         self._rests: set[int] = set()
         self._missing = 0  # parameters without gradients in the last step
-        self._last: tuple[dict[str, Tensor], dict[str, float]] | None = (
-            None  # state and metrics, once detached
-        )
+        # State and metrics, once detached.
+        self._last: tuple[dict[str, Tensor], dict[str, float]] | None = None
         self._build()
         # A model outlives a run that nobody ended: its gates go with the runtime.
         self._close_gates = weakref.finalize(self, self.gating.install(self.model, bool(self.sides)))
@@ -277,12 +276,13 @@ class Runtime:
         if not self._counts:
             return
         self._moving = [side for side in self._now if side.is_moving()]
-        still = {at for at, group in groups.items() if self.engine.rate(group).current == 0}
+        optimizer = self.engine.optimizer
+        still = {id(group) for group in optimizer.param_groups if self.engine.rate(group).current == 0}
         self._rests = {
             id(p)
             for side in self._now
             for p in side.parameters
-            if not p.requires_grad or id(self.engine.holder(p)) in still
+            if not p.requires_grad or id(groups[id(self.engine.holder(p))]) in still
         }
         self._pull_back(groups)
 
@@ -301,9 +301,8 @@ class Runtime:
                 "Gradients hold NaN or Inf: step skipped, nothing changed (%d skipped so far).",
                 self.skipped_steps,
             )
-        elif (
-            not is_moving
-        ):  # after `zero_grad(set_to_none=False)`; torch's checkpoints have an optimizer step so, too
+        elif not is_moving:
+            # As after `zero_grad(set_to_none=False)`; torch's checkpoints have an optimizer step so, too.
             self._refuse_replaced()
         return is_moving and not is_bad
 
@@ -321,10 +320,12 @@ class Runtime:
             side.rate = self.engine.rate(groups[id(self.engine.holder(side.parameters[0]))])
             for parameter, value in zip(side.coordinator.parameters(), of_own, strict=True):
                 parameter.grad = value / signed
-            if side.map.graph.follows_gradients:
-                side.observe(gradient / scale)
+            if side.follows_gradients or self._wants_cosine:
+                gradient = gradient / scale
+            if side.follows_gradients:
+                side.observe(gradient)
             if self._wants_cosine:
-                by_expert = side.map.graph.by_expert(gradient / scale).flatten(2)
+                by_expert = side.map.graph.by_expert(gradient).flatten(2)
                 self._cosines.append(cosines(neighbour_products(by_expert)).mean())
         self.engine.put_gradients(taken)
 

@@ -240,7 +240,6 @@ class State:
                     f"{own[fact]}, as in this run",
                     "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
                 )
-
         for m in maps:
             self._refuse_misfits(m, [side for side in runtime.sides if side.map is m])
 

@@ -101,9 +101,10 @@ def added(stack: Stack, method: str, engine: str, ranks: int) -> Added:
     collectives, sent = 1, ring * FP32 * modules * (stack.rank + 1)  # gates
     collectives += engine in ("zero1", "zero2")  # DeepSpeed looks for NaN
     if mapped and engine != "ddp":
-        collectives += 1 + GATHERS * len(mapped)
+        flags = engine == "fsdp2"  # which ranks agree on; DeepSpeed has looked at the gradients itself
+        collectives += flags + GATHERS * len(mapped)
         whole = stack.depths * sum(side.size for side in mapped)
-        sent += ring * FP32 * (2 + GATHERS * whole)  # two flags, and factors
+        sent += ring * FP32 * (2 * flags + GATHERS * whole)
     starts = 1 if mapped else stack.depths  # of all depths together, or of each
     origins = starts * sum(side.size for side in sides if side.keeps_origin)
     theta = 3 * StructLoRAConfig(**OURS[method]).coordinator_layers * stack.rank**2 + 1  # and its AdamW

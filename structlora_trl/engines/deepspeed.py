@@ -132,8 +132,11 @@ class DeepSpeedEngine(Engine):
 
     def flags(self) -> Tensor:
         # With NaN or Inf, DeepSpeed has left the step out itself. One group's gradients may be zero while others' are
-        # not, as those of lora_A in the first step of a fresh adapter.
-        return torch.tensor([0.0, 1.0], dtype=torch.float32, device=self.device)
+        # not, as those of lora_A in the first step of a fresh adapter. On the CPU: the host waits for nothing.
+        return torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
+
+    def agreed(self, flags: Tensor) -> Tensor:
+        return flags  # equal on every rank
 
     def dropped(self, parameters: list[nn.Parameter]) -> list[bool]:
         skips, self._skips = self._skips, self._engine.skipped_steps
