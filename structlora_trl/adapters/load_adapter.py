@@ -70,6 +70,11 @@ class Saved:
     openness: dict[str, Tensor] | None = None
 
     @cached_property
+    def modules(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Module -> its factors, fp32, as (r, ...) and (d, r, ...)."""
+        return _modules(self.tensors)
+
+    @cached_property
     def nats(self) -> dict[str, Tensor]:
         """Module -> (1, r) in fp64, the most that each direction passes; of modules with gates."""
         return {module: nats(p.double().logit())[None] for module, p in (self.openness or {}).items()}
@@ -214,7 +219,7 @@ def _read_alone(home: Path, folder: Path) -> Saved:
 @torch.no_grad()
 def _with_state(folder: Path, saved: Saved) -> Saved | None:
     """Return an adapter with the state in a folder; None where the state is of other weights."""
-    path, modules = folder / STATE_NAME, _modules(saved.tensors)
+    path, modules = folder / STATE_NAME, saved.modules
     state = read_state(path)
     with refusing(
         f"reading {path}",
@@ -262,12 +267,15 @@ def _with_run_of(checkpoint: Path, saved: Saved) -> Saved | None:
 
 def _adapters_in(home: Path) -> list[Path]:
     """Return the folders with an adapter of a run: PEFT saves one that is not named 'default' to a folder of its name, and
-    the state lies above it. Of several, the state tells which was trained.
+    the state lies above it. Of several, the run's options may name the trained one; else the state's norms tell it.
     """
     if not (home / STATE_NAME).is_file():
         return [home]
     named = sorted(path.parent for path in home.glob("*/adapter_config.json"))
     named = [folder for folder in named if not (folder / STATE_NAME).is_file()]  # else a checkpoint
+    trained = read_state(home / STATE_NAME).config.adapter_name if named else None
+    if home / str(trained) in named:
+        return [home / trained]
     return [*([home] if (home / "adapter_config.json").is_file() or not named else []), *named]
 
 
