@@ -85,7 +85,7 @@ LAYERS = [
     "examples",
     "structlora_trl.cli",
     "structlora_trl.integrations",
-    "structlora_trl.adapters",
+    "structlora_trl.shrink",
     "structlora_trl.trainers",
     "structlora_trl.attachment",
     "structlora_trl.model_card",

@@ -11,7 +11,7 @@ import torch
 
 import structlora_trl
 from structlora_trl import load_state, save_state
-from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.shrink.load_adapter import read_saved
 from tests.support.tiny import (
     assert_same,
     attached,

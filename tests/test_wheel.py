@@ -88,7 +88,7 @@ def test_wheel_holds_the_package_and_no_tests(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     ours = modules(ROOT / "structlora_trl", "structlora_trl")
     doors = modules(ROOT / "integrations", "structlora_trl/integrations")
-    assert names == ours | doors | {"structlora_trl/py.typed", "structlora_trl/adapters/page.html.j2"}
+    assert names == ours | doors | {"structlora_trl/py.typed", "structlora_trl/shrink/page.html.j2"}
 
 
 def test_distributions_pass_the_checks_of_an_upload(dist):

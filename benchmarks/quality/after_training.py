@@ -21,11 +21,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from structlora_trl import Runtime, save_gates
-from structlora_trl.adapters.base_model import factors_of, put
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.measuring import gate_information
-from structlora_trl.adapters.peft_scaling import with_singular_directions
-from structlora_trl.adapters.pruning import select
+from structlora_trl.shrink.base_model import factors_of, put
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.measuring import gate_information
+from structlora_trl.shrink.peft_scaling import with_singular_directions
+from structlora_trl.shrink.pruning import select
 
 from .tasks import Split
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from structlora_trl.adapters.measuring import SCALES
+from structlora_trl.shrink.measuring import SCALES
 
 from .tasks import NO_LABEL, Split
 

@@ -11,10 +11,10 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from structlora_trl.adapters.figures import Run
-from structlora_trl.adapters.inspecting import report
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.page import write_page as write_runs
+from structlora_trl.shrink.figures import Run
+from structlora_trl.shrink.inspecting import report
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.page import write_page as write_runs
 
 NAMES = {"base": "base model", "lora": "LoRA", "structlora": "StructLoRA"}
 COLOURS = {"lora": "#8a8f98", "structlora": "#c2410c"}

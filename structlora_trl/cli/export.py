@@ -6,18 +6,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.export_options import RANDOM, Options, Sizes, sizes_of
 from ..config import ENOUGH_INFORMATION, share_to_keep
 from ..errors import StructLoRAError, nearest, refuse_used
+from ..shrink.export_options import RANDOM, Options, Sizes, sizes_of
 from .arguments import parser_of
 from .early import ADAPTER_CONFIG, refuse_missing_model
 from .local_rows import is_local
 
 if TYPE_CHECKING:
-    from ..adapters.export import Export
-    from ..adapters.load_adapter import Saved
-    from ..adapters.measuring import Losses
-    from ..adapters.pruning import Pruned
+    from ..shrink.export import Export
+    from ..shrink.load_adapter import Saved
+    from ..shrink.measuring import Losses
+    from ..shrink.pruning import Pruned
 
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output, of a checkpoint (of one process, DDP, FSDP2 or DeepSpeed
 ZeRO), or of any LoRA adapter of PEFT: smaller, for a server, or merged. The result needs nothing of this package.
@@ -122,8 +122,8 @@ def run(command: str, arguments: list[str]) -> None:
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments, and after a path that is wrong: these load torch and PEFT.
-    from ..adapters.export import write
-    from ..adapters.load_adapter import read_saved
+    from ..shrink.export import write
+    from ..shrink.load_adapter import read_saved
 
     saved, is_cut = read_saved(given.checkpoint), bool(ranks or shares)
     done = write(saved, given.out, sizes, options)
@@ -298,7 +298,7 @@ def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
 
 
 def _kind_ranks(saved: Saved, kind) -> list[int]:
-    from ..adapters.peft_scaling import rank_of
+    from ..shrink.peft_scaling import rank_of
 
     return [rank_of(saved.lora, module) for module in kind.modules]
 

@@ -15,8 +15,8 @@ from .export import in_words, refuse_missing
 from .local_rows import is_local
 
 if TYPE_CHECKING:
-    from ..adapters.inspecting import KindReport
-    from ..adapters.load_adapter import Saved
+    from ..shrink.inspecting import KindReport
+    from ..shrink.load_adapter import Saved
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
@@ -93,15 +93,15 @@ def run(command: str, arguments: list[str]) -> None:
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
-    from ..adapters.inspecting import contents, report
-    from ..adapters.load_adapter import read_saved
-    from ..adapters.servers import told
-    from ..adapters.trial import information_curves
+    from ..shrink.inspecting import contents, report
+    from ..shrink.load_adapter import read_saved
+    from ..shrink.servers import told
+    from ..shrink.trial import information_curves
 
     if is_drawn:
-        from ..adapters import figures
+        from ..shrink import figures
     if given.html:
-        from ..adapters.page import write_page
+        from ..shrink.page import write_page
     folders = [folder for folder in (given.adapter, given.against) if folder]
     # Both before the work: a wrong path is told at once.
     adapters = [read_saved(folder) for folder in folders]
@@ -157,7 +157,7 @@ def _run_names(folders: list[Path]) -> list[str]:
 
 def summary(saved: Saved, kinds: list[KindReport]) -> str:
     """What matters most, in a few lines: what the adapter is, its directions, the last losses of its log."""
-    from ..adapters.inspecting import (
+    from ..shrink.inspecting import (
         final_losses,
         gates_in_words,
         held_out_rows,
@@ -197,8 +197,8 @@ def summary(saved: Saved, kinds: list[KindReport]) -> str:
 
 def about_file(saved: Saved) -> list[str]:
     """Where the bytes are, and what servers need, a line each."""
-    from ..adapters.inspecting import contents
-    from ..adapters.servers import told
+    from ..shrink.inspecting import contents
+    from ..shrink.servers import told
 
     parts = contents(saved.tensors)
     lines = [

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..adapters import cells
-from ..adapters.cells import ending_of, refuse_cell
 from ..errors import StructLoRAError, nearest, refusing
+from ..shrink import cells
+from ..shrink.cells import ending_of, refuse_cell
 
 # Of what training takes: `datasets` would read .tsv by commas.
 BUILDERS = {ending: builder for ending, builder in cells.BUILDERS.items() if ending != ".tsv"}

@@ -12,9 +12,9 @@ from pathlib import Path
 from transformers import TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
-from ..adapters.inspecting import COMMAND_FACTS
 from ..errors import refusing
 from ..model_card import CARD_NAME, undescribe
+from ..shrink.inspecting import COMMAND_FACTS
 from ..state import STATE_NAME, save_state
 from ..trainers import compat
 from ..trainers.callback import StructLoRACallback

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from structlora_trl import StructLoRAConfig
-from structlora_trl.adapters.inspecting import peak_learning_rate, training_data
-from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.model_card import HEADING, TAG
+from structlora_trl.shrink.inspecting import peak_learning_rate, training_data
+from structlora_trl.shrink.load_adapter import read_saved
 from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import (
     SETTINGS,

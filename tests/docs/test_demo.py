@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from structlora_trl import StructLoRACallback
-from structlora_trl.adapters.inspecting import final_losses, log_history
+from structlora_trl.shrink.inspecting import final_losses, log_history
 from tests.support.data import save_base
 from tests.support.launching import ROOT
 from tests.support.tiny import sentence

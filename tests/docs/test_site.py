@@ -68,7 +68,7 @@ def test_reference_names_everything_public(site):
         "distilling",
         "servers",
     ):
-        module = import_module(f"structlora_trl.adapters.{name}")
+        module = import_module(f"structlora_trl.shrink.{name}")
         own = [item for item in vars(module).values() if getattr(item, "__module__", None) == module.__name__]
         public |= {f"{module.__name__}.{item.__name__}" for item in own if not item.__name__.startswith("_")}
     assert not public - anchors

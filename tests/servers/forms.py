@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.load_adapter import read_saved
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.load_adapter import read_saved
 
 RANK, TOKENS = 16, 8
 TEXTS = ["The capital of France is Paris, and the", "Once upon a time there was a small"]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.servers import told
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.servers import told
 
 from .forms import REFUSED, TEXTS, TOKENS, difference, in_peft, prompts
 

@@ -20,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from structlora_trl import attach
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.servers import told
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.servers import told
 from tests.support.tiny import DATA
 
 from .forms import FORMS, RANK, REFUSED, TEXTS, TOKENS, difference, in_peft, prompts

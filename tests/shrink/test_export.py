@@ -28,13 +28,13 @@ from transformers import (
 )
 
 from structlora_trl import attach
-from structlora_trl.adapters.base_model import class_count, load_base, write_adapter
-from structlora_trl.adapters.export import export, export_sizes
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.peft_scaling import with_one_scale
-from structlora_trl.adapters.trial import information_curves
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink.base_model import class_count, load_base, write_adapter
+from structlora_trl.shrink.export import export, export_sizes
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.peft_scaling import with_one_scale
+from structlora_trl.shrink.trial import information_curves
 from tests.support.adapters import (
     ADAPTER,
     ATTENTION,
@@ -348,7 +348,7 @@ def test_a_path_in_place_of_an_adapter_is_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [{"rank": 0}, {"rank": 1000}, {"keep": "25"}, {"keep": 0.5, "max_rank": 0}])
 def test_a_size_out_of_range_is_refused_before_the_rows_are_read(size, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("structlora_trl.adapters.export.read_rows", None)
+    monkeypatch.setattr("structlora_trl.shrink.export.read_rows", None)
     with pytest.raises(StructLoRAError, match="a rank of|`keep` 25"):
         export(read_saved(runs()), tmp_path / "new", data="rows.jsonl", **size)
 
@@ -362,7 +362,7 @@ def test_an_output_folder_that_is_not_empty(runs, capsys):
 def test_an_output_folder_below_a_file_is_refused_before_the_work(below, runs, tmp_path, monkeypatch, capsys):
     file = tmp_path / "notes.txt"
     file.write_text("kept")
-    monkeypatch.setattr("structlora_trl.adapters.export.write_adapter", None)
+    monkeypatch.setattr("structlora_trl.shrink.export.write_adapter", None)
     assert main(["export", str(runs()), str(file / below)]) == 1
     assert f"a file {file}" in capsys.readouterr().err and file.read_text() == "kept"
 

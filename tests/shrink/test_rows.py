@@ -14,12 +14,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, BatchEncoding
 from trl import SFTTrainer
 
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.inspecting import log_history
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.rows import read_rows
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.inspecting import log_history
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.rows import read_rows
 from tests.support.adapters import as_it_is, peft_run
 from tests.support.cli_runs import SFT, command_line
 from tests.support.data import save_base, texts, write_rows

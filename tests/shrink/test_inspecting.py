@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from structlora_trl.adapters.inspecting import log_history, report
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.pruning import prune
 from structlora_trl.cli import main
+from structlora_trl.shrink.inspecting import log_history, report
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.pruning import prune
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import (
     ADAPTER,
@@ -137,8 +137,8 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
 )
 def test_a_missing_library_is_named(library, module, option, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, f"structlora_trl.adapters.{module}", raising=False)
-    monkeypatch.delattr(f"structlora_trl.adapters.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"structlora_trl.shrink.{module}", raising=False)
+    monkeypatch.delattr(f"structlora_trl.shrink.{module}", raising=False)
     assert main(["inspect", str(runs()), option, str(tmp_path / "figures")]) == 1
     assert "structlora-trl[plot]" in capsys.readouterr().err
 

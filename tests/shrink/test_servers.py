@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from structlora_trl.adapters import export_options
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.inspecting import contents, held_out_rows, report
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.peft_scaling import rank_of
-from structlora_trl.adapters.servers import SERVERS, told
 from structlora_trl.cli import main
 from structlora_trl.cli.export import table
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink import export_options
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.inspecting import contents, held_out_rows, report
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.peft_scaling import rank_of
+from structlora_trl.shrink.servers import SERVERS, told
 from tests.support.adapters import ADAPTER, ATTENTION, CONFIG, EXPERTS, as_it_is, llama_run, on_base, peft_run
 from tests.support.cli_runs import logits_of
 from tests.support.setups import t5

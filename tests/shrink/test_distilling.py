@@ -20,16 +20,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from structlora_trl.adapters import distilling
-from structlora_trl.adapters.base_model import load_base, put
-from structlora_trl.adapters.distilling import distil
-from structlora_trl.adapters.export import export, export_sizes
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.peft_scaling import with_singular_directions
-from structlora_trl.adapters.pruning import shrink
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
-from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
+from structlora_trl.shrink import distilling
+from structlora_trl.shrink.base_model import load_base, put
+from structlora_trl.shrink.distilling import distil
+from structlora_trl.shrink.export import export, export_sizes
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.peft_scaling import with_singular_directions
+from structlora_trl.shrink.pruning import shrink
+from tests.shrink.test_pruning import adapter, row_losses, rows_of  # noqa: F401
 from tests.support.adapters import ADAPTER, as_it_is, on_base, peft_run
 from tests.support.cli_runs import logits_of
 from tests.support.data import texts, write_rows
@@ -355,7 +355,7 @@ def test_a_disk_that_does_not_take_the_file_is_told(what, adapter, tmp_path, mon
         def fail(*given, **options):
             raise error
 
-        monkeypatch.setattr("structlora_trl.adapters.base_model.save_file", fail)
+        monkeypatch.setattr("structlora_trl.shrink.base_model.save_file", fail)
     words = "File name too long" if what == "a long path" else "No space left on device"
     with pytest.raises(StructLoRAError, match=words):
         export(saved, out, rank=2, probe="none")

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from structlora_trl import save_state
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.inspecting import log_history
-from structlora_trl.adapters.load_adapter import read_saved
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.inspecting import log_history
+from structlora_trl.shrink.load_adapter import read_saved
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, CONFIG, HALF, KINDS, STEPS, llama_run, only_adapter
 from tests.support.launching import launch, one_at_a_time

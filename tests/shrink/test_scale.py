@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from structlora_trl.adapters import measuring
-from structlora_trl.adapters.base_model import load_base
-from structlora_trl.adapters.export import export
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
-from tests.adapters.test_pruning import adapter, row_losses, rows_of  # noqa: F401
+from structlora_trl.shrink import measuring
+from structlora_trl.shrink.base_model import load_base
+from structlora_trl.shrink.export import export
+from tests.shrink.test_pruning import adapter, row_losses, rows_of  # noqa: F401
 from tests.support.adapters import ADAPTER
 from tests.support.data import write_rows
 

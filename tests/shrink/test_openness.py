@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.pruning import size_curve
-from structlora_trl.adapters.trial import information_curves
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
 from structlora_trl.gates_file import GATES_NAME, read_openness, write_openness
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.pruning import size_curve
+from structlora_trl.shrink.trial import information_curves
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import ADAPTER, DEPTHS, HALF, KINDS, RANK, STEPS, as_it_is, on_base, peft_run
 from tests.support.cli_runs import logits_of

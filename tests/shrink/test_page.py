@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 import pytest
 from safetensors.torch import load_file, save_file
 
-from structlora_trl.adapters.inspecting import report
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.trial import information_curves
 from structlora_trl.cli import main
 from structlora_trl.core.kinds import short_names
+from structlora_trl.shrink.inspecting import report
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.trial import information_curves
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import DEPTHS, KINDS, RANK, STEPS, on_base
 from tests.support.data import texts, write_rows
@@ -27,7 +27,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 from matplotlib.figure import Figure
 
-from structlora_trl.adapters.figures import Run, charts, write
+from structlora_trl.shrink.figures import Run, charts, write
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 VOID = {"meta"}

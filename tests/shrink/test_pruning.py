@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
 
-from structlora_trl.adapters.base_model import load_base
-from structlora_trl.adapters.export import export
-from structlora_trl.adapters.load_adapter import read_saved
-from structlora_trl.adapters.measuring import gate_information
-from structlora_trl.adapters.peft_scaling import factor_names, rank_of, with_singular_directions
-from structlora_trl.adapters.pruning import select
-from structlora_trl.adapters.rows import read_rows
 from structlora_trl.cli import main
 from structlora_trl.errors import StructLoRAError
+from structlora_trl.shrink.base_model import load_base
+from structlora_trl.shrink.export import export
+from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.measuring import gate_information
+from structlora_trl.shrink.peft_scaling import factor_names, rank_of, with_singular_directions
+from structlora_trl.shrink.pruning import select
+from structlora_trl.shrink.rows import read_rows
 from tests.support.adapters import ADAPTER, CONFIG, EXPERTS, RANK, RUNS, as_it_is, on_base, peft_run
 from tests.support.cli_runs import logits_of
 from tests.support.data import chats, texts, write_rows
