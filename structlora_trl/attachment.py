@@ -27,7 +27,7 @@ from .errors import StructLoRAError
 from .gating import Gating
 from .peft_adapter import Start, gates_of, is_lora, start_of
 from .rank_check import refuse_disagreement, world_size
-from .runtime import Plan, Runtime
+from .runtime import Runtime
 from .yaml_block import read_given
 
 logger = logging.getLogger(__name__)
@@ -147,19 +147,17 @@ def build_runtime(
     _detach_earlier(kinds)
     bottleneck = Bottleneck(*data, config.beta, config.gate_lr) if gated else None
     runtime = Runtime(
-        Plan(
-            model,
-            kinds,
-            config,
-            engine,
-            Gating(gated, bottleneck, engine, forward, scaler or found_scaler),
-            quiet=silent,
-            align=config.coordinator != "none" and config.align_init and start.is_drawn,
-            moves_base=start.moves_base,
-            parts=parts,
-            frozen=_frozen_factors(model, adapter_name),
-            select_step=select_step,
-        )
+        model,
+        kinds,
+        config,
+        engine,
+        Gating(gated, bottleneck, engine, forward, scaler or found_scaler),
+        quiet=silent,
+        align=config.coordinator != "none" and config.align_init and start.is_drawn,
+        moves_base=start.moves_base,
+        parts=parts,
+        frozen=_frozen_factors(model, adapter_name),
+        select_step=select_step,
     )
     if world_size() > 1:
         try:

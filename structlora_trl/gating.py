@@ -187,20 +187,6 @@ class Gating:
             "closed_share": (found < 0.5).float().mean().item(),
         }
 
-    def refuse_misfits(self, state: dict[str, Tensor]) -> None:
-        """Stop where a state's gates are not of the ranks of these. Changes nothing.
-
-        Raises:
-            StructLoRAError: it names the module.
-        """
-        for name, gate in self.gates.items():
-            if name in state and state[name].shape != gate.logits.shape:
-                raise StructLoRAError(
-                    f"a state with {len(state[name])} gates of '{name}'",
-                    f"{len(gate.logits)}, as in this run",
-                    "resume from a checkpoint of this run",
-                )
-
     def state(self) -> dict[str, Tensor]:
         """Return the logits by module."""
         return {name: gate.logits.detach() for name, gate in self.gates.items()}

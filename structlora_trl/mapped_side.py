@@ -52,12 +52,6 @@ class MappedSide:
         return self.map.coordinators[self.side] if self.side in self.map.coordinators else None
 
     @property
-    def node_shape(self) -> list[int]:
-        """Rows and columns of a node's factor."""
-        rank, (*_, k, d) = self.map.kind.rank, self.map.kind.shape
-        return [rank, k] if self.side == "A" else [d, rank]
-
-    @property
     def follows_gradients(self) -> bool:
         """Whether edges of its graph follow its gradients."""
         return self.coordinator is not None and self.map.graph.follows_gradients

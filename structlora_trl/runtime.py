@@ -11,7 +11,6 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,9 +41,8 @@ _LISTED = 8  # names in a line
 _attached: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 
-@dataclass
-class Plan:
-    """What `attachment.py` found out: what is trained, and how.
+class Runtime:
+    """StructLoRA on one adapter and one optimizer. `attach` builds it.
 
     Args:
         model (`nn.Module`): the PEFT model whose parameters the kinds hold.
@@ -52,28 +50,12 @@ class Plan:
         config (`StructLoRAConfig`): how.
         engine (`Engine`): who owns the parameters.
         gating (`Gating`): the gates.
-        quiet (`dict[str, int]`): why other modules have no gates -> number of modules.
-        align (`bool`): give every node of a fresh kind (B = 0) the lora_A of the first.
-        moves_base (`bool`): the adapter's start holds part of the base weights (PiSSA).
-        frozen (`list[nn.Parameter]`): LoRA factors of the adapter that no map has, and must stay frozen.
+        quiet (`dict[str, int]`, *optional*): why other modules have no gates -> number of modules.
+        align (`bool`, *optional*, defaults to False): give every node of a fresh kind (B = 0) the lora_A of the first.
+        moves_base (`bool`, *optional*, defaults to False): the adapter's start holds part of the base weights (PiSSA).
+        parts (`Parts`, *optional*): what the method is built of.
+        frozen (`list[nn.Parameter]`, *optional*): LoRA factors of the adapter that no map has, and must stay frozen.
         select_step (`int`, *optional*): optimizer steps, taken or skipped, after which directions are selected.
-    """
-
-    model: nn.Module
-    kinds: list[Kind]
-    config: StructLoRAConfig
-    engine: Engine
-    gating: Gating
-    quiet: dict[str, int] = field(default_factory=dict)
-    align: bool = False
-    moves_base: bool = False
-    parts: Parts = DEFAULT_PARTS
-    frozen: list[nn.Parameter] = field(default_factory=list)
-    select_step: int | None = None
-
-
-class Runtime:
-    """StructLoRA on one adapter and one optimizer. `attach` builds it.
 
     Attributes:
         step (`int`): optimizer steps that counted.
@@ -94,9 +76,29 @@ class Runtime:
         >>> runtime.detach()  # the model keeps its weights: a plain LoRA adapter
     """
 
-    def __init__(self, plan: Plan):
-        self.plan, self.model, self.kinds, self.config = plan, plan.model, plan.kinds, plan.config
-        self.engine, self.device, self.gating = plan.engine, plan.kinds[0].device, plan.gating
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: list[Kind],
+        config: StructLoRAConfig,
+        engine: Engine,
+        gating: Gating,
+        *,
+        quiet: dict[str, int] | None = None,
+        align: bool = False,
+        moves_base: bool = False,
+        parts: Parts = DEFAULT_PARTS,
+        frozen: list[nn.Parameter] | None = None,
+        select_step: int | None = None,
+    ):
+        self.model, self.kinds, self.config, self.engine, self.gating = model, kinds, config, engine, gating
+        self.device, self.parts, self.quiet, self.select_step = (
+            kinds[0].device,
+            parts,
+            quiet or {},
+            select_step,
+        )
+        self._frozen = frozen or []
         self.is_attached = True
         self.step = self.skipped_steps = self.calls = 0
         self._places = _places_of(self.model, self.lora_parameters())
@@ -112,7 +114,7 @@ class Runtime:
         self._missing = 0  # parameters without gradients in the last step
         # State and metrics, once detached.
         self._last: tuple[dict[str, Tensor], dict[str, float]] | None = None
-        self._build()
+        self._build(align, moves_base)
         # A model outlives a run that nobody ended: its gates go with the runtime.
         self._close_gates = weakref.finalize(self, self.gating.install(self.model, bool(self.sides)))
         self._close_gates.atexit = False
@@ -131,20 +133,20 @@ class Runtime:
 
     @in_map_context
     @torch.no_grad()
-    def _build(self) -> None:
+    def _build(self, align: bool, moves_base: bool) -> None:
         """Build maps, sides and the optimizer of Θ from the factors that stand, and align those factors where asked."""
         self._layouts = [
             {side: Layout(self.engine, getattr(kind, side)) for side in kind.sides} for kind in self.kinds
         ]
-        aligned = self._to_align() if self.plan.align else [False] * len(self.kinds)
+        aligned = self._to_align() if align else [False] * len(self.kinds)
         self.has_aligned, self.maps = any(aligned), []
         for kind, start, same in zip(self.kinds, self._factors(), aligned, strict=True):
             if same:  # the first lora_A at all depths, and of all experts
                 start = start._replace(A=start.A[:1])
                 nodes = start.A.expand(kind.node_count, -1, -1)
                 self.engine.write(kind.A, to_storage(nodes, "A", kind).flatten(1))
-            origin_B = start.B.clone() if self.plan.moves_base or kind.is_vera else None
-            self.maps.append(KindMap(kind, self.config, start.A.clone(), origin_B, self.plan.parts))
+            origin_B = start.B.clone() if moves_base or kind.is_vera else None
+            self.maps.append(KindMap(kind, self.config, start.A.clone(), origin_B, self.parts))
         self.sides = [
             MappedSide(m, side, self.engine, layouts[side])
             for m, layouts in zip(self.maps, self._layouts, strict=True)
@@ -207,7 +209,7 @@ class Runtime:
         unknown = (
             f", not coordinated (role unknown, see `roles`): {_listed(alone)}" if graph and alone else ""
         )
-        step = self.plan.select_step
+        step = self.select_step
         return [
             f"StructLoRA on {self.engine.name}, {processes}: {len(self.kinds)} kinds ({depths})",
             self._describe_gates(),
@@ -222,7 +224,7 @@ class Runtime:
                 f"{self.config.gates} gates on {len(self.gating)} modules, {of.examples:,.0f} labels, "
                 f"{of.batch_size:,.0f} a step, beta {of.beta:g}"
             ]
-        off = [f"no gates on {count} modules ({why})" for why, count in self.plan.quiet.items()]
+        off = [f"no gates on {count} modules ({why})" for why, count in self.quiet.items()]
         return "; ".join(on + off)
 
     @_disable_dynamo
@@ -355,7 +357,7 @@ class Runtime:
             self._is_counted = True
             self.gating.step()
             self.step += 1
-            if self.plan.select_step is not None and self.acted_steps >= self.plan.select_step:
+            if self.select_step is not None and self.acted_steps >= self.select_step:
                 self._select()
         self._step_theta()
         if self.step % DepthGraph.redraw_every == 0:
@@ -381,7 +383,7 @@ class Runtime:
             return
         passed = self.gating.nats()
         nats = torch.cat(list(passed.values()))
-        chosen = self.plan.parts.choose(nats, self.config.keep)
+        chosen = self.parts.choose(nats, self.config.keep)
         kept = dict(zip(passed, chosen.split([len(x) for x in passed.values()]), strict=True))
         for m in self.maps:
             of_kind = m.selection.kept.clone()
@@ -412,7 +414,7 @@ class Runtime:
     @property
     def has_selected(self) -> bool:
         """Whether directions were selected."""
-        return self.plan.select_step is not None and bool(self.maps[0].selection.is_made)
+        return self.select_step is not None and bool(self.maps[0].selection.is_made)
 
     @property
     def acted_steps(self) -> int:
@@ -476,8 +478,7 @@ class Runtime:
     def restore(self, state: State) -> None:
         """Continue from a state that has been read already; see `load_state_dict`."""
         self._refuse_detached()
-        state.refuse_other_run(self)
-        self.gating.refuse_misfits(state.gates)
+        state.refuse_other_run(State.of(self, self.gating.state()))
         changes = state.changes(self.config)
         if changes:
             logger.warning(
@@ -513,16 +514,16 @@ class Runtime:
         self._last = self.state_dict(), self.metrics()
         self.stop()
         self.is_attached = False
-        if self.plan.select_step is not None and not self.has_selected and self.acted_steps:
+        if self.select_step is not None and not self.has_selected and self.acted_steps:
             logger.warning(
                 "keep=%r closed no direction: the weights are of step %d, and directions are selected at step %d.",
                 self.config.keep,
                 self.acted_steps,
-                self.plan.select_step,
+                self.select_step,
             )
         # Whoever keeps the runtime for its figures does not keep the model.
-        self.model = self.plan.model = None
-        self._places, self.plan.frozen, self._layouts, self.sides = [], [], [], []
+        self.model = None
+        self._places, self._frozen, self._layouts, self.sides = [], [], [], []
         self.engine.let_go()
         self.gating.let_go()
 
@@ -536,7 +537,7 @@ class Runtime:
 
     def _refuse_unfrozen(self) -> None:
         """Stop where the optimizer would move LoRA parameters that no map has."""
-        unfrozen = {id(p) for p in self.plan.frozen if p.grad is not None}
+        unfrozen = {id(p) for p in self._frozen if p.grad is not None}
         if unfrozen and any(
             id(p) in unfrozen for group in self.engine.optimizer.param_groups for p in group["params"]
         ):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ _START_ANEW = (
 )
 _SAME_RUN = "resume with the configuration and the LoraConfig of the run that wrote it"
 _HEADER, _GATES = "header", "/gates/"
+# What a run lacks before its first gradients, or while gates are off.
+_MAY_LACK = re.compile(rf"{_GATES}|.+/(mean_|optimizer\.)")
 _FACTS = ("format", "step", "skipped_steps", "options", "kinds")
 _BESIDE = ("norms", "offset_A", "offset_B", "mean_A", "mean_B")  # of a kind, and not in its map
 _CLOSE = 1e-4  # of a norm: a dtype's rounding, and what ranks add up in another order
@@ -63,12 +66,6 @@ class Side(Protocol):
     side: str
     offset: Tensor
     mean: Tensor | None
-
-    @property
-    def node_shape(self) -> list[int]: ...
-
-    @property
-    def follows_gradients(self) -> bool: ...
 
     def whole(self, own: Tensor) -> Tensor: ...
 
@@ -206,73 +203,52 @@ class State:
             raise damaged(where, f"a header that no run wrote: {error!r}") from error
         return state
 
-    def refuse_other_run(self, runtime: Run) -> None:
-        """Stop where this state is of other options, modules or shapes than a run. Changes nothing.
+    def refuse_other_run(self, ours: State) -> None:
+        """Stop where this state is of other options, modules or shapes than that of the present run. Changes nothing.
 
         Raises:
             StructLoRAError: what differs, by name.
         """
-        config, maps = runtime.config, runtime.maps
-        ours, theirs = config.options(), self.header["options"]
-        changed = [name for name in SHAPING if theirs[name] != ours[name]]
+        now, before = ours.header["options"], self.header["options"]
+        changed = [name for name in SHAPING if before[name] != now[name]]
         if changed:
-            before = ", ".join(f"{name}={theirs[name]!r}" for name in changed)
-            now = ", ".join(f"{name}={ours[name]!r}" for name in changed)
+            then = ", ".join(f"{name}={before[name]!r}" for name in changed)
             raise StructLoRAError(
-                f"a state trained with {before}, and now {now}",
+                f"a state trained with {then}, and now {', '.join(f'{name}={now[name]!r}' for name in changed)}",
                 "the options that shaped the state's weights as they were",
-                f"resume with {before}; or, {_START_ANEW}",
+                f"resume with {then}; or, {_START_ANEW}",
             )
-        facts = {m.kind.name: facts_of(m) for m in maps}
-        for name in sorted(facts.keys() | self.header["kinds"].keys()):
-            own, found = facts.get(name), self.header["kinds"].get(name)
-            if own is None or found is None:
+        facts, theirs = ours.header["kinds"], self.header["kinds"]
+        for name in sorted(facts.keys() ^ theirs.keys()):
+            raise StructLoRAError(
+                f"a state {'with' if name in theirs else 'without'} '{name}'",
+                "the same modules as now",
+                _SAME_RUN,
+            )
+        for name, own in facts.items():
+            for fact in (fact for fact in own if own[fact] != theirs[name].get(fact, own[fact])):
                 raise StructLoRAError(
-                    f"a state {'without' if found is None else 'with'} '{name}'",
-                    "the same modules as now",
-                    _SAME_RUN,
-                )
-            differing = [fact for fact in own if own[fact] != found.get(fact, own[fact])]
-            if differing:
-                fact = differing[0]
-                raise StructLoRAError(
-                    f"a state with {fact} {found[fact]} of '{name}'",
+                    f"a state with {fact} {theirs[name][fact]} of '{name}'",
                     f"{own[fact]}, as in this run",
                     "set `side` and `roles` as they were" if fact == "sides" else _SAME_RUN,
                 )
-        for m in maps:
-            self._refuse_misfits(m, [side for side in runtime.sides if side.map is m])
-
-    def _refuse_misfits(self, m: KindMap, sides: list[Side]) -> None:
-        """Stop where a kind's tensors are not those of its map and their optimizer."""
-
-        def likeness(name: str, x: Tensor) -> tuple:
-            # One for all nodes is the same as one of each.
-            is_shared = name == "origin_A" and len(x) == 1
-            return x.dtype, [m.kind.node_count if is_shared else len(x), *x.shape[1:]] if x.ndim else []
-
-        theirs = {name: likeness(name, x) for name, x in self.of_kind(m.kind.name).items()}
-        ours = {name: likeness(name, x) for name, x in m.state_dict().items()}
-        ours["norms"] = torch.float64, [2]
-        for side in sides:
-            # Whole, as the state has it.
-            shape = [m.kind.node_count, *side.node_shape]
-            ours[f"offset_{side.side}"] = torch.float32, shape
-            if side.follows_gradients and f"mean_{side.side}" in theirs:  # none before the first gradient
-                ours[f"mean_{side.side}"] = torch.float32, shape
-        for parameter, theta in m.named_parameters():
-            moments = {f"optimizer.{parameter}.{key}": theta for key in ("exp_avg", "exp_avg_sq")}
-            if moments.keys() & theirs.keys():
-                ours |= {name: likeness(name, x) for name, x in moments.items()}
-                ours[f"optimizer.{parameter}.step"] = torch.float32, []
-        for name in [*ours, *theirs]:
-            if ours.get(name) != theirs.get(name):
-                has, needs = (of.get(name, ["none"]) for of in (theirs, ours))
+        found, needed = self._likenesses(), ours._likenesses()
+        for name in sorted(found.keys() | needed.keys()):
+            if _MAY_LACK.match(name) and not (name in found and name in needed):
+                continue
+            if found.get(name) != needed.get(name):
                 raise StructLoRAError(
-                    f"a state with {' of shape '.join(map(str, has))} as {name} of '{m.kind.name}'",
-                    f"{' of shape '.join(map(str, needs))}, as in this run",
+                    f"a state with {found.get(name, 'nothing')} as '{name}'",
+                    f"{needed.get(name, 'nothing')}, as in this run",
                     "resume from a checkpoint of this run, with the `parts` of the run that wrote it",
                 )
+
+    def _likenesses(self) -> dict[str, str]:
+        """Dtype and shape of each tensor. One origin for all nodes is the same as one of each."""
+        return {
+            name: f"{x.dtype} of shape {[*x.shape[name.endswith('/origin_A') :]]}"
+            for name, x in self.tensors.items()
+        }
 
     def warn_of_other_weights(self, runtime: Run) -> None:
         """Say where other LoRA weights stand than those that the state was saved beside."""

@@ -202,7 +202,7 @@ def test_modules_that_unsloths_kernels_compute_have_no_gate(how):
     fuse(model.base_model.model.model.layers[0].self_attn)
     runtime = attach(model, adamw(model), **DATA)
     gated = sum(len(kind.modules) for kind in runtime.kinds) - count
-    assert (runtime.plan.quiet, len(runtime.gating)) == ({"fused LoRA kernels": count}, gated)
+    assert (runtime.quiet, len(runtime.gating)) == ({"fused LoRA kernels": count}, gated)
 
 
 GIVEN = "in a run with gates.*`attach.model, optimizer, examples=len.dataset., batch_size=16.`.*`gates='off'`"

@@ -49,7 +49,6 @@ from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import Kind
 from structlora_trl.engines import TorchEngine
 from structlora_trl.gating import Gating
-from structlora_trl.runtime import Plan
 
 OURS = {"structlora": {}, "gates": {"coordinator": "none"}}  # name -> options of StructLoRA
 METHODS = ("lora", *OURS, "dora", "adalora")
@@ -340,8 +339,8 @@ def map_cost(stack: Stack, clock: Clock) -> dict:
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
     engine = TorchEngine(optimizer, kinds)
     ungated = Gating([], None, engine, Forward())  # gates are in no optimizer step's map
-    plan = Plan(Factors(parameters), kinds, StructLoRAConfig(), engine, ungated, align=True)
-    hooks = HookTimer(optimizer, clock, lambda: Runtime(plan))
+    parts = Factors(parameters), kinds, StructLoRAConfig(), engine, ungated
+    hooks = HookTimer(optimizer, clock, lambda: Runtime(*parts, align=True))
 
     def step(count: int) -> float:
         for _ in range(count):

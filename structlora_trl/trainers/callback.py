@@ -169,7 +169,7 @@ class StructLoRACallback(TrainerCallback):
         try:
             self._go_on(resumed_from)
             if not self.runtime.has_selected:
-                refuse_unreachable(self.config, self.runtime.plan.select_step, state.max_steps)
+                refuse_unreachable(self.config, self.runtime.select_step, state.max_steps)
         except BaseException:
             self.runtime.detach()
             raise
@@ -254,7 +254,7 @@ class StructLoRACallback(TrainerCallback):
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         if self.config.keep is not None and not self.runtime.has_selected:
-            step = self.runtime.plan.select_step
+            step = self.runtime.select_step
             self._finish()
             raise StructLoRAError(
                 f"keep={self.config.keep!r} in a run that ended at step {state.global_step}, before directions are selected at "

@@ -71,7 +71,7 @@ def test_what_has_no_gate_is_kept():
     optimizer = adamw(model)
     runtime = attach(model, optimizer, **OPTIONS, **DATA)
     train(model, "llama", optimizer, CUT)
-    assert (count := runtime.plan.quiet["fused LoRA kernels"]) == 2
+    assert (count := runtime.quiet["fused LoRA kernels"]) == 2
     ungated = [n for n in directions(model) if n.split(".lora_B")[0] not in runtime.openness()]
     assert len(ungated) == count
     for name, kept in directions(model).items():
@@ -179,7 +179,7 @@ def test_a_selection_is_within_the_run(case):
     steps, options, named = OF_A_RUN[case]
     model = peft_model()
     config = StructLoRAConfig(keep=0.25, **options)
-    step = build_runtime(model, adamw(model), config, steps=steps, data=tuple(DATA.values())).plan.select_step
+    step = build_runtime(model, adamw(model), config, steps=steps, data=tuple(DATA.values())).select_step
     if named is None:
         refuse_unreachable(config, step, steps)
         assert step == config.select_at

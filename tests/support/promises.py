@@ -92,7 +92,7 @@ class Evaluation:
 def assert_it_acted(run):
     runtime, row = run.runtime, run.setup
     assert (runtime.step, runtime.skipped_steps) == (row.steps, 0)
-    quiet = runtime.plan.quiet
+    quiet = runtime.quiet
     gates = runtime.gating.gates
     assert len(gates) + sum(quiet.values()) == sum(len(kind.modules) for kind in runtime.kinds)
     assert re.fullmatch(row.quiet, "; ".join(quiet)), f"{runtime}"

@@ -96,7 +96,7 @@ def test_the_callback_given_goes_on_where_trainer_restores_others(tmp_path):
     resumed = sft(tmp_path, [given], restore_callback_states_from_checkpoint=True, **options)
     resumed.train(resume_from_checkpoint=True)
     assert [c for c in resumed.callback_handler.callbacks if isinstance(c, StructLoRACallback)] == [given]
-    assert given.runtime.step == 4 and given.runtime.plan.parts.gate is Quiet
+    assert given.runtime.step == 4 and given.runtime.parts.gate is Quiet
 
 
 def test_evaluation_saving_and_limit_behave_as_plain_lora(tmp_path):
