@@ -124,7 +124,6 @@ def build_runtime(
     adapter_name = _adapter(model, config)
     start = start_of(model.peft_config[adapter_name])
     kinds = parts.discover(model, adapter_name)
-    _refuse_senseless(model.peft_config[adapter_name], kinds)
     refuse_unmappable(kinds, config)
     select_step = _select_step(config, model.peft_config[adapter_name], steps)
     if steps is None:
@@ -176,31 +175,6 @@ def build_runtime(
             runtime.describe()[1],
         )
     return runtime
-
-
-def _refuse_senseless(adapter: PeftConfig, kinds: list[Kind]) -> None:
-    """Stop at an adapter that PEFT makes, and that cannot learn or has directions to spare in every module."""
-    if getattr(adapter, "lora_alpha", None) == 0:
-        raise StructLoRAError(
-            "lora_alpha=0, with which the adapter adds nothing and has no gradients",
-            "a number above 0",
-            "set `lora_alpha`, for example to twice the rank",
-        )
-    widths = {min(kind.shape[2:]) for kind in kinds if not kind.is_vera}
-    ranks = {kind.rank for kind in kinds if not kind.is_vera}
-    if widths and min(ranks) > max(widths):
-        raise StructLoRAError(
-            f"rank {min(ranks)}, above the width of every adapted module ({max(widths)} at most)",
-            "a rank that is smaller than the matrices",
-            "lower `r`; 8 or 16 is usual",
-        )
-    spare = [kind for kind in kinds if not kind.is_vera and kind.rank > min(kind.shape[2:])]
-    if spare:
-        logger.warning(
-            "Directions to spare, since the rank is above the width of a matrix: %s. Lower `r`, or give these less "
-            "with `rank_pattern`.",
-            ", ".join(f"{kind.name} (rank {kind.rank}, width {min(kind.shape[2:])})" for kind in spare),
-        )
 
 
 def _data_of_loop(
@@ -370,9 +344,7 @@ def _adapter(model: nn.Module, config: StructLoRAConfig) -> str:
     """The name of the adapter to train."""
     if any(c.peft_type == PeftType.XLORA for c in model.peft_config.values()):
         raise StructLoRAError(
-            "an X-LoRA model, which trains the mixture of finished LoRA adapters and not their factors",
-            "a LoRA adapter to train",
-            "train each adapter with StructLoRA first, on a model with `LoraConfig` alone, then mix them",
+            "an X-LoRA model", "a LoRA adapter to train", "use `LoraConfig` alone, and mix later"
         )
     name = config.adapter_name
     if name is None:

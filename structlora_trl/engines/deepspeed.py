@@ -170,60 +170,49 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         served = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer)
-        found, remedy = None, "use ZeRO stage 1, 2 or 3 with a standard optimizer"
-        zero = self._engine._config.zero_config
-        if self.stage not in (1, 2, 3):
-            found, remedy = (
-                f"DeepSpeed at ZeRO stage {self.stage}",
+        zero, settings = self._zero, self._engine._config.zero_config
+        quantised = (
+            "zero_quantized_weights",
+            "zero_quantized_gradients",
+            "zero_quantized_nontrainable_weights",
+        )
+        inner = type(getattr(zero, "optimizer", None)).__name__
+        standard = "use ZeRO stage 1, 2 or 3 with a standard optimizer"
+        # What is met -> whether it is, and what to do.
+        unfit = {
+            f"DeepSpeed at ZeRO stage {self.stage}": (
+                self.stage not in (1, 2, 3),
                 "set `zero_optimization.stage` to 1, 2 or 3, or launch with DDP",
-            )
-        elif isinstance(self._engine, deepspeed.PipelineEngine):
-            found = "DeepSpeed pipeline parallelism"
-        elif (
-            zero.zero_quantized_weights
-            or zero.zero_quantized_gradients
-            or zero.zero_quantized_nontrainable_weights
-        ):
-            found, remedy = (
-                "ZeRO++'s quantized weights or gradients",
+            ),
+            "DeepSpeed pipeline parallelism": (isinstance(self._engine, deepspeed.PipelineEngine), standard),
+            "ZeRO++'s quantized weights or gradients": (
+                any(getattr(settings, name) for name in quantised),
                 "remove `zero_quantized_*` from the DeepSpeed config",
-            )
-        elif type(self._zero).__name__ == "MiCS_Optimizer":  # up to DeepSpeed 0.19.6
-            found, remedy = (
-                "MiCS, which DeepSpeed 0.19.7 removed",
-                "replace `mics_shard_size` by `zero_hpz_partition_size` in the DeepSpeed config",
-            )
-        elif type(self._zero) not in served:
-            found = f"DeepSpeed's {type(self._zero).__name__}"
-        elif getattr(self._zero, "swap_optimizer", False) or getattr(
-            self._zero, "params_in_nvme_and_cpu", False
-        ):
-            found, remedy = (
-                "DeepSpeed offload to NVMe",
+            ),
+            f"DeepSpeed's {type(zero).__name__}": (type(zero) not in served, standard),
+            "DeepSpeed offload to NVMe": (
+                getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False),
                 "set `device: cpu` in `offload_optimizer` and `offload_param`",
-            )
-        elif any(getattr(p, "use_muon", False) for p in self._engine.module.parameters()):
-            found, remedy = (
-                "DeepSpeed's Muon, which changes gradients before the step",
+            ),
+            "DeepSpeed's Muon, which changes gradients before the step": (
+                any(getattr(p, "use_muon", False) for p in self._engine.module.parameters()),
                 "choose another optimizer",
-            )
-        elif type(self._zero.optimizer).__name__ in _NEED_PAIRS:
-            found, remedy = (
-                f"PEFT's {type(self._zero.optimizer).__name__} under DeepSpeed, whose flat vectors hide the pairs of "
-                "factors it needs",
+            ),
+            f"PEFT's {inner} under DeepSpeed, whose flat vectors hide the pairs of factors it needs": (
+                inner in _NEED_PAIRS,
                 "launch with DDP, or choose another optimizer (and freeze lora_A yourself, as LoRA-FA does)",
-            )
-        elif getattr(self._zero, "torch_autocast_gradscaler", None) is not None:
-            found, remedy = (
-                "DeepSpeed's `torch_autocast` with a gradient scaler",
+            ),
+            "DeepSpeed's `torch_autocast` with a gradient scaler": (
+                getattr(zero, "torch_autocast_gradscaler", None) is not None,
                 "use its `bf16` or `fp16` section instead",
-            )
-        elif getattr(self._zero, "backup_optimizer", None) is not None and self._zero.partial_offload < 1:
-            found, remedy = (
-                "`offload_optimizer.ratio` below 1, with which two optimizers step the parameters",
+            ),
+            "`offload_optimizer.ratio` below 1, with which two optimizers step the parameters": (
+                getattr(zero, "backup_optimizer", None) is not None and zero.partial_offload < 1,
                 "leave it at 1.0",
-            )
-        if found:
-            raise StructLoRAError(
-                found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy
-            )
+            ),
+        }
+        for found, (is_met, remedy) in unfit.items():
+            if is_met:
+                raise StructLoRAError(
+                    found, "a ZeRO set-up whose gradients and masters StructLoRA can reach", remedy
+                )
