@@ -17,10 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .core.expert_storage import to_nodes, to_storage
-from .core.kinds import matrix_shape
 from .core.mapping import KindMap
-from .engines import Engine
 from .engines.base import Layout, Rate, copy_values
 
 
@@ -29,9 +26,7 @@ class MappedSide:
 
     Args:
         m (`KindMap`): the map.
-        side (`str`): 'A' or 'B'.
-        engine (`Engine`): who owns the parameters.
-        layout (`Layout`): of the side's parameters.
+        layout (`Layout`): of the side's parameters, and which of them this rank holds.
 
     Attributes:
         offset (`Tensor`): effective less latent values of this rank's parts, flat, fp32.
@@ -40,11 +35,11 @@ class MappedSide:
             first, and where no edge follows gradients.
     """
 
-    def __init__(self, m: KindMap, side: str, engine: Engine, layout: Layout):
-        engine.refuse_unmappable(m.kind, side)
-        self.map, self.side, self.engine, self.layout = m, side, engine, layout
+    def __init__(self, m: KindMap, layout: Layout):
+        layout.engine.refuse_unmappable(m.kind, layout.side)
+        self.map, self.side, self.engine, self.layout = m, layout.side, layout.engine, layout
         self.parameters, self.rate = layout.parameters, Rate(0.0, 0.0)
-        self.offset = torch.zeros_like(self.standing())
+        self.offset = torch.zeros_like(self.layout.standing())
         self.mean: Tensor | None = None
 
     @property
@@ -55,19 +50,6 @@ class MappedSide:
     def follows_gradients(self) -> bool:
         """Whether edges of its graph follow its gradients."""
         return self.coordinator is not None and self.map.graph.follows_gradients
-
-    def standing(self) -> Tensor:
-        """Return this rank's parts of what stands, flat, fp32."""
-        return self.layout.join(map(self.engine.values, self.parameters))
-
-    def whole(self, own: Tensor) -> Tensor:
-        """Return the factors of all nodes, (N, r, k) or (N, d, r), of all ranks' parts. A collective."""
-        shape = matrix_shape(self.parameters[0])
-        return to_nodes(self.layout.gather(own).unflatten(1, shape), self.side, self.map.kind)
-
-    def own(self, nodes: Tensor) -> Tensor:
-        """Return this rank's parts of the factors of all nodes."""
-        return self.layout.own(to_storage(nodes, self.side, self.map.kind).flatten(1))
 
     def is_moving(self) -> bool:
         """Return whether a backward has reached the side; a side that none has reached rests."""
@@ -82,26 +64,26 @@ class MappedSide:
         """
         found = [(self.engine.values(p), self.engine.gradient(p)) for p in self.parameters]
         joined = self.layout.join(torch.zeros_like(value) if g is None else g for value, g in found)
-        gradient = self.whole(joined)
-        latent = self.whole(self.standing() - self.offset)
+        gradient = self.layout.whole(joined)
+        latent = self.layout.whole(self.layout.standing() - self.offset)
         pulled, of_own = self.map.pullback(self.side, latent, gradient)
         # A coordinator passes gradients on to layers that a backward has not reached.
-        taken = [(p, value) for p, value in self.layout.split(self.own(pulled)) if p.requires_grad]
+        taken = [(p, value) for p, value in self.layout.split(self.layout.own(pulled)) if p.requires_grad]
         if self.coordinator is None:
             taken = [(p, value) for p, value in taken if self.engine.gradient(p) is not None]
         return taken, of_own, self.map.masked(self.side, gradient)
 
     def observe(self, gradient: Tensor) -> None:
         """Take a gradient of all nodes into the running mean."""
-        own = self.own(gradient)
+        own = self.layout.own(gradient)
         self.mean = own if self.mean is None else self.mean.lerp_(own, 1 - self.map.graph.decay)
 
     @torch.no_grad()
     def write(self, rests: Callable[[nn.Parameter], bool]) -> None:
         """Map what the optimizer made, and put it where the optimizer left that; parameters that rest stay."""
-        latent = self.standing() - self.offset
-        effective = self.own(self.map(self.side, self.whole(latent)))
+        latent = self.layout.standing() - self.offset
+        effective = self.layout.own(self.map(self.side, self.layout.whole(latent)))
         pairs = [(p, value) for p, value in self.layout.split(effective) if not rests(p)]
         copy_values([self.engine.values(p) for p, _ in pairs], [value for _, value in pairs])
         is_exact = len(pairs) == len(self.parameters) and all(p.dtype == torch.float32 for p, _ in pairs)
-        self.offset = (effective if is_exact else self.standing()) - latent
+        self.offset = (effective if is_exact else self.layout.standing()) - latent

@@ -21,9 +21,9 @@ from torch._compile import _disable_dynamo
 
 from .config import StructLoRAConfig
 from .core.diagnostics import cosines, neighbour_products, structure_metrics
-from .core.expert_storage import empty_nodes, to_nodes, to_storage
+from .core.expert_storage import empty_nodes, to_storage
 from .core.graph import DepthGraph
-from .core.kinds import SIDES, Factors, Kind, matrix_shape, short_names, unwrapped_name
+from .core.kinds import SIDES, Factors, Kind, short_names, unwrapped_name
 from .core.mapping import DEFAULT_PARTS, KindMap, Parts, mapped_sides
 from .engines import Engine
 from .engines.base import Layout
@@ -136,7 +136,7 @@ class Runtime:
     def _build(self, align: bool, moves_base: bool) -> None:
         """Build maps, sides and the optimizer of Θ from the factors that stand, and align those factors where asked."""
         self._layouts = [
-            {side: Layout(self.engine, getattr(kind, side)) for side in kind.sides} for kind in self.kinds
+            {side: Layout(self.engine, kind, side) for side in kind.sides} for kind in self.kinds
         ]
         aligned = self._to_align() if align else [False] * len(self.kinds)
         self.has_aligned, self.maps = any(aligned), []
@@ -148,7 +148,7 @@ class Runtime:
             origin_B = start.B.clone() if moves_base or kind.is_vera else None
             self.maps.append(KindMap(kind, self.config, start.A.clone(), origin_B, self.parts))
         self.sides = [
-            MappedSide(m, side, self.engine, layouts[side])
+            MappedSide(m, layouts[side])
             for m, layouts in zip(self.maps, self._layouts, strict=True)
             for side in mapped_sides(m.kind, self.config)
         ]
@@ -176,8 +176,7 @@ class Runtime:
         for kind, layouts in zip(self.kinds, self._layouts, strict=True):
             factors = {side: empty_nodes(side, kind) for side in SIDES}
             for side, layout in layouts.items():
-                stored = layout.gather(layout.join(map(self.engine.values, layout.parameters)))
-                factors[side] = to_nodes(stored.unflatten(1, matrix_shape(layout.parameters[0])), side, kind)
+                factors[side] = layout.whole(layout.standing())
             yield Factors(**factors)
 
     @staticmethod
@@ -362,7 +361,9 @@ class Runtime:
         self._step_theta()
         if self.step % DepthGraph.redraw_every == 0:
             for m in dict.fromkeys(side.map for side in self._moving if side.follows_gradients):
-                m.graph.rebuild([s.whole(s.mean) for s in self.sides if s.map is m and s.mean is not None])
+                m.graph.rebuild(
+                    [s.layout.whole(s.mean) for s in self.sides if s.map is m and s.mean is not None]
+                )
         for side in sides:
             # A closed direction stays so, whatever an optimizer remembers of it.
             if side in self._moving or self.has_selected:

@@ -21,10 +21,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,9 @@ from .config import StructLoRAConfig
 from .core.kinds import SIDES, Adapted, Kind, unwrapped_name
 from .core.mapping import KindMap
 from .errors import StructLoRAError, refuse_unwritable
+
+if TYPE_CHECKING:
+    from .engines.base import Layout  # the tools read states, and need no engine
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +67,9 @@ class Side(Protocol):
 
     map: KindMap
     side: str
+    layout: Layout
     offset: Tensor
     mean: Tensor | None
-
-    def whole(self, own: Tensor) -> Tensor: ...
-
-    def own(self, nodes: Tensor) -> Tensor: ...
 
 
 class Run(Protocol):
@@ -79,12 +79,8 @@ class Run(Protocol):
     step: int
     skipped_steps: int
     maps: list[KindMap]
-
-    @property
-    def sides(self) -> Sequence[Side]: ...
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer | None: ...
+    sides: list[Side]
+    optimizer: torch.optim.Optimizer | None
 
     @property
     def is_sharded(self) -> bool: ...
@@ -121,9 +117,9 @@ class State:
             tensors |= {f"{m.kind.name}/{name}": x for name, x in entries.items()}
         for side in runtime.sides:  # on the CPU: no device need have room for the whole of all
             name = side.map.kind.name
-            tensors[f"{name}/offset_{side.side}"] = side.whole(side.offset).cpu()
+            tensors[f"{name}/offset_{side.side}"] = side.layout.whole(side.offset).cpu()
             if side.mean is not None:
-                tensors[f"{name}/mean_{side.side}"] = side.whole(side.mean).cpu()
+                tensors[f"{name}/mean_{side.side}"] = side.layout.whole(side.mean).cpu()
         header = {
             "format": FORMAT,
             "step": runtime.step,
@@ -298,9 +294,11 @@ class State:
                 else:
                     own[name] = x.to(m.kind.device)
             for side in (side for side in runtime.sides if side.map is m):
-                side.offset = side.own(own[f"offset_{side.side}"])
+                side.offset = side.layout.own(own[f"offset_{side.side}"])
                 mean = own.get(f"mean_{side.side}")
-                side.mean = None if mean is None else side.own(mean).clone()  # which steps change in place
+                side.mean = (
+                    None if mean is None else side.layout.own(mean).clone()
+                )  # which steps change in place
             m.load_state_dict({name: x for name, x in own.items() if name not in _BESIDE}, strict=True)
             for parameter in m.parameters():
                 runtime.optimizer.state.pop(parameter, None)

@@ -14,24 +14,6 @@ from torch import Tensor
 from .kinds import Kind
 
 
-def stack_nodes(factors: list[Tensor], side: str, kind: Kind) -> Tensor:
-    """The factors of a kind's modules on one side, as PEFT stores them -> those of its nodes.
-
-    Args:
-        factors (`list[Tensor]`): of any shape that PEFT gives them. Empty where the kind has none on that
-            side (VeRA has no lora_A).
-        side (`str`): 'A' or 'B'.
-
-    Returns:
-        `Tensor` of shape (N, r, k) or (N, d, r).
-    """
-    _, rows, k, d = kind.shape
-    if not factors:
-        return empty_nodes(side, kind)
-    shape = (rows, k) if side == "A" else (d, rows)
-    return to_nodes(torch.stack([factor.reshape(shape) for factor in factors]), side, kind)
-
-
 def empty_nodes(side: str, kind: Kind) -> Tensor:
     """Stacked factors of no width, for a side that is left out: (N, r, 0) or (N, 0, r), fp32."""
     shape = (kind.node_count, kind.rank, 0) if side == "A" else (kind.node_count, 0, kind.rank)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..core.kinds import Kind, full_shape
+from ..core.expert_storage import to_nodes, to_storage
+from ..core.kinds import Kind, matrix_shape
 from ..errors import StructLoRAError
 
 Part = tuple[int, int]  # where a part of a flat parameter starts and stops
@@ -140,24 +141,31 @@ def rate_of(group: dict, configured: float = 0.0) -> Rate:
 
 
 class Layout:
-    """Which part of parameters of one shape this rank holds.
+    """One factor of a kind's modules, and which part of each parameter this rank holds.
 
     Args:
         engine (`Engine`): who owns the parameters.
-        parameters (`list[nn.Parameter]`): of one shape.
+        kind (`Kind`): the modules.
+        side (`str`): 'A' or 'B'.
     """
 
-    def __init__(self, engine: Engine, parameters: list[nn.Parameter]):
-        self.group, self.parameters, self.device = engine.group, parameters, parameters[0].device
-        self.entries = math.prod(full_shape(parameters[0]))
-        self._parts = [engine.part(p) for p in parameters]
+    def __init__(self, engine: Engine, kind: Kind, side: str):
+        self.engine, self.kind, self.side = engine, kind, side
+        self.parameters: list[nn.Parameter] = getattr(kind, side)
+        self._parts = [engine.part(p) for p in self.parameters]
         self._sizes = [stop - start for start, stop in self._parts]
+
+    def standing(self) -> Tensor:
+        """Return this rank's parts of what stands, flat, fp32."""
+        return self.join(map(self.engine.values, self.parameters))
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """Join this rank's parts of all parameters: flat, fp32."""
         flat = [part.reshape(-1) for part in parts]
-        if any(part.device != self.device for part in flat):  # offloaded, or of a model on several devices
-            flat = [part.to(self.device) for part in flat]
+        if any(
+            part.device != self.kind.device for part in flat
+        ):  # offloaded, or of a model on several devices
+            flat = [part.to(self.kind.device) for part in flat]
         return torch.cat(flat).float()
 
     def split(self, own: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -165,24 +173,26 @@ class Layout:
         pairs = zip(self.parameters, own.split(self._sizes), strict=True)
         return [(parameter, part) for parameter, part in pairs if part.numel()]
 
-    def own(self, whole: Tensor) -> Tensor:
-        """Return this rank's parts, joined, of whole parameters, (n, entries of one)."""
-        if self.group is None:
+    def own(self, nodes: Tensor) -> Tensor:
+        """Return this rank's parts, joined, of the factors of all nodes."""
+        whole = to_storage(nodes, self.side, self.kind).flatten(1)
+        if self.engine.group is None:
             return whole.reshape(-1)
         return torch.cat([row[start:stop] for row, (start, stop) in zip(whole, self._parts, strict=True)])
 
-    def gather(self, own: Tensor) -> Tensor:
-        """Return whole parameters, (n, entries of one), of all ranks' joined parts. A collective.
+    def whole(self, own: Tensor) -> Tensor:
+        """Return the factors of all nodes, (N, r, k) or (N, d, r), of all ranks' joined parts. A collective.
 
         The sum of parts that do not overlap, since ranks may hold parts of any sizes, and many ranks none.
         """
-        if self.group is None:
-            return own.view(len(self.parameters), self.entries)
-        whole = own.new_zeros(len(self.parameters), self.entries)
+        shape = matrix_shape(self.parameters[0])
+        if self.engine.group is None:
+            return to_nodes(own.view(-1, *shape), self.side, self.kind)
+        whole = own.new_zeros(len(self.parameters), math.prod(shape))
         places = [row[start:stop] for row, (start, stop) in zip(whole, self._parts, strict=True)]
         copy_values(places, list(own.split(self._sizes)))
-        dist.all_reduce(whole, group=self.group)
-        return whole
+        dist.all_reduce(whole, group=self.engine.group)
+        return to_nodes(whole.unflatten(1, shape), self.side, self.kind)
 
 
 def refuse_missing(trained: list[nn.Parameter], stepped: set[int], name: str) -> None:

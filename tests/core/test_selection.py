@@ -212,7 +212,7 @@ def test_closed_directions_join_no_depths(monkeypatch):
     model, optimizer, runtime = started(side="write")
     train(model, "llama", optimizer, LAST)
     for side in runtime.sides:
-        seen = side.whole(side.mean).abs().amax(1) > 0  # (N, r)
+        seen = side.layout.whole(side.mean).abs().amax(1) > 0  # (N, r)
         assert torch.equal(seen, side.map.kept)
 
 

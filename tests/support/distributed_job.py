@@ -211,8 +211,8 @@ def halve(trainer, kinds) -> None:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # Accelerate's wrapper has it
     engine = select_engine(trainer.model_wrapped, optimizer, kinds)
     for kind in kinds:
-        layout = base.Layout(engine, kind.B)
-        engine.write(kind.B, layout.gather(layout.join(map(engine.values, kind.B))) / 2)
+        layout = base.Layout(engine, kind, "B")
+        engine.write(kind.B, layout.whole(layout.standing()) / 2)
 
 
 def main():

@@ -374,7 +374,7 @@ def standing(runtime) -> list:
     from structlora_trl.engines.base import Layout
 
     runtime._layouts = runtime._layouts or [
-        {side: Layout(runtime.engine, getattr(kind, side)) for side in kind.sides} for kind in runtime.kinds
+        {side: Layout(runtime.engine, kind, side) for side in kind.sides} for kind in runtime.kinds
     ]
     return list(runtime._factors())
 
@@ -384,7 +384,7 @@ def latents_of(runtime) -> list:
     found = standing(runtime)
     for side in runtime.sides:
         at = runtime.maps.index(side.map)
-        found[at] = found[at]._replace(**{side.side: side.whole(side.standing() - side.offset)})
+        found[at] = found[at]._replace(**{side.side: side.layout.whole(side.layout.standing() - side.offset)})
     return found
 
 
