@@ -27,7 +27,7 @@ import torch
 
 from . import assets, store
 from .selection import Cell, Runs
-from .settings import GRIDS, LORA, Grid
+from .settings import GRIDS, HALVES, LORA, Grid
 
 WAIT = 20  # seconds, where other processes are at all that is left
 
@@ -86,11 +86,13 @@ def without_a_pair(cells: list[Cell], lines: list[dict], fingerprint: Callable[[
         fingerprint (callable): of this machine's ViT, which is trained for it; asked where some run names one.
     """
     named = {
-        (line["task"], line["seed"]): line["backbone"]
+        (line["task"], line["examples"], line["seed"]): line["backbone"]
         for line in lines
         if line["method"] == LORA and "backbone" in line
     }
-    wanted = {key: named[key[0], key[-1]] for key in cells if (key[0], key[-1]) in named}
+    wanted = {
+        key: named[pair] for key in cells if key[1] != HALVES and (pair := (key[0], key[3], key[-1])) in named
+    }
     ours = fingerprint() if wanted else None
     return {key for key, backbone in wanted.items() if backbone != ours}
 

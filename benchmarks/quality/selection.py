@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from . import store
-from .settings import LORA, Grid, Place
+from .settings import HALVES, LORA, Grid, Place
 
 FIGURES = ["accuracy", "nll", "ece"]
 Cell = tuple[str, str, int, int, float | None, int]  # in the order of `store.KEY`
@@ -73,10 +73,15 @@ class Runs:
 
 
 def on_one_backbone(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs on the backbone that LoRA's run of the same task and seed has; all where LoRA has none.
+    """Return the runs on the backbone that LoRA's run of the same task, examples and seed has; all where LoRA has none.
 
-    Another processor trains another ViT (`pretrain.fingerprint`), and runs on two of them are no pair.
+    Another processor trains another ViT (`pretrain.fingerprint`), and runs on two of them are no pair. Halves of the
+    examples are compared with each other alone.
     """
     named = rows["backbone"].fillna("") if "backbone" in rows else pd.Series("", rows.index)
-    of_base = named.where(rows["method"] == LORA).groupby([rows["task"], rows["seed"]]).transform("first")
-    return rows[of_base.isna() | (named == of_base)]
+    of_base = (
+        named.where(rows["method"] == LORA)
+        .groupby([rows[x] for x in ("task", "examples", "seed")])
+        .transform("first")
+    )
+    return rows[of_base.isna() | (named == of_base) | (rows["method"] == HALVES)]

@@ -51,6 +51,7 @@ class Grid:
 DROPOUTS = tuple(f"lora-dropout-{p}" for p in (0.1, 0.3, 0.5, 0.7))
 # What people do against overfitting; the primary endpoint is held against the best of them.
 RIVALS = (*DROPOUTS, "lora-decay-0.1", "lora-early")
+HALVES = "halves"  # of the examples, each with gates of its own
 WITHOUT_COORDINATOR, GUMBEL = "structlora:coordinator=none", "structlora:gates=gumbel"
 ONE_SIZE = "structlora:gate_lr=0,gate_openness=0.5"  # noise of variance 1 that nothing learns
 METHODS = (LORA, *RIVALS, OURS, WITHOUT_COORDINATOR, "structlora:gates=off", GUMBEL, ONE_SIZE)
@@ -73,7 +74,7 @@ _GATES = Grid(
         "many examples": (_at_loras_rate("fashion-all", 5, 2000), _at_loras_rate("movie-all", 3, 1000)),
         "SmolLM2": tuple(Place(f"smollm-reviews@{n}", 64, _FOUR[:3], (1e-3,)) for n in (5, 15)),
     },
-    (LORA, "lora-dropout-0.5", OURS, "halves"),
+    (LORA, "lora-dropout-0.5", OURS, HALVES),
 )
 
 # --- main, language, harm: each method at its own rate ---
