@@ -7,7 +7,7 @@ to them.
 
 What lies between is left out on purpose: convolutions, `kv_b_proj` (it reads a latent space of its own
 layer), and the like. A name that means something else in other models has its parent's in front.
-All names but those of diffusers are measured (`benchmarks/residual_roles.py`).
+`tests/core/residual_roles.json` says what the modules of each family do; of diffusers it says nothing.
 """
 
 RESIDUAL_ROLES = {

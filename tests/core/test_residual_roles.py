@@ -1,4 +1,8 @@
-"""The table of residual roles, held to what `benchmarks/residual_roles.py` has measured on tiny models of many families."""
+"""The table of residual roles, held to what modules of many families do, as measured on tiny models with transformers 5.24.
+
+With every norm the identity and every other module's output held, a module reads the stream if a change of the stream reaches
+its input in the same channels, and writes it if a change of its output reaches its block's output in the same channels.
+"""
 
 from __future__ import annotations
 
