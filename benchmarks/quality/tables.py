@@ -157,16 +157,12 @@ def _mean(figures: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _interval(gaps: pd.Series, digits: int) -> str:
-    """Return mean (low to high) of differences over seeds; nothing where there are fewer than two."""
+    """Return mean (low to high) of differences over seeds, their 95 % interval; nothing where there are fewer than two."""
     if len(gaps) < 2:
         return ""
-    middle, reach = gaps.mean(), half_width(gaps)
+    # Student's t
+    middle, reach = gaps.mean(), student.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5
     return f"{middle:+.{digits}f} ({middle - reach:+.{digits}f} to {middle + reach:+.{digits}f})"
-
-
-def half_width(gaps: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval of a mean over seeds, by Student's t."""
-    return float(student.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5)
 
 
 def cost(measured: dict) -> str:

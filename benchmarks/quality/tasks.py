@@ -56,7 +56,6 @@ class Task:
     """One task.
 
     Args:
-        summary (`str`): what is learned, for the report.
         load (`Callable`): () -> training pool, validation and test `Split`.
         build (`Callable`): () -> the frozen backbone with a new head, drawn from torch's global generator.
         head (`str`, *optional*): name of the head, trained in full; None where the backbone's own answers.
@@ -66,7 +65,6 @@ class Task:
         steps (`int`): length of a run, which `find` sets.
     """
 
-    summary: str
     load: Callable[[], tuple[Split, Split, Split]]
     build: Callable[[], nn.Module]
     head: str | None = "classifier"
@@ -305,42 +303,42 @@ CHAT_LINEAR = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "
 
 
 TASKS = {
+    # Handwritten digits, ViT pre-trained on six classes of clothes.
     "digits-all": Task(
-        "handwritten digits, ViT pre-trained on six classes of clothes",
         _digits,
         vit,
         targets=_VIT_LINEAR,
         batch=32,
     ),
+    # All ten classes of Fashion-MNIST, four of them new, same ViT.
     "fashion-all": Task(
-        "all ten classes of Fashion-MNIST, four of them new, same ViT",
         _fashion,
         vit,
         targets=_VIT_LINEAR,
         batch=16,
     ),
+    # Sentiment of film-review sentences, MiniLM.
     "movie-all": Task(
-        "sentiment of film-review sentences, MiniLM",
         functools.partial(_sentences, "movie"),
         MiniLM,
         targets=_MINILM_LINEAR,
     ),
+    # Syllables of a word, spelled letter by letter, MiniLM.
     "words-all": Task(
-        "syllables of a word, spelled letter by letter, MiniLM",
         _words,
         functools.partial(MiniLM, SYLLABLES),
         targets=_MINILM_LINEAR,
     ),
+    # Sentiment of film-review sentences, SmolLM2-135M-Instruct.
     "smollm-reviews": Task(
-        "sentiment of film-review sentences, SmolLM2-135M-Instruct",
         _reviews,
         lambda: SmolLM(_answer_ids()),
         head=None,
         targets=CHAT_LINEAR,
         diagnosed=False,
     ),
+    # Phonemes of a word, written out, SmolLM2-135M-Instruct; accuracy of each token given those before.
     "smollm-phonemes": Task(
-        "phonemes of a word, written out, SmolLM2-135M-Instruct; accuracy of each token given those before",
         lambda: _phonemes().splits,
         lambda: SmolLM(_phonemes().tokens, _phonemes().longest),
         head=None,

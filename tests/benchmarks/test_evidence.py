@@ -11,7 +11,19 @@ import torch
 from scipy.stats import ttest_1samp
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.quality import assets, cell, measures, methods, run, selection, settings, store, tables, tasks
+from benchmarks.quality import (
+    after_training,
+    assets,
+    cell,
+    measures,
+    methods,
+    run,
+    selection,
+    settings,
+    store,
+    tables,
+    tasks,
+)
 from benchmarks.quality.settings import GRIDS, METHODS, Grid, Place
 from tests.support.data import save_base
 from tests.support.tiny import peft_model
@@ -237,7 +249,36 @@ def test_every_method_trains_and_no_two_are_alike(tiny_task):
     assert alike in ([], [("lora", "lora-early")])  # where the last check is the best
     again = cell.run(TASK, "structlora", 4, 20, 1e-2, 3)
     assert (again["validation"], again["test"], again["diagnostics"]) == found["structlora"]
-    assert again["cut"].keys() == {*tables.after_training.RULES} and again["gates"]["deviation"] > 0
+    assert again["cut"].keys() == {*after_training.RULES} and again["gates"]["deviation"] > 0
+
+
+def test_each_rule_leaves_its_share(tiny_task):
+    """After training, how many directions each rule leaves, and which."""
+    task = tasks.find("digits-all@20", 20)
+    training = task.training_examples(20, 0)
+    model, runtime, _ = cell.train(task, methods.find("structlora:beta=30"), training, 8, 1e-2, 0)
+    factors = measures.lora_factors(model)
+    updates = {name: (B @ A).detach() for name, (A, B) in factors.items()}
+    open_ones = {}
+
+    def left() -> dict:
+        """As accuracy how many directions are left, as NLL how far the update is from the whole."""
+        error = sum((B @ A - updates[name]).square().sum() for name, (A, B) in factors.items())
+        kept = torch.cat([B.any(0) for _, B in factors.values()])
+        open_ones[len(open_ones)] = kept
+        return {"accuracy": int(kept.sum()), "nll": float(error), "ece": 0.0}
+
+    found = after_training.cut(model.eval(), runtime, training, 0, left)
+    assert tuple(found) == after_training.RULES
+    assert all(
+        of_rule["quarter"]["accuracy"] == round(len(factors) * 8 / 4)
+        for rule, of_rule in found.items()
+        if rule != "singular"  # as far as one share of each update's norm allows
+    )
+    assert found["norm"]["quarter"]["nll"] < found["random"]["quarter"]["nll"]
+    # The first rule is openness: no closed direction is more open than a kept one.
+    openness = torch.cat([runtime.openness()[name.removesuffix(".default")] for name in factors])
+    assert openness[open_ones[0]].min() >= openness[~open_ones[0]].max()
 
 
 def test_gates_of_two_halves_are_compared(tiny_task):
