@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from structlora_trl.errors import StructLoRAError
 from structlora_trl.shrink.export import export
 from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.servers import told
 
 RANK, TOKENS = 16, 8
 TEXTS = ["The capital of France is Paris, and the", "Once upon a time there was a small"]
@@ -70,6 +77,29 @@ def prompts(base: Path) -> dict[str, list[int]]:
     """Text -> its tokens."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     return {text: tokenizer(text).input_ids for text in TEXTS}
+
+
+def ask(address: str, body: dict) -> str:
+    """What a server answers to a request with a body of JSON."""
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        return reply.read().decode()
+
+
+def served_two_at_once(names: tuple[str, ...], serve: Callable) -> dict[str, dict]:
+    """Name -> text -> what `serve(name, text)` gives."""
+    pairs = [(name, text) for text in TEXTS for name in names]  # neighbours are of different adapters
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(pairs, pool.map(lambda pair: serve(*pair), pairs), strict=True))
+    return {name: {text: found[name, text] for text in TEXTS} for name in names}
+
+
+def assert_refused(adapter: Path, server: str, called: str) -> None:
+    """For a server that cannot load the adapter, `export` writes nothing, and says so."""
+    saved = read_saved(adapter)
+    with pytest.raises(StructLoRAError, match=f"what {called} loads"):
+        export(saved, adapter / "out", server=server)
+    assert "cannot load" in told(saved.lora, saved.tensors)[called]
 
 
 @torch.no_grad()

@@ -8,18 +8,14 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from structlora_trl.errors import StructLoRAError
-from structlora_trl.shrink.export import export
 from structlora_trl.shrink.load_adapter import read_saved
 from structlora_trl.shrink.servers import told
 
-from .forms import REFUSED, TEXTS, TOKENS, difference, in_peft, prompts
+from .forms import REFUSED, TOKENS, ask, assert_refused, difference, in_peft, prompts, served_two_at_once
 
 LLAMACPP = os.environ.get("STRUCTLORA_LLAMACPP")  # a folder with llama.cpp's converters and `xllamacpp`
 pytestmark = pytest.mark.skipif(
@@ -79,16 +75,10 @@ def converted(base, adapters) -> tuple[Path, list[str]]:
 def server(converted):
     """The address of the server with all adapters."""
     folder, _ = converted
-    command = [
-        sys.executable,
-        "-c",
-        SERVE,
-        *(folder / f"{name}.gguf" for name in ("base", *RIGHT, *WRONG)),
-    ]
+    files = [folder / f"{name}.gguf" for name in ("base", *RIGHT, *WRONG)]
     environment = {**os.environ, "PYTHONPATH": LLAMACPP}
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SERVE, *files], env=environment, **pipes) as process:
         address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
         yield address
         process.stdin.close()
@@ -98,24 +88,14 @@ def served(address: str, name: str, prompt: list[int]) -> tuple[list[int], list[
     """Tokens of a greedy continuation, and their log-probabilities."""
     lora = [{"id": (*RIGHT, *WRONG).index(name), "scale": 1.0}]
     body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": 1, "lora": lora}
-    request = urllib.request.Request(
-        f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=600) as reply:
-        steps = json.load(reply)["completion_probabilities"]
+    steps = json.loads(ask(f"{address}/completion", body))["completion_probabilities"]
     return [step["id"] for step in steps], [step["logprob"] for step in steps]
 
 
 def test_what_export_writes_is_served_as_peft_computes_it_two_at_once(server, base, adapters):
     ids = prompts(base)
-    pairs = [
-        (name, text) for text in TEXTS for name in (*RIGHT, *WRONG)
-    ]  # neighbours are of different adapters
-    with ThreadPoolExecutor(2) as pool:
-        answers = pool.map(lambda pair: served(server, pair[0], ids[pair[1]]), pairs)
-        found = dict(zip(pairs, answers, strict=True))
-    for name in (*RIGHT, *WRONG):
-        of_name = {text: found[name, text] for text in TEXTS}
+    found = served_two_at_once((*RIGHT, *WRONG), lambda name, text: served(server, name, ids[text]))
+    for name, of_name in found.items():
         wanted, bare = in_peft(base, adapters / name, of_name)
         assert difference(of_name, bare) > 0.05, name
         if name in RIGHT:  # llama.cpp's kernels round more than PyTorch's
@@ -131,10 +111,7 @@ def test_what_it_would_scale_wrongly_is_told(name, adapters):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_we_say_it_cannot_load_the_converter_stops_at(name, converted, tmp_path):
+def test_what_we_say_it_cannot_load_the_converter_stops_at(name, converted):
     folder, stopped = converted
-    saved = read_saved(folder / name)
-    with pytest.raises(StructLoRAError, match=r"what llama\.cpp loads"):
-        export(saved, tmp_path / "out", server="llamacpp")
-    assert "cannot load" in told(saved.lora, saved.tensors)["llama.cpp"]
+    assert_refused(folder / name, "llamacpp", "llama.cpp")
     assert name in stopped

