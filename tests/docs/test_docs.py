@@ -31,14 +31,6 @@ def test_generated_files_are_current(file, script, make):
     assert made == (DOCS / file).read_text(encoding="utf-8"), f"run `python docs/{script}.py`"
 
 
-def test_the_picture_can_be_read_on_a_telephone():
-    """A page of 390 pixels leaves about 350 to a picture."""
-    drawn = (DOCS / "map.svg").read_text(encoding="utf-8")
-    width = float(re.search(r'viewBox="0 0 (\d+)', drawn)[1])
-    smallest = min(map(float, re.findall(r'font-size="([\d.]+)"', drawn)))
-    assert smallest * 350 / width > 10  # pixels
-
-
 def test_every_metric_is_explained():
     model, optimizer, runtime = attached(peft_model(targets=["q_proj", "o_proj"]), keep=0.5, select_at=2)
     train(model, "llama", optimizer, 3)

@@ -1,11 +1,9 @@
-"""The site builds without a warning, and its pages show their pictures in a browser."""
+"""The site builds without a warning, and its reference is whole."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -16,14 +14,6 @@ import structlora_trl
 from tests.support.launching import ROOT
 
 pytestmark = pytest.mark.slow  # `make docs` builds it too
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Leaves [source, width in pixels] of each picture in the page's title, where `--dump-dom` shows it.
-PROBE = """<script>addEventListener("load", () => {
-  const seen = [...document.querySelectorAll("article img")].map((i) => [i.getAttribute("src"), i.naturalWidth]);
-  document.title = JSON.stringify(seen);
-});</script>"""
-
 
 HOST, NAME = "https://github.com", "us/it"
 
@@ -56,45 +46,9 @@ def test_pages_link_to_the_repository_whose_workflow_builds_them(site):
 def test_reference_names_everything_public(site):
     anchors = set(re.findall(r'id="(structlora_trl\.[\w.]+)"', (site / "api.html").read_text()))
     public = {f"structlora_trl.{name}" for name in structlora_trl.__all__ if name != "__version__"}
-    for name in (
-        "load_adapter",
-        "inspecting",
-        "figures",
-        "page",
-        "pruning",
-        "measuring",
-        "rows",
-        "export",
-        "distilling",
-        "servers",
-    ):
+    documented = "load_adapter inspecting figures page pruning measuring rows export distilling servers"
+    for name in documented.split():
         module = import_module(f"structlora_trl.shrink.{name}")
         own = [item for item in vars(module).values() if getattr(item, "__module__", None) == module.__name__]
         public |= {f"{module.__name__}.{item.__name__}" for item in own if not item.__name__.startswith("_")}
     assert not public - anchors
-
-
-@pytest.mark.parametrize("page, pictures", [("index", 1), ("how-it-works", 1)])
-def test_pages_show_their_pictures(site, page, pictures, tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
-    probed = site / f"{page}-probed.html"
-    probed.write_text((site / f"{page}.html").read_text().replace("</head>", PROBE + "</head>"))
-    headless = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--no-first-run",
-    ]
-    command = [
-        CHROMIUM,
-        *headless,
-        f"--user-data-dir={tmp_path}",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-    ]
-    shown = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
-    (title,) = re.findall(r"<title>(\[.*?\])</title>", shown.stdout)
-    found = json.loads(title.replace("&quot;", '"'))
-    assert len(found) >= pictures and all(width > 0 for _, width in found), found
