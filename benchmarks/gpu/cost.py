@@ -1,17 +1,16 @@
-"""Step time and peak memory on large shapes; run by `python -m benchmarks.gpu`, in a process of its own.
+"""Step time and peak memory on large shapes, as tests whose figures `python -m benchmarks.gpu` writes down.
 
-Weights are random. Methods run one after the other, each from an empty device, for an equal share of the time.
+Weights are random. Methods run one after the other, each from an empty device.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import os
 import statistics
-import time
 import traceback
-from dataclasses import replace
 
+import pytest
 import torch
 
 from benchmarks.cost.overhead import (
@@ -25,103 +24,74 @@ from benchmarks.cost.overhead import (
     started,
 )
 
-from . import rows
-from .machine import GB
-
-QUICK_METHODS = ("lora", "structlora")
-SHAPES = {  # LLaMA 3.2 1B and LLaMA 3.1 8B
-    "1B": dict(zip(SIZES, (2048, 8192, 16, 32, 8, 128256), strict=True)) | {"tie_word_embeddings": True},
-    "8B": dict(zip(SIZES, (4096, 14336, 32, 32, 8, 128256), strict=True)),
-}
-TINY_SHAPE = dict(zip(SIZES, (64, 128, 4, 4, 2, 256), strict=True))
-TOKENS, TINY_TOKENS = 2048, 32
+pytestmark = pytest.mark.cuda
+DEVICE = torch.device(os.environ["STRUCTLORA_DEVICE"])
+TINY_SHAPE, TINY_TOKENS = dict(zip(SIZES, (64, 128, 4, 4, 2, 256), strict=True)), 32
+SHAPES, TOKENS = {"tiny": TINY_SHAPE}, TINY_TOKENS
+if DEVICE.type == "cuda":  # LLaMA 3.2 1B and LLaMA 3.1 8B
+    SHAPES, TOKENS = (
+        {
+            "1B": dict(zip(SIZES, (2048, 8192, 16, 32, 8, 128256), strict=True))
+            | {"tie_word_embeddings": True},
+            "8B": dict(zip(SIZES, (4096, 14336, 32, 32, 8, 128256), strict=True)),
+        },
+        2048,
+    )
 # Weights, the activations of one sequence without checkpointing, and logits in fp32.
-LEAST_GB = {"1B": 16, "8B": 60}
-LEAST_STEPS, MOST_STEPS, QUICK_STEPS = 3, 30, 5
+LEAST_GB = {"tiny": 0, "1B": 16, "8B": 60}
+STEPS = 10
+QUICK = ("lora", "structlora")
+of_lora = {}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    deadline = time.perf_counter() + arguments.seconds
-    on_gpu, device = arguments.device == "cuda", torch.device(arguments.device)
-    shapes, tokens = (SHAPES, TOKENS) if on_gpu else ({"tiny": TINY_SHAPE}, TINY_TOKENS)
-    methods, most = (QUICK_METHODS, QUICK_STEPS) if arguments.quick else (METHODS, MOST_STEPS)
-    cells = [(shape, targets, method) for shape in shapes for targets in TARGETS for method in methods]
-    rows.plan([", ".join(cell) for cell in cells])
-
-    # What a process loads and keeps once would count as the first method's.
-    measure("lora", Workload(TARGETS["q+v"], 1, TINY_TOKENS, TINY_SHAPE, torch.bfloat16), device, 0, 1)
-    empty(device)
-
-    of_lora = {}
-    for done, (shape, targets, method) in enumerate(cells):
-        workload = Workload(TARGETS[targets], 1, tokens, shapes[shape], torch.bfloat16)
-        seconds = (deadline - time.perf_counter()) / (len(cells) - done)
-        row = measured(", ".join(cells[done]), shape, method, workload, device, seconds, most)
-        if method == "lora":
-            of_lora = row.figures
-        if row.figures and of_lora:
-            row = replace(row, figures={**row.figures, **relative(row.figures, of_lora)})
-        rows.add(row)
+@pytest.fixture(scope="module", autouse=True)
+def _warm():
+    """What a process loads and keeps once would count as the first method's."""
+    started("lora", Clock(DEVICE), Workload(TARGETS["q+v"], 1, TINY_TOKENS, TINY_SHAPE, torch.bfloat16))
 
 
-def measured(
-    name: str, shape: str, method: str, workload: Workload, device: torch.device, *limits
-) -> rows.Row:
-    """A row of one method; one that fails leaves the device to the next."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory / GB
-        if memory < LEAST_GB[shape]:
-            reason = f"needs {LEAST_GB[shape]} GB of GPU memory; this GPU has {memory:.0f}"
-            return rows.Row(name, rows.SKIPPED, reason)
-    print(name, flush=True)
-    begun = time.perf_counter()
-    try:
-        figures, outcome, reason = measure(method, workload, device, *limits), rows.PASSED, ""
-    except Exception:
-        figures, outcome, reason = {}, rows.FAILED, traceback.format_exc()[-rows.REASON_LENGTH :]
-    empty(device)
-    return rows.Row(name, outcome, reason, time.perf_counter() - begun, figures)
-
-
-def empty(device: torch.device) -> None:
+@pytest.fixture(autouse=True)
+def _empty():
+    yield
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def measure(method: str, workload: Workload, device: torch.device, seconds: float, most: int) -> dict:
-    """Median step of one method, and the peak of the allocator from an empty device to the end of its first steps."""
-    deadline = time.perf_counter() + seconds
-    trainee, peak = started(method, Clock(device), workload)
-    steps = []
-    while len(steps) < most and (len(steps) < LEAST_STEPS or time.perf_counter() < deadline):
-        steps.append(trainee.step())
-    totals, added = zip(*steps, strict=True)
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step(shape, targets, method, record_property):
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if DEVICE.type == "cuda" else 0
+    if memory < LEAST_GB[shape]:
+        pytest.skip(f"needs {LEAST_GB[shape]} GB of GPU memory; this GPU has {memory:.0f}")
+    workload = Workload(TARGETS[targets], 1, TOKENS, SHAPES[shape], torch.bfloat16)
+    try:
+        figures = measure(method, workload)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # with which pytest would keep the model
+        raise
+    if method == "lora":
+        of_lora[shape, targets] = figures
+    if base := of_lora.get((shape, targets)):
+        figures |= {f"{name} / LoRA's": figures[name] / base[name] for name in ("step ms", "peak GB")}
+    for name, value in figures.items():
+        record_property(name, value)
+
+
+def measure(method: str, workload: Workload) -> dict:
+    """Return the median step, and the peak of the allocator from an empty device to the end of the first steps."""
+    trainee, peak = started(method, Clock(DEVICE), workload)
+    totals, added = zip(*(trainee.step() for _ in range(STEPS)), strict=True)
+    step, (low, high) = statistics.median(totals), quartiles(totals)
     figures = {
-        "steps": len(steps),
-        "step ms": milliseconds(statistics.median(totals)),
-        "quartiles ms": [round(1000 * q, 3) for q in quartiles(list(totals))],
-        "peak GB": round(peak / GB, 6),
+        "step ms": milliseconds(step),
+        "quartiles ms": f"{1000 * low:.1f} to {1000 * high:.1f}",
+        "peak GB": peak / 1e9,
         "trained parameters": sum(p.numel() for p in trainee.parameters),
     }
     if trainee.runtime is not None:
         assert trainee.runtime.skipped_steps == 0, "a step of finite gradients was skipped"
         figures["added ms"] = milliseconds(statistics.median(added))
-        figures["added share"] = round(statistics.median(added) / statistics.median(totals), 4)
     return figures
-
-
-def relative(figures: dict, of_lora: dict) -> dict:
-    return {
-        "time to LoRA's": round(figures["step ms"] / of_lora["step ms"], 4),
-        "peak to LoRA's": round(figures["peak GB"] / of_lora["peak GB"], 4),
-    }
-
-
-if __name__ == "__main__":
-    main()
