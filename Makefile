@@ -82,7 +82,6 @@ demo-output/report.html:
 
 bench-overhead: $(VENV)/.dev
 	$(RUN) -m benchmarks.cost.overhead --quick
-	$(RUN) -m benchmarks.cost.overhead --map
 
 bench-distributed: $(VENV)/.dev
 	$(RUN) -m benchmarks.cost.distributed

@@ -1,4 +1,4 @@
-"""What StructLoRA costs under each distributed engine: time, bytes sent, memory; and the analytical model's estimates.
+"""What StructLoRA costs under each distributed engine: time and bytes sent; and the analytical model's estimates.
 
     python -m benchmarks.cost.distributed                            # every engine at 2 processes
     python -m benchmarks.cost.distributed --quick --engines zero2    # fewer rounds, some of the engines
@@ -15,9 +15,9 @@ Prints one JSON line; progress goes to stderr. How it measures:
   the bytes that leave a rank in a ring: of an all-reduce 2(n - 1)/n of the payload, of an all-gather n - 1 times what a rank
   gives. What StructLoRA adds is the difference to LoRA. So with `traffic`, the bytes that all other operations read and write as
   if none were fused or cached, and `operations`.
-* Memory: the bytes that StructLoRA holds between steps on the rank that has most.
+* `held_bytes` are the offsets and running means that the first rank holds between steps.
 * Counts are of a model with small MLPs, a small vocabulary and a short batch: the LoRA factors, and so all that is counted, are
-  the same. They must be what the analytical model (`scale.py`) predicts; otherwise the benchmark fails.
+  the same. Collectives and bytes must be what the analytical model (`scale.py`) predicts; otherwise the benchmark fails.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def main() -> None:
     cells = [] if arguments.paper else [(e, n) for n in arguments.processes for e in arguments.engines]
     found = {cell: start(*cell) for cell in cells}
     measured = {f"{engine}, {n} processes": report for (engine, n), report in found.items()}
-    print(json.dumps({"benchmark": "distributed", "measured": measured, "paper": scale.estimates()}))
+    print(
+        json.dumps({"benchmark": "distributed", "measured": measured, "paper": scale.estimates(tuple(OURS))})
+    )
     wrong = [line for cell, report in found.items() for line in scale.disagreements(*cell, report["counts"])]
     return sys.exit("\n".join(wrong)) if wrong else None
 
@@ -150,7 +152,7 @@ class Trainee(overhead.Trainee):
 
 def counts_of(engine: str, clock: Clock) -> dict[str, dict]:
     """What each method of ours adds to a step of LoRA, on average between two draws of the edges."""
-    steps, counted, held = DepthGraph.redraw_every, {}, {}
+    steps, counted = DepthGraph.redraw_every, {}
     for method in METHODS:
         trainee = Trainee(method, engine, clock, COUNTED).warmed()
         with Recorder() as recorder:
@@ -158,13 +160,12 @@ def counts_of(engine: str, clock: Clock) -> dict[str, dict]:
                 trainee.step()
         counted[method] = Counter({name: value / steps for name, value in recorder.counts.items()})
         if method in OURS:
-            held[method] = [None] * dist.get_world_size()
-            dist.all_gather_object(held[method], overhead.held_bytes(trainee.runtime)["all"])
+            counted[method].subtract(counted["lora"])
+            held = [t for side in trainee.runtime.sides for t in (side.offset, side.mean)]
+            counted[method]["held_bytes"] = sum(t.nbytes for t in held)
         del trainee
         gc.collect()
-    for method in OURS:
-        counted[method].subtract(counted["lora"])
-    return {method: {**counted[method], "held_bytes": max(held[method])} for method in OURS}
+    return {method: counted[method] for method in OURS}
 
 
 class Recorder(TorchDispatchMode):

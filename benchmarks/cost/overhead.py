@@ -1,10 +1,9 @@
-"""What StructLoRA costs, with and without its coordinator, next to LoRA, DoRA and AdaLoRA; and the map by itself.
+"""What StructLoRA costs, with and without its coordinator, next to LoRA, DoRA and AdaLoRA.
 
     python -m benchmarks.cost.overhead            # all methods on a model of SmolLM2-135M's shape
     python -m benchmarks.cost.overhead --quick    # the same in fewer rounds
-    python -m benchmarks.cost.overhead --map      # the map: LLaMA-7B, LLaMA-70B and up to 1000 depths, on one core
 
-Each prints one JSON line; progress goes to stderr. How it measures:
+Prints one JSON line; progress goes to stderr. How it measures:
 
 * Weights are random, since neither time nor memory depends on them: nothing is downloaded. Gates act throughout.
 * Query and value are adapted, as in the paper, and then all linear modules, in a short step of 360 tokens; and all linear
@@ -15,8 +14,6 @@ Each prints one JSON line; progress goes to stderr. How it measures:
 * Memory: `peak_memory_ratio` compares the peak bytes of torch's allocator from before the model is built to the end of
   the second step: exact and repeatable.
 * On a busy machine, `OMP_NUM_THREADS=1` with `--cpu-time` gives steadier figures.
-* `linearity` is the exponent e of a fit time = c * depths^e: 1 is linear. Bytes are per byte of the LoRA factors: `held`
-  between steps, `passing` at the most within a step on top of that, gradients and the model's own weights not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ import contextlib
 import gc
 import itertools
 import json
-import math
 import random
 import statistics
 import sys
@@ -35,7 +31,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -43,12 +38,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from structlora_trl import Runtime, StructLoRAConfig, attach
-from structlora_trl.core.gates import Forward
-from structlora_trl.core.graph import DepthGraph
-from structlora_trl.core.kinds import Kind
-from structlora_trl.engines import TorchEngine
-from structlora_trl.gating import Gating
+from structlora_trl import Runtime, attach
 
 OURS = {"structlora": {}, "gates": {"coordinator": "none"}}  # name -> options of StructLoRA
 METHODS = ("lora", *OURS, "dora", "adalora")
@@ -82,51 +72,19 @@ WORKLOADS = {
 }
 
 
-@dataclass(frozen=True)
-class Stack:
-    """LoRA factors of one model: `widths` maps a kind's name to its input and output width, in a layer's order."""
-
-    name: str
-    depths: int
-    rank: int
-    widths: dict[str, tuple[int, int]]
-
-
-SMOLLM2_STACK = Stack("SmolLM2-135M", 30, RANK, {"q_proj": (576, 576), "v_proj": (576, 192)})
-_WIDTHS = [
-    (8192, 8192),
-    (8192, 1024),
-    (8192, 1024),
-    (8192, 8192),
-    (8192, 28672),
-    (8192, 28672),
-    (28672, 8192),
-]
-LLAMA_70B = Stack("LLaMA-70B", 80, 16, dict(zip(TARGETS["all linear"], _WIDTHS, strict=True)))
-_LLAMA_7B = {"q_proj": (4096, 4096), "v_proj": (4096, 4096)}
-BY_DEPTH = [Stack(f"{n} depths", n, RANK, _LLAMA_7B) for n in (125, 250, 500, 1000)]
-STACKS = (SMOLLM2_STACK, Stack("LLaMA-7B", 32, RANK, _LLAMA_7B), LLAMA_70B, *BY_DEPTH)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
-    parser.add_argument("--map", action="store_true", help="time the map alone, on factors of large models")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, not wall seconds")
     arguments = parser.parse_args()
     clock = Clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.cpu_time)
     torch.manual_seed(0)
     with contextlib.redirect_stdout(sys.stderr):  # libraries that log to stdout would spoil the one line
-        if arguments.map:
-            torch.set_num_threads(1)
-            found = {stack.name: map_cost(stack, clock) for stack in STACKS}
-            report = {"benchmark": "map", "stacks": found, "linearity": linearity(found)}
-        else:
-            rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
-            adapted = {name: cost(workload, clock, rounds) for name, workload in WORKLOADS.items()}
-            report = {"benchmark": "overhead", "model": "SmolLM2-135M's shape, r=8", "adapted": adapted}
+        rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+        adapted = {name: cost(workload, clock, rounds) for name, workload in WORKLOADS.items()}
+    report = {"benchmark": "overhead", "model": "SmolLM2-135M's shape, r=8", "adapted": adapted}
     on_cpu = f"cpu, {torch.get_num_threads()} thread(s)"
     device = torch.cuda.get_device_name() if clock.device.type == "cuda" else on_cpu
     setting = {"device": device, "torch": torch.__version__, "time": "cpu" if clock.cpu_time else "wall"}
@@ -234,7 +192,6 @@ def cost(workload: Workload, clock: Clock, rounds: int) -> dict:
         **time_figures(timed_rounds(trainees, rounds)),
         "peak_memory_ratio": {m: round(peak / peaks["lora"], 4) for m, peak in peaks.items()},
         "peak_bytes": peaks,
-        "held_bytes": {m: held_bytes(trainees[m].runtime) for m in OURS},
     }
 
 
@@ -264,7 +221,7 @@ def time_figures(rounds: list[dict[str, tuple[float, float]]]) -> dict:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return [round(low, 4), round(high, 4)]
 
 
@@ -291,86 +248,6 @@ def with_peak(work: Callable, device: torch.device) -> tuple:
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     return result, max(itertools.accumulate(change for _, change in changes))
-
-
-def held_bytes(runtime: Runtime) -> dict[str, int]:
-    """Bytes that StructLoRA keeps on this rank between steps, by what they are."""
-    maps, moments = runtime.maps, runtime.optimizer.state.values() if runtime.optimizer else ()
-    graphs = [vars(m.graph) | dict(m.graph.named_buffers()) for m in maps]
-    held = {
-        "offsets": [side.offset for side in runtime.sides],
-        "running means": [side.mean for side in runtime.sides],
-        "origins": [m.origin_A for m in maps] + [m.origin_B for m in maps],
-        "graphs": [x for graph in graphs for x in graph.values()],
-        "coordinators": [
-            *(p for m in maps for p in m.parameters()),
-            *(x for of in moments for x in of.values()),
-        ],
-        "gates": runtime.gating.logits,
-    }
-    found = {what: sum(x.nbytes for x in xs if isinstance(x, Tensor)) for what, xs in held.items()}
-    return {"all": sum(found.values()), **found}
-
-
-# --- the map alone -------------------------------------------------------------------------------------------------
-
-
-def linearity(found: dict[str, dict]) -> float:
-    """Exponent of depth in the time of stacks that differ in depth alone, by least squares of the logarithms."""
-    points = [(math.log(stack.depths), math.log(found[stack.name]["ms_per_step"])) for stack in BY_DEPTH]
-    return round(statistics.linear_regression(*zip(*points, strict=True)).slope, 3)
-
-
-class Factors(nn.ParameterList):
-    """What a runtime asks of a PEFT model."""
-
-    active_adapters = ("default",)
-
-    @property
-    def base_model(self) -> SimpleNamespace:
-        return SimpleNamespace(model=self)
-
-
-def map_cost(stack: Stack, clock: Clock) -> dict:
-    """What StructLoRA adds to an optimizer step over a stack of factors: milliseconds and bytes."""
-    progress(f"map of {stack.name}")
-    kinds = [build_kind(stack, name, clock.device) for name in stack.widths]
-    parameters = [p for kind in kinds for p in kind.parameters]
-    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)  # its update is not counted
-    engine = TorchEngine(optimizer, kinds)
-    ungated = Gating([], None, engine, Forward())  # gates are in no optimizer step's map
-    parts = Factors(parameters), kinds, StructLoRAConfig(), engine, ungated
-    hooks = HookTimer(optimizer, clock, lambda: Runtime(*parts, align=True))
-
-    def step(count: int) -> float:
-        for _ in range(count):
-            for p in parameters:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-        return hooks.seconds() / count
-
-    step(DepthGraph.redraw_every)
-    seconds = step(DepthGraph.redraw_every)  # in one of which edges are drawn anew
-    _, passing = with_peak(optimizer.step, clock.device)
-    held, lora_bytes = held_bytes(hooks.runtime), sum(p.nbytes for p in parameters)
-    return {
-        "shape": f"{stack.depths} depths, {len(kinds)} kinds, r={stack.rank}",
-        "ms_per_step": milliseconds(seconds),
-        "ms_per_step_and_depth": milliseconds(seconds / stack.depths),
-        "lora_bytes": lora_bytes,
-        "held_bytes": held,
-        "held_bytes_per_lora_byte": round(held["all"] / lora_bytes, 3),
-        "passing_bytes_per_lora_byte": round(passing / lora_bytes, 3),
-    }
-
-
-def build_kind(stack: Stack, name: str, device: torch.device) -> Kind:
-    """Fresh factors of one kind."""
-    width_in, width_out = stack.widths[name]
-    modules = [f"layers.{depth}.{name}" for depth in range(stack.depths)]
-    A = [nn.Parameter(torch.randn(stack.rank, width_in, device=device)) for _ in modules]
-    B = [nn.Parameter(torch.zeros(width_out, stack.rank, device=device)) for _ in modules]
-    return Kind(f"layers.*.{name}", modules, A, B)
 
 
 def milliseconds(seconds: float) -> float:

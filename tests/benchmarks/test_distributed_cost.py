@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
 from benchmarks.cost import distributed, scale
-from benchmarks.cost.overhead import OURS, SMOLLM2_STACK
+from benchmarks.cost.overhead import OURS
 from tests.support.launching import one_at_a_time
 
 pytestmark = pytest.mark.slow
@@ -32,11 +30,6 @@ def test_what_leaves_a_rank(name, args, sent):
     assert distributed.bytes_sent(name, args, ranks=4) == sent
 
 
-def test_a_collective_without_a_rule_is_an_error():
-    with pytest.raises(NotImplementedError, match="gather_nothing"):
-        distributed.bytes_sent("gather_nothing", ([numbers(1)],), ranks=2)
-
-
 @one_at_a_time
 @pytest.mark.parametrize(
     ("engine", "processes"), [("ddp", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2)]
@@ -47,14 +40,14 @@ def test_counts_are_what_the_model_predicts(engine, processes):
     assert not list(scale.disagreements(engine, processes, counts))
     ours, gates = counts["structlora"], counts["gates"]
     if engine == "fsdp2":  # which the estimates for a GPU are made of
-        mapped, modules = 2 * 30 * 8 * 576 * scale.FP32, 2 * 30
+        mapped = scale.SMOLLM2.mapped_bytes
         assert (ours["traffic"] - gates["traffic"]) / mapped == pytest.approx(scale.PASSES, rel=0.1)
         assert (ours["operations"] - gates["operations"]) / 2 == pytest.approx(scale.OPERATIONS, rel=0.1)
-        assert gates["operations"] / modules == pytest.approx(scale.OF_GATE, rel=0.1)
+        assert gates["operations"] / scale.SMOLLM2.modules == pytest.approx(scale.OF_GATE, rel=0.1)
 
 
 def test_counts_that_the_model_does_not_predict_are_told():
-    predicted = asdict(scale.added(SMOLLM2_STACK, "gates", "fsdp2", 2))
+    predicted = scale.added(scale.SMOLLM2, "gates", "fsdp2", 2)
     (told,) = scale.disagreements("fsdp2", 2, {"gates": {**predicted, "collectives": 3}})
     assert told == "fsdp2, 2 processes, gates: collectives is 3, predicted is 1"
 
@@ -62,5 +55,4 @@ def test_counts_that_the_model_does_not_predict_are_told():
 @pytest.mark.parametrize("method", OURS)
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_a_large_model_pays_little(engine, method):
-    found = scale.estimate(scale.LLAMA_70B, method, engine, 64)
-    assert found["step_time_ratio"] <= 1.02 and found["memory_ratio"] <= 1.02
+    assert scale.estimate(method, engine, 64)["step_time_ratio"] <= 1.02

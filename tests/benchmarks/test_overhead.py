@@ -8,23 +8,12 @@ import time
 import pytest
 import torch
 
-from benchmarks.cost import overhead
+from benchmarks.cost import lines, overhead
 
-pytestmark = pytest.mark.slow
 CLOCK = overhead.Clock(torch.device("cpu"))
 
 
-def test_cost_of_a_small_map():
-    stack = overhead.Stack("tiny", 3, 2, {"q_proj": (8, 16), "o_proj": (16, 8)})
-    found = overhead.map_cost(stack, CLOCK)
-    assert found["lora_bytes"] == 3 * 2 * 4 * (2 * (8 + 16))
-    mapped = 3 * 2 * 4 * (2 * 8)  # of lora_A that reads, and lora_B that writes
-    held = found["held_bytes"]
-    assert held["offsets"] == held["running means"] == mapped and held["origins"] == 2 * 4 * 8
-    assert found["held_bytes_per_lora_byte"] == pytest.approx(held["all"] / found["lora_bytes"], abs=1e-3)
-    assert found["ms_per_step"] > 0
-
-
+@pytest.mark.slow
 def test_methods_are_compared_on_one_model():
     shape = dict(zip(overhead.SIZES, (64, 64, 3, 4, 2, 64), strict=True))
     workload = dataclasses.replace(overhead.WORKLOADS["q+v"], batch=1, tokens=8, shape=shape)
@@ -32,8 +21,6 @@ def test_methods_are_compared_on_one_model():
     assert found["rounds"] == 2 and found["step_time_ratio"]["lora"] == 1
     assert found["step_time_ratio"].keys() == found["peak_memory_ratio"].keys() == {*overhead.METHODS}
     assert 0 < found["added_ms"]["structlora"] < found["step_ms"]["structlora"]
-    held = found["held_bytes"]
-    assert held["structlora"]["offsets"] == 2 * 3 * 8 * 64 * 4 and held["gates"]["offsets"] == 0
 
 
 def test_ratios_are_taken_within_a_round():
@@ -61,7 +48,6 @@ def test_hooks_before_and_after_an_update_are_counted():
     assert timer.seconds() >= 0.1 and timer.seconds() == 0
 
 
-@pytest.mark.parametrize("exponent", [1.0, 2.0])
-def test_linearity_is_the_exponent_of_depth(exponent):
-    found = {stack.name: {"ms_per_step": 3 * stack.depths**exponent} for stack in overhead.BY_DEPTH}
-    assert overhead.linearity(found) == exponent
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings():
+    source = '"""Two\nlines."""\n\n# why\ndef f():  # what\n    """Says."""\n    return """a\n\nb"""\n'
+    assert lines.count(source) == (4, 2)
