@@ -17,7 +17,7 @@ Prints one JSON line; progress goes to stderr. How it measures:
   if none were fused or cached, and `operations`.
 * `held_bytes` are the offsets and running means that the first rank holds between steps.
 * Counts are of a model with small MLPs, a small vocabulary and a short batch: the LoRA factors, and so all that is counted, are
-  the same. Collectives and bytes must be what the analytical model (`scale.py`) predicts; otherwise the benchmark fails.
+  the same. Collectives and bytes sent must be what the model (`scale.py`) predicts; otherwise the benchmark fails.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ if DEVICE.type == "cuda":  # LLaMA 3.2 1B and LLaMA 3.1 8B
     )
 # Weights, the activations of one sequence without checkpointing, and logits in fp32.
 LEAST_GB = {"tiny": 0, "1B": 16, "8B": 60}
-STEPS = 10
+STEPS = 20
 QUICK = ("lora", "structlora")
 of_lora = {}
 

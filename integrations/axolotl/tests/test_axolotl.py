@@ -173,11 +173,7 @@ def test_block_on_lora(place):
     }
     log = train(place, "block", adapter="lora", structlora=block, plugins=[PLUGIN])
     options = check(place / "block", place / "model")
-    assert (options["beta"], options["edges"], options["coordinator_lr"]) == (
-        0.5,
-        "adjacency",
-        0.05,
-    )
+    assert (options["beta"], options["edges"], options["coordinator_lr"]) == (0.5, "adjacency", 0.05)
     assert log.count("StructLoRA on torch") == 1
 
 
@@ -287,17 +283,8 @@ def validated(**keys) -> DictDefault:
     return validate_config(cfg)
 
 
-# keys of a run -> whether Axolotl's kernels stay on
-RUNS = {
-    "gates": ({}, False),
-    "gates of the other form": ({"structlora": {"gates": "gumbel"}}, False),
-    "no gates": ({"structlora": WITHOUT_GATES}, True),
-}
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_kernels_stay_where_there_are_no_gates(run):
-    keys, stay = RUNS[run]
+@pytest.mark.parametrize("keys, stay", [({}, False), ({"structlora": WITHOUT_GATES}, True)])
+def test_kernels_stay_where_there_are_no_gates(keys, stay):
     cfg = validated(adapter="structlora", lora_r=4, lora_alpha=8, lora_target_linear=True, **keys)
     # What is left out Axolotl switches on, where the machine has a GPU.
     assert [cfg.get(key) is not False for key in KERNELS] == [stay] * len(KERNELS)
@@ -306,7 +293,6 @@ def test_kernels_stay_where_there_are_no_gates(run):
 MISTAKES = {
     "misspelt option": ({"adapter": "structlora", "structlora": {"gaets": "off"}}, "write `gates`"),
     "misspelt on lora": ({"adapter": "lora", "structlora": {"kep": 0.4}}, "write `keep`"),
-    "out of range": ({"adapter": "lora", "structlora": {"beta": -2}}, "a number of 0 or more"),
     "nothing under the key": ({"adapter": "lora", "structlora": None}, "write `structlora: true`"),
     "not an answer": ({"adapter": "lora", "structlora": "yes please"}, "write `structlora: true`"),
     "off and on": ({"adapter": "structlora", "structlora": False}, "write `adapter: lora`"),

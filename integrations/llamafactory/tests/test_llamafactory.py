@@ -150,7 +150,6 @@ def test_plain_lora_is_one_word_away(place):
 
 MISTAKES = {
     "misspelt option": ({"structlora": {"gaets": "off"}}, "write `gates`"),
-    "value out of range": ({"structlora": {"beta": -2}}, "a number of 0 or more"),
     "nothing under the key": ({"structlora": None}, "write `structlora: true`"),
     "full fine-tuning": ({"finetuning_type": "full"}, "write `finetuning_type: lora`"),
 }
