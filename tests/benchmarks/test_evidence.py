@@ -105,14 +105,16 @@ def test_runs_on_another_backbone_than_loras_are_no_pair():
         [
             line(seed=0),  # a task without a backbone of ours
             line(seed=1, backbone="one"),
+            line(seed=3, backbone="one"),
             line("structlora", seed=0),
             line("structlora", seed=1, backbone="one"),
             line("structlora", seed=2, backbone="one"),
-            line("halves", seed=0, backbone="one"),
+            line("structlora", seed=3, backbone="two"),
+            line("halves", seed=3, backbone="two"),  # which are compared with each other alone
         ]
     )
     assert list(runs.runs(AT_ONE_RATE, "structlora").index) == [0, 1, 2]
-    assert runs.runs(AT_ONE_RATE, "halves").empty
+    assert list(runs.runs(AT_ONE_RATE, "halves").index) == [3]
 
 
 def test_a_machine_leaves_out_the_cells_that_pair_with_another_backbone():
