@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 
-import structlora_trl
 from structlora_trl import load_state, save_state
 from structlora_trl.shrink.load_adapter import read_saved
 from tests.support.tiny import (
@@ -26,7 +23,6 @@ from tests.support.tiny import (
 STEPS = 3
 SELECTING = {"keep": 0.5, "select_at": 10}
 SELECTED = 11  # steps, after which directions are closed
-PACKAGE = Path(structlora_trl.__file__).parent
 
 
 def autocast():
@@ -78,57 +74,3 @@ def test_autocast_keeps_no_cast_of_weights_that_are_gone():
         found = logits_of(model, "llama")
     with autocast():
         assert torch.equal(logits_of(model, "llama"), found)
-
-
-@pytest.mark.slow
-def test_a_compiled_training_step():
-    """Forward, backward and optimizer in one function, against the same uncompiled; of the optimizer's step alone, see set-ups."""
-    runs = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model, optimizer, runtime = attached()
-        model.train()
-
-        def step(index, model=model, optimizer=optimizer):
-            loss_of(model, "llama", index).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        if compiled:
-            step = torch.compile(step, backend="eager")
-        for index in range(STEPS):
-            step(index)
-        assert runtime.step == STEPS
-        runs.append(weights_of(model))
-    for name, value in runs[0].items():
-        torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5)
-
-
-FACTORIES = {
-    "tensor",
-    "as_tensor",
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "arange",
-    "linspace",
-    "eye",
-    "rand",
-    "randn",
-}
-
-
-def test_every_tensor_names_its_dtype_and_device():
-    """A default dtype or device of the user's is for the user's tensors."""
-    unnamed = []
-    for path in set(PACKAGE.rglob("*.py")) - {PACKAGE / "core" / "one_page.py"}:  # which is for reading
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or ast.unparse(node.func) not in {
-                f"torch.{f}" for f in FACTORIES
-            }:
-                continue
-            if not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}:
-                unnamed.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
-    assert not unnamed

@@ -10,7 +10,6 @@ from torch.optim import lr_scheduler
 from transformers import SchedulerType
 from transformers.optimization import AdafactorSchedule
 
-from structlora_trl.engines.base import rate_of
 from tests.support.launching import one_at_a_time, said_by
 from tests.support.loops import ByHand, Loop
 from tests.support.promises import skip_without
@@ -153,24 +152,6 @@ def test_a_skipped_step_does_not_end_a_warm_up(tmp_path):
     run = Overflowing.run(row, tmp_path, METHOD, steps=3, watch=seen)
     assert run.runtime.skipped_steps == 1
     assert seen.shares == pytest.approx([0, 1 / 3, 2 / 3])
-
-
-@pytest.mark.parametrize(
-    "group, configured, expected",
-    [
-        ({"lr": 1e-4}, 0.0, (1e-4, 1e-4)),
-        ({"lr": 0.0, "initial_lr": 1e-3}, 0.0, (0.0, 1e-3)),
-        ({"lr": 1e-4, "initial_lr": 1e-5, "max_lr": 1e-3}, 0.0, (1e-4, 1e-3)),  # OneCycleLR
-        ({"lr": 2e-3, "initial_lr": 1e-3}, 0.0, (2e-3, 2e-3)),  # raised by hand
-        ({"lr": 0.5, "initial_lr": 1.0}, 0.0, (0.5, 1.0)),  # Prodigy
-        ({"lr": 1e-4, "initial_lr": 1.0}, 0.0, (1e-4, 1e-4)),  # Noam: a base that a lambda multiplies
-        ({"lr": 1e-4}, 1e-2, (1e-4, 1e-2)),  # DeepSpeed's own schedulers
-        ({"lr": None}, 0.0, (1.0, 1.0)),  # Adafactor
-        ({"lr": 1e-3, "relative_step": True}, 0.0, (1.0, 1.0)),
-    ],
-)
-def test_rates_and_the_peaks_that_groups_declare(group, configured, expected):
-    assert rate_of(group, configured) == expected
 
 
 @pytest.mark.slow

@@ -194,11 +194,6 @@ class Clipping(Loop):
         torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), 0.05)
 
 
-class ClippingByValue(Loop):
-    def before_step(self):
-        torch.nn.utils.clip_grad_value_(trainable(self.model).values(), 1e-3)
-
-
 class Autocast(Loop):
     def loss(self, index):
         with torch.autocast(self.device, torch.bfloat16):
