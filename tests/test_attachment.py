@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from structlora_trl import StructLoRAConfig, StructLoRAError, attach
+from structlora_trl import StructLoRAError, attach
 from tests.support.promises import skip_without
 from tests.support.setups import NOT_REPEATED, REPEATED, SETUPS, lora
 from tests.support.tiny import DATA, adamw, base_model, logits_of, peft_model, train, warm_up
@@ -148,25 +148,11 @@ def test_kinds_of_unknown_role_are_named_where_depths_are_compared():
     assert "not coordinated" not in repr(runtime)
 
 
-def test_options_are_read_as_the_callback_reads_them(tmp_path):
-    file, model = tmp_path / "run.yaml", peft_model()
-    file.write_text("structlora: {beta: 0.7}")
-    optimizer = adamw(model)
-    with pytest.raises(StructLoRAError, match="leave the call of `attach` out"):
-        attach(model, optimizer, False, **DATA)
-    config = attach(model, optimizer, file, edges="adjacency", **DATA).config  # nothing was left behind
-    assert config == StructLoRAConfig(beta=0.7, edges="adjacency")
-
-
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (
-            lambda model, optimizer: (optimizer, model),
-            "type AdamW where the model.*`attach.model, optimizer.`",
-        ),
+        (lambda *given: reversed(given), "type AdamW where the model.*`attach.model, optimizer.`"),
         (lambda model, optimizer: (None, optimizer), "type NoneType where the model"),
-        (lambda model, optimizer: (model, model), "an optimizer of type PeftModel"),
         (lambda model, optimizer: (model, [optimizer]), "an optimizer of type list"),
     ],
 )
@@ -211,8 +197,6 @@ OF_A_LOOP = {
     "nothing": ({}, {}, f"examples=None {GIVEN}"),
     "no batch": ({"examples": 64}, {}, f"batch_size=None {GIVEN}"),
     "no examples": ({"batch_size": 8}, {}, f"examples=None {GIVEN}"),
-    "none of them": ({"examples": 0, "batch_size": 8}, {}, f"examples=0 {GIVEN}"),
-    "no number": ({"examples": True, "batch_size": 8}, {}, f"examples=True {GIVEN}"),
     "endless": ({"examples": float("inf"), "batch_size": 8}, {}, f"examples=inf {GIVEN}"),
     "more at once than there are": ({"examples": 8, "batch_size": 16}, {}, "batch_size=16 and examples=8"),
     "all at once": ({"examples": 16, "batch_size": 16}, {}, None),

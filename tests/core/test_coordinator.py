@@ -66,17 +66,6 @@ def test_gat_starts_as_the_mean_over_neighbours():
     torch.testing.assert_close(added[1], features.mean(0).tanh())
 
 
-def test_gat_scores_only_what_is_open():
-    """The profile of open directions is what it is without the closed ones, whatever stood in these."""
-    gat = build_coordinator("gat", 4, 1, 0)
-    features = torch.randn(3, 4, 5)
-    kept = torch.tensor([[True, True, False, False]] * 3)
-    profile = gat._profile((features * kept[..., None])[None], kept.float()[None])
-    alone = gat._profile(features[None, :, :2], torch.ones(1, 3, 2))
-    torch.testing.assert_close(profile[..., :2], alone)
-    assert not profile[..., 2:].any()
-
-
 @pytest.mark.parametrize("name", COORDINATORS)
 def test_gradients_at_zero_features_are_finite(name):
     """Where every fresh run starts: A - A0 = 0."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structlora_trl.core.diagnostics import effective_rank, stream_cosine, stream_products, structure_metrics
+from structlora_trl.core.diagnostics import effective_rank, stream_cosine, stream_products
 from structlora_trl.core.kinds import residual_role
 from tests.support.tiny import (
     _SIZES,
@@ -17,7 +17,6 @@ from tests.support.tiny import (
     attached,
     lora_parameters,
     peft_model,
-    standing,
     train,
 )
 
@@ -45,14 +44,6 @@ def test_stream_cosine_is_that_of_the_whole_matrices(seed, apart, experts):
     side, other = factors(seed, experts=experts)
     found = cosine_of(side, other, apart).double()
     torch.testing.assert_close(found, formed(other.mT @ side, apart), atol=1e-5, rtol=1e-4)
-
-
-@given(seed=st.integers(0, 2**31 - 1), scale=st.sampled_from([1e-9, 1e-4, 1.0, 1e9]))
-def test_stream_cosine_depends_neither_on_the_rank_basis_nor_on_the_scale(seed, scale):
-    side, other = factors(seed)
-    basis = torch.linalg.qr(factors(seed + 1, n=3)[0]).Q * torch.tensor([0.5, 1.0, 2.0])  # one for each depth
-    turned = cosine_of(basis @ side * scale, torch.linalg.inv(basis).mT @ other / scale)
-    torch.testing.assert_close(turned, cosine_of(side, other), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +129,6 @@ def test_no_figure(why, targets, options, steps):
     model, optimizer, runtime = attached(peft_model(targets=targets), **options)
     train(model, "llama", optimizer, steps)
     assert "structlora/stream_cosine" not in runtime.metrics(), why
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_diverged_depth_leaves_the_others_their_figure(value):
-    model, optimizer, runtime = attached(peft_model(targets=["o_proj"]), coordinator="none")
-    train(model, "llama", optimizer, 2)
-    (effective,) = standing(runtime)
-    expected = formed(effective.A.mT @ effective.B.mT)
-    for depth, left in ((2, [expected[0].item()]), (1, [])):
-        effective.B[depth, 0, 0] = value
-        found = structure_metrics(runtime.maps, [effective])
-        assert [found[name] for name in ("stream_cosine",) if name in found] == pytest.approx(left, abs=1e-4)
 
 
 def rank_of(A, B):

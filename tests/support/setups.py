@@ -279,21 +279,14 @@ def loftq(base):
         return get_peft_model(base, config)
 
 
-def loaded(base: nn.Module, quantization, device: str = "cpu") -> nn.Module:
-    """The model as `from_pretrained` quantises it. From no folder, which one of several processes alone would write."""
-    return type(base).from_pretrained(
-        None,
-        config=base.config,
-        state_dict=base.state_dict(),
-        quantization_config=quantization,
-        dtype=torch.float32,
-        device_map=device,
-    )
+def loaded(base: nn.Module, **options) -> nn.Module:
+    """The model as `from_pretrained` quantises or shards it. From no folder, which one of several processes alone would write."""
+    return type(base).from_pretrained(None, config=base.config, state_dict=base.state_dict(), **options)
 
 
 def torchao_int8():
-    quantization = importlib.import_module("torchao.quantization")
-    return loaded(llama(), transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig()))
+    how = transformers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+    return loaded(llama(), quantization_config=how, dtype=torch.float32, device_map="cpu")
 
 
 def variant(config: str, option: str, **options):
@@ -319,7 +312,7 @@ def quantised(bits: int, device: str = "cpu", storage: torch.dtype = torch.uint8
     how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(four if bits == 4 else {}))
     # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
     base = llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
-    model = loaded(base, how, device)
+    model = loaded(base, quantization_config=how, dtype=torch.float32, device_map=device)
     for module in model.modules():
         # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).
         module.support_avx512bf16_for_cpu = False
