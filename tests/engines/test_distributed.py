@@ -73,11 +73,7 @@ EQUAL = {
         rows(["ddp", "zero1", "zero2", "zero3"], 3),
     ),
     # λ_d of four directions, over three ranks.
-    "VeRA": (
-        {"vera": {"r": 4}},
-        [("zero3", 3)],
-        rows(["ddp", "fsdp2", "zero1", "zero2"], 3),
-    ),
+    "VeRA": ({"vera": {"r": 4}}, [("zero3", 3)], rows(["ddp", "fsdp2", "zero1", "zero2"], 3)),
     "context parallelism": ({**EVEN, **SEMANTIC}, [("cp", 4)], []),
     # Clipped: ZeRO 1 and 2 scale the gradients of ranks that share rows otherwise than one process, with plain LoRA too.
     "sequence parallelism": (

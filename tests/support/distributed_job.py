@@ -68,7 +68,7 @@ DEFAULTS = {
     "never_average": False,  # keep Trainer from averaging a replicated adapter
     "method_of_rank_1": {},  # options that this rank alone has
     "poison_at": None,  # step at which the loss is NaN
-    "kill": None,  # {"rank": 1, "step": 4, "in": "step" or "save"}
+    "kill_at": None,  # step that rank 1 does not survive
     "group_timeout": None,  # seconds
 }
 
@@ -135,21 +135,14 @@ class PoisonAt(TrainerCallback):
 
 
 class KillAt(TrainerCallback):
-    """Kill this process outright between two steps, or inside the save after that step."""
+    """Kill this process outright."""
 
-    def __init__(self, fault):
-        self.step, self.place = fault["step"], fault["in"]
+    def __init__(self, step):
+        self.at = step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            if self.place == "step":
-                self._die()
-            from structlora_trl import state
-
-            state.os.fsync = self._die  # written, not yet in its place
-
-    def _die(self, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def parallelism(args, world: int) -> dict:
@@ -203,7 +196,7 @@ def main():
         callback,
         args.stop_at is not None and StopAt(args.stop_at),
         args.poison_at is not None and PoisonAt(args.poison_at),
-        args.kill is not None and rank == args.kill["rank"] and KillAt(args.kill),
+        args.kill_at is not None and rank == 1 and KillAt(args.kill_at),
     ]
     options = {
         **parallelism(args, world),

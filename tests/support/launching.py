@@ -30,12 +30,7 @@ ENGINES = {
     "zero3": "DeepSpeed ZeRO-3",
 }
 # HSDP takes four processes or more.
-NAMES = {
-    **ENGINES,
-    "hsdp": "HSDP",
-    "cp": "FSDP2",
-    "loaded": "FSDP2 (replicated adapter)",
-}
+NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2", "loaded": "FSDP2 (replicated adapter)"}
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
 STEADY = {"adam_epsilon": 1e-6}
 # The loss scale starts at 2^20, where the first steps overflow.
