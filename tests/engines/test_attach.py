@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 
-import peft
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
 from tests.support.launching import ENGINES, NAMES, ROOT, one_at_a_time, run, torchrun
 from tests.support.loop_job import train
@@ -18,9 +15,7 @@ from tests.support.tiny import LAYERS
 
 pytestmark = one_at_a_time
 
-FOUR_PROCESSES = ("fsdp2 contexts", "hsdp", "zero3 hpz")
-ALL = (*ENGINES, "loaded", *FOUR_PROCESSES)
-
+WORLD = 2  # processes
 ALONE = {"coordinator": "none"}
 # Edges of both sorts: -0.5, too, is far from every cosine, and joins all depths that are no neighbours.
 HYBRID = {"edges": "hybrid", "semantic_threshold": -0.5}
@@ -32,21 +27,21 @@ RESHARDING = [f"fsdp2{layers} resharding" for layers in ("", " layers")]
 
 RUNS = {
     # name: (what `loop_job.train` is told, engines, those of them in the quick suite)
-    "plain": ({}, [*ALL, *RESHARDING, "fsdp2 layers"], [*ALL, RESHARDING[0]]),
-    "noisy": (OWN_DRAWS, [*ALL, RESHARDING[1]], ALL),
+    "plain": ({}, [*ENGINES, *RESHARDING, "fsdp2 layers"], [*ENGINES, RESHARDING[0]]),
+    "noisy": (OWN_DRAWS, [*ENGINES, RESHARDING[1]], ENGINES),
     "noisy without coordinator": ({**OWN_DRAWS, "method": ALONE}, ENGINES, ["fsdp2", "zero3"]),
-    "clipped": ({"clip": 0.1}, ALL, ["zero2"]),
+    "clipped": ({"clip": 0.1}, ENGINES, ["zero2"]),
     "scaled": ({"scaled": True}, ENGINES, ["ddp", "zero3"]),
     "scaled and clipped": ({"scaled": True, "clip": 0.1}, ENGINES, ["zero2"]),
-    "NaN beside LoRA": ({"poison_at": 3}, ALL, ["fsdp2", "zero3"]),
-    "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}}, ALL, ["zero3"]),
+    "NaN beside LoRA": ({"poison_at": 3}, ENGINES, ["fsdp2", "zero3"]),
+    "frozen lora_A": ({"freeze": "lora_A", "method": {"side": "write"}}, ENGINES, ["zero3"]),
     "experts": ({**EXPERTS, "base": "stacked"}, ENGINES, []),
     "experts apart": ({**EXPERTS, "base": "apart"}, ENGINES, ["zero3"]),
     "norms over the width": ({"method": {"coordinator": "gat"}}, ENGINES, ["fsdp2"]),
-    "selected": (SELECTING, [*ENGINES, *FOUR_PROCESSES], ["zero1"]),
+    "selected": (SELECTING, ENGINES, ["zero1"]),
     "4-bit base": ({"base": "4 bits", "method": {"semantic_threshold": 0.02}}, ENGINES, []),
     "attached again": ({"steps": 8, "again_at": 3, "method": HYBRID}, ENGINES, ["zero3"]),
-    "bypassed": ({"bypassed": True}, [*ENGINES, "loaded"], ["fsdp2", "zero1", "zero3"]),
+    "bypassed": ({"bypassed": True}, ENGINES, ["fsdp2", "zero1", "zero3"]),
 }
 QUICK = [(name, engine) for name, (_, _, quick) in RUNS.items() for engine in quick]
 SLOW = [
@@ -65,20 +60,18 @@ def rows(*names: str):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """What each run ended with. Those of one number of processes share a launch, the quick ones and the slow ones apart."""
+    """What each run ended with. They share a launch, the quick ones and the slow ones apart."""
     found = {}
 
     def result(row):
         if not is_installed(row[1]):
             pytest.skip(f"what {row[1]} needs is not installed")
         if row not in found:
-            world = processes(row[1])
-            suite = QUICK if row in QUICK else SLOW
-            rows = [r for r in suite if is_installed(r[1]) and processes(r[1]) == world]
+            rows = [r for r in (QUICK if row in QUICK else SLOW) if is_installed(r[1])]
             output = tmp_path_factory.mktemp("loops") / "finished.pt"
             told = [{"engine": engine, **RUNS[name][0]} for name, engine in rows]
             job = [str(ROOT / "tests" / "support" / "loop_job.py"), str(output), json.dumps(told)]
-            done = run([*torchrun(world), *job], timeout=1800)
+            done = run([*torchrun(WORLD), *job], timeout=1800)
             assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
             found.update(zip(rows, torch.load(output), strict=True))
         return found[row]
@@ -99,15 +92,7 @@ def alone():
     return result
 
 
-def processes(engine: str) -> int:
-    return 4 if engine in FOUR_PROCESSES else 2
-
-
 def is_installed(engine: str) -> bool:
-    if engine == "loaded":
-        return Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) >= Version(
-            "0.21"
-        )
     return not engine.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
 
 
@@ -154,7 +139,7 @@ def test_gates_on_every_rank(name, engine, finished):
     many = finished((name, engine))
     assert many["stands"]
     first = many["gates"][0]
-    assert first[0] == len(TARGETS) * LAYERS and many["gates"] == [first] * processes(engine)
+    assert first[0] == len(TARGETS) * LAYERS and many["gates"] == [first] * WORLD
     assert torch.tensor(first[1]).unique().numel() > len(TARGETS) * LAYERS
     assert all(abs(a - b) > 1e-5 for a, b in zip(many["losses"], many["evaluation_losses"], strict=True))
 
@@ -162,4 +147,4 @@ def test_gates_on_every_rank(name, engine, finished):
 @rows("bypassed")
 def test_a_gate_that_no_forward_runs(name, engine, finished):
     said = finished((name, engine))["said"]
-    assert len(said) == processes(engine) and all("1 LoRA modules with gradients" in words for words in said)
+    assert len(said) == WORLD and all("1 LoRA modules with gradients" in words for words in said)

@@ -12,10 +12,13 @@ from tests.support.launching import (
     FP16,
     STEADY,
     adapter,
+    job_arguments,
     largest_difference,
     launch,
     one_at_a_time,
+    run,
     state,
+    torchrun,
     trained,
 )
 from tests.support.tiny import assert_same
@@ -63,7 +66,7 @@ EQUAL = {
         [("fsdp2", 3), ("zero3 sharded", 2), ("zero2_offload", 2)],
         [
             *rows(["ddp", "zero1", "zero2", "zero3 sharded"], 3),
-            *rows(["hsdp", *ENGINES, "zero3 sharded"], 4),
+            *rows(["hsdp", "zero3 hpz", *ENGINES, "zero3 sharded"], 4),
             *rows(["zero1_offload", "zero3_offload"], 2),
         ],
     ),
@@ -74,6 +77,11 @@ EQUAL = {
     ),
     # λ_d of four directions, over three ranks.
     "VeRA": ({"vera": {"r": 4}}, [("zero3", 3)], rows(["ddp", "fsdp2", "zero1", "zero2"], 3)),
+    "frozen lora_A": (
+        {**length(1, 12), "steps": 6, "freeze": "lora_A", "method": {"side": "write"}},
+        [],
+        [("fsdp2", 2), *rows(["hsdp", "zero3 hpz"], 4)],
+    ),
     "context parallelism": ({**EVEN, **SEMANTIC}, [("cp", 4)], []),
     # Clipped: ZeRO 1 and 2 scale the gradients of ranks that share rows otherwise than one process, with plain LoRA too.
     "sequence parallelism": (
@@ -247,6 +255,20 @@ def test_resume_is_bit_for_bit(engine, tmp_path):
         assert_same(left(tmp_path / "whole"), left(tmp_path / "parts"))
 
 
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(engine, marks=slow) for engine in ("ddp", "fsdp2", "zero3"))]
+)
+def test_a_job_whose_rank_is_killed_ends_and_goes_on(engine, tmp_path):
+    """From its last checkpoint. A kill within a save: `trainers/test_trainers.py`."""
+    launch(tmp_path / "whole", engine, **SAVING)
+    parts = tmp_path / "parts"
+    job = job_arguments(parts, engine, {**SAVING, "kill_at": 4, "group_timeout": 15})
+    done = run(torchrun(2) + job, timeout=300)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-2000:]
+    launch(parts, engine, resume=str(parts / "checkpoint-3"), **SAVING)
+    assert_same(state(parts), state(tmp_path / "whole"))
+
+
 @slow
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_what_zero_to_fp32_collects_is_the_adapter(engine, tmp_path):
@@ -275,14 +297,14 @@ def test_resume_at_another_world_size(engine, tmp_path, one_process):
 
 
 @slow  # `test_attach` has those of fp32
-@pytest.mark.parametrize("engine", [*ENGINES, "zero2_offload"])
-def test_bad_gradients_skip_the_step_everywhere(engine, tmp_path):
+@pytest.mark.parametrize("engine, world", [*rows([*ENGINES, "zero2_offload"], 2), ("hsdp", 4)])
+def test_bad_gradients_skip_the_step_everywhere(engine, world, tmp_path):
     """The run with a poisoned last step ends where the run without that step does."""
     deepspeed = FP32_GRADIENTS if engine == "zero1" else {}
-    options = {"dtype": "bfloat16", "steps": 4, "deepspeed": deepspeed}
-    facts = launch(tmp_path / "poisoned", engine, poison_at=3, **options)
+    options = {"dtype": "bfloat16", "steps": 4, "deepspeed": deepspeed, "micro_batch": 12}
+    facts = launch(tmp_path / "poisoned", engine, world, poison_at=3, **options)
     assert facts["step"] == 3 and facts["skipped"] == 1
-    launch(tmp_path / "clean", engine, stop_at=3, **options)
+    launch(tmp_path / "clean", engine, world, stop_at=3, **options)
     assert largest_difference(trained(tmp_path / "poisoned"), trained(tmp_path / "clean")) == 0
 
 

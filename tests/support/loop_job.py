@@ -16,10 +16,8 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
 from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import StructLoRAError, attach
@@ -27,7 +25,7 @@ from structlora_trl.core.gates import Gate
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.mapping import Parts
 from tests.support.device import without_shm_op
-from tests.support.setups import loaded, lora, quantised
+from tests.support.setups import lora, quantised
 from tests.support.tiny import (
     DATA,
     FAMILIES,
@@ -85,7 +83,6 @@ class Loop:
 
     def step(self, loss) -> None:
         self.scaler.scale(loss).backward()
-        self.reduce()
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(lora_parameters(self.wrapped).values(), self.clip)
@@ -93,38 +90,18 @@ class Loop:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def reduce(self) -> None:
-        """What is left to do when the backward is over."""
-
 
 class FSDP2(Loop):
-    """`fully_shard` of the whole model, and of each layer where `layers` says so; over one mesh dimension, or as accelerate
-    does with these sizes.
-    """
+    """`fully_shard` of the whole model, and of each layer where `layers` says so."""
 
-    def __init__(self, *args, layers: bool = False, sizes: dict | None = None, **sharding):
+    def __init__(self, *args, layers: bool = False, **sharding):
         self.layers, self.sharding = layers, sharding
-        if sizes is not None:
-            parallelism = ParallelismConfig(**sizes)
-            sharding["mesh"] = parallelism.build_device_mesh("cpu")[tuple(parallelism.fsdp_dim_names)]
         super().__init__(*args)
 
     def wrap(self, model):
         for layer in model.base_model.model.model.layers if self.layers else ():
             fully_shard(layer)
         return fully_shard(model, **self.sharding)
-
-
-class Loaded(Loop):
-    """A base that Transformers shards (FSDP2) as it loads it, and an adapter of which every rank has all, averaged here."""
-
-    def wrap(self, model):
-        return model
-
-    def reduce(self):
-        for parameter in lora_parameters(self.wrapped).values():
-            if not isinstance(parameter, DTensor) and parameter.grad is not None:
-                dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 class DeepSpeed:
@@ -161,11 +138,6 @@ ENGINES = {
     "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
     **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
     "zero3 persistent": partial(DeepSpeed, stage=3, stage3_param_persistence_threshold=10**6),
-    "loaded": Loaded,
-    # Of four processes.
-    "fsdp2 contexts": partial(FSDP2, sizes={"dp_shard_size": 2, "cp_size": 2}),
-    "hsdp": partial(FSDP2, sizes={"dp_replicate_size": 2, "dp_shard_size": 2}),
-    "zero3 hpz": partial(DeepSpeed, stage=3, zero_hpz_partition_size=2),
 }
 
 
@@ -207,7 +179,7 @@ def train(
         rank how many have fired, and their logits; and at the end `working` weights, `state` and `skipped`. Of a bypassed
         run, also what each rank `said`.
     """
-    model = _model(engine, base)
+    model = _model(base)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:
             parameter.requires_grad_(False)
@@ -284,7 +256,7 @@ def _of_ranks(fact) -> list:
     return facts
 
 
-def _model(engine: str, base: str):
+def _model(base: str):
     if base == "apart":
         return peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
     config = lora()
@@ -295,8 +267,6 @@ def _model(engine: str, base: str):
         config.target_modules, config.target_parameters = {"q_proj"}, FAMILIES["mixtral"].parameters
     else:
         model = base_model("llama")
-        if engine == "loaded":
-            model = loaded(model, distributed_config={"fsdp_size": 2})
     torch.manual_seed(1)
     model = get_peft_model(model, config)
     warm_up(model)
