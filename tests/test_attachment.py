@@ -6,7 +6,6 @@ import inspect
 import logging
 import re
 
-import peft
 import pytest
 import torch
 from peft import PeftModel, PeftType, get_peft_model
@@ -92,21 +91,6 @@ def test_a_start_that_moved_the_base_is_converted_as_told(name, tmp_path):
     model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     loaded = PeftModel.from_pretrained(row.base(), folder)
     torch.testing.assert_close(logits_of(loaded, "llama"), expected, atol=1e-4, rtol=0)
-
-
-def test_monteclora_acts_and_saves_what_is_evaluated(tmp_path):
-    """Its noise is drawn ahead and not part of any checkpoint, so that no resume of it can be bit for bit."""
-    if not hasattr(peft, "MontecloraConfig"):
-        pytest.skip(f"PEFT {peft.__version__} has no MonteCLoRA")
-    config = lora(monteclora_config=peft.MontecloraConfig())
-    model = get_peft_model(base_model("llama"), config)
-    optimizer = adamw(model)
-    runtime = attach(model, optimizer, **DATA)
-    train(model, "llama", optimizer, 3)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path)
-    assert runtime.step == 3
-    torch.testing.assert_close(logits_of(loaded, "llama"), logits_of(model, "llama"), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,16 @@ def test_compiled_models_train_as_others_and_no_step_recompiles(first):
     torch.testing.assert_close(logits, run(False)[1], rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_keeps_no_cast_of_weights_that_are_gone():
+    """An evaluation after a step, in one `with`: autocast reuses casts of weights until its end."""
+    model, optimizer, _ = attached()
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, "llama", optimizer, 3)
+        found = logits_of(model, "llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits_of(model, "llama"), found)
+
+
 def test_unfreezing_is_refused():
     model = peft_model()
     optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "lora" in n)

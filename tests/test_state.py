@@ -128,20 +128,6 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
     assert differing(tensors_of(going_on.train(steps).runtime), tensors_of(changed.train(steps).runtime))
 
 
-def test_another_adapter_name_may_go_on(tmp_path):
-    trained = Loop.start().train()
-    weights, _ = trained.leave(tmp_path)
-    model = peft_model()
-    model.add_adapter("b", model.peft_config["default"])
-    model.set_adapter("b")
-    loop = Loop.start(model, adapter_name="b")
-    model.load_state_dict(
-        {n.replace(".default.", ".b."): value for n, value in weights.items()}, strict=False
-    )
-    load_state(loop.runtime, tmp_path)
-    assert_same(tensors_of(trained.runtime), tensors_of(loop.runtime))
-
-
 @pytest.mark.parametrize(
     "here, there, message",
     [

@@ -10,8 +10,6 @@ import torch
 from structlora_trl import StructLoRAConfig, StructLoRAError, attach
 from structlora_trl.attachment import build_runtime, refuse_unreachable
 from structlora_trl.core.gates import nats, openness
-from structlora_trl.core.kinds import Factors
-from tests.support.core import kind_map
 from tests.support.tiny import (
     DATA,
     FAMILIES,
@@ -112,33 +110,6 @@ def test_closed_stays_closed(family, init, options):
         moved = (now.B != then).any(1)
         assert not moved[~k].any()
         assert moved[k].any() or not k.any()
-
-
-@pytest.mark.parametrize("coordinator", ["gcn", "gat"])
-def test_closed_directions_relay_no_messages(coordinator):
-    """Round 1 reaches direction 1, and round 2 reads no other; it is closed everywhere, so that nothing arrives."""
-    m, latent = kind_map(keep=0.5, coordinator=coordinator, coordinator_layers=2)
-    (coordinator,) = m.coordinators.values()
-    with torch.no_grad():
-        coordinator.theta.zero_()
-        coordinator.theta[0, 0, 1] = coordinator.theta[1, 1, 2] = 1.0
-    of = lambda m: Factors(m("A", latent.A), m("B", latent.B))  # noqa: E731
-    arrived = [of(m)]
-    kept = torch.ones_like(m.selection.kept)
-    kept[:, 1] = False
-    m.selection.close(kept)
-    arrived.append(of(m))
-    with torch.no_grad():
-        coordinator.theta.zero_()
-    nothing, open_ = of(m), [0, 2]
-    differences = [
-        max(
-            float((found.A - nothing.A)[:, open_].abs().max()),
-            float((found.B - nothing.B)[..., open_].abs().max()),
-        )
-        for found in arrived
-    ]
-    assert differences[0] > 1e-3 and differences[1] == 0
 
 
 def test_what_other_code_writes_into_closed_directions_is_closed_in_the_next_step():

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from structlora_trl import StructLoRAError, load_state
 from tests.cuda.precisions import PRECISIONS
 from tests.support.chain_rule import assert_chain_rule
 from tests.support.promises import keep_promises
-from tests.support.setups import REFUSED
 from tests.support.tiny import FAMILIES, assert_same, attached, logits_of, loss_of, peft_model, weights_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("deterministic")]
@@ -44,24 +42,6 @@ def test_2_chain_rule(precision, family, device, record_property):
 def test_4_to_6_resuming_saving_and_switching_off(precision, device, tmp_path):
     """What each row of `tests/test_setups.py` must do."""
     keep_promises(precision.setup(device), tmp_path)
-
-
-NEVER_SILENT = ("full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers")
-
-
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.name) for row in REFUSED if row.name.startswith(NEVER_SILENT)]
-)
-def test_7_a_set_up_is_refused(row, device, tmp_path):
-    row = row.on(device)
-    with pytest.raises(StructLoRAError, match=f"(?s){row.refused}"):
-        row.loop.run(row, tmp_path, row.method)
-
-
-def test_7_a_missing_state_file_is_refused(device, tmp_path):
-    runtime = attached(peft_model().to(device))[-1]
-    with pytest.raises(StructLoRAError, match="structlora.safetensors"):
-        load_state(runtime, tmp_path)
 
 
 def test_7_bad_gradients_skip_the_step(device):

@@ -19,26 +19,19 @@ SECONDS_TO_REGISTER = 8  # Ray's controller polls the workers for what they repo
 
 
 class Report(TrainerCallback):
-    """Hands each checkpoint to Ray, as its guide for Transformers does."""
+    """Hands each checkpoint to Ray, as its guide for Transformers does; kills rank 1 outright in the step after the first."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         checkpoint = Checkpoint.from_directory(folder) if state.is_world_process_zero else None
         ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
 
-
-class DieOnce(TrainerCallback):
-    """Kills rank 1 outright in the step after the first checkpoint."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
     def on_step_begin(self, args, state, control, **kwargs):
-        if (
-            state.global_step == 3
-            and ray.train.get_context().get_world_rank() == 1
-            and not self.mark.exists()
-        ):
+        is_victim = ray.train.get_context().get_world_rank() == 1 and state.global_step == 3
+        if is_victim and not self.mark.exists():
             self.mark.touch()
             time.sleep(SECONDS_TO_REGISTER)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -49,7 +42,7 @@ def work(config: dict) -> None:
     callback = StructLoRACallback(
         gates="off"
     )  # ranks draw apart, and the test compares them with one process
-    callbacks = [callback, Report(), DieOnce(out / "killed")]
+    callbacks = [callback, Report(out / "killed")]
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
     trainer = sft(out, callbacks, **options)
     checkpoint = ray.train.get_checkpoint()
