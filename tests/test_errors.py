@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from structlora_trl import StructLoRACallback, StructLoRAError, attach
 from structlora_trl.errors import refuse_unwritable
@@ -105,38 +105,71 @@ def test_optimizers_that_run_no_hooks():
         attach(model, Unhooked(adamw(model)), **DATA)
 
 
-def test_two_callbacks(tmp_path):
-    trainer = sft(tmp_path, [StructLoRACallback(), StructLoRACallback(keep=0.3)])
-    with pytest.raises(StructLoRAError, match="2 StructLoRA callbacks"):
-        trainer.train()
+class Meddles(TrainerCallback):
+    """Does what a script may do at events of a run."""
+
+    def __init__(self, begin=None, end=None):
+        self.begin, self.end = begin, end
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.begin is not None:
+            self.begin(model, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.end is not None:
+            self.end()
 
 
-def test_callback_without_peft(tmp_path):
-    with pytest.raises(StructLoRAError, match="peft_config"):
-        sft(tmp_path, [StructLoRACallback()], peft=False).train()
+def step_unseen(model, optimizer):
+    """Steps by a way that torch's hooks do not see, as optimizers do that replace `step` on the instance."""
+    inner = optimizer.optimizer
+    bare = type(inner).step
+    while hasattr(bare, "__wrapped__"):
+        bare = bare.__wrapped__
+    inner.step = torch.no_grad()(lambda closure=None: bare(inner))
+
+
+def train_elsewhere(model, optimizer):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+
+
+# What is wrong in a run -> callbacks beside ours, training arguments, and names that the message holds
+RUNS = {
+    "two callbacks": (lambda ours: [StructLoRACallback(keep=0.3)], {}, "2 StructLoRA callbacks"),
+    "no adapter": (lambda ours: [], {"peft": False}, "peft_config"),
+    "a step without hooks": (lambda ours: [Meddles(begin=step_unseen)], {}, "AdamW.step.*optim"),
+    "an adapter that never trains": (
+        lambda ours: [Meddles(begin=train_elsewhere)],
+        {},
+        "3 optimizer steps, none of which had a gradient.*set_adapter",
+    ),
+    "detached within the run": (
+        lambda ours: [Meddles(end=lambda: ours.runtime.detach())],
+        {},
+        "a runtime that is detached, at step 2 of .*leave out the call",
+    ),
+    "a checkpoint that nobody announces": (
+        lambda ours: [],
+        {"enable_jit_checkpoint": True},
+        "`enable_jit_checkpoint`.*`save_steps`",
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_stops(run, tmp_path):
+    callbacks, options, message = RUNS[run]
+    if not options.keys() <= {"peft", *TrainingArguments.__dataclass_fields__}:
+        pytest.skip(f"this Transformers has no {[*options]}")
+    ours = StructLoRACallback()
+    with pytest.raises(StructLoRAError, match=message):
+        sft(tmp_path, [ours, *callbacks(ours)], **options).train()
 
 
 def test_callback_outside_a_trainer():
     with pytest.raises(StructLoRAError, match="`transformers.Trainer`.*attach"):
         StructLoRACallback().on_train_begin(None, None, None)
-
-
-def test_optimizer_whose_step_runs_no_hooks(tmp_path):
-    class Unhooked(TrainerCallback):
-        """Steps by a way that torch's hooks do not see, as optimizers do that replace `step` on the instance."""
-
-        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-            inner = optimizer.optimizer
-            bare = type(inner).step
-            while hasattr(bare, "__wrapped__"):
-                bare = bare.__wrapped__
-            inner.step = torch.no_grad()(lambda closure=None: bare(inner))
-
-    callback = StructLoRACallback()
-    trainer = sft(tmp_path, [callback, Unhooked()])
-    with pytest.raises(StructLoRAError, match="AdamW.step.*optim"):
-        trainer.train()
-    assert trainer.state.global_step == 1
 
 
 def test_resume_without_our_state(tmp_path):

@@ -52,11 +52,6 @@ def test_stream_cosine_of_nothing_or_of_diverged_values_is_nan_there_alone(side_
     torch.testing.assert_close(found[2:], expected[2:])
 
 
-@pytest.mark.parametrize("depths", [1, 2, 3])
-def test_stream_cosine_of_too_few_depths_is_empty(depths):
-    assert cosine_of(*factors(0, depths), apart=3).shape == (0,)
-
-
 def learned(model, kind, start: dict, role: str) -> torch.Tensor:
     """What the factor on the stream's side has added to the weights, as PEFT makes them: (L, p, n), experts before them."""
     side = "A" if role == "read" else "B"  # of these models and versions of PEFT

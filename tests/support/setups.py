@@ -644,9 +644,8 @@ LOOPS = [
     Setup("torch.compile", loop=loops.Compiled, slow=True),
     Setup("torch.compile of the optimizer's step", loop=loops.CompiledStep),
     Setup("SAM", loop=loops.SharpnessAware),
-    Setup("moving averages of the weights (AveragedModel)", loop=loops.Averaging),
     Setup("moving averages swapped in for evaluation", loop=loops.Swapping),
-    Setup("deepcopy and torch.save of the model", loop=loops.Copying),
+    Setup("deepcopy, torch.save and AveragedModel of the model", loop=loops.Copying),
     Setup("reference logits under disable_adapter()", loop=loops.ReferencePass),
     Setup("freezing layers for a while", loop=loops.Freezing),
 ]
