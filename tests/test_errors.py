@@ -7,100 +7,50 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from structlora_trl import StructLoRACallback, StructLoRAError, attach
-from structlora_trl.core.graph import DepthGraph
-from structlora_trl.core.mapping import Parts
 from structlora_trl.errors import refuse_unwritable
 from structlora_trl.state import STATE_NAME
 from tests.support.jobs import sft
-from tests.support.launching import said_by
+from tests.support.launching import said_in_one_rank
+from tests.support.one_rank import UNSERVED
+from tests.support.setups import freeze, second_adapter
 from tests.support.tiny import DATA, FAMILIES, adamw, attached, peft_model, train
 
 
-def lora(model, **options):
-    return get_peft_model(model, LoraConfig(r=4, **options))
-
-
-def frozen(which: str):
-    model = peft_model(targets=["q_proj"])
-    for name, parameter in model.named_parameters():
-        if which in name:
-            parameter.requires_grad_(False)
+def changed(change, **options):
+    model = peft_model(**options)
+    change(model)
     return model
 
 
-def all_saved_in_full():
-    model = peft_model(targets=["q_proj"])
-    wrapped = nn.Module()
-    wrapped.modules_to_save = model  # names as PEFT's ModulesToSaveWrapper gives them
-    model.base_model.add_module("modules_to_save", model.base_model._modules.pop("model"))
-    return model
-
-
-def tied(factor: str, whole: bool):
-    """A user ties a factor of all depths by hand, the parameter or the module that holds it."""
-    model = peft_model(targets=["q_proj", "v_proj"])
+def tie(model):
+    """A user ties lora_B of all depths by hand."""
     first, *others = (layer.self_attn.q_proj for layer in model.get_base_model().model.layers)
     for other in others:
-        if whole:
-            getattr(other, factor)["default"] = getattr(first, factor)["default"]
-        else:
-            getattr(other, factor)["default"].weight = getattr(first, factor)["default"].weight
-    return model
+        other.lora_B["default"].weight = first.lora_B["default"].weight
 
 
-class Odd(nn.Module):
-    """Modules of no known family."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(8, 8)}) for _ in range(2))
-
-
-def two_adapters_one_active():
-    model = peft_model()
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
-    return model
-
-
-def without_modules():
-    model = peft_model()
-    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    model.peft_config["empty"] = model.peft_config["default"]
-    model.base_model.set_adapter("empty")
-    return model
-
-
+KEEP = {"keep": 0.5, "select_at": 10}
 # case -> model, options, names that the message holds; set-ups that stop with an error are in `support/setups.py`
 CASES = {
     "no such adapter": (peft_model, {"adapter_name": "mine"}, "'mine'.*'default'"),
-    "no module of that name": (without_modules, {"adapter_name": "empty"}, "'empty'.*default, other"),
-    "not active": (two_adapters_one_active, {"adapter_name": "b"}, r"'b'.*default.*model.set_adapter\('b'\)"),
-    "all frozen": (lambda: frozen("lora_"), {}, "'default'.*is_trainable=True"),
-    "lora_B frozen": (
-        lambda: frozen("lora_B"),
-        {"keep": 0.5, "select_at": 10},
-        "lora_B of .*q_proj'.*remove `keep`",
+    "not active": (
+        lambda: changed(second_adapter),
+        {"adapter_name": "other"},
+        r"'other'.*default.*model.set_adapter\('other'\)",
     ),
-    "in modules_to_save": (all_saved_in_full, {}, "`modules_to_save`"),
-    "role of nothing": (lambda: lora(Odd(), target_modules=["mix"]), {"roles": {"mx": "read"}}, "'mx'.*mix"),
+    "all frozen": (lambda: changed(freeze("lora_")), {}, "'default'.*is_trainable=True"),
+    "lora_B frozen": (lambda: changed(freeze("lora_B")), KEEP, "lora_B of .*q_proj'.*remove `keep`"),
+    "role of nothing": (peft_model, {"roles": {"mx": "read"}}, "'mx'.*q_proj"),
     "one depth": (
         lambda: peft_model(layers_to_transform=[1]),
         {},
         "one depth.*a number between dots.*coordinator='none'",
     ),
-    "lora_A tied by hand": (lambda: tied("lora_A", False), {}, "in one memory.*untie"),
-    "lora_A's module tied by hand": (lambda: tied("lora_A", True), {}, "in one memory.*untie"),
-    "lora_B tied by hand": (lambda: tied("lora_B", False), {}, "in one memory.*untie"),
-    "directions not at zero": (
-        lambda: peft_model(init="pissa"),
-        {"keep": 0.5, "select_at": 10},
-        "do not start at zero",
-    ),
+    "tied by hand": (lambda: changed(tie), {}, "in one memory.*untie"),
+    "directions not at zero": (lambda: peft_model(init="pissa"), KEEP, "do not start at zero"),
 }
 
 
@@ -137,45 +87,6 @@ def test_parameters_replaced_after_attaching(kept):
         optimizer.step()
 
 
-def test_an_adapter_made_anew_under_the_same_name():
-    model = peft_model()
-    optimizer, config = adamw(model), model.peft_config["default"]
-    attach(model, optimizer, **DATA)
-    train(model, "llama", optimizer, 1)
-    model.add_adapter("other", config)
-    model.set_adapter("other")
-    model.delete_adapter("default")
-    model.add_adapter("default", config)
-    model.set_adapter("default")
-    with pytest.raises(StructLoRAError, match="12 LoRA parameters.*`assign=True`"):
-        train(model, "llama", optimizer, 1)
-
-
-def test_deleting_the_adapter_replaces_nothing():
-    model, optimizer, _ = attached()
-    train(model, "llama", optimizer, 1)
-    model.add_adapter("other", model.peft_config["default"])
-    model.set_adapter("other")
-    model.delete_adapter("default")
-    train(model, "llama", optimizer, 1)
-    assert "default" not in "".join(model.state_dict())
-
-
-def test_a_failed_attachment_leaves_nothing_behind():
-    class Broken(DepthGraph):
-        @classmethod
-        def over_depth(cls, *args):
-            raise ZeroDivisionError
-
-    model = peft_model()
-    optimizer = adamw(model)
-    with pytest.raises(ZeroDivisionError):
-        attach(model, optimizer, parts=Parts(graph=Broken.over_depth), **DATA)
-    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-    assert "step" not in vars(optimizer)
-    attach(model, optimizer, **DATA)
-
-
 class Unhooked(torch.optim.Optimizer):
     """A wrapper that does not call its base class's `__init__`."""
 
@@ -192,38 +103,71 @@ def test_optimizers_that_run_no_hooks():
         attach(model, Unhooked(adamw(model)), **DATA)
 
 
-def test_two_callbacks(tmp_path):
-    trainer = sft(tmp_path, [StructLoRACallback(), StructLoRACallback(keep=0.3)])
-    with pytest.raises(StructLoRAError, match="2 StructLoRA callbacks"):
-        trainer.train()
+class Meddles(TrainerCallback):
+    """Does what a script may do at events of a run."""
+
+    def __init__(self, begin=None, end=None):
+        self.begin, self.end = begin, end
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.begin is not None:
+            self.begin(model, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.end is not None:
+            self.end()
 
 
-def test_callback_without_peft(tmp_path):
-    with pytest.raises(StructLoRAError, match="peft_config"):
-        sft(tmp_path, [StructLoRACallback()], peft=False).train()
+def step_unseen(model, optimizer):
+    """Steps by a way that torch's hooks do not see, as optimizers do that replace `step` on the instance."""
+    inner = optimizer.optimizer
+    bare = type(inner).step
+    while hasattr(bare, "__wrapped__"):
+        bare = bare.__wrapped__
+    inner.step = torch.no_grad()(lambda closure=None: bare(inner))
+
+
+def train_elsewhere(model, optimizer):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+
+
+# What is wrong in a run -> callbacks beside ours, training arguments, and names that the message holds
+RUNS = {
+    "two callbacks": (lambda ours: [StructLoRACallback(keep=0.3)], {}, "2 StructLoRA callbacks"),
+    "no adapter": (lambda ours: [], {"peft": False}, "peft_config"),
+    "a step without hooks": (lambda ours: [Meddles(begin=step_unseen)], {}, "AdamW.step.*optim"),
+    "an adapter that never trains": (
+        lambda ours: [Meddles(begin=train_elsewhere)],
+        {},
+        "3 optimizer steps, none of which had a gradient.*set_adapter",
+    ),
+    "detached within the run": (
+        lambda ours: [Meddles(end=lambda: ours.runtime.detach())],
+        {},
+        "a runtime that is detached, at step 2 of .*leave out the call",
+    ),
+    "a checkpoint that nobody announces": (
+        lambda ours: [],
+        {"enable_jit_checkpoint": True},
+        "`enable_jit_checkpoint`.*`save_steps`",
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_stops(run, tmp_path):
+    callbacks, options, message = RUNS[run]
+    if not options.keys() <= {"peft", *TrainingArguments.__dataclass_fields__}:
+        pytest.skip(f"this Transformers has no {[*options]}")
+    ours = StructLoRACallback()
+    with pytest.raises(StructLoRAError, match=message):
+        sft(tmp_path, [ours, *callbacks(ours)], **options).train()
 
 
 def test_callback_outside_a_trainer():
     with pytest.raises(StructLoRAError, match="`transformers.Trainer`.*attach"):
         StructLoRACallback().on_train_begin(None, None, None)
-
-
-def test_optimizer_whose_step_runs_no_hooks(tmp_path):
-    class Unhooked(TrainerCallback):
-        """Steps by a way that torch's hooks do not see, as optimizers do that replace `step` on the instance."""
-
-        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-            inner = optimizer.optimizer
-            bare = type(inner).step
-            while hasattr(bare, "__wrapped__"):
-                bare = bare.__wrapped__
-            inner.step = torch.no_grad()(lambda closure=None: bare(inner))
-
-    callback = StructLoRACallback()
-    trainer = sft(tmp_path, [callback, Unhooked()])
-    with pytest.raises(StructLoRAError, match="AdamW.step.*optim"):
-        trainer.train()
-    assert trainer.state.global_step == 1
 
 
 def test_resume_without_our_state(tmp_path):
@@ -241,38 +185,14 @@ def test_distributed_launches_are_refused(monkeypatch):
         attach(model, adamw(model), **DATA)
 
 
-# case -> names that the message holds
-UNSERVED = {
-    "FSDP2 of a part": "placements none",
-    "tensor parallelism": "tensor parallelism.*FSDP2 or DeepSpeed ZeRO-3",
-    "FSDP1": "FSDP1.*`fsdp_version: 2` in the `fsdp_config`",
-    "ZeRO stage 0": "ZeRO stage 0.*1, 2 or 3",
-    "pipeline": "pipeline parallelism.*ZeRO stage 1, 2 or 3",
-    "ZeRO++": r"ZeRO\+\+.*`zero_quantized_",
-    "MiCS": "MiCS_Optimizer.*standard optimizer",
-    "another optimizer of DeepSpeed's": "SuperOffloadOptimizer_Stage3.*ZeRO stage 1, 2 or 3",
-    "NVMe": "NVMe.*`device: cpu`",
-    "Muon": "Muon",
-    "torch_autocast": "`torch_autocast`.*`bf16` or `fp16`",
-    "LoRA-FA's optimizer": "LoraFAOptimizer.*DDP",
-    "Riemannian optimizer": "RiemannianPreconditionedOptimizer.*DDP",
-    "DataParallel": "`nn.DataParallel`.*`torchrun`",
-    "engine withheld": "wrapped model",
-    "a kind in several groups": "lora_B of .* in 3 groups.*`sub_group_size`",
-    "partial offload": "`offload_optimizer.ratio` below 1",
-}
-
-
 @pytest.fixture(scope="module")
-def unserved():
-    return said_by("unserved_engines")
+def said():
+    return said_in_one_rank("unserved")
 
 
 @pytest.mark.parametrize("name", UNSERVED)
-def test_unserved_engines_are_refused_by_name(name, unserved):
-    if name not in unserved:
-        pytest.skip("this version of PEFT has no such optimizer")
-    assert re.search(UNSERVED[name], unserved[name])
+def test_unserved_engines_are_refused_by_name(name, said):
+    assert re.search(UNSERVED[name][1], said[name])
 
 
 def test_errors_have_three_parts_and_survive_pickling():

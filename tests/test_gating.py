@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from structlora_trl import StructLoRAError, attach, save_gates
@@ -22,7 +21,6 @@ from tests.support.tiny import (
     peft_model,
     tensors_of,
     train,
-    warm_up,
     weights_of,
 )
 
@@ -85,33 +83,6 @@ def test_gates_that_do_not_act_are_told_once(how, first, caplog):
     assert_same(before, logits_of(runtime))
 
 
-class Rows(nn.Module):
-    """A model of rows of numbers, without an axis of tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(32, 32)}) for _ in range(2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer["q_proj"](x)
-        return x
-
-
-@pytest.mark.parametrize("rows", [31, 32])
-def test_a_square_batch_under_dora_has_noise(rows):
-    """DoRA passes the (k, k) identity through lora_A, which has none."""
-    torch.manual_seed(0)
-    model = get_peft_model(Rows(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
-    warm_up(model)
-    optimizer = adamw(model)
-    attach(model, optimizer, **DATA)
-    x = torch.randn(rows, 32)
-    model.train()
-    first, second = model(x), model(x)
-    assert (first != second).any(1).all()
-
-
 @pytest.mark.parametrize("scaled", [True, False])
 def test_fp16_needs_its_scaler(scaled):
     """Gates' gradients hold the scale of the loss, which no optimizer takes out of them."""
@@ -148,21 +119,6 @@ def test_a_discarded_backward_leaves_no_gradient_of_gates():
         ends.append((logits_of(runtime), weights_of(model)))
     assert_same(ends[0][0], ends[1][0])
     assert_same(ends[0][1], ends[1][1])
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_accumulated_gradients_of_gates_are_a_sum(count):
-    model, optimizer, runtime = attached(peft_model(init="warm"))
-    gates, expected = runtime.gating.gates.values(), 0
-    for seed in range(count):
-        backward(model, seed)
-        expected = expected + torch.cat([gate.logits.grad for gate in gates])
-        optimizer.zero_grad()
-    for gate in gates:
-        gate.logits.grad = None
-    for seed in range(count):
-        backward(model, seed)
-    torch.testing.assert_close(torch.cat([gate.logits.grad for gate in gates]), expected)
 
 
 def test_gates_of_frozen_modules_rest():

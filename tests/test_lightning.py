@@ -40,6 +40,8 @@ def test_fabric(precision, autocast):
 
 
 class Module(lightning.LightningModule):
+    """As the page of checkpoints has it."""
+
     def __init__(self):
         super().__init__()
         self.model = peft_model()
@@ -53,22 +55,9 @@ class Module(lightning.LightningModule):
         self.model(input_ids=batch[0], labels=batch[0])
 
     def configure_optimizers(self):
-        return adamw(self.model)
-
-    def on_fit_start(self):
-        self.runtime = attach(self.model, self.optimizers(), **DATA)
-
-
-class Resumable(Module):
-    """As the page of checkpoints has it."""
-
-    def configure_optimizers(self):
         optimizer = adamw(self.model)
         self.runtime = attach(self.model, optimizer, **DATA)
         return optimizer
-
-    def on_fit_start(self):
-        pass
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["structlora"] = self.runtime.state_dict()
@@ -83,12 +72,9 @@ class Resumable(Module):
 
 def fit(module, folder, passes: int = 1, **options):
     batches = torch.utils.data.DataLoader([tokens(seed) for seed in range(4)])
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer = lightning.Trainer(max_epochs=passes, accelerator="cpu", default_root_dir=folder, **quiet)
     trainer.fit(module, batches, batches, **options)
     return trainer
@@ -101,7 +87,7 @@ def test_trainer(tmp_path):
 
 
 def test_a_run_goes_on_from_lightnings_checkpoint(tmp_path):
-    whole, first, second = Resumable(), Resumable(), Resumable()
+    whole, first, second = Module(), Module(), Module()
     fit(whole, tmp_path, passes=2)
     fit(first, tmp_path).save_checkpoint(tmp_path / "one.ckpt")
     fit(second, tmp_path, passes=2, ckpt_path=tmp_path / "one.ckpt", weights_only=False)

@@ -128,20 +128,6 @@ def test_each_option_is_refused_on_resume_or_acts_from_there_on(name, tmp_path, 
     assert differing(tensors_of(going_on.train(steps).runtime), tensors_of(changed.train(steps).runtime))
 
 
-def test_another_adapter_name_may_go_on(tmp_path):
-    trained = Loop.start().train()
-    weights, _ = trained.leave(tmp_path)
-    model = peft_model()
-    model.add_adapter("b", model.peft_config["default"])
-    model.set_adapter("b")
-    loop = Loop.start(model, adapter_name="b")
-    model.load_state_dict(
-        {n.replace(".default.", ".b."): value for n, value in weights.items()}, strict=False
-    )
-    load_state(loop.runtime, tmp_path)
-    assert_same(tensors_of(trained.runtime), tensors_of(loop.runtime))
-
-
 @pytest.mark.parametrize(
     "here, there, message",
     [
@@ -177,12 +163,11 @@ def test_a_state_dict_can_be_loaded_again_and_again():
         assert_same(state, loop.runtime.state_dict())
 
 
-@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_a_state_beside_other_weights_says_so(factor, tmp_path, caplog):
+def test_a_state_beside_other_weights_says_so(tmp_path, caplog):
     """An adapter that was not loaded, for one; what stands is trained on."""
     weights, _ = Loop.start().train().leave(tmp_path)
     other = Loop.start()
-    stands = {n: 2 * x if factor in n and "q_proj" in n else x for n, x in weights.items()}
+    stands = {n: 2 * x if "q_proj.lora_A" in n else x for n, x in weights.items()}
     other.model.load_state_dict(stands, strict=False)
     load_state(other.runtime, tmp_path)
     assert (
@@ -192,35 +177,26 @@ def test_a_state_beside_other_weights_says_so(factor, tmp_path, caplog):
     assert_same(other.weights(), stands)
 
 
-# Steps with NaN gradients of a run that selects at step 20; where it is left
-WAITING = {
-    "skipped steps": ({12, 13}, 15),
-    "skipped steps after it": ({16, 17}, 15),
-}
-
-
-@pytest.mark.parametrize("name", WAITING)
-def test_a_selection_to_come_comes_on_resume(name, tmp_path):
-    bad, stop = WAITING[name]
+def test_a_selection_to_come_comes_on_resume(tmp_path):
+    """A step that is skipped for its gradients counts."""
 
     def go_on(loop, until):
         loop.model.train()
         for step in range(loop.runtime.acted_steps, until):
             torch.manual_seed(step)
             loss_of(loop.model, "llama", step).backward()
-            if step in bad:
+            if step in (7, 8):
                 next(p for p in loop.model.parameters() if p.grad is not None).grad.fill_(torch.nan)
             loop.optimizer.step()
             loop.optimizer.zero_grad()
+        return loop
 
-    first = Loop.start(keep=0.5, select_at=20)
-    go_on(first, stop)
+    first = go_on(Loop.start(keep=0.5, select_at=12), 10)
     saved = first.leave(tmp_path)
     assert not first.runtime.has_selected
-    go_on(first, 30)
-    second = Loop.start(keep=0.5, select_at=20).enter(tmp_path, *saved)
-    go_on(second, 30)
-    assert second.runtime.has_selected
+    go_on(first, 15)
+    second = go_on(Loop.start(keep=0.5, select_at=12).enter(tmp_path, *saved), 15)
+    assert second.runtime.has_selected and second.runtime.skipped_steps == 2
     assert_same(first.weights(), second.weights())
 
 
@@ -239,10 +215,8 @@ def test_weights_that_are_no_numbers_are_saved_and_refused_on_resume(tmp_path):
 # What befell a file -> its content then
 DAMAGE = {
     "cut": lambda content: content[: len(content) // 2],
-    "a byte less": lambda content: content[:-1],
     "empty": lambda content: b"",
     "another's": lambda content: b"<html>not found</html>",
-    "a header cut": lambda content: content[:200],
     "a header that is no JSON": lambda content: content[:8] + b"?" + content[9:],
 }
 
@@ -262,24 +236,16 @@ def test_damaged_files_are_refused_before_anything_changes(damage, two, tmp_path
     assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, f"{STATE_NAME} damaged")
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_state_with_a_number_that_is_none_is_refused(number, two):
-    loop = two[-1]
-    state = {name: x.clone() for name, x in loop.runtime.state_dict().items()}
-    name = next(name for name in state if name.endswith("offset_B"))
-    state[name].view(-1)[7] = number
-    assert_refused(
-        lambda: loop.runtime.load_state_dict(state), loop, f"NaN or infinite numbers in '{re.escape(name)}'"
-    )
-
-
 # How a state is spoilt -> what is in place of a tensor (None: nothing), which tensor, words of the message
 ODD = {
     "no offset": ("offset_B", None, "nothing as '.*offset_B"),
     "an offset of another shape": ("offset_A", torch.zeros(3), r"\[3\] as '.*offset_A"),
     "a start of another dtype": ("origin_A", torch.float64, "float64 of shape .* as '.*origin_A"),
-    "no Theta": ("coordinators.B.theta", None, "nothing as '.*coordinators.B.theta"),
-    "a moment of another shape": ("optimizer.coordinators.B.theta.exp_avg_sq", torch.zeros(2), r"\[2\] as"),
+    "a number that is none": (
+        "coordinators.B.theta",
+        torch.full((1, 4, 4), torch.nan),
+        "NaN or infinite numbers",
+    ),
     "a stranger": ("of_nobody", torch.zeros(2), "of_nobody"),
 }
 
@@ -298,25 +264,11 @@ def test_tensors_that_are_not_a_runs_are_refused_before_anything_changes(name, t
     assert_refused(lambda: loop.runtime.load_state_dict(state), loop, words)
 
 
-@pytest.mark.parametrize("kinds", [{}, 0, {"q_proj": 1}, {"q_proj": {}}, {"q_proj": {"modules": [{}]}}])
-def test_headers_that_no_run_wrote_are_refused(kinds, two, tmp_path):
-    folder, _, loop = two
-    rewritten(folder, tmp_path, kinds=json.dumps(kinds))
-    assert_refused(lambda: load_state(loop.runtime, tmp_path), loop, "damaged")
-
-
 def rewritten(source: Path, target: Path, **metadata) -> None:
     """A copy of a state file with some of its header replaced; None removes an entry."""
     with safe_open(source / STATE_NAME, "pt") as file:
         kept = {name: value for name, value in {**file.metadata(), **metadata}.items() if value is not None}
         save_file({name: file.get_tensor(name) for name in file.keys()}, target / STATE_NAME, kept)
-
-
-def test_a_state_is_not_written_where_a_file_is(tmp_path):
-    (tmp_path / "file").write_text("kept")
-    with pytest.raises(StructLoRAError, match="a file .*where a folder is to be written"):
-        save_state(Loop.start().runtime, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("action", [save_state, load_state])
@@ -326,7 +278,7 @@ def test_the_path_of_a_file_is_no_folder(action, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("format", ["1", "4", "99", None])
+@pytest.mark.parametrize("format", ["99", None])
 def test_states_of_other_formats_are_named(two, tmp_path, format):
     folder, _, loop = two
     rewritten(folder, tmp_path, format=format)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftMixedModel
 from torch import nn
 
 from structlora_trl import StructLoRAConfig
@@ -12,7 +11,7 @@ from structlora_trl.core.expert_storage import to_nodes, to_storage
 from structlora_trl.core.kinds import discover, matches, residual_role
 from structlora_trl.core.mapping import compared_sides
 from structlora_trl.core.residual_roles import RESIDUAL_ROLES
-from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, base_model, peft_model
+from tests.support.tiny import EXPERTS, FAMILIES, LAYERS, peft_model
 
 
 class Adapted(nn.Module):
@@ -108,14 +107,6 @@ def test_directions_of_an_expert_are_its_own(family):
             # The side that is compared across depth lies in the residual stream.
             stream = A.shape[-1] if compared_sides(kind, StructLoRAConfig()) == ("A",) else B.shape[-2]
             assert stream == model.config.hidden_size
-
-
-def test_a_lora_layer_inside_another_method_keeps_its_name():
-    base = base_model("llama")
-    model = PeftMixedModel(base, LoraConfig(r=4, target_modules=["q_proj"]), "default")
-    model.add_adapter("loha", LoHaConfig(r=4, target_modules=["q_proj"]))
-    (kind,) = discover(model, "default")
-    assert kind.name.endswith("layers.*.self_attn.q_proj") and residual_role(kind, None) == "read"
 
 
 def test_frozen_depths_are_left_out():

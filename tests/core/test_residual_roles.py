@@ -16,15 +16,6 @@ from structlora_trl.core.residual_roles import RESIDUAL_ROLES
 
 # Families -> what their modules do ('read', 'write', or 'between' for neither) -> the modules, with `*` for a layer's number
 MEASURED = json.loads(Path(__file__).with_name("residual_roles.json").read_text(encoding="utf-8"))["families"]
-# Names that transformers does not have.
-DIFFUSERS = [
-    "add_[qkv]_proj",
-    "to_qkv_mlp_proj",
-    "linear_in",
-    r"ff\.net\.0\.proj",
-    "to_add_out",
-    r"ff\.net\.2",
-]
 
 
 def role_of(name: str) -> str:
@@ -38,27 +29,3 @@ def test_the_table_says_what_modules_do(families):
     done = {module: role for role, modules in MEASURED[families].items() for module in modules}
     assert {"read", "write"} <= {*done.values()}
     assert {module: role_of(module) for module in done} == done
-
-
-def alternatives(pattern: str) -> list[str]:
-    """'a|(b|c)d' -> ['a', '(b|c)d']."""
-    parts = [""]
-    for character in pattern:
-        if character == "|" and parts[-1].count("(") == parts[-1].count(")"):
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def test_every_name_of_the_table_is_measured():
-    found = {
-        m.replace("*", "0") for roles in MEASURED.values() for modules in roles.values() for m in modules
-    }
-    unmeasured = {
-        name
-        for pattern in RESIDUAL_ROLES
-        for name in alternatives(pattern)
-        if not any(re.fullmatch(rf"(.*\.)?({name})", module) for module in found)
-    }
-    assert unmeasured == set(DIFFUSERS)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import pytest
 import torch
 
-from structlora_trl import StructLoRAError, attach, load_state
-from tests.cuda.precisions import PRECISIONS
+from tests.support import loops
 from tests.support.chain_rule import assert_chain_rule
-from tests.support.loops import HALF
-from tests.support.promises import OFF, assert_it_acted, assert_same_run, assert_same_weights
-from tests.support.promises import logits_of as setup_logits
-from tests.support.setups import REFUSED
+from tests.support.promises import keep_promises
+from tests.support.setups import Setup
 from tests.support.tiny import (
-    DATA,
     FAMILIES,
-    adamw,
     assert_same,
+    attached,
+    base_model,
     logits_of,
+    lora_parameters,
     loss_of,
     peft_model,
     weights_of,
@@ -25,6 +26,44 @@ from tests.support.tiny import (
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("deterministic")]
 
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision that people train in.
+
+    Args:
+        base (`torch.dtype`): of the frozen weights.
+        adapter (`torch.dtype`): of the LoRA factors.
+        gradients (`float`): largest relative error of gradients.
+        autocast (`torch.dtype`, *optional*): what the forward pass is cast to; a GradScaler scales the loss.
+    """
+
+    base: torch.dtype
+    adapter: torch.dtype
+    gradients: float
+    autocast: torch.dtype | None = None
+
+    def model(self, family: str, device: str) -> torch.nn.Module:
+        """A tiny model under a warm adapter on all its linear modules."""
+        model = peft_model(family, "warm", targets=FAMILIES[family].linear, dtype=self.base).to(device)
+        for parameter in lora_parameters(model).values():
+            parameter.data = parameter.data.to(self.adapter)
+        return model
+
+
+class HalfScaling(loops.Scaling):
+    """fp16 autocast over an fp16 base and an fp32 adapter, with a GradScaler and clipping."""
+
+    def loss(self, index):
+        with torch.autocast(self.device, torch.float16):
+            return super().loss(index)
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32, torch.float32, 1e-5),
+    "bf16": Precision(torch.bfloat16, torch.bfloat16, 3e-2),
+    "fp16 with GradScaler": Precision(torch.float16, torch.float32, 3e-2, autocast=torch.float16),
+}
 families = pytest.mark.parametrize(
     "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "llama")]
 )
@@ -36,8 +75,7 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECI
 def test_1_attaching_changes_no_output(precision, family, device, record_property):
     model = precision.model(family, device)
     before = logits_of(model, family, autocast=precision.autocast)
-    optimizer = adamw(model)
-    attach(model, optimizer, **DATA)
+    attached(model)
     difference = (logits_of(model, family, autocast=precision.autocast) - before).abs().max().item()
     record_property("largest difference of logits", difference)
     assert difference <= 1e-6
@@ -46,68 +84,28 @@ def test_1_attaching_changes_no_output(precision, family, device, record_propert
 @families
 @precisions
 def test_2_chain_rule(precision, family, device, record_property):
-    options = {"autocast": precision.autocast, "scaler": precision.scaler(device)}
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10) if precision.autocast else None
     error = assert_chain_rule(
-        precision.model(family, device), family, tolerance=precision.gradients, **options
+        precision.model(family, device),
+        family,
+        tolerance=precision.gradients,
+        autocast=precision.autocast,
+        scaler=scaler,
     )
     record_property("largest relative error of gradients", error)
 
 
 @precisions
-def test_4_resume_is_bit_for_bit(precision, device, tmp_path):
-    row = precision.setup(device)
-    run = row.loop.run(row, tmp_path, row.method)
-    assert_it_acted(run)
-    assert_same_run(row.loop.run(row, tmp_path, row.method, resume=True), run)
-
-
-@precisions
-def test_5_saved_adapter_is_plain_peft(precision, device, tmp_path, record_property):
-    row = precision.setup(device)
-    run = row.loop.run(row, tmp_path, row.method)
-    run.model.save_pretrained(tmp_path / "adapter")
-    batch = row.batch(99)
-    trained = setup_logits(run.model, batch)
-    difference = (setup_logits(row.load(tmp_path / "adapter"), batch) - trained).abs().max().item()
-    record_property("largest difference of logits", difference)
-    assert difference <= row.tolerance
-    assert not torch.equal(setup_logits(row.base(), batch), trained)
-
-
-@precisions
-def test_6_off_is_plain_lora(precision, device, tmp_path):
-    row = precision.setup(device)
-    off, plain = (row.loop.run(row, tmp_path, method, steps=HALF) for method in (OFF, None))
-    assert off.losses == plain.losses
-    assert_same_weights(off, plain)
-
-
-NEVER_SILENT = ("full fine-tuning", "AdaLoRA", "LoRA spread over two optimizers", "schedule-free optimizers")
-
-
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.name) for row in REFUSED if row.name.startswith(NEVER_SILENT)]
-)
-def test_7_a_set_up_is_refused(row, device, tmp_path):
-    row = row.on(device)
-    with pytest.raises(StructLoRAError, match=f"(?s){row.refused}"):
-        row.loop.run(row, tmp_path, row.method)
-
-
-def attached(device):
-    model = peft_model().to(device)
-    optimizer = adamw(model)
-    return model, optimizer, attach(model, optimizer, **DATA)
-
-
-def test_7_a_missing_state_file_is_refused(device, tmp_path):
-    _, _, runtime = attached(device)
-    with pytest.raises(StructLoRAError, match="structlora.safetensors"):
-        load_state(runtime, tmp_path)
+def test_4_to_6_resuming_saving_and_switching_off(precision, device, tmp_path):
+    """What each row of `tests/test_setups.py` must do."""
+    loop = HalfScaling if precision.autocast else loops.Loop
+    dtype = precision.adapter if precision.adapter is precision.base else None
+    row = Setup("", base=partial(base_model, "llama", precision.base), dtype=dtype, loop=loop)
+    keep_promises(row.on(device), tmp_path)
 
 
 def test_7_bad_gradients_skip_the_step(device):
-    model, optimizer, runtime = attached(device)
+    model, optimizer, runtime = attached(peft_model().to(device))
     before = weights_of(model)
     model.train()
     (loss_of(model, "llama", 0) * float("inf")).backward()

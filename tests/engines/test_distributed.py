@@ -12,10 +12,13 @@ from tests.support.launching import (
     FP16,
     STEADY,
     adapter,
+    job_arguments,
     largest_difference,
     launch,
     one_at_a_time,
+    run,
     state,
+    torchrun,
     trained,
 )
 from tests.support.tiny import assert_same
@@ -63,7 +66,7 @@ EQUAL = {
         [("fsdp2", 3), ("zero3 sharded", 2), ("zero2_offload", 2)],
         [
             *rows(["ddp", "zero1", "zero2", "zero3 sharded"], 3),
-            *rows(["hsdp", *ENGINES, "zero3 sharded"], 4),
+            *rows(["hsdp", "zero3 hpz", *ENGINES, "zero3 sharded"], 4),
             *rows(["zero1_offload", "zero3_offload"], 2),
         ],
     ),
@@ -73,10 +76,11 @@ EQUAL = {
         rows(["ddp", "zero1", "zero2", "zero3"], 3),
     ),
     # λ_d of four directions, over three ranks.
-    "VeRA": (
-        {"vera": {"r": 4}},
-        [("zero3", 3)],
-        rows(["ddp", "fsdp2", "zero1", "zero2"], 3),
+    "VeRA": ({"vera": {"r": 4}}, [("zero3", 3)], rows(["ddp", "fsdp2", "zero1", "zero2"], 3)),
+    "frozen lora_A": (
+        {**length(1, 12), "steps": 6, "freeze": "lora_A", "method": {"side": "write"}},
+        [],
+        [("fsdp2", 2), *rows(["hsdp", "zero3 hpz"], 4)],
     ),
     "context parallelism": ({**EVEN, **SEMANTIC}, [("cp", 4)], []),
     # Clipped: ZeRO 1 and 2 scale the gradients of ranks that share rows otherwise than one process, with plain LoRA too.
@@ -85,7 +89,6 @@ EQUAL = {
         [],
         rows(["zero1", "zero2", "zero3"], 2),
     ),
-    "subclass": ({"subclass": True}, [], rows(["fsdp2", "zero3"], 2)),
 }
 
 
@@ -113,70 +116,32 @@ def test_weights_are_those_of_one_process(name, engine, world, tmp_path, one_pro
     assert largest_difference(trained(alone), trained(tmp_path)) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "engine", ["fsdp2", *(pytest.param(e, marks=slow) for e in ("zero1", "zero2", "zero3"))]
-)
-def test_gates_alone_send_their_gradients(engine, tmp_path):
-    """With no coordinator nothing else is sent; with one, its side alone, and one sum over all."""
-
-    def per_step(method) -> tuple[float, float]:
-        few, more = (
-            launch(
-                tmp_path / f"{len(method)}-{steps}",
-                engine,
-                steps=steps,
-                method={"gates": "gaussian", **method},
-                trainer={"logging_steps": 100},
-                deepspeed=SHARDED if engine == "zero3" else {},
-            )
-            for steps in (3, 5)
-        )
-        return tuple((more[what] - few[what]) / 2 for what in ("collectives", "bytes_sent"))
-
-    collectives, of_gates = per_step({"coordinator": "none"})
-    assert collectives == 1 and 0 < of_gates <= 4 * 9 * (4 + 1) * 2  # 9 modules of rank 4
-    collectives, sent = per_step({})
-    assert 2 <= collectives <= 13 and sent > of_gates
-
-
+WITH_EXPERTS = {"family": "mixtral", "lora": {"target_modules": ["q_proj", "v_proj"]}}
 LOADED = [
-    # engine, processes, more options of the job, the engine of the same run, placements of the base
-    ("loaded_fsdp2", 2, {}, "single", ["S(0)"]),
-    ("loaded_fsdp2", 3, {}, "single", ["S(0)"]),
-    ("loaded_fsdp2", 2, {"freeze": "lora_A", "method": {"side": "write"}}, "single", ["S(0)"]),
-    ("loaded_fsdp2", 2, {"vera": {"r": 4}}, "single", ["S(0)"]),
-    ("loaded_replicas", 2, {}, "single", ["R", "S(0)"]),
-    ("loaded_hsdp", 4, {"whole_widths": True}, "single", ["R", "S(0)"]),
+    # engine, more options of the job, the engine of the same run, placements of the base
+    ("loaded_fsdp2", {}, "single", ["S(0)"]),
+    ("loaded_fsdp2", {"freeze": "lora_A", "method": {"side": "write"}}, "single", ["S(0)"]),
+    ("loaded_fsdp2", {"vera": {"r": 4}}, "single", ["S(0)"]),
+    ("loaded_replicas", {}, "single", ["R", "S(0)"]),
     # Losses that balance experts are of a rank's own rows, so that DDP's run is the same one.
-    (
-        "loaded_experts",
-        2,
-        {"family": "mixtral", "lora": {"target_modules": ["q_proj", "v_proj"]}},
-        "ddp",
-        ["S(0)"],
-    ),
+    ("loaded_experts", WITH_EXPERTS, "ddp", ["S(0)"]),
 ]
 
 
 @pytest.mark.parametrize(
-    "engine, world, more, other, placements",
+    "engine, more, other, placements",
     [row if i == 0 else pytest.param(*row, marks=slow) for i, row in enumerate(LOADED)],
 )
-def test_a_base_that_transformers_shards_as_it_loads(
-    engine, world, more, other, placements, tmp_path, one_process
-):
+def test_a_base_that_transformers_shards_as_it_loads(engine, more, other, placements, tmp_path, one_process):
     """The adapter is whole on each rank, and Trainer averages its gradients: clipped and accumulated here."""
     options = {**length(3, 12), "steps": 6, "trainer": {**STEADY, "max_grad_norm": 0.1}, **SEMANTIC, **more}
-    facts = launch(tmp_path / "loaded", engine, world, **options)
+    facts = launch(tmp_path / "loaded", engine, **options)
     assert facts["step"] == 6 and facts["skipped"] == 0
     assert facts["base"] == placements and facts["adapter"] == ["Tensor"]
     assert min(facts["norms"]) > 0.1 or {"family", "vera"} & more.keys()  # it does clip
-    same = {k: v for k, v in options.items() if k != "whole_widths"}
-    if other == "single":
-        expected = one_process(**same)
-    else:
-        expected = tmp_path / other
-        launch(expected, other, world, **same)
+    expected = one_process(**options) if other == "single" else tmp_path / other
+    if other != "single":
+        launch(expected, other, **options)
     assert largest_difference(trained(expected), trained(tmp_path / "loaded")) <= 1e-5
 
 
@@ -191,22 +156,22 @@ def test_resume_beside_a_base_that_transformers_shards(tmp_path):
     assert largest_difference(trained(tmp_path / "single"), trained(tmp_path / "loaded_fsdp2")) <= 1e-5
 
 
+ON_EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+UNTRAINABLE = [
+    ("loaded_fsdp2", 2, {"never_average": True}, "LoRA gradients that differ between ranks"),
+    ("loaded_hsdp", 4, {}, "a lora_B of 16 rows on a module of 32 outputs"),
+    (
+        "loaded_experts",
+        2,
+        {**WITH_EXPERTS, "lora": ON_EXPERTS},
+        "expert parallelism, with LoRA on the experts",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     "engine, world, more, found",
-    [
-        ("loaded_fsdp2", 2, {"never_average": True}, "LoRA gradients that differ between ranks"),
-        pytest.param("loaded_hsdp", 4, {}, "a lora_B of 16 rows on a module of 32 outputs", marks=slow),
-        pytest.param(
-            "loaded_experts",
-            2,
-            {
-                "family": "mixtral",
-                "lora": {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
-            },
-            "expert parallelism, with LoRA on the experts",
-            marks=slow,
-        ),
-    ],
+    [row if i == 0 else pytest.param(*row, marks=slow) for i, row in enumerate(UNTRAINABLE)],
 )
 def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found, tmp_path):
     output = launch(tmp_path, engine, world, check=False, micro_batch=12, steps=2, **more)
@@ -214,15 +179,15 @@ def test_what_cannot_be_trained_beside_a_sharded_base(engine, world, more, found
         assert f"[rank{rank}]: structlora_trl.errors.StructLoRAError: StructLoRA found {found}" in output
 
 
-BF16 = [(e, *world, {}) for e in ENGINES for world in ((2, 3), (3, 1))]
-BF16 += [(f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)]
-BF16 += [
+BF16 = [
+    *((engine, *world, {}) for engine in ENGINES for world in ((2, 3), (3, 1))),
+    *((f"zero{stage}", 2, 3, FP32_GRADIENTS) for stage in (1, 2, 3)),
     ("hsdp", 6, 1, {}),
     ("zero3", 2, 3, SHARDED),
     ("zero2_offload", 2, 3, {}),
     ("zero3_offload", 2, 3, {}),
+    ("loaded_fsdp2", 2, 3, {}),
 ]
-BF16 += [("loaded_fsdp2", 2, 3, {})]
 
 
 @slow
@@ -249,17 +214,16 @@ def test_off_is_plain_lora_bit_for_bit(engine, tmp_path):
     assert_same(adapter(tmp_path / "plain"), adapter(tmp_path / "off"))
 
 
-AGAIN = {"steps": 3, "again": True, "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
+AGAIN = {"steps": 3, "again": "same", "trainer": {**STEADY, "lr_scheduler_type": "constant"}}
 
 
 @pytest.mark.parametrize(
     "engine", [pytest.param("ddp", marks=slow), "fsdp2", pytest.param("loaded_fsdp2", marks=slow)]
 )
-@pytest.mark.parametrize("halve", [{}, pytest.param({"halve_between": True}, marks=slow)])
-def test_a_second_train_goes_on(engine, halve, tmp_path, one_process):
+def test_a_second_train_goes_on(engine, tmp_path, one_process):
     """From the weights that stand, with the first one's offsets and Θ."""
-    launch(tmp_path, engine, **AGAIN, **halve)
-    assert largest_difference(trained(one_process(**AGAIN, **halve)), trained(tmp_path)) <= 1e-5
+    launch(tmp_path, engine, **AGAIN)
+    assert largest_difference(trained(one_process(**AGAIN)), trained(tmp_path)) <= 1e-5
 
 
 @slow
@@ -269,19 +233,9 @@ def test_a_second_train_under_deepspeed_needs_a_new_engine(engine, tmp_path, one
     assert "a second `train()` under DeepSpeed" in launch(tmp_path / "same", engine, check=False, **AGAIN)
     # Of AdamW's first steps from a new state, an element whose gradient is near epsilon makes much of a rounding.
     trainer = {**AGAIN["trainer"], "gradient_checkpointing": False, "adam_epsilon": 1e-4}
-    anew = {**AGAIN, "anew": True, "trainer": trainer}
-    for halve in ({}, {"halve_between": True}):
-        launch(tmp_path / "new", engine, **anew, **halve)
-        assert largest_difference(trained(one_process(**anew, **halve)), trained(tmp_path / "new")) <= 1e-5
-
-
-@slow
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_a_plain_run_after_one_that_broke_off_has_no_gates(engine, tmp_path):
-    """Under ZeRO the plain run's optimizer steps flat masters of a new engine, and none of our parameters."""
-    trainer = {"gradient_checkpointing": False}  # hooks of two ZeRO-3 engines disagree in its recomputation
-    facts = launch(tmp_path, engine, steps=4, plain_after=2, method={"gates": "gaussian"}, trainer=trainer)
-    assert (facts["gates_stand"], facts["step"], len(facts["losses"])) == (False, 2, 4)
+    anew = {**AGAIN, "again": "anew", "trainer": trainer}
+    launch(tmp_path / "new", engine, **anew)
+    assert largest_difference(trained(one_process(**anew)), trained(tmp_path / "new")) <= 1e-5
 
 
 SAVING = {"steps": 6, "trainer": {**STEADY, "save_strategy": "steps", "save_steps": 3}}
@@ -299,6 +253,20 @@ def test_resume_is_bit_for_bit(engine, tmp_path):
     launch(tmp_path / "parts", engine, resume=str(tmp_path / "parts" / "checkpoint-3"), **noisy)
     for left in (state, adapter):
         assert_same(left(tmp_path / "whole"), left(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(engine, marks=slow) for engine in ("ddp", "fsdp2", "zero3"))]
+)
+def test_a_job_whose_rank_is_killed_ends_and_goes_on(engine, tmp_path):
+    """From its last checkpoint. A kill within a save: `trainers/test_trainers.py`."""
+    launch(tmp_path / "whole", engine, **SAVING)
+    parts = tmp_path / "parts"
+    job = job_arguments(parts, engine, {**SAVING, "kill_at": 4, "group_timeout": 15})
+    done = run(torchrun(2) + job, timeout=300)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-2000:]
+    launch(parts, engine, resume=str(parts / "checkpoint-3"), **SAVING)
+    assert_same(state(parts), state(tmp_path / "whole"))
 
 
 @slow
@@ -329,14 +297,14 @@ def test_resume_at_another_world_size(engine, tmp_path, one_process):
 
 
 @slow  # `test_attach` has those of fp32
-@pytest.mark.parametrize("engine", [*ENGINES, "zero2_offload"])
-def test_bad_gradients_skip_the_step_everywhere(engine, tmp_path):
+@pytest.mark.parametrize("engine, world", [*rows([*ENGINES, "zero2_offload"], 2), ("hsdp", 4)])
+def test_bad_gradients_skip_the_step_everywhere(engine, world, tmp_path):
     """The run with a poisoned last step ends where the run without that step does."""
     deepspeed = FP32_GRADIENTS if engine == "zero1" else {}
-    options = {"dtype": "bfloat16", "steps": 4, "deepspeed": deepspeed}
-    facts = launch(tmp_path / "poisoned", engine, poison_at=3, **options)
+    options = {"dtype": "bfloat16", "steps": 4, "deepspeed": deepspeed, "micro_batch": 12}
+    facts = launch(tmp_path / "poisoned", engine, world, poison_at=3, **options)
     assert facts["step"] == 3 and facts["skipped"] == 1
-    launch(tmp_path / "clean", engine, stop_at=3, **options)
+    launch(tmp_path / "clean", engine, world, stop_at=3, **options)
     assert largest_difference(trained(tmp_path / "poisoned"), trained(tmp_path / "clean")) == 0
 
 

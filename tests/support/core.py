@@ -11,8 +11,7 @@ from torch import nn
 from structlora_trl import StructLoRAConfig
 from structlora_trl.core.coordinator import COORDINATORS
 from structlora_trl.core.graph import DepthGraph
-from structlora_trl.core.kinds import Factors, Kind
-from structlora_trl.core.mapping import KindMap
+from structlora_trl.core.kinds import Kind
 
 settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
@@ -53,17 +52,3 @@ def build_coordinator(name, rank, layers, seed):
     for parameter in coordinator.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)
     return coordinator
-
-
-def kind_map(depth_count=4, rank=3, **options):
-    def make(*shape):
-        return [nn.Parameter(torch.randn(shape)) for _ in range(depth_count)]
-
-    kind = Kind(
-        "layers.*.q_proj", [f"layers.{i}.q_proj" for i in range(depth_count)], make(rank, 6), make(5, rank)
-    )
-    m = KindMap(kind, StructLoRAConfig(**options), origin_A=torch.randn(depth_count, rank, 6))
-    with torch.no_grad():
-        for parameter in m.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    return m, Factors(torch.stack(list(kind.A)).detach(), torch.stack(list(kind.B)).detach())

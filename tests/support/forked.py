@@ -11,13 +11,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import time
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 PRELOADED = ["trl.trainer.sft_trainer", "trl.trainer.callbacks", "peft", "transformers.trainer", "deepspeed"]
-POLL = 0.02  # seconds
-GRACE = 20  # seconds that processes have to end by themselves after one has failed
+GRACE = 20  # seconds that processes have to end after the first one
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -34,51 +33,28 @@ def run_forked(script: list[str], world: int | None, environment: dict[str, str]
     Returns:
         `subprocess.CompletedProcess`: the first exit code that is not 0, and what all have written, by rank.
     """
-    _start_server()
+    _context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # a fork has no threads of a pool
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / f"{rank}.log" for rank in range(world or 1)]
-        variables = [_of_rank(rank, world) if world else {} for rank in range(world or 1)]
-        processes = [
-            _context.Process(target=_rank, args=(script, {**environment, **own}, output))
-            for own, output in zip(variables, outputs, strict=True)
-        ]
+        outputs = [Path(folder, f"{rank}.log") for rank in range(world or 1)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            variables = environment
+            if world:
+                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+                own = {name: str(number) for name, number in own.items()}
+                variables = {**environment, **own, "MASTER_ADDR": "127.0.0.1"}
+            processes.append(_context.Process(target=_rank, args=(script, variables, output)))
+            processes[-1].start()
+        connection.wait([process.sentinel for process in processes], timeout)
         for process in processes:
-            process.start()
-        _join(processes, timeout)
+            process.join(GRACE)
+            process.kill()
+            process.join()
         code = next((p.exitcode for p in processes if p.exitcode), 0)
         text = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
     return subprocess.CompletedProcess(script, code, text, "")
-
-
-def _start_server() -> None:
-    _context.set_forkserver_preload(PRELOADED)
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # a fork has no threads of a pool
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
-
-
-def _of_rank(rank: int, world: int) -> dict[str, str]:
-    return {
-        **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
-        **{name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
-        "MASTER_ADDR": "127.0.0.1",
-    }
-
-
-def _join(processes: list, timeout: float) -> None:
-    """Wait until all have ended, or `GRACE` after one has failed, or until the time is over; kill what still runs."""
-    deadline = time.monotonic() + timeout
-    while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
-        if any(p.exitcode for p in processes):
-            deadline = min(deadline, time.monotonic() + GRACE)
-        time.sleep(POLL)
-    for process in processes:
-        if process.exitcode is None:
-            process.kill()
-        process.join()
 
 
 def _rank(script: list[str], environment: dict[str, str], output: Path) -> None:

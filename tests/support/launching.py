@@ -30,12 +30,7 @@ ENGINES = {
     "zero3": "DeepSpeed ZeRO-3",
 }
 # HSDP takes four processes or more.
-NAMES = {
-    **ENGINES,
-    "hsdp": "HSDP",
-    "cp": "FSDP2",
-    "loaded": "FSDP2 (replicated adapter)",
-}
+NAMES = {**ENGINES, "hsdp": "HSDP", "cp": "FSDP2", "loaded": "FSDP2 (replicated adapter)"}
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
 STEADY = {"adam_epsilon": 1e-6}
 # The loss scale starts at 2^20, where the first steps overflow.
@@ -79,9 +74,10 @@ def run(
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, cwd=cwd)
 
 
-def said_by(script: str, *start: str):
-    """What a script of this folder prints in its last line, as JSON; it is started by Python, or as `start` says."""
-    done = run([*(start or [sys.executable]), "-m", f"tests.support.{script}"])
+def said_in_one_rank(what: str):
+    """What `one_rank.py` finds."""
+    environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "LOCAL_RANK": "0"}
+    done = run([sys.executable, "-m", "tests.support.one_rank", what], **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

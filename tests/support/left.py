@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import torch
@@ -29,18 +28,3 @@ def assert_acted(folder, steps: int = 3) -> tuple[dict, dict[str, torch.Tensor]]
         theta.any() for theta in thetas
     )
     return header["options"], state
-
-
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    """A file cut, with bytes left out, or with a bit flipped."""
-    at = chance.randrange(len(content))
-    match chance.randrange(4):
-        case 0:
-            return content[:at]
-        case 1:
-            return content[:at] + content[at + chance.randrange(1, 20) :]
-        case 2:  # headers come first
-            at = chance.randrange(min(len(content), 2000))
-    spoilt = bytearray(content)
-    spoilt[at] ^= 1 << chance.randrange(8)
-    return bytes(spoilt)

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
-import weakref
 from functools import partial
 from unittest.mock import patch
 
@@ -18,10 +16,8 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from structlora_trl import StructLoRAError, attach
@@ -29,6 +25,7 @@ from structlora_trl.core.gates import Gate
 from structlora_trl.core.graph import DepthGraph
 from structlora_trl.core.mapping import Parts
 from tests.support.device import without_shm_op
+from tests.support.setups import lora, quantised
 from tests.support.tiny import (
     DATA,
     FAMILIES,
@@ -41,7 +38,6 @@ from tests.support.tiny import (
 )
 
 STEPS, ROWS = 6, 2  # of a run, and of each batch
-TARGETS = ["q_proj", "v_proj", "o_proj"]
 RATE = 1e-2
 # Adam moves an element by its full rate whichever sign rounding gives a gradient of 1e-9; this epsilon takes that out.
 EPSILON = 1e-6
@@ -87,7 +83,6 @@ class Loop:
 
     def step(self, loss) -> None:
         self.scaler.scale(loss).backward()
-        self.reduce()
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(lora_parameters(self.wrapped).values(), self.clip)
@@ -95,38 +90,18 @@ class Loop:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def reduce(self) -> None:
-        """What is left to do when the backward is over."""
-
 
 class FSDP2(Loop):
-    """`fully_shard` of the whole model, and of each layer where `layers` says so; over one mesh dimension, or as accelerate
-    does with these sizes.
-    """
+    """`fully_shard` of the whole model, and of each layer where `layers` says so."""
 
-    def __init__(self, *args, layers: bool = False, sizes: dict | None = None, **sharding):
+    def __init__(self, *args, layers: bool = False, **sharding):
         self.layers, self.sharding = layers, sharding
-        if sizes is not None:
-            parallelism = ParallelismConfig(**sizes)
-            sharding["mesh"] = parallelism.build_device_mesh("cpu")[tuple(parallelism.fsdp_dim_names)]
         super().__init__(*args)
 
     def wrap(self, model):
         for layer in model.base_model.model.model.layers if self.layers else ():
             fully_shard(layer)
         return fully_shard(model, **self.sharding)
-
-
-class Loaded(Loop):
-    """A base that Transformers shards (FSDP2) as it loads it, and an adapter of which every rank has all, averaged here."""
-
-    def wrap(self, model):
-        return model
-
-    def reduce(self):
-        for parameter in lora_parameters(self.wrapped).values():
-            if not isinstance(parameter, DTensor) and parameter.grad is not None:
-                dist.all_reduce(parameter.grad, dist.ReduceOp.AVG)
 
 
 class DeepSpeed:
@@ -163,11 +138,6 @@ ENGINES = {
     "fsdp2 layers resharding": partial(FSDP2, layers=True, reshard_after_forward=True),
     **{f"zero{stage}": partial(DeepSpeed, stage=stage) for stage in (1, 2, 3)},
     "zero3 persistent": partial(DeepSpeed, stage=3, stage3_param_persistence_threshold=10**6),
-    "loaded": Loaded,
-    # Of four processes.
-    "fsdp2 contexts": partial(FSDP2, sizes={"dp_shard_size": 2, "cp_size": 2}),
-    "hsdp": partial(FSDP2, sizes={"dp_replicate_size": 2, "dp_shard_size": 2}),
-    "zero3 hpz": partial(DeepSpeed, stage=3, zero_hpz_partition_size=2),
 }
 
 
@@ -179,12 +149,10 @@ def train(
     clip: float | None = None,
     scaled: bool = False,
     poison_at: int | None = None,
-    detach_at: int | None = None,
     again_at: int | None = None,
     bypassed: bool = False,
     freeze: str | None = None,
-    four_bits: bool = False,
-    experts: str | None = None,
+    base: str = "llama",
     epsilon: float = EPSILON,
     fixed: bool = True,
 ) -> dict:
@@ -197,23 +165,21 @@ def train(
         clip: the largest norm of gradients.
         scaled: scale the loss, as mixed precision does.
         poison_at: step at which the gradient of the embeddings, which are trained too, is NaN.
-        detach_at: step before which StructLoRA is detached; the rest is plain LoRA.
-        again_at: step before which it is attached again.
+        again_at: step before which StructLoRA is detached, and attached again.
         bypassed: take away a gate's hook, as code does that goes around a forward.
         freeze: freeze parameters whose name holds this.
-        four_bits: quantise the base model, into the dtype that is trained, so that FSDP2 can shard it.
-        experts: a mixture, whose experts are adapted: 'stacked' in one parameter of each layer, or modules 'apart'.
+        base: 'llama'; '4 bits' of it, in the dtype that is trained, so that FSDP2 can shard them; or a mixture whose
+            experts are adapted, 'stacked' in one parameter of each layer or modules 'apart'.
         epsilon: AdamW's.
         fixed: have gates draw the same for a row wherever it is; or as they do, by each rank's generator.
 
     Returns:
         `dict`: `losses` and `evaluation_losses` before each step, means over the ranks; `stands`, whether at each moment
         outside a step the model held what the latents stand for, and a training forward changed nothing; `gates`, of each
-        rank how many have fired, and their logits; and at the end `working` weights, `state` and `skipped` of the last
-        runtime, or None where it is detached. Of a bypassed run, also what each rank `said`. Of a run that detaches, also
-        `is_kept`, whether the model is still there when the runtime alone is left.
+        rank how many have fired, and their logits; and at the end `working` weights, `state` and `skipped`. Of a bypassed
+        run, also what each rank `said`.
     """
-    model = _model(engine, four_bits, experts)
+    model = _model(base)
     for name, parameter in model.named_parameters():
         if freeze is not None and freeze in name:
             parameter.requires_grad_(False)
@@ -222,30 +188,25 @@ def train(
     loop = ENGINES[engine](model, clip, scaled, {"lr": RATE, "eps": epsilon})
     method = method or {}
     options = {**({} if method.get("coordinator") == "none" else SEMANTIC), **method}
-    more = {
-        **DATA,
-        "scaler": getattr(loop, "scaler", None),
-        "parts": Parts(gate=FixedDraws if fixed else None),
-    }
-    runtime = attach(loop.wrapped, loop.optimizer, options, **more)
+    parts = Parts(gate=FixedDraws if fixed else None)
+
+    def start():
+        scaler = getattr(loop, "scaler", None)
+        return attach(loop.wrapped, loop.optimizer, options, scaler=scaler, parts=parts, **DATA)
+
+    runtime = start()
     gates = [module.gate for module in runtime.gating.modules]
     if bypassed:
         of_module = runtime.gating.modules[1].lora_A._forward_hooks
         of_module.pop(next(key for key, hook in of_module.items() if hook is gates[1]))
     losses, evaluation_losses, stands, said = [], [], True, []
-
-    def evaluate():
+    for step in range(steps):
+        if step == again_at:
+            runtime.detach()
+            runtime = start()
         loop.wrapped.eval()
         with torch.no_grad():
-            return _mean(loop.wrapped(**_batch(step)).loss)
-
-    for step in range(steps):
-        if step == detach_at:
-            runtime.detach()
-            runtime.detach()
-        if step == again_at:
-            runtime = attach(loop.wrapped, loop.optimizer, options, **more)
-        evaluation_losses.append(evaluate())
+            evaluation_losses.append(_mean(loop.wrapped(**_batch(step)).loss))
         before = _standing(runtime)
         loop.wrapped.train()
         FixedDraws.step = step
@@ -259,11 +220,10 @@ def train(
             assert bypassed
             said = _of_ranks(str(error))
             break
-        if runtime.is_attached:
-            stands &= _distance(_flat(evaluation_factors(runtime)), _standing(runtime)) <= 1e-6
+        stands &= _distance(_flat(evaluation_factors(runtime)), _standing(runtime)) <= 1e-6
         if hook is not None:
             hook.remove()
-    finished = {
+    return {
         "engine": runtime.engine.name,
         "losses": losses,
         "evaluation_losses": evaluation_losses,
@@ -271,19 +231,9 @@ def train(
         "gates": _of_ranks((sum(gate.has_fired for gate in gates), [gate.logits.tolist() for gate in gates])),
         "said": said,
         "working": _standing(runtime),
-        "state": runtime.state_dict() if runtime.is_attached else None,
+        "state": runtime.state_dict(),
         "skipped": runtime.skipped_steps,
     }
-    if detach_at is not None:
-        runtime.detach()
-        if isinstance(loop, DeepSpeed):
-            loop.wrapped.destroy()  # without which its hooks keep it
-        let_go = weakref.ref(model)
-        runtime._layouts = []
-        del model, loop, loss, parameter, evaluate
-        gc.collect()
-        finished["is_kept"] = let_go() is not None
-    return finished
 
 
 def _flat(factors) -> list[torch.Tensor]:
@@ -306,26 +256,19 @@ def _of_ranks(fact) -> list:
     return facts
 
 
-def _model(engine: str, four_bits: bool, experts: str | None):
-    if experts == "apart":
+def _model(base: str):
+    if base == "apart":
         return peft_model("mixture", "warm", targets=["q_proj", "up_proj", "down_proj"])
-    if experts is None and not four_bits and engine != "loaded":
-        return peft_model("llama", "warm", targets=TARGETS)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
-    if four_bits:
-        from tests.support.setups import quantised
-
-        base = quantised(4, storage=torch.float32)
-    elif experts == "stacked":
-        base = base_model("mixtral")
-        lora.target_modules, lora.target_parameters = {"q_proj"}, FAMILIES["mixtral"].parameters
+    config = lora()
+    if base == "4 bits":
+        model = quantised(4, storage=torch.float32)
+    elif base == "stacked":
+        model = base_model("mixtral")
+        config.target_modules, config.target_parameters = {"q_proj"}, FAMILIES["mixtral"].parameters
     else:
-        base = base_model("llama")
-        base = type(base).from_pretrained(
-            None, config=base.config, state_dict=base.state_dict(), distributed_config={"fsdp_size": 2}
-        )
+        model = base_model("llama")
     torch.manual_seed(1)
-    model = get_peft_model(base, lora)
+    model = get_peft_model(model, config)
     warm_up(model)
     return model
 

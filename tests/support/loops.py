@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from structlora_trl import StructLoRACallback, attach, load_state, save_state
 from tests.support.jobs import StopAt
-from tests.support.tiny import DATA, assert_same, default_dtype, weights_of
+from tests.support.tiny import DATA, assert_same, default_dtype, lora_parameters, weights_of
 
 STEPS, HALF = 6, 3
 
@@ -112,7 +112,7 @@ class Loop:
     def save(self, folder: Path) -> None:
         torch.save(
             {
-                "adapter": {name: self.model.state_dict()[name] for name in trainable(self.model)},
+                "adapter": weights_of(self.model),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule and self.schedule.state_dict(),
             },
@@ -126,10 +126,6 @@ class Loop:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(saved["schedule"])
-
-
-def trainable(model) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Accumulating(Loop):
@@ -150,23 +146,17 @@ class Accumulating(Loop):
 class SharpnessAware(Loop):
     """Sharpness-aware minimisation: the step's gradient is that at perturbed weights, which are taken back before the step."""
 
-    radius = 0.05
-
     def step(self, index):
         self.loss(index).backward()
         self.watch(self)
-        parameters = [p for p in trainable(self.model).values() if p.grad is not None]
-        before = [p.detach().clone() for p in parameters]
-        scale = self.radius / torch.stack([p.grad.norm() for p in parameters]).norm()
+        before = weights_of(self.model)
         with torch.no_grad():
-            for parameter in parameters:
-                parameter.add_(parameter.grad, alpha=scale)
+            for parameter in lora_parameters(self.model).values():
+                parameter.add_(0.05 * torch.nn.functional.normalize(parameter.grad, dim=(0, 1)))
         self.optimizer.zero_grad()
         loss = self.loss(index)
         loss.backward()
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        self.model.load_state_dict(before, strict=False)
         self.optimizer.step()
         self.after_step(loss)
         return loss.item()
@@ -191,12 +181,7 @@ class KeptGradients(Loop):
 
 class Clipping(Loop):
     def before_step(self):
-        torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), 0.05)
-
-
-class ClippingByValue(Loop):
-    def before_step(self):
-        torch.nn.utils.clip_grad_value_(trainable(self.model).values(), 1e-3)
+        torch.nn.utils.clip_grad_norm_(lora_parameters(self.model).values(), 0.05)
 
 
 class Autocast(Loop):
@@ -256,7 +241,7 @@ class Scaling(Loop):
         loss = self.loss(index)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(lora_parameters(self.model).values(), 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.after_step(loss)
@@ -339,7 +324,7 @@ class Checkpointing(Loop):
     def gradients(self) -> dict:
         """Of what is trained, and of the gates' logits."""
         gates = self.runtime.gating.gates.items() if self.runtime else ()
-        return {name: p.grad for name, p in trainable(self.model).items()} | {
+        return {name: p.grad for name, p in lora_parameters(self.model).items()} | {
             f"/gates/{name}": gate.logits.grad for name, gate in gates
         }
 
@@ -377,27 +362,6 @@ class CompiledStep(Loop):
         return loss.item()
 
 
-class Averaging(Loop):
-    """An exponential moving average of the weights beside the model (`torch.optim.swa_utils`)."""
-
-    def prepare(self):
-        self.average = torch.optim.swa_utils.AveragedModel(
-            self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-        )
-        self.expected = {name: p.detach().clone() for name, p in trainable(self.model).items()}
-        self.count = 0
-
-    def after_step(self, loss):
-        super().after_step(loss)
-        self.average.update_parameters(self.model)
-        shown = self.model.state_dict()
-        averaged = dict(self.average.module.named_parameters())
-        for name, value in self.expected.items():
-            value.lerp_(shown[name], 0.5 if self.count else 1.0)
-            torch.testing.assert_close(averaged[name].detach(), value)
-        self.count += 1
-
-
 class Swapping(Loop):
     """A moving average that is swapped in to be looked at, and out again before training goes on."""
 
@@ -416,14 +380,17 @@ class Swapping(Loop):
 
 
 class Copying(Loop):
-    """The model is copied, by `copy.deepcopy` and by pickle, between steps and within one; a copy is a plain LoRA model."""
+    """The model is copied, by `copy.deepcopy`, by pickle and by torch's averages, between steps and within one; a copy is a
+    plain LoRA model.
+    """
 
     def copy(self):
         pickled = io.BytesIO()
         torch.save(self.model, pickled)
         pickled.seek(0)
         batch = self.setup.batch(99)
-        for model in (copy.deepcopy(self.model), torch.load(pickled, weights_only=False)):
+        average = torch.optim.swa_utils.AveragedModel(self.model).module
+        for model in (copy.deepcopy(self.model), torch.load(pickled, weights_only=False), average):
             assert_same(weights_of(model), weights_of(self.model))
             # Gates of a copy do nothing.
             assert torch.equal(model.train()(**batch).logits, model.eval()(**batch).logits)

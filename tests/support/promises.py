@@ -11,7 +11,6 @@ import torch
 from packaging.requirements import Requirement
 
 from structlora_trl.core.expert_storage import to_storage
-from tests.support.loops import trainable
 from tests.support.setups import Setup
 from tests.support.tiny import assert_same, evaluation_factors, weights_of
 
@@ -123,7 +122,7 @@ def assert_same_run(run, other):
 
 
 def assert_same_weights(run, other):
-    assert_same(trainable(run.model), trainable(other.model))
+    assert_same(weights_of(run.model), weights_of(other.model))
 
 
 def keep_promises(row: Setup, folder) -> None:

@@ -26,19 +26,22 @@ from torch.overrides import TorchFunctionMode
 
 from tests.support import jobs, loops
 from tests.support.tiny import (
-    _DECODER,
-    _SIZES,
+    CLASSIFIER,
     FAMILIES,
     LAYERS,
     VOCABULARY,
     base_model,
+    built,
+    decoder,
     lora_parameters,
     warm_up,
 )
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 WHOLE = {"semantic_threshold": 0.0}  # all parts, as by default, and semantic edges wherever there may be some
+WRITE, BOTH = {**WHOLE, "side": "write"}, {**WHOLE, "side": "both"}
 GATES_ALONE = {"coordinator": "none"}
+BNB = ("bitsandbytes",)
 KEEP = {**WHOLE, "keep": 0.25, "select_at": 10}
 
 
@@ -148,37 +151,26 @@ def invoking(seed: int) -> dict:
     return batch
 
 
-def gpt2():
-    sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    )
-
-
-def t5():
-    sizes = {
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": LAYERS,
-        "num_heads": 4,
-        "vocab_size": VOCABULARY,
-    }
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
-    )
-
-
-def roberta():
-    config = transformers.RobertaConfig(
-        **_SIZES, vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=64, pad_token_id=0
-    )
-    return transformers.RobertaForSequenceClassification(config)
+gpt2 = partial(
+    built,
+    "gpt2",
+    **{"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY},
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+)
+t5 = partial(
+    built,
+    "t5",
+    transformers.AutoModelForSeq2SeqLM,
+    **{"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4, "dropout_rate": 0.0},
+    vocab_size=VOCABULARY,
+    decoder_start_token_id=0,
+)
+roberta = partial(built, "roberta", **CLASSIFIER, max_position_embeddings=64, pad_token_id=0)
 
 
 def llama(**options):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_DECODER, **options}))
+    return decoder("llama", **options)
 
 
 class Blocks(nn.Module):
@@ -268,10 +260,6 @@ def corda(base):
     return get_peft_model(base, config)
 
 
-def pissa_niter(base):
-    return get_peft_model(base, lora(init_lora_weights="pissa_niter_2"))
-
-
 class OnCPU(TorchFunctionMode):
     """What is to go to CUDA stays on the CPU: PEFT's LoftQ computes on accelerators alone (0.21)."""
 
@@ -291,17 +279,14 @@ def loftq(base):
         return get_peft_model(base, config)
 
 
+def loaded(base: nn.Module, **options) -> nn.Module:
+    """The model as `from_pretrained` quantises or shards it. From no folder, which one of several processes alone would write."""
+    return type(base).from_pretrained(None, config=base.config, state_dict=base.state_dict(), **options)
+
+
 def torchao_int8():
-    quantization = importlib.import_module("torchao.quantization")
-    base = llama()
-    return transformers.LlamaForCausalLM.from_pretrained(
-        None,
-        config=base.config,
-        state_dict=base.state_dict(),
-        quantization_config=transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig()),
-        dtype=torch.float32,
-        device_map="cpu",
-    )
+    how = transformers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+    return loaded(llama(), quantization_config=how, dtype=torch.float32, device_map="cpu")
 
 
 def variant(config: str, option: str, **options):
@@ -318,24 +303,16 @@ def quantised(bits: int, device: str = "cpu", storage: torch.dtype = torch.uint8
 
     `storage`: what 4-bit weights lie in; FSDP shards those that lie in a floating dtype.
     """
-    how = {
+    four = {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.float32,
+        "bnb_4bit_quant_storage": storage,
     }
-    how["bnb_4bit_quant_storage"] = storage
-    how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(how if bits == 4 else {}))
+    how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(four if bits == 4 else {}))
     # On CPUs with AVX-512, bitsandbytes cannot lay out rows shorter than a block of 64.
     base = llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
-    # Not from a folder: with several processes, the first one alone would write it.
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        None,
-        config=base.config,
-        state_dict=base.state_dict(),
-        quantization_config=how,
-        dtype=torch.float32,
-        device_map=device,
-    )
+    model = loaded(base, quantization_config=how, dtype=torch.float32, device_map=device)
     for module in model.modules():
         # An evaluation would repack the weights into a layout that no gradient passes (bitsandbytes 0.50, AVX512-BF16).
         module.support_avx512bf16_for_cpu = False
@@ -415,38 +392,39 @@ def bd_lora(base):
     return get_peft_model(base, lora(target_modules=["q_proj", "o_proj"], use_bdlora=blocks_of))
 
 
-MOVED = "init_lora_weights='.*' keeps base weights in the adapter"
+MOVED = {"quiet": "init_lora_weights='.*' keeps base weights in the adapter", "tolerance": 1e-5}
+MOVES_BASE = {"moves_base": True, **MOVED}
+VERA = {"wrap": of_type("VeraConfig", r=4, target_modules=TARGETS), "quiet": "VeRA"}
+NO_KEEP = {"method": KEEP, "remedy": {"keep": None, "select_at": 0.5}}
 STACKED_EXPERTS = other_family(
     FAMILIES["mixtral"].build, ["q_proj"], target_parameters=FAMILIES["mixtral"].parameters
 )
+TIED = {
+    "base": partial(llama, tie_word_embeddings=True),
+    "method": {**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
+}
+TIED_TARGETS = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}
 ADAPTERS = [
     Setup("LoRA"),
     Setup("lora_dropout", lora={"lora_dropout": 0.2}),
     Setup("rsLoRA", lora={"use_rslora": True}),
     Setup("DoRA", lora={"use_dora": True, "lora_dropout": 0.1}),
-    Setup("PiSSA", lora={"init_lora_weights": "pissa"}, tolerance=1e-5, quiet=MOVED),
-    Setup("OLoRA", lora={"init_lora_weights": "olora"}, tolerance=1e-5, quiet=MOVED),
+    Setup("PiSSA", lora={"init_lora_weights": "pissa"}, **MOVED),
+    Setup("OLoRA", lora={"init_lora_weights": "olora"}, **MOVED),
     Setup("Gaussian init", lora={"init_lora_weights": "gaussian"}),
     Setup("random init of both factors", lora={"init_lora_weights": False}),
     Setup("orthogonal init", lora={"init_lora_weights": "orthogonal"}),
     Setup("EVA", wrap=eva, slow=True),
-    Setup("PiSSA by fast SVD", wrap=pissa_niter, moves_base=True, quiet=MOVED, tolerance=1e-5),
-    Setup("CorDA", wrap=corda, moves_base=True, quiet=MOVED, tolerance=1e-5),
     Setup(
-        "LoftQ",
-        wrap=loftq,
-        moves_base=True,
-        quiet=MOVED,
-        tolerance=1e-5,
-        needs=("scipy", "bitsandbytes"),
-        slow=True,
+        "PiSSA by fast SVD",
+        wrap=lambda base: get_peft_model(base, lora(init_lora_weights="pissa_niter_2")),
+        **MOVES_BASE,
     ),
-    Setup("LoRA-GA", wrap=lora_ga, moves_base=True, quiet=MOVED, tolerance=1e-5, needs=("peft>=0.19",)),
+    Setup("CorDA", wrap=corda, **MOVES_BASE),
+    Setup("LoftQ", wrap=loftq, **MOVES_BASE, needs=("scipy", *BNB), slow=True),
+    Setup("LoRA-GA", wrap=lora_ga, **MOVES_BASE, needs=("peft>=0.19",)),
     Setup(
-        "MiCA",
-        lora={"init_lora_weights": "mica"},
-        method={**WHOLE, "side": "read"},
-        needs=("peft>=0.20",),
+        "MiCA", lora={"init_lora_weights": "mica"}, method={**WHOLE, "side": "read"}, needs=("peft>=0.20",)
     ),
     Setup("KaSA", wrap=variant("KasaConfig", "kasa_config"), tolerance=1e-5, needs=("peft>=0.21",)),
     Setup(
@@ -487,29 +465,17 @@ ADAPTERS = [
         lora={"target_modules": ["lm_head", "q_proj"]},
         method={**WHOLE, "roles": {"lm_head": "read"}},
     ),
-    Setup(
-        "tied embeddings with both as targets",
-        base=partial(llama, tie_word_embeddings=True),
-        lora={"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
-        method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
-        quiet="embeddings",
-    ),
-    Setup(
-        "Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method={**WHOLE, "side": "both"}
-    ),
-    Setup("Conv1d", **blocks(lambda: nn.Conv1d(8, 8, 3, padding=1), 8, 6), method={**WHOLE, "side": "both"}),
-    Setup(
-        "Conv3d",
-        **blocks(lambda: nn.Conv3d(4, 4, 3, padding=1), 4, 3, 3, 3),
-        method={**WHOLE, "side": "both"},
-    ),
+    Setup("tied embeddings with both as targets", **TIED, lora=TIED_TARGETS, quiet="embeddings"),
+    Setup("Conv2d", **blocks(lambda: nn.Conv2d(8, 8, 3, padding=1), 8, 6, 6), method=BOTH),
+    Setup("Conv1d", **blocks(lambda: nn.Conv1d(8, 8, 3, padding=1), 8, 6), method=BOTH),
+    Setup("Conv3d", **blocks(lambda: nn.Conv3d(4, 4, 3, padding=1), 4, 3, 3, 3), method=BOTH),
     Setup(
         "modules of unknown role beside known ones",
         **blocks(Between, 4, 8, target_modules=["fc1", "mixing", "fc2"]),
     ),
     Setup("several adapters with one trained", wrap=with_(second_adapter)),
     Setup("an adapter of another name", adapter="mine"),
-    Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method={**WHOLE, "side": "write"}),
+    Setup("lora_A frozen", wrap=with_(freeze("lora_A")), method=WRITE),
     Setup("frozen layers", wrap=with_(freeze("layers.0"))),
     Setup("aLoRA", lora={"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, batch=invoking),
     Setup("MoE experts by target_parameters", **STACKED_EXPERTS, quiet="experts in one parameter"),
@@ -517,7 +483,7 @@ ADAPTERS = [
         "MoE experts that are modules",
         **other_family(FAMILIES["mixture"].build, ["q_proj", "up_proj", "down_proj"]),
     ),
-    Setup("VeRA", wrap=of_type("VeraConfig", r=4, target_modules=TARGETS), quiet="VeRA"),
+    Setup("VeRA", **VERA),
     Setup("directions selected in training", method=KEEP, steps=14, half=7),
     Setup("resumed after the selection", method={**KEEP, "coordinator": "gat"}, steps=14, half=12),
     Setup(
@@ -527,19 +493,14 @@ ADAPTERS = [
     ),
     Setup(
         "directions of VeRA selected in training",
-        wrap=of_type("VeraConfig", r=8, target_modules=TARGETS, vera_dropout=0.1),
-        method=KEEP,
+        **{**VERA, **NO_KEEP},
         refused="keep=0.25 and no gates to select by .VeRA",
-        remedy={"keep": None, "select_at": 0.5},
-        quiet="VeRA",
     ),
     Setup(
         "directions of PiSSA selected in training",
         lora={"init_lora_weights": "pissa"},
-        method=KEEP,
+        **{**MOVED, **NO_KEEP},
         refused="init_lora_weights='pissa'",
-        remedy={"keep": None, "select_at": 0.5},
-        quiet=MOVED,
     ),
     Setup(
         "MoE layers by 'all-linear'",
@@ -564,41 +525,17 @@ MODELS = [
     Setup("T5", **other_family(t5, ["q", "v", "o"])),
 ]
 
+QLORA = {"base": partial(quantised, 4), "needs": BNB}
 PRECISIONS = [
     Setup("bf16", dtype=torch.bfloat16),
-    Setup(
-        "VeRA in bf16",
-        wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
-        dtype=torch.bfloat16,
-        quiet="VeRA",
-    ),
+    Setup("VeRA in bf16", **VERA, dtype=torch.bfloat16),
     Setup("bf16 base under an fp32 adapter", base=partial(base_model, "llama", torch.bfloat16)),
-    Setup("4-bit base (QLoRA)", base=partial(quantised, 4), needs=("bitsandbytes",)),
-    Setup("8-bit base", base=partial(quantised, 8), needs=("bitsandbytes",)),
+    Setup("4-bit base (QLoRA)", **QLORA),
+    Setup("8-bit base", base=partial(quantised, 8), needs=BNB),
     Setup("8-bit base by torchao", base=torchao_int8, tolerance=1e-5, needs=("torchao",)),
-    Setup(
-        "VeRA on a 4-bit base",
-        quiet="VeRA",
-        base=partial(quantised, 4),
-        wrap=of_type("VeraConfig", r=4, target_modules=TARGETS),
-        needs=("bitsandbytes",),
-        slow=True,
-    ),
-    Setup(
-        "DoRA on a 4-bit base",
-        base=partial(quantised, 4),
-        lora={"use_dora": True},
-        needs=("bitsandbytes",),
-        slow=True,
-    ),
-    Setup(
-        "LoRA-FA on a 4-bit base",
-        base=partial(quantised, 4),
-        optimizer=lorafa,
-        method={**WHOLE, "side": "write"},
-        needs=("bitsandbytes",),
-        slow=True,
-    ),
+    Setup("VeRA on a 4-bit base", **VERA, **QLORA, slow=True),
+    Setup("DoRA on a 4-bit base", **QLORA, lora={"use_dora": True}, slow=True),
+    Setup("LoRA-FA on a 4-bit base", **QLORA, optimizer=lorafa, method=WRITE, slow=True),
 ]
 
 OPTIMIZERS = [
@@ -629,38 +566,31 @@ OPTIMIZERS = [
     ),
     Setup("Muon", optimizer=by("Muon"), needs=("torch>=2.9",)),
     Setup("LBFGS with `max_iter=1`", optimizer=by("LBFGS", 1.0, max_iter=1), loop=loops.WithClosure),
-    Setup(
-        "8-bit AdamW",
-        optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16),
-        needs=("bitsandbytes",),
-    ),
-    Setup(
-        "paged AdamW", optimizer=by("PagedAdamW32bit", module="bitsandbytes.optim"), needs=("bitsandbytes",)
-    ),
-    Setup("Lion", optimizer=by("Lion", 1e-3, module="bitsandbytes.optim"), needs=("bitsandbytes",)),
+    Setup("8-bit AdamW", optimizer=by("AdamW8bit", module="bitsandbytes.optim", min_8bit_size=16), needs=BNB),
+    Setup("paged AdamW", optimizer=by("PagedAdamW32bit", module="bitsandbytes.optim"), needs=BNB),
+    Setup("Lion", optimizer=by("Lion", 1e-3, module="bitsandbytes.optim"), needs=BNB),
     Setup("LoRA+", optimizer=loraplus),
-    Setup("LoRA-FA", optimizer=lorafa, method={**WHOLE, "side": "write"}),
+    Setup("LoRA-FA", optimizer=lorafa, method=WRITE),
     Setup("Riemannian", optimizer=riemannian, needs=("peft>=0.19",)),
     Setup("groups of unlike rates", optimizer=two_groups),
 ]
 
 SCHEDULES = [
-    Setup("linear", schedule=scheduled("linear")),
-    Setup("cosine", schedule=scheduled("cosine")),
-    Setup("cosine_with_restarts", schedule=scheduled("cosine_with_restarts", num_cycles=2)),
-    Setup("polynomial", schedule=scheduled("polynomial", power=2.0)),
-    Setup("constant", schedule=scheduled("constant")),
-    Setup("constant_with_warmup", schedule=scheduled("constant_with_warmup")),
-    Setup("inverse_sqrt", schedule=scheduled("inverse_sqrt")),
-    Setup(
-        "reduce_lr_on_plateau",
-        schedule=scheduled("reduce_lr_on_plateau", patience=0, factor=0.3, threshold=10.0),
-    ),
-    Setup("cosine_with_min_lr", schedule=scheduled("cosine_with_min_lr", min_lr_rate=0.1)),
-    Setup("cosine_warmup_with_min_lr", schedule=scheduled("cosine_warmup_with_min_lr", min_lr_rate=0.1)),
-    Setup(
-        "warmup_stable_decay",
-        schedule=scheduled("warmup_stable_decay", num_decay_steps=2, num_stable_steps=2),
+    *(
+        Setup(name, schedule=scheduled(name, **options))
+        for name, options in {
+            "linear": {},
+            "cosine": {},
+            "constant": {},
+            "constant_with_warmup": {},
+            "inverse_sqrt": {},
+            "cosine_with_restarts": {"num_cycles": 2},
+            "polynomial": {"power": 2.0},
+            "reduce_lr_on_plateau": {"patience": 0, "factor": 0.3, "threshold": 10.0},
+            "cosine_with_min_lr": {"min_lr_rate": 0.1},
+            "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+            "warmup_stable_decay": {"num_decay_steps": 2, "num_stable_steps": 2},
+        }.items()
     ),
     Setup(
         "greedy",
@@ -695,7 +625,6 @@ LOOPS = [
     Setup("base model left in eval() by from_pretrained", loop=loops.AsLoaded),
     Setup("zero_grad(set_to_none=False)", loop=loops.KeptGradients),
     Setup("clipping by norm", loop=loops.Clipping),
-    Setup("clipping by value", loop=loops.ClippingByValue),
     Setup("bf16 autocast", loop=loops.Autocast),
     Setup("bf16 autocast around the optimizer's step too", loop=loops.WholeAutocast),
     Setup("torch.set_default_dtype(bfloat16)", loop=loops.DefaultDtype),
@@ -715,9 +644,8 @@ LOOPS = [
     Setup("torch.compile", loop=loops.Compiled, slow=True),
     Setup("torch.compile of the optimizer's step", loop=loops.CompiledStep),
     Setup("SAM", loop=loops.SharpnessAware),
-    Setup("moving averages of the weights (AveragedModel)", loop=loops.Averaging),
     Setup("moving averages swapped in for evaluation", loop=loops.Swapping),
-    Setup("deepcopy and torch.save of the model", loop=loops.Copying),
+    Setup("deepcopy, torch.save and AveragedModel of the model", loop=loops.Copying),
     Setup("reference logits under disable_adapter()", loop=loops.ReferencePass),
     Setup("freezing layers for a while", loop=loops.Freezing),
 ]
@@ -738,12 +666,8 @@ REFUSED = [
     ),
     Setup(
         "ensure_weight_tying with both as targets",
-        base=partial(llama, tie_word_embeddings=True),
-        lora={
-            "target_modules": ["embed_tokens", "lm_head", "q_proj"],
-            "ensure_weight_tying": True,
-        },
-        method={**WHOLE, "roles": {"lm_head": "read", "embed_tokens": "write"}},
+        **TIED,
+        lora={**TIED_TARGETS, "ensure_weight_tying": True},
         refused="embed_tokens' and 'lm_head' in one memory.*`ensure_weight_tying=False`",
         needs=("peft>=0.19",),
     ),
@@ -770,17 +694,10 @@ REFUSED = [
 ]
 
 
-def in_trainer(
-    name: str,
-    job: Callable,
-    slow: bool = True,
-    needs: tuple[str, ...] = (),
-    row: dict | None = None,
-    **options,
-):
-    """A row for a job of `tests/support/jobs.py`, with its training arguments; `row`: what else the row says."""
-    build = partial(job, **options)
-    return Setup(name, loop=loops.InTrainer, trainer=build, slow=slow, needs=needs, **(row or {}))
+def in_trainer(name: str, job: Callable, *rows: dict, slow: bool = True, **options):
+    """A row for a job of `tests/support/jobs.py`, with its training arguments; `rows`: what else the row says."""
+    more = {name: value for row in rows for name, value in row.items()}
+    return Setup(name, loop=loops.InTrainer, trainer=partial(job, **options), slow=slow, **more)
 
 
 BERT = {"base": partial(base_model, "bert"), "batch": FAMILIES["bert"].batch}
@@ -799,47 +716,34 @@ ON_PLATEAU = {
 NO_DROPOUT = {"quiet": r"\w+Trainer switches dropout off"}
 OWN_SAMPLES = {"quiet": r"\w+Trainer trains on samples of its own policy"}
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+PACKED = {"packing": True, "row_count": 384}
+SINCE_TRL_1 = {"needs": ("trl>=1.0",), **NO_DROPOUT}
+
 TRAINERS = [
-    in_trainer("transformers.Trainer", jobs.plain, slow=False, row=BERT),
-    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, slow=False, row=BERT, **ON_PLATEAU),
-    in_trainer("Trainer with Adafactor", jobs.plain, row=BERT, optim="adafactor", lr_scheduler_type="cosine"),
-    in_trainer(
-        "Trainer with torch_compile",
-        jobs.plain,
-        row=BERT,
-        torch_compile=True,
-        torch_compile_backend="aot_eager",
-    ),
+    in_trainer("transformers.Trainer", jobs.plain, BERT, slow=False),
+    in_trainer("Trainer with reduce_lr_on_plateau", jobs.plain, BERT, slow=False, **ON_PLATEAU),
+    in_trainer("Trainer with Adafactor", jobs.plain, BERT, optim="adafactor", lr_scheduler_type="cosine"),
+    in_trainer("Trainer with torch_compile", jobs.plain, BERT, **COMPILED),
     in_trainer("TRL's SFT", jobs.sft, slow=False, gradient_accumulation_steps=2),
-    in_trainer("SFT with packing", jobs.sft, packing=True, row_count=384),
-    in_trainer("SFT with wrapped packing", jobs.sft, packing=True, packing_strategy="wrapped", row_count=384),
+    in_trainer("SFT with packing", jobs.sft, **PACKED),
+    in_trainer("SFT with wrapped packing", jobs.sft, **PACKED, packing_strategy="wrapped"),
     in_trainer("SFT without padding", jobs.sft, padding_free=True, max_length=None),
-    in_trainer(
-        "SFT with packing and without padding",
-        jobs.sft,
-        slow=False,
-        packing=True,
-        padding_free=True,
-        row_count=384,
-    ),
+    in_trainer("SFT with packing and without padding", jobs.sft, slow=False, **PACKED, padding_free=True),
     in_trainer(
         "SFT with gradient checkpointing", jobs.sft, gradient_checkpointing=True, lora={"lora_dropout": 0.1}
     ),
     in_trainer("SFT with NEFTune", jobs.sft, neftune_noise_alpha=5.0),
-    in_trainer("SFT with VeRA", jobs.sft, vera={"r": 4}, row={"quiet": "VeRA"}),
-    in_trainer("SFT with LoRA-FA", sft_with_lorafa, row={"method": {**WHOLE, "side": "write"}}),
-    in_trainer("DPO", jobs.JOBS["dpo"], row=NO_DROPOUT),
-    in_trainer("KTO", jobs.JOBS["kto"], row=NO_DROPOUT),
-    in_trainer(
-        "ORPO", jobs.of_trl("ORPO", jobs.pairs, experimental=True), needs=("trl>=1.0",), row=NO_DROPOUT
-    ),
-    in_trainer("CPO", jobs.of_trl("CPO", jobs.pairs, experimental=True), needs=("trl>=1.0",), row=NO_DROPOUT),
-    in_trainer("Reward", jobs.JOBS["reward"], row={**REWARD, **NO_DROPOUT}),
-    in_trainer("GRPO", jobs.JOBS["grpo"], row=OWN_SAMPLES),
-    in_trainer(
-        "GRPO with several updates per generation", jobs.JOBS["grpo"], num_iterations=3, row=OWN_SAMPLES
-    ),
-    in_trainer("RLOO", jobs.JOBS["rloo"], row=OWN_SAMPLES),
+    in_trainer("SFT with VeRA", jobs.sft, {"quiet": "VeRA"}, vera={"r": 4}),
+    in_trainer("SFT with LoRA-FA", sft_with_lorafa, {"method": WRITE}),
+    in_trainer("DPO", jobs.JOBS["dpo"], NO_DROPOUT),
+    in_trainer("KTO", jobs.JOBS["kto"], NO_DROPOUT),
+    in_trainer("ORPO", jobs.of_trl("ORPO", jobs.pairs, experimental=True), SINCE_TRL_1),
+    in_trainer("CPO", jobs.of_trl("CPO", jobs.pairs, experimental=True), SINCE_TRL_1),
+    in_trainer("Reward", jobs.JOBS["reward"], REWARD, NO_DROPOUT),
+    in_trainer("GRPO", jobs.JOBS["grpo"], OWN_SAMPLES),
+    in_trainer("GRPO with several updates per generation", jobs.JOBS["grpo"], OWN_SAMPLES, num_iterations=3),
+    in_trainer("RLOO", jobs.JOBS["rloo"], OWN_SAMPLES),
 ]
 
 SETUPS: dict[str, list[Setup]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 
 import peft
 import pytest
@@ -12,24 +13,12 @@ from packaging.version import Version
 from peft import LoraConfig, VeraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    CLIPVisionConfig,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MixtralConfig,
-    MixtralForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -87,14 +76,12 @@ def _llava_batch(seed: int) -> dict:
     return {"input_ids": tokens, "labels": tokens, "pixel_values": _pixels(seed)}
 
 
-def _llava() -> LlavaForConditionalGeneration:
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_VISION),
-        text_config=LlamaConfig(**_DECODER),
-        image_token_index=_IMAGE_TOKEN,
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config)
+def built(kind: str, auto=AutoModelForCausalLM, **sizes) -> torch.nn.Module:
+    """A random model of a type of Transformers."""
+    return auto.from_config(AutoConfig.for_model(kind, **sizes))
+
+
+decoder = partial(built, **_DECODER)
 
 
 class _Mixture(torch.nn.Module):
@@ -102,7 +89,7 @@ class _Mixture(torch.nn.Module):
     take part, as the router weighs them.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config):
         super().__init__()
         self.router = torch.nn.Linear(config.hidden_size, EXPERTS, bias=False)
         self.experts = torch.nn.ModuleList(LlamaMLP(config) for _ in range(EXPERTS))
@@ -112,8 +99,8 @@ class _Mixture(torch.nn.Module):
         return sum(w[..., None] * expert(x) for w, expert in zip(weights, self.experts, strict=True))
 
 
-def _mixture() -> LlamaForCausalLM:
-    model = LlamaForCausalLM(LlamaConfig(**_DECODER))
+def _mixture() -> torch.nn.Module:
+    model = decoder("llama")
     for layer in model.model.layers:
         layer.mlp = _Mixture(model.config)
     return model
@@ -131,64 +118,53 @@ class Family:
     parameters: list[str] = field(default_factory=list)
 
 
+_QV = ["q_proj", "v_proj"]
+_WITH_ROUTER = [*_ATTENTION_MODULES, "mlp.gate"]
+_QWEN3_MOE = {"moe_intermediate_size": 16, "num_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 8}
+_BERT_MODULES = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+_LLAVA_MODULES = [*_DECODER_MODULES, "out_proj", "fc1", "fc2", "linear_1", "linear_2"]
+_LLAVA = {
+    "vision_config": {"model_type": "clip_vision_model", **_VISION},
+    "text_config": {"model_type": "llama", **_DECODER},
+    "image_token_index": _IMAGE_TOKEN,
+    "vision_feature_layer": -1,
+}
+CLASSIFIER = {
+    "auto": AutoModelForSequenceClassification,
+    **_SIZES,
+    "vocab_size": VOCABULARY,
+    "num_labels": _LABELS,
+}
 FAMILIES = {
-    "llama": Family(
-        lambda: LlamaForCausalLM(LlamaConfig(**_DECODER)), _text_batch, ["q_proj", "v_proj"], _DECODER_MODULES
-    ),
-    "qwen3": Family(
-        lambda: Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8)),
-        _text_batch,
-        ["q_proj", "v_proj"],
-        _DECODER_MODULES,
-    ),
+    "llama": Family(partial(decoder, "llama"), _text_batch, _QV, _DECODER_MODULES),
+    "qwen3": Family(partial(decoder, "qwen3", head_dim=8), _text_batch, _QV, _DECODER_MODULES),
     "gemma3": Family(
-        lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_DECODER, head_dim=8, sliding_window=4)),
-        _text_batch,
-        ["q_proj", "v_proj"],
-        _DECODER_MODULES,
+        partial(decoder, "gemma3_text", head_dim=8, sliding_window=4), _text_batch, _QV, _DECODER_MODULES
     ),
     "mixtral": Family(
-        lambda: MixtralForCausalLM(MixtralConfig(**_DECODER, num_local_experts=EXPERTS)),
+        partial(decoder, "mixtral", num_local_experts=EXPERTS),
         _text_batch,
         ["q_proj"],
-        [*_ATTENTION_MODULES, "mlp.gate"],
+        _WITH_ROUTER,
         _EXPERT_PARAMETERS,
     ),
     "qwen3_moe": Family(
-        lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                **_DECODER, head_dim=8, moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=2
-            )
-        ),
-        _text_batch,
-        ["q_proj"],
-        [*_ATTENTION_MODULES, "mlp.gate"],
-        _EXPERT_PARAMETERS,
+        partial(decoder, "qwen3_moe", **_QWEN3_MOE), _text_batch, ["q_proj"], _WITH_ROUTER, _EXPERT_PARAMETERS
     ),
-    "mixture": Family(
-        _mixture,
-        _text_batch,
-        ["q_proj", "up_proj"],
-        [*_DECODER_MODULES, "router"],
-    ),
+    "mixture": Family(_mixture, _text_batch, ["q_proj", "up_proj"], [*_DECODER_MODULES, "router"]),
     "llava": Family(
-        _llava,
-        _llava_batch,
-        ["q_proj", "v_proj"],
-        [*_DECODER_MODULES, "out_proj", "fc1", "fc2", "linear_1", "linear_2"],
+        partial(built, "llava", AutoModelForImageTextToText, **_LLAVA), _llava_batch, _QV, _LLAVA_MODULES
     ),
     "bert": Family(
-        lambda: BertForSequenceClassification(
-            BertConfig(**_SIZES, vocab_size=VOCABULARY, num_labels=_LABELS)
-        ),
+        partial(built, "bert", **CLASSIFIER),
         lambda seed: {"input_ids": _tokens(seed), "labels": _class_labels(seed)},
         ["query", "value"],
-        ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
+        _BERT_MODULES,
     ),
     "vit": Family(
-        lambda: ViTForImageClassification(ViTConfig(**_VISION, num_labels=_LABELS)),
+        partial(built, "vit", AutoModelForImageClassification, **_VISION, num_labels=_LABELS),
         lambda seed: {"pixel_values": _pixels(seed), "labels": _class_labels(seed)},
-        ["q_proj", "v_proj"],
+        _QV,
         ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
     ),
 }

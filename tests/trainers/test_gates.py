@@ -22,21 +22,21 @@ from tests.support.jobs import JOBS, StopAt, sft
 from tests.support.tiny import assert_same, base_model, differing, warm_up
 
 LABELS = 9  # of a row of SFT: a sentence and its end
+
+
+def labels(a_step: int, beta: float = 1) -> str:
+    return f"{48 * LABELS} labels, {a_step * LABELS} a step, beta {beta}"
+
+
 # job of 48 rows in batches of 4, its options and training arguments, and what the start says of its gates
 CASES = {
-    "an epoch and more": ("sft", {}, {"max_steps": 20}, f"{48 * LABELS} labels, {4 * LABELS} a step, beta 1"),
-    "less than an epoch": ("sft", {}, {"max_steps": 3}, f"{48 * LABELS} labels, {4 * LABELS} a step, beta 1"),
-    "accumulation": (
-        "sft",
-        {},
-        {"max_steps": 12, "gradient_accumulation_steps": 2},
-        f"{48 * LABELS} labels, {8 * LABELS} a step, beta 1",
-    ),
+    "less than an epoch": ("sft", {}, {"max_steps": 3}, labels(4)),
+    "accumulation": ("sft", {}, {"max_steps": 12, "gradient_accumulation_steps": 2}, labels(8)),
     "rows at once": (
         "sft",
         {"beta": 0.5, "gates": "gumbel"},
         {"max_steps": 2, "per_device_train_batch_size": 64},
-        f"{48 * LABELS} labels, {48 * LABELS} a step, beta 0.5",
+        labels(48, beta=0.5),
     ),
     "a classifier": ("trainer", {}, {"max_steps": 12}, "48 labels, 4 a step, beta 1"),
     "streamed rows": ("trainer", {}, {"max_steps": 3}, "12 labels, 4 a step, beta 1"),
@@ -155,39 +155,12 @@ def test_importance_ratios_hold_no_gates(job, reuse, tmp_path):
 
 SAMPLES, DROPOUT = "trains on samples of its own policy", "switches dropout off"
 # Every trainer of TRL, and why its gates are off; None where they are on.
-TRL = {
-    "A2POTrainer": SAMPLES,
-    "AsyncDistillationTrainer": SAMPLES,
-    "AsyncGRPOTrainer": SAMPLES,
-    "BCOTrainer": DROPOUT,
-    "CPOTrainer": DROPOUT,
-    "DPOTrainer": DROPOUT,
-    "DPPOTrainer": SAMPLES,
-    "DistillationTrainer": SAMPLES,
-    "GFPOTrainer": SAMPLES,
-    "GKDTrainer": SAMPLES,
-    "GMPOTrainer": SAMPLES,
-    "GOLDTrainer": SAMPLES,
-    "GRPOTrainer": SAMPLES,
-    "GRPOWithReplayBufferTrainer": SAMPLES,
-    "IWOPDTrainer": SAMPLES,
-    "KTOTrainer": DROPOUT,
-    "MiniLLMTrainer": SAMPLES,
-    "NashMDTrainer": SAMPLES,
-    "ORPOTrainer": DROPOUT,
-    "OnlineDPOTrainer": SAMPLES,
-    "PAPOTrainer": SAMPLES,
-    "PPOTrainer": SAMPLES,
-    "PRMTrainer": DROPOUT,
-    "RLOOTrainer": SAMPLES,
-    "RewardTrainer": DROPOUT,
-    "SDFTTrainer": SAMPLES,
-    "SDPOTrainer": SAMPLES,
-    "SFTTrainer": None,
-    "ServerDistillationTrainer": SAMPLES,
-    "TPOTrainer": DROPOUT,
-    "XPOTrainer": SAMPLES,
-}
+OF_ALL = {"SFT": None, **dict.fromkeys("BCO CPO DPO KTO ORPO PRM Reward TPO".split(), DROPOUT)}
+ON_SAMPLES = (
+    "A2PO AsyncDistillation AsyncGRPO DPPO Distillation GFPO GKD GMPO GOLD GRPO GRPOWithReplayBuffer "
+    "IWOPD MiniLLM NashMD OnlineDPO PAPO PPO RLOO SDFT SDPO ServerDistillation XPO"
+)
+TRL = {f"{name}Trainer": why for name, why in (OF_ALL | dict.fromkeys(ON_SAMPLES.split(), SAMPLES)).items()}
 
 
 CLASS = re.compile(r"^class (\w+)\(([^)]*)\):(.*?)(?=^class |\Z)", re.MULTILINE | re.DOTALL)

@@ -6,6 +6,7 @@ vLLM needs a GPU. The sync is TRL's own; a stub stands where vLLM would receive 
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -39,98 +40,73 @@ class Received:
         pass
 
 
-class SyncAtEvents(TrainerCallback):
-    """Runs TRL's sync where generation may come, and keeps what vLLM would hold beside what it should."""
+class Sends(TrainerCallback):
+    """Sends where generation may come, between steps and while a backward is still due; keeps what was sent beside what
+    should be.
+    """
 
-    def __init__(self, mode: str, structlora: StructLoRACallback):
-        self.mode, self.structlora, self.seen = mode, structlora, []
+    def __init__(self, send, structlora: StructLoRACallback):
+        self.send, self.structlora, self.seen = send, structlora, []
 
-    def sync(self, model):
-        generation = object.__new__(vllm_generation.VLLMGeneration)
-        received = Received()
-        generation.model, generation.mode, generation._weight_metadata = model, self.mode, None
-        generation.accelerator = SimpleNamespace(is_main_process=True)
-        generation._dist = SimpleNamespace(gather_params=lambda _: torch.no_grad(), is_fsdp=False)
-        generation.vllm_client = generation.llm = received
-        generation.enable_sleep_mode = False
-        generation.sync_weights()
-        self.seen.append((received.weights, evaluation_factors(self.structlora.runtime)))
+    def _send(self, args, state, control, model=None, **kwargs):
+        self.seen.append((self.send(model), evaluation_factors(self.structlora.runtime)))
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.sync(model)
+    on_step_begin = on_substep_end = on_step_end = _send
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.sync(model)
+
+def received_by_vllm(mode: str, model) -> dict:
+    generation = object.__new__(vllm_generation.VLLMGeneration)
+    received = Received()
+    generation.model, generation.mode, generation._weight_metadata = model, mode, None
+    generation.accelerator = SimpleNamespace(is_main_process=True)
+    generation._dist = SimpleNamespace(gather_params=lambda _: torch.no_grad(), is_fsdp=False)
+    generation.vllm_client = generation.llm = received
+    generation.enable_sleep_mode = False
+    generation.sync_weights()
+    return received.weights
 
 
 @pytest.mark.parametrize("name, mode", [("grpo", "server"), ("rloo", "colocate")])
 def test_vllm_receives_the_merged_adapter(name, mode, tmp_path):
     callback = StructLoRACallback()
-    sync = SyncAtEvents(mode, callback)
+    sync = Sends(partial(received_by_vllm, mode), callback)
     trainer = JOBS[name](tmp_path, [callback, sync])
     trainer.train()
     lora = trainer.model.peft_config["default"]
+    base = dict(base_model("llama").named_parameters())
     assert len(sync.seen) == 6
     for weights, factors in sync.seen:
-        assert weights.keys() == dict(base_model("llama").named_parameters()).keys()
-        assert_is_the_adapter(weights, factors, callback, lora.lora_alpha / lora.r)
+        assert weights.keys() == base.keys()
+        for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
+            for module, a, b in zip(kind.modules, A, B, strict=True):
+                name = f"{module.removeprefix('base_model.model.')}.weight"
+                merged = base[name] + lora.lora_alpha / lora.r * b @ a
+                torch.testing.assert_close(weights[name], merged, atol=1e-6, rtol=1e-5)
     first, last = sync.seen[0][0], sync.seen[-1][0]
     assert any(not torch.equal(first[parameter], last[parameter]) for parameter in first)
 
 
-def assert_is_the_adapter(sent: dict, factors, callback, scale: float | None = None) -> None:
-    """Weights that were sent are those that stood: of the adapter alone, or merged where a scale is given."""
-    base = dict(base_model("llama").named_parameters())
-    for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
-        for module, a, b in zip(kind.modules, A, B, strict=True):
-            if scale is None:
-                assert torch.equal(sent[f"{module}.lora_A.weight"], a)
-                assert torch.equal(sent[f"{module}.lora_B.weight"], b)
-            else:
-                name = f"{module.removeprefix('base_model.model.')}.weight"
-                torch.testing.assert_close(sent[name], base[name] + scale * b @ a, atol=1e-6, rtol=1e-5)
-
-
-class Publishes(TrainerCallback):
-    """Runs one of AsyncGRPO's syncs, between steps and while a backward is still due, and keeps what it sent, by module."""
-
-    def __init__(self, way: str, structlora: StructLoRACallback, folder, module):
-        self.way, self.structlora, self.folder, self.module, self.seen = way, structlora, folder, module, []
-
-    def _publish(self, args, state, control, model=None, **kwargs):
-        if self.way == "adapter":
-            alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
-            self.module.save_lora_adapter(model, alone, "default", str(self.folder / "published"))
-            sent = load_file(self.folder / "published" / "adapter_model.safetensors")
-        else:
-            model.merge_adapter()
-            sent = {name: p.clone() for name, p in self.module._iter_vllm_named_params(model)}
-            model.unmerge_adapter()
-        self.seen.append((sent, evaluation_factors(self.structlora.runtime)))
-
-    on_step_begin = on_substep_end = on_step_end = _publish
-
-
-@pytest.mark.parametrize("way", ["adapter", "merged"])
-def test_async_grpo_publishes_the_adapter(way, tmp_path):
+def test_async_grpo_publishes_the_adapter(tmp_path):
     """Also where there are gates; and training goes on as without it."""
     module = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
-    if way == "adapter" and not hasattr(module, "save_lora_adapter"):
+    if not hasattr(module, "save_lora_adapter"):
         pytest.skip("this TRL publishes merged weights alone")
+    alone = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
 
-    def run(*others):
-        trainer = sft(tmp_path, [callback, *others], gradient_accumulation_steps=2, max_steps=2)
+    def publish(model) -> dict:
+        module.save_lora_adapter(model, alone, "default", str(tmp_path / "published"))
+        return load_file(tmp_path / "published" / "adapter_model.safetensors")
+
+    ends, callback = [], StructLoRACallback()
+    publishes = Sends(publish, callback)
+    for callbacks in ([callback, publishes], [StructLoRACallback()]):
+        trainer = sft(tmp_path, callbacks, gradient_accumulation_steps=2, max_steps=2)
         trainer.train()
-        return trainer.model
-
-    callback = StructLoRACallback()
-    publishes = Publishes(way, callback, tmp_path, module)
-    model = run(publishes)
+        ends.append(weights_of(trainer.model))
+    assert_same(*ends)
     assert callback.runtime.gating and len(publishes.seen) == 6
-    lora = model.peft_config["default"]
     for sent, factors in publishes.seen:
-        scale = None if way == "adapter" else lora.lora_alpha / lora.r
-        assert_is_the_adapter(sent, factors, callback, scale)
-    if way == "adapter":  # merging rounds the base weights, in plain LoRA too
-        callback = StructLoRACallback()
-        assert_same(weights_of(run()), weights_of(model))
+        for kind, (A, B) in zip(callback.runtime.kinds, factors, strict=True):
+            for module, a, b in zip(kind.modules, A, B, strict=True):
+                assert torch.equal(sent[f"{module}.lora_A.weight"], a)
+                assert torch.equal(sent[f"{module}.lora_B.weight"], b)
