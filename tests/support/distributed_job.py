@@ -175,9 +175,7 @@ class KillAt(TrainerCallback):
 
             KindMap.pullback = self._die
         else:
-            from structlora_trl import state
-
-            state.os.fsync = self._die  # written, not yet in its place
+            os.fsync = self._die  # written, not yet in its place
 
     def _die(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
