@@ -15,7 +15,7 @@ from ..core.diagnostics import effective_rank
 from ..core.kinds import Factors, Kind, split_depth
 from ..errors import refusing
 from .load_adapter import Saved
-from .peft_scaling import LORA_NAME, rank_of, singular_directions
+from .peft_scaling import LORA_NAME, rank_of, scale_of, singular_directions
 
 _LOG_NAME = "trainer_state.json"
 # Among `stateful_callbacks` of `trainer_state.json`: what the command line was given, and no log says.
@@ -189,7 +189,9 @@ def _kind(saved: Saved, index: int, expert: int) -> KindReport:
     semantic = own(saved.semantic_edges(index))  # (L, L)
     similarity = own(saved.similarity(index))  # (L, L)
     beside = None if similarity is None else similarity.diagonal(1)  # (L - 1,)
-    scales = torch.tensor([saved.scale(module) for module in modules], dtype=torch.float64, device="cpu")
+    scales = torch.tensor(
+        [scale_of(saved.lora, module) for module in modules], dtype=torch.float64, device="cpu"
+    )
     singular = scales[:, None] * singular_directions(*factors).sigma  # (L, r)
     ranks = effective_rank(factors.B.mT @ factors.B, factors.A @ factors.A.mT)
     depths = []

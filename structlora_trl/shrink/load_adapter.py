@@ -25,7 +25,7 @@ from ..errors import StructLoRAError, refusing
 from ..gates_file import GATES_NAME, read_openness
 from ..map_context import map_context
 from ..state import STATE_NAME, State, read_state
-from .peft_scaling import adapted_by, factor_names, parameters_of, rank_of, scale_of
+from .peft_scaling import adapted_by, factor_names, parameters_of, rank_of
 
 _CONFIG_NAME = "adapter_config.json"
 _USE_ANOTHER = "use another checkpoint"
@@ -70,10 +70,6 @@ class Saved:
     def config(self) -> StructLoRAConfig | None:
         """StructLoRA's options in the run; None without its state."""
         return self.maps[0].config if self.maps else None
-
-    def scale(self, module: str) -> float:
-        """s of a module's ΔW = s·B·A."""
-        return scale_of(self.lora, module)
 
     def factors(self, index: int) -> Factors:
         """Effective factors of a kind in fp64: A (L, r, k), B (L, d, r), with experts (E, L, ...)."""
@@ -215,8 +211,8 @@ def _read_weights(folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
     if not factor_names(tensors):
         raise StructLoRAError(f"no LoRA factors in {path}", "lora_A and lora_B of each module", _USE_ANOTHER)
     for module, names in factor_names(tensors).items():
-        factors, rank = {side: tensors[name] for side, name in names.items()}, rank_of(lora, module)
-        A, B = (factors.get(side, torch.empty(0, 0, device="cpu")) for side in SIDES)
+        rank, none = rank_of(lora, module), torch.empty(0, 0, dtype=torch.float32, device="cpu")
+        A, B = (tensors[names[side]] if side in names else none for side in SIDES)
         is_of_rank = len(A) % rank == 0 if parameters_of(lora, module) else len(A) == rank
         if not len(A) or min(A.ndim, B.ndim) < 2 or len(A) != B.shape[1] or not is_of_rank:
             raise StructLoRAError(

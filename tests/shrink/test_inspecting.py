@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from structlora_trl.cli import main
-from structlora_trl.shrink.inspecting import log_history, report
+from structlora_trl.shrink.inspecting import final_losses, log_history, report
 from structlora_trl.shrink.load_adapter import read_saved
 from structlora_trl.shrink.pruning import prune
 from structlora_trl.state import STATE_NAME
@@ -31,6 +31,9 @@ from tests.support.adapters import (
     only_adapter,
 )
 from tests.support.tiny import FAMILIES, base_model, logits_of
+
+pytest.importorskip("jinja2")
+imread = pytest.importorskip("matplotlib.image").imread
 
 
 def inspected(capsys, *arguments) -> dict:
@@ -137,9 +140,6 @@ def test_another_adapter_is_shown_beside_the_first(runs, tmp_path, capsys):
 
 
 def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from matplotlib.image import imread
-
     for folder, charts in (
         (runs(), ["nats", "training", "size", "norm", "similarity"]),
         (plain_adapter, ["size", "norm", "similarity"]),
@@ -181,12 +181,8 @@ def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkey
     assert IN_THE_WAY[given] in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("given", ["--html new/page.html", "--html page.html", "--plot figures"])
-def test_a_disk_without_room_is_told_and_keeps_what_was_there(
-    given, plain_adapter, tmp_path, monkeypatch, capsys
-):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("jinja2")
+@pytest.mark.parametrize("given", ["--html page.html", "--plot figures"])
+def test_a_disk_without_room_keeps_what_was_there(given, plain_adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.html").write_text("the page before")
     there, limits = sorted(tmp_path.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -201,19 +197,15 @@ def test_a_disk_without_room_is_told_and_keeps_what_was_there(
 
 
 def test_inspect_begins_with_a_summary(runs, capsys):
-    out = str(runs())
-    capsys.readouterr()  # what training printed
-    assert main(["inspect", out]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    modules = len(KINDS) * DEPTHS
-    depths = [depth for kind in report(read_saved(runs())) for depth in kind.depths]
-    kept = sum(depth.kept for depth in depths)
-    ranks = [depth.effective_rank for depth in depths if depth.kept]
-    assert f"mean effective rank {sum(ranks) / len(ranks):.2f}" in lines[1] and len(ranks) < modules
-    assert lines[1].startswith(f"{RANK * modules} directions in {modules} modules")
-    assert f"{kept} of the directions add something" in lines[1]
-    last = [entry["loss"] for entry in log_history(runs()) if "loss" in entry][-1]
-    assert f"training loss {last:.4g}" in lines[1]
+    depths = [depth for kind in inspected(capsys, runs())["kinds"] for depth in kind["depths"]]
+    ranks = [depth["effective_rank"] for depth in depths if depth["kept"]]
+    kept, loss = sum(depth["kept"] for depth in depths), final_losses(log_history(runs()))[0]
+    assert main(["inspect", str(runs())]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"{RANK * len(depths)} directions in {len(depths)} modules, mean effective rank {sum(ranks) / len(ranks):.2f}; "
+        f"{kept} of the directions add something; training loss {loss:.4g}."
+    )
+    assert len(ranks) < len(depths) == len(KINDS) * DEPTHS
 
 
 @pytest.mark.parametrize(
