@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import StructLoRAError, refuse_unwritable
+from .errors import StructLoRAError, refusing
+from .tensor_file import write_tensors
 
 GATES_NAME = "structlora_gates.safetensors"
 _FORM = "1"  # of the file; a reader of another one refuses it
+_REMEDY = "copy it anew from the run, update structlora-trl, or remove it to work without gates"
 
 
 def write_openness(
@@ -35,20 +36,8 @@ def write_openness(
         StructLoRAError: the file cannot be written; what was there before still is.
     """
     path = Path(directory) / GATES_NAME
-    refuse_unwritable(path.parent)
-    unfinished = path.with_suffix(".unfinished")
-    tensors = {module: values.detach().float().cpu().contiguous() for module, values in openness.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"form": _FORM} | {name: str(value) for name, value in facts.items()})
-        os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise StructLoRAError(
-            f"that {path} cannot be written ({error})",
-            "room on the disk and permission to write",
-            "free some space or fix permissions, and save again",
-        ) from error
+    tensors = {module: values.detach().float().contiguous() for module, values in openness.items()}
+    write_tensors(path, tensors, {"form": _FORM} | {name: str(value) for name, value in facts.items()})
     return path
 
 
@@ -61,24 +50,16 @@ def read_openness(directory: str | os.PathLike) -> dict[str, Tensor] | None:
     path = Path(directory) / GATES_NAME
     if not path.is_file():
         return None
-    try:
+    with refusing(f"reading {path}", "a file of gates", _REMEDY, (SafetensorError,)):
         with safe_open(path, "pt") as file:
             form = (file.metadata() or {}).get("form")
             found = {module: file.get_tensor(module) for module in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, f"is damaged ({error})") from error
-    if form != _FORM:
-        raise _unreadable(path, f"has form {form}")
-    for module, values in found.items():
+    for module, p in found.items():
         # NaN is no openness either. One of 1 would be infinitely many nats.
-        if values.dtype != torch.float32 or values.dim() != 1 or not ((values >= 0) & (values < 1)).all():
-            raise _unreadable(path, f"has no openness of '{module}'")
+        if form != _FORM or p.dtype != torch.float32 or p.dim() != 1 or not ((p >= 0) & (p < 1)).all():
+            raise StructLoRAError(
+                f"{path} of form {form}, with '{module}' of shape {list(p.shape)} and type {p.dtype}",
+                f"form {_FORM}, with the openness of each direction, from 0 to below 1",
+                _REMEDY,
+            )
     return found
-
-
-def _unreadable(path: Path, why: str) -> StructLoRAError:
-    return StructLoRAError(
-        f"that {path} {why}",
-        f"form {_FORM} of the file, with the openness of each direction, from 0 to below 1",
-        "copy it anew from the run, update structlora-trl, or remove it to work without gates",
-    )

@@ -7,10 +7,8 @@ What saves into that folder afterwards keeps the text of a card (PEFT's `save_pr
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -25,14 +23,18 @@ logger = logging.getLogger(__name__)
 TAG = "structlora"
 HEADING = "## StructLoRA"
 CARD_NAME = "README.md"
+_SERVERS = (
+    " With vLLM: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`; `structlora inspect` says what SGLang, LoRAX "
+    "and llama.cpp need."
+)
 # From the heading to the last paragraph that `section` writes; people may have written more below.
 _LAST = "To load it, nothing but"
 _SECTION = re.compile(rf"^{HEADING}[ \t\r]*$.*?(^{_LAST}[^\n]*$|(?=^#{{1,6}} )|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def describe_run(path: Path, runtime: Runtime, model: PeftModel) -> None:
-    """Add tag and section on a run to the card of its adapter; where there is none yet, PEFT makes one. Where it
-    cannot be read or written, it is left as it is, with a warning.
+    """Add tag and section on a run to the card of its adapter; where there is none yet, PEFT makes one. A card that
+    cannot be read or written is left as it is, with a warning.
 
     Args:
         path (`Path`): the card, a `README.md`. One without metadata is no model's card, and is left alone.
@@ -42,24 +44,22 @@ def describe_run(path: Path, runtime: Runtime, model: PeftModel) -> None:
     base = model.get_base_model()
     if isinstance(base, PreTrainedModel):
         base.add_model_tags([TAG])  # PEFT writes the tags of a card anew, from these
-    with _leaving(path):
-        if not path.exists() and isinstance(model, PeftModel):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model.create_or_update_model_card(str(path.parent))
-        if path.is_file() and path.read_text(encoding="utf-8").startswith("---"):
-            describe(path, section(runtime))
+    _put(path, section(runtime), model if isinstance(model, PeftModel) else None)
+
+
+def undescribe(path: Path) -> None:
+    """Take the tag and the section that an earlier run left off a card, if there; other text is kept. A card that
+    cannot be read or written is left as it is, with a warning.
+
+    Args:
+        path (`Path`): the card, a `README.md`.
+    """
+    _put(path, "")
 
 
 def section(runtime: Runtime) -> str:
     """The section of a model card on what acted in a run, Markdown."""
-    config, is_vera = runtime.config, runtime.kinds[0].is_vera
-    adapter = "VeRA" if is_vera else "LoRA"
-    servers = (
-        ""
-        if is_vera
-        else " With vLLM: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`; `structlora inspect` says what SGLang, "
-        "LoRAX and llama.cpp need."
-    )
+    config, adapter = runtime.config, "VeRA" if runtime.kinds[0].is_vera else "LoRA"
     acted = []
     if runtime.gating.gates:
         figures = runtime.gating.metrics(runtime.openness())
@@ -75,6 +75,7 @@ def section(runtime: Runtime) -> str:
     if runtime.has_selected:
         acted.append(f"directions selected while training (`keep={config.keep!r}`)")
     changed = [f"`{name}={value!r}`" for name, value in config.changed_options().items()]
+    servers = _SERVERS if adapter == "LoRA" else ""
     return f"""{HEADING}
 
 This {adapter} adapter was trained with [StructLoRA](https://arxiv.org/abs/2603.14228): {"; ".join(acted) or "nothing acted"}.
@@ -84,45 +85,24 @@ Options other than the defaults: {", ".join(changed) or "none"}.
 """
 
 
-def describe(path: Path, text: str) -> None:
-    """Add the tag and the section to a card; a section that is there already is replaced.
-
-    Args:
-        path (`Path`): the card, a `README.md`.
-        text (`str`): what `section` returned.
-    """
-    card = ModelCard.load(path)
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
-    _put_section(card, text)
-    card.save(path)
-
-
-def undescribe(path: Path) -> None:
-    """Take the tag and the section that an earlier run left off a card, if there; other text is kept. A card that
-    cannot be read or written is left as it is, with a warning.
-
-    Args:
-        path (`Path`): the card, a `README.md`.
-    """
-    with _leaving(path):
-        if not path.is_file() or not _SECTION.search(path.read_text(encoding="utf-8")):
+def _put(path: Path, text: str, model: PeftModel | None = None) -> None:
+    """Replace the section of a card and set the tag; without text, remove both. A run does not end for a card."""
+    try:
+        if model is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            model.create_or_update_model_card(str(path.parent))
+        if not path.is_file() or not path.read_text(encoding="utf-8").startswith("---"):
             return
         card = ModelCard.load(path)
-        card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != TAG] or None
-        _put_section(card, "")
+        found = _SECTION.search(card.text)
+        if not text and not found:
+            return
+        tags = {*(card.data.get("tags") or []), TAG} - ({TAG} if not text else set())
+        card.data["tags"] = sorted(tags) or None
+        before, after = (card.text[: found.start()], card.text[found.end() :]) if found else (card.text, "")
+        card.text = (
+            "\n\n".join(part for part in (before.rstrip(), text.strip(), after.strip()) if part) + "\n"
+        )
         card.save(path)
-
-
-@contextlib.contextmanager
-def _leaving(path: Path) -> Iterator[None]:
-    """Leave alone a card that cannot be read or written: a run does not end for it."""
-    try:
-        yield
     except (OSError, ValueError, YAMLError) as error:
         logger.warning("The model card %s was left as it is (%s).", path, " ".join(str(error).split()))
-
-
-def _put_section(card: ModelCard, text: str) -> None:
-    found = _SECTION.search(card.text)
-    before, after = (card.text[: found.start()], card.text[found.end() :]) if found else (card.text, "")
-    card.text = "\n\n".join(part for part in (before.rstrip(), text.strip(), after.strip()) if part) + "\n"

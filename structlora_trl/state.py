@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import StructLoRAConfig
 from .core.kinds import SIDES, Adapted, Kind, unwrapped_name
 from .core.mapping import KindMap
-from .errors import StructLoRAError, refuse_unwritable
+from .errors import StructLoRAError
+from .tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from .engines.base import Layout  # the tools read states, and need no engine
@@ -358,22 +358,7 @@ def save_state(runtime: Run, directory: str | os.PathLike, state: Mapping[str, T
     header, tensors = _unflattened(runtime.state_dict() if state is None else state)
     if not writes:
         return path
-    refuse_unwritable(path.parent)
-    tensors = {name: x.cpu() for name, x in tensors.items()}
-    unfinished = path.with_suffix(".unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {name: json.dumps(value) for name, value in header.items()})
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise StructLoRAError(
-            f"that {path} cannot be written ({error})",
-            "room and permission for the StructLoRA state",
-            "free space or fix permissions, then resume from the last complete checkpoint",
-        ) from error
+    write_tensors(path, tensors, {name: json.dumps(value) for name, value in header.items()})
     return path
 
 

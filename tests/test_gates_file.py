@@ -26,7 +26,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 # What is wrong -> how to write it, and words of the message.
 DAMAGED = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "damaged"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "failed"),
     "another form": (lambda path: save_file(OPENNESS, path, {"form": "2"}), "form 2"),
     "no metadata": (lambda path: save_file(OPENNESS, path), "form None"),
     "another shape": (lambda path: write_openness(path.parent, {"a.b": torch.rand(2, 2)}, {}), "'a.b'"),
@@ -49,7 +49,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypat
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("structlora_trl.gates_file.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(StructLoRAError, match=f"{GATES_NAME}.*No space"):
         write_openness(tmp_path, {}, {})
     assert read_openness(tmp_path).keys() == OPENNESS.keys() and len([*tmp_path.iterdir()]) == 1

@@ -65,7 +65,7 @@ def write_report(results: dict[str, dict], seed: int, directory: Path) -> None:
 
 def write_page(directory: Path) -> None:
     """Write report.html: what `structlora inspect structlora --html report.html --against lora` writes."""
-    runs = [Run.of(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
+    runs = [Run(NAMES[name], read_saved(directory / name)) for name in ("structlora", "lora")]
     write_runs(directory / PAGE, runs)
 
 

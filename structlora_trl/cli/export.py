@@ -127,8 +127,6 @@ def run(command: str, arguments: list[str]) -> None:
 
     saved, is_cut = read_saved(given.checkpoint), bool(ranks or shares)
     done = write(saved, given.out, sizes, options)
-    if saved.maps and saved.run_folder != saved.folder:
-        print(f"State: of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
     if done[0].pruned:
         print(table(saved, done))
     for size in done:

@@ -8,11 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import refuse_unwritable, refuse_unwritable_file, writing
+from ..errors import refuse_unwritable, refuse_unwritable_file, refusing, writing
 from .arguments import parser_of
-from .early import refuse_missing_model
 from .export import in_words, refuse_missing
-from .local_rows import is_local
 
 if TYPE_CHECKING:
     from ..shrink.inspecting import KindReport
@@ -20,21 +18,20 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Look into a saved adapter: a run's output, a checkpoint of any engine, or any LoRA adapter of PEFT.
 
-For each kind of module and each depth, named by its layer's number:
-  adds       directions that add something: all but those that `keep` closed while training
-  rank       of the module's adapter
-  eff. rank  exp of the entropy of the normalised singular values of the update BA
-  norm       Frobenius norm of the update as it is added to the weight
-  similarity mean cosine with the neighbouring depths of what the update reads from the residual stream, or writes to it, as
-             a subspace: from 0 to 1, whatever the order and mixture of the directions
-  semantic   layers joined to this one by semantic edges
-  nats       the most that the module's directions pass about their input through the noise of their gates, together
-  open       mean openness of its gates, from 0 to 1
-  closed     directions of openness below 1/2
-The last three are of structlora_gates.safetensors, which a run with gates leaves beside its adapter. What a plain adapter
-does not tell, without structlora.safetensors beside it, shows as '-'. Where an adapter lies alone, the state is that of the
-newest checkpoint near it that holds the same adapter. First come where the bytes of the file are, and what each server needs
-to load it (`structlora export --for`).
+First come the last losses of the log, where the bytes of the file are, and what each server needs to load it (`structlora
+export --for`). Then a row for each module:
+  rank            of the module's adapter
+  kept            directions that add something: all but those that `keep` closed while training
+  effective_rank  exp of the entropy of the normalised singular values of the update BA
+  norm            Frobenius norm of the update as it is added to the weight
+  similarity      mean cosine with the neighbouring depths of what the update reads from the residual stream, or writes to
+                  it, as a subspace: from 0 to 1, whatever the order and mixture of the directions
+  semantic        layers joined to this one by semantic edges
+  openness        mean openness of its gates, from 0 to 1
+  closed          directions of openness below 1/2
+  nats            the most that the directions pass about their input through the noise of their gates, together
+Columns without values are left out: gates need structlora_gates.safetensors in the same folder; semantic edges, and the
+similarity of modules that read the residual stream, structlora.safetensors.
 
 --against FOLDER shows rank, effective rank and norm of another adapter beside this one's, such as the one that it was
 made of. --html FILE writes all figures as one page; with --data, it shows what smaller adapters would keep of the
@@ -64,7 +61,7 @@ def run(command: str, arguments: list[str]) -> None:
         "--html", type=Path, metavar="FILE", help="write a page: one HTML file, with all figures in it"
     )
     parser.add_argument(
-        "--against", type=Path, metavar="FOLDER", help="another adapter, beside this one in the figures"
+        "--against", type=Path, metavar="FOLDER", help="another adapter, beside this one in table and figures"
     )
     parser.add_argument(
         "--data", metavar="ROWS", help="rows to measure smaller adapters on, for the figures: as of `export`"
@@ -77,171 +74,97 @@ def run(command: str, arguments: list[str]) -> None:
     is_drawn = given.html or given.plot
     if given.data and not is_drawn:
         parser.error("--data needs --html or --plot")
+    if (given.base or given.split) and not given.data:
+        parser.error("--base and --split need --data")
     if given.against and given.json and not is_drawn:
         parser.error("--against is for a table or figures; run `structlora inspect --json` on each adapter")
-    for name in ("base", "split"):
-        if getattr(given, name) and not given.data:
-            parser.error(f"--{name} needs --data")
-    for folder in filter(None, (given.adapter, given.against)):
+    folders = [folder for folder in (given.adapter, given.against) if folder]
+    for folder in folders:
         refuse_missing(folder)
     if given.html:
         refuse_unwritable_file(given.html)
     if given.plot:
         refuse_unwritable(given.plot)
-    if given.data is not None:
-        is_local(given.data)  # a file that is not there is told here
-    if given.base is not None:
-        given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
+    if is_drawn:
+        with refusing(
+            "drawing", "matplotlib and jinja2", 'install them: `pip install "structlora-trl[plot]"`'
+        ):
+            from ..shrink.figures import Run, charts
+            from ..shrink.page import write_page
     from ..shrink.inspecting import contents, report
     from ..shrink.load_adapter import read_saved
     from ..shrink.servers import told
     from ..shrink.trial import information_curves
 
-    if is_drawn:
-        from ..shrink import figures
-    if given.html:
-        from ..shrink.page import write_page
-    folders = [folder for folder in (given.adapter, given.against) if folder]
-    # Both before the work: a wrong path is told at once.
     adapters = [read_saved(folder) for folder in folders]
-    saved = adapters[0]
-    kinds = report(saved)
+    saved, kinds = adapters[0], [report(adapter) for adapter in adapters]
+    parts, servers = contents(saved.tensors), told(saved.lora, saved.tensors)
     if given.json:
-        facts = {"adapter": str(given.adapter), "step": saved.step}
-        facts["options"] = saved.config.options() if saved.config else None
-        facts["file"] = [asdict(part) for part in contents(saved.tensors)]
-        facts["servers"] = told(saved.lora, saved.tensors)
-        print(json.dumps({**facts, "kinds": [asdict(kind) for kind in kinds]}, indent=2))
+        facts = {
+            "adapter": str(given.adapter),
+            "step": saved.step,
+            "options": saved.config.options() if saved.config else None,
+            "file": [asdict(part) for part in parts],
+            "servers": servers,
+            "kinds": [asdict(kind) for kind in kinds[0]],
+        }
+        print(json.dumps(facts, indent=2))
     else:
-        print(summary(saved, kinds))
-        print("\n".join(about_file(saved)))
-        others = []
-        if given.against:
-            others = report(adapters[1])
-            print(f"\nBeside it: {summary(adapters[1], others)}")
-        print(table(kinds, others))
+        print("\n".join(map(summary, adapters, kinds)))
+        sizes = (f"{part.what} {in_words(part.bytes, 'B')} ({part.dtype})" for part in parts)
+        print(f"Bytes: {'; '.join(sizes)}.")
+        print(*(f"{name}: {line}." for name, line in servers.items()), table(*kinds), sep="\n")
     if not is_drawn:
         return
+    names = [folder.resolve().name for folder in folders]
+    names = names if len({*names}) == len(names) else [*map(str, folders)]
     runs = []
-    for adapter, name in zip(adapters, _run_names(folders), strict=True):
+    for name, adapter in zip(names, adapters, strict=True):
         curves = information_curves(adapter, given.data, given.base, given.split) if given.data else []
-        runs.append(figures.Run.of(name, adapter, curves))
+        runs.append(Run(name, adapter, curves))
     lines = []
     if given.plot:
-        drawn = figures.charts(runs)
+        drawn = charts(runs)
         with writing(given.plot) as folder:
-            written = figures.write(folder, drawn)
-        lines += [f"\nWrote {', '.join(written)} to {given.plot}."]
-        lines += [f"No {reason}." for key, reason in _LACKING.items() if key not in written]
+            for chart in drawn:
+                chart.write(folder)
+        lines.append(f"\nWrote {', '.join(chart.key for chart in drawn)} to {given.plot}.")
     if given.html:
         with writing(given.html.parent) as folder:
             write_page(folder / given.html.name, runs)
-        lines += [f"\nWrote {given.html}."]
+        lines.append(f"\nWrote {given.html}.")
     if not given.json:
-        print("\n".join(lines))
-
-
-_LACKING = {
-    "nats": "map of nats: no structlora_gates.safetensors beside the adapter",
-    "similarity": "similarity map: it needs StructLoRA's state and two depths",
-    "training": "curves of the training: no trainer_state.json beside the adapter",
-}
-
-
-def _run_names(folders: list[Path]) -> list[str]:
-    """The folders' names, or their paths where these are the same."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len({*names}) == len(names) else [str(folder) for folder in folders]
+        print(*lines, sep="\n")
 
 
 def summary(saved: Saved, kinds: list[KindReport]) -> str:
     """What matters most, in a few lines: what the adapter is, its directions, the last losses of its log."""
-    from ..shrink.inspecting import (
-        final_losses,
-        gates_in_words,
-        held_out_rows,
-        log_history,
-        mean_effective_rank,
-    )
+    from ..shrink.inspecting import final_losses, gates_in_words, log_history, mean_effective_rank
 
-    history = log_history(saved.run_folder)
-    if saved.config:
-        config = saved.config
+    config = saved.config
+    lines = [f"{saved.folder}: a LoRA adapter without StructLoRA's state"]
+    if config:
         lines = [
             f"{saved.folder}: StructLoRA after {saved.step} steps, gates {config.gates}, coordinator {config.coordinator} "
             f"({config.edges})"
         ]
-    else:
-        lines = [f"{saved.folder}: a LoRA adapter without StructLoRA's state"]
-    if saved.run_folder != saved.folder:
-        what = "State and log" if saved.maps else "Log"
-        lines.append(f"{what} of {saved.run_folder}, the newest checkpoint that holds the same adapter.")
     depths = [depth for kind in kinds for depth in kind.depths]
-    directions = sum(depth.rank for depth in depths)
-    line = f"{directions:,} directions in {len(depths):,} modules, mean effective rank "
-    line += f"{mean_effective_rank(depths):.2f}"
-    kept = sum(depth.kept for depth in depths)
-    line += f"; {kept:,} of the directions add something" if kept < directions else ""
-    training, held_out = final_losses(history)
-    rows = held_out_rows(history)
-    line += "" if training is None else f"; training loss {training:.4g}"
-    line += (
-        "" if held_out is None else f"; held-out loss {held_out:.4g}" + (f" of {rows:,} rows" if rows else "")
-    )
-    lines.append(f"{line}.")
-    if gates := gates_in_words(depths):
-        lines.append(f"{gates[0].upper()}{gates[1:]}.")
-    return "\n".join(lines)
-
-
-def about_file(saved: Saved) -> list[str]:
-    """Where the bytes are, and what servers need, a line each."""
-    from ..shrink.inspecting import contents
-    from ..shrink.servers import told
-
-    parts = contents(saved.tensors)
-    lines = [
-        "Bytes: "
-        + "; ".join(f"{part.what} {in_words(part.bytes, 'B')} ({part.dtype})" for part in parts)
-        + "."
-    ]
-    return [*lines, *(f"{name}: {line}." for name, line in told(saved.lora, saved.tensors).items())]
+    directions, kept = sum(depth.rank for depth in depths), sum(depth.kept for depth in depths)
+    line = f"{directions:,} directions in {len(depths):,} modules, mean effective rank {mean_effective_rank(depths):.2f}"
+    if kept < directions:
+        line += f"; {kept:,} of the directions add something"
+    for name, loss in zip(("training", "held-out"), final_losses(log_history(saved.folder)), strict=True):
+        line += "" if loss is None else f"; {name} loss {loss:.4g}"
+    return "\n".join([*lines, f"{line}.", *filter(None, [gates_in_words(depths)])])
 
 
 def table(kinds: list[KindReport], others: Sequence[KindReport] = ()) -> str:
     """Text for a terminal; with rank, effective rank and norm of another adapter's modules of the same names."""
-    beside = {depth.module: depth for kind in others for depth in kind.depths}
-    lines, is_gated = [], any(depth.nats is not None for kind in kinds for depth in kind.depths)
-    for kind in kinds:
-        depth_count, _, k, d = kind.shape
-        role = {"read": "reads", "write": "writes"}.get(kind.role)
-        about = f"{role} the residual stream" if role else "unknown role"
-        ranks = {depth.rank for depth in kind.depths}
-        rank = "to ".join(f"{value} " for value in sorted({min(ranks), max(ranks)})).strip()
-        depths = f"{depth_count} {'depth' if depth_count == 1 else 'depths'}"
-        lines += [f"\n{kind.name}  ({depths}, r {rank}, {k} -> {d}, {about})"]
-        figures = f"{'eff. rank':>9}  {'norm':>9}  {'similarity':>10}"
-        more = f"  | {'rank':>4}  {'eff. rank':>9}  {'norm':>9}" if others else ""
-        gates = f"{'nats':>7}  {'open':>4}  {'closed':>6}  " if is_gated else ""
-        lines += [f"{'layer':>5}  {'adds':>4}  {'rank':>4}  {figures}  {gates}semantic{more}"]
-        for row in kind.depths:
-            similarity = "-" if row.similarity is None else f"{row.similarity:.3f}"
-            semantic = (
-                "-"
-                if row.semantic is None
-                else " ".join(kind.depths[other].layer for other in row.semantic) or "none"
-            )
-            figures = f"{row.effective_rank:>9.2f}  {row.norm:>9.3g}  {similarity:>10}"
-            if is_gated:
-                gates = f"{'-':>7}  {'-':>4}  {'-':>6}  "
-            if row.nats is not None:
-                gates = f"{row.nats:>7.2f}  {row.openness:>4.2f}  {row.closed:>6}  "
-            other = beside.get(row.module)
-            more = "  | left out" if others else ""
-            if other:
-                more = f"  | {other.rank:>4}  {other.effective_rank:>9.2f}  {other.norm:>9.3g}"
-            lines.append(
-                f"{row.layer:>5}  {row.kept:>4}  {row.rank:>4}  {figures}  {gates}{semantic:<8}{more}".rstrip()
-            )
-    return "\n".join(lines)
+    from ..shrink.inspecting import module_table
+
+    shown = module_table(kinds).drop(columns=["kind", "layer", "depth"])
+    if others:
+        beside = module_table(others)[["rank", "effective_rank", "norm"]]
+        shown = shown.join(beside.add_suffix("_against"))
+    return shown.to_string(index_names=False, na_rep="-", float_format="{:.3g}".format)

@@ -160,7 +160,7 @@ def read_rows(
 
 def _held_out_of(saved: Saved) -> tuple[Iterable[dict], str] | None:
     """The rows that the run evaluated on, as its log names them (`cli.data.held_out`)."""
-    facts = command_facts(saved.run_folder).get("held_out")
+    facts = command_facts(saved.folder).get("held_out")
     if not facts:
         return None
     source = "the run's held-out split"
@@ -315,8 +315,7 @@ class _Reader:
         self._end = self._tokenizer.eos_token or ""
         limits = (
             # Models of RoBERTa's kind take fewer tokens than they have positions: the tokenizer tells.
-            command_facts(saved.run_folder).get("max_length")
-            or min(_LENGTH, self._tokenizer.model_max_length),
+            command_facts(saved.folder).get("max_length") or min(_LENGTH, self._tokenizer.model_max_length),
             # A decoder with positions of its own; others may have none, or none that bound them.
             getattr(config.get_text_config(), "max_position_embeddings", None) or _LENGTH,
         )

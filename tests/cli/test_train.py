@@ -13,8 +13,7 @@ from transformers import Trainer
 from structlora_trl import StructLoRAConfig
 from structlora_trl.cli import main
 from structlora_trl.model_card import HEADING, TAG
-from structlora_trl.shrink.inspecting import peak_learning_rate, training_data
-from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.inspecting import command_facts
 from structlora_trl.state import STATE_NAME
 from tests.support.cli_runs import (
     SETTINGS,
@@ -100,8 +99,8 @@ def test_structlora_false_is_plain_lora(place, monkeypatch, capsys):
     assert not Path("plain", STATE_NAME).exists()
     assert_same(*(load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "off")))
     for folder in ("plain", "off"):  # what the report page says of both, in a log whose first rate is lower
-        saved = read_saved(folder)
-        assert training_data(saved) == "data.jsonl" and peak_learning_rate(saved) == 1e-2
+        facts = command_facts(Path(folder))
+        assert facts["data"] == ["data.jsonl"] and facts["learning_rate"] == 1e-2
 
 
 def test_plain_lora_leaves_nothing_of_the_run_before(place, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from structlora_trl.cli import main
-from structlora_trl.shrink.inspecting import log_history, report
+from structlora_trl.shrink.inspecting import final_losses, log_history, report
 from structlora_trl.shrink.load_adapter import read_saved
 from structlora_trl.shrink.pruning import prune
 from structlora_trl.state import STATE_NAME
@@ -31,6 +31,9 @@ from tests.support.adapters import (
     only_adapter,
 )
 from tests.support.tiny import FAMILIES, base_model, logits_of
+
+pytest.importorskip("jinja2")
+imread = pytest.importorskip("matplotlib.image").imread
 
 
 def inspected(capsys, *arguments) -> dict:
@@ -90,22 +93,27 @@ def test_inspect_tells_what_the_files_hold(variant, runs, capsys):
         ]
         values = [torch.linalg.svdvals(update)[:RANK] for update in updates]
         assert kind["singular_values"][2] == pytest.approx(values[2].tolist(), abs=1e-5)
-        energy = [torch.linalg.svdvals(update)[:RANK].square() for update in updates]
-        assert kind["coverage"][0] == pytest.approx(
-            (energy[0].cumsum(0) / energy[0].sum()).nan_to_num(0).tolist(), abs=1e-3
-        )
+
+
+def rows_of(printed: str) -> list[dict[str, str]]:
+    """The rows of the printed table, by column."""
+    lines = printed.splitlines()
+    (head,) = (number for number, line in enumerate(lines) if line.split()[:2] == ["rank", "kept"])
+    columns = ["module", *lines[head].split()]
+    return [dict(zip(columns, line.split(), strict=True)) for line in lines[head + 1 :] if line]
 
 
 def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
-    for folder, closes in ((runs(), True), (runs() / f"checkpoint-{HALF}", False), (plain_adapter, True)):
+    whole = {kind["name"]: kind for kind in inspected(capsys, runs())["kinds"]}
+    modules = {depth["module"] for kind in whole.values() for depth in kind["depths"]}
+    for folder, is_cut in ((runs(), True), (runs() / f"checkpoint-{HALF}", False), (plain_adapter, True)):
         assert main(["inspect", str(folder)]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        rows = [line.split() for line in lines if line[:5].strip().isdigit()]
-        assert len(rows) == len(KINDS) * DEPTHS and all(row[2] == str(RANK) for row in rows)
-        assert (sum(int(row[1]) for row in rows) < RANK * len(rows)) is closes
+        rows = rows_of(capsys.readouterr().out)
+        assert {row["module"] for row in rows} == modules and {row["rank"] for row in rows} == {str(RANK)}
+        assert (sum(int(row["kept"]) for row in rows) < RANK * len(rows)) is is_cut
+        assert ("nats" in rows[0]) is ("semantic" in rows[0]) is (folder != plain_adapter)
     facts = inspected(capsys, plain_adapter)
     assert facts["step"] is None and facts["options"] is None
-    whole = {kind["name"]: kind for kind in inspected(capsys, runs())["kinds"]}
     for kind in facts["kinds"]:
         for row, known in zip(kind["depths"], whole[kind["name"]]["depths"], strict=True):
             assert row["kept"] == known["kept"] and row["semantic"] is None
@@ -116,20 +124,33 @@ def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
             assert row["norm"] == pytest.approx(known["norm"], rel=1e-4)
 
 
-def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from matplotlib.image import imread
+def test_another_adapter_is_shown_beside_the_first(runs, tmp_path, capsys):
+    """Modules that the other one lacks show as '-'."""
+    small = str(tmp_path / "small")
+    assert main(["export", str(runs()), small, "--keep", "0.25", "--probe", "none"]) == 0
+    ranks = {d["module"]: d["rank"] for kind in inspected(capsys, small)["kinds"] for d in kind["depths"]}
+    assert main(["inspect", str(runs()), "--against", small]) == 0
+    printed = capsys.readouterr().out
+    assert f"{small}: a LoRA adapter" in printed
+    for row in rows_of(printed):
+        beside = row["rank_against"]
+        assert row["rank"] == str(RANK) and (
+            float(beside) == ranks[row["module"]] if row["module"] in ranks else beside == "-"
+        )
 
-    assert main(["inspect", str(runs()), "--plot", str(tmp_path / "figures")]) == 0
-    written = {path.name for path in (tmp_path / "figures").iterdir()}
-    charts = ("nats", "similarity", "singular_values", "size", "training")
-    assert written == {f"{name}.{kind}" for name in charts for kind in ("png", "pdf")}
-    for path in (tmp_path / "figures").glob("*.png"):
-        assert imread(path).std() > 0.01, f"{path.name} is blank"
-    assert main(["inspect", str(plain_adapter), "--plot", str(tmp_path / "few")]) == 0
-    told = capsys.readouterr().out
-    assert "Wrote size, similarity, singular_values to" in told
-    assert {path.stem for path in (tmp_path / "few").iterdir()} == {"similarity", "singular_values", "size"}
+
+def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
+    for folder, charts in (
+        (runs(), ["nats", "training", "size", "norm", "similarity"]),
+        (plain_adapter, ["size", "norm", "similarity"]),
+    ):
+        out = tmp_path / f"figures of {folder.name}"
+        assert main(["inspect", str(folder), "--plot", str(out)]) == 0
+        assert f"Wrote {', '.join(charts)} to {out}." in capsys.readouterr().out
+        written = {path.name for path in out.iterdir()}
+        assert written == {f"{name}.{kind}" for name in charts for kind in ("png", "pdf")}
+        for path in out.glob("*.png"):
+            assert imread(path).std() > 0.01, f"{path.name} is blank"
 
 
 @pytest.mark.parametrize(
@@ -138,28 +159,20 @@ def test_inspect_writes_figures(runs, plain_adapter, tmp_path, capsys):
 def test_a_missing_library_is_named(library, module, option, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, f"structlora_trl.shrink.{module}", raising=False)
-    monkeypatch.delattr(f"structlora_trl.shrink.{module}", raising=False)
     assert main(["inspect", str(runs()), option, str(tmp_path / "figures")]) == 1
     assert "structlora-trl[plot]" in capsys.readouterr().err
 
 
-# What is to be written -> what stands there already, and words of the message.
+# What is to be written -> words of the message about what stands there already.
 IN_THE_WAY = {
     "--plot notes.txt": "a file notes.txt, where a folder is to be written",
-    "--plot notes.txt/figures": "a file notes.txt, above notes.txt/figures",
     "--html pages": "a folder pages, where a file is to be written",
-    "--html /dev/null": "no regular file /dev/null",
-    f"--html {'x' * 300}": "File name too long",
-    f"--html {'x' * 300}/page.html": "File name too long",
-    f"--plot {'x' * 300}": "File name too long",
     "--html notes.txt/a/page.html": "a file notes.txt, above notes.txt/a",
 }
 
 
 @pytest.mark.parametrize("given", IN_THE_WAY)
 def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("jinja2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pages").mkdir()
     (tmp_path / "notes.txt").write_text("kept")
@@ -168,12 +181,8 @@ def test_what_stands_in_the_way_is_named_before_the_work(given, tmp_path, monkey
     assert IN_THE_WAY[given] in capsys.readouterr().err and (tmp_path / "notes.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("given", ["--html new/page.html", "--html page.html", "--plot figures"])
-def test_a_disk_without_room_is_told_and_keeps_what_was_there(
-    given, plain_adapter, tmp_path, monkeypatch, capsys
-):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("jinja2")
+@pytest.mark.parametrize("given", ["--html page.html", "--plot figures"])
+def test_a_disk_without_room_keeps_what_was_there(given, plain_adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "page.html").write_text("the page before")
     there, limits = sorted(tmp_path.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -188,19 +197,15 @@ def test_a_disk_without_room_is_told_and_keeps_what_was_there(
 
 
 def test_inspect_begins_with_a_summary(runs, capsys):
-    out = str(runs())
-    capsys.readouterr()  # what training printed
-    assert main(["inspect", out]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    modules = len(KINDS) * DEPTHS
-    depths = [depth for kind in report(read_saved(runs())) for depth in kind.depths]
-    kept = sum(depth.kept for depth in depths)
-    ranks = [depth.effective_rank for depth in depths if depth.kept]
-    assert f"mean effective rank {sum(ranks) / len(ranks):.2f}" in lines[1] and len(ranks) < modules
-    assert lines[1].startswith(f"{RANK * modules} directions in {modules} modules")
-    assert f"{kept} of the directions add something" in lines[1]
-    last = [entry["loss"] for entry in log_history(runs()) if "loss" in entry][-1]
-    assert f"training loss {last:.4g}" in lines[1]
+    depths = [depth for kind in inspected(capsys, runs())["kinds"] for depth in kind["depths"]]
+    ranks = [depth["effective_rank"] for depth in depths if depth["kept"]]
+    kept, loss = sum(depth["kept"] for depth in depths), final_losses(log_history(runs()))[0]
+    assert main(["inspect", str(runs())]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        f"{RANK * len(depths)} directions in {len(depths)} modules, mean effective rank {sum(ranks) / len(ranks):.2f}; "
+        f"{kept} of the directions add something; training loss {loss:.4g}."
+    )
+    assert len(ranks) < len(depths) == len(KINDS) * DEPTHS
 
 
 @pytest.mark.parametrize(

@@ -338,8 +338,8 @@ def test_without_data_the_rows_are_those_that_the_run_held_out(tmp_path, monkeyp
     printed = capsys.readouterr().out
     assert "5 rows of the run's held-out split" in printed and "Rows of the training" not in printed
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    loss = next(entry["eval_loss"] for entry in log_history(saved.run_folder)[::-1] if "eval_loss" in entry)
-    assert f"held-out loss {loss:.4g} of 5 rows." in capsys.readouterr().out
+    loss = next(entry["eval_loss"] for entry in log_history(saved.folder)[::-1] if "eval_loss" in entry)
+    assert f"held-out loss {loss:.4g}." in capsys.readouterr().out
     (tmp_path / "data.jsonl").unlink()
     with pytest.warns(UserWarning, match="cannot be read"):
         assert read_rows(None, saved, str(tmp_path / "base"), None, 64) is None

@@ -33,7 +33,7 @@ from structlora_trl import (
     StructLoRASFTConfig,
     StructLoRASFTTrainer,
     attach,
-    state,
+    tensor_file,
 )
 from structlora_trl.trainers.console import end_lines
 from tests.support.jobs import StopAt, arguments, checkpoints, plain, sft
@@ -426,18 +426,18 @@ def test_metrics_reach_trackers_and_the_history_and_three_the_console(
 
 KILLED = """
 import os, signal
-import structlora_trl.state as state
+from structlora_trl import tensor_file
 from tests.support.jobs import sft
 from structlora_trl import StructLoRACallback
 
-write = state.save_file
+write = tensor_file.save_file
 def killed_at_4(tensors, path, metadata):
     write(tensors, path, metadata)
     if "checkpoint-4" in str(path):
         with open(path, "rb+") as file:
             file.truncate(os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-state.save_file = killed_at_4
+tensor_file.save_file = killed_at_4
 sft({output!r}, [StructLoRACallback()], max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=2).train()
 """
 
@@ -465,7 +465,7 @@ def test_killed_during_a_save_the_checkpoint_before_still_resumes(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
 def test_disk_full_while_saving_keeps_the_old_checkpoint(error, tmp_path, monkeypatch):
-    write = state.save_file
+    write = tensor_file.save_file
 
     def full(tensors, path, metadata):
         if "checkpoint-4" not in str(path):
@@ -473,7 +473,7 @@ def test_disk_full_while_saving_keeps_the_old_checkpoint(error, tmp_path, monkey
         Path(path).write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     with pytest.raises(StructLoRAError, match="No space left"):
         sft(tmp_path, [StructLoRACallback()], **options).train()
