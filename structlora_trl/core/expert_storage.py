@@ -11,7 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kinds import Kind
+from .kinds import Kind, matrix_shape
+
+
+def stack_nodes(factors: list[Tensor], side: str, kind: Kind) -> Tensor:
+    """Stack the factors of a kind's modules on one side, as PEFT stores them, into those of its nodes.
+
+    Args:
+        factors (`list[Tensor]`): of any shape that PEFT gives them. Empty where the kind has none on that
+            side (VeRA has no lora_A).
+        side (`str`): 'A' or 'B'.
+
+    Returns:
+        `Tensor` of shape (N, r, k) or (N, d, r).
+    """
+    if not factors:
+        return empty_nodes(side, kind)
+    return to_nodes(torch.stack([factor.reshape(matrix_shape(factor)) for factor in factors]), side, kind)
 
 
 def empty_nodes(side: str, kind: Kind) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from torch.func import functional_call
 
 from structlora_trl import attach
-from structlora_trl.core.expert_storage import to_nodes
-from structlora_trl.core.kinds import matrix_shape
+from structlora_trl.core.expert_storage import stack_nodes
 from tests.support.reference import reference_factors, reference_weights
 from tests.support.tiny import adamw, batch_of, casting, latents_of, loss_of, step_with, train
 
@@ -79,7 +78,7 @@ def runtime_gradients(model, family, runtime, optimizer, batches, autocast=None,
     def look(*_):
         for m in runtime.maps:
             A, B = (
-                to_nodes(torch.stack([p.grad.reshape(matrix_shape(p)) for p in parameters]), side, m.kind)
+                stack_nodes([p.grad for p in parameters], side, m.kind)
                 if parameters and parameters[0].requires_grad
                 else ()
                 for side, parameters in (("A", m.kind.A), ("B", m.kind.B))
