@@ -70,7 +70,7 @@ def test_an_adapter_alone_has_the_state_of_the_newest_equal_checkpoint(
         and saved.folder == folder
         and [e["step"] for e in log_history(saved.run_folder)][-1] == STEPS
     )
-    assert main(["export", str(folder), str(tmp_path / "small"), "--prune", "--probe", "none"]) == 0
+    assert main(["export", str(folder), str(tmp_path / "small"), "--prune"]) == 0
     assert str(out / f"checkpoint-{STEPS}") in capsys.readouterr().out
 
 

@@ -146,7 +146,7 @@ def test_one_run_and_no_log_in_a_new_folder(plain_adapter, tmp_path):
 def test_adapters_without_a_log(plain_adapter, tmp_path):
     """Nobody is told to train anew: the page says what was cut, and how to see losses. A column has one number of decimals."""
     small, page = tmp_path / "small", tmp_path / "page.html"
-    cut = ["export", str(plain_adapter), str(small), "--rank", str(RANK // 2), "--probe", "none"]
+    cut = ["export", str(plain_adapter), str(small), "--rank", str(RANK // 2)]
     assert main(cut) == 0
     assert main(["inspect", str(small), "--html", str(page), "--against", str(plain_adapter)]) == 0
     text, modules = page.read_text(), len(KINDS) * DEPTHS
@@ -168,7 +168,7 @@ def test_adapters_without_a_log(plain_adapter, tmp_path):
 
 
 def test_a_spectrum_of_one_value_has_one_tick(plain_adapter, tmp_path):
-    assert main(["export", str(plain_adapter), str(tmp_path / "one"), "--rank", "1", "--probe", "none"]) == 0
+    assert main(["export", str(plain_adapter), str(tmp_path / "one"), "--rank", "1"]) == 0
     drawn = charts([Run.of("one", read_saved(tmp_path / "one"))])
     for panel in next(chart for chart in drawn if chart.key == "singular_values").panels:
         axis = Figure().subplots()
