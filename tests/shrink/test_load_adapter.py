@@ -70,8 +70,6 @@ def test_an_adapter_alone_has_the_state_of_the_newest_equal_checkpoint(
         and saved.folder == folder
         and [e["step"] for e in log_history(saved.run_folder)][-1] == STEPS
     )
-    assert main(["export", str(folder), str(tmp_path / "small"), "--prune"]) == 0
-    assert str(out / f"checkpoint-{STEPS}") in capsys.readouterr().out
 
 
 def test_an_adapter_alone_has_no_state_of_another_one(runs, tmp_path):
