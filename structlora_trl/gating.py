@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,11 @@ from transformers import PreTrainedModel
 
 from .core.gates import Bottleneck, Forward, Gate, Hook, nats, openness
 from .core.kinds import unwrapped_name
-from .engines import Engine
 from .errors import StructLoRAError
 from .rank_check import world_size
+
+if TYPE_CHECKING:  # tools for finished adapters come here by `peft_adapter`, and need no engine
+    from .engines import Engine
 
 logger = logging.getLogger(__name__)
 _MANY_DROPS = 20  # more than an fp16 run needs to find its loss scale

@@ -30,7 +30,6 @@ class Start(NamedTuple):
         is_drawn (`bool`): lora_A is drawn from one distribution at every depth; others put data into it.
         moves_base (`bool`): part of the base weights is moved into the adapter.
         is_repeated (`bool`): PEFT repeats that move when it loads the adapter.
-        is_scaled (`bool`): the part that is moved is taken times the adapter's scale.
         is_converted (`bool`): PEFT can save the adapter for the base as it was before the move.
     """
 
@@ -38,7 +37,6 @@ class Start(NamedTuple):
     is_drawn: bool = False
     moves_base: bool = False
     is_repeated: bool = False
-    is_scaled: bool = False
     is_converted: bool = True
 
 
@@ -52,7 +50,7 @@ _STARTS = {
     "mica": Start(),
     "pissa": Start(moves_base=True, is_repeated=True),
     "pissa_niter": Start(moves_base=True),  # random projections, drawn anew
-    "olora": Start(moves_base=True, is_repeated=True, is_scaled=True),
+    "olora": Start(moves_base=True, is_repeated=True),
     "loftq": Start(moves_base=True, is_repeated=True, is_converted=False),
     "corda": Start(moves_base=True),
     "lora_ga": Start(moves_base=True),

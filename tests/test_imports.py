@@ -36,6 +36,14 @@ def test_modules_import_what_they_need_and_no_more(module):
     assert set(json.loads(done.stdout.splitlines()[-1])) <= ALLOWED[module]
 
 
+def test_tools_for_finished_adapters_load_nothing_of_a_run():
+    """`shrink/` imports neither the runtime nor an engine, nor does what it imports."""
+    code = "import json, sys, structlora_trl.shrink.export; print(json.dumps([*sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    of_a_run = tuple(f"structlora_trl.{name}" for name in ("attachment", "engines", "runtime", "trainers"))
+    assert not [name for name in json.loads(done.stdout.splitlines()[-1]) if name.startswith(of_a_run)]
+
+
 FOLDERS = ("structlora_trl", "integrations", "benchmarks", "examples", "tests", "docs")
 
 

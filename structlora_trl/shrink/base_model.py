@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import StructLoRAError, refusing
 from .load_adapter import Saved
@@ -32,11 +24,11 @@ Row = dict[str, Tensor]
 # Tasks whose head is not the one that the base model's own configuration names. (Causal language models keep
 # theirs: models of pictures and text have the same task type.)
 HEADS = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 # What models call the head of a classifier; those of BART's kind and of XLNet's come last.
 _HEADS_OF_CLASSES = {"classifier", "score", "classification_head", "logits_proj"}
@@ -63,24 +55,16 @@ def load_base(
     Raises:
         StructLoRAError: it cannot be loaded.
     """
-    if not name:
-        raise StructLoRAError(
-            "no base model named in adapter_config.json", "its name or path", "give `--base MODEL`"
-        )
-    with refusing(
-        f"loading the base model {name}",
-        "the model that the adapter was trained on",
-        "give `--base MODEL`",
-        (RuntimeError,),
-    ):
+    expected, remedy = "the model that the adapter was trained on", "give `--base MODEL`"
+    with refusing(f"loading the base model {name}", expected, remedy, (RuntimeError,)):
         config = AutoConfig.from_pretrained(name, **at_revision(revision))
-        named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [None])[0]
-        model_class = HEADS.get(lora.task_type) or getattr(transformers, named or "", AutoModelForCausalLM)
+        named = (lora.auto_mapping or {}).get("base_model_class") or (config.architectures or [""])[0]
+        model_class = getattr(transformers, HEADS.get(lora.task_type, named), AutoModelForCausalLM)
         classes = class_count(tensors)
         # The adapter brings the head: the model's own may be of another number of classes.
         labels = {"num_labels": classes, "ignore_mismatched_sizes": True} if classes else {}
-        place = {"device_map": device_map} if device_map else {}
-        return model_class.from_pretrained(name, dtype="auto", **labels, **place, **at_revision(revision))
+        options = {"dtype": "auto", "device_map": device_map, **labels, **at_revision(revision)}
+        return model_class.from_pretrained(name, **options)
 
 
 def with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | None]:
@@ -97,13 +81,12 @@ def with_base(saved: Saved, base: str | None) -> tuple[Saved, str | None, str | 
     lora = saved.lora
     if base_is_moved_for_good(lora) and base in (None, lora.base_model_name_or_path):
         raise StructLoRAError(
-            f"an adapter initialised with '{lora.init_lora_weights}', which changed the weights of its base model when training "
-            f"began, in a way that PEFT does not repeat on {lora.base_model_name_or_path}",
+            f"an adapter initialised with '{lora.init_lora_weights}', which changed its base model in a way that PEFT does not "
+            "repeat",
             "the base model as it was trained on, or an adapter that PEFT has converted",
-            "in the process that trained, call `save_pretrained(folder, path_initial_model_for_weight_conversion=INITIAL)`, "
-            "where INITIAL is a folder with the adapter as it was before training, saved with `init_lora_weights=True`, and "
-            "export that folder; or save the changed base model (`model.unload().save_pretrained(BASE)`) and give "
-            "`--base BASE`",
+            "export what `save_pretrained(folder, path_initial_model_for_weight_conversion=INITIAL)` writes, INITIAL being the "
+            "adapter before training, saved with `init_lora_weights=True`; or save the changed base "
+            "(`model.unload().save_pretrained(BASE)`) and give `--base BASE`",
         )
     name, revision = (base, None) if base else (lora.base_model_name_or_path, lora.revision)
     # The one given is as training left it: nothing more is to be taken out of it.
@@ -119,8 +102,8 @@ def base_is_beneath(lora: LoraConfig) -> bool:
     return lora.bias == "none" and not lora.layer_replication and not base_is_moved(lora)
 
 
-def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """A base model with an adapter that lies in a folder, in evaluation mode.
+def on_base(base: PreTrainedModel, lora: LoraConfig, tensors: dict[str, Tensor]) -> PeftModel:
+    """A base model with an adapter, as PEFT loads it from its files, in evaluation mode.
 
     Raises:
         StructLoRAError: they do not fit each other, or PEFT cannot compute LoftQ here.
@@ -129,18 +112,17 @@ def on_base(base: PreTrainedModel, folder: Path) -> PeftModel:
         # An evaluation would repack 4-bit weights into a layout that no gradient passes (bitsandbytes 0.50 on CPUs, AVX512-BF16).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    with refusing(
-        "loading the adapter onto the base model",
-        "the base model as it was trained on, its vocabulary and its modules' names too; for what LoftQ takes out of the base, "
-        "an accelerator and bitsandbytes, too",
-        "give that model (`--base MODEL`), saved after `resize_token_embeddings` where that was called; an adapter that an "
-        "older version of transformers wrote: `PeftModel.from_pretrained(base, folder).save_pretrained(new)`, and export that "
-        "one; LoftQ without an accelerator: save the base as training had it (`model.unload().save_pretrained(BASE)`), write "
-        '`"init_lora_weights": true` to adapter_config.json, and give `--base BASE`',
-        # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
-        (RuntimeError, AssertionError),
-    ):
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder), lora, tensors)
+        with refusing(
+            "loading the adapter onto the base model",
+            "the base model as it was trained on; for what LoftQ takes out of the base, an accelerator and bitsandbytes, too",
+            "give that model (`--base MODEL`), saved after `resize_token_embeddings` where that was called; for LoftQ without "
+            'an accelerator, the base as training had it, and `"init_lora_weights": true` in adapter_config.json',
+            # PEFT 0.21 computes LoftQ on accelerators alone; torch without CUDA raises an AssertionError.
+            (RuntimeError, AssertionError),
+        ):
+            return PeftModel.from_pretrained(base, folder).eval()
 
 
 def write_adapter(folder: Path, lora: LoraConfig, tensors: dict[str, Tensor]) -> None:
@@ -159,18 +141,15 @@ def in_dtype(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]
     """Factors of a file in another dtype, by its name; as they are where it is None.
 
     Raises:
-        StructLoRAError: a number that is too large for it, or factors that are all too small.
+        StructLoRAError: a number that is too large for it.
     """
     if dtype is None:
         return tensors
     cast = {name: x.to(getattr(torch, dtype)) if x.is_floating_point() else x for name, x in tensors.items()}
     for name, x in cast.items():
-        is_lost = not x.isfinite().all() or (tensors[name].any() and not x.any())
-        if x.is_floating_point() and is_lost:
+        if not x.isfinite().all():
             raise StructLoRAError(
-                f"numbers of '{name}' that {dtype} cannot hold (the largest is {float(tensors[name].abs().max()):.3g})",
-                "a dtype of their range",
-                "choose `--dtype bfloat16`, or leave it out",
+                f"numbers of '{name}' that {dtype} cannot hold", "finite ones", "try bfloat16"
             )
     return cast
 
@@ -188,10 +167,9 @@ def put(model: PeftModel, tensors: dict[str, Tensor]) -> None:
     places, names = factors_of(model), factor_names(tensors)
     if places.keys() != names.keys():
         differing = min(places.keys() ^ names.keys())
+        found = f"'{differing}' in either the adapter's file or PEFT's model of it"
         raise StructLoRAError(
-            f"an adapter whose file names other modules than the model that PEFT makes of it ('{differing}')",
-            "the names of the model, as this version of PEFT writes them",
-            "load it with PEFT, save it again (`PeftModel.from_pretrained(base, folder).save_pretrained(new)`), and export that",
+            found, "it in both", "save the adapter again with this version of PEFT, and export that"
         )
     with torch.no_grad():
         for module, sides in places.items():
@@ -208,12 +186,6 @@ def factors_of(model: PeftModel) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def moved(row: Row, model: torch.nn.Module) -> Row:
-    """A row on the device of a model, which any of its parameters tells; accelerate moves it on from there."""
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in row.items()}
-
-
 def at_revision(revision: str | None) -> dict[str, str]:
     """Arguments of `from_pretrained` for a branch, tag or commit."""
     return {"revision": revision} if revision else {}
@@ -221,9 +193,6 @@ def at_revision(revision: str | None) -> dict[str, str]:
 
 def class_count(tensors: dict[str, Tensor]) -> int | None:
     """Rows of the last layer of a classification head that is saved with the adapter."""
-    heads = [
-        name
-        for name in tensors
-        if name.endswith(".weight") and _HEADS_OF_CLASSES & {*name.split(".")} and not LORA_NAME.match(name)
-    ]
+    whole = [name for name in tensors if name.endswith(".weight") and not LORA_NAME.match(name)]
+    heads = [name for name in whole if _HEADS_OF_CLASSES & {*name.split(".")}]
     return len(tensors[max(heads)]) if heads else None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
@@ -18,22 +17,21 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from ..errors import StructLoRAError, refuse_used, refusing, writing
 from .base_model import at_revision, in_dtype, load_base, on_base, with_base, write_adapter
 from .distilling import STEPS, Distilled
-from .export_options import AUTO, RANDOM, Options, Sizes, sizes_of
+from .export_options import AUTO, NO_ROWS, Options
 from .load_adapter import Saved
-from .measuring import Change, Scaled
+from .measuring import Losses, Scaled
 from .peft_scaling import (
     LORA_NAME,
-    base_is_moved_for_good,
+    base_is_moved,
     factor_names,
-    refuse_unscalable,
+    refuse_other_ranks,
     scaled,
     ties_adapted,
     with_one_scale,
 )
-from .pruning import Pruned, refuse_rank, select, shrink
-from .pruning import prune as prune_zeros
+from .pruning import Pruned, prune, refuse_rank, select, shrink
 from .rows import Rows, read_rows
-from .servers import SERVERS, refuse_for, refuse_rank_for
+from .servers import SERVERS, refuse_for
 from .trial import TELL, Trial
 
 logger = logging.getLogger(__name__)
@@ -43,11 +41,11 @@ _LEARN = 1024  # most rows that are read where the smaller adapter learns from t
 
 
 class Size(NamedTuple):
-    """One line of what a smaller adapter saves: `what` is counted, `before` and `after` it."""
+    """Directions of an adapter, its LoRA parameters, and the bytes of its file."""
 
-    what: str
-    before: int
-    after: int
+    directions: int
+    parameters: int
+    bytes: int
 
 
 @dataclass
@@ -56,218 +54,154 @@ class Export:
 
     Args:
         folder (`Path`): where it lies.
-        sizes (`list[Size]`): directions, parameters and bytes; empty where nothing was to be dropped.
+        before, after (`Size`): of the whole adapter and of the one written.
         pruned (`Pruned`, *optional*): the directions kept; None where nothing was to be dropped.
-        change (`Change`, *optional*): None where nothing was to be dropped, or nothing measured.
+        losses (`Losses`, *optional*): None where nothing was to be dropped, or there are no rows or labels.
         distilled (`Distilled`, *optional*): how near distillation brought it.
         scaled (`Scaled`, *optional*): what its update was multiplied by; None where no `scale` was asked for.
         rows (`Rows`, *optional*): what was read of the data.
     """
 
     folder: Path
-    sizes: list[Size] = field(default_factory=list)
+    before: Size
+    after: Size
     pruned: Pruned | None = None
-    change: Change | None = None
+    losses: Losses | None = None
     distilled: Distilled | None = None
     scaled: Scaled | None = None
     rows: Rows | None = None
 
 
-def export(
-    saved: Saved,
-    out: str | Path,
-    *,
-    rank: int | None = None,
-    keep: float | str | None = None,
-    prune: bool = False,
-    max_rank: int | None = None,
-    data: str | Path | Sequence[dict] | None = None,
-    split: str | None = None,
-    distil: bool | int = False,
-    scale: float | str | None = None,
-    server: str | None = None,
-    dtype: str | None = None,
-    merge: bool = False,
-    base: str | None = None,
-    probe: str = RANDOM,
-) -> Export:
+def export(saved: Saved, out: str | Path, **options) -> Export:
     """Write a plain LoRA adapter, or the merged model.
 
     Args:
         saved (`Saved`): what `read_saved` found: of StructLoRA, or any LoRA adapter of PEFT.
         out (`str` or `Path`): folder to write, new or empty.
-        rank (`int`, *optional*): give every module this rank; see `shrink`.
-        keep (`float` or `str`, *optional*): keep a share of all directions (0.25), or those that carry a
-            share of what they are chosen by ("99%"), over the whole model; see `select`. Ranks differ then.
-            Without `data` the openness of the gates chooses, where the run has left it.
-        prune (`bool`, *optional*, defaults to False): drop directions that add nothing, as `keep` leaves them.
-        max_rank (`int`, *optional*): with `keep`, most directions of a module.
-        data (`str`, `Path` or rows, *optional*): examples that tell what the loss becomes, and with `keep` which
-            directions to keep: what `read_rows` reads, or inputs of the model with `labels`, one example each.
-            With `keep` the first 64 tell; with `keep` or `distil` the loss is of the next 64 where there are more.
-        split (`str`, *optional*): of `data`.
-        distil (`bool` or `int`, *optional*, defaults to False): let the smaller adapter learn the outputs of the
-            whole one, on the rows that the loss is not measured on, for that many steps (True: 100); see
-            `distilling.distil`.
-        scale (`float` or `str`, *optional*): multiply the update ΔW, after any cut, by this number, which goes into
-            lora_B; `"auto"`: by the one of 1, 0.85, 0.7, 0.5 and 0.3 at which the loss is lowest on rows that the
-            adapter was not trained on: `data`, or the rows that the run held out. See `choose_scale`.
-        server (`str`, *optional*): write what that server loads: "vllm", "sglang", "lorax" or "llamacpp".
-        dtype (`str`, *optional*): of the file's numbers: "float32", "bfloat16" or "float16"; as they are where
-            omitted.
-        merge (`bool`, *optional*, defaults to False): write the base model with the adapter merged into it.
-        base (`str`, *optional*): the base model; the one that the adapter's configuration names where
-            omitted.
-        probe (`str`, *optional*, defaults to `"random"`): what the change of the output is measured on where
-            there is no `data`: random inputs, a text file, or `"none"`.
+        **options: of `export_options.Options`, with one size at most.
 
     Returns:
         `Export`.
 
     Raises:
-        StructLoRAError: a folder that is not empty, or a file in its place; an adapter that cannot be made
-            smaller or scaled, or that the server cannot load; `scale="auto"` without rows; a base model that cannot
-            be loaded or probed, or one that training changed in a way that PEFT does not repeat; a full disk.
-            Nothing is written then.
+        StructLoRAError: as `export_sizes`.
     """
-    sizes = sizes_of([] if rank is None else [rank], [] if keep is None else [keep], prune)
-    options = Options(max_rank, data, split, distil, scale, server, dtype, merge, base, probe)
-    return write(saved, Path(out), sizes, options)[0]
+    chosen = Options(**options)
+    if len(chosen.sizes) > 1:
+        raise StructLoRAError("several sizes for `export`", "one", "call `export_sizes`")
+    return export_sizes(saved, out, chosen)[0]
 
 
-def export_sizes(
-    saved: Saved,
-    out: str | Path,
-    *,
-    rank: int | Sequence[int] = (),
-    keep: float | str | Sequence[float | str] = (),
-    **options,
-) -> list[Export]:
-    """Write an adapter at several sizes, each to a folder of its own in `out`: "rank-4", "keep-0.25".
+def export_sizes(saved: Saved, out: str | Path, options: Options) -> list[Export]:
+    """Write an adapter at several sizes, each to a folder of its own in `out` ("rank-4", "keep-0.25"); one to `out` itself.
 
     Args:
         saved, out: as for `export`.
-        rank, keep (*optional*): a size or several, of one of them.
-        **options: further ones of `export`, but for `prune`.
+        options (`Options`): the sizes, and what holds for each of them.
 
     Raises:
-        StructLoRAError: as for `export`.
+        StructLoRAError: a folder that is not empty, or a file in its place; an adapter that cannot be made
+            smaller or scaled, or that the server cannot load; no rows where they are needed; a base model that cannot
+            be loaded, or one that training changed in a way that PEFT does not repeat; a full disk. Nothing is
+            written then.
     """
-    return write(saved, Path(out), sizes_of(rank, keep, named=True), Options(**options))
-
-
-def write(saved: Saved, out: Path, sizes: Sizes, options: Options) -> list[Export]:
-    """Write the adapter as it is, or the sizes, each to the folder of its name within `out`; see `export`."""
-    if not isinstance(saved, Saved):
-        raise StructLoRAError(
-            f"{saved!r:.60} ({type(saved).__name__}), where an adapter is expected",
-            "what `read_saved` makes of its folder",
-            "call `export(read_saved(folder), out)`",
-        )
+    out = Path(out)
     refuse_used(out)
-    options.refuse_contradictions(sizes)
-    for rule, value in sizes.values():
-        refuse_rank(saved, value if rule == "rank" else options.max_rank)
-    if options.base is not None and not options.loads_base(sizes) and not base_is_moved_for_good(saved.lora):
-        raise StructLoRAError(
-            f"`base` {options.base} in an export that loads no base model",
-            "`merge`, or a smaller adapter whose cost is measured",
-            "remove `base`",
-        )
-    distil, scale, server, merge = options.distil, options.scale, options.server, options.merge
-    if scale is not None:
-        refuse_unscalable(saved.lora)
-    if merge and saved.lora.layer_replication:
-        raise StructLoRAError(
-            "`layer_replication`, whose copies of a layer share its weights, in an adapter to merge",
-            "adapted weights that only one module uses",
-            "export without merging",
-        )
-    rules = {rule for rule, _ in sizes.values()}
-    if (merge or "keep" in rules) and ties_adapted(saved.lora, saved.tensors):
-        raise StructLoRAError(
-            "LoRA on embeddings and a head that share their factors (`ensure_weight_tying`), in an adapter to merge or with `keep`",
-            "factors of its own for each module",
-            "give `rank`, which cuts both alike, or export it whole and without merging",
-        )
     saved, base_name, revision = with_base(saved, options.base)
-    if options.data is not None:
+    _refuse_unfit(saved, options)
+    if options.has_data:
         saved = replace(saved, openness=None)  # rows that are given choose
-    if server:
-        refuse_for(server, saved.lora, saved.tensors)
-    is_cut, rows_choose = bool(rules & {"rank", "keep"}), "keep" in rules and not saved.openness
+    rows_choose = options.rule == "keep" and not saved.openness
     rows = None
-    if scale == AUTO or (is_cut and (options.data is not None or options.probe == RANDOM)):
-        count = _LEARN if distil else TELL if is_cut and not rows_choose else 2 * TELL
+    if options.data != NO_ROWS and (options.is_cut or options.scale == AUTO):
+        count = _LEARN if options.distil else TELL if options.is_cut and not rows_choose else 2 * TELL
         rows = read_rows(options.data, saved, base_name, revision, count, options.split)
-    if distil and rows is None:
+    if rows is None and (options.distil or options.scale == AUTO):
         raise StructLoRAError(
-            "`distil` without rows to learn from",
-            "examples of what the adapter is for; no labels are needed",
+            "`distil` or `scale='auto'` without rows",
+            "examples of what the adapter is for; for a scale, ones that it was not trained on",
             "give `--data ROWS`",
         )
-    if scale == AUTO and rows is None:
-        raise StructLoRAError(
-            "`scale` 'auto' without rows",
-            "rows with labels that the adapter was not trained on; it has none of its own",
-            "give `--data ROWS`",
-        )
-    one_rank = bool(server and SERVERS[server].one_rank)
+    trial = Trial(saved, base_name, revision, rows, is_chosen=rows_choose or bool(options.distil))
     done = []
-    with writing(out, (SafetensorError,)) as unfinished, tempfile.TemporaryDirectory() as scratch:
-        is_chosen = rows_choose or bool(distil)
-        trial = Trial(saved, base_name, revision, rows, options.probe, Path(scratch), is_chosen)
-        for name, (rule, value) in (sizes or {"": (None, None)}).items():
-            result = unfinished / name
-            written = Export(out / name, rows=rows)
-            pruned = written.pruned = _smaller(saved, rule, value, options.max_rank, one_rank, trial)
-            if server:
-                refuse_rank_for(server, (pruned or saved).lora, (pruned or saved).tensors)
-            lora, tensors = saved.lora, saved.tensors
-            directions = pruned.masked() if pruned else tensors
-            if distil:
-                directions, written.distilled = trial.distilled(
-                    directions, STEPS if distil is True else distil
-                )
-            if scale is not None:
-                written.scaled = trial.scaled(directions) if scale == AUTO else Scaled(scale)
-                directions = scaled(directions, written.scaled.scale)
-            if pruned:
-                lora, tensors = pruned.written(directions)
-                shown = directions if distil or scale is not None else None
-                written.change = trial.change(pruned.masked(), shown, options.dtype)
-            elif server:
-                lora, tensors = with_one_scale(lora, directions, {}, one_rank)
+    with writing(out, (SafetensorError,)) as unfinished:
+        for name, value in options.sizes.items():
+            written, lora, tensors = _smaller(saved, value, options, trial)
+            if options.merge:
+                base = load_base(base_name, saved.lora, saved.tensors, revision)
+                _merge(base, lora, tensors, unfinished / name)
             else:
-                tensors = directions
-            tensors = in_dtype(tensors, options.dtype)
-            if pruned:
-                written.sizes = _sizes(saved, pruned, tensors)
-            if merge:
-                after = Path(scratch, "after")
-                write_adapter(after, lora, tensors)
-                _merge(load_base(base_name, saved.lora, saved.tensors, revision), tensors, after, result)
-            else:
-                write_adapter(result, lora, tensors)
-            _copy_processor(saved.folder, base_name if merge else None, revision, result)
-            done.append(written)
+                write_adapter(unfinished / name, lora, tensors)
+            _copy_processor(saved.folder, base_name if options.merge else None, revision, unfinished / name)
+            done.append(replace(written, folder=out / name))
     return done
 
 
+def _refuse_unfit(saved: Saved, options: Options) -> None:
+    """Stop at what an adapter does not allow, before the work."""
+    lora = saved.lora
+    for value in options.sizes.values():
+        refuse_rank(saved, value if options.rule == "rank" else options.max_rank)
+    if options.rule:
+        refuse_other_ranks(lora)
+    if options.scale is not None and (lora.use_dora or lora.lora_bias or base_is_moved(lora)):
+        raise StructLoRAError(
+            "`scale` for an adapter with DoRA's magnitudes, biases (`lora_bias`) or part of the base weights",
+            "LoRA whose update is B·A alone",
+            "export it without `--scale`",
+        )
+    if options.server:
+        refuse_for(options.server, lora, saved.tensors)
+    shared = lora.layer_replication or ties_adapted(lora, saved.tensors)
+    if shared and (options.merge or options.rule == "keep"):
+        raise StructLoRAError(
+            "modules that share weights or factors (`layer_replication`, `ensure_weight_tying`), with `merge` or `keep`",
+            "weights and factors of its own for each module",
+            "give `rank`, which cuts all alike, or export it whole and without merging",
+        )
+
+
 def _smaller(
-    saved: Saved, rule: str | None, value, max_rank: int | None, one_rank: bool, trial: Trial
-) -> Pruned | None:
-    if rule == "prune":
-        return prune_zeros(saved, one_rank)
-    if rule == "keep":
+    saved: Saved, value, options: Options, trial: Trial
+) -> tuple[Export, LoraConfig, dict[str, Tensor]]:
+    """Cut, teach, scale and measure an adapter: what is to be told, and PEFT's configuration and tensors."""
+    one_rank = bool(options.server and SERVERS[options.server].one_rank)
+    pruned = distilled = times = losses = None
+    if options.rule == "prune":
+        pruned = prune(saved, one_rank)
+    elif options.rule == "keep":
         information = None if saved.openness else trial.information
-        return select(saved, value, information, max_rank, one_rank)
-    if rule == "rank":
-        return shrink(saved, value)
-    return None
+        pruned = select(saved, value, information, options.max_rank, one_rank)
+    elif options.rule == "rank":
+        pruned = shrink(saved, value)
+    cut = directions = pruned.masked() if pruned else saved.tensors
+    if options.distil:
+        distilled = trial.distilled(cut, STEPS if options.distil is True else options.distil)
+        directions = distilled.tensors
+    if options.scale is not None:
+        times = trial.scaled(directions) if options.scale == AUTO else Scaled(options.scale)
+        directions = scaled(directions, times.scale)
+    if pruned:
+        lora, tensors = pruned.written(directions)
+        losses = trial.losses(in_dtype(directions, options.dtype), None if directions is cut else cut)
+    elif options.server:
+        lora, tensors = with_one_scale(saved.lora, directions, {}, one_rank)
+    else:
+        lora, tensors = saved.lora, directions
+    tensors = in_dtype(tensors, options.dtype)
+    before = _size(
+        saved.tensors, sum(len(saved.tensors[names["A"]]) for names in factor_names(saved.tensors).values())
+    )
+    after = _size(tensors, pruned.count if pruned else before.directions)
+    return Export(Path(), before, after, pruned, losses, distilled, times, trial.rows), lora, tensors
 
 
-def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out: Path) -> None:
+def _size(tensors: dict[str, Tensor], directions: int) -> Size:
+    parameters = sum(x.numel() for name, x in tensors.items() if LORA_NAME.match(name))
+    return Size(directions, parameters, sum(x.nbytes for x in tensors.values()))
+
+
+def _merge(base: PreTrainedModel, lora: LoraConfig, tensors: dict[str, Tensor], out: Path) -> None:
     if getattr(base, "hf_quantizer", None) is not None:
         raise StructLoRAError(
             "a quantised base model to merge into, which would round the update",
@@ -275,7 +209,7 @@ def _merge(base: PreTrainedModel, tensors: dict[str, Tensor], adapter: Path, out
             "give the one that was quantised, or this one dequantised and saved (`--base MODEL`)",
         )
     _untie(base, {*factor_names(tensors)})
-    model = on_base(base, adapter)
+    model = on_base(base, lora, tensors)
     with refusing(
         "merging the adapter",
         "an update that the base model's weights can hold",
@@ -303,33 +237,14 @@ def _untie(base: PreTrainedModel, adapted: set[str]) -> None:
     base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
 
 
-def _sizes(saved: Saved, pruned: Pruned, written: dict[str, Tensor]) -> list[Size]:
-    """Directions, parameters and bytes."""
-    files = (saved.tensors, written)
-    parameters = [sum(x.numel() for name, x in tensors.items() if LORA_NAME.match(name)) for tensors in files]
-    size = [sum(x.numel() * x.element_size() for x in tensors.values()) for tensors in files]
-    whole = sum(len(saved.tensors[names["A"]]) for names in factor_names(saved.tensors).values())
-    return [
-        Size("directions", whole, pruned.count),
-        Size("LoRA parameters", *parameters),
-        Size(f"{SAFETENSORS_WEIGHTS_NAME} (bytes)", *size),
-    ]
-
-
 def _copy_processor(folder: Path, base_name: str | None, revision: str | None, out: Path) -> None:
-    """The run's own tokenizer or processor, or else the base's where one is named."""
-    sources = [
-        (str(folder), {}),
-        *([(base_name, at_revision(revision))] if base_name else []),
-    ]
-    for source, options in sources:
-        for kind in (AutoProcessor, AutoTokenizer):
-            try:
-                kind.from_pretrained(source, trust_remote_code=False, **options).save_pretrained(out)
-                return
-            except Exception as error:  # tokenizers raises bare ones, and an adapter needs none
-                why = error
+    """Save the run's own tokenizer or processor, or else the base's where one is named."""
+    sources = [(folder, {})] + ([(base_name, at_revision(revision))] if base_name else [])
+    for (source, at), kind in product(sources, (AutoProcessor, AutoTokenizer)):
+        try:
+            kind.from_pretrained(source, trust_remote_code=False, **at).save_pretrained(out)
+            return
+        except Exception as error:  # tokenizers raises bare ones, and an adapter needs none
+            why = " ".join(str(error).split())
     if (folder / "tokenizer_config.json").is_file():
-        logger.warning(
-            "The tokenizer in %s cannot be read (%s), and is not copied.", folder, " ".join(str(why).split())
-        )
+        logger.warning("The tokenizer in %s cannot be read (%s), and is not copied.", folder, why)

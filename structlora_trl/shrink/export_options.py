@@ -1,143 +1,146 @@
-"""What `export` is asked for, and what of it contradicts or acts on nothing. It needs no torch: the command line looks
-here before anything is loaded.
+"""Options of `export`, each written once: a field's help is its manual, in Python and on the command line.
+
+It needs no torch: the command line makes its arguments of the fields, and refuses contradictions before anything is loaded.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral, Number, Real
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..config import share_to_keep
-from ..errors import StructLoRAError
+from ..errors import StructLoRAError, refusing
 
-RANDOM, NO_PROBE = "random", "none"  # what a smaller adapter's cost is measured on without rows
-AUTO = "auto"  # the scale that rows choose
-SERVERS = ("vllm", "sglang", "lorax", "llamacpp")  # what `servers.py` knows of
+AUTO, NO_ROWS = "auto", "none"
+SERVERS = ("vllm", "sglang", "lorax", "llamacpp")  # those of `servers.py`
 DTYPES = ("float32", "bfloat16", "float16")
-# Folder of a size within the output, empty where there is one -> its rule ("rank", "keep" or "prune") and value.
-Sizes = dict[str, tuple[str, int | float | str | bool]]
 
 
-def sizes_of(
-    rank: int | Sequence[int] = (),
-    keep: float | str | Sequence[float | str] = (),
-    prune: bool = False,
-    named: bool = False,
-) -> Sizes:
-    """The sizes that are asked for: "rank-4", "keep-0.25".
+def _option(help: str, default=None, flag: str | None = None, **argument):
+    """A field; its flag where it is not the field's name, and what argparse needs beside the help."""
+    return field(default=default, metadata={"help": help, "flag": flag, "argument": argument})
 
-    Args:
-        rank, keep, prune: as for `export.export_sizes` and `export.export`; one size may stand for itself.
-        named (`bool`, *optional*, defaults to False): whether each has a folder of its own; else there is one.
+
+@dataclass
+class Options:
+    """What `export` writes.
 
     Raises:
-        StructLoRAError: more than one rule.
-    """
-    rank, keep = ([sizes] if isinstance(sizes, (str, Number)) else sizes for sizes in (rank, keep))
-    given = [("rank", value) for value in rank] + [("keep", value) for value in keep]
-    given += [("prune", True)] if prune else []
-    rules = [*dict.fromkeys(rule for rule, _ in given)]
-    if len(rules) > 1:
-        raise StructLoRAError(
-            f"both `{rules[0]}` and `{rules[1]}`", "one rule for what to drop", "give one of them"
-        )
-    return {
-        f"{rule}-{str(value).replace('%', '-percent')}" if named else "": (rule, value)
-        for rule, value in given
-    }
+        StructLoRAError: options that contradict each other, are out of range, or act on nothing.
 
+    Args:"""
 
-@dataclass(frozen=True)
-class Options:
-    """What holds for every size of one call: see `export.export`."""
+    rank: int | Sequence[int] | None = _option(
+        "One rank for all modules, which is what LoRA servers pay for. Several sizes are written to folders of their own.",
+        type=int,
+        nargs="+",
+    )
+    keep: float | str | Sequence[float | str] | None = _option(
+        "The share of all directions (0.25) that matters most over the whole model, or the fewest that carry a share of what "
+        "matters (99%). Ranks differ then, and a module that keeps nothing is left out, where PEFT can do without it: the "
+        "smallest file for a given loss, and no smaller in a server's memory.",
+        nargs="+",
+    )
+    prune: bool = _option(
+        "Drop directions that add nothing: those that `keep` closed while training.",
+        default=False,
+        action="store_true",
+    )
+    max_rank: int | None = _option(
+        "With `keep`, the most directions of a module; the best of the others take their place.", type=int
+    )
+    data: str | Path | Sequence[dict] | None = _option(
+        "Rows: a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of them, or a data set of the hub, with `messages`, "
+        "`prompt` and `completion`, `text`, or `chosen` and `rejected`; for classifiers `text` and `label`. From Python also "
+        "inputs of the model with `labels`. 64 choose for `keep`, up to 1,024 teach for `distil`, and the loss is of 64 others. "
+        "Where omitted, those that the run held out, if its log names them; 'none': not these either."
+    )
+    split: str | None = _option("Split of `data`; where omitted test, validation or train.")
+    distil: bool | int = _option(
+        "With `rank` or `keep`: let the smaller adapter learn the outputs of the whole one on the rows, for this many steps, "
+        "or 100. No labels are needed. One row in eight is held out, and the weights that are best on these are kept.",
+        default=False,
+        type=int,
+        nargs="?",
+        const=True,
+    )
+    scale: float | str | None = _option(
+        "Multiply the update by this number, which goes into lora_B; 'auto': by the one of 1, 0.85, 0.7, 0.5 and 0.3 at which "
+        "the loss is lowest on rows that were held out of the training. Weights that are saved whole stay as they are."
+    )
+    server: str | None = _option(
+        "Write what this server loads, or say what it cannot: vllm, sglang, lorax (TGI too) or llamacpp. All but vllm need one "
+        "rank: smaller modules are filled up with zeros.",
+        flag="--for",
+    )
+    dtype: str | None = _option("float32, bfloat16 or float16; where omitted, as it is.")
+    merge: bool = _option(
+        "Write the base model with the adapter merged into it.", default=False, action="store_true"
+    )
+    base: str | None = _option(
+        "Base model to measure on and to merge into; where omitted, the one that adapter_config.json names."
+    )
 
-    max_rank: int | None = None
-    data: str | Path | Sequence[dict] | None = None
-    split: str | None = None
-    distil: bool | int = False
-    scale: float | str | None = None
-    server: str | None = None
-    dtype: str | None = None
-    merge: bool = False
-    base: str | None = None
-    probe: str = RANDOM
-
-    def refuse_contradictions(self, sizes: Sizes) -> None:
-        """Stop at options that contradict each other, are out of range, or act on nothing beside the others.
-
-        Raises:
-            StructLoRAError: it names the option.
-        """
-        rules = {rule for rule, _ in sizes.values()}
-        is_smaller = bool(rules & {"rank", "keep"})
-        for rule, value in sizes.values():
-            if rule == "keep":
-                share_to_keep(value)
-        whole = [(rule, value) for rule, value in sizes.values() if rule == "rank"]
-        for name, value in [*whole, ("max_rank", self.max_rank), ("distil", self.distil)]:
-            if value is not None and not isinstance(value, Integral):
-                raise StructLoRAError(
-                    f"`{name}` {value!r} ({type(value).__name__})",
-                    "a whole number; of ranks, `export_sizes` takes several",
-                    f"correct `{name}`",
-                )
-        if self.max_rank is not None and rules != {"keep"}:
-            raise StructLoRAError(
-                "`max_rank` without `keep`", "`keep`, whose ranks it limits", "give `keep`, or `rank` alone"
-            )
-        if self.distil and not is_smaller:
-            raise StructLoRAError(
-                "`distil` without `rank` or `keep`", "a smaller adapter, which learns", "give one of them"
-            )
-        if (self.distil or 0) < 0:
-            raise StructLoRAError(f"{self.distil} steps of `distil`", "a number of steps above 0", "try 100")
-        is_number = isinstance(self.scale, Real) and math.isfinite(self.scale) and self.scale > 0
-        if self.scale not in (None, AUTO) and not is_number:
-            raise StructLoRAError(
-                f"`scale` {self.scale!r}", f"'{AUTO}', or a number above 0", "try 'auto', with rows, or 0.7"
-            )
-        if self.dtype not in (None, *DTYPES):
-            raise StructLoRAError(
-                f"a dtype {self.dtype!r}", f"one of {', '.join(DTYPES)}", "correct `--dtype`"
-            )
-        if self.server not in (None, *SERVERS):
-            raise StructLoRAError(
-                f"a server {self.server!r}", f"one of {', '.join(SERVERS)}", "correct `--for`"
-            )
-        for name in ("server", "dtype"):
-            if self.merge and getattr(self, name) is not None:
-                raise StructLoRAError(
-                    f"both `merge` and `{name}`",
-                    "one of them: a merged model has the base model's own dtype, and every server loads it",
-                    "give one of them",
-                )
-        if self.data is not None and not is_smaller and self.scale != AUTO:
-            raise StructLoRAError(
+    def __post_init__(self):
+        rules = [name for name in ("rank", "keep") if getattr(self, name) is not None]
+        rules += ["prune"] if self.prune else []
+        self.rule = rules[0] if rules else None
+        if self.rule == "keep":
+            for share in self.sizes.values():
+                share_to_keep(share)
+        if self.scale not in (None, AUTO):
+            with refusing("reading `scale`", f"'{AUTO}' or a number", "correct `scale`"):
+                self.scale = float(self.scale)
+        is_scale = self.scale in (None, AUTO) or 0 < self.scale < math.inf
+        one_of_servers, one_of_dtypes = (f"one of {', '.join(known)}" for known in (SERVERS, DTYPES))
+        problems = [
+            (len(rules) > 1, "more than one of `rank`, `keep` and `prune`", "one rule for what to drop"),
+            (self.max_rank is not None and self.rule != "keep", "`max_rank` without `keep`", "both"),
+            (self.distil and not self.is_cut, "`distil` without `rank` or `keep`", "both"),
+            (not is_scale, f"`scale` {self.scale}", f"'{AUTO}' or a number above 0"),
+            (self.dtype not in (None, *DTYPES), f"a dtype {self.dtype!r}", one_of_dtypes),
+            (self.server not in (None, *SERVERS), f"a server {self.server!r}", one_of_servers),
+            (
+                self.merge and (self.server or self.dtype),
+                "`merge` beside `server` or `dtype`",
+                "`merge` alone: it writes the base model's own dtype, which every server loads",
+            ),
+            (
+                self.has_data and not self.is_cut and self.scale != AUTO,
                 "`data` without `rank`, `keep` or `scale='auto'`",
-                "a smaller adapter, whose loss its rows tell, or a scale that they choose",
-                "give one of them, or remove `data`",
-            )
-        if self.split is not None and self.data is None:
-            raise StructLoRAError(
-                "`split` without `data`", "rows that have splits", "give `data`, or remove `split`"
-            )
-        if self.probe != RANDOM and self.data is not None:
-            raise StructLoRAError(
-                "both `data` and `probe`",
-                "one of them: with `data`, its rows are what the change is measured on",
-                "remove `probe`",
-            )
-        if self.probe not in (RANDOM, NO_PROBE) and not rules:
-            raise StructLoRAError(
-                "`probe` without `rank`, `keep` or `prune`",
-                "a smaller adapter, whose cost it measures",
-                "give one of them, or remove `probe`",
-            )
+                "something that its rows measure or choose",
+            ),
+            (self.split and not self.has_data, "`split` without `data`", "both"),
+        ]
+        for is_wrong, found, expected in problems:
+            if is_wrong:
+                raise StructLoRAError(found, expected, "correct or remove one of the options")
 
-    def loads_base(self, sizes: Sizes) -> bool:
-        """Whether the base model is needed: to merge, or to measure on."""
-        is_measured = bool(sizes) and (self.data is not None or self.probe != NO_PROBE)
-        return self.merge or self.scale == AUTO or is_measured
+    @property
+    def is_cut(self) -> bool:
+        """True if directions are to be dropped that add something."""
+        return self.rule in ("rank", "keep")
+
+    @property
+    def has_data(self) -> bool:
+        """True if rows are given."""
+        return self.data is not None and not (isinstance(self.data, str) and self.data == NO_ROWS)
+
+    @property
+    def sizes(self) -> dict[str, int | float | str | bool | None]:
+        """Folder of each size within the output, empty if there is one size -> its rank or share."""
+        values = getattr(self, self.rule) if self.rule else None
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if len(values) == 1:
+            return {"": values[0]}
+        return {f"{self.rule}-{value}".replace("%", "-percent"): value for value in values}
+
+
+# Dedented by hand, as Python 3.13 does it.
+Options.__doc__ = inspect.cleandoc(Options.__doc__) + "".join(
+    f"\n    {f.name} (`{f.type}`, *optional*, defaults to `{f.default!r}`):\n        {f.metadata['help']}"
+    for f in fields(Options)
+)

@@ -165,55 +165,30 @@ def scaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     return {name: x * scale if name in names else x for name, x in tensors.items()}
 
 
-def refuse_unscalable(lora: LoraConfig) -> None:
-    """Stop at an adapter whose lora_B times a number is not its update times that number.
-
-    Raises:
-        StructLoRAError: it holds part of the base weights, DoRA's magnitudes, or biases of its own.
-    """
-    if lora.use_dora or lora.lora_bias or base_is_moved(lora):
-        what = "part of the base weights, with which it began,"
-        what = "biases (`lora_bias`)" if lora.lora_bias else what
-        what = "DoRA's magnitudes" if lora.use_dora else what
-        raise StructLoRAError(
-            f"`scale` for an adapter that holds {what} beside its update",
-            "LoRA that began at zero, whose update is B·A alone",
-            "export it without `--scale`",
-        )
-
-
-def masked(
-    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]]
-) -> dict[str, Tensor]:
+def masked(lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same adapter with zeros in place of all directions but those `kept`, as `with_one_scale` takes them:
     what that makes smaller, in tensors of the shapes that they had.
     """
     written = dict(tensors)
     for module, names in factor_names(tensors).items():
-        if module not in kept:
-            continue
-        rank = rank_of(lora, module)
-        mask = torch.zeros(len(kept[module]), rank, dtype=torch.bool, device="cpu")  # (E, r)
-        for expert, directions in enumerate(kept[module]):
-            mask[expert, directions] = True
-        A, B = tensors[names["A"]], tensors[names["B"]]
-        # lora_A's rows are in the order (expert, r), lora_B's columns in the order (r, expert).
-        written[names["A"]] = A * mask.flatten().view(-1, *[1] * (A.ndim - 1)).to(A)
-        written[names["B"]] = B * mask.T.flatten().view(1, -1, *[1] * (B.ndim - 2)).to(B)
+        if module in kept:
+            A, B = tensors[names["A"]], tensors[names["B"]]
+            # lora_A's rows are in the order (expert, r), lora_B's columns in the order (r, expert).
+            written[names["A"]] = A * kept[module].flatten().view(-1, *[1] * (A.ndim - 1)).to(A)
+            written[names["B"]] = B * kept[module].T.flatten().view(1, -1, *[1] * (B.ndim - 2)).to(B)
     return written
 
 
 def with_one_scale(
-    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, list[list[int]]], one_rank: bool = False
+    lora: LoraConfig, tensors: dict[str, Tensor], kept: dict[str, Tensor], one_rank: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Keep some directions, and give every module the scale `lora_alpha / r`.
 
     Args:
         lora (`LoraConfig`): of the adapter.
         tensors (`dict[str, Tensor]`): of its file.
-        kept (`dict[str, list[list[int]]]`): module -> for each of its experts, or for itself, the directions
-            to keep; other modules keep all. A module that keeps none is left out of the adapter
-            (`exclude_modules`).
+        kept (`dict[str, Tensor]`): module -> (E or 1, r) of bool, the directions to keep of each of its experts, or of
+            itself; other modules keep all. A module that keeps none is left out of the adapter (`exclude_modules`).
         one_rank (`bool`, *optional*, defaults to False): fill every module, those that keep nothing too, up to
             the largest rank with zeros.
 
@@ -222,56 +197,46 @@ def with_one_scale(
         `alpha_pattern` what keeps the scale in PEFT; nothing is rank-stabilised.
 
     Raises:
-        StructLoRAError: PEFT would take another part of the base weights out of the model, or all scales are 0.
+        StructLoRAError: as `refuse_other_ranks`.
     """
-    rows = {module: len(tensors[names["A"]]) for module, names in factor_names(tensors).items()}
-    scales = {module: scale_of(lora, module) for module in rows}
-    whole = {
-        module: [list(range(rank_of(lora, module)))] * (count // rank_of(lora, module))
-        for module, count in rows.items()
-    }
-    chosen = {**whole, **kept}
-    ranks = {module: max(map(len, experts)) for module, experts in chosen.items()}
+    refuse_other_ranks(lora)
+    chosen, scales = {}, {}
+    for module, names in factor_names(tensors).items():
+        whole = torch.ones(len(tensors[names["A"]]), dtype=torch.bool, device="cpu")
+        chosen[module] = kept.get(module, whole.view(-1, rank_of(lora, module)))
+        scales[module] = scale_of(lora, module)
+    ranks = {module: int(mask.sum(1).max()) for module, mask in chosen.items()}
     rank, scale = max(ranks.values()), max(scales.values())
-    if not scale:
-        raise StructLoRAError(
-            "a `lora_alpha` of 0, with which an adapter adds nothing",
-            "the one that it was trained with",
-            "correct `lora_alpha` in adapter_config.json",
-        )
-    for module in rows:
-        if one_rank or shares_pattern(lora, module, rows):
+    for module in ranks:
+        if one_rank or shares_pattern(lora, module, ranks):
             ranks[module] = rank
-    _refuse_other_base(lora, rows, ranks, {module for module in rows if scales[module] != scale})
-    resized = any(own != rank_of(lora, module) for module, own in ranks.items())
     written = {}
     for name, value in tensors.items():
         match, bias = LORA_NAME.match(name), _BIAS.match(name)
         if match and not ranks[match["module"]]:
             continue
         if match:
-            module = match["module"]
-            value = _chosen(value, match["factor"], chosen[module], ranks[module])
+            value = _chosen(value, match["factor"], chosen[match["module"]], ranks[match["module"]])
         if (match and match["factor"] == "B") or bias:
             share = scales[(match or bias)["module"]] / scale
             value = value if share == 1 else (value.float() * share).to(value.dtype)
         written[name] = value
     smaller = _configured(lora, ranks, rank, scale)
-    if resized:  # how training began may ask for ranks of its own (`orthogonal` for even ones)
+    if any(own != rank_of(lora, module) for module, own in ranks.items()):
+        # How training began may ask for ranks of its own (`orthogonal` for even ones).
         smaller.init_lora_weights = True
     return smaller, written
 
 
-def _refuse_other_base(
-    lora: LoraConfig, modules: Iterable[str], ranks: dict[str, int], rescaled: set[str]
-) -> None:
-    """Stop where PEFT, loading the new adapter, would change base weights otherwise than in training."""
-    by_scale = rescaled if start_of(lora).is_scaled else ()
-    changed = [module for module in modules if ranks[module] != rank_of(lora, module) or module in by_scale]
-    if changed and base_is_moved(lora):
+def refuse_other_ranks(lora: LoraConfig) -> None:
+    """Stop where PEFT, loading an adapter of other ranks or scales, would change base weights otherwise than in training.
+
+    Raises:
+        StructLoRAError: the adapter holds part of its base weights (PiSSA, OLoRA, LoftQ).
+    """
+    if base_is_moved(lora):
         raise StructLoRAError(
-            f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank or scale, "
-            f"and another rank or scale for '{changed[0]}'",
+            f"an adapter initialised with '{lora.init_lora_weights}', which takes base weights out of the model by rank and scale",
             "the ranks and scales of training",
             "export it as it is, without `--rank`, `--keep`, `--prune` and `--for`",
         )
@@ -304,20 +269,15 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def _chosen(value: Tensor, factor: str, chosen: list[list[int]], rank: int) -> Tensor:
-    """The chosen directions of each expert, then zeros."""
-    experts = len(chosen)
-    if factor == "A":
-        parts = value.unflatten(0, (experts, -1))  # (E, r, ...)
-        kept = parts.new_zeros(experts, rank, *parts.shape[2:])
-        for expert, directions in enumerate(chosen):
-            kept[expert, : len(directions)] = parts[expert, directions]
-        return kept.flatten(0, 1)
-    parts = by_expert(value, experts)  # (E, d, r, ...)
-    kept = parts.new_zeros(experts, len(value), rank, *parts.shape[3:])
-    for expert, directions in enumerate(chosen):
-        kept[expert, :, : len(directions)] = parts[expert, :, directions]
-    return kept.movedim(0, 2).flatten(1, 2)
+def _chosen(value: Tensor, factor: str, mask: Tensor, rank: int) -> Tensor:
+    """The directions of a factor that a mask (E, r) keeps of each expert, then zeros."""
+    is_A = factor == "A"
+    # (E, r, ...)
+    parts = value.unflatten(0, mask.shape) if is_A else by_expert(value, len(mask)).transpose(1, 2)
+    kept = parts.new_zeros(len(mask), rank, *parts.shape[2:])
+    for expert, chosen in enumerate(mask):
+        kept[expert, : int(chosen.sum())] = parts[expert, chosen]
+    return kept.flatten(0, 1) if is_A else kept.transpose(0, 2).flatten(1, 2)
 
 
 def _looked_up(lora: LoraConfig, module: str, pattern: dict, default):
@@ -327,8 +287,8 @@ def _looked_up(lora: LoraConfig, module: str, pattern: dict, default):
     found = {pattern.get(get_pattern_key(pattern.keys(), name), default) for name in names}
     if len(found) > 1:
         raise StructLoRAError(
-            f"patterns that differ between parameters of one module ('{module}': {', '.join(map(str, sorted(found)))})",
-            "one rank and one alpha for all parameters of a module, since the file does not say which factors are whose",
+            f"patterns that differ between parameters of '{module}': the file does not say which factors are whose",
+            "one rank and one alpha for all parameters of a module",
             "load or merge this adapter with PEFT itself",
         )
     return found.pop()

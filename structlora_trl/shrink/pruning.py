@@ -14,7 +14,7 @@ the update does not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from ..errors import StructLoRAError
 from .load_adapter import Saved
 from .peft_scaling import (
     LORA_NAME,
+    by_expert,
     factor_names,
     masked,
     rank_of,
@@ -44,52 +45,41 @@ class Pruned:
         whole (`LoraConfig`): of the adapter that it was made of.
         directions (`dict[str, Tensor]`): of its file, of the shapes that it had, in the basis that directions
             were chosen in.
-        kept (`dict[str, list[list[int]]]`): module -> directions kept, of each of its experts or of itself.
-        one_rank (`bool`): whether every module is filled up to the largest rank.
-        spared (`list[str]`): modules none of whose directions would stay, and that keep their best one, since
-            PEFT cannot leave them out (experts in one parameter, torch's attention, DoRA, biases).
+        kept (`dict[str, Tensor]`): module -> (E or 1, r) of bool, the directions kept of each of its experts or of itself.
+        one_rank (`bool`): True if every module is filled up to the largest rank.
         share (`float`, *optional*): what the directions kept carry of `measure`.
         measure (`str`): what they were chosen by.
     """
 
     whole: LoraConfig
     directions: dict[str, Tensor]
-    kept: dict[str, list[list[int]]]
+    kept: dict[str, Tensor]
     one_rank: bool = False
-    spared: list[str] = field(default_factory=list)
     share: float | None = None
     measure: str = "the updates' squared norm"
 
-    def __post_init__(self):
-        self.lora, self.tensors = self.written(self.directions)
-
-    def written(self, directions: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """Configuration and file of the smaller adapter, with factors from `directions`, of the shapes of the
-        whole one.
+    def written(self, directions: dict[str, Tensor] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """Return configuration and file of the smaller adapter, with factors from `directions`, of the shapes of the
+        whole one; from its own where omitted.
 
         Raises:
-            StructLoRAError: PEFT needs the ranks as they are (PiSSA, OLoRA, LoftQ).
+            StructLoRAError: the adapter holds part of its base weights (PiSSA, OLoRA, LoftQ).
         """
-        return with_one_scale(self.whole, directions, self.kept, self.one_rank)
+        return with_one_scale(self.whole, directions or self.directions, self.kept, self.one_rank)
+
+    def masked(self) -> dict[str, Tensor]:
+        """Return `directions` with zeros in place of those that are not kept: the same adapter, at its old size."""
+        return masked(self.whole, self.directions, self.kept)
 
     @property
     def empty(self) -> list[str]:
-        """Modules without any direction."""
-        return [module for module, experts in self.kept.items() if not any(experts)]
-
-    @property
-    def left_out(self) -> list[str]:
-        """Modules that the new adapter does not adapt: the empty ones, but where all are filled up to one rank."""
-        return [] if self.one_rank else self.empty
-
-    def masked(self) -> dict[str, Tensor]:
-        """`directions` with zeros in place of those that are not kept: the same adapter, at its old size."""
-        return masked(self.whole, self.directions, self.kept)
+        """Modules without any direction: left out, or where all have one rank filled up with zeros."""
+        return [module for module, mask in self.kept.items() if not mask.any()]
 
     @property
     def count(self) -> int:
         """Directions kept."""
-        return sum(len(expert) for experts in self.kept.values() for expert in experts)
+        return sum(int(mask.sum()) for mask in self.kept.values())
 
 
 def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
@@ -106,16 +96,14 @@ def prune(saved: Saved, one_rank: bool = False) -> Pruned | None:
         StructLoRAError: no direction adds anything.
     """
     adds = {}
-    for index in range(len(saved.kinds)):
-        factors = saved.factors(index)  # A (L, r, k), B (L, d, r), with experts before them
-        opened = saved.by_module(index, (factors.B != 0).any(-2) & (factors.A != 0).any(-1))
-        # Without what fills smaller ranks of a kind up with zeros.
-        adds |= {module: mask[:, : rank_of(saved.lora, module)] for module, mask in opened.items()}
+    for module, names in factor_names(saved.tensors).items():
+        A, B = saved.tensors[names["A"]].flatten(1), saved.tensors[names["B"]].flatten(1)
+        in_A = A.any(1).view(-1, rank_of(saved.lora, module))  # (E, r)
+        adds[module] = in_A & by_expert(B, len(in_A)).any(1)
     _refuse_nothing(adds)
-    if all(bool(of_module.all()) for of_module in adds.values()):
+    if all(bool(mask.all()) for mask in adds.values()):
         return None
-    kept, spared = _kept(saved, adds, {name: x.float() for name, x in adds.items()})
-    return Pruned(saved.lora, saved.tensors, kept, one_rank, spared)
+    return Pruned(saved.lora, saved.tensors, _at_least_one(saved, adds, adds), one_rank)
 
 
 def select(
@@ -127,7 +115,8 @@ def select(
 ) -> Pruned:
     """Keep the directions that matter most, over the whole model: ranks differ by module.
 
-    Modules without gates, in an adapter that others have gates of, keep all theirs; shares are of the others.
+    Modules without gates, in an adapter that others have gates of, keep all theirs; shares are of the others. A module
+    that PEFT cannot leave out (experts in one parameter, torch's attention, DoRA, biases) keeps its best direction.
 
     Args:
         saved (`Saved`): any adapter.
@@ -141,12 +130,11 @@ def select(
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
     Raises:
-        StructLoRAError: a share or a rank out of range, an adapter that adds nothing, or one whose ranks PEFT
-            needs as they are (PiSSA, OLoRA, LoftQ).
+        StructLoRAError: a share or a rank out of range, or an adapter that adds nothing.
     """
     refuse_rank(saved, max_rank)
     found = _worth(saved, information)
-    _refuse_nothing(found.carried, found.acts_on)
+    _refuse_nothing(found.carried)
     flat = _flat(found.worth)
     allowed = torch.ones_like(flat, dtype=torch.bool)
     if max_rank is not None:
@@ -159,10 +147,7 @@ def select(
     chosen = {m: part.view_as(found.worth[m]) for m, part in zip(found.worth, parts, strict=True)}
     for module, values in found.ungated.items():
         chosen[module] = _best_of_each(values, max_rank or values.shape[1])
-    kept, spared = _kept(saved, chosen, found.worth)
-    carried = _flat(found.carried)
-    share = float(carried[mask].sum() / carried.sum())
-    return Pruned(saved.lora, found.tensors, kept, one_rank, spared, share, found.measure)
+    return found.pruned(saved, _at_least_one(saved, chosen, found.worth), one_rank)
 
 
 def shrink(saved: Saved, rank: int) -> Pruned:
@@ -174,58 +159,53 @@ def shrink(saved: Saved, rank: int) -> Pruned:
         rank (`int`): of every module; narrower ones, and those of a smaller rank, are filled with zeros.
 
     Raises:
-        StructLoRAError: a rank above the adapter's, an adapter that adds nothing, or one whose ranks PEFT
-            needs as they are (PiSSA, OLoRA, LoftQ).
+        StructLoRAError: a rank above the adapter's, or an adapter that adds nothing.
     """
     refuse_rank(saved, rank)
     found = _worth(saved)
-    _refuse_nothing(found.carried, found.acts_on)
-    kept, shares = {}, []
-    for module, values in (found.carried | found.ungated).items():
-        mask = _best_of_each(values, rank)
-        kept[module] = [row.nonzero().flatten().tolist() for row in mask]
-        if module in found.carried and values.any():
-            shares.append(float(values[mask].sum() / values.sum()))
-    share, measure = sum(shares) / len(shares), f"{found.measure}, mean over modules"
-    return Pruned(saved.lora, found.tensors, kept, one_rank=True, share=share, measure=measure)
+    _refuse_nothing(found.carried)
+    kept = {module: _best_of_each(x, rank) for module, x in (found.carried | found.ungated).items()}
+    return found.pruned(saved, kept, one_rank=True)
 
 
 class _Worth(NamedTuple):
     """What directions are chosen by.
 
     `tensors` are of the adapter's file, in the basis of the directions; of module -> (E or 1, r), `worth` orders
-    directions over the model and `carried` is summed over those kept; `measure` names it, and `acts_on` what a
-    direction without worth does not change. `ungated` are the squared singular values of modules that have no gates
-    where others have.
+    directions over the model and `carried` is summed over those kept; `measure` names it. `ungated` are the squared
+    singular values of modules that have no gates where others have.
     """
 
     tensors: dict[str, Tensor]
     worth: dict[str, Tensor]
     carried: dict[str, Tensor]
     measure: str
-    acts_on: str = "the model"
     ungated: dict[str, Tensor] = {}  # noqa: RUF012 - of a tuple, never written to
+
+    def pruned(self, saved: Saved, kept: dict[str, Tensor], one_rank: bool) -> Pruned:
+        carried = sum(values[kept[module]].sum() for module, values in self.carried.items())
+        share = float(carried / sum(values.sum() for values in self.carried.values()))
+        return Pruned(saved.lora, self.tensors, kept, one_rank, share, self.measure)
 
 
 def _worth(saved: Saved, information: dict[str, Tensor] | None = None) -> _Worth:
     tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
     energy = {module: values.double().square() for module, values in sigma.items()}
     if information:
-        worth = {module: information[module] for module in sigma}
-        return _Worth(tensors, worth, worth, "the information of the rows", "the loss on these rows")
+        return _Worth(tensors, information, information, "the information of the rows")
     if nats := saved.nats:
         names = factor_names(tensors)
         trained = {name: saved.tensors[name] for module in nats for name in names[module].values()}
         ungated = {module: values for module, values in energy.items() if module not in nats}
-        return _Worth(tensors | trained, nats, nats, "the nats of the gates", ungated=ungated)
+        return _Worth(tensors | trained, nats, nats, "the nats of the gates", ungated)
     return _Worth(tensors, _norm_left(energy), energy, Pruned.measure)
 
 
-def _refuse_nothing(worth: dict[str, Tensor], what: str = "the model") -> None:
+def _refuse_nothing(worth: dict[str, Tensor]) -> None:
     """Stop where no direction is worth anything, of module -> (E, r)."""
     if not any(values.any() for values in worth.values()):
         raise StructLoRAError(
-            f"an adapter none of whose directions changes {what}",
+            "an adapter none of whose directions changes the model, or its loss on the rows",
             "a trained adapter",
             "give a checkpoint of a later step, or other rows",
         )
@@ -239,11 +219,8 @@ def refuse_rank(saved: Saved, rank: int | None) -> None:
     """
     largest = max(rank_of(saved.lora, module) for module in factor_names(saved.tensors))
     if rank is not None and not 1 <= rank <= largest:
-        raise StructLoRAError(
-            f"a rank of {rank} for an adapter of rank {largest}",
-            f"a smaller one, from 1 to {largest}",
-            f"try {max(1, largest // 2)}",
-        )
+        expected = f"one from 1 to {largest}"
+        raise StructLoRAError(f"a rank of {rank} for an adapter of rank {largest}", expected, "correct it")
 
 
 def _norm_left(energy: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -270,20 +247,15 @@ def _best_of_each(worth: Tensor, count: int) -> Tensor:
     return torch.zeros_like(worth, dtype=torch.bool).scatter_(1, places, True)
 
 
-def _kept(
-    saved: Saved, chosen: dict[str, Tensor], worth: dict[str, Tensor]
-) -> tuple[dict[str, list[list[int]]], list[str]]:
-    """Directions chosen, (E or 1, r) of bool by module, as lists; and modules that keep their best one all the same."""
+def _at_least_one(saved: Saved, chosen: dict[str, Tensor], worth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Directions chosen, (E or 1, r) of bool by module; of modules that PEFT cannot leave out, at least the best one."""
     # More than two factors of each module: DoRA's magnitude, a bias.
     more = any(".lora_" in name and not LORA_NAME.match(name) for name in saved.tensors)
     has_more = saved.lora.bias != "none" or more
-    kept, spared = {}, []
     for module, mask in chosen.items():
-        kept[module] = [row.nonzero().flatten().tolist() for row in mask]
-        if not any(kept[module]) and (has_more or shares_pattern(saved.lora, module, chosen)):
-            kept[module][0] = [int(worth[module][0].argmax())]
-            spared.append(module)
-    return kept, spared
+        if not mask.any() and (has_more or shares_pattern(saved.lora, module, chosen)):
+            mask[0, worth[module][0].to(torch.float64).argmax()] = True
+    return chosen
 
 
 def size_curve(saved: Saved, count: int = 64) -> tuple[str, list[tuple[float, float]]]:

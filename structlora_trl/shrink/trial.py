@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,22 +12,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .base_model import base_is_beneath, in_dtype, load_base, on_base, put, with_base, write_adapter
+from .base_model import base_is_beneath, load_base, on_base, put, with_base
 from .distilling import Distilled, distil
-from .export_options import NO_PROBE
 from .load_adapter import Saved
-from .measuring import (
-    Change,
-    Losses,
-    Outputs,
-    Probe,
-    Scaled,
-    change_of,
-    choose_scale,
-    gate_information,
-    outputs_of,
-    text_probe,
-)
+from .measuring import Losses, Scaled, choose_scale, gate_information, mean_loss
 from .peft_scaling import rank_of, with_singular_directions
 from .pruning import Pruned, select, shrink
 from .rows import Rows, read_rows
@@ -39,97 +26,82 @@ _SHARES = [2.0**-i for i in reversed(range(7))]  # sizes at which the loss is me
 
 class Trial:
     """The base model with the adapter on it, loaded when it is first asked for: what directions are worth on
-    some rows, and what smaller ones do to the output.
+    some rows, and what smaller ones do to the loss.
 
     Smaller adapters take the place of the whole one's factors in the one model, with zeros for what they lack.
 
     Args:
         saved (`Saved`): the adapter, as it loads onto its base model (`with_base`).
         base_name, revision (`str`, *optional*): of the base model.
-        rows (`Rows`, *optional*): what the loss is measured on. Where they choose or teach, the next 64 after the first.
-        probe (`str`): what the change of the output is measured on where there are no rows.
-        scratch (`Path`): a folder for files that nobody keeps.
-        is_chosen (`bool`): whether rows choose directions, or teach: the loss is of others then, and directions
+        rows (`Rows`, *optional*): to measure on; without any, nothing is.
+        is_chosen (`bool`): True if rows choose directions, or teach: the loss is of others then, and directions
             are the singular ones of each update.
 
     Attributes:
         whole (`dict[str, Tensor]`): the adapter's file, in these directions.
+        measured (`list[dict[str, Tensor]]`): rows that the loss is of, and `measured_on` a name for them.
     """
 
     def __init__(
-        self,
-        saved: Saved,
-        base_name: str | None,
-        revision: str | None,
-        rows: Rows | None,
-        probe: str,
-        scratch: Path,
-        is_chosen: bool,
+        self, saved: Saved, base_name: str | None, revision: str | None, rows: Rows | None, is_chosen: bool
     ):
-        self._saved, self._base = saved, (base_name, revision)
-        self._rows, self._named, self._scratch, self._is_chosen = rows, probe, scratch, is_chosen
+        self._saved, self._base, self.rows = saved, (base_name, revision), rows
         self.whole = with_singular_directions(saved.lora, saved.tensors)[0] if is_chosen else saved.tensors
-        self._probe: Probe | None = None
-        self._before: Outputs | None = None
-        self._alone: float | None = None
+        self.measured, self.measured_on = rows.rows if rows else [], ""
+        if rows:
+            others = rows.rows[TELL : 2 * TELL] if is_chosen else []
+            self.measured = others or rows.rows
+            which = "other " if others else "the same " if is_chosen else ""
+            self.measured_on = f"{len(self.measured)} {which}rows"
 
     @cached_property
     def model(self) -> PeftModel:
         """The whole adapter on its base model."""
-        folder = self._scratch / "whole"
-        write_adapter(folder, self._saved.lora, self.whole)
         name, revision = self._base
         place = "auto" if torch.accelerator.is_available() else None
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # of weights that no file holds: the same ones each time
-            base = load_base(name, self._saved.lora, self._saved.tensors, revision, device_map=place)
-        if self._rows is None:
-            self._probe = text_probe(base, name, revision, self._named, self._saved.lora)
-        else:
-            self._probe = _held_out(self._rows, self._is_chosen)
-        model = on_base(base, folder)
+        base = load_base(name, self._saved.lora, self._saved.tensors, revision, device_map=place)
+        model = on_base(base, self._saved.lora, self.whole)
         put(model, self.whole)  # which looks at the names, too
         return model
 
     @cached_property
     def information(self) -> dict[str, Tensor] | None:
         """`gate_information` of the whole adapter; None without rows."""
-        return None if self._rows is None else gate_information(self.model, self._rows.rows[:TELL])
+        return gate_information(self.model, self.rows.rows[:TELL]) if self.rows else None
 
-    def distilled(self, small: dict[str, Tensor], steps: int) -> tuple[dict[str, Tensor], Distilled]:
-        """`small`, of the whole one's shapes, after `distil` on rows that the loss is not measured on."""
-        rows = self._rows.rows
+    def distilled(self, small: dict[str, Tensor], steps: int) -> Distilled:
+        """`distil` an adapter of the whole one's shapes, on rows that the loss is not measured on."""
+        rows = self.rows.rows
         learned = [*rows[:TELL], *rows[2 * TELL :]] if len(rows) > TELL else rows
-        found = distil(self.model, self.whole, small, learned, steps)
-        return found.tensors, found
+        return distil(self.model, self.whole, small, learned, steps)
 
     def scaled(self, tensors: dict[str, Tensor]) -> Scaled:
-        """What `choose_scale` finds for an adapter of the whole one's shapes."""
-        return choose_scale(self.model, tensors, self._probe)  # the model's loading makes the probe
+        """`choose_scale` for an adapter of the whole one's shapes."""
+        return choose_scale(self.model, tensors, self.measured, self.measured_on)
 
-    def change(
-        self, cut: dict[str, Tensor], taught: dict[str, Tensor] | None, dtype: str | None
-    ) -> Change | None:
-        """What a smaller adapter does, as its file will have it; None where nothing is measured."""
-        if self._rows is None and self._named == NO_PROBE:
+    def loss(self, tensors: dict[str, Tensor]) -> float | None:
+        """Mean loss with an adapter of the whole one's shapes; None without labels."""
+        put(self.model, tensors)
+        return mean_loss(self.model, self.measured)
+
+    @cached_property
+    def base_loss(self) -> float | None:
+        """Mean loss of the base model alone, where it can be had from the loaded one."""
+        if not base_is_beneath(self._saved.lora):
             return None
-        model = self.model
-        if self._before is None:
-            put(model, self.whole)
-            self._before = outputs_of(model, self._probe.rows)
-            if self._before.loss is not None and base_is_beneath(self._saved.lora):
-                with model.disable_adapter():
-                    self._alone = outputs_of(model, self._probe.rows).loss
-        found = []
-        for tensors in (cut, taught):
-            if tensors is not None:
-                put(model, in_dtype(tensors, dtype))
-                found.append(outputs_of(model, self._probe.rows))
-        losses = None
-        if self._before.loss is not None:
-            at_cut = found[0].loss if len(found) > 1 else None
-            losses = Losses(self._alone, self._before.loss, found[-1].loss, at_cut)
-        return change_of(self._probe.name, self._before, found[-1], losses)
+        with self.model.disable_adapter():
+            return mean_loss(self.model, self.measured)
+
+    @cached_property
+    def _whole_loss(self) -> float | None:
+        return self.loss(self.whole)
+
+    def losses(self, final: dict[str, Tensor], cut: dict[str, Tensor] | None) -> Losses | None:
+        """Losses of a smaller adapter, and of the same before it was taught or scaled; None without rows or labels."""
+        if self.rows is None or self._whole_loss is None:
+            return None
+        before = None if cut is None else self.loss(cut)
+        return Losses(self.base_loss, self._whole_loss, self.loss(final), before, self.measured_on)
 
 
 class SizeCurve(NamedTuple):
@@ -158,19 +130,16 @@ def information_curves(
     """
     saved, base_name, revision = with_base(saved, base)
     rows = read_rows(data, saved, base_name, revision, 2 * TELL, split)
-    with tempfile.TemporaryDirectory() as scratch:
-        trial = Trial(saved, base_name, revision, rows, NO_PROBE, Path(scratch), is_chosen=True)
-        information = trial.information
-    measured, directions = _held_out(rows, is_chosen=True).rows, sum(x.numel() for x in information.values())
+    trial = Trial(saved, base_name, revision, rows, is_chosen=True)
+    information = trial.information
+    directions = sum(x.numel() for x in information.values())
     largest = max(rank_of(saved.lora, module) for module in information)
+    ranks = sorted({max(1, round(share * largest)) for share in _SHARES})
     ungated = replace(saved, openness=None)
     orders = {
         "most information": (partial(select, ungated, information=information), _SHARES),
         "norm": (partial(select, ungated), _SHARES),
-        "one rank for all modules": (
-            partial(shrink, ungated),
-            sorted({max(1, round(share * largest)) for share in _SHARES}),
-        ),
+        "one rank for all modules": (partial(shrink, ungated), ranks),
     }
     if saved.openness:
         orders["openness"] = (partial(select, saved), _SHARES)
@@ -179,28 +148,14 @@ def information_curves(
         for size in sizes:
             pruned = make(size)
             share = pruned.count / directions
-            put(trial.model, pruned.masked())
-            losses[name].append((share, outputs_of(trial.model, measured).loss))
+            losses[name].append((share, trial.loss(pruned.masked())))
             if name != "openness":
                 carried.setdefault(name, [(0.0, 0.0)]).append((share, _carried(pruned, information)))
-    levels = {}
-    if base_is_beneath(saved.lora):
-        with trial.model.disable_adapter():
-            levels["base model"] = outputs_of(trial.model, measured).loss
+    levels = {} if trial.base_loss is None else {"base model": trial.base_loss}
     return [SizeCurve("share of the information", carried), SizeCurve("loss", losses, levels)]
 
 
 def _carried(pruned: Pruned, information: dict[str, Tensor]) -> float:
     """Which share of the information the directions kept carry."""
-    kept = (information[m][e, d].sum() for m, experts in pruned.kept.items() for e, d in enumerate(experts))
-    return float(sum(kept) / sum(x.sum() for x in information.values()))
-
-
-def _held_out(rows: Rows, is_chosen: bool) -> Probe:
-    """The rows to measure the loss on: others than those that chose directions."""
-    if not is_chosen:
-        return Probe(rows.rows, f"{len(rows.rows)} rows")
-    others = rows.rows[TELL : 2 * TELL]
-    if others:
-        return Probe(others, f"{len(others)} other rows")
-    return Probe(rows.rows, f"the same {len(rows.rows)} rows")
+    kept = sum(information[module][mask].sum() for module, mask in pruned.kept.items())
+    return float(kept / sum(x.sum() for x in information.values()))

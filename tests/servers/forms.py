@@ -43,11 +43,11 @@ FORMS = {
     "for-vllm": ("patterns", {"server": "vllm"}),
     "for-llamacpp": ("patterns", {"server": "llamacpp", "dtype": "bfloat16"}),
     "scaled": ("plain", {"scale": 0.7}),
-    "pruned": ("closed", {"prune": True, "probe": "none"}),
-    "pruned-for-lorax": ("closed", {"prune": True, "probe": "none", "server": "lorax"}),
+    "pruned": ("closed", {"prune": True}),
+    "pruned-for-lorax": ("closed", {"prune": True, "server": "lorax"}),
     "for-lorax": ("patterns", {"server": "lorax"}),
     "with-embeddings": ("embeddings", {"server": "vllm"}),
-    "bfloat16": ("plain", {"rank": 8, "probe": "none", "dtype": "bfloat16"}),
+    "bfloat16": ("plain", {"rank": 8, "dtype": "bfloat16"}),
 }
 
 

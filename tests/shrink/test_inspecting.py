@@ -127,7 +127,7 @@ def test_inspect_prints_a_row_for_each_module(runs, plain_adapter, capsys):
 def test_another_adapter_is_shown_beside_the_first(runs, tmp_path, capsys):
     """Modules that the other one lacks show as '-'."""
     small = str(tmp_path / "small")
-    assert main(["export", str(runs()), small, "--keep", "0.25", "--probe", "none"]) == 0
+    assert main(["export", str(runs()), small, "--keep", "0.25", "--data", "none"]) == 0
     ranks = {d["module"]: d["rank"] for kind in inspected(capsys, small)["kinds"] for d in kind["depths"]}
     assert main(["inspect", str(runs()), "--against", small]) == 0
     printed = capsys.readouterr().out

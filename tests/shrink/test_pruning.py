@@ -123,7 +123,7 @@ def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapt
             torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
         # What is measured is what PEFT loads, on the same rows, one at a time.
         expected = [loss, row_losses(saved, out, rows)]
-        assert done.change.losses[1:3] == pytest.approx(expected, abs=1e-5)
+        assert done.losses[1:3] == pytest.approx(expected, abs=1e-5)
         if what == "rank":
             config = json.loads((out / CONFIG).read_text())
             assert config["r"] == value and not config["rank_pattern"] and not config["alpha_pattern"]
@@ -131,10 +131,11 @@ def test_all_directions_are_the_same_adapter_and_fewer_a_smaller_one(name, adapt
             assert factors <= load_file(out / ADAPTER).keys()
             continue
         if value == 1:
-            assert done.change.largest < 1e-5 and done.pruned.share == pytest.approx(1)
-        sizes[value] = done.sizes[0].after
-        assert sizes[value] == sum(len(kept) for experts in done.pruned.kept.values() for kept in experts)
-        assert 0 <= sizes[value] - round(value * sizes[1.0]) <= len(done.pruned.spared)
+            assert done.pruned.share == pytest.approx(1)
+        sizes[value] = done.after.directions
+        assert sizes[value] == sum(int(mask.sum()) for mask in done.pruned.kept.values())
+        # Modules that PEFT cannot leave out keep one.
+        assert 0 <= sizes[value] - round(value * sizes[1.0]) <= len(done.pruned.kept) // 2
 
 
 def row_losses(saved, folder, rows) -> float:
@@ -202,7 +203,7 @@ def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted
     assert main(["export", str(planted / "out"), str(tmp_path / "task"), "--keep", keep, *data]) == 0
     printed = capsys.readouterr().out
     assert main(["export", str(planted / "out"), str(tmp_path / "norm"), "--keep", "0.25"]) == 0
-    assert "With" not in printed and "with --data" in capsys.readouterr().out
+    assert "the updates' squared norm" in capsys.readouterr().out
     before, task, norm = (
         logits_of(on_base(f, planted / "base"), "llama") for f in (planted / "out", *tmp_path.glob("*"))
     )
@@ -213,15 +214,9 @@ def test_data_keeps_what_matters_and_singular_values_what_is_large(keep, planted
     assert (before - bare).abs().max() > 1e-3
     torch.testing.assert_close(norm, bare, atol=1e-5, rtol=0)
     # One direction of four in each of three modules, on 24 rows that tell and are measured.
+    small = load_file(tmp_path / "task" / ADAPTER)
+    assert [len(x) for name, x in small.items() if "lora_A" in name] == [1, 1, 1]
     lines = [line.split() for line in printed.splitlines()]
-    assert next(line for line in lines if line[:2] == ["directions", "of"])[3:] == [
-        "12",
-        "3",
-        "25.0%",
-        "1",
-        "1",
-        "1",
-    ]
     alone, before, after = (
         next(line for line in lines if line[:1] == [name]) for name in ("base", "the", "task")
     )
@@ -240,22 +235,21 @@ def test_a_share_of_the_information_is_carried_by_the_fewest(adapter):
     values = torch.cat([x.flatten() for x in information.values()]).sort(descending=True).values
     for keep in ("50%", "99%"):
         pruned = select(saved, keep, information)
-        count = sum(len(rows[0]) for rows in pruned.kept.values())
         share = float(keep[:-1]) / 100
-        assert values[:count].sum() >= share * values.sum() * (1 - 1e-6) and pruned.share == pytest.approx(
-            float(values[:count].sum() / values.sum()), rel=1e-5
-        )
-        assert values[: count - 1].sum() < share * values.sum()
+        assert values[: pruned.count].sum() >= share * values.sum() * (1 - 1e-6)
+        assert values[: pruned.count - 1].sum() < share * values.sum()
+        assert pruned.share == pytest.approx(float(values[: pruned.count].sum() / values.sum()), rel=1e-5)
     assert {*pruned.kept} == {*sigma}
     # What is kept is a part of the update: its singular values, and no others.
     pruned = select(saved, 0.3, information)
+    lora, tensors = pruned.written()
     for module, (kept,) in pruned.kept.items():
         names = [f"{module}.lora_{side}.weight" for side in "AB"]
-        if kept:
-            A, B = (pruned.tensors[name].double() for name in names)
-            found = torch.linalg.svdvals(B @ A)[: len(kept)] * pruned.lora.lora_alpha / pruned.lora.r
+        assert (module in pruned.empty) == (not kept.any()) == (names[0] not in tensors)
+        if kept.any():
+            A, B = (tensors[name].double() for name in names)
+            found = torch.linalg.svdvals(B @ A)[: int(kept.sum())] * lora.lora_alpha / lora.r
             torch.testing.assert_close(found, sigma[module][0, kept], atol=1e-6, rtol=1e-5)
-        assert (module in pruned.left_out) == (not kept) == (names[0] not in pruned.tensors)
 
 
 def test_without_rows_one_share_of_each_update_is_kept(adapter):
@@ -272,25 +266,25 @@ def test_without_rows_one_share_of_each_update_is_kept(adapter):
     directions = sum(x.numel() for x in sigma.values())
     largest = {module: float(x[0, 0]) for module, x in sigma.items()}
     for keep in (0.25, 0.5, 0.75, 1.0, "60%", "95%"):
-        found = {module: kept for module, (kept,) in select(saved, keep).kept.items()}
-        counts = {module: len(kept) for module, kept in found.items()}
-        assert found == {module: [*range(count)] for module, count in counts.items()}
+        found = select(saved, keep).kept
+        counts = {module: int(mask.sum()) for module, mask in found.items()}
+        assert all(mask[0, : counts[module]].all() for module, mask in found.items())
         without = max(held[module][count - 1] for module, count in counts.items())
         least = min(held[module][count] for module, count in counts.items())
         if isinstance(keep, str):
             assert without < float(keep[:-1]) / 100 <= least
         else:
             assert sum(counts.values()) == round(keep * directions) and without <= least
-        assert {module: kept for module, (kept,) in select(larger, keep).kept.items()} == found
+        assert all(torch.equal(mask, found[module]) for module, mask in select(larger, keep).kept.items())
     # Fewer than there are modules: those of the largest singular value.
     few = select(saved, 2 / directions).kept
-    assert {m for m, (kept,) in few.items() if kept} == {*sorted(largest, key=largest.get)[-2:]}
+    assert {m for m, mask in few.items() if mask.any()} == {*sorted(largest, key=largest.get)[-2:]}
 
 
 def test_one_rank_of_a_selection_is_the_same_update(planted, tmp_path):
     saved = read_saved(planted / "out")
     for name, server in (("ranks", None), ("one", "llamacpp")):
-        export(saved, tmp_path / name, keep=0.4, server=server, probe="none")
+        export(saved, tmp_path / name, keep=0.4, server=server)
     config = json.loads((tmp_path / "one" / CONFIG).read_text())
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     found = [logits_of(on_base(tmp_path / name, planted / "base"), "llama") for name in ("ranks", "one")]
@@ -305,10 +299,8 @@ def test_a_run_of_structlora_is_selected_from_too(variant, runs, tmp_path):
     before, after = (
         logits_of(on_base(folder, base), "llama") for folder in (runs(variant), tmp_path / "small")
     )
-    assert (
-        done.sizes[0].after < 0.6 * done.sizes[0].before
-        and done.change.losses.after < done.change.losses.before + 0.2
-    )
+    assert done.after.directions < 0.6 * done.before.directions
+    assert done.losses.after < done.losses.before + 0.2
     assert 0 < (after - before).abs().max() < 1
 
 
@@ -378,16 +370,11 @@ def test_texts_are_no_examples_of_a_classifier(adapter, planted, tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-def test_random_text_calls_an_adapter_that_waits_for_its_invocation(adapter, tmp_path):
-    saved, _ = adapter("from an invocation on")
-    assert export(saved, tmp_path / "small", keep=0.1).change.largest > 1e-4
-
-
 def test_a_file_of_other_names_than_the_model_is_refused(adapter, tmp_path):
     """PEFT renames the modules of adapters that older versions of transformers wrote, when it loads them."""
     saved, _ = adapter("plain")
     saved.tensors = {name.replace("model.layers", "decoder.layers"): x for name, x in saved.tensors.items()}
-    with pytest.raises(StructLoRAError, match="decoder.layers.*save_pretrained"):
+    with pytest.raises(StructLoRAError, match="decoder.layers.*save the adapter again"):
         export(saved, tmp_path / "small", keep=0.5, data=rows_of("llama"))
 
 
@@ -411,7 +398,7 @@ def test_the_parts_of_torchs_attention_have_one_rank(tmp_path):
     saved = read_saved(tmp_path / "out")
     x, found = torch.randn(2, 3, 16), {}
     for keep in (1.0, 0.5, 1 / (2 * RANK)):
-        export(saved, tmp_path / f"{keep}", keep=keep, probe="none")
+        export(saved, tmp_path / f"{keep}", keep=keep)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"{keep}").eval()
         found[keep] = loaded(x)
     torch.testing.assert_close(found[1.0], model.eval()(x), atol=1e-5, rtol=1e-5)
@@ -432,7 +419,7 @@ def test_modules_of_smaller_ranks_have_nothing_to_drop_either(tmp_path):
     model = as_it_is("llama")(tmp_path / "base")
     lora = {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}}
     saved = read_saved(peft_run(model, tmp_path / "out", FAMILIES["llama"].batch, **lora))
-    assert export(saved, tmp_path / "same", prune=True, probe="none").pruned is None
+    assert export(saved, tmp_path / "same", prune=True).pruned is None
 
 
 def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
@@ -442,13 +429,3 @@ def test_an_adapter_that_adds_nothing_has_nothing_to_keep(tmp_path):
     )
     with pytest.raises(StructLoRAError, match="none of whose directions"):
         select(read_saved(tmp_path / "out"), 0.5)
-
-
-def test_base_weights_in_the_directions_keep_their_ranks(tmp_path):
-    """PEFT takes PiSSA's part out of the base model by rank: a smaller one would be another model."""
-    model = as_it_is("llama")(tmp_path / "base")
-    out = peft_run(
-        model, tmp_path / "out", FAMILIES["llama"].batch, target_modules=["q_proj"], init_lora_weights="pissa"
-    )
-    with pytest.raises(StructLoRAError, match="pissa"):
-        export(read_saved(out), tmp_path / "small", keep=0.5)

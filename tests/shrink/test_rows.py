@@ -219,7 +219,7 @@ def test_lists_of_numbers_are_inputs_of_one_example(saved, tmp_path):
     tensors = [{"input_ids": row, "labels": row} for row in ids]
     for data in (given, Dataset.from_list(given), Dataset.from_list(given).with_format("torch"), tensors):
         assert torch.equal(torch.cat([row["input_ids"] for row in read(saved, data).rows]), ids)
-    assert export(saved, tmp_path / "small", rank=2, data=given).change.losses.before > 0
+    assert export(saved, tmp_path / "small", rank=2, data=given).losses.before > 0
     unread = [{"input_ids": [1, 2], "labels": [5, -100]}]  # the first token is predicted from nothing
     with pytest.raises(StructLoRAError, match="a loss of nan"):
         export(saved, tmp_path / "refused", rank=2, data=unread)
@@ -243,7 +243,7 @@ def test_rows_are_no_longer_than_the_tokenizer_says(tmp_path):
     of_base.save_pretrained(saved.lora.base_model_name_or_path)
     rows = [{"text": "w1 " * 100, "label": 0}, {"text": "w1 w2", "label": 1}]
     found = export(saved, tmp_path / "small", rank=1, data=rows)
-    assert found.rows.left_out == {"shortened": 1} and found.change.losses.after > 0
+    assert found.rows.left_out == {"shortened": 1} and found.losses.after > 0
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
@@ -281,7 +281,7 @@ def test_an_encoder_reads_the_prompt_whatever_the_task_is_called(task, tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(saved.lora.base_model_name_or_path)
     assert export(
         saved, tmp_path / "small", rank=1, data=[{"prompt": "w1 w2", "completion": "w3"}]
-    ).change.losses.base == (
+    ).losses.base == (
         pytest.approx(
             float(model.eval()(**read(saved, [{"prompt": "w1 w2", "completion": "w3"}]).rows[0]).loss),
             abs=1e-5,
@@ -297,7 +297,7 @@ def test_a_classifier_takes_texts_with_labels(tmp_path):
     assert [row["labels"].tolist() for row in read(saved, rows).rows] == [[0], [1], [0], [1]]
     tensors = Dataset.from_list(rows).with_format("torch")
     assert [row["labels"].tolist() for row in read(saved, tensors).rows] == [[0], [1], [0], [1]]
-    assert export(saved, tmp_path / "small", keep=0.5, data=rows).change.losses.after > 0
+    assert export(saved, tmp_path / "small", keep=0.5, data=rows).losses.after > 0
     # An empty cell anywhere makes a column of decimal numbers.
     assert [row["labels"].dtype for row in read(saved, [{**rows[0], "label": 1.0}]).rows] == [torch.int64]
     for label, words in ((None, r"nothing \(null\)"), ("good", r"'good' \(str\)"), (0.5, r"0.5 \(float\)")):

@@ -37,8 +37,7 @@ def test_a_scale_is_chosen_where_it_helps_rows_that_did_not_choose(case, monkeyp
         measuring, "_loss_of", lambda model, row: loss(float(model["m.lora_B.weight"]), row["number"])
     )
     tensors = {"m.lora_A.weight": torch.ones(1), "m.lora_B.weight": torch.ones((), dtype=torch.float64)}
-    probe = measuring.Probe([{"number": i} for i in range(count)], "some rows")
-    found = measuring.choose_scale({}, tensors, probe)
+    found = measuring.choose_scale({}, tensors, [{"number": i} for i in range(count)], "some rows")
     assert found.scale == expected
     assert found.before == pytest.approx(sum(loss(1.0, i) for i in range(count)) / count)
     assert (found.after < found.before) == (expected < 1)
@@ -80,8 +79,8 @@ def test_the_scale_is_in_the_file_and_lowers_the_loss_in_plain_peft(case, adapte
     before, after = (row_losses(saved, tmp_path / folder, rows) for folder in ("whole", "scaled"))
     assert done.scaled.scale < 1 and after < before
     assert done.scaled.before == pytest.approx(before, rel=1e-4)
-    if done.change:
-        assert done.change.losses.after == pytest.approx(after, rel=1e-4)
+    if done.losses:
+        assert done.losses.after == pytest.approx(after, rel=1e-4)
     whole, less = (load_file(tmp_path / folder / ADAPTER) for folder in ("whole", "scaled"))
     assert whole.keys() == less.keys()
     for tensor, value in whole.items():
@@ -94,32 +93,16 @@ def test_the_command_tells_what_it_did(adapter, tmp_path, capsys):  # noqa: F811
     rows = against(saved, rows_of(family))
     write_rows(tmp_path / "rows.jsonl", [{name: x[0].tolist() for name, x in row.items()} for row in rows])
     told = {
-        ("auto", "--data", str(tmp_path / "rows.jsonl")): "the update is multiplied by 0.3: loss of 4 rows",
+        ("auto", "--data", str(tmp_path / "rows.jsonl")): "the update is multiplied by 0.3.",
         ("0.5",): "the update is multiplied by 0.5.",
     }
     for number, (given, words) in enumerate(told.items()):
         assert main(["export", str(saved.folder), str(tmp_path / f"{number}"), "--scale", *given]) == 0
         assert words in capsys.readouterr().out
-    given = ["--scale", "0.5", "--data", str(tmp_path / "rows.jsonl")]
-    assert main(["export", str(saved.folder), str(tmp_path / "new"), *given]) == 1
-    assert "scale='auto'" in capsys.readouterr().err
 
 
-# What is wrong -> (adapter, options, words)
-MISTAKES = {
-    "no rows": ("plain", {"scale": "auto"}, "'auto' without rows"),
-    "nothing": ("plain", {"scale": 0}, "`scale` 0"),
-    "no number": ("plain", {"scale": float("nan")}, "`scale` nan"),
-    "another word": ("plain", {"scale": "half"}, "`scale` 'half'"),
-    "a number as text": ("plain", {"scale": "0.5"}, "`scale` '0.5'"),
-    "biases, which PEFT scales": ("biases", {"scale": 0.5}, "`lora_bias`"),
-    "magnitudes": ("dora", {"scale": 0.5}, "DoRA's magnitudes"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_gets_a_message(mistake, adapter, tmp_path):  # noqa: F811
-    name, options, words = MISTAKES[mistake]
+@pytest.mark.parametrize("name, words", [("biases", "`lora_bias`"), ("dora", "DoRA's magnitudes")])
+def test_updates_that_lora_B_does_not_scale_are_refused(name, words, adapter, tmp_path):  # noqa: F811
     with pytest.raises(StructLoRAError, match=words):
-        export(adapter(name)[0], tmp_path / "new", **options)
+        export(adapter(name)[0], tmp_path / "new", scale=0.5)
     assert not (tmp_path / "new").exists()

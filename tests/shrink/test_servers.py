@@ -38,15 +38,15 @@ ADAPTERS = {
     "scales": ({"alpha_pattern": {"q_proj": 2}}, set(), set(), "scales differ"),
     "DoRA": ({"use_dora": True}, set(), EVERY, "DoRA"),
     "a head": ({"modules_to_save": ["lm_head"]}, set(), EVERY, "`modules_to_save`"),
-    "biases": ({"lora_bias": True}, set(), EVERY, "serve it with PEFT: `lora_bias` can be merged"),
+    "biases": ({"lora_bias": True}, set(), EVERY, "biases"),
     "PiSSA": ({"init_lora_weights": "pissa"}, set(), EVERY, "base weights"),
     "some layers": (
         {"exclude_modules": ["layers.1.self_attn.q_proj"]},
         EVERY - {LORAX},
         {LORAX},
-        "q_proj in some layers",
+        "in some layers alone",
     ),
-    "the first layers": ({"layers_to_transform": [0, 1]}, EVERY - {LORAX}, {LORAX}, "q_proj, v_proj"),
+    "the first layers": ({"layers_to_transform": [0, 1]}, EVERY - {LORAX}, {LORAX}, "in some layers alone"),
     "the last layers": (
         {"exclude_modules": r".*layers\.0\..*"},
         EVERY - {LORAX},
@@ -72,7 +72,6 @@ ADAPTERS = {
         EVERY - {"llama.cpp"},
         "(`alora_invocation_tokens`): serve it with PEFT",
     ),
-    "a rank above vLLM's": ({"r": 520}, EVERY - {VLLM}, {VLLM}, "--rank 512` or less"),
 }
 
 
@@ -114,12 +113,6 @@ def test_each_server_is_told_of_and_written_for(name, tmp_path, capsys):
         )
 
 
-def test_without_the_base_models_configuration_chosen_layers_are_not_all(tmp_path):
-    saved = adapter(tmp_path, layers_to_transform=[0, 1])
-    saved.lora.base_model_name_or_path = "nowhere/to-be-found"
-    assert "q_proj, v_proj in some layers" in told(saved.lora, saved.tensors)[LORAX]
-
-
 def test_lora_on_a_shared_head_is_for_servers_that_keep_two(tmp_path):
     """llama.cpp loads no adapter of a head that it does not have, and ends at one of embeddings that are the head."""
     out = llama_run(tmp_path, {"tie_word_embeddings": True}, target_modules=["q_proj", "lm_head"])
@@ -141,29 +134,20 @@ def test_a_layer_of_t5_is_one_whatever_its_parts(tmp_path):
     assert told(saved.lora, saved.tensors)[LORAX].startswith("loads it")
 
 
-def test_a_high_rank_is_cut_for_a_server_that_takes_less(tmp_path):
-    """The way that the refusal names."""
-    saved = adapter(tmp_path, r=520)
-    export(saved, tmp_path / "served", rank=512, server="vllm", probe="none")
-    assert {len(x) for n, x in load_file(tmp_path / "served" / ADAPTER).items() if "lora_A" in n} == {512}
-
-
 def test_a_small_adapter_is_filled_up_for_a_server_of_one_rank(tmp_path):
     """Modules that keep nothing too: LoRAX would leave their type out of all layers."""
     saved = adapter(tmp_path)
-    done = export(saved, tmp_path / "small", keep=1 / 8, max_rank=2, server="lorax", probe="none")
+    done = export(saved, tmp_path / "small", keep=1 / 8, max_rank=2, server="lorax")
     tensors = load_file(tmp_path / "small" / ADAPTER)
-    largest = max(len(experts[0]) for experts in done.pruned.kept.values())
+    largest = max(int(mask.sum()) for mask in done.pruned.kept.values())
     assert {len(x) for n, x in tensors.items() if "lora_A" in n} == {largest} and largest <= 2
-    assert done.pruned.empty and not done.pruned.left_out and tensors.keys() == saved.tensors.keys()
-    assert f"{len(done.pruned.empty)} modules keep no direction and are in the file as zeros" in table(
-        saved, [done]
-    )
+    assert done.pruned.empty and tensors.keys() == saved.tensors.keys()
+    assert table([done]).splitlines()[-1].split()[:2] == ["small", str(largest)]
 
 
 def test_modules_of_one_name_are_one_kind_whatever_their_ranks(tmp_path, capsys):
     saved = adapter(tmp_path)
-    export(saved, tmp_path / "small", keep=0.4, probe="none")
+    export(saved, tmp_path / "small", keep=0.4)
     small = read_saved(tmp_path / "small")
     kinds = {kind.name: kind for kind in report(small)}
     assert kinds.keys() <= {kind.name for kind in report(saved)}
@@ -209,6 +193,6 @@ def test_numbers_of_eight_bits_are_refused_by_name(tmp_path):
 def test_names_in_patterns_stand_for_themselves(tmp_path):
     """`net.v.proj` as a pattern would be `net.v_proj` too."""
     saved = adapter(tmp_path)
-    export(saved, tmp_path / "small", keep=0.4, probe="none")
+    export(saved, tmp_path / "small", keep=0.4)
     patterns = json.loads((tmp_path / "small" / CONFIG).read_text())["rank_pattern"]
     assert patterns and all("\\." in key for key in patterns)
