@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..config import ENOUGH_INFORMATION, share_to_keep
 from ..errors import StructLoRAError, nearest, refuse_used
+from ..local_data import local_path
 from ..shrink.export_options import RANDOM, Options, Sizes, sizes_of
 from .arguments import parser_of
 from .early import ADAPTER_CONFIG, refuse_missing_model
-from .local_rows import is_local
 
 if TYPE_CHECKING:
     from ..shrink.export import Export
@@ -118,7 +118,7 @@ def run(command: str, arguments: list[str]) -> None:
     refuse_missing(given.checkpoint)
     refuse_used(given.out)
     if given.data is not None:
-        is_local(given.data)  # a file that is not there is told here
+        local_path(given.data)  # a file that is not there is told here
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments, and after a path that is wrong: these load torch and PEFT.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import refuse_unwritable, refuse_unwritable_file, writing
+from ..local_data import local_path
 from .arguments import parser_of
 from .early import refuse_missing_model
 from .export import in_words, refuse_missing
-from .local_rows import is_local
 
 if TYPE_CHECKING:
     from ..shrink.inspecting import KindReport
@@ -89,7 +89,7 @@ def run(command: str, arguments: list[str]) -> None:
     if given.plot:
         refuse_unwritable(given.plot)
     if given.data is not None:
-        is_local(given.data)  # a file that is not there is told here
+        local_path(given.data)  # a file that is not there is told here
     if given.base is not None:
         given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
