@@ -8,10 +8,11 @@ import shlex
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
 from ..errors import StructLoRAError, nearest, refusing
@@ -28,6 +29,7 @@ from .launch import launch
 from .main import INTERRUPTED
 
 
+@dataclass(eq=False)
 class _Around(TrainerCallback):
     """What a command says and does around TRL's script: where training begins, and beside its adapter.
 
@@ -38,17 +40,13 @@ class _Around(TrainerCallback):
         setting_up (`ExitStack`): turns other libraries' errors into ours; emptied when training begins.
     """
 
-    def __init__(
-        self,
-        given: Arguments,
-        callback: StructLoRACallback | None,
-        sources: list[str],
-        setting_up: ExitStack,
-    ):
-        self.given, self.callback, self._sources, self._setting_up = given, callback, sources, setting_up
+    given: Arguments
+    callback: StructLoRACallback | None
+    sources: list[str]
+    setting_up: ExitStack
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._setting_up.pop_all()
+        self.setting_up.pop_all()
         if self.given.overwrite and not args.resume_from_checkpoint and state.is_world_process_zero:
             # They would pass for this run's, and are of later steps than its first ones.
             for earlier in whole_checkpoints(Path(args.output_dir)):
@@ -56,14 +54,13 @@ class _Around(TrainerCallback):
         # Into every `trainer_state.json`: what the report page cannot know from adapter and log, and for
         # `structlora export`, which measures on the rows that the run held out.
         facts = {
-            "data": self._sources,
+            "data": self.sources,
             "learning_rate": args.learning_rate,
             "max_length": getattr(args, "max_length", None),
             "held_out": data.held_out(self.given.script, self.given.mixture, args),
         }
         state.stateful_callbacks[COMMAND_FACTS] = {"args": facts, "attributes": {}}
-        trainer, _ = compat.calling_trainer()
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        trainer, model = _calling()
         _refuse_absent_targets(model)
         if not state.is_world_process_zero:
             return
@@ -76,19 +73,22 @@ class _Around(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Before the script saves the adapter, and perhaps pushes the folder."""
         output = Path(args.output_dir)
-        if state.is_world_process_zero and self.callback is None:
-            trainer, _ = compat.calling_trainer()
-            model, following = trainer.accelerator.unwrap_model(trainer.model), [["inspect", str(output)]]
-            print(end_lines("LoRA", trainer, model, following), flush=True)
         if state.is_world_process_zero:
             output.mkdir(parents=True, exist_ok=True)
             state.save_to_json(str(output / TRAINER_STATE_NAME))
-            if self.callback is None:  # what a run of the other kind left there
-                (output / STATE_NAME).unlink(missing_ok=True)
+            if self.callback is None:
+                print(end_lines("LoRA", *_calling(), [["inspect", str(output)]]), flush=True)
+                (output / STATE_NAME).unlink(missing_ok=True)  # of a run of the other kind
             if self.callback is None or self.callback.runtime.is_off:
                 undescribe(output / CARD_NAME)
         if self.callback is not None and (self.callback.runtime.is_sharded or state.is_world_process_zero):
             save_state(self.callback.runtime, output)
+
+
+def _calling() -> tuple[Trainer, PeftModel]:
+    """Return the trainer that calls a callback, and its model."""
+    trainer, _ = compat.calling_trainer()
+    return trainer, trainer.accelerator.unwrap_model(trainer.model)
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -251,24 +251,24 @@ class _Reader:
             )
         example = {name: present[name] for name in used}
         refuse_cells(example, number, self._source)
-        # A number that `Dataset` has with a format, too. Read as KTO's trainer does: 0 and 1 are judgements.
-        label = np.asarray(row.get("label")).item()
-        if self._task == "SEQ_CLS" or ("completion" in example and label is not None):
-            is_class = self._task == "SEQ_CLS" and self._classes > 1
-            if not isinstance(label, Real) or (is_class and label != int(label)):
-                raise StructLoRAError(
-                    f"{label!r:.40} in row {number}, column `label`, of {self._source}",
-                    "the number of a class or a score, as in training; of completions true or false, 1 or 0",
-                    "correct the label",
-                )
-        if self._task == "SEQ_CLS":
-            if "text" not in example:
-                raise self._other_task()
+        is_classified = self._task == "SEQ_CLS"
+        if is_classified and not ("text" in example and "label" in row):
+            raise self._other_task()
+        if not is_classified and not ("completion" in example and "label" in present):
+            return self._tokens(example, present)
+        label = np.asarray(row["label"]).item()  # of a `Dataset` with a format, too
+        is_class = is_classified and self._classes > 1
+        if not isinstance(label, Real) or (is_class and label != int(label)):
+            raise StructLoRAError(
+                f"{label!r:.40} in row {number}, column `label`, of {self._source}",
+                "the number of a class or a score, as in training; of completions true or false, 1 or 0",
+                "correct the label",
+            )
+        if is_classified:
             labels = torch.tensor([label], dtype=torch.int64 if is_class else torch.float32, device="cpu")
             return {"input_ids": self._ids(example["text"]), "labels": labels}
-        if "completion" in example and label is not None and not label:
-            return _UNDESIRABLE
-        return self._tokens(example, present)
+        # Read as KTO's trainer does: 0 and 1 are judgements, too.
+        return self._tokens(example, present) if label else _UNDESIRABLE
 
     def _tokens(self, example: dict, row: dict) -> Row | str:
         if "chosen" in example:
