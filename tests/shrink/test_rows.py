@@ -139,8 +139,8 @@ MEANING = {
     ),
     "an empty one": ([{"text": "w1 w2"}, {"text": " "}], ["w1 w2 <eos>"], {"without a token to predict": 1}),
     "a long prompt": (
-        [{"prompt": "w1 " * 1500, "completion": "w3 w4"}, {"prompt": "w1 ", "completion": "w3 " * 1500}],
-        [" ".join(["w3"] * 1023)],
+        [{"prompt": "w1 " * 1500, "completion": "w3 w4"}, {"prompt": "w1 w2 ", "completion": "w3"}],
+        ["w3 <eos>"],
         {"without a token to predict": 1},
     ),
 }
