@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Iterable
 from dataclasses import fields
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..config import StructLoRAConfig
 from ..errors import StructLoRAError, refusing
-from ..yaml_block import PREFIX, read_over
-from .early import read_yaml, yaml_value
+from ..yaml_block import PREFIX
+from .early import add_own_arguments, read_own, read_yaml
 
 _DESCRIPTION = """Run TRL's script `{name}` with StructLoRA on its LoRA adapter.
 
@@ -75,59 +74,48 @@ def parse(name: str, script: ModuleType, arguments: list[str]) -> Arguments:
     from .launch import launch_parser, words_of
 
     parser, launcher = _training_parser(name, script), launch_parser()
-    own = _names(parser)
-    launchers = _names(launcher) - own
-    known = own | launchers
+    launchers = _names(launcher) - _names(parser)
     file_parser = argparse.ArgumentParser(parser.prog, parser.usage, add_help=False, allow_abbrev=False)
     file_parser.add_argument("--config")
     given, words = file_parser.parse_known_args(arguments)
+    # `--learning-rate` and `--no_packing` are words of a command line alone: TRL reads them in no file.
+    keys = {action.dest for action in parser._actions} | launchers | {"env"}
+    file = {} if given.config is None else read_yaml(given.config)
+    for key in file.keys() - keys:
+        raise StructLoRAError(
+            f"an unknown key `{key}` in {given.config}{_hint(str(key), keys)}",
+            "arguments that `--help` lists",
+            "correct or remove it",
+        )
+    known = _names(parser) | launchers
     for word in words:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:] not in known:
             parser.error(f"unknown argument {flag}{_hint(flag[2:], known)}")
-    # `--learning-rate` and `--no_packing` are words of a command line alone: TRL reads them in no file.
-    keys = {action.dest for action in parser._actions} | launchers | {"env"}
-    file = {} if given.config is None else _read_file(given.config, keys)
     os.environ.update({variable: str(value) for variable, value in (file.pop("env", None) or {}).items()})
     parser.set_defaults_with_config(**file)
-    with refusing(
-        "reading the arguments", f"values that `trl {name}` accepts", "correct the argument it names"
-    ):
-        try:
-            *theirs, ours, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-        except ValueError as error:
-            _refuse_without_gpu(error)
-            raise
+    remedy = "correct the argument it names; without a GPU, `use_cpu: true` trains tiny models on the CPU"
+    with refusing("reading the arguments", f"values that `trl {name}` accepts", remedy):
+        *theirs, ours, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     for_launcher = [*words_of({key: file[key] for key in launchers & file.keys()}, launcher), *rest]
     if for_launcher:
         stray = launcher.parse_args([*for_launcher, "."]).training_script
         if stray != ".":
             parser.error(f"unexpected {stray!r}; each value follows the --name of its argument")
-    options = {key: value for key, value in vars(ours).items() if key.startswith(PREFIX)}
-    return Arguments(read_over(ours.structlora, options), ours.overwrite, *theirs, for_launcher)
+    return Arguments(read_own(vars(ours)), ours.overwrite, *theirs, for_launcher)
 
 
 def _training_parser(name: str, script: ModuleType):
-    """TRL's parser, with ours in a group of their own, and LoRA on."""
+    """TRL's parser, with our arguments, and LoRA on."""
     parser = script.make_parser()
-    parser.prog, parser.usage = (
-        f"structlora {name}",
-        f"structlora {name} --config run.yaml [--any_argument value]",
-    )
+    parser.prog = f"structlora {name}"
+    parser.usage = f"structlora {name} --config run.yaml [--any_argument value]"
     parser.description, parser.epilog = _DESCRIPTION.format(name=name), _EXAMPLES.format(name=name)
     parser.formatter_class, parser.allow_abbrev = _HelpFormatter, False
     parser.set_defaults(use_peft=True)
     if name == "reward":
         parser.set_defaults(lora_task_type="SEQ_CLS")  # TRL leaves it to the user
-    output = "Write over the adapter that `output_dir` holds, and remove its checkpoints."
-    parser.add_argument("--overwrite", nargs="?", type=yaml_value, const=True, default=False, help=output)
-    group = parser.add_argument_group("StructLoRA")
-    switch = "Train StructLoRA. 'false' trains plain LoRA, with all else equal."
-    group.add_argument("--structlora", nargs="?", type=yaml_value, const=True, default=True, help=switch)
-    for option in fields(StructLoRAConfig):
-        text = f"{option.metadata['help']} (default: {option.default})".replace("%", "%%")
-        flag = f"--{PREFIX}{option.name}"
-        group.add_argument(flag, type=yaml_value, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+    add_own_arguments(parser)
     return parser
 
 
@@ -136,46 +124,10 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
     return {flag[2:] for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def _hint(name: str, known: set[str]) -> str:
     """The nearest of the known names, in words. Options of ours without their prefix count as misspelt."""
-    names = {
-        **{option.name: PREFIX + option.name for option in fields(StructLoRAConfig)},
-        **{n: n for n in known},
-    }
-    # lora_rank is lora_r, not local_rank.
-    begun = [n for n in names if name.startswith(n) and 2 * len(n) > len(name)]
-    spelt = name.replace("-", "_").removeprefix("no_")
-    near = [n for n in (spelt,) if n in names] or difflib.get_close_matches(name, names, 1, 0.9)
-    near = near or sorted(begun, key=len)[-1:]
-    near = near or difflib.get_close_matches(name, names, 1)
-    return f" (did you mean `{names[near[0]]}`?)" if near else ""
-
-
-def _read_file(path: str, known: set[str]) -> dict:
-    """The keys and values of the YAML file, every key known."""
-    options = read_yaml(path)
-    for name in options:
-        if name not in known:
-            raise StructLoRAError(
-                f"an unknown key `{name}` in {path}{_hint(str(name), known)}",
-                "arguments that `--help` lists",
-                "correct or remove it",
-            )
-    if not isinstance(options.get("env") or {}, dict):
-        raise StructLoRAError(
-            f"env={options['env']!r} in {path}", "`NAME: value` lines under `env:`", "indent them"
-        )
-    return options
-
-
-def _refuse_without_gpu(error: ValueError) -> None:
-    """What transformers says of bf16, TRL's default, where there is no GPU or one without bf16."""
-    import torch
-
-    if "bf16/gpu" not in str(error):
-        return
-    if torch.cuda.is_available():
-        found, remedy = "bf16 on a GPU that does not have it", "set `bf16: false` and `fp16: true`"
-    else:
-        found, remedy = "no GPU", "set `use_cpu: true` to train on the CPU (slow: for tiny models and trials)"
-    raise StructLoRAError(found, "a GPU, on which TRL trains in bf16 by default", remedy) from error
+    meant = {name: name for name in known}
+    meant |= {option.name: PREFIX + option.name for option in fields(StructLoRAConfig)}
+    meant |= {"lora_rank": "lora_r"}  # as other trainers call it; nearer to `local_rank`
+    near = difflib.get_close_matches(name.replace("-", "_").removeprefix("no_"), meant, 1)
+    return f" (did you mean `{meant[near[0]]}`?)" if near else ""

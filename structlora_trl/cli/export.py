@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..config import ENOUGH_INFORMATION
 from ..errors import StructLoRAError, nearest, refuse_used
+from ..local_data import local_path
 from ..shrink.export_options import Options
 from .arguments import parser_of
 from .early import ADAPTER_CONFIG, refuse_missing_model
-from .local_rows import is_local
 
 if TYPE_CHECKING:
     from ..shrink.export import Export, Size
@@ -57,7 +57,7 @@ def run(command: str, arguments: list[str]) -> None:
     refuse_missing(folder)
     refuse_used(out)
     if options.has_data:
-        is_local(options.data)  # a file that is not there is told here
+        local_path(options.data)  # a file that is not there is told here
     if options.base is not None:
         options.base = refuse_missing_model(options.base, "--base")
     # After the arguments, and after a path that is wrong: these load torch and PEFT.

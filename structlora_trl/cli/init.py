@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from ..config import StructLoRAConfig
+from ..local_data import count_rows
 from .arguments import parser_of
 from .early import refuse_missing_model
-from .local_rows import count_rows
 from .main import TRAINING
 
 _WIDTH = 110
@@ -24,32 +24,56 @@ _EXAMPLES = """examples:
   structlora init --data train.jsonl > run.yaml       # for rows of your own
   structlora init dpo --data pairs.jsonl --model ./my-model --all > run.yaml
 """
-_ON = "true  # false: plain LoRA, with all else equal; `structlora init --all` lists the options"
-_OPTIONS = (
-    "# `structlora: false` in place of the block trains plain LoRA, with all else equal.\nstructlora:\n"
-)
-# Each learning rate is for LoRA: about ten times TRL's default, which is for all weights; of reward models,
-# TRL's example.
-_RATES = {"sft": 2e-4, "dpo": 1e-5, "kto": 1e-5, "reward": 1e-4, "grpo": 1e-5, "rloo": 1e-5}
-_DATA = {
-    "sft": ("trl-lib/Capybara", "with messages, or prompt and completion, or text"),
-    "dpo": ("trl-lib/ultrafeedback_binarized", "with chosen and rejected, and perhaps prompt"),
-    "kto": ("trl-lib/kto-mix-14k", "with prompt, completion and label"),
-    "reward": ("trl-lib/ultrafeedback_binarized", "with chosen and rejected"),
-    "grpo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
-    "rloo": ("trl-lib/DeepMath-103K", "with prompt, and what the reward functions read"),
+# Of each command: a public data set and its columns; a learning rate for LoRA, about ten times TRL's default, which is for
+# all weights (of reward models, TRL's example); and lines of its own.
+_TOKENS = "max_length: 1024  # tokens; longer rows are cut\n"
+_BETA = "beta: 0.1  # how strongly the base model holds the adapter back\n"
+_CHECKPOINTS = "checkpoints; --resume_from_checkpoint true continues from the last one"
+_ONLINE = f"""reward_funcs: [accuracy_reward]  # names that TRL has, or import paths such as my_rewards.length
+num_generations: 8  # completions of each prompt; they divide the batch
+max_completion_length: 256  # tokens
+num_train_epochs: 1  # the mean reward is logged; there is no held-out loss
+save_steps: 100  # {_CHECKPOINTS}
+"""
+_PAIRS = ("trl-lib/ultrafeedback_binarized", "chosen and rejected, and perhaps prompt")
+_PROMPTS = ("trl-lib/DeepMath-103K", "prompt, and what the reward functions read")
+_METHODS = {
+    "sft": ("trl-lib/Capybara", "messages, or prompt and completion, or text", 2e-4, _TOKENS),
+    "dpo": (*_PAIRS, 1e-5, _BETA + _TOKENS),
+    "kto": ("trl-lib/kto-mix-14k", "prompt, completion and label", 1e-5, _BETA + _TOKENS),
+    "reward": (*_PAIRS, 1e-4, _TOKENS),
+    "grpo": (*_PROMPTS, 1e-5, _ONLINE),
+    "rloo": (*_PROMPTS, 1e-5, _ONLINE + "beta: 0.05  # weight of the KL to the base model\n"),
 }
+_FEW = f"""test_split_size: {{share}}  # of the {{rows:,}} rows, held out for the evaluation loss
+num_train_epochs: {{epochs}}  # over the rest
+eval_strategy: epoch
+save_strategy: epoch  # {_CHECKPOINTS}
+"""
+_MANY = f"""test_split_size: 0.05  # share of the rows that is held out; 0.2 where rows are fewer than 500
+num_train_epochs: 1  # over the rest; 3 to 5 where rows are few
+eval_strategy: steps
+eval_steps: 100
+save_steps: 100  # {_CHECKPOINTS}
+"""
 _FIRST_ROWS = 250  # of a public data set, so that the file is an example of few rows and several epochs
-_TOKENS = ("max_length", 1024, "tokens; longer rows are cut")
-_BETA = ("beta", 0.1, "how strongly the base model holds the adapter back")
-_OWN = {"sft": [_TOKENS], "dpo": [_BETA, _TOKENS], "kto": [_BETA, _TOKENS], "reward": [_TOKENS]}
-_ONLINE = [
-    ("reward_funcs", ["accuracy_reward"], "names that TRL has, or import paths such as my_rewards.length"),
-    ("num_generations", 8, "completions of each prompt; they divide the batch"),
-    ("max_completion_length", 256, "tokens"),
-    ("num_train_epochs", 1, "the mean reward is logged; there is no held-out loss"),
-    ("save_steps", 100, "checkpoints; --resume_from_checkpoint true continues from the last one"),
-]
+_FILE = """# structlora {name} --config run.yaml
+model_name_or_path: {model}  # a folder, or a model of the hub
+dataset_name: {data}
+{own}learning_rate: {rate}  # for LoRA; try half and twice as much
+per_device_train_batch_size: 8
+lora_r: 8  # rank: directions of each module
+lora_alpha: 16  # updates are scaled by lora_alpha / lora_r
+lora_target_modules: all-linear  # or a list, such as [q_proj, v_proj]
+output_dir: out  # becomes a plain LoRA adapter
+# use_cpu: true  # without a GPU; with `bf16: false`, which most CPUs compute faster
+"""
+_ON = (
+    "structlora: true  # false: plain LoRA, with all else equal; `structlora init --all` lists the options\n"
+)
+_OPTIONS = (
+    "\n# `structlora: false` in place of the block trains plain LoRA, with all else equal.\nstructlora:\n"
+)
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -80,7 +104,7 @@ def run(command: str, arguments: list[str]) -> None:
 def template(
     name: str, data: str | None = None, model: str = "Qwen/Qwen3-0.6B", all_options: bool = False
 ) -> str:
-    """The text of the file, YAML, of one of the training commands.
+    """Return the text of the file, YAML, of one of the training commands.
 
     Args:
         name (`str`): of the command.
@@ -91,68 +115,33 @@ def template(
     Raises:
         StructLoRAError: the file of rows cannot be read, or has rows that the command does not take.
     """
+    public, columns, rate, own = _METHODS[name]
     rows = _FIRST_ROWS if data is None else count_rows(data, name)
-    public, columns = _DATA[name]
-    settings = [
-        ("model_name_or_path", model, "a folder, or a model of the hub"),
-        (
-            "dataset_name",
-            data or public,
-            f"or a .jsonl, .csv or .parquet file {columns}" if data is None else "",
-        ),
-    ]
-    if name not in _OWN:
-        settings += _ONLINE + (
-            [("beta", 0.05, "weight of the KL to the base model")] if name == "rloo" else []
-        )
+    if name in ("grpo", "rloo"):
+        schedule = ""
+    elif rows is not None and rows < 2000:
+        share, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
+        schedule = _FEW.format(share=share, epochs=epochs, rows=rows)
     else:
-        if data is None:
-            settings.append(
-                (
-                    "dataset_train_split",
-                    f"train[:{_FIRST_ROWS}]",
-                    "the first rows; 'train' takes all of yours",
-                )
-            )
-        settings += [*_epochs(rows), *_OWN[name]]
-    settings += [
-        ("learning_rate", _RATES[name], "for LoRA; try half and twice as much"),
-        ("per_device_train_batch_size", 8, ""),
-        ("lora_r", 8, "rank: directions of each module"),
-        ("lora_alpha", 16, "updates are scaled by lora_alpha / lora_r"),
-        ("lora_target_modules", "all-linear", "or a list, such as [q_proj, v_proj]"),
-        ("output_dir", "out", "becomes a plain LoRA adapter"),
-    ]
-    lines = [f"# structlora {name} --config run.yaml"]
-    lines += [f"{key}: {_value(value)}" + (f"  # {why}" if why else "") for key, value, why in settings]
-    lines.append("# use_cpu: true  # without a GPU; with `bf16: false`, which most CPUs compute faster")
+        schedule = _MANY
+    if data is None:
+        named = f"{public}  # or a .jsonl, .csv or .parquet file with {columns}"
+        split = f"dataset_train_split: train[:{_FIRST_ROWS}]  # the first rows; 'train' takes all of yours\n"
+        schedule = split + schedule if schedule else schedule
+    text = _FILE.format(
+        name=name,
+        model=_value(model),
+        data=named if data is None else _value(data),
+        own=schedule + own,
+        rate=_value(rate),
+    )
     if not all_options:
-        return "\n".join([*lines, f"structlora: {_ON}"]) + "\n"
+        return text + _ON
     options = ""
     for option in fields(StructLoRAConfig):
         comment = textwrap.wrap(" ".join(option.metadata["help"].split()), _WIDTH)
         options += "".join(f"# {line}\n" for line in comment) + f"{option.name}: {_value(option.default)}\n"
-    return "\n".join(lines) + "\n\n" + _OPTIONS + textwrap.indent(options, "  ")
-
-
-def _epochs(rows: int | None) -> list[tuple[str, Any, str]]:
-    """Return epochs, held-out share, and when to evaluate and save: often where rows are few."""
-    resume = "checkpoints; --resume_from_checkpoint true continues from the last one"
-    if rows is not None and rows < 2000:
-        held_out, epochs = (0.2, 5 if rows < 200 else 4) if rows < 500 else (0.1, 3)
-        return [
-            ("test_split_size", held_out, f"of the {rows:,} rows, held out for the evaluation loss"),
-            ("num_train_epochs", epochs, "over the rest"),
-            ("eval_strategy", "epoch", ""),
-            ("save_strategy", "epoch", resume),
-        ]
-    return [
-        ("test_split_size", 0.05, "share of the rows that is held out; 0.2 where rows are fewer than 500"),
-        ("num_train_epochs", 1, "over the rest; 3 to 5 where rows are few"),
-        ("eval_strategy", "steps", ""),
-        ("eval_steps", 100, ""),
-        ("save_steps", 100, resume),
-    ]
+    return text + _OPTIONS + textwrap.indent(options, "  ")
 
 
 def _value(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -49,7 +50,13 @@ def _names(folder):
     return {**names, "lora_target_modules": ["self_attn.q_proj"]}
 
 
+def _packed(folder):
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "data.jsonl").read_bytes()))
+    return {"dataset_name": "rows.jsonl.gz"}
+
+
 DATA = {
+    "packed": _packed,
     **{suffix: _one_file(suffix) for suffix in ("json", "csv", "parquet")},
     "folder": _folder,
     "split folder": lambda folder: {**_folder(folder), "test_split_size": 0.25},
@@ -78,13 +85,15 @@ def test_the_mixture_wins_over_the_name_as_in_trl(place, monkeypatch):
     assert len(trainer.train_dataset) == 36
 
 
-def test_a_file_is_read_by_its_name_and_not_by_a_pattern(place):
-    for name, text in (("rows[1].JSONL", "this"), ("rows1.JSONL", "another")):
-        write_rows(place / name, [{"text": text}])
-    script, mixture = ScriptArguments(dataset_name="rows[1].JSONL"), DatasetMixtureConfig()
+@pytest.mark.parametrize("ending", [".jsonl", ".tsv", ".txt"])
+def test_a_file_is_read_by_its_name_and_not_by_a_pattern(ending, place):
+    for name, text in (("rows[1]", "this"), ("rows1", "another")):
+        lines = {".jsonl": json.dumps({"text": text}), ".tsv": f"text\n{text}", ".txt": text}
+        (place / f"{name}{ending}").write_text(lines[ending])
+    script, mixture = ScriptArguments(dataset_name=f"rows[1]{ending}"), DatasetMixtureConfig()
+    assert sources(script, mixture) == [f"rows[1]{ending}"]
     as_mixture(script, mixture)
     assert get_dataset(mixture)["train"]["text"][:] == ["this"]
-    assert sources(script, mixture) == ["rows[1].JSONL"]
 
 
 def test_llava_with_pictures(place, monkeypatch):
@@ -102,7 +111,7 @@ def test_llava_with_pictures(place, monkeypatch):
 
 
 def test_where_rows_come_from_names_each_file():
-    """As the report page and the error about empty files say it."""
+    """As the report page and errors say it."""
     files = {"path": "json", "data_files": ["a.jsonl", "b.jsonl"]}
-    mixture = DatasetMixtureConfig(datasets=[files, {"path": "owner/set"}])
-    assert sources(ScriptArguments(), mixture) == ["a.jsonl", "b.jsonl", "owner/set"]
+    mixture = DatasetMixtureConfig(datasets=[files, {"path": "owner/set"}, "c.jsonl"])
+    assert sources(ScriptArguments(), mixture) == ["a.jsonl", "b.jsonl", "owner/set", "c.jsonl"]

