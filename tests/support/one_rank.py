@@ -36,7 +36,8 @@ def deepspeed_engine(stage: int, optimizer=adamw, model=None, scheduler=None, dt
         config |= {dtype: {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     given = optimizer(model)
     if scheduler:  # which DeepSpeed gives to its own optimizers alone
-        config |= {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+        parameters = {"lr": PEAKS["lora_B"], "torch_adam": True}
+        config |= {"scheduler": scheduler, "optimizer": {"type": "AdamW", "params": parameters}}
         given = {"model_parameters": given.param_groups}
     else:
         given = {"optimizer": given}
