@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -79,8 +79,12 @@ class Run(Protocol):
     step: int
     skipped_steps: int
     maps: list[KindMap]
-    sides: list[Side]
-    optimizer: torch.optim.Optimizer | None
+
+    @property
+    def sides(self) -> Sequence[Side]: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
 
     @property
     def is_sharded(self) -> bool: ...

@@ -33,7 +33,9 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
     shown = tuple((method, "test") for method in (LORA, DROPOUT, OURS))
     controls = (*((method, "test") for method in METHODS), (LORA, "scaled"), (LORA, "tempered"))
     return {
-        "gates table": compared(runs, GRIDS["gates"], shown, by_place=False, rival=shown[1]),
+        "gates table": compared(
+            runs, GRIDS["gates"], shown, by_place=False, rival=shown[1], figures=FIGURES[:2]
+        ),
         "gates": compared(runs, GRIDS["gates"], shown, rival=shown[1]),
         "cut": cut(runs, GRIDS["gates"]),
         "openness": openness(runs, GRIDS["gates"]),
@@ -47,7 +49,12 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
 
 
 def compared(
-    runs: Runs, grid: Grid, rows: Sequence[Row], by_place: bool = True, rival: Row | None = None
+    runs: Runs,
+    grid: Grid,
+    rows: Sequence[Row],
+    by_place: bool = True,
+    rival: Row | None = None,
+    figures: Sequence[str] = FIGURES,
 ) -> str:
     """Return test figures of each row at each place and on average, and less those of the first row; NLL less a rival's."""
     cells = []
@@ -57,16 +64,17 @@ def compared(
             found = _mean([runs.figures(place, *row) for place in places])
             if len(found) > 1 and len(base) > 1:
                 gaps = _gaps(runs, places, row, rows[0])
-                means = [f"{found[figure].mean():.{DIGITS[figure]}f}" for figure in FIGURES]
+                means = [f"{found[figure].mean():.{DIGITS[figure]}f}" for figure in figures]
                 intervals = [
-                    _interval(gaps[figure], DIGITS[figure]) if row != rows[0] else "" for figure in FIGURES
+                    _interval(gaps[figure], DIGITS[figure]) if row != rows[0] else "" for figure in figures
                 ]
                 if rival:
                     gaps = _gaps(runs, places, row, rival)
                     intervals.append(_interval(gaps["nll"], DIGITS["nll"]) if row != rival else "")
                 cells.append([name, label(row), len(found), *means, *intervals])
-    header = ["where", "method", "seeds", *WORDS.values()]
-    header += [f"{word} − {label(rows[0])}" for word in WORDS.values()]
+    words = [WORDS[figure] for figure in figures]
+    header = ["where", "method", "seeds", *words]
+    header += [f"{word} − {label(rows[0])}" for word in words]
     header += [f"NLL − {label(rival)}"] if rival else []
     return _missing(runs, grid) + markdown(header, cells)
 
@@ -130,7 +138,7 @@ def _parts(grid: Grid, by_place: bool = True) -> Iterator[tuple[str, Sequence[Pl
         if by_place:
             yield from ((str(place), (place,)) for place in places)
         if len(places) > 1:
-            yield f"mean of {len(places)}: {name}", places
+            yield f"mean of {len(places)}: {name}" if by_place else name, places
 
 
 def _missing(runs: Runs, grid: Grid) -> str:

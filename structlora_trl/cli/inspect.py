@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import refuse_unwritable, refuse_unwritable_file, refusing, writing
+from ..local_data import local_path
 from .arguments import parser_of
+from .early import refuse_missing_model
 from .export import in_words, refuse_missing
 
 if TYPE_CHECKING:
@@ -85,6 +87,10 @@ def run(command: str, arguments: list[str]) -> None:
         refuse_unwritable_file(given.html)
     if given.plot:
         refuse_unwritable(given.plot)
+    if given.data:
+        local_path(given.data)  # a file that is not there is told here
+    if given.base:
+        given.base = refuse_missing_model(given.base, "--base")
     # After the arguments: these load torch and PEFT. Before the work: a missing library is told at once.
     if is_drawn:
         with refusing(

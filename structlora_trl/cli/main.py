@@ -12,7 +12,6 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import StructLoRAError
-from .early import check
 
 # Commands that run the script of TRL of the same name, and what they do.
 TRAINING = {
@@ -99,6 +98,8 @@ def _run(arguments: list[str]) -> int:
             parser.error(f"unknown command '{given.command}'; {hint}")
         module = given.command if given.command in OTHERS else "train"
         if module == "train":
+            from .early import check
+
             check(given.rest)  # before torch, which `train` imports
         import_module(f".{module}", __package__).run(given.command, given.rest)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on a usage error

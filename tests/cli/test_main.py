@@ -115,7 +115,6 @@ MISTAKES = [
     ("--dataset_streaming true --test_split_size 0.5", {}, "train_test_split"),
     pytest.param("--use_cpu false --bf16 true", {}, "use_cpu: true", marks=NO_GPU),
     # Values that they pass over, or tell of less plainly.
-    ("--lora_alpha 0", {}, "lora_alpha=0"),
     ("--use_peft false", {}, "`use_peft`"),
     ("--accelerate_config zero9", {}, "fsdp2"),
     ("--model_name_or_path bass", {}, "(did you mean ./base?)"),

@@ -252,7 +252,6 @@ MISTAKES = {
     "no such dtype": (["--dtype", "int8"], "a dtype 'int8'"),
     "nothing to learn from": (["--rank", "2", "--distil"], "`distil` or `scale='auto'` without rows"),
     "no data": (["--keep", "0.5", "--data", "missing.jsonl"], "missing.jsonl"),
-    "data of another kind": (["--keep", "0.5", "--data", "rows.txt"], "rows.txt"),
     "data with other columns": (["--keep", "0.5", "--data", "other.jsonl"], "question, answer"),
     "data without rows": (["--keep", "0.5", "--data", "empty.jsonl"], "empty.jsonl"),
     "distillation alone": (["--distil"], "`distil` without `rank` or `keep`"),

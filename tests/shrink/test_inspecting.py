@@ -10,15 +10,15 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from structlora_trl.cli import main
+from structlora_trl.shrink.base_model import write_adapter
 from structlora_trl.shrink.inspecting import final_losses, log_history, report
 from structlora_trl.shrink.load_adapter import read_saved
 from structlora_trl.shrink.pruning import prune
 from structlora_trl.state import STATE_NAME
 from tests.support.adapters import (
-    ADAPTER,
     DEPTHS,
     EXPERTS,
     HALF,
@@ -260,9 +260,7 @@ def test_experts_that_are_modules_are_told_apart_and_pruned(tmp_path):
                 assert row.norm == pytest.approx(update.norm().item(), rel=1e-4)
     pruned = prune(read_saved(out))
     small = tmp_path / "small"
-    lora, tensors = pruned.written()
-    lora.save_pretrained(small)
-    save_file(tensors, small / ADAPTER)
+    write_adapter(small, *pruned.written())
     torch.testing.assert_close(
         logits_of(loaded(small), "mixture"), logits_of(loaded(out), "mixture"), atol=1e-5, rtol=0
     )
