@@ -139,7 +139,7 @@ MISTAKES = [
     ("--dataset_name no_turns.jsonl", {}, "[] (list) in row 1, column `messages`"),
     ("--dataset_name broken.jsonl", {}, "reading broken.jsonl failed"),
     ("--dataset_name header.csv", {}, "reading header.csv failed"),
-    ("--dataset_name ./hollow", {}, "reading ./hollow failed (ValueError: a file without rows)"),
+    ("--dataset_name ./hollow", {}, "reading ./hollow failed"),
     ("--dataset_name owner/missing", {}, "reading owner/missing failed"),
 ]
 
