@@ -1,6 +1,6 @@
 """The openness of each direction, in a file beside the adapter.
 
-`state.save_gates` writes it at the end of training. `structlora export` and `structlora inspect` read it; PEFT,
+`runtime.save_gates` writes it at the end of training. `structlora export` and `structlora inspect` read it; PEFT,
 vLLM and merging ignore it. Modules have the names that they have in PEFT's adapter file.
 """
 

@@ -479,13 +479,14 @@ class Runtime:
     def restore(self, state: State) -> None:
         """Continue from a state that has been read already; see `load_state_dict`."""
         self._refuse_detached()
-        state.refuse_other_run(State.of(self, self.gating.state()))
+        ours = State.of(self, self.gating.state())
+        state.refuse_other_run(ours)
         changes = state.changes(self.config)
         if changes:
             logger.warning(
                 "StructLoRA continues with other options than the state's: %s.", ", ".join(changes)
             )
-        state.warn_of_other_weights(self)
+        state.warn_of_other_weights(ours)
         state.load_into(self)
         self.gating.load(state.gates)
         self.step, self.skipped_steps = state.step, state.skipped_steps

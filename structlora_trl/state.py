@@ -250,13 +250,12 @@ class State:
             for name, x in self.tensors.items()
         }
 
-    def warn_of_other_weights(self, runtime: Run) -> None:
-        """Say where other LoRA weights stand than those that the state was saved beside."""
-        norms = runtime.weight_norms()
+    def warn_of_other_weights(self, ours: State) -> None:
+        """Say where other LoRA weights stand, those of the present run's state, than those that this one was saved beside."""
         other = [
             name
-            for name, of_kind in norms.items()
-            if not torch.allclose(of_kind, self.tensors[f"{name}/norms"], rtol=_CLOSE)
+            for name in ours.header["kinds"]
+            if not torch.allclose(ours.tensors[f"{name}/norms"], self.tensors[f"{name}/norms"], rtol=_CLOSE)
         ]
         if other:
             logger.warning(

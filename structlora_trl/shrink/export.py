@@ -126,14 +126,14 @@ def export_sizes(saved: Saved, out: str | Path, options: Options) -> list[Export
     done = []
     with writing(out, (SafetensorError,)) as unfinished:
         for name, value in options.sizes.items():
-            written, lora, tensors = _smaller(saved, value, options, trial)
+            written, lora, tensors = _smaller(saved, value, out / name, options, trial)
             if options.merge:
                 base = load_base(base_name, saved.lora, saved.tensors, revision)
                 _merge(base, lora, tensors, unfinished / name)
             else:
                 write_adapter(unfinished / name, lora, tensors)
             _copy_processor(saved.folder, base_name if options.merge else None, revision, unfinished / name)
-            done.append(replace(written, folder=out / name))
+            done.append(written)
     return done
 
 
@@ -162,7 +162,7 @@ def _refuse_unfit(saved: Saved, options: Options) -> None:
 
 
 def _smaller(
-    saved: Saved, value, options: Options, trial: Trial
+    saved: Saved, value, folder: Path, options: Options, trial: Trial
 ) -> tuple[Export, LoraConfig, dict[str, Tensor]]:
     """Cut, teach, scale and measure an adapter: what is to be told, and PEFT's configuration and tensors."""
     one_rank = bool(options.server and SERVERS[options.server].one_rank)
@@ -193,7 +193,7 @@ def _smaller(
         saved.tensors, sum(len(saved.tensors[names["A"]]) for names in factor_names(saved.tensors).values())
     )
     after = _size(tensors, pruned.count if pruned else before.directions)
-    return Export(Path(), before, after, pruned, losses, distilled, times, trial.rows), lora, tensors
+    return Export(folder, before, after, pruned, losses, distilled, times, trial.rows), lora, tensors
 
 
 def _size(tensors: dict[str, Tensor], directions: int) -> Size:
