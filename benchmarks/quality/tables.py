@@ -33,9 +33,7 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
     shown = tuple((method, "test") for method in (LORA, DROPOUT, OURS))
     controls = (*((method, "test") for method in METHODS), (LORA, "scaled"), (LORA, "tempered"))
     return {
-        "gates table": compared(
-            runs, GRIDS["gates"], shown, by_place=False, rival=shown[1], figures=FIGURES[:2]
-        ),
+        "gates table": summary(runs, GRIDS["gates"]),
         "gates": compared(runs, GRIDS["gates"], shown, rival=shown[1]),
         "cut": cut(runs, GRIDS["gates"]),
         "openness": openness(runs, GRIDS["gates"]),
@@ -48,13 +46,25 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
     }
 
 
+def summary(runs: Runs, grid: Grid) -> str:
+    """Return what StructLoRA and dropout change in LoRA's accuracy and NLL, on average over the places of each group."""
+    columns = [((method, "test"), figure) for method in (OURS, DROPOUT) for figure in ("accuracy", "nll")]
+    cells = []
+    for name, places in grid.groups.items():
+        gaps = [_gaps(runs, places, row, (LORA, "test"))[figure] for row, figure in columns]
+        cells.append(
+            [name, *(_interval(gap, DIGITS[figure]) for gap, (_, figure) in zip(gaps, columns, strict=True))]
+        )
+    header = ["where", *(f"{label(row)}: {WORDS[figure]}" for row, figure in columns)]
+    return _missing(runs, grid) + markdown(header, cells)
+
+
 def compared(
     runs: Runs,
     grid: Grid,
     rows: Sequence[Row],
     by_place: bool = True,
     rival: Row | None = None,
-    figures: Sequence[str] = FIGURES,
 ) -> str:
     """Return test figures of each row at each place and on average, and less those of the first row; NLL less a rival's."""
     cells = []
@@ -64,15 +74,15 @@ def compared(
             found = _mean([runs.figures(place, *row) for place in places])
             if len(found) > 1 and len(base) > 1:
                 gaps = _gaps(runs, places, row, rows[0])
-                means = [f"{found[figure].mean():.{DIGITS[figure]}f}" for figure in figures]
+                means = [f"{found[figure].mean():.{DIGITS[figure]}f}" for figure in FIGURES]
                 intervals = [
-                    _interval(gaps[figure], DIGITS[figure]) if row != rows[0] else "" for figure in figures
+                    _interval(gaps[figure], DIGITS[figure]) if row != rows[0] else "" for figure in FIGURES
                 ]
                 if rival:
                     gaps = _gaps(runs, places, row, rival)
                     intervals.append(_interval(gaps["nll"], DIGITS["nll"]) if row != rival else "")
                 cells.append([name, label(row), len(found), *means, *intervals])
-    words = [WORDS[figure] for figure in figures]
+    words = [WORDS[figure] for figure in FIGURES]
     header = ["where", "method", "seeds", *words]
     header += [f"{word} − {label(rows[0])}" for word in words]
     header += [f"NLL − {label(rival)}"] if rival else []

@@ -16,12 +16,14 @@ from .main import TRAINING
 
 _WIDTH = 110
 _DESCRIPTION = """Print a YAML file for a training command: what a run has to name, on its first 20 lines. With --data, epochs and
-held-out rows fit the number of rows. With --all, every option of StructLoRA follows, at its default.
+held-out rows fit the number of rows. With --time, the run's first steps say how long it will take, and the file fits a machine
+without a GPU. With --all, every option of StructLoRA follows, at its default.
 `structlora COMMAND --help` lists what else may stand in the file.
 """
 _EXAMPLES = """examples:
   structlora init > run.yaml                          # 250 rows of a public data set: edit it
   structlora init --data train.jsonl > run.yaml       # for rows of your own
+  structlora init --data train.jsonl --time > run.yaml
   structlora init dpo --data pairs.jsonl --model ./my-model --all > run.yaml
 """
 # Of each command: a public data set and its columns; a learning rate for LoRA, about ten times TRL's default, which is for
@@ -66,8 +68,9 @@ lora_r: 8  # rank: directions of each module
 lora_alpha: 16  # updates are scaled by lora_alpha / lora_r
 lora_target_modules: all-linear  # or a list, such as [q_proj, v_proj]
 output_dir: out  # becomes a plain LoRA adapter
-# use_cpu: true  # without a GPU; with `bf16: false`, which most CPUs compute faster
 """
+_NO_GPU = "# use_cpu: true  # without a GPU; with `bf16: false`, which most CPUs compute faster\n"
+_ON_CPU = "use_cpu: true\nbf16: false  # most CPUs compute fp32 faster\n"
 _ON = (
     "structlora: true  # false: plain LoRA, with all else equal; `structlora init --all` lists the options\n"
 )
@@ -81,7 +84,7 @@ def run(command: str, arguments: list[str]) -> None:
 
     Raises:
         StructLoRAError: `--model` names no folder that is there; `--data` a file that is not there, cannot be read, or has
-            rows that the command does not take.
+            rows that the command does not take; or `--time`, and the command refuses the file.
     """
     parser = parser_of(command, _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
@@ -95,10 +98,19 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--model", default="Qwen/Qwen3-0.6B", help="base model: a folder, or a model of the hub"
     )
+    parser.add_argument(
+        "--time", action="store_true", help="run three steps, and print what the run will take"
+    )
     parser.add_argument("--all", action="store_true", help="list every option of StructLoRA")
     given = parser.parse_args(arguments)
     refuse_missing_model(given.model, "--model")
-    print(template(given.method, given.data, given.model, given.all), end="")
+    text = template(given.method, given.data, given.model, given.all)
+    if given.time:
+        from . import timing  # torch and the rest
+
+        text = text if timing.has_accelerator() else text.replace(_NO_GPU, _ON_CPU)
+        text = timing.measure(given.method, text) + text
+    print(text, end="")
 
 
 def template(
@@ -135,6 +147,7 @@ def template(
         own=schedule + own,
         rate=_value(rate),
     )
+    text += _NO_GPU
     if not all_options:
         return text + _ON
     options = ""

@@ -96,6 +96,8 @@ def _run(arguments: list[str]) -> int:
             near = difflib.get_close_matches(given.command, commands, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(commands)}"
             parser.error(f"unknown command '{given.command}'; {hint}")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill a file; the lines they carry stay
         module = given.command if given.command in OTHERS else "train"
         if module == "train":
             from .early import check

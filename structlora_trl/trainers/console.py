@@ -120,7 +120,7 @@ def _given(trainer: Trainer, model: PeftModel) -> list[str]:
         rows += f", {len(held_out):,} held out"
     batch = state.train_batch_size * args.gradient_accumulation_steps * args.world_size
     share = epochs_of(trainer)
-    epochs = "" if share is None else f", {share:.3g} epochs"
+    epochs = "" if share is None else f", {share:.3g} epoch{'' if share == 1 else 's'}"
     count, of = model.get_nb_trainable_parameters()
     rate = "" if args.learning_rate is None else f", learning rate {args.learning_rate:g}"
     return [

@@ -31,6 +31,7 @@ def started(command: list[str], engine: str) -> None:
     done = run(command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert done.stdout.count(f"StructLoRA on {engine}: ") == 1
+    assert "it/s" not in done.stderr  # progress bars, which belong in a terminal
     assert_acted("out")
 
 

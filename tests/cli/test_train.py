@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -73,6 +75,16 @@ def test_what_init_prints_trains(command, place, monkeypatch, capsys):
     assert any(logged in entry for entry in trainer.state.log_history)
     if command != "reward":
         assert_plain_peft_agrees(trainer.model, "out")
+
+
+def test_init_says_how_long_the_run_will_take(place, capsys):
+    """It trains as the file says, on this machine, and leaves the file alone."""
+    assert main(["init", "--data", "data.jsonl", "--model", "base", "--time"]) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"# [\d.e-]+ s a step here: about \d+ (s|minutes|hours) for 15 steps", printed)
+    given = yaml.safe_load(printed)
+    assert given.get("use_cpu", False) is not torch.accelerator.is_available()
+    assert {path.name for path in place.iterdir()} <= {"base", "cache", "data.jsonl"}
 
 
 def test_any_other_script_of_trl(place, monkeypatch):

@@ -37,7 +37,7 @@ def test_the_site_opens_with_the_commands_of_the_readme():
 
 
 def test_readme_is_short():
-    assert len(README.split()) <= 1000
+    assert len(README.split()) <= 800
 
 
 @pytest.mark.parametrize("command", sorted({line.split()[1] for line in COMMANDS}))
