@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_CALLBACKS, TRAINER_STATE_NAME
 
@@ -77,7 +78,7 @@ class _Around(TrainerCallback):
             output.mkdir(parents=True, exist_ok=True)
             state.save_to_json(str(output / TRAINER_STATE_NAME))
             if self.callback is None:
-                print(end_lines("LoRA", *_calling(), [["inspect", str(output)]]), flush=True)
+                tqdm.write(end_lines("LoRA", *_calling(), [["inspect", str(output)]]))  # above the bar
                 (output / STATE_NAME).unlink(missing_ok=True)  # of a run of the other kind
             if self.callback is None or self.callback.runtime.is_off:
                 undescribe(output / CARD_NAME)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -237,7 +238,7 @@ class StructLoRACallback(TrainerCallback):
         self._finish()
         if state.is_world_process_zero:
             following = next_commands(self.runtime, args.output_dir)
-            print(end_lines("StructLoRA", trainer, peft_model, following, self.runtime), flush=True)
+            tqdm.write(end_lines("StructLoRA", trainer, peft_model, following, self.runtime))  # above the bar
             save_gates(self.runtime, args.output_dir)
             card = Path(args.output_dir) / CARD_NAME
             if self.runtime.is_off:

@@ -79,8 +79,7 @@ def end_lines(
             f"gates let {figures['nats']:,.0f} nats through: mean openness {figures['gate_openness']:.2f}, "
             f"{100 * figures['closed_share']:.0f} % of the directions closed"
         ]
-    begun = "" if trainer.args.disable_tqdm else "\n"  # a line that a progress bar stands on
-    return begun + _lines(
+    return _lines(
         [
             f"{name} ends: {', '.join(told)}",
             f"the adapter: {count:,} parameters, {_bytes(count * width)}, plain LoRA",
