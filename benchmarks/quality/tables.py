@@ -36,6 +36,7 @@ def tables(lines: list[dict], measured_cost: dict) -> dict[str, str]:
         "gates table": summary(runs, GRIDS["gates"]),
         "gates": compared(runs, GRIDS["gates"], shown, rival=shown[1]),
         "cut": cut(runs, GRIDS["gates"]),
+        "cut table": cut(runs, GRIDS["gates"], by_place=False),
         "openness": openness(runs, GRIDS["gates"]),
         "primary": primary(runs),
         **{
@@ -89,11 +90,11 @@ def compared(
     return _missing(runs, grid) + markdown(header, cells)
 
 
-def cut(runs: Runs, grid: Grid) -> str:
+def cut(runs: Runs, grid: Grid, by_place: bool = True) -> str:
     """Return test accuracy of StructLoRA whole, cut to a quarter by each rule, and the gaps of the cut by openness."""
     columns = {rule: f"cut.{rule}.quarter.accuracy" for rule in after_training.RULES}
     cells = []
-    for name, places in _parts(grid):
+    for name, places in _parts(grid, by_place):
         found = _mean([_columns(runs, place, ["test.accuracy", *columns.values()]) for place in places])
         if len(found) > 1:
             ours = found[columns["openness"]]
@@ -137,7 +138,7 @@ def primary(runs: Runs) -> str:
     places = [place for n in PRIMARY for place in GRIDS["main"].groups[f"{n} epochs"]]
     nlls = {name: _mean([runs.figures(place, name) for place in places])["nll"] for name in (OURS, *RIVALS)}
     if any(len(nll) < len(places[0].seeds) for nll in nlls.values()):
-        return "Runs of the grid `main` are missing.\n"
+        return _missing(runs, GRIDS["main"])
     best = min(RIVALS, key=lambda name: nlls[name].mean())
     gap = _interval(_gaps(runs, places, (OURS, "test"), (best, "test"))["nll"], 3)
     return f"Test NLL of StructLoRA less that of {label((best, 'test'))}, the best rival: {gap}.\n"
