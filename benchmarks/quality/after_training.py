@@ -2,7 +2,8 @@
 
 | rule | keeps the directions of | needs |
 |---|---|---|
-| openness | most open gates | `structlora_gates.safetensors` |
+| openness | most open gates, as trained | `structlora_gates.safetensors` |
+| openness-singular | each update, in which directions count by openness: `export --keep` | `structlora_gates.safetensors` |
 | information | largest Fisher information, among the directions as trained | rows |
 | information-singular | the same among each module's singular directions: `export --keep --data` | rows |
 | singular | `export --keep` of an adapter that has no gates | nothing |
@@ -21,17 +22,26 @@ from peft import PeftModel
 from torch import Tensor
 
 from structlora_trl import Runtime, save_gates
+from structlora_trl.core.selection import best
 from structlora_trl.shrink.base_model import factors_of, put
-from structlora_trl.shrink.load_adapter import read_saved
+from structlora_trl.shrink.load_adapter import Saved, read_saved
 from structlora_trl.shrink.measuring import gate_information
 from structlora_trl.shrink.peft_scaling import with_singular_directions
-from structlora_trl.shrink.pruning import select
+from structlora_trl.shrink.pruning import Pruned, select
 
 from .tasks import Split
 
 SHARES = {"quarter": 1 / 4}
 EXAMPLES = 64  # that the information is of, as `structlora export` takes them
-RULES = ("openness", "information", "information-singular", "singular", "norm", "random")
+RULES = (
+    "openness",
+    "openness-singular",
+    "information",
+    "information-singular",
+    "singular",
+    "norm",
+    "random",
+)
 
 
 def cut(
@@ -58,6 +68,7 @@ def cut(
     factors = {m: (f["A"].detach().clone(), f["B"].detach().clone()) for m, f in factors_of(model).items()}
     generator = torch.Generator().manual_seed(seed + 3_000_000)
     as_trained = {
+        "openness": saved.openness,
         "information": {m: x[0] for m, x in gate_information(model, rows).items()},
         "norm": {m: A.norm(dim=1) * B.norm(dim=0) for m, (A, B) in factors.items()},
         "random": {m: torch.rand(len(A), generator=generator) for m, (A, _) in factors.items()},
@@ -66,19 +77,23 @@ def cut(
     singular = gate_information(model, rows)
     found = {}
     for rule in RULES:
-        given = {"information": singular} if rule == "information-singular" else {}
-        openness = _in_order(as_trained[rule]) if rule in as_trained else saved.openness
-        of_rule = replace(saved, openness=None if rule == "singular" else openness)
         found[rule] = {}
         for name, share in SHARES.items():
-            put(model, select(of_rule, share, **given).masked())
+            if rule in as_trained:
+                pruned = _best(saved, as_trained[rule], share)
+            elif rule == "information-singular":
+                pruned = select(saved, share, singular)
+            else:
+                gates = saved.openness if rule == "openness-singular" else None
+                pruned = select(replace(saved, openness=gates), share)
+            put(model, pruned.masked())
             figures = test()
             found[rule][name] = {figure: figures[figure] for figure in ("accuracy", "nll")}
     return found
 
 
-def _in_order(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return openness in the order of other scores, so that `select` goes by these."""
-    flat = torch.cat(list(scores.values()))
-    places = (flat.argsort().argsort() + 1) / (len(flat) + 1)
-    return dict(zip(scores, places.split([len(values) for values in scores.values()]), strict=True))
+def _best(saved: Saved, scores: dict[str, Tensor], share: float) -> Pruned:
+    """Keep the directions of the highest scores, module -> (r,), over the model, as they were trained."""
+    mask = best(torch.cat([*scores.values()]).double(), share)
+    parts = mask.split([len(values) for values in scores.values()])
+    return Pruned(saved.lora, saved.tensors, {m: part[None] for m, part in zip(scores, parts, strict=True)})

@@ -18,7 +18,10 @@ from .tables import markdown, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERHEAD = ROOT / "benchmarks" / "cost" / "overhead.json"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "benchmarks-by-place", "index")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "benchmarks-by-place", "index")),
+)
 
 
 def written(lines: list[dict]) -> dict[Path, str]:

@@ -34,7 +34,7 @@ _BIAS = re.compile(r"^(?P<module>.+)\.lora_B(\.[^.]+)?\.bias$")
 
 class Directions(NamedTuple):
     """A module's update as a sum of rank-one parts, the largest first: A (..., r, k), B (..., d, r), and the
-    singular values `sigma` (..., r) of BA. The singular values are shared equally between A and B.
+    singular values `sigma` (..., r) that order them. The norm of each part is shared equally between A and B.
     """
 
     A: Tensor
@@ -42,44 +42,53 @@ class Directions(NamedTuple):
     sigma: Tensor
 
 
-def singular_directions(A: Tensor, B: Tensor) -> Directions:
-    """Factors of the same product BA whose directions are its singular ones; the product is not formed.
+def singular_directions(A: Tensor, B: Tensor, weight: Tensor | None = None) -> Directions:
+    """Factors of the same product BA along left singular vectors; the product is not formed.
 
     Args:
         A (`Tensor`): (..., r, k).
         B (`Tensor`): (..., d, r).
+        weight (`Tensor`, *optional*): (r,), of each direction as it is. The vectors and `sigma` are then those of
+            B diag(weight) A; where omitted, of BA, whose parts are its singular ones.
     """
-    rank = A.shape[-2]
-    left, right = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-    U, sigma, V = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
-    root, lacking = sigma.sqrt(), rank - sigma.shape[-1]  # a module narrower than r has fewer
+    left, right = torch.linalg.qr(B if weight is None else B * weight), torch.linalg.qr(A.mT)
+    U, sigma, _ = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    U = left.Q @ U
+    parts = U.mT @ B @ A
+    root = parts.norm(dim=-1).sqrt()
+    lacking = A.shape[-2] - sigma.shape[-1]  # a module narrower than r has fewer
     return Directions(
-        pad(root[..., None] * (V @ right.Q.mT), (0, 0, 0, lacking)),
-        pad((left.Q @ U) * root[..., None, :], (0, lacking)),
+        pad(parts / root.clamp(min=torch.finfo(root.dtype).tiny)[..., None], (0, 0, 0, lacking)),
+        pad(U * root[..., None, :], (0, lacking)),
         pad(sigma, (0, lacking)),
     )
 
 
 def with_singular_directions(
-    lora: LoraConfig, tensors: dict[str, Tensor]
+    lora: LoraConfig, tensors: dict[str, Tensor], openness: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Replace each module's directions by the singular ones of its update; the adapter computes the same.
 
     Args:
         lora (`LoraConfig`): of the adapter.
         tensors (`dict[str, Tensor]`): of its file.
+        openness (`dict[str, Tensor]`, *optional*): of modules with gates, (r,). There the directions are those of
+            B diag(√openness) A: openness is the share of signal in what a gate lets through, and so counts a
+            direction's squared norm.
 
     Returns:
         Tensors of the new adapter's file, and module -> (E or 1, r) singular values of its update as it is
-        added to the weight.
+        added to the weight, each direction counted by its openness.
     """
     written, values = dict(tensors), {}
     for module, names in factor_names(tensors).items():
         A, B = tensors[names["A"]], tensors[names["B"]]
         experts = len(A) // rank_of(lora, module)
+        open_share = (openness or {}).get(module)
         parts = singular_directions(
             A.double().unflatten(0, (experts, -1)).flatten(2),
             by_expert(B.double().flatten(1), experts),  # lora_B of a convolution is 1 x 1
+            None if open_share is None else open_share.double().sqrt(),
         )
         written[names["A"]] = parts.A.reshape(A.shape).to(A.dtype)
         written[names["B"]] = parts.B.movedim(0, 2).reshape(B.shape).to(B.dtype)

@@ -7,9 +7,9 @@ update. Which go:
 * `select`: those that matter least over the whole model. Ranks differ.
 * `prune`: those that add nothing, as `keep` leaves them.
 
-Where training has learned the openness of gates, the directions are those of training, and openness chooses. In other
-adapters, and where rows choose, they are the singular ones of each module's update: directions depend on the basis, and
-the update does not.
+Directions are the singular ones of each module's update: a basis of training is one of many with the same update, in
+which no direction can be spared. Where training has learned the openness of gates, each direction of training counts by
+it; where rows choose, all count alike.
 """
 
 from __future__ import annotations
@@ -115,17 +115,17 @@ def select(
 ) -> Pruned:
     """Keep the directions that matter most, over the whole model: ranks differ by module.
 
-    Modules without gates, in an adapter that others have gates of, keep all theirs; shares are of the others. A module
-    that PEFT cannot leave out (experts in one parameter, torch's attention, DoRA, biases) keeps its best direction.
+    A module that PEFT cannot leave out (experts in one parameter, torch's attention, DoRA, biases) keeps its best
+    direction.
 
     Args:
         saved (`Saved`): any adapter.
         keep (`float` or `str`): a share of all directions, above 0 and at most 1; or, as `"99%"`, the fewest
-            that together carry this share of the information, or of the nats that gates let through.
+            that together carry this share of the information, or of each update.
         information (`dict[str, Tensor]`, *optional*): module -> (E or 1, r), of `gate_information` on the
-            same adapter in its singular directions. Where omitted, the openness of the gates chooses. Without
-            either, each module keeps the fewest that hold a share of its update's squared norm, one share for all
-            modules: the one at which the size is right, or `"99%"`. As `sv_fro` of kohya's resize_lora.py.
+            same adapter in its singular directions. Where omitted, each module keeps the fewest that hold a share
+            of its update's squared norm, in which directions count by the openness of their gates. One share for
+            all modules: the one at which the size is right, or `"99%"`. As `sv_fro` of kohya's resize_lora.py.
         max_rank (`int`, *optional*): most directions of a module: the best of the others take their place.
         one_rank (`bool`, *optional*, defaults to False): fill every module up to the largest rank.
 
@@ -141,18 +141,16 @@ def select(
         allowed = torch.cat([_best_of_each(values, max_rank).flatten() for values in found.worth.values()])
     scores = torch.where(allowed, flat, 0)
     asked, is_percentage = share_to_keep(keep)
-    of_each = is_percentage and found.measure == Pruned.measure
+    of_each = is_percentage and not information
     mask = (scores > 1 - asked if of_each else best(scores, keep)) & allowed
     parts = mask.split([values.numel() for values in found.worth.values()])
     chosen = {m: part.view_as(found.worth[m]) for m, part in zip(found.worth, parts, strict=True)}
-    for module, values in found.ungated.items():
-        chosen[module] = _best_of_each(values, max_rank or values.shape[1])
     return found.pruned(saved, _at_least_one(saved, chosen, found.worth), one_rank)
 
 
 def shrink(saved: Saved, rank: int) -> Pruned:
-    """Give every module one rank: its most open directions; without gates the largest singular values of its update,
-    which are the update of that rank that is nearest to it (Eckart and Young, 1936).
+    """Give every module one rank: the largest singular values of its update, which are the update of that rank that is
+    nearest to it (Eckart and Young, 1936). Directions count by the openness of their gates.
 
     Args:
         saved (`Saved`): any adapter.
@@ -164,7 +162,7 @@ def shrink(saved: Saved, rank: int) -> Pruned:
     refuse_rank(saved, rank)
     found = _worth(saved)
     _refuse_nothing(found.carried)
-    kept = {module: _best_of_each(x, rank) for module, x in (found.carried | found.ungated).items()}
+    kept = {module: _best_of_each(x, rank) for module, x in found.carried.items()}
     return found.pruned(saved, kept, one_rank=True)
 
 
@@ -172,15 +170,13 @@ class _Worth(NamedTuple):
     """What directions are chosen by.
 
     `tensors` are of the adapter's file, in the basis of the directions; of module -> (E or 1, r), `worth` orders
-    directions over the model and `carried` is summed over those kept; `measure` names it. `ungated` are the squared
-    singular values of modules that have no gates where others have.
+    directions over the model and `carried` is summed over those kept; `measure` names it.
     """
 
     tensors: dict[str, Tensor]
     worth: dict[str, Tensor]
     carried: dict[str, Tensor]
     measure: str
-    ungated: dict[str, Tensor] = {}  # noqa: RUF012 - of a tuple, never written to
 
     def pruned(self, saved: Saved, kept: dict[str, Tensor], one_rank: bool) -> Pruned:
         carried = sum(values[kept[module]].sum() for module, values in self.carried.items())
@@ -189,16 +185,13 @@ class _Worth(NamedTuple):
 
 
 def _worth(saved: Saved, information: dict[str, Tensor] | None = None) -> _Worth:
-    tensors, sigma = with_singular_directions(saved.lora, saved.tensors)
-    energy = {module: values.double().square() for module, values in sigma.items()}
     if information:
+        tensors, _ = with_singular_directions(saved.lora, saved.tensors)
         return _Worth(tensors, information, information, "the information of the rows")
-    if nats := saved.nats:
-        names = factor_names(tensors)
-        trained = {name: saved.tensors[name] for module in nats for name in names[module].values()}
-        ungated = {module: values for module, values in energy.items() if module not in nats}
-        return _Worth(tensors | trained, nats, nats, "the nats of the gates", ungated)
-    return _Worth(tensors, _norm_left(energy), energy, Pruned.measure)
+    tensors, sigma = with_singular_directions(saved.lora, saved.tensors, saved.openness)
+    energy = {module: values.double().square() for module, values in sigma.items()}
+    measure = f"{Pruned.measure}, counted by openness" if saved.openness else Pruned.measure
+    return _Worth(tensors, _norm_left(energy), energy, measure)
 
 
 def _refuse_nothing(worth: dict[str, Tensor]) -> None:
@@ -260,8 +253,7 @@ def _at_least_one(saved: Saved, chosen: dict[str, Tensor], worth: dict[str, Tens
 
 def size_curve(saved: Saved, count: int = 64) -> tuple[str, list[tuple[float, float]]]:
     """What a smaller adapter keeps that is chosen without rows: the measure, and points (share of the directions, share of
-    the measure), evenly spread and with the end; none of an adapter that adds nothing. Modules without gates do not count
-    where others have gates.
+    the measure), evenly spread and with the end; none of an adapter that adds nothing.
     """
     found = _worth(saved)
     carried = _flat(found.carried)

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from structlora_trl.cli import main
@@ -51,55 +52,52 @@ def nats_of(openness: dict) -> dict[tuple[str, int], float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def kept_by(rule: str, value: str, openness: dict) -> set[tuple[str, int]]:
-    nats = nats_of(openness)
-    if rule == "--rank":
-        return {key for m in openness for key in [k for k in nats if k[0] == m][: int(value)]}
-    if not value.endswith("%"):
-        return {*[*nats][: round(float(value) * len(nats))]}
-    kept, share = set(), float(value[:-1]) / 100
-    for key in nats:
-        if sum(nats[k] for k in kept) < share * sum(nats.values()):
-            kept.add(key)
-    return kept
+def parts_of(folder, openness: dict) -> dict[str, tuple]:
+    """Module -> its update, and U and σ of the update in which directions count by openness."""
+    tensors, found = load_file(folder / ADAPTER), {}
+    for name in (name for name in tensors if "lora_B" in name):
+        module = name.partition(".lora_B")[0]
+        A, B = tensors[name.replace("lora_B", "lora_A")].double(), tensors[name].double()
+        weighted = B * openness[module].double().sqrt() if module in openness else B
+        found[module] = (B @ A, *torch.linalg.svd(weighted @ A, full_matrices=False)[:2])
+    return found
 
 
 @pytest.mark.parametrize(
     "rule, value", [("--keep", "0.25"), ("--keep", "99%"), ("--keep", "50%"), ("--rank", "2")]
 )
-def test_open_directions_are_kept_without_data(rule, value, adapter, tmp_path, capsys):
-    """In plain PEFT the smaller adapter is the whole one with zeros for the others, in the basis of training."""
+def test_openness_chooses_without_data(rule, value, adapter, tmp_path, capsys):
+    """In plain PEFT each module of the smaller adapter is its update on the first singular vectors."""
     assert main(["export", str(adapter), str(tmp_path / "small"), rule, value, "--data", "none"]) == 0
-    printed = capsys.readouterr().out
-    assert "of the nats of the gates" in printed
-    openness = read_openness(adapter)
-    kept = kept_by(rule, value, openness)
-    assert 0 < len(kept) < RANK * len(openness)
-    zeroed = tmp_path / "zeroed"
-    shutil.copytree(adapter, zeroed)
-    tensors = load_file(adapter / ADAPTER)
-    for module in openness:
-        closed = [j for j in range(RANK) if (module, j) not in kept]
-        tensors[f"{module}.lora_B.weight"][:, closed] = 0
-    if rule == "--rank":  # modules without gates keep their largest singular values
-        for name in [name for name in tensors if UNGATED in name and "lora_B" in name]:
-            A, B = tensors[name.replace("lora_B", "lora_A")], tensors[name]
-            U, s, V = torch.linalg.svd(B @ A, full_matrices=False)
-            tensors[name] = (U[:, : int(value)] * s[: int(value)]) @ V[: int(value)] @ torch.linalg.pinv(A)
-    save_file(tensors, zeroed / ADAPTER)
-    found, expected, whole = (
-        logits_of(on_base(folder, adapter.parent / "base"), "llama")
-        for folder in (tmp_path / "small", zeroed, adapter)
-    )
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert (found - whole).abs().max() > 1e-4 or value == "99%"
-    small = load_file(tmp_path / "small" / ADAPTER)
-    ungated = DEPTHS * (2 if rule == "--rank" else RANK)
-    assert sum(len(x) for name, x in small.items() if "lora_A" in name) == len(kept) + ungated
+    assert "the updates' squared norm, counted by openness" in capsys.readouterr().out
     assert not (tmp_path / "small" / GATES_NAME).exists()
+    parts, small = parts_of(adapter, read_openness(adapter)), load_file(tmp_path / "small" / ADAPTER)
+    ranks = {name.partition(".lora_A")[0]: len(x) for name, x in small.items() if "lora_A" in name}
+    left = {m: 1 - s.square()[: ranks.get(m, 0)].sum() / s.square().sum() for m, (_, _, s) in parts.items()}
+    if rule == "--rank":
+        assert ranks == dict.fromkeys(parts, 2)
+    elif value.endswith("%"):
+        lost = 1 - float(value[:-1]) / 100
+        assert all(left[m] <= lost for m in parts)
+        one_less = {
+            m: 1 - s.square()[: ranks[m] - 1].sum() / s.square().sum() for m, (_, _, s) in parts.items()
+        }
+        assert all(one_less[m] > lost for m in parts)
+    else:
+        assert sum(ranks.values()) == round(float(value) * RANK * len(parts))
+    scale = PeftConfig.from_pretrained(adapter).lora_alpha / RANK
+    kept = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(adapter.parent / "base"), tmp_path / "small"
+    )
+    for module, (update, U, _) in parts.items():
+        if module not in ranks:
+            continue
+        U = U[:, : ranks[module]]
+        found = kept.get_submodule(module).get_delta_weight("default").double()
+        torch.testing.assert_close(found, scale * U @ U.mT @ update, atol=1e-5, rtol=1e-4)
 
 
-def test_max_rank_holds_for_modules_without_gates_too(adapter, tmp_path):
+def test_max_rank_holds(adapter, tmp_path):
     pruned = export(read_saved(adapter), tmp_path / "small", keep=0.9, max_rank=2).pruned
     assert {int(mask.sum()) for mask in pruned.kept.values()} == {2}
 
@@ -120,7 +118,7 @@ def test_openness_is_measured_on_rows_beside_other_orders(adapter):
     carried, losses = (curve.orders for curve in information_curves(read_saved(adapter), rows))
     assert "openness" not in carried  # information is of singular directions
     assert losses["openness"][-1] == pytest.approx(losses["most information"][-1])
-    assert losses["openness"][0][1] != losses["norm"][0][1]
+    assert dict(losses["openness"])[0.25] != dict(losses["norm"])[0.25]
 
 
 def test_peft_and_merging_ignore_the_file(adapter, tmp_path):
@@ -150,7 +148,7 @@ def test_gates_of_another_adapter_are_refused(name, adapter, tmp_path):
         read_saved(tmp_path / "out")
 
 
-def test_inspect_tells_nats_and_openness_by_module(adapter, capsys):
+def test_inspect_tells_nats_and_openness_by_module(adapter, tmp_path, capsys):
     openness, nats = read_openness(adapter), nats_of(read_openness(adapter))
     capsys.readouterr()
     assert main(["inspect", str(adapter), "--json"]) == 0
@@ -168,9 +166,13 @@ def test_inspect_tells_nats_and_openness_by_module(adapter, capsys):
     closed = sum(row["closed"] or 0 for row in rows)
     assert f"Gates on {len(openness)} modules let {sum(nats.values()):.4g} nats through" in printed
     assert f"{closed} of {RANK * len(openness)} directions closed" in printed
-    measure, points = size_curve(read_saved(adapter))
-    quarter = sum([*nats.values()][: len(nats) // 4]) / sum(nats.values())
-    assert measure == "the nats of the gates" and dict(points)[0.25] == pytest.approx(quarter, rel=1e-5)
+    (_, points), whole = size_curve(read_saved(adapter)), parts_of(adapter, openness)
+    kept = export(read_saved(adapter), tmp_path / "small", keep=0.25, data="none").pruned.kept
+    energy = {m: s.square() for m, (_, _, s) in whole.items()}
+    quarter = sum(energy[m][: mask.sum()].sum() for m, mask in kept.items()) / sum(
+        map(torch.sum, energy.values())
+    )
+    assert dict(points)[0.25] == pytest.approx(quarter.item(), rel=1e-5)
 
 
 def test_a_runs_gates_are_read_beside_it(runs, tmp_path):
