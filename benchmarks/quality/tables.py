@@ -17,6 +17,8 @@ PAPER_COST = {"structlora": ("1.06x", "1.04x")}
 DIGITS = {"accuracy": 1, "nll": 3, "ece": 1}
 WORDS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 DROPOUT = "lora-dropout-0.5"
+EXPORT = "openness-singular"  # the rule of `export --keep` without rows, and those it is held against
+COMPARED = ("information", "information-singular", "norm", "random")
 ROUNDS = 5  # that time ratios of whole steps are shown from
 
 Row = tuple[str, str]  # a method, and which of its runs' figures: 'test', 'tempered' or 'scaled'
@@ -91,21 +93,18 @@ def compared(
 
 
 def cut(runs: Runs, grid: Grid, by_place: bool = True) -> str:
-    """Return test accuracy of StructLoRA whole, cut to a quarter by each rule, and the gaps of the cut by openness."""
+    """Return test accuracy of StructLoRA whole, cut to a quarter by each rule, and the gaps of `export --keep` to others."""
     columns = {rule: f"cut.{rule}.quarter.accuracy" for rule in after_training.RULES}
     cells = []
     for name, places in _parts(grid, by_place):
         found = _mean([_columns(runs, place, ["test.accuracy", *columns.values()]) for place in places])
         if len(found) > 1:
-            ours = found[columns["openness"]]
-            gaps = [
-                _interval(ours - found[other], 1)
-                for other in ("test.accuracy", columns["information"], columns["norm"], columns["random"])
-            ]
+            others = ("test.accuracy", *(columns[rule] for rule in COMPARED))
+            gaps = [_interval(found[columns[EXPORT]] - found[other], 1) for other in others]
             means = [f"{found[column].mean():.1f}" for column in found]
             cells.append([name, len(found), *means, *gaps])
     header = ["where", "seeds", "whole", *columns]
-    header += [f"openness − {other}" for other in ("whole", "information", "norm", "random")]
+    header += [f"{EXPORT} − {other}" for other in ("whole", *COMPARED)]
     return _missing(runs, grid) + markdown(header, cells)
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = """Write the plain LoRA adapter of a run's output, of a checkpoint (of one process, DDP, FSDP2 or DeepSpeed
 ZeRO), or of any LoRA adapter of PEFT: as it is, smaller, for a server, or merged. The result needs nothing of this package.
 
-Directions that matter: after a run with gates the most open ones (structlora_gates.safetensors beside the adapter). With --data,
-or rows that the run held out, those with most information about the labels, for --keep. Else, and for --rank with --data, those
-of the largest singular values.
+Directions that matter: those of the largest singular values, in which after a run with gates each direction of training
+counts by its openness (structlora_gates.safetensors beside the adapter). With --data, or without gates the rows that the run held
+out, --keep takes those with most information about the labels.
 """
 _EXAMPLES = """examples:
   structlora export out/checkpoint-500 adapter
