@@ -34,7 +34,7 @@ _OF_MODULES = {
         "What the gates let through",
         "A cell is one module. Its nats, ½ log(1 + 1/α) summed over its directions, are the most that they can pass about the "
         "input through the noise that training has put on them. Dark: the labels held the gates open. Pale: the run did without, "
-        "and structlora export --keep drops these directions first.",
+        "and structlora export --keep counts it for less.",
         "YlGnBu",
     ),
     "norm": ("Norm", "Size of each module's update as it is added to the weight.", "Purples"),
